@@ -1,0 +1,84 @@
+// Full causal attention (Vaswani et al., arXiv 1706.03762), computed tile by tile (arXiv 2205.14135).
+//   (1) s_ij = scale q_i . k_j                 j <= i in the same sequence, and i - j < window when a window is set
+//   (2) lse_i = log sum_j exp(s_ij)            P_ij = exp(s_ij - lse_i)
+//   (3) o_i = sum_j P_ij v_j                   a row that sees no key: o_i = 0, lse_i = -inf
+//   (4) dS_ij = scale P_ij (d_o_i . v_j - delta_i)      delta_i = d_o_i . o_i
+//   (5) d_q_i = sum_j dS_ij k_j    d_k_j = sum_i dS_ij q_i    d_v_j = sum_i P_ij d_o_i
+// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. P is recomputed in backward, never kept.
+#ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+#define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+
+#include <hybridattn/attention/heads.hpp>
+#include <hybridattn/attention/policy.hpp>
+
+#include <cmath>
+
+namespace hybridattn {
+
+struct FullOptions {
+  int window = 0;                        // a query sees its last `window` keys, itself included; 0: all
+  QkNorm qk_norm = QkNorm::zero_centred;
+  bool output_gate = true;               // o * sigmoid(x w_gate)
+  int rotary_percent = 25;               // share of a head that rotates; 0: none
+  Rotary rotary = Rotary::half_split;
+};
+
+namespace full {
+
+struct Config {
+  Index num_heads = 0;      // H;  0: the model's
+  Index num_kv_heads = 0;   // HK; 0: num_heads
+  Index head_dim = 0;       // D;  0: model_dim / num_heads
+  double scale = 0;         // 0: head_dim^-1/2
+  double rope_theta = 10000;
+  double norm_eps = 1e-6;   // of the q/k norm
+};
+
+template <class S> struct Inputs {
+  Held<S, 3> q;     // [N, H, D]
+  Held<S, 3> k, v;  // [N, HK, D]
+  HYBRIDATTN_FIELDS(q, k, v)
+};
+template <class S> struct Outputs {
+  Held<S, 3> o;  // [N, H, D]
+  HYBRIDATTN_FIELDS(o)
+};
+template <class S> struct Saved {
+  Wide<S, 2> lse;  // [N, H], natural logarithm
+  HYBRIDATTN_FIELDS(lse)
+};
+
+}  // namespace full
+
+template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
+  static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
+  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100, "FullOptions: rotary_percent is a share of the head, 0 .. 100");
+
+  static constexpr FullOptions options = O;
+  using Config = full::Config;
+  template <class S> using Inputs = full::Inputs<S>;
+  template <class S> using Outputs = full::Outputs<S>;
+  template <class S> using Saved = full::Saved<S>;
+
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
+    c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    check_groups("FullAttention", c.num_heads, c.num_kv_heads);
+    return c;
+  }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
+    return {.q = {s.tokens(), c.num_heads, c.head_dim}, .k = keys, .v = keys};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {.o = {s.tokens(), c.num_heads, c.head_dim}}; }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.lse = {s.tokens(), c.num_heads}}; }
+};
+using Full = FullAttention<>;
+
+}  // namespace hybridattn
+
+#include <hybridattn/attention/full/cpu.hpp>
+
+#endif

@@ -1,0 +1,103 @@
+// Gated DeltaNet (arXiv 2412.06464): a linear attention whose state forgets, then corrects itself.
+// For each value head, S is [K, V] and S_0 = initial_state, or zero:
+//   (1) S~_t = exp(g_t) S_{t-1}                        forget before error
+//   (2) e_t = v_t - S~_t^T k_t                         delta_t = beta_t e_t
+//   (3) S_t = S~_t + k_t delta_t^T
+//   (4) o_t = scale S_t^T q_t                          the updated state; final_state = S_T
+// Backward, with X_t the gradient of S_t, from the last token to the first:
+//   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
+//   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
+//   (7) d_g_t = sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>
+//       since the loss is linear in (S, v), Euler's relation gives <X, S> without a product of states
+// Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
+// underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
+#ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
+#define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
+
+#include <hybridattn/attention/policy.hpp>
+
+#include <cmath>
+
+namespace hybridattn {
+
+struct GdnOptions {
+  int conv_width = 4;                 // short causal convolution on q, k, v; 0: none, only silu
+  bool output_gate = true;            // RMSNorm(o) silu(x w_gate); false: RMSNorm(o)
+  bool negative_eigenvalues = false;  // beta in (0, 2) instead of (0, 1): arXiv 2411.12537
+};
+
+namespace gdn {
+
+// How a_log and dt_bias start: fla draws decays near 1, transformers' placeholder forgets within a token.
+enum class GateStart { fla, transformers };
+
+struct Config {
+  Index num_heads = 0;        // H, of q and k; 0: the model's
+  Index num_value_heads = 0;  // HV, a multiple of H; 0: num_heads
+  Index key_dim = 0;          // K; 0: model_dim / num_heads
+  Index value_dim = 0;        // V; 0: key_dim
+  double scale = 0;           // 0: key_dim^-1/2
+  double norm_eps = 1e-6;     // of the norm on o
+  GateStart gate_start = GateStart::fla;
+};
+
+template <class S> struct Inputs {
+  Held<S, 3> q, k;            // [N, H, K], used as they are: the layer makes their length 1
+  Held<S, 3> v;               // [N, HV, V]
+  Wide<S, 2> g, beta;         // [N, HV]   g <= 0 is the log of the decay, beta in [0, 1] or [0, 2]
+  State<S, 4> initial_state;  // [number of sequences, HV, K, V], or nothing for zeros
+  HYBRIDATTN_FIELDS(q, k, v, g, beta, initial_state)
+};
+template <class S> struct Outputs {
+  Held<S, 3> o;             // [N, HV, V]
+  State<S, 4> final_state;  // [number of sequences, HV, K, V], or nothing if nobody wants it
+  HYBRIDATTN_FIELDS(o, final_state)
+};
+// The error e_t of (2) alone: backward rebuilds S from it, forwards, and needs no state.
+template <class S> struct Saved {
+  Wide<S, 3> error;  // [N, HV, V]
+  HYBRIDATTN_FIELDS(error)
+};
+
+inline Shape<4> state_shape(Config const& c, Sequences const& s) {
+  return {s.count(), c.num_value_heads, c.key_dim, c.value_dim};
+}
+
+}  // namespace gdn
+
+template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
+  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
+
+  static constexpr GdnOptions options = O;
+  using Config = gdn::Config;
+  template <class S> using Inputs = gdn::Inputs<S>;
+  template <class S> using Outputs = gdn::Outputs<S>;
+  template <class S> using Saved = gdn::Saved<S>;
+
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_value_heads == 0) c.num_value_heads = c.num_heads;
+    c.key_dim = default_head_dim(c.key_dim, model_dim, c.num_heads);
+    if (c.value_dim == 0) c.value_dim = c.key_dim;
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.key_dim));
+    check_groups("GatedDeltaNet", c.num_value_heads, c.num_heads);
+    return c;
+  }
+  // States stand in no batch of training: inputs() and outputs() leave them out, gdn::state_shape says how large they are.
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_heads, c.key_dim};
+    Shape<2> const gates{s.tokens(), c.num_value_heads};
+    return {.q = keys, .k = keys, .v = {s.tokens(), c.num_value_heads, c.value_dim}, .g = gates, .beta = gates, .initial_state = {}};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
+    return {.o = {s.tokens(), c.num_value_heads, c.value_dim}, .final_state = {}};
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
+};
+using GDN = GatedDeltaNet<>;
+
+}  // namespace hybridattn
+
+#include <hybridattn/attention/gdn/cpu.hpp>
+
+#endif

@@ -1,0 +1,70 @@
+// What every attention policy says about itself, and what it may leave to these defaults.
+//
+// A policy P declares
+//   P::Config                                   its sizes, as values; 0 stands for a default
+//   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
+//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read; each tensor of tokens is one projection of x
+//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
+//   On<P, Backend>                              forward and backward, see backend.hpp
+// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+#ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
+#define HYBRIDATTN_ATTENTION_POLICY_HPP
+
+#include <hybridattn/core/sequences.hpp>
+#include <hybridattn/tensor/initial.hpp>
+#include <hybridattn/tensor/roles.hpp>
+
+namespace hybridattn {
+
+// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
+struct NoStep {
+  template <class S> using Params = Nothing<S>;
+};
+
+struct PolicyDefaults {
+  using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
+  using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
+  // Inputs whose gradient stops before x.
+  static constexpr bool detached(std::string_view) { return false; }
+  // Inputs whose matrices nothing trains: they get no gradient at all, not even a zero one.
+  static constexpr bool untrained(std::string_view) { return false; }
+};
+
+template <class P> concept AttentionPolicy =
+    requires(typename P::Config c, Sequences const& s, Index n) {
+      { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
+      { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
+      { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
+      { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
+      typename P::Prepare;
+      typename P::Finish;
+    };
+
+template <class P, class B, class T> concept HasForward =
+    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
+      On<P, B>::forward(b, c, s, x, y, saved);
+    };
+template <class P, class B, class T> concept HasBackward =
+    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
+             typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
+      On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x);
+    };
+template <class P, class B, class T> concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
+
+// head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
+inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
+  if (head_dim != 0) return head_dim;
+  check(num_heads > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ", num_heads,
+        "; set head_dim, or a num_heads that divides it");
+  return model_dim / num_heads;
+}
+inline void check_groups(char const* policy, Index heads, Index kv_heads) {
+  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
+        " key/value heads; the first must be a positive multiple of the second");
+}
+
+}  // namespace hybridattn
+#endif

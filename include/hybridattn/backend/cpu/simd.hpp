@@ -1,0 +1,151 @@
+// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
+#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+
+#include <hybridattn/core/config.hpp>
+#include <hybridattn/core/view.hpp>
+
+#include <cstring>
+#include <limits>
+#include <utility>
+
+namespace hybridattn::cpu {
+
+// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+inline constexpr int tile_rows = 8;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+inline constexpr int tile_rows = 4;
+#else
+inline constexpr int vector_bytes = 16;
+inline constexpr int tile_rows = 4;
+#endif
+
+template <class T> struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T> struct BitsOf;
+template <> struct BitsOf<float> { using type = std::int32_t; };
+template <> struct BitsOf<double> { using type = std::int64_t; };
+// The integers in which a vector of T is compared and masked.
+template <class T> using Mask = Vec<typename BitsOf<T>::type>;
+
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) {
+  return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from);
+}
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x;
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
+  alignas(vector_bytes) T buffer[lanes<T>] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
+  alignas(vector_bytes) T buffer[lanes<T>];
+  store(buffer, x);
+  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
+template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
+// 0, 1, 2, ...
+template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
+  Mask<T> numbers;
+  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
+  return numbers;
+}
+template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
+  auto some = mask[0];
+  for (int i = 1; i < lanes<T>; ++i) some |= mask[i];
+  return some != 0;
+}
+
+// One fixed tree, whatever the lanes hold.
+template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) {
+  T result = x[0];
+  for (int i = 1; i < lanes<T>; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+namespace detail {
+// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
+template <class T> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float magic = 12582912.f, least = -126.f;   // 1.5 * 2^23
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
+};
+template <> struct Exp2<double> {
+  static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11, 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,  1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,  5.5504108664821579953e-2,  2.4022650695910071233e-1,
+                                 6.9314718055994530942e-1,  1.0};
+};
+}  // namespace detail
+
+// 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  using E = detail::Exp2<T>;
+  x = cpu::max<T>(x, broadcast<T>(E::least));
+  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
+  Vec<T> p = broadcast<T>(E::c[0]);
+  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(p) + (reinterpret_cast<Mask<T>>(shifted) << E::mantissa));
+}
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+
+// to[c][r] = from[r][c] for the square of one vector's lanes.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
+
+namespace detail {
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
+  constexpr int n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i % 2 == 0 ? static_cast<int>(i) / 2 : n + static_cast<int>(i) / 2)...);
+}
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i % 2 == 0 ? (n + static_cast<int>(i)) / 2 : n + (n + static_cast<int>(i)) / 2)...);
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+  Vec<T> rows[n];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+}  // namespace hybridattn::cpu
+#endif

@@ -1,0 +1,27 @@
+// Errors: one clear sentence that names the offending value and the allowed ones.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace hybridattn {
+
+// Everything the library throws.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn
+#endif

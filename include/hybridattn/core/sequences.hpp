@@ -1,0 +1,60 @@
+// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/view.hpp>
+
+#include <algorithm>
+#include <span>
+#include <vector>
+
+namespace hybridattn {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch. Nothing in one sequence ever meets another.
+struct Sequence {
+  Index start = 0, length = 0;
+};
+
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    for (Index i = 0; i < count; ++i) result.list_.push_back({i * length, length});
+    result.tokens_ = count * length;
+    return result;
+  }
+  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
+  // are allowed.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    Sequences result;
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+      result.list_.push_back({offsets[i], offsets[i + 1] - offsets[i]});
+    }
+    result.tokens_ = offsets.back();
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return tokens_; }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+
+ private:
+  std::vector<Sequence> list_;
+  Index tokens_ = 0;
+};
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,99 @@
+// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+#ifndef HYBRIDATTN_CORE_VIEW_HPP
+#define HYBRIDATTN_CORE_VIEW_HPP
+
+#include <hybridattn/core/config.hpp>
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+
+namespace hybridattn {
+
+using Index = std::ptrdiff_t;
+
+// Extents, last one fastest. A wrong number of extents does not compile.
+template <int Rank> struct Shape {
+  Index extent[Rank > 0 ? Rank : 1] = {};
+
+  Shape() = default;
+  template <std::integral... Extents> requires (sizeof...(Extents) == Rank && Rank > 0)
+  HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
+
+  HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
+  HYBRIDATTN_HD constexpr Index count() const {
+    Index product = 1;
+    for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
+    return product;
+  }
+  friend bool operator==(Shape const&, Shape const&) = default;
+};
+
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
+// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
+// that nobody wants.
+template <class T, int Rank> struct View {
+  using Element = T;
+  T* data = nullptr;
+  Shape<Rank> shape;
+  Shape<Rank> stride;
+
+  View() = default;
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents) : data(elements), shape(extents) {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
+  }
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
+  // What is written can be read.
+  HYBRIDATTN_HD operator View<T const, Rank>() const requires (!std::is_const_v<T>) { return {data, shape, stride}; }
+
+  HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
+  HYBRIDATTN_HD bool empty() const { return data == nullptr; }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD bool is_contiguous() const {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis])
+      if (shape[axis] > 1 && stride[axis] != step) return false;
+    return true;
+  }
+
+  template <std::integral... Indices> requires (sizeof...(Indices) == Rank)
+  HYBRIDATTN_HD T& operator()(Indices... indices) const { return data[offset(indices...)]; }
+
+  // The last axis at the given leading indices.
+  template <std::integral... Indices> requires (sizeof...(Indices) + 1 == Rank)
+  HYBRIDATTN_HD T* row(Indices... indices) const { return data + offset(indices...); }
+
+ private:
+  template <class... Indices> HYBRIDATTN_HD Index offset(Indices... indices) const {
+    Index result = 0;
+    int axis = 0;
+    (add(result, axis, static_cast<Index>(indices)), ...);
+    return result;
+  }
+  HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (index < 0 || index >= shape[axis]) std::abort();
+#endif
+    offset += index * stride[axis++];
+  }
+};
+
+// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+template <class T, int Rank> requires (Rank >= 1)
+HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
+  if (x.empty()) return {};
+  Index const rows = Rank == 1 ? 1 : x.extent(0);
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+}
+// [N, H, D] as one row for each token and head: [N*H, D].
+template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) {
+  return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}};
+}
+// All elements in a line.
+template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,212 @@
+// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
+//
+//   template <class S> struct Inputs {
+//     Held<S, 3> q, k, v;                       // [N, H, D]
+//     Wide<S, 2> g;                             // [N, H], never narrower than float
+//     HYBRIDATTN_FIELDS(q, k, v, g)
+//   };
+//
+//   Inputs<Shapes>              how big each one is
+//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
+//   Inputs<In<float>>           what forward reads
+//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//
+// A gradient has the type of the thing it is a gradient of.
+#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
+#define HYBRIDATTN_TENSOR_ROLES_HPP
+
+#include <hybridattn/tensor/tensor.hpp>
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+namespace hybridattn {
+
+template <class T> struct WideOf { using type = T; };
+// What a sum of Ts is kept in.
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+struct Absent {
+  Absent() = default;
+  template <class... Anything> constexpr Absent(Anything const&...) {}
+};
+
+struct Shapes {
+  template <int Rank> using Held = Shape<Rank>;
+  template <int Rank> using Wide = Shape<Rank>;
+  template <int Rank> using Whole = Shape<Rank>;
+  template <int Rank> using State = Shape<Rank>;
+};
+template <class T> struct In {
+  template <int Rank> using Held = View<T const, Rank>;
+  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
+  template <int Rank> using Whole = View<std::int32_t const, Rank>;
+  template <int Rank> using State = View<wide_t<T> const, Rank>;
+};
+template <class T> struct Out {
+  template <int Rank> using Held = View<T, Rank>;
+  template <int Rank> using Wide = View<wide_t<T>, Rank>;
+  template <int Rank> using Whole = View<std::int32_t, Rank>;
+  template <int Rank> using State = View<wide_t<T>, Rank>;
+};
+template <class T, class B> struct Owned {
+  template <int Rank> using Held = Tensor<T, Rank, B>;
+  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
+  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
+  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+template <class S> struct Matrix {
+  template <int Rank> using Held = typename S::template Held<2>;
+  template <int Rank> using Wide = typename S::template Held<2>;
+  template <int Rank> using State = Absent;
+};
+// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+template <class S> struct Narrow {
+  template <int Rank> using Held = typename S::template Held<Rank>;
+  template <int Rank> using Wide = typename S::template Held<Rank>;
+  template <int Rank> using State = Absent;
+};
+
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
+template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
+
+// Names the members of a group, in order. The library's one code-generating macro.
+#define HYBRIDATTN_FIELDS(...)                          \
+  auto fields() { return std::tie(__VA_ARGS__); }       \
+  auto fields() const { return std::tie(__VA_ARGS__); } \
+  static constexpr std::string_view field_list = #__VA_ARGS__;
+
+// A group without tensors.
+template <class S> struct Nothing {
+  HYBRIDATTN_FIELDS()
+};
+
+namespace detail {
+
+template <class G> using fields_t = decltype(std::declval<G&>().fields());
+template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
+
+// "q, k, v" -> {"q", "k", "v"}
+template <std::size_t N> constexpr auto split(std::string_view list) {
+  std::array<std::string_view, N> names{};
+  for (auto& name : names) {
+    auto const length = list.find(',');
+    name = list.substr(0, length);
+    list.remove_prefix(length == list.npos ? list.size() : length + 2);
+  }
+  return names;
+}
+template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
+
+// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
+  std::size_t end = 0, alignment = 1;
+  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
+    end = (end + align - 1) / align * align + size;
+    alignment = align > alignment ? align : alignment;
+  };
+  (place(sizeof(Fields), alignof(Fields)), ...);
+  end = (end + alignment - 1) / alignment * alignment;
+  return end == 0 ? 1 : end;
+}
+template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
+
+}  // namespace detail
+
+template <class G> concept FieldGroup = requires(G g) { g.fields(); };
+template <class G> concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+
+// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+struct Path {
+  Path const* parent = nullptr;
+  std::string_view name = {};
+  int index = -1;
+
+  std::string str() const {
+    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
+    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
+  }
+};
+
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
+
+template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
+  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
+  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
+}
+
+// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
+  using Group = std::remove_cvref_t<G>;
+  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
+    return;
+  } else if constexpr (LayerGroup<Group>) {
+    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
+  } else if constexpr (FieldGroup<Group>) {
+    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (zip_field<I>(path, f, first, rest...), ...);
+    }(std::make_index_sequence<detail::field_count<Group>>{});
+  } else {
+    f(path, first, rest...);
+  }
+}
+template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
+
+// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+namespace detail {
+struct ToIn {
+  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
+};
+struct ToOut {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
+};
+struct ToRead {
+  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
+};
+template <class B> struct Allocate {
+  B& backend;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
+};
+}  // namespace detail
+
+// The same group in another role.
+template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
+  G<In<T>> views;
+  zip(detail::ToIn{}, owned, views);
+  return views;
+}
+template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
+  G<Out<T>> views;
+  zip(detail::ToOut{}, owned, views);
+  return views;
+}
+template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
+  G<In<T>> views;
+  zip(detail::ToRead{}, written, views);
+  return views;
+}
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// Announced before a byte is taken.
+template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
+  std::size_t total = 0;
+  G<In<T>> const types;
+  zip([&](Path const&, auto const& shape, auto const& view) {
+    total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data);
+  }, shapes, types);
+  return total;
+}
+
+}  // namespace hybridattn
+#endif

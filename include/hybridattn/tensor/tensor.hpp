@@ -1,0 +1,78 @@
+// Owned elements.
+#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
+#define HYBRIDATTN_TENSOR_TENSOR_HPP
+
+#include <hybridattn/backend/backend.hpp>
+#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/view.hpp>
+
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace hybridattn {
+
+// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
+// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+template <class T, int Rank, class B> class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held), view_{nullptr, shape} {
+    if (shape.count() == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes_of(shape)));
+    backend_ = &backend;
+  }
+  Tensor(Tensor&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)),
+        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
+        view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this == &other) return *this;
+    release();
+    backend_ = std::exchange(other.backend_, nullptr);
+    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
+  ~Tensor() { release(); }
+
+  Shape<Rank> shape() const { return view_.shape; }
+  std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
+  explicit operator bool() const { return view_.data != nullptr; }
+
+  friend View<T const, Rank> in(Tensor const& tensor) { return tensor.used(); }
+  friend View<T, Rank> out(Tensor& tensor) { return tensor.used(); }
+
+ private:
+  enum class State : char { empty, held, moved };
+  static std::size_t bytes_of(Shape<Rank> shape) { return static_cast<std::size_t>(shape.count()) * sizeof(T); }
+  void release() noexcept {
+    if (backend_ != nullptr) backend_->give(view_.data, bytes_of(view_.shape));
+    backend_ = nullptr;
+    view_ = {};
+  }
+  View<T, Rank> const& used() const {
+    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    return view_;
+  }
+
+  B* backend_ = nullptr;
+  State state_ = State::empty;
+  View<T, Rank> view_;
+};
+
+template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
+  std::vector<T> host(tensor.byte_count() / sizeof(T));
+  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
+  return host;
+}
+template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
+  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
+  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
+}
+template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
+  upload(backend, std::span<T const>(host), tensor);
+}
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,79 @@
+#include "catch.hpp"
+
+#include <hybridattn/backend/cpu/gemm.hpp>
+#include <hybridattn/core/random.hpp>
+
+#include <Eigen/Core>
+
+#include <limits>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+template <class T> using Rows = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+template <class T> Rows<T> noise(Index rows, Index columns, char const* name) {
+  ha::Random random{ha::Seed{7}, name};
+  return Rows<T>::NullaryExpr(rows, columns, [&] { return static_cast<T>(random.uniform(-1, 1)); });
+}
+
+template <class T> Rows<T> product(ha::Cpu& cpu, Rows<T> const& a, Rows<T> const& b, bool a_transposed, bool b_transposed) {
+  Rows<T> const a_stored = a_transposed ? Rows<T>(a.transpose()) : a, b_stored = b_transposed ? Rows<T>(b.transpose()) : b;
+  auto const stored = [](Rows<T> const& x, bool transposed) {
+    ha::cpu::Operand<T> const operand{x.data(), x.rows(), x.cols(), x.cols(), 1};
+    return transposed ? operand.transposed() : operand;
+  };
+  Rows<T> c = Rows<T>::Constant(a.rows(), b.cols(), std::numeric_limits<T>::quiet_NaN());
+  ha::cpu::gemm(cpu, stored(a_stored, a_transposed), stored(b_stored, b_transposed), ha::View<T, 2>{c.data(), {c.rows(), c.cols()}});
+  return c;
+}
+
+struct Size { Index rows, columns, depth; };
+constexpr Size sizes[] = {{1, 1, 1}, {7, 5, 3}, {8, 32, 16}, {9, 33, 17}, {64, 64, 64}, {130, 70, 300}, {3, 100, 513}};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("a product equals Eigen's in double, transposed or not", "", float, double) {
+  ha::Cpu cpu{2};
+  for (Size const size : sizes)
+    for (bool const a_transposed : {false, true})
+      for (bool const b_transposed : {false, true}) {
+        auto const a = noise<TestType>(size.rows, size.depth, "a"), b = noise<TestType>(size.depth, size.columns, "b");
+        Rows<double> const truth = a.template cast<double>() * b.template cast<double>();
+        auto const c = product<TestType>(cpu, a, b, a_transposed, b_transposed);
+        double const error = (c.template cast<double>() - truth).cwiseAbs().maxCoeff();
+        CHECK(error <= static_cast<double>(size.depth) * std::numeric_limits<TestType>::epsilon());
+      }
+}
+
+TEMPLATE_TEST_CASE("a row of a product does not depend on the other rows or on the threads, bitwise", "", float, double) {
+  ha::Cpu one{1}, three{3};
+  auto const a = noise<TestType>(140, 300, "a"), b = noise<TestType>(300, 40, "b");
+  auto const whole = product<TestType>(one, a, b, false, true);
+  CHECK(whole == product<TestType>(three, a, b, false, true));
+  for (Index rows : {1, 4, 8, 11, 67})
+    for (Index first : {0, 5, 70}) {
+      Rows<TestType> const part = a.middleRows(first, rows);
+      CHECK(product<TestType>(one, part, b, false, true) == whole.middleRows(first, rows));
+    }
+}
+
+TEST_CASE("a product can be added to what is there") {
+  ha::Cpu cpu{1};
+  auto const a = noise<double>(10, 20, "a"), b = noise<double>(20, 30, "b");
+  Rows<double> c = noise<double>(10, 30, "c");
+  Rows<double> const truth = c + a * b;
+  ha::cpu::gemm(cpu, ha::cpu::Operand<double>{a.data(), 10, 20, 20, 1}, ha::cpu::Operand<double>{b.data(), 20, 30, 30, 1},
+                ha::View<double, 2>{c.data(), {10, 30}}, ha::cpu::Into::add);
+  CHECK((c - truth).cwiseAbs().maxCoeff() < 1e-14);
+}
+
+TEST_CASE("operands that do not fit are refused with their sizes") {
+  ha::Cpu cpu{1};
+  std::vector<float> x(100);
+  CHECK_THROWS_WITH(ha::cpu::gemm(cpu, ha::cpu::Operand<float>{x.data(), 2, 3, 3, 1}, ha::cpu::Operand<float>{x.data(), 4, 5, 5, 1},
+                                  ha::View<float, 2>{x.data(), {2, 5}}),
+                    Catch::Matchers::Contains("[2, 3] times [4, 5]"));
+}
