@@ -18,8 +18,17 @@
 namespace hybridattn {
 
 // A step around the policy that does nothing, with no parameters: its tensors are used as they are.
+// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params); a Finish has
+// forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
+// the gate's projection of x, if it is gated. Backwards overwrite.
 struct NoStep {
+  static constexpr bool gated = false;
   template <class S> using Params = Nothing<S>;
+  template <class Config> static Params<Shapes> params(Config const&) { return {}; }
+  template <class Config> static Params<Starts> starts(Config const&) { return {}; }
+  // Inputs that the step makes from a projection of their own; the others are the projections.
+  static constexpr bool makes(std::string_view) { return false; }
 };
 
 struct PolicyDefaults {
@@ -27,7 +36,7 @@ struct PolicyDefaults {
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
   // Inputs whose gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
-  // Inputs whose matrices nothing trains: they get no gradient at all, not even a zero one.
+  // Inputs whose matrices, and parameters of Prepare, that nothing trains: they get no gradient at all, not even a zero one.
   static constexpr bool untrained(std::string_view) { return false; }
 };
 

@@ -22,8 +22,7 @@ class Sequences {
   static Sequences equal(Index count, Index length) {
     check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
     Sequences result;
-    for (Index i = 0; i < count; ++i) result.list_.push_back({i * length, length});
-    result.tokens_ = count * length;
+    for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
   // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
@@ -33,9 +32,8 @@ class Sequences {
     Sequences result;
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
       check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-      result.list_.push_back({offsets[i], offsets[i + 1] - offsets[i]});
+      result.append(offsets[i + 1] - offsets[i]);
     }
-    result.tokens_ = offsets.back();
     return result;
   }
 
@@ -44,16 +42,27 @@ class Sequences {
   auto begin() const { return list_.begin(); }
   auto end() const { return list_.end(); }
   Index count() const { return static_cast<Index>(list_.size()); }
-  Index tokens() const { return tokens_; }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
   Index longest() const {
     Index length = 0;
     for (Sequence s : list_) length = std::max(length, s.length);
     return length;
   }
+  // [N]: where each token stands in its sequence, and the number of that sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
  private:
+  void append(Index length) {
+    for (Index position = 0; position < length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length});
+  }
+
   std::vector<Sequence> list_;
-  Index tokens_ = 0;
+  std::vector<std::int32_t> positions_, owners_;
 };
 
 }  // namespace hybridattn

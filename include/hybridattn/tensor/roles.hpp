@@ -15,6 +15,7 @@
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
+#include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
 #include <array>
@@ -57,6 +58,11 @@ template <class T, class B> struct Owned {
   template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
   template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
   template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// How each tensor of a group of parameters starts.
+struct Starts {
+  template <int Rank> using Held = Initial;
+  template <int Rank> using Wide = Initial;
 };
 // Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
 template <class S> struct Matrix {

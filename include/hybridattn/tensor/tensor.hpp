@@ -40,8 +40,9 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
   explicit operator bool() const { return view_.data != nullptr; }
 
-  friend View<T const, Rank> in(Tensor const& tensor) { return tensor.used(); }
-  friend View<T, Rank> out(Tensor& tensor) { return tensor.used(); }
+  // What of the tensor may be read, written: see `in` and `out`.
+  View<T const, Rank> readable() const { return used(); }
+  View<T, Rank> writable() { return used(); }
 
  private:
   enum class State : char { empty, held, moved };
@@ -60,6 +61,9 @@ template <class T, int Rank, class B> class Tensor {
   State state_ = State::empty;
   View<T, Rank> view_;
 };
+
+template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
+template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
 
 template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
   std::vector<T> host(tensor.byte_count() / sizeof(T));

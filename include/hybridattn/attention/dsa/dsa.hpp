@@ -66,6 +66,12 @@ inline Index selection_size(SparseOptions o, Index length) {
 
 }  // namespace dsa
 
+}  // namespace hybridattn
+
+#include <hybridattn/attention/dsa/steps.hpp>
+
+namespace hybridattn {
+
 template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefaults {
   static_assert((O.top_k > 0) != (O.top_k_percent > 0),
                 "SparseOptions: set top_k (a count of keys, >= 1), or top_k = 0 and top_k_percent (1 .. 100)");
@@ -78,6 +84,8 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   template <class S> using Inputs = dsa::Inputs<S>;
   template <class S> using Outputs = dsa::Outputs<S>;
   template <class S> using Saved = dsa::Saved<S>;
+  using Prepare = dsa::Prepare<O>;
+  using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
   static constexpr bool detached(std::string_view input) { return input.starts_with("index_"); }
   static constexpr bool untrained(std::string_view input) { return input.starts_with("index_"); }

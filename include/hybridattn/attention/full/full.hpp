@@ -50,6 +50,12 @@ template <class S> struct Saved {
 
 }  // namespace full
 
+}  // namespace hybridattn
+
+#include <hybridattn/attention/full/steps.hpp>
+
+namespace hybridattn {
+
 template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
   static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100, "FullOptions: rotary_percent is a share of the head, 0 .. 100");
@@ -59,6 +65,8 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   template <class S> using Inputs = full::Inputs<S>;
   template <class S> using Outputs = full::Outputs<S>;
   template <class S> using Saved = full::Saved<S>;
+  using Prepare = full::Prepare<O>;
+  using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
     if (c.num_heads == 0) c.num_heads = num_heads;

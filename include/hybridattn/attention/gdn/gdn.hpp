@@ -65,6 +65,12 @@ inline Shape<4> state_shape(Config const& c, Sequences const& s) {
 
 }  // namespace gdn
 
+}  // namespace hybridattn
+
+#include <hybridattn/attention/gdn/steps.hpp>
+
+namespace hybridattn {
+
 template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
 
@@ -73,6 +79,8 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   template <class S> using Inputs = gdn::Inputs<S>;
   template <class S> using Outputs = gdn::Outputs<S>;
   template <class S> using Saved = gdn::Saved<S>;
+  using Prepare = gdn::Prepare<O>;
+  using Finish = gdn::Finish<O>;
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
     if (c.num_heads == 0) c.num_heads = num_heads;

@@ -5,7 +5,9 @@
 #include <hybridattn/core/config.hpp>
 #include <hybridattn/core/view.hpp>
 
+#include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -68,6 +70,24 @@ template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
   return some != 0;
 }
 
+// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
+template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
+#if defined(__clang__)
+  return __builtin_elementwise_sqrt(x);
+#else
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
+  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
+  else return __builtin_ia32_sqrtpd256(x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+#endif
+}
+
 // One fixed tree, whatever the lanes hold.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
   for (int half = lanes<T> / 2; half > 0; half /= 2)
@@ -110,6 +130,18 @@ template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
 template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
+// log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;   // |z| < 0.172: relative error below 1e-10, 1e-19
+  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
+  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
+  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
+  HYBRIDATTN_UNROLL
+  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
+  return __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+}
+
 // to[c][r] = from[r][c] for the square of one vector's lanes.
 template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
 
@@ -145,6 +177,33 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
   }
   HYBRIDATTN_UNROLL
   for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
+template <int offset, class V, std::size_t... i>
+HYBRIDATTN_INLINE V every_second(V a, V b, std::index_sequence<i...>) {  // of a, then of b
+  return __builtin_shufflevector(a, b, (2 * static_cast<int>(i) + offset)...);
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+  return every_second<0>(a, b, Lanes{}) + every_second<1>(a, b, Lanes{});
+}
+// Count vectors hold, one after the other, `left` partial sums for each of the sums.
+template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
+  if constexpr (left > 1) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < (Count + 1) / 2; ++i) x[i] = add_neighbours<T>(x[2 * i], x[Count == 1 ? 0 : 2 * i + 1]);
+    halve<(Count + 1) / 2, left / 2, T>(x);
+  }
+}
+}  // namespace detail
+
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2): one fixed tree each. x is used up.
+template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
+  detail::halve<N, lanes<T>, T>(x);
+  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
 }
 
 }  // namespace hybridattn::cpu

@@ -1,0 +1,23 @@
+// How a model's matrices start. Norms, gates and convolutions say it themselves.
+#ifndef HYBRIDATTN_NN_INITIALIZATION_HPP
+#define HYBRIDATTN_NN_INITIALIZATION_HPP
+
+#include <hybridattn/core/view.hpp>
+#include <hybridattn/tensor/initial.hpp>
+
+namespace hybridattn {
+
+struct Initialization {
+  double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
+  double embedding_deviation = 0.02;  // N(0, embedding_deviation^2)
+
+  Initial linear(Index fan_in) const {
+    if (linear_deviation != 0) return Initial::normal(linear_deviation);
+    double const bound = fan_in == 0 ? 0 : 1 / std::sqrt(static_cast<double>(fan_in));
+    return Initial::uniform(-bound, bound);
+  }
+  Initial embedding() const { return Initial::normal(embedding_deviation); }
+};
+
+}  // namespace hybridattn
+#endif

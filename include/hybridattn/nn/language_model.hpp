@@ -1,0 +1,155 @@
+// tokens -> embedding -> Stack -> norm -> logits -> loss, and back. The model holds configuration only: parameters,
+// activations and gradients are values in the caller's hands.
+#ifndef HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
+#define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
+
+#include <hybridattn/nn/balance_loss.hpp>
+#include <hybridattn/nn/stack.hpp>
+#include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
+#include <hybridattn/ops/embedding/embedding.hpp>
+
+namespace hybridattn {
+
+// What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
+template <class B> struct Batch {
+  Sequences sequences;
+  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
+};
+
+template <class S_> class LanguageModel {
+ public:
+  using Stack = S_;
+
+  struct Config {
+    Index vocab_size = 256;   // V
+    Index model_dim = 128;    // C
+    Index num_heads = 4;      // the default of every policy's heads
+    FeedForwardConfig feed_forward = {};
+    RmsNorm::Options norm = {};
+    bool tie_embedding = false;   // the head is the embedding
+    Initialization initialization = {};
+    typename Stack::Mixers mixers = {};
+
+    // The sizes of one policy of the stack: config.mixer<GDN>().num_value_heads = 8.
+    template <class Policy> auto& mixer() { return mixers.template get<Policy>(); }
+  };
+
+  template <class S> struct Params {
+    Held<S, 2> embedding;  // [V, C]
+    typename Stack::template Params<S> blocks;
+    Wide<S, 1> norm;       // [C]
+    Held<S, 2> head;       // [V, C], or nothing when it is the embedding
+    HYBRIDATTN_FIELDS(embedding, blocks, norm, head)
+  };
+  template <class S> struct Saved {
+    typename Stack::template Saved<S> blocks;
+    Held<S, 2> x, x_normed;  // [N, C]
+    HYBRIDATTN_FIELDS(blocks, x, x_normed)
+  };
+  // What a batch gave: the loss over its counted tokens, the auxiliary loss, and the gradient of their weighted sum.
+  template <class T, class B> struct Gradients {
+    LossSum loss;
+    double auxiliary_loss = 0;
+    Params<Owned<T, B>> params;
+  };
+
+  explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
+    check(config_.vocab_size > 0, "LanguageModel: vocab_size ", config_.vocab_size, " must be positive");
+    check(config_.model_dim > 0, "LanguageModel: model_dim ", config_.model_dim, " must be positive");
+    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers}, config_.num_heads);
+  }
+  Config const& config() const { return config_; }
+  typename Stack::Config const& stack_config() const { return stack_; }
+
+  Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
+  // The same without what nothing trains.
+  Params<Shapes> gradients() const { return shapes(Stack::gradients(stack_)); }
+  Saved<Shapes> saved(Sequences const& s) const {
+    Shape<2> const x{s.tokens(), config_.model_dim};
+    return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
+  }
+  Index parameter_count() const {
+    Index count = 0;
+    zip([&](Path const&, auto const& shape) { count += shape.count(); }, params());
+    return count;
+  }
+
+  // Each tensor is drawn by a generator of its own, seeded by the seed and the tensor's path: what two models share starts equal.
+  template <class T, class B> Params<Owned<T, B>> initialize(B& backend, Seed seed) const {
+    Params<Starts> const starts{.embedding = config_.initialization.embedding(), .blocks = Stack::starts(stack_),
+                                .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
+                                .head = config_.initialization.linear(config_.model_dim)};
+    auto params = allocate<T>(backend, this->params());
+    zip([&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
+      Random random{seed, path.str()};
+      std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
+      for (E& element : host) element = static_cast<E>(start.draw(random));
+      upload(backend, host, tensor);
+    }, params, starts);
+    return params;
+  }
+
+  // The final normed activations stand in the result: hidden() and logits() read them.
+  template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, Batch<B> const& batch) const {
+    auto const p = in(params);
+    Saved<Owned<T, B>> saved;
+    Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
+    On<Embedding, B>::forward(backend, in(batch.tokens), p.embedding, out(x));
+    saved.x = Stack::forward(backend, stack_, batch.sequences, p.blocks, std::move(x), saved.blocks);
+    saved.x_normed = {backend, saved.x.shape()};
+    On<RmsNorm, B>::forward(backend, config_.norm, in(saved.x), p.norm, out(saved.x_normed));
+    return saved;
+  }
+
+  // [N, V], whole: for reading and for tests. Training never forms them.
+  template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
+    Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
+    On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
+    return result;
+  }
+  template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, Batch<B> const& batch) const {
+    auto const saved = forward(backend, params, batch);
+    return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
+  }
+
+  // Loss and gradients of scale * (sum of the loss over counted tokens) + the load-balancing loss. `saved` is consumed.
+  template <class B, class T>
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, Batch<B> const& batch, Saved<Owned<T, B>>&& saved, double scale) const {
+    auto const p = in(params);
+    Gradients<T, B> result{.loss = {}, .auxiliary_loss = balance(backend, saved.blocks), .params = allocate<T>(backend, gradients())};
+    auto const d_p = out(result.params);
+    View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
+    On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
+    On<Fill, B>::forward(backend, T(0), flat(d_p.head));
+    Tensor<T, 2, B> d_normed{backend, saved.x_normed.shape()};
+    result.loss = On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head);
+    auto d_x = zeros<T>(backend, saved.x.shape());
+    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm);
+    d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
+    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding);
+    return result;
+  }
+
+ private:
+  Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
+    Shape<2> const table{config_.vocab_size, config_.model_dim};
+    return {.embedding = table, .blocks = std::move(blocks), .norm = {config_.model_dim}, .head = config_.tie_embedding ? Shape<2>{} : table};
+  }
+  template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
+
+  // The load-balancing loss of all mixture layers; writes its part of each router's gradient into Saved.
+  template <class B, class T> double balance(B& backend, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+    auto const& c = stack_.block.feed_forward;
+    if (c.balance_coefficient == 0) return 0;
+    BalanceLoss loss{c};
+    blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
+    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, block.feed_forward); }, blocks);
+    return loss.value();
+  }
+
+  Config config_;
+  typename Stack::Config stack_;
+};
+
+}  // namespace hybridattn
+#endif

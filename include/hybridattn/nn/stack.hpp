@@ -1,0 +1,97 @@
+// A Stack is a list of policies; its parameters, saved activations and gradients are lists computed from it.
+#ifndef HYBRIDATTN_NN_STACK_HPP
+#define HYBRIDATTN_NN_STACK_HPP
+
+#include <hybridattn/nn/block.hpp>
+#include <hybridattn/nn/layers.hpp>
+
+namespace hybridattn {
+
+template <AttentionPolicy... Policies> struct Stack {
+  static_assert(sizeof...(Policies) > 0, "a Stack has at least one layer: Stack<GDN, Full>");
+  using Blocks = Plan<Block<Policies>...>;
+  static constexpr std::size_t depth = sizeof...(Policies);
+
+  template <class S> struct OfRole {
+    template <class Block> using Params = typename Block::template Params<S>;
+    template <class Block> using Saved = typename Block::template Saved<S>;
+  };
+  template <class S> struct Params : Layers<Blocks, OfRole<S>::template Params> {};
+  template <class S> struct Saved : Layers<Blocks, OfRole<S>::template Saved> {};
+
+  // The sizes of every policy of the stack, reached by type: mixers.get<GDN>().
+  template <class Policy> using ConfigOf = typename Policy::Config;
+  using Mixers = ByType<ConfigOf, Distinct<Policies...>>;
+  struct Config {
+    BlockConfig block;
+    Mixers mixers;
+  };
+  // With every 0 filled in from the model's width and heads.
+  static Config completed(Config c, Index num_heads) {
+    c.block.feed_forward = c.block.feed_forward.completed(c.block.model_dim);
+    complete(Distinct<Policies...>{}, c, num_heads);
+    return c;
+  }
+
+  static Params<Shapes> params(Config const& c) {
+    return filled<Params<Shapes>>(c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
+  }
+  static Params<Shapes> gradients(Config const& c) {
+    return filled<Params<Shapes>>(c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::gradients(c.block, mixer, layer); });
+  }
+  static Params<Starts> starts(Config const& c) {
+    return filled<Params<Starts>>(c, [&](auto block, auto const& mixer, Index) { return decltype(block)::type::starts(c.block, mixer); });
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) {
+    return filled<Saved<Shapes>>(c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::saved(c.block, mixer, layer, s); });
+  }
+
+  template <class B, class T>
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+                                 Saved<Owned<T, B>>& saved) {
+    params.for_each([&](auto block, std::size_t layer, auto& p, auto& kept) {
+      using Block = typename decltype(block)::type;
+      x = Block::forward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
+    }, params, saved);
+    return x;
+  }
+  template <class B, class T>
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
+                                  Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
+    params.for_each_reversed([&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
+      using Block = typename decltype(block)::type;
+      d_y = Block::backward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y), d_p);
+    }, params, saved, d_params);
+    return d_y;
+  }
+
+  template <class Block> static auto const& mixer(Config const& c) { return c.mixers.template get<typename Block::Policy>(); }
+
+ private:
+  template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
+    ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
+  }
+  // A list whose elements are f(block, its mixer's config, layer's number).
+  template <class List, class F> static List filled(Config const& c, F f) {
+    List list;
+    list.for_each([&](auto block, std::size_t layer, auto& element) {
+      element = f(block, mixer<typename decltype(block)::type>(c), static_cast<Index>(layer));
+    }, list);
+    return list;
+  }
+};
+
+namespace detail {
+template <class... Ps> struct PolicyList {
+  template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
+  template <class Indices> struct Repeated;
+  template <std::size_t... i> struct Repeated<std::index_sequence<i...>> { using type = Stack<At<i % sizeof...(Ps)>...>; };
+};
+}  // namespace detail
+
+// Repeat<3, GDN, GDN, GDN, Full> has 12 layers.
+template <int times, AttentionPolicy... Policies>
+using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,24 @@
+// Element by element: what models need between the larger operations. No backward of their own.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn {
+
+struct Fill {};          // forward(backend, value, y)      y = value
+struct Add {};           // forward(backend, x, y)          y += x
+struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
+
+template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
+  Tensor<T, Rank, B> x{backend, shape};
+  On<Fill, B>::forward(backend, T(0), flat(out(x)));
+  return x;
+}
+
+}  // namespace hybridattn
+
+#include <hybridattn/ops/arithmetic/cpu.hpp>
+
+#endif

@@ -1,0 +1,54 @@
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+
+#include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/core/math.hpp>
+
+#include <algorithm>
+
+namespace hybridattn {
+
+template <> struct On<Fill, Cpu> {
+  template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) { std::fill(y.data + first, y.data + last, value); });
+  }
+};
+
+template <> struct On<Add, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
+    });
+  }
+};
+
+template <> struct On<Scale, Cpu> {
+  template <class T> static void forward(Cpu& cpu, T factor, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) y.data[i] *= factor;
+    });
+  }
+};
+
+template <> struct On<SumOfSquares, Cpu> {
+  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
+    Index const blocks = ceil_div(x.count(), cpu::element_grain);
+    if (blocks == 0) return 0;
+    Tensor<double, 1, Cpu> partial{cpu, {blocks}};
+    auto const sums = out(partial);
+    parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
+      double lane[8] = {};
+      for (Index i = first; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
+      double sum = 0;
+      for (double value : lane) sum += value;
+      sums(first / cpu::element_grain) = sum;
+    });
+    double total = 0;
+    for (Index i = 0; i < blocks; ++i) total += sums(i);
+    return total;
+  }
+};
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,106 @@
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+
+#include <hybridattn/backend/cpu/gemm.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
+
+#include <cmath>
+
+namespace hybridattn {
+
+template <> struct On<SoftmaxLoss, Cpu> {
+  template <class T>
+  static LossSum forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits) {
+    Index const N = logits.extent(0);
+    Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
+    Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
+    auto const losses = out(losses_storage);
+    auto const hits = out(hits_storage);
+    parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
+        losses(n) = row.loss;
+        hits(n) = row.correct;
+      }
+    });
+    LossSum total;
+    for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
+    return total;
+  }
+
+ private:
+  struct Row {
+    double loss;
+    bool correct;
+  };
+  template <class T> static Row one_row(T const* logits, Index V, std::int32_t target, T scale, T* d_logits) {
+    check_target(target, V);
+    if (target < 0) {
+      if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
+      return {0, false};
+    }
+    Index best = 0;
+    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
+    T const peak = logits[best], own = logits[target];
+    cpu::Vec<T> sums{};
+    cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
+      if (s.count < cpu::lanes<T>) e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      sums += e;
+      if (d_logits != nullptr) s.put(d_logits, e);
+    });
+    T const sum = cpu::sum<T>(sums);
+    if (d_logits != nullptr) {
+      for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
+      d_logits[target] -= scale;
+    }
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+  }
+  // Targets are checked before the threads start; here a wrong one would be a fault of the library.
+  static void check_target(std::int32_t target, Index V) {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (target >= V) std::abort();
+#else
+    (void)target, (void)V;
+#endif
+  }
+};
+
+template <> struct On<CrossEntropy, Cpu> {
+  template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
+    return in_blocks(cpu, x, w, targets, 0, [](View<T, 2>, Index) {});
+  }
+
+  template <class T>
+  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
+                          View<T, 2> d_w) {
+    return in_blocks(cpu, x, w, targets, scale, [&](View<T, 2> d_logits, Index first) {
+      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
+      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
+      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
+      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
+    });
+  }
+
+ private:
+  // f(d_logits, first row) for one block of rows after the other.
+  template <class T, class F>
+  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, F f) {
+    Index const N = x.extent(0), V = w.extent(0);
+    for (Index n = 0; n < N; ++n) check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1, ", or < 0 for none");
+    Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
+    LossSum total;
+    for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
+      Index const rows = std::min(N - first, CrossEntropy::block_rows);
+      View<T, 2> const logits{out(storage).data, {rows, V}};
+      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
+      View<std::int32_t const, 1> const block_targets{targets.data + first, {rows}};
+      total += On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, block_targets, scale, scale == 0 ? View<T, 2>{} : logits);
+      if (scale != 0) f(logits, first);
+    }
+    return total;
+  }
+};
+
+}  // namespace hybridattn
+#endif

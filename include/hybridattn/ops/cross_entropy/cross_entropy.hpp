@@ -1,0 +1,40 @@
+// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
+//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
+// A target below 0 is not counted. With nothing to count, loss and gradients are 0.
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+
+#include <hybridattn/core/check.hpp>
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn {
+
+// What a batch lost, as sums over its counted tokens.
+struct LossSum {
+  double loss = 0;     // nats
+  Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
+
+  double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
+  LossSum& operator+=(LossSum const& other) {
+    loss += other.loss;
+    count += other.count;
+    correct += other.correct;
+    return *this;
+  }
+};
+
+//   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
+//   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
+// Backward forms the loss on its way: a training step calls it alone.
+struct CrossEntropy {
+  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+};
+//   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
+struct SoftmaxLoss {};
+
+}  // namespace hybridattn
+
+#include <hybridattn/ops/cross_entropy/cpu.hpp>
+
+#endif

@@ -1,0 +1,30 @@
+#ifndef HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+
+#include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/core/math.hpp>
+
+#include <algorithm>
+
+namespace hybridattn {
+
+template <> struct On<Embedding, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+    for (Index n = 0; n < tokens.extent(0); ++n)
+      check(0 <= tokens(n) && tokens(n) < table.extent(0), "token ", tokens(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ",
+            table.extent(0) - 1);
+    parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
+    });
+  }
+  // Threads share out the columns, so that each sum runs over the tokens in order.
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table) {
+    parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
+    });
+  }
+};
+
+}  // namespace hybridattn
+#endif

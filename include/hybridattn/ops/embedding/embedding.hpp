@@ -1,0 +1,17 @@
+// One row of a table for each token: y[n] = table[tokens[n]].   d_table[v] = sum of d_y[n] over the tokens that are v
+#ifndef HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn {
+
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
+//   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
+struct Embedding {};
+
+}  // namespace hybridattn
+
+#include <hybridattn/ops/embedding/cpu.hpp>
+
+#endif

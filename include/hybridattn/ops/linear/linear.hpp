@@ -1,0 +1,19 @@
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w): adds to d_x, since several projections may read x; overwrites d_w. An empty
+//   d_x or d_w is not wanted.
+struct Linear {};
+
+}  // namespace hybridattn
+
+#include <hybridattn/ops/linear/cpu.hpp>
+
+#endif

@@ -1,0 +1,56 @@
+#ifndef HYBRIDATTN_OPS_ROPE_CPU_HPP
+#define HYBRIDATTN_OPS_ROPE_CPU_HPP
+
+#include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
+
+#include <cmath>
+
+namespace hybridattn {
+
+template <> struct On<Rope, Cpu> {
+  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) {
+    parallel_for(cpu, angles.extent(0), [&](Index position, int) {
+      for (Index i = 0; i < angles.extent(2); ++i) {
+        double const frequency = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
+        double const angle = static_cast<double>(position) * frequency;
+        angles(position, 0, i) = static_cast<T>(std::cos(angle));
+        angles(position, 1, i) = static_cast<T>(std::sin(angle));
+      }
+    });
+  }
+  template <class T>
+  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x, View<T, 3> y) {
+    turn(cpu, o, angles, positions, x, y, T(1));
+  }
+  template <class T>
+  static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+                       View<T, 3> d_x) {
+    turn(cpu, o, angles, positions, d_y, d_x, T(-1));
+  }
+
+ private:
+  template <class T>
+  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x, View<T, 3> y,
+                   T direction) {
+    Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *cosine = angles.row(positions(n), 0), *sine = angles.row(positions(n), 1);
+        for (Index h = 0; h < x.extent(1); ++h) {
+          T const* from = x.row(n, h);
+          T* to = y.row(n, h);
+          for (Index i = 0; i < half; ++i) {
+            T const a = from[i * step], b = from[i * step + partner], s = direction * sine[i];
+            to[i * step] = a * cosine[i] - b * s;
+            to[i * step + partner] = b * cosine[i] + a * s;
+          }
+          for (Index d = o.rotary_dim; d < x.extent(2); ++d) to[d] = from[d];
+        }
+      }
+    });
+  }
+};
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,26 @@
+// Rotary positions (arXiv 2104.09864): pair number i of a head turns by position * theta^(-2i / rotary_dim).
+// Pairs are (i, i + rotary_dim/2), or (2i, 2i + 1) when interleaved; entries from rotary_dim on stay as they are.
+// Backward turns back.
+#ifndef HYBRIDATTN_OPS_ROPE_ROPE_HPP
+#define HYBRIDATTN_OPS_ROPE_ROPE_HPP
+
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn {
+
+//   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
+//   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]; y may be x
+//   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
+struct Rope {
+  struct Options {
+    Index rotary_dim = 0;
+    double theta = 10000;
+    bool interleaved = false;
+  };
+};
+
+}  // namespace hybridattn
+
+#include <hybridattn/ops/rope/cpu.hpp>
+
+#endif

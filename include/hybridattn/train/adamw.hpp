@@ -1,0 +1,78 @@
+// AdamW over all tensors of a model, with clipping by their global norm.
+#ifndef HYBRIDATTN_TRAIN_ADAMW_HPP
+#define HYBRIDATTN_TRAIN_ADAMW_HPP
+
+#include <hybridattn/ops/adamw/adamw.hpp>
+#include <hybridattn/ops/arithmetic/arithmetic.hpp>
+#include <hybridattn/tensor/roles.hpp>
+
+#include <cmath>
+#include <functional>
+
+namespace hybridattn {
+
+struct AdamWOptions {
+  double learning_rate = 1e-3, beta_1 = 0.9, beta_2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
+  double max_norm = 1;           // of all gradients together, larger ones are scaled down to it; 0: no clipping
+  bool bias_correction = true;
+  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`); all of them without it.
+  std::function<bool(std::string_view path)> decays = {};
+};
+
+// The norm of all gradients; throws and names the first tensor that holds a NaN or an infinity.
+template <class B, class Gradients> double global_norm(B& backend, Gradients const& gradients) {
+  double sum = 0;
+  zip([&](Path const& path, auto const& gradient) {
+    double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
+    check(std::isfinite(squares), "the gradient of ", path.str(), " holds a NaN or an infinity");
+    sum += squares;
+  }, gradients);
+  return std::sqrt(sum);
+}
+
+// Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
+template <class Params> class AdamW {
+ public:
+  template <class B> AdamW(B& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)) {
+    check(options_.learning_rate >= 0 && options_.epsilon > 0 && options_.weight_decay >= 0 && options_.max_norm >= 0,
+          "AdamW: learning_rate ", options_.learning_rate, ", weight_decay ", options_.weight_decay, ", max_norm ", options_.max_norm,
+          " must be >= 0 and epsilon ", options_.epsilon, " > 0");
+    zip([&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
+      mean = zeros<T>(backend, p.shape());
+      square = zeros<T>(backend, p.shape());
+      decays_.push_back(!options_.decays || options_.decays(path.str()));
+    }, like, mean_, square_);
+  }
+
+  // One step down the gradients with learning_rate * rate; returns their global norm before clipping.
+  template <class B> double step(B& backend, Params& params, Params const& gradients, double rate = 1) {
+    double const norm = global_norm(backend, gradients);
+    ++steps_;
+    std::size_t tensor = 0;
+    zip([&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
+      bool const decays = decays_[tensor++];
+      if (g) On<AdamWStep, B>::forward(backend, rates(rate, norm, decays), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+    }, params, gradients, mean_, square_);
+    return norm;
+  }
+  Index steps() const { return steps_; }
+  AdamWOptions const& options() const { return options_; }
+
+ private:
+  AdamWStep::Rates rates(double rate, double norm, bool decays) const {
+    double const step = static_cast<double>(steps_);
+    return {.learning_rate = options_.learning_rate * rate, .beta_1 = options_.beta_1, .beta_2 = options_.beta_2, .epsilon = options_.epsilon,
+            .weight_decay = decays ? options_.weight_decay : 0,
+            .correction_1 = options_.bias_correction ? 1 - std::pow(options_.beta_1, step) : 1,
+            .correction_2 = options_.bias_correction ? 1 - std::pow(options_.beta_2, step) : 1,
+            .gradient_scale = options_.max_norm == 0 ? 1 : std::min(1.0, options_.max_norm / (norm + 1e-6))};
+  }
+
+  AdamWOptions options_;
+  Params mean_, square_;
+  std::vector<bool> decays_;
+  Index steps_ = 0;
+};
+
+}  // namespace hybridattn
+#endif

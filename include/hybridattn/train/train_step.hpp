@@ -1,0 +1,70 @@
+// One step of training: each line consumes what the line above produced.
+#ifndef HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
+#define HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
+
+#include <hybridattn/nn/language_model.hpp>
+#include <hybridattn/train/adamw.hpp>
+
+#include <span>
+
+namespace hybridattn {
+
+// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
+template <class B>
+Batch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
+  check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
+        targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
+  Shape<1> const shape{sequences.tokens()};
+  Batch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
+  upload(backend, tokens, batch.tokens);
+  upload(backend, targets, batch.targets);
+  return batch;
+}
+
+// What a step did.
+struct StepResult {
+  LossSum loss;               // over the batch's counted tokens, before the step
+  double auxiliary_loss = 0;  // load balancing
+  double gradient_norm = 0;   // before clipping
+};
+
+template <class B> Index counted(B& backend, Batch<B> const& batch) {
+  Index count = 0;
+  for (std::int32_t target : download(backend, batch.targets)) count += target >= 0;
+  return count;
+}
+
+// Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
+template <class B, class Model, class Params>
+StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, std::span<Batch<B> const> batches, double rate = 1) {
+  check(!batches.empty(), "a training step needs at least one batch");
+  Index count = 0;
+  for (auto const& batch : batches) count += counted(backend, batch);
+  double const scale = count == 0 ? 0 : 1 / static_cast<double>(count);
+
+  StepResult result;
+  Params gradients;
+  for (std::size_t i = 0; i < batches.size(); ++i) {
+    auto saved = model.forward(backend, params, batches[i]);
+    auto more = model.backward(backend, params, batches[i], std::move(saved), scale);
+    result.loss += more.loss;
+    result.auxiliary_loss += more.auxiliary_loss / static_cast<double>(batches.size());
+    if (i == 0) gradients = std::move(more.params);
+    else zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients, more.params);
+  }
+  check(std::isfinite(result.loss.loss), "step ", optimizer.steps() + 1, ": the loss is ", result.loss.mean());
+  try {
+    result.gradient_norm = optimizer.step(backend, params, gradients, rate);
+  } catch (Error const& error) {
+    fail("step ", optimizer.steps() + 1, ": ", error.what());
+  }
+  return result;
+}
+// The same for one batch. Throws, before it touches a parameter, when loss or gradients are not finite, naming step and tensor.
+template <class B, class Model, class Params>
+StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, Batch<B> const& batch, double rate = 1) {
+  return accumulated_step(backend, model, params, optimizer, std::span<Batch<B> const>(&batch, 1), rate);
+}
+
+}  // namespace hybridattn
+#endif
