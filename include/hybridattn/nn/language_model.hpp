@@ -11,7 +11,7 @@
 namespace hybridattn {
 
 // What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
-template <class B> struct Batch {
+template <class B> struct TokenBatch {
   Sequences sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
 };
@@ -90,7 +90,7 @@ template <class S_> class LanguageModel {
   }
 
   // The final normed activations stand in the result: hidden() and logits() read them.
-  template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, Batch<B> const& batch) const {
+  template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
@@ -107,14 +107,14 @@ template <class S_> class LanguageModel {
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
     return result;
   }
-  template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, Batch<B> const& batch) const {
+  template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     auto const saved = forward(backend, params, batch);
     return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + the load-balancing loss. `saved` is consumed.
   template <class B, class T>
-  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, Batch<B> const& batch, Saved<Owned<T, B>>&& saved, double scale) const {
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved, double scale) const {
     auto const p = in(params);
     Gradients<T, B> result{.loss = {}, .auxiliary_loss = balance(backend, saved.blocks), .params = allocate<T>(backend, gradients())};
     auto const d_p = out(result.params);

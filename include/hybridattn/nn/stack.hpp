@@ -19,9 +19,11 @@ template <AttentionPolicy... Policies> struct Stack {
   template <class S> struct Params : Layers<Blocks, OfRole<S>::template Params> {};
   template <class S> struct Saved : Layers<Blocks, OfRole<S>::template Saved> {};
 
+  // Each policy once.
+  using Kinds = Distinct<Policies...>;
   // The sizes of every policy of the stack, reached by type: mixers.get<GDN>().
   template <class Policy> using ConfigOf = typename Policy::Config;
-  using Mixers = ByType<ConfigOf, Distinct<Policies...>>;
+  using Mixers = ByType<ConfigOf, Kinds>;
   struct Config {
     BlockConfig block;
     Mixers mixers;
@@ -29,7 +31,7 @@ template <AttentionPolicy... Policies> struct Stack {
   // With every 0 filled in from the model's width and heads.
   static Config completed(Config c, Index num_heads) {
     c.block.feed_forward = c.block.feed_forward.completed(c.block.model_dim);
-    complete(Distinct<Policies...>{}, c, num_heads);
+    complete(Kinds{}, c, num_heads);
     return c;
   }
 

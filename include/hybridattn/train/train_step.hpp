@@ -4,6 +4,7 @@
 
 #include <hybridattn/nn/language_model.hpp>
 #include <hybridattn/train/adamw.hpp>
+#include <hybridattn/train/data.hpp>
 
 #include <span>
 
@@ -11,14 +12,19 @@ namespace hybridattn {
 
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>
-Batch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
+TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
         targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
   Shape<1> const shape{sequences.tokens()};
-  Batch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
+  TokenBatch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
   return batch;
+}
+
+// Windows of a data source (train/data.hpp) on a machine.
+template <class B> TokenBatch<B> make_batch(B& backend, Batch const& host) {
+  return make_batch(backend, Sequences::equal(host.batch, host.seq_len), host.tokens, host.targets);
 }
 
 // What a step did.
@@ -28,7 +34,7 @@ struct StepResult {
   double gradient_norm = 0;   // before clipping
 };
 
-template <class B> Index counted(B& backend, Batch<B> const& batch) {
+template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
   Index count = 0;
   for (std::int32_t target : download(backend, batch.targets)) count += target >= 0;
   return count;
@@ -36,7 +42,7 @@ template <class B> Index counted(B& backend, Batch<B> const& batch) {
 
 // Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
 template <class B, class Model, class Params>
-StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, std::span<Batch<B> const> batches, double rate = 1) {
+StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, std::span<TokenBatch<B> const> batches, double rate = 1) {
   check(!batches.empty(), "a training step needs at least one batch");
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
@@ -62,8 +68,8 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
 }
 // The same for one batch. Throws, before it touches a parameter, when loss or gradients are not finite, naming step and tensor.
 template <class B, class Model, class Params>
-StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, Batch<B> const& batch, double rate = 1) {
-  return accumulated_step(backend, model, params, optimizer, std::span<Batch<B> const>(&batch, 1), rate);
+StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch, double rate = 1) {
+  return accumulated_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), rate);
 }
 
 }  // namespace hybridattn

@@ -64,13 +64,10 @@ inline Index selection_size(SparseOptions o, Index length) {
   return o.top_k_percent > 0 ? std::max<Index>(1, length * o.top_k_percent / 100) : o.top_k;
 }
 
+// The steps around it in a layer: steps.hpp.
+template <SparseOptions O> struct Prepare;
+
 }  // namespace dsa
-
-}  // namespace hybridattn
-
-#include <hybridattn/attention/dsa/steps.hpp>
-
-namespace hybridattn {
 
 template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefaults {
   static_assert((O.top_k > 0) != (O.top_k_percent > 0),
@@ -116,6 +113,8 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
 using DSA = SparseAttention<>;
 
 }  // namespace hybridattn
+
+#include <hybridattn/attention/dsa/steps.hpp>
 
 #include <hybridattn/attention/dsa/cpu.hpp>
 

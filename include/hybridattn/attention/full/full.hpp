@@ -48,13 +48,10 @@ template <class S> struct Saved {
   HYBRIDATTN_FIELDS(lse)
 };
 
+// The steps around it in a layer: steps.hpp.
+template <FullOptions O> struct Prepare;
+
 }  // namespace full
-
-}  // namespace hybridattn
-
-#include <hybridattn/attention/full/steps.hpp>
-
-namespace hybridattn {
 
 template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
@@ -86,6 +83,8 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
 using Full = FullAttention<>;
 
 }  // namespace hybridattn
+
+#include <hybridattn/attention/full/steps.hpp>
 
 #include <hybridattn/attention/full/cpu.hpp>
 

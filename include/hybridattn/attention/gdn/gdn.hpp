@@ -63,13 +63,11 @@ inline Shape<4> state_shape(Config const& c, Sequences const& s) {
   return {s.count(), c.num_value_heads, c.key_dim, c.value_dim};
 }
 
+// The steps around it in a layer: steps.hpp.
+template <GdnOptions O> struct Prepare;
+template <GdnOptions O> struct Finish;
+
 }  // namespace gdn
-
-}  // namespace hybridattn
-
-#include <hybridattn/attention/gdn/steps.hpp>
-
-namespace hybridattn {
 
 template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
@@ -105,6 +103,8 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
 using GDN = GatedDeltaNet<>;
 
 }  // namespace hybridattn
+
+#include <hybridattn/attention/gdn/steps.hpp>
 
 #include <hybridattn/attention/gdn/cpu.hpp>
 

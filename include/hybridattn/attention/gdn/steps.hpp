@@ -4,6 +4,7 @@
 #ifndef HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
 
+#include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/attention/policy.hpp>
 #include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>
 #include <hybridattn/ops/gdn_gate/gdn_gate.hpp>

@@ -3,6 +3,7 @@
 
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/ops/adamw/adamw.hpp>
 
 namespace hybridattn {
 

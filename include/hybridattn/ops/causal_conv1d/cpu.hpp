@@ -2,6 +2,7 @@
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
 
 #include <hybridattn/backend/cpu/sum_rows.hpp>
+#include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>
 
 namespace hybridattn {
 namespace cpu::detail {

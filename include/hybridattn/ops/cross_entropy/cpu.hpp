@@ -3,6 +3,7 @@
 
 #include <hybridattn/backend/cpu/gemm.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
 
 #include <cmath>
 

@@ -4,6 +4,7 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
+#include <hybridattn/ops/embedding/embedding.hpp>
 
 #include <algorithm>
 

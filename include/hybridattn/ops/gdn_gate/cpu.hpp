@@ -3,6 +3,7 @@
 
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/core/math.hpp>
+#include <hybridattn/ops/gdn_gate/gdn_gate.hpp>
 
 namespace hybridattn {
 

@@ -2,6 +2,7 @@
 #define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
 
 #include <hybridattn/backend/cpu/sum_rows.hpp>
+#include <hybridattn/ops/layer_norm/layer_norm.hpp>
 
 namespace hybridattn {
 

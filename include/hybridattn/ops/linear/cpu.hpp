@@ -2,6 +2,7 @@
 #define HYBRIDATTN_OPS_LINEAR_CPU_HPP
 
 #include <hybridattn/backend/cpu/gemm.hpp>
+#include <hybridattn/ops/linear/linear.hpp>
 
 namespace hybridattn {
 

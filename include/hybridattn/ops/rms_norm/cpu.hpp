@@ -4,6 +4,7 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/ops/rms_norm/rms_norm.hpp>
 
 namespace hybridattn {
 namespace cpu::detail {

@@ -1,0 +1,120 @@
+// Forward and backward of each policy on one core, as a share of the FMA peak measured in the same process.
+//   BM_forward<Full>/T:1024/D:64   one sequence, one head (DSA: 4 indexer heads, top_k 64), float
+// Counters: GFLOP/s (what the equations need, causal), share (of the peak), tokens/s.
+#include "peak.hpp"
+
+#include <hybridattn/attention/attention.hpp>
+#include <hybridattn/ops/linear/linear.hpp>
+
+#include <benchmark/benchmark.h>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+// Names as they stand in the table.
+using Full = ha::Full;
+using GDN = ha::GDN;
+using DSA = ha::DSA;
+
+// Numbers like those of a layer: unit queries and keys for GDN, decays near 1, beta between 0 and 1.
+template <class Group> void fill_like_a_layer(ha::Cpu& cpu, Group& group) {
+  ha::zip([&]<class T, int Rank>(ha::Path const& path, ha::Tensor<T, Rank, ha::Cpu>& tensor) {
+    ha::Random random{ha::Seed{1}, path.str()};
+    std::vector<T> values(tensor.byte_count() / sizeof(T));
+    double const width = 1 / std::sqrt(static_cast<double>(tensor.shape()[Rank - 1]));
+    for (T& value : values) {
+      if (path.name == "g") value = static_cast<T>(-0.1 * random.uniform());
+      else if (path.name == "beta") value = static_cast<T>(random.uniform());
+      else value = static_cast<T>(random.normal() * (path.name == "v" ? 1 : width));
+    }
+    ha::upload(cpu, values, tensor);
+  }, group);
+}
+
+Index pairs(Index T, Index k) {
+  Index sum = 0;
+  for (Index t = 0; t < T; ++t) sum += std::min(t + 1, k);
+  return sum;
+}
+// Floating-point operations that the equations need.
+double forward_flops(ha::full::Config const& c, Index T) { return 4.0 * static_cast<double>(pairs(T, T) * c.head_dim); }
+double backward_flops(ha::full::Config const& c, Index T) { return 10.0 * static_cast<double>(pairs(T, T) * c.head_dim); }
+double forward_flops(ha::gdn::Config const& c, Index T) { return 6.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
+double backward_flops(ha::gdn::Config const& c, Index T) { return 12.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
+double forward_flops(ha::dsa::Config const& c, Index T) {
+  return 2.0 * static_cast<double>(pairs(T, T) * c.index_heads * c.index_dim) + 4.0 * static_cast<double>(pairs(T, 64) * c.head_dim);
+}
+double backward_flops(ha::dsa::Config const& c, Index T) { return 10.0 * static_cast<double>(pairs(T, 64) * c.head_dim); }
+
+template <class Policy> struct Case {
+  ha::Cpu cpu{1};
+  Index T, D;
+  ha::Sequences sequences = ha::Sequences::equal(1, T);
+  typename Policy::Config config = Policy::complete({}, D, 1);
+  typename Policy::template Inputs<ha::Owned<float, ha::Cpu>> x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
+  typename Policy::template Inputs<ha::Owned<float, ha::Cpu>> d_x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
+  typename Policy::template Outputs<ha::Owned<float, ha::Cpu>> y = ha::allocate<float>(cpu, Policy::outputs(config, sequences));
+  typename Policy::template Outputs<ha::Owned<float, ha::Cpu>> d_y = ha::allocate<float>(cpu, Policy::outputs(config, sequences));
+  typename Policy::template Saved<ha::Owned<float, ha::Cpu>> saved = ha::allocate<float>(cpu, Policy::saved(config, sequences));
+
+  explicit Case(benchmark::State const& state) : T(state.range(0)), D(state.range(1)) {
+    fill_like_a_layer(cpu, x);
+    fill_like_a_layer(cpu, d_y);
+    forward();
+  }
+  void forward() { ha::On<Policy, ha::Cpu>::forward(cpu, config, sequences, in(x), out(y), out(saved)); }
+  void backward() { ha::On<Policy, ha::Cpu>::backward(cpu, config, sequences, in(x), in(y), in(saved), in(d_y), out(d_x)); }
+};
+
+void count(benchmark::State& state, double flops, Index tokens) {
+  using benchmark::Counter;
+  state.counters["GFLOP/s"] = Counter(flops / 1e9, Counter::kIsIterationInvariantRate);
+  state.counters["share"] = Counter(flops / 1e9 / bench::peak(), Counter::kIsIterationInvariantRate);
+  state.counters["tokens/s"] = Counter(static_cast<double>(tokens), Counter::kIsIterationInvariantRate);
+}
+
+template <class Policy> void BM_forward(benchmark::State& state) {
+  Case<Policy> c{state};
+  for (auto _ : state) c.forward();
+  count(state, forward_flops(c.config, c.T), c.T);
+}
+template <class Policy> void BM_backward(benchmark::State& state) {
+  Case<Policy> c{state};
+  for (auto _ : state) c.backward();
+  count(state, backward_flops(c.config, c.T), c.T);
+}
+
+// A projection of N tokens, both operands packed on the way.
+void BM_linear(benchmark::State& state) {
+  ha::Cpu cpu{1};
+  Index const N = state.range(0), C = state.range(1), M = state.range(2);
+  ha::Tensor<float, 2, ha::Cpu> x{cpu, {N, C}}, w{cpu, {M, C}}, y{cpu, {N, M}};
+  std::fill_n(out(x).data, N * C, 0.5f);
+  std::fill_n(out(w).data, M * C, 0.25f);
+  for (auto _ : state) ha::On<ha::Linear, ha::Cpu>::forward(cpu, in(x), in(w), out(y));
+  count(state, 2.0 * static_cast<double>(N * C * M), N);
+}
+
+void shapes(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"T", "D"})->ArgsProduct({{128, 256, 512, 1024, 2048, 4096}, {32, 64, 128}})->Unit(benchmark::kMicrosecond);
+}
+
+BENCHMARK(BM_forward<Full>)->Apply(shapes);
+BENCHMARK(BM_backward<Full>)->Apply(shapes);
+BENCHMARK(BM_forward<GDN>)->Apply(shapes);
+BENCHMARK(BM_backward<GDN>)->Apply(shapes);
+BENCHMARK(BM_forward<DSA>)->Apply(shapes);
+BENCHMARK(BM_backward<DSA>)->Apply(shapes);
+BENCHMARK(BM_linear)->ArgNames({"N", "C", "M"})->Args({64, 64, 64})->Args({256, 128, 128})->Args({256, 128, 512})->Args({2048, 512, 512})->Unit(benchmark::kMicrosecond);
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::AddCustomContext("fma_peak_gflops", std::to_string(bench::peak()));
+  benchmark::RunSpecifiedBenchmarks();
+  return 0;
+}

@@ -1,0 +1,102 @@
+#ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
+#define HYBRIDATTN_OPS_TOP_K_CPU_HPP
+
+#include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/core/math.hpp>
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+namespace hybridattn {
+namespace cpu {
+
+// One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
+// counts the larger keys, a vector at a time; it ends as soon as a bound has exactly k keys above it, after about 16 steps
+// of 32 when scores are random.
+template <class T> class RowTopK {
+ public:
+  using Key = typename BitsOf<T>::type;
+  // Keys that a row of n scores needs room for.
+  static Index scratch(Index n) { return round_up(n, lanes<T>); }
+
+  RowTopK(T const* scores, Index n, Key* keys) : keys_(keys), n_(n) {
+    Mask<T> largest = broadcast_key(lowest);
+    for_each_vector<T>(0, n, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      Mask<T> key = ordered(s.get(scores));
+      if (s.count < lanes<T>) key = lane_numbers<T>() < static_cast<Key>(s.count) ? key : broadcast_key(lowest);
+      largest = key > largest ? key : largest;
+      store<Key>(keys_ + s.i, key);
+    });
+    for (int lane = 0; lane < lanes<T>; ++lane) largest_ = std::max(largest_, static_cast<Key>(largest[lane]));
+  }
+
+  // k <= n of them, ascending.
+  void select(Index k, std::int32_t* indices) const {
+    Bound const bound = find(k);
+    Index ties = bound.ties;
+    for (Index i = 0, chosen = 0; chosen < k; ++i) {
+      bool const equal = keys_[i] == bound.key;
+      indices[chosen] = static_cast<std::int32_t>(i);
+      chosen += (keys_[i] > bound.key) | (equal & (ties > 0));
+      ties -= equal;
+    }
+  }
+
+ private:
+  // The chosen keys: those above `key`, and the first `ties` of those equal to it.
+  struct Bound {
+    Key key;
+    Index ties;
+  };
+  static constexpr Key lowest = std::numeric_limits<Key>::min();   // no score: padding
+
+  static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
+  // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
+  static Mask<T> ordered(Vec<T> x) {
+    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max());
+    return x == x ? key : broadcast_key(lowest + 1);
+  }
+
+  Index count_above(Key bound) const {
+    Mask<T> count{};
+    for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;
+    return static_cast<Index>(sum<Key>(count));
+  }
+  Bound find(Index k) const {
+    Key low = lowest, high = largest_;   // more than k keys are above low, or all; fewer than k above high
+    Index above = 0;                     // high
+    while (high > low + 1) {
+      Key const middle = std::midpoint(low, high);
+      Index const count = count_above(middle);
+      if (count == k) return {middle, 0};
+      low = count > k ? middle : low;
+      high = count > k ? high : middle;
+      above = count > k ? above : count;
+    }
+    return {high, k - above};
+  }
+
+  Key* keys_;
+  Index n_;
+  Key largest_ = lowest;
+};
+
+}  // namespace cpu
+
+template <> struct On<TopK, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+    using Row = cpu::RowTopK<T>;
+    Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
+    Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
+    auto const keys = out(scratch);
+    parallel_for(cpu, scores.extent(0), [&](Index r, int thread) {
+      if (chosen > 0) Row{scores.row(r), n, keys.row(thread)}.select(chosen, indices.row(r));
+      std::fill(indices.row(r) + chosen, indices.row(r) + k, -1);
+    });
+  }
+};
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,18 @@
+// The k largest scores of a row, exactly: an order on (score, index) and no approximation.
+//   Equal scores go to the smaller index; -0 equals +0; NaN ranks below every number, -infinity included.
+//   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
+#ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+#define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn {
+
+//   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
+struct TopK {};
+
+}  // namespace hybridattn
+
+#include <hybridattn/ops/top_k/cpu.hpp>
+
+#endif

@@ -1,0 +1,234 @@
+// Where training's tokens come from: bytes of a text, or a synthetic task. Host memory only.
+#ifndef HYBRIDATTN_TRAIN_DATA_HPP
+#define HYBRIDATTN_TRAIN_DATA_HPP
+
+#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/random.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace hybridattn {
+
+inline constexpr std::int32_t no_target = -100;   // a position whose prediction nobody judges
+
+// `batch` windows of `seq_len` tokens, one after the other; targets[i] is what stands behind tokens[i].
+struct Batch {
+  Index batch = 0, seq_len = 0;
+  std::vector<std::int32_t> tokens, targets;   // [batch * seq_len]
+
+  void resize(Index windows, Index length) {
+    batch = windows;
+    seq_len = length;
+    tokens.resize(static_cast<std::size_t>(windows * length));
+    targets.resize(tokens.size());
+  }
+  std::span<std::int32_t> tokens_of(Index window) { return part(std::span(tokens), window); }
+  std::span<std::int32_t> targets_of(Index window) { return part(std::span(targets), window); }
+  std::span<std::int32_t const> tokens_of(Index window) const { return part(std::span(tokens), window); }
+  std::span<std::int32_t const> targets_of(Index window) const { return part(std::span(targets), window); }
+
+ private:
+  template <class T> std::span<T> part(std::span<T> all, Index window) const {
+    return all.subspan(static_cast<std::size_t>(window * seq_len), static_cast<std::size_t>(seq_len));
+  }
+};
+
+inline void check_batch_size(Index batch, Index seq_len) {
+  check(batch >= 1, "batch ", batch, " is not allowed; it must be at least 1");
+  check(seq_len >= 2, "seq_len ", seq_len, " is not allowed; it must be at least 2, a token and its target");
+}
+inline void check_validation(Index batch, Index seq_len, Index windows) {
+  check_batch_size(batch, seq_len);
+  check(windows >= 1, "validation over ", windows, " windows is not allowed; there must be at least 1");
+}
+
+// Training batches without end, and the same validation windows each time.
+class DataSource {
+ public:
+  virtual ~DataSource() = default;
+  virtual Index vocab_size() const = 0;
+  virtual std::string description() const = 0;
+  // Into the caller's memory: nothing is allocated when its size stays.
+  virtual void next_batch(Index batch, Index seq_len, Batch& into) = 0;
+  // As if new: the next batch is the first one again.
+  virtual void restart() = 0;
+  // At most `windows` windows, in batches; the last one may be smaller.
+  virtual std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const = 0;
+
+  Batch next_batch(Index batch, Index seq_len) {
+    Batch result;
+    next_batch(batch, seq_len, result);
+    return result;
+  }
+};
+
+// The bytes of a text as tokens 0 .. 255; the last 10 % are held out.
+class ByteText {
+ public:
+  static constexpr Index vocab_size = 256;
+
+  explicit ByteText(std::string_view text) {
+    tokens_.reserve(text.size());
+    for (char c : text) tokens_.push_back(static_cast<unsigned char>(c));
+  }
+  std::span<std::int32_t const> all() const { return tokens_; }
+  std::span<std::int32_t const> train() const { return all().first(tokens_.size() - tokens_.size() / 10); }
+  std::span<std::int32_t const> validation() const { return all().last(tokens_.size() / 10); }
+
+ private:
+  std::vector<std::int32_t> tokens_;
+};
+
+// A text's windows. Training windows start anywhere in the training part, uniformly; their last position has no target.
+class Windows final : public DataSource {
+ public:
+  explicit Windows(ByteText text, Seed seed = {}, std::string name = "text")
+      : text_(std::move(text)), seed_(seed), name_(std::move(name)) {}
+
+  using DataSource::next_batch;
+  Index vocab_size() const override { return ByteText::vocab_size; }
+  std::string description() const override {
+    auto const train = text_.train().size(), held_out = text_.validation().size();
+    return name_ + ": " + std::to_string(train) + " bytes to train on, " + std::to_string(held_out) + " held out";
+  }
+  void next_batch(Index batch, Index seq_len, Batch& into) override {
+    check_batch_size(batch, seq_len);
+    auto const tokens = text_.train();
+    auto const length = std::ssize(tokens);
+    check(length / batch >= seq_len, name_, " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch,
+          " windows of ", seq_len);
+    into.resize(batch, seq_len);
+    for (Index window = 0; window < batch; ++window) copy(tokens, random_.below(length - seq_len + 1), into, window);
+  }
+  void restart() override { random_ = Random{seed_, "data"}; }
+  // Evenly spaced over the held-out part, never overlapping.
+  std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const override {
+    check_validation(batch, seq_len, windows);
+    auto const tokens = text_.validation();
+    auto const length = std::ssize(tokens);
+    check(length >= seq_len, name_, " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
+    Index const count = std::min(windows, length / seq_len);
+    std::vector<Batch> batches;
+    for (Index first = 0; first < count; first += batch) {
+      auto& into = batches.emplace_back();
+      into.resize(std::min(batch, count - first), seq_len);
+      for (Index i = 0; i < into.batch; ++i) copy(tokens, start(first + i, count, length - seq_len), into, i);
+    }
+    return batches;
+  }
+
+ private:
+  // Window i of `count` between the first one at 0 and the last one at `last`.
+  static Index start(Index i, Index count, Index last) { return count == 1 ? 0 : i * last / (count - 1); }
+  static void copy(std::span<std::int32_t const> text, Index start, Batch& into, Index window) {
+    auto const source = text.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(into.seq_len));
+    auto const targets = into.targets_of(window);
+    std::ranges::copy(source, into.tokens_of(window).begin());
+    std::ranges::copy(source.subspan(1), targets.begin());
+    targets.back() = no_target;
+  }
+
+  ByteText text_;
+  Seed seed_;
+  std::string name_;
+  Random random_{seed_, "data"};
+};
+
+struct RecallOptions {
+  Index vocab_size = 256;   // keys are 1 .. vocab_size/2 - 1, values the upper half
+  Index pairs = 8;
+};
+
+// Multi-query associative recall (arXiv 2312.04927): key value key value ..., then each key once more, somewhere; there
+// the model is to name its value. Only these positions have a target. Short distances are likelier, as in the paper; the
+// tokens between are drawn from the values, so that no key stands anywhere else.
+class RecallTask final : public DataSource {
+ public:
+  explicit RecallTask(Seed seed = {}, RecallOptions options = {}) : options_(options), seed_(seed) {
+    check(options.pairs >= 1, "recall: ", options.pairs, " pairs; there must be at least 1");
+    check(options.vocab_size >= 2 * options.pairs + 2, "recall: a vocabulary of ", options.vocab_size, " is too small for ", options.pairs,
+          " pairs; at least ", 2 * options.pairs + 2);
+  }
+
+  using DataSource::next_batch;
+  Index vocab_size() const override { return options_.vocab_size; }
+  std::string description() const override {
+    return "synthetic recall of " + std::to_string(options_.pairs) + " pairs, vocabulary " + std::to_string(options_.vocab_size);
+  }
+  void next_batch(Index batch, Index seq_len, Batch& into) override { fill(train_, batch, seq_len, into); }
+  void restart() override { train_.random = Random{seed_, "data"}; }
+  std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const override {
+    check_validation(batch, seq_len, windows);
+    Stream stream{Random{seed_, "data.validation"}};
+    std::vector<Batch> batches;
+    for (Index left = windows; left > 0; left -= batch) fill(stream, std::min(batch, left), seq_len, batches.emplace_back());
+    return batches;
+  }
+
+ private:
+  struct Slot {
+    double order = 0;
+    std::size_t number = 0;
+  };
+  // Random numbers, and room for what a window is made of.
+  struct Stream {
+    Random random;
+    std::vector<std::int32_t> keys = {}, values = {};   // [pairs]
+    std::vector<Slot> slots = {};                       // where queries can stand: every second position behind the pairs
+  };
+
+  void fill(Stream& stream, Index batch, Index seq_len, Batch& into) const {
+    check_batch_size(batch, seq_len);
+    check(seq_len >= 4 * options_.pairs, "seq_len ", seq_len, " is too short to ask for ", options_.pairs, " pairs; it must be at least ",
+          4 * options_.pairs);
+    into.resize(batch, seq_len);
+    stream.slots.resize(static_cast<std::size_t>((seq_len - 2 * options_.pairs) / 2));
+    Index const half = options_.vocab_size / 2;
+    for (Index window = 0; window < batch; ++window) {
+      draw_distinct(stream.random, 1, half, stream.keys);
+      draw_distinct(stream.random, half, options_.vocab_size, stream.values);
+      draw_slots(stream);
+      write(stream, into.tokens_of(window), into.targets_of(window));
+    }
+  }
+  // `pairs` different tokens from low .. high - 1.
+  void draw_distinct(Random& random, Index low, Index high, std::vector<std::int32_t>& drawn) const {
+    drawn.clear();
+    while (std::ssize(drawn) < options_.pairs) {
+      auto const token = static_cast<std::int32_t>(low + random.below(high - low));
+      if (std::ranges::find(drawn, token) == drawn.end()) drawn.push_back(token);
+    }
+  }
+  // The first `pairs` slots become those of the queries: drawn without replacement with weights i^-0.99, i = 1, 2, ...
+  // (the paper's power law), which is taking the smallest of exponential variables with these rates.
+  void draw_slots(Stream& stream) const {
+    for (std::size_t i = 0; i < stream.slots.size(); ++i)
+      stream.slots[i] = {-std::log(1.0 - stream.random.uniform()) * std::pow(static_cast<double>(i + 1), 0.99), i};
+    std::ranges::partial_sort(stream.slots, stream.slots.begin() + options_.pairs, {}, &Slot::order);
+  }
+  void write(Stream& stream, std::span<std::int32_t> tokens, std::span<std::int32_t> targets) const {
+    Index const half = options_.vocab_size / 2;
+    for (auto& token : tokens) token = static_cast<std::int32_t>(half + stream.random.below(options_.vocab_size - half));
+    std::ranges::fill(targets, no_target);
+    std::size_t const pairs = stream.keys.size();
+    for (std::size_t pair = 0; pair < pairs; ++pair) {
+      std::size_t const query = 2 * (pairs + stream.slots[pair].number);
+      tokens[2 * pair] = tokens[query] = stream.keys[pair];
+      tokens[2 * pair + 1] = targets[query] = stream.values[pair];
+    }
+  }
+
+  RecallOptions options_;
+  Seed seed_;
+  Stream train_{Random{seed_, "data"}};
+};
+
+}  // namespace hybridattn
+#endif

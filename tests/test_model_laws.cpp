@@ -1,0 +1,276 @@
+// The laws for Block, Stack and LanguageModel, mixtures of experts included.
+#include "catch.hpp"
+
+#include <hybridattn/hybridattn.hpp>
+
+#include <cstring>
+#include <limits>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5}>;
+using Windowed = ha::FullAttention<ha::FullOptions{.window = 7}>;
+using One = ha::Stack<ha::GDN>;
+using Mixed = ha::Stack<ha::GDN, Sparse, ha::Full, Windowed>;
+
+template <class Stack> typename ha::LanguageModel<Stack>::Config small_config() {
+  return {.vocab_size = 19, .model_dim = 24, .num_heads = 2,
+          .feed_forward = {.hidden_dim = 20, .num_experts = 4, .top_k = 2, .expert_dim = 12, .shared_dim = 8, .decoder_sparse_step = 2, .balance_coefficient = 0.1},
+          .initialization = {.linear_deviation = 0, .embedding_deviation = 1}};
+}
+
+std::vector<std::int32_t> some_tokens(Index count, std::uint64_t seed = 1) {
+  ha::Random random{ha::Seed{seed}, "tokens"};
+  std::vector<std::int32_t> tokens;
+  for (Index i = 0; i < count; ++i) tokens.push_back(static_cast<std::int32_t>(random.below(19)));
+  return tokens;
+}
+
+// A model with its parameters and what it computes from tokens.
+template <class Stack, class T> struct Fixture {
+  ha::Cpu cpu;
+  ha::LanguageModel<Stack> model{small_config<Stack>()};
+  typename ha::LanguageModel<Stack>::template Params<ha::Owned<T, ha::Cpu>> params = model.template initialize<T>(cpu, ha::Seed{3});
+
+  explicit Fixture(int threads = 2) : cpu(threads) {}
+
+  auto batch(ha::Sequences const& s, std::vector<std::int32_t> const& tokens) {
+    std::vector<std::int32_t> targets(tokens.rbegin(), tokens.rend());
+    return make_batch(cpu, s, tokens, targets);
+  }
+  std::vector<T> logits(ha::Sequences const& s, std::vector<std::int32_t> const& tokens) {
+    auto const saved = model.forward(cpu, params, batch(s, tokens));
+    return download(cpu, model.logits(cpu, params, saved));
+  }
+  // The stack's gradient of its input, from a gradient of its output.
+  std::vector<T> d_x(ha::Sequences const& s, std::vector<T> const& x, std::vector<T> const& d_y) {
+    auto const& c = model.stack_config();
+    auto const tensor = [&](std::vector<T> const& values) {
+      ha::Tensor<T, 2, ha::Cpu> result{cpu, {s.tokens(), c.block.model_dim}};
+      upload(cpu, values, result);
+      return result;
+    };
+    typename Stack::template Saved<ha::Owned<T, ha::Cpu>> saved;
+    auto gradients = ha::allocate<T>(cpu, Stack::gradients(c));
+    auto const p = in(params);
+    auto const y = Stack::forward(cpu, c, s, p.blocks, tensor(x), saved);
+    return download(cpu, Stack::backward(cpu, c, s, p.blocks, std::move(saved), tensor(d_y), out(gradients)));
+  }
+};
+
+template <class T> std::vector<T> noise(Index count, char const* name) {
+  ha::Random random{ha::Seed{5}, name};
+  std::vector<T> values;
+  for (Index i = 0; i < count; ++i) values.push_back(static_cast<T>(random.normal()));
+  return values;
+}
+template <class T> bool same_bits(T const* a, T const* b, Index count) { return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0; }
+template <class T> bool same_bits(std::vector<T> const& a, std::vector<T> const& b) {
+  return a.size() == b.size() && same_bits(a.data(), b.data(), std::ssize(a));
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("a model is causal in forward, bitwise", "[laws]", One, Mixed) {
+  Fixture<TestType, float> f;
+  auto const s = ha::Sequences::equal(1, 67);
+  auto const tokens = some_tokens(67);
+  auto const before = f.logits(s, tokens);
+  for (Index t : {1, 8, 40, 64, 66}) {
+    auto changed = tokens;
+    for (Index i = t; i < 67; ++i) changed[static_cast<std::size_t>(i)] = (changed[static_cast<std::size_t>(i)] + 1 + static_cast<int>(i % 5)) % 19;
+    auto const after = f.logits(s, changed);
+    CHECK(same_bits(before.data(), after.data(), t * 19));
+    CHECK_FALSE(same_bits(before, after));
+  }
+}
+
+TEMPLATE_TEST_CASE("a stack is causal in backward, bitwise", "[laws]", One, Mixed) {
+  Fixture<TestType, float> f;
+  Index const T = 67, C = 24;
+  auto const s = ha::Sequences::equal(1, T);
+  auto const x = noise<float>(T * C, "x"), d_y = noise<float>(T * C, "d_y");
+  auto const before = f.d_x(s, x, d_y);
+  for (Index t : {1, 8, 40, 64, 66}) {
+    auto changed = d_y;
+    for (Index i = 0; i < t * C; ++i) changed[static_cast<std::size_t>(i)] *= -2;
+    auto const after = f.d_x(s, x, changed);
+    CHECK(same_bits(before.data() + t * C, after.data() + t * C, (T - t) * C));
+    CHECK_FALSE(same_bits(before, after));
+  }
+}
+
+TEMPLATE_TEST_CASE("a sequence does not depend on its neighbours, and a packed batch is its sequences, bitwise", "[laws]", One, Mixed) {
+  Fixture<TestType, float> f;
+  std::vector<Index> const offsets{0, 1, 34, 34, 67};
+  auto const tokens = some_tokens(67);
+  auto const whole = f.logits(ha::Sequences::packed(offsets), tokens);
+  for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+    Index const first = offsets[i], length = offsets[i + 1] - first;
+    if (length == 0) continue;
+    std::vector<std::int32_t> const part(tokens.begin() + first, tokens.begin() + first + length);
+    auto const alone = f.logits(ha::Sequences::equal(1, length), part);
+    CHECK(same_bits(alone.data(), whole.data() + first * 19, length * 19));
+  }
+}
+
+TEMPLATE_TEST_CASE("a training step gives the same bits at any number of threads", "[laws]", One, Mixed) {
+  std::vector<std::vector<float>> results;
+  for (int threads : {1, 2, 3}) {
+    Fixture<TestType, float> f{threads};
+    ha::AdamW optimizer{f.cpu, f.params, {.learning_rate = 1e-2}};
+    for (int step = 0; step < 3; ++step) train_step(f.cpu, f.model, f.params, optimizer, f.batch(ha::Sequences::equal(3, 40), some_tokens(120)));
+    auto& all = results.emplace_back();
+    ha::zip([&](ha::Path const&, auto const& p) { for (float value : download(f.cpu, p)) all.push_back(value); }, f.params);
+  }
+  CHECK(same_bits(results[0], results[1]));
+  CHECK(same_bits(results[0], results[2]));
+}
+
+TEMPLATE_TEST_CASE("every gradient of a model equals finite differences", "[laws]", One, Mixed) {
+  Fixture<TestType, double> f;
+  auto const batch = f.batch(ha::Sequences::equal(2, 13), some_tokens(26));
+  auto const evaluate = [&] { return f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 1.0 / 26); };
+  auto const gradients = evaluate();
+  ha::zip([&](ha::Path const& path, auto& tensor, auto const& gradient) {
+    if (!tensor || !gradient) return;
+    auto const values = download(f.cpu, tensor), g = download(f.cpu, gradient), direction = noise<double>(std::ssize(values), "direction");
+    double along = 0, step = 1e-6, loss[2];
+    for (std::size_t i = 0; i < g.size(); ++i) along += g[i] * direction[i];
+    for (int side : {0, 1}) {
+      auto moved = values;
+      for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += (side == 0 ? step : -step) * direction[i];
+      upload(f.cpu, moved, tensor);
+      auto const result = evaluate();
+      loss[side] = result.loss.mean() + result.auxiliary_loss;
+    }
+    upload(f.cpu, values, tensor);
+    double const difference = (loss[0] - loss[1]) / (2 * step);
+    INFO(path.str() << ": gradient " << along << ", difference " << difference);
+    CHECK(std::abs(along - difference) <= 1e-7 * (1e-1 + std::abs(difference)));
+  }, f.params, gradients.params);
+}
+
+TEST_CASE("the indexer has no gradient and is not touched, not even by decay", "[laws]") {
+  Fixture<Mixed, float> f;
+  auto const index_weights = [&] {
+    std::vector<float> all;
+    ha::zip([&](ha::Path const& path, auto const& p) {
+      if (path.str().find("index_") != std::string::npos) for (float value : download(f.cpu, p)) all.push_back(value);
+    }, f.params);
+    return all;
+  };
+  auto const before = index_weights();
+  REQUIRE_FALSE(before.empty());
+  ha::AdamW optimizer{f.cpu, f.params, {.learning_rate = 1e-2}};
+  train_step(f.cpu, f.model, f.params, optimizer, f.batch(ha::Sequences::equal(1, 20), some_tokens(20)));
+  CHECK(same_bits(before, index_weights()));
+}
+
+TEMPLATE_TEST_CASE("Saved takes the bytes announced, and no step but the first allocates", "[laws]", One, Mixed) {
+  Fixture<TestType, float> f;
+  auto const s = ha::Sequences::equal(2, 33);
+  auto const batch = f.batch(s, some_tokens(66));
+  auto const before = f.cpu.pool().in_use();
+  {
+    auto const saved = f.model.forward(f.cpu, f.params, batch);
+    CHECK(f.cpu.pool().in_use() - before == ha::bytes<float>(f.model.saved(s)));
+  }
+  ha::AdamW optimizer{f.cpu, f.params, {.learning_rate = 1e-2}};
+  train_step(f.cpu, f.model, f.params, optimizer, batch);
+  auto const after_one = f.cpu.pool().allocations();
+  for (int step = 0; step < 4; ++step) train_step(f.cpu, f.model, f.params, optimizer, batch);
+  CHECK(f.cpu.pool().allocations() == after_one);
+}
+
+TEST_CASE("what Full and GDN save is linear in T, and what DSA saves is T k") {
+  auto const saved_bytes = []<class Stack>(Stack, Index T) {
+    return ha::bytes<float>(ha::LanguageModel<Stack>{small_config<Stack>()}.saved(ha::Sequences::equal(1, T)));
+  };
+  for (auto const bytes : {saved_bytes(One{}, 0), saved_bytes(Mixed{}, 0)}) CHECK(bytes < 1000);
+  auto const constant = saved_bytes(Mixed{}, 0);
+  CHECK(saved_bytes(One{}, 4096) - saved_bytes(One{}, 0) == 4 * (saved_bytes(One{}, 1024) - saved_bytes(One{}, 0)));
+  CHECK(saved_bytes(Mixed{}, 4096) - constant == 4 * (saved_bytes(Mixed{}, 1024) - constant));
+}
+
+TEST_CASE("accumulating over two batches is one step on both") {
+  Fixture<Mixed, double> whole, parts;
+  auto const tokens = some_tokens(40);
+  ha::AdamW optimizer_whole{whole.cpu, whole.params, {.learning_rate = 1e-2}}, optimizer_parts{parts.cpu, parts.params, {.learning_rate = 1e-2}};
+  std::vector<std::int32_t> targets(tokens.rbegin(), tokens.rend());
+  // The balancing loss is a mean over each batch: of one batch it is not the mean of the halves, so it is off here.
+  auto config = small_config<Mixed>();
+  config.feed_forward.balance_coefficient = 0;
+  ha::LanguageModel<Mixed> const model{config};
+  auto const at_once = train_step(whole.cpu, model, whole.params, optimizer_whole, make_batch(whole.cpu, ha::Sequences::equal(2, 20), tokens, targets));
+  std::vector<ha::TokenBatch<ha::Cpu>> halves;
+  for (int half : {0, 1})
+    halves.push_back(make_batch(parts.cpu, ha::Sequences::equal(1, 20), std::span(tokens).subspan(static_cast<std::size_t>(20 * half), 20),
+                                std::span(targets).subspan(static_cast<std::size_t>(20 * half), 20)));
+  auto const accumulated = accumulated_step(parts.cpu, model, parts.params, optimizer_parts, std::span<ha::TokenBatch<ha::Cpu> const>(halves));
+  CHECK(at_once.loss.mean() == Approx(accumulated.loss.mean()).epsilon(1e-12));
+  CHECK(at_once.gradient_norm == Approx(accumulated.gradient_norm).epsilon(1e-11));
+  ha::zip([&](ha::Path const& path, auto const& a, auto const& b) {
+    auto const x = download(whole.cpu, a), y = download(parts.cpu, b);
+    double worst = 0;
+    for (std::size_t i = 0; i < x.size(); ++i) worst = std::max(worst, std::abs(x[i] - y[i]));
+    INFO(path.str());
+    CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its own size: rounding of tiny ones shows
+  }, whole.params, parts.params);
+}
+
+TEST_CASE("a Saved serves one backward") {
+  Fixture<One, float> f;
+  auto const batch = f.batch(ha::Sequences::equal(1, 9), some_tokens(9));
+  auto saved = f.model.forward(f.cpu, f.params, batch);
+  auto const gradients = f.model.backward(f.cpu, f.params, batch, std::move(saved), 1);
+  CHECK_THROWS_AS(f.model.backward(f.cpu, f.params, batch, std::move(saved), 1), ha::Error);
+}
+
+TEST_CASE("a NaN stops training before a parameter is touched, and is named with its step") {
+  using Catch::Matchers::Contains;
+  Fixture<One, float> f;
+  auto const batch = f.batch(ha::Sequences::equal(1, 9), some_tokens(9));
+  ha::AdamW optimizer{f.cpu, f.params};
+  train_step(f.cpu, f.model, f.params, optimizer, batch);
+  out(f.params.head).data[3] = std::numeric_limits<float>::quiet_NaN();
+  auto const norm = download(f.cpu, f.params.norm);
+  CHECK_THROWS_WITH(train_step(f.cpu, f.model, f.params, optimizer, batch), Contains("step 2") && Contains("loss"));
+  CHECK(norm == download(f.cpu, f.params.norm));
+
+  Fixture<One, float> g;
+  auto gradients = ha::allocate<float>(g.cpu, g.model.gradients());
+  ha::zip([&](ha::Path const&, auto& gradient) { ha::On<ha::Fill, ha::Cpu>::forward(g.cpu, 0.f, flat(out(gradient))); }, gradients);
+  out(gradients.blocks.arrays[boost::hana::size_c<0>][0].attention.w_o).data[0] = std::numeric_limits<float>::infinity();
+  ha::AdamW other{g.cpu, g.params};
+  CHECK_THROWS_WITH(other.step(g.cpu, g.params, gradients), Contains("blocks.0.attention.w_o"));
+}
+
+TEST_CASE("what cannot be is refused with the value and what is allowed") {
+  using Catch::Matchers::Contains;
+  Fixture<One, float> f;
+  CHECK_THROWS_WITH(f.logits(ha::Sequences::equal(1, 3), {1, 19, 2}), Contains("token 19 at place 1") && Contains("0 .. 18"));
+  CHECK_THROWS_WITH(f.logits(ha::Sequences::equal(1, 3), {1, -4, 2}), Contains("token -4"));
+  CHECK_THROWS_WITH(make_batch(f.cpu, ha::Sequences::equal(1, 4), std::vector<std::int32_t>{1}, std::vector<std::int32_t>{1}), Contains("4 tokens"));
+  auto config = small_config<One>();
+  config.num_heads = 5;
+  CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("model_dim 24") && Contains("num_heads 5"));
+  config = small_config<One>();
+  config.feed_forward.top_k = 0;
+  CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("top_k 0") && Contains("1 .. 4"));
+  config = small_config<One>();
+  config.mixer<ha::GDN>() = {.num_heads = 2, .num_value_heads = 3};
+  CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("3 heads") && Contains("2 key/value heads"));
+}
+
+TEST_CASE("nothing to predict is no loss and no gradient") {
+  Fixture<One, double> f;
+  auto const tokens = some_tokens(9);
+  auto const batch = make_batch(f.cpu, ha::Sequences::equal(1, 9), tokens, std::vector<std::int32_t>(9, -100));
+  auto const result = f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 0);
+  CHECK(result.loss.count == 0);
+  CHECK(result.loss.mean() == 0);
+}

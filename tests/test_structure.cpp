@@ -1,0 +1,103 @@
+// The rules of the house: what may include what, and README's example.
+#include "catch.hpp"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <regex>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace fs = std::filesystem;
+
+namespace {
+
+std::string const root = HYBRIDATTN_SOURCE_DIR;
+
+std::string contents(fs::path const& path) {
+  std::ostringstream text;
+  text << std::ifstream(path).rdbuf();
+  return text.str();
+}
+
+struct Line {
+  std::string file;   // below include/hybridattn
+  int number;
+  std::string text;
+};
+std::vector<Line> header_lines() {
+  std::vector<Line> lines;
+  fs::path const include = fs::path(root) / "include/hybridattn";
+  for (auto const& entry : fs::recursive_directory_iterator(include)) {
+    if (!entry.is_regular_file()) continue;
+    std::istringstream text(contents(entry.path()));
+    int number = 0;
+    for (std::string line; std::getline(text, line);) lines.push_back({fs::relative(entry.path(), include).string(), ++number, line});
+  }
+  return lines;
+}
+std::string at(Line const& line) { return line.file + ":" + std::to_string(line.number) + ": " + line.text; }
+
+// Lines that match, in files for which `allowed` is false.
+template <class Allowed> std::vector<std::string> offenders(char const* pattern, Allowed allowed) {
+  std::regex const wanted(pattern);
+  std::vector<std::string> found;
+  for (Line const& line : header_lines())
+    if (!allowed(line.file) && std::regex_search(line.text, wanted)) found.push_back(at(line));
+  return found;
+}
+
+std::vector<std::string> const layers = {"core", "backend", "tensor", "io", "ops", "attention", "nn", "train", "infer", "dist", "testing"};
+std::ptrdiff_t level(std::string const& layer) { return std::find(layers.begin(), layers.end(), layer) - layers.begin(); }
+std::vector<std::string> parts(std::string const& path) {
+  std::vector<std::string> result;
+  std::istringstream text(path);
+  for (std::string part; std::getline(text, part, '/');) result.push_back(part);
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("includes point down, or stay in their own folder") {
+  std::regex const include("#include <hybridattn/([^>]*)>");
+  std::vector<std::string> wrong;
+  for (Line const& line : header_lines()) {
+    std::smatch match;
+    auto const from = parts(line.file);
+    if (from.size() < 2 || !std::regex_search(line.text, match, include)) continue;
+    auto const to = parts(match[1]);
+    bool const up = level(to[0]) > level(from[0]);
+    bool const across = (from[0] == "ops" || from[0] == "attention") && to[0] == from[0] && from.size() > 2 && to.size() > 2 && to[1] != from[1];
+    // The tensor's memory comes from a backend, and a product of the CPU takes its scratch from a tensor.
+    bool const scratch = from[0] == "backend" && match[1] == "tensor/tensor.hpp";
+    if ((up && !scratch) || across) wrong.push_back(at(line));
+  }
+  CHECK(wrong == std::vector<std::string>{});
+}
+
+TEST_CASE("libraries stay in their rooms") {
+  auto const none = std::vector<std::string>{};
+  CHECK(offenders("#include <boost/hana", [](std::string const& file) { return file == "nn/layers.hpp"; }) == none);
+  CHECK(offenders("#include <Eigen/", [](std::string const& file) { return file == "backend/cpu/eigen.hpp" || file == "eigen.hpp"; }) == none);
+  CHECK(offenders("#include <nlohmann/", [](std::string const& file) { return file.starts_with("io/") || file.starts_with("train/"); }) == none);
+  CHECK(offenders("#include <catch2/", [](std::string const&) { return false; }) == none);
+  CHECK(offenders("__global__|<<<|cuda_runtime", [](std::string const& file) { return file.starts_with("backend/cuda/"); }) == none);
+  CHECK(offenders("__CUDACC__|__CUDA_ARCH__", [](std::string const& file) { return file == "core/config.hpp"; }) == none);
+  CHECK(offenders("_OPENMP|<omp.h>", [](std::string const& file) { return file == "backend/cpu/cpu.hpp"; }) == none);
+}
+
+TEST_CASE("headers open no namespace for others, and define no macro without the library's name") {
+  auto const none = std::vector<std::string>{};
+  CHECK(offenders("^using namespace", [](std::string const&) { return false; }) == none);
+  CHECK(offenders("^\\s*#\\s*define\\s+(?!HYBRIDATTN_)", [](std::string const&) { return false; }) == none);
+  CHECK(offenders("#pragma once", [](std::string const&) { return false; }) == none);
+}
+
+TEST_CASE("README's first C++ block is the quickstart, in under 60 lines") {
+  std::string const readme = contents(fs::path(root) / "README.md"), example = contents(fs::path(root) / "examples/quickstart.cpp");
+  auto const start = readme.find("```cpp\n") + 7, end = readme.find("```", start);
+  CHECK(readme.substr(start, end - start) == example);
+  CHECK(std::count(example.begin(), example.end(), '\n') < 60);
+}
