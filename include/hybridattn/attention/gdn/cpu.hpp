@@ -1,0 +1,200 @@
+// The gated delta rule on the CPU: which heads run side by side, and the memory that a head needs.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
+
+#include <hybridattn/attention/gdn/cpu_forward.hpp>
+#include <hybridattn/attention/gdn/cpu_rebuild.hpp>
+#include <hybridattn/attention/gdn/cpu_reverse.hpp>
+#include <hybridattn/attention/gdn/cpu_step.hpp>
+#include <hybridattn/attention/gdn/gdn.hpp>
+#include <hybridattn/backend/cpu/cpu.hpp>
+
+namespace hybridattn {
+namespace gdn {
+namespace detail {
+
+// Memory of one thread in forward. K and V are rounded up to whole panels.
+template <class T> struct ForwardScratch {
+  Index K, V;
+  T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
+  Rows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
+
+  static Index size(Index K, Index V) { return K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V); }
+  ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
+    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
+    auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
+    state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), v = take_rows(V), o = take_rows(V), error = take_rows(V);
+  }
+};
+
+template <class T>
+void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
+                  Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
+  Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
+  T carry = 1;
+  Gates<T> gates;
+  ForwardTerms<T> terms;
+  read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
+  for (Index b = 0; b < count_blocks(sequence); ++b) {
+    Block const block = block_of(sequence, b);
+    ForwardRows<T> rows{.groups = block.groups(), .K = K, .V = scratch.V,
+                        .q = rows_to_read(x.q, block, hk, scratch.q), .k = rows_to_read(x.k, block, hk, scratch.k),
+                        .v = rows_to_read(x.v, block, h, scratch.v), .o = rows_to_write(y.o, block, h, scratch.o), .error = {nullptr, 0}};
+    if (!saved.error.empty()) rows.error = rows_to_write(saved.error, block, h, scratch.error);
+    read_gates(x.g, x.beta, block, h, gates);
+    carry = forward_terms(gates, static_cast<T>(c.scale), rows, carry, terms);
+    forward_block(terms, rows, scratch.state, scratch.panels);
+    write_back(y.o, block, h, scratch.o);
+    write_back(saved.error, block, h, scratch.error);
+  }
+  write_state(scratch.state, carry, i, h, K, y.final_state);
+}
+
+// Memory of one thread in backward. K and V are rounded up to whole panels.
+template <class T> struct BackwardScratch {
+  Index K, V;
+  T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
+  T* panels;                         // the rows of the panels in turn
+  Rows<T> q, k, v, error, d_o, d_v;  // one block each, for rows that are not used where they stand
+  Rows<T> d_q, d_k;                  // one block of one value head
+  T* state_error;                    // X e of all tokens of a head
+  Handover<T>* handover;             // one for each block
+
+  static Index size(Index K, Index V, Index longest) {
+    return 2 * K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * 4 * (K + V) + round_up(longest, group_tokens) * K;
+  }
+  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_) : K(K_), V(V_), handover(handover_) {
+    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
+    auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
+    gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), v = take_rows(V), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
+    d_q = take_rows(K), d_k = take_rows(K);
+    state_error = memory;
+  }
+};
+
+// One call of backward.
+template <class T> struct BackwardCall {
+  Config const& c;
+  Inputs<In<T>> x;
+  Saved<In<T>> saved;
+  Outputs<In<T>> d_y;
+  Inputs<Out<T>> d_x;
+
+  Index key_head(Index h) const { return h / (c.num_value_heads / c.num_heads); }
+  BackwardRows<T> rows(Block block, Index h, BackwardScratch<T> const& scratch) const {
+    Index const hk = key_head(h);
+    return {.groups = block.groups(), .K = scratch.K, .V = scratch.V,
+            .q = rows_to_read(x.q, block, hk, scratch.q), .k = rows_to_read(x.k, block, hk, scratch.k),
+            .v = rows_to_read(x.v, block, h, scratch.v), .error = rows_to_read(saved.error, block, h, scratch.error),
+            .d_o = rows_to_read(d_y.o, block, h, scratch.d_o), .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
+  }
+};
+
+template <class T> void reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
+  T const scale = static_cast<T>(call.c.scale);
+  T carry = 1;
+  Gates<T> gates;
+  ReverseTerms<T> terms;
+  read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
+  for (Index b = count_blocks(sequence); b-- > 0;) {
+    Block const block = block_of(sequence, b);
+    BackwardRows<T> const rows = call.rows(block, h, scratch);
+    read_gates(call.x.g, call.x.beta, block, h, gates);
+    carry = reverse_terms(gates, scale, rows, carry, terms);
+    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K);
+    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.g, call.d_x.beta, scratch.handover[b]);
+    write_back(call.d_x.v, block, h, scratch.d_v);
+  }
+  write_state(scratch.gradient, carry, i, h, scratch.K, call.d_x.initial_state);
+}
+
+// Returns <S_T, d_final_state>.
+template <class T>
+double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
+  T carry = 1;
+  Gates<T> gates;
+  RebuildTerms<T> terms;
+  read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
+  for (Index b = 0; b < count_blocks(sequence); ++b) {
+    Block const block = block_of(sequence, b);
+    BackwardRows<T> const rows = call.rows(block, h, scratch);
+    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // as the reverse sweep left it
+    read_gates(call.x.g, call.x.beta, block, h, gates);
+    carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
+    rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
+                  scratch.d_q, scratch.d_k);
+    finish_rebuild<T>(rows, scratch.d_q, scratch.d_k, block, h, call.key_head(h), first, call.d_x.q, call.d_x.k, call.d_x.g);
+  }
+  return dot_transposed(call.d_y.final_state, i, h, scratch.V, scratch.state, carry);
+}
+
+// (7): d_g(t) holds q . d_q - v . d_v of each token; from the end, so that no token sees an earlier one's.
+template <class T> void sum_decay_gradients(Sequence sequence, Index h, double sum, View<T, 2> d_g) {
+  for (Index t = sequence.start + sequence.length; t-- > sequence.start;) d_g(t, h) = static_cast<T>(sum += static_cast<double>(d_g(t, h)));
+}
+
+}  // namespace detail
+
+// Heads are independent of each other.
+template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
+  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
+    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{out(memory).row(thread), K, V});
+  });
+}
+
+// Key heads are independent of each other; the value heads of a key head add to its d_q and d_k one after the other.
+template <class T>
+void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>>, Saved<In<T>> saved, Outputs<In<T>> d_y,
+              Inputs<Out<T>> d_x) {
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
+  Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
+  Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
+  detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
+  parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_heads, hk = task % c.num_heads;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V};
+    for (Index h = hk * group; h < (hk + 1) * group; ++h) {
+      detail::reverse_sweep(call, sequence, i, h, scratch);
+      double const sum = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
+      detail::sum_decay_gradients(sequence, h, sum, d_x.g);
+    }
+  });
+}
+
+// x holds one token for each of B sequences: q, k [B, H, K], v [B, HV, V], g, beta [B, HV]; x.initial_state is not used.
+// state [B, HV, K, V] is updated in place, o is [B, HV, V].
+template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
+  parallel_for(cpu, o.extent(0) * c.num_value_heads, [&](Index task, int) {
+    Index const b = task / c.num_value_heads, h = task % c.num_value_heads, hk = h / (c.num_value_heads / c.num_heads);
+    T const *q = x.q.row(b, hk), *k = x.k.row(b, hk);
+    T const scale = static_cast<T>(c.scale), decay = detail::decay_of<T>(cpu::broadcast(x.g(b, h)))[0];
+    T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
+    detail::step_head<T>({q, k, x.v.row(b, h), decay, x.beta(b, h), scale, scale * qk, state.row(b, h, 0), o.row(b, h), c.key_dim,
+                          state.stride[2]}, c.value_dim);
+  });
+}
+
+}  // namespace gdn
+
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
+                      gdn::Saved<Out<T>> saved) {
+    gdn::forward(cpu, c, s, x, y, saved);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
+  }
+};
+
+}  // namespace hybridattn
+#endif

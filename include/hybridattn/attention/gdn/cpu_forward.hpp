@@ -1,0 +1,166 @@
+// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens understood,
+//   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
+// so a group needs eight products with S, a 4x4 triangle is solved, and four updates enter S. One pass over S adds a group
+// and forms the products of the next: 12 multiply-adds for each element loaded and stored.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
+
+#include <hybridattn/attention/gdn/cpu_groups.hpp>
+
+namespace hybridattn::gdn::detail {
+
+// What the tokens of a group have to do with each other and with the state; S = carry * stored.
+template <class T> struct ForwardTerms {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> forget[group_tokens];  // from the stored state to token i
+  PerGroup<T> read[group_tokens];    // scale forget
+  PerGroup<T> keep[group_tokens];    // from token i to the stored state after the group
+  PerGroup<T> pair[pairs];           // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
+  Carry<T> carry;
+};
+// The rows of a block, and where its results go. `error` has no data when nobody will run backward.
+template <class T> struct ForwardRows {
+  Index groups, K, V;
+  Rows<T const> q, k, v;
+  Rows<T> o, error;
+};
+// The part of a state and of all rows that one pass handles.
+template <class T> struct ForwardPanel {
+  T* state;     // [K, panel]
+  T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
+  T* updates;   // [4, panel] keep delta of the group to be added
+};
+
+// Returns the carry after the block.
+template <class T>
+T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T carry, ForwardTerms<T>& terms) {
+  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
+      terms.beta[i].put(g, gates.beta[i].get(g));
+      terms.forget[i].put(g, forget);
+      terms.read[i].put(g, scale * forget);
+      terms.keep[i].put(g, gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
+    }
+  });
+  return carry;
+}
+
+// The products of a block's first group.
+template <class T> void multiply(ForwardPanel<T> panel, Index K, Rows<T const> k, Rows<T const> q) {
+  Vec<T> products[2 * group_tokens][panel_vectors] = {};
+  for (Index r = 0; r < K; ++r)
+    for (int x = 0; x < panel_vectors; ++x) {
+      Vec<T> const s = load(panel.state + r * panel_width<T> + x * lanes<T>);
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        products[i][x] += k[i][r] * s;
+        products[group_tokens + i][x] += q[i][r] * s;
+      }
+    }
+  for (int i = 0; i < 2 * group_tokens; ++i)
+    for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
+}
+
+// (2) and (4) for one group.
+template <class T>
+HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, Rows<T const> v, Rows<T> error, Rows<T> o, ForwardPanel<T> panel) {
+  HYBRIDATTN_UNROLL
+  for (int x = 0; x < panel_width<T>; x += lanes<T>) {
+    Vec<T> delta[group_tokens];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> e = load(v[i] + x) - terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
+      if (error.data != nullptr) store(error[i] + x, e);
+      delta[i] = terms.beta[i][g] * e;
+      store(panel.updates + i * panel_width<T> + x, terms.keep[i][g] * delta[i]);
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
+      store(o[i] + x, y);
+    }
+  }
+}
+
+// (3) for one group, and the products of the next when `multiplies`.
+template <bool folds, bool multiplies, class T>
+HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> k, [[maybe_unused]] Rows<T const> next_k,
+                            [[maybe_unused]] Rows<T const> next_q) {
+  Vec<T> update[group_tokens][panel_vectors], products[2 * group_tokens][panel_vectors] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) update[i][x] = load(panel.updates + i * panel_width<T> + x * lanes<T>);
+  }
+  for (Index r = 0; r < K; ++r) {
+    T* const row = panel.state + r * panel_width<T>;
+    Vec<T> s[panel_vectors];
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) {
+      s[x] = load(row + x * lanes<T>);
+      if constexpr (folds) s[x] *= fold;
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      HYBRIDATTN_UNROLL
+      for (int x = 0; x < panel_vectors; ++x) s[x] += k[i][r] * update[i][x];
+    }
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) store(row + x * lanes<T>, s[x]);
+    if constexpr (multiplies) {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        HYBRIDATTN_UNROLL
+        for (int x = 0; x < panel_vectors; ++x) {
+          products[i][x] += next_k[i][r] * s[x];
+          products[group_tokens + i][x] += next_q[i][r] * s[x];
+        }
+      }
+    }
+  }
+  if constexpr (multiplies) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < 2 * group_tokens; ++i) {
+      HYBRIDATTN_UNROLL
+      for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
+    }
+  }
+}
+template <class T>
+HYBRIDATTN_INLINE void add_group(ForwardPanel<T> panel, ForwardRows<T> const& rows, Index g, T fold) {
+  Rows<T const> const k = rows.k.group(g), next_k = rows.k.group(g + 1), next_q = rows.q.group(g + 1);
+  if (g + 1 == rows.groups) pass<true, false>(panel, rows.K, fold, k, next_k, next_q);
+  else if (fold == 1) pass<false, true>(panel, rows.K, fold, k, next_k, next_q);
+  else pass<true, true>(panel, rows.K, fold, k, next_k, next_q);
+}
+
+// One block of one head: `panels_in_turn` panels at a time, through all its groups.
+template <class T>
+void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* state, T* panel_memory) {
+  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
+    ForwardPanel<T> turn[panels_in_turn];
+    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
+    for (Index p = 0; p < count; ++p) {
+      T* const own = panel_memory + p * panel_rows * panel_width<T>;
+      turn[p] = {state + (first + p * panel_width<T>) * rows.K, own, own + 2 * group_tokens * panel_width<T>};
+      multiply(turn[p], rows.K, rows.k, rows.q);
+    }
+    for (Index g = 0; g < rows.groups; ++g)
+      for (Index p = 0; p < count; ++p) {
+        Index const column = first + p * panel_width<T>;
+        Rows<T> const error = rows.error.data == nullptr ? rows.error : rows.error.group(g).columns(column);
+        solve(terms, g, rows.v.group(g).columns(column), error, rows.o.group(g).columns(column), turn[p]);
+        add_group(turn[p], rows, g, terms.carry.fold[g]);
+      }
+  }
+}
+
+}  // namespace hybridattn::gdn::detail
+#endif

@@ -1,0 +1,219 @@
+// What the sweeps over the tokens of a head share. Tokens go in groups of four: one pass over a state takes in four of them
+// and is as long as four, but loads and stores the state once. Groups are counted from the start of the sequence and the
+// last one is padded with zeros, so what a token gets does not depend on how many follow. Sixteen groups are a block: the
+// small terms of its groups are made together, one group in each lane.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
+
+#include <hybridattn/backend/cpu/simd.hpp>
+#include <hybridattn/core/math.hpp>
+#include <hybridattn/core/sequences.hpp>
+
+#include <algorithm>
+
+namespace hybridattn::gdn::detail {
+
+using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
+
+inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
+
+// Columns of a state that one pass handles: its 13 vectors of accumulators and factors for each vector of columns stay in
+// registers, of which AVX-512 has 32 and the others 16.
+inline constexpr int panel_vectors = cpu::vector_bytes == 64 ? 2 : 1;
+template <class T> inline constexpr int panel_width = panel_vectors * lanes<T>;
+// Panels in turn: the short, serial work between two passes over one panel runs under the pass over the other. A panel has
+// twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+inline constexpr Index panels_in_turn = 2, panel_rows = 3 * group_tokens;
+// K and V in whole panels and whole groups of rows.
+template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
+
+// Consecutive tokens of one sequence, at most block_tokens.
+struct Block {
+  Index first;   // in the batch
+  Index tokens;
+
+  Index groups() const { return ceil_div(tokens, group_tokens); }
+};
+inline Index count_blocks(Sequence s) { return ceil_div(s.length, block_tokens); }
+inline Block block_of(Sequence s, Index b) {
+  return {s.start + b * block_tokens, std::min<Index>(block_tokens, s.length - b * block_tokens)};
+}
+
+// Rows of one head, one for each token.
+template <class T> struct Rows {
+  T* data;
+  Index stride;
+
+  HYBRIDATTN_INLINE operator Rows<T const>() const requires (!std::is_const_v<T>) { return {data, stride}; }
+  HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
+  HYBRIDATTN_INLINE Rows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
+  HYBRIDATTN_INLINE Rows columns(Index first) const { return {data + first, stride}; }
+};
+
+// Kernels want whole groups of rows and whole panels of columns. Rows that are that already are used where they stand,
+// others through a copy, padded with zeros.
+template <class T> bool is_whole(View<T, 3> x, Block block, Rows<std::remove_const_t<T>> copy) {
+  return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
+}
+template <class T> Rows<T const> rows_to_read(View<T const, 3> x, Block block, Index head, Rows<T> copy) {
+  if (is_whole(x, block, copy)) return {x.row(block.first, head), x.stride[0]};
+  for (Index n = 0; n < block.groups() * group_tokens; ++n) {
+    Index const columns = n < block.tokens ? x.extent(2) : 0;
+    if (columns > 0) std::copy_n(x.row(block.first + n, head), columns, copy[n]);
+    std::fill_n(copy[n] + columns, copy.stride - columns, T(0));
+  }
+  return {copy.data, copy.stride};
+}
+template <class T> Rows<T> rows_to_write(View<T, 3> y, Block block, Index head, Rows<T> copy) {
+  if (y.empty() || !is_whole(y, block, copy)) return copy;
+  return {y.row(block.first, head), y.stride[0]};
+}
+// Afterwards: what was written to the copy moves to where it belongs.
+template <class T> void write_back(View<T, 3> y, Block block, Index head, Rows<T> copy) {
+  if (y.empty() || is_whole(y, block, copy)) return;
+  for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
+}
+
+// Numbers of the groups of a block, one in each lane.
+template <class T> struct alignas(cpu::vector_bytes) PerGroup {
+  T group[block_groups];
+
+  HYBRIDATTN_INLINE T operator[](Index g) const { return group[g]; }
+  HYBRIDATTN_INLINE Vec<T> get(int g) const { return load(group + g); }
+  HYBRIDATTN_INLINE void put(int g, Vec<T> x) { store(group + g, x); }
+};
+// f(g) for g .. g + lanes - 1 at a time.
+template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
+  for (int g = 0; g < block_groups; g += lanes<T>) f(g);
+}
+
+// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i. Sixteen in all.
+inline constexpr int pairs = 16;
+constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
+constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
+
+// The gates of a block. Padding neither forgets nor learns: decay 1, beta 0.
+template <class T> struct Gates {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
+  PerGroup<T> until[group_tokens];      // [i] exp(g_0 + ... + g_i)
+  PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
+};
+
+// exp(g), and 0 where it is no normal number.
+template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
+  Vec<T> const exponent = g * cpu::log2_e<T>;
+  return cpu::select<T>(exponent < cpu::detail::Exp2<T>::least, Vec<T>{}, cpu::exp2<T>(exponent));
+}
+
+template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens], Gates<T>& gates) {
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> until = cpu::broadcast<T>(1), after = until;
+    gates.after[group_tokens].put(g, after);
+    for (int i = 0; i < group_tokens; ++i) {
+      gates.until[i].put(g, until *= decay[i].get(g));
+      gates.after[group_tokens - 1 - i].put(g, after *= decay[group_tokens - 1 - i].get(g));
+      Vec<T> between = cpu::broadcast<T>(1);
+      for (int j = i; j >= 0; --j) {
+        gates.between[upto(i, j)].put(g, between);
+        if (j < i) gates.between[below(i, j)].put(g, between);
+        between *= decay[j].get(g);
+      }
+    }
+  });
+}
+template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, Block block, Index h, Gates<T>& gates) {
+  PerGroup<T> decay[group_tokens];
+  for (Index n = 0; n < block_tokens; ++n) {
+    bool const is_token = n < block.tokens;
+    decay[n % group_tokens].group[n / group_tokens] = is_token ? g(block.first + n, h) : T(0);
+    gates.beta[n % group_tokens].group[n / group_tokens] = is_token ? beta(block.first + n, h) : T(0);
+  }
+  for (auto& of_token : decay)
+    for_groups<T>([&](int first) HYBRIDATTN_INLINE_LAMBDA { of_token.put(first, decay_of<T>(of_token.get(first))); });
+  multiply_decays(decay, gates);
+}
+
+// A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
+// When the carry falls below 1e-6 it is folded back.
+template <class T> struct Carry {
+  PerGroup<T> before;   // the carry when the group comes
+  PerGroup<T> inverse;  // 1 / the carry after the group
+  PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
+
+  // `decay` of the whole group; the carry is taken from group to group in the order of the sweep.
+  HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
+    before.group[g] = carry;
+    carry *= decay;
+    bool const small = carry < T(1e-6);
+    fold.group[g] = small ? carry : T(1);
+    inverse.group[g] = small ? T(1) : 1 / carry;
+    return small ? T(1) : carry;
+  }
+};
+
+// products[below(i, j)] = a_i . c_j, products[upto(i, j)] = b_i . c_j for the four tokens of each group. A token never meets
+// a later one.
+template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, T* dots) {
+  Vec<T> sum[pairs] = {};
+  for (Index d = 0; d < width; d += lanes<T>) {
+    Vec<T> x[group_tokens];
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < group_tokens; ++j) x[j] = load(c[j] + d);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < i; ++j) sum[below(i, j)] += y * x[j];
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) sum[upto(i, j)] += z * x[j];
+    }
+  }
+  cpu::sum_each<pairs>(sum, dots);
+}
+template <class T>
+void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
+  alignas(cpu::vector_bytes) T dots[block_groups][pairs] = {};
+  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+  for (int p = 0; p < pairs; p += lanes<T>)
+    for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+}
+
+// k_i . k_j and scale q_i . k_j, with the decay between.
+template <class T>
+void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K, Index groups, T scale, PerGroup<T> (&pair)[pairs]) {
+  pair_dots(k, q, k, K, groups, pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int p = 0; p < pairs; ++p) pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) * gates.between[p].get(g) * pair[p].get(g));
+  });
+}
+
+// dots[i] = a_i . b_i
+template <class T> HYBRIDATTN_INLINE void token_dots(Rows<T const> a, Rows<T const> b, Index width, T* dots) {
+  Vec<T> sum[group_tokens] = {};
+  for (Index d = 0; d < width; d += lanes<T>) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) sum[i] += load(a[i] + d) * load(b[i] + d);
+  }
+  cpu::sum_each<group_tokens>(sum, dots);
+}
+
+// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel.
+template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
+  std::fill_n(state, rows * columns, T(0));
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); v += panel_width<T>)
+      std::copy_n(states.row(i, h, k) + v, std::min<Index>(panel_width<T>, states.extent(3) - v), state + v * rows + k * panel_width<T>);
+}
+template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k) {
+    T* const row = states.row(i, h, k);
+    for (Index v = 0; v < states.extent(3); ++v)
+      row[v] = carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>];
+  }
+}
+
+}  // namespace hybridattn::gdn::detail
+#endif

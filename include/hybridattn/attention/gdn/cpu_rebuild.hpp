@@ -1,0 +1,169 @@
+// The forward sweep of backward: S, rebuilt from the errors e that forward saved, for
+//   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
+//   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
+//         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
+// with S the state before a group of four, X the gradient of the state after it, and decays between tokens understood.
+// Nothing is left to solve. S is held as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
+
+#include <hybridattn/attention/gdn/cpu_reverse.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
+
+namespace hybridattn::gdn::detail {
+
+// What the forward sweep needs; S = carry * stored.
+template <class T> struct RebuildTerms {
+  PerGroup<T> forget[group_tokens];  // from the stored S before the group to token i
+  PerGroup<T> read[group_tokens];    // scale forget
+  PerGroup<T> keep[group_tokens];    // beta times the decay from token i to the stored S after the group
+  Carry<T> carry;
+};
+// Returns the carry after the block.
+template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, RebuildTerms<T>& terms) {
+  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
+      terms.forget[i].put(g, forget);
+      terms.read[i].put(g, scale * forget);
+      terms.keep[i].put(g, gates.beta[i].get(g) * gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
+    }
+  });
+  return carry;
+}
+
+// products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
+template <bool folds, class T>
+HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, Rows<T const> k, Rows<T const> d_o,
+                               Rows<T const> d_v, Rows<T const> error, T* products) {
+  Vec<T> key[group_tokens][panel_vectors], by_d_o[group_tokens][panel_vectors] = {}, by_d_v[group_tokens][panel_vectors] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) key[i][x] = terms.keep[i][g] * load(k[i] + x * lanes<T>);
+  }
+  for (Index r = 0; r < V; ++r) {
+    T* const row = state + r * panel_width<T>;
+    Vec<T> s[panel_vectors];
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) s[x] = load(row + x * lanes<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      HYBRIDATTN_UNROLL
+      for (int x = 0; x < panel_vectors; ++x) {
+        by_d_o[i][x] += d_o[i][r] * s[x];
+        by_d_v[i][x] += d_v[i][r] * s[x];
+      }
+    }
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) {
+      if constexpr (folds) s[x] *= terms.carry.fold[g];
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      HYBRIDATTN_UNROLL
+      for (int x = 0; x < panel_vectors; ++x) s[x] += error[i][r] * key[i][x];
+    }
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) store(row + x * lanes<T>, s[x]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) {
+      store(products + i * panel_width<T> + x * lanes<T>, by_d_o[i][x]);
+      store(products + (group_tokens + i) * panel_width<T> + x * lanes<T>, by_d_v[i][x]);
+    }
+  }
+}
+
+// d_q and d_k of one group and one panel of columns. d_k holds stored X e.
+template <class T>
+HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, Rows<T const> q, Rows<T const> k,
+                               T const* products, Rows<T> d_q, Rows<T> d_k) {
+  HYBRIDATTN_UNROLL
+  for (int x = 0; x < panel_width<T>; x += lanes<T>) {
+    Vec<T> key[group_tokens], query[group_tokens];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      key[i] = load(k[i] + x);
+      query[i] = load(q[i] + x);
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T> + x);
+      Vec<T> z = handover.gradient[i][g] * load(d_k[i] + x) - terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+      HYBRIDATTN_UNROLL
+      for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < group_tokens; ++j)
+        if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
+      store(d_q[i] + x, y);
+      store(d_k[i] + x, z);
+    }
+  }
+}
+
+// [K / 4][token][row of 4] to one row for each token.
+template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, Rows<T> to) {
+  for (Index r = 0; r < K; r += group_tokens)
+    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
+}
+
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel].
+template <class T>
+void rebuild_block(RebuildTerms<T> const& terms, Handover<T> const& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
+                   T* products, Rows<T> d_q, Rows<T> d_k) {
+  for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
+  for (Index column = 0; column < rows.K; column += panel_width<T>)
+    for (Index g = 0; g < rows.groups; ++g) {
+      Rows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
+      T* const panel = state + column * rows.V;
+      if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
+      else rebuild<true>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
+      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column));
+    }
+}
+
+// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to; d_g gets q . d_q.
+template <class T>
+void finish_rebuild(BackwardRows<T> const& rows, Rows<T const> own_q, Rows<T const> own_k, Block block, Index h, Index hk, bool first,
+                    View<T, 3> d_q, View<T, 3> d_k, View<T, 2> d_g) {
+  for (Index g = 0; g < rows.groups; ++g) {
+    T dots[group_tokens];
+    token_dots(rows.q.group(g), own_q.group(g), rows.K, dots);
+    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i) d_g(block.first + g * group_tokens + i, h) += dots[i];
+  }
+  for (Index n = 0; n < block.tokens; ++n) {
+    T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
+    cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {
+      d.put(to_q, first ? d.get(own_q[n]) : d.get(to_q) + d.get(own_q[n]));
+      d.put(to_k, first ? d.get(own_k[n]) : d.get(to_k) + d.get(own_k[n]));
+    });
+  }
+}
+
+// The state as S^T, panels of K: row k of column v at (k / panel) panel V + v panel + k % panel.
+template <class T> Index transposed_place(Index k, Index v, Index V) {
+  return k / panel_width<T> * panel_width<T> * V + v * panel_width<T> + k % panel_width<T>;
+}
+template <class T> void read_transposed(View<T const, 4> states, Index i, Index h, Index K, Index V, T* state) {
+  std::fill_n(state, K * V, T(0));
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v);
+}
+template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) * static_cast<double>(carry * state[transposed_place<T>(k, v, V)]);
+  return sum;
+}
+
+}  // namespace hybridattn::gdn::detail
+#endif

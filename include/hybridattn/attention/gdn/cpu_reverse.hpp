@@ -1,0 +1,239 @@
+// The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
+// With X the gradient of the state after a group and decays between tokens understood,
+//   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
+// As in forward, one pass over X adds a group and forms the products of the next one: 12 multiply-adds for each element
+// loaded and stored. Besides d_v and d_beta the sweep leaves X e_i and the dots of each group.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
+
+#include <hybridattn/attention/gdn/cpu_groups.hpp>
+
+namespace hybridattn::gdn::detail {
+
+// The rows of a block. d_v holds w until the block's reverse sweep is finished.
+template <class T> struct BackwardRows {
+  Index groups, K, V;
+  Rows<T const> q, k, v, error, d_o;
+  Rows<T> d_v;
+};
+// What the reverse sweep needs to know about the groups of a block; X = carry * stored.
+template <class T> struct ReverseTerms {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> forget[group_tokens];      // from the stored X after the group to token i
+  PerGroup<T> keep_query[group_tokens];  // scale * keep, keep: from token i to the stored X before the group
+  PerGroup<T> keep_key[group_tokens];    // -beta keep
+  PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
+  Carry<T> carry;
+};
+// What it hands to the forward sweep, besides X e.
+template <class T> struct Handover {
+  PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
+  PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
+};
+template <class T> struct ReversePanel {
+  T* state;     // [K, panel] X
+  T* products;  // [4, panel] stored^T k of the group to be solved
+  T* updates;   // [8, panel] keep_query d_o, then keep_key w of the group to be added
+};
+
+// Returns the carry before the block.
+template <class T>
+T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T carry, ReverseTerms<T>& terms) {
+  for (Index g = block_groups; g-- > 0;) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const keep = gates.until[i].get(g) * terms.carry.inverse.get(g), beta = gates.beta[i].get(g);
+      terms.beta[i].put(g, beta);
+      terms.forget[i].put(g, terms.carry.before.get(g) * gates.after[i + 1].get(g));
+      terms.keep_query[i].put(g, scale * keep);
+      terms.keep_key[i].put(g, -beta * keep);
+    }
+  });
+  return carry;
+}
+
+// The products of a block's last group.
+template <class T> void multiply(ReversePanel<T> panel, Index K, Rows<T const> k) {
+  Vec<T> products[group_tokens][panel_vectors] = {};
+  for (Index r = 0; r < K; ++r)
+    for (int x = 0; x < panel_vectors; ++x) {
+      Vec<T> const s = load(panel.state + r * panel_width<T> + x * lanes<T>);
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) products[i][x] += k[i][r] * s;
+    }
+  for (int i = 0; i < group_tokens; ++i)
+    for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
+}
+
+// w of one group, from its last token to its first.
+template <class T>
+HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, Rows<T const> d_o, Rows<T> w, ReversePanel<T> panel) {
+  HYBRIDATTN_UNROLL
+  for (int x = 0; x < panel_width<T>; x += lanes<T>) {
+    Vec<T> d_v[group_tokens], up[group_tokens];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      up[i] = load(d_o[i] + x);
+      store(panel.updates + i * panel_width<T> + x, terms.keep_query[i][g] * up[i]);
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = group_tokens - 1; i >= 0; --i) {
+      Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+      HYBRIDATTN_UNROLL
+      for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
+      store(w[i] + x, y);
+      d_v[i] = terms.beta[i][g] * y;
+      store(panel.updates + (group_tokens + i) * panel_width<T> + x, terms.keep_key[i][g] * y);
+    }
+  }
+}
+
+// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
+// chains of four, not one of eight: the serial chain would be what the pass waits for.
+template <bool folds, bool multiplies, class T>
+HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> q, Rows<T const> k,
+                            [[maybe_unused]] Rows<T const> next_k) {
+  Vec<T> update[2 * group_tokens][panel_vectors], products[group_tokens][panel_vectors] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < 2 * group_tokens; ++i) {
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) update[i][x] = load(panel.updates + i * panel_width<T> + x * lanes<T>);
+  }
+  for (Index r = 0; r < K; ++r) {
+    T* const row = panel.state + r * panel_width<T>;
+    Vec<T> s[panel_vectors], by_keys[panel_vectors];
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) {
+      s[x] = load(row + x * lanes<T>);
+      if constexpr (folds) s[x] *= fold;
+      by_keys[x] = k[0][r] * update[group_tokens][x];
+      s[x] += q[0][r] * update[0][x];
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 1; i < group_tokens; ++i) {
+      HYBRIDATTN_UNROLL
+      for (int x = 0; x < panel_vectors; ++x) {
+        s[x] += q[i][r] * update[i][x];
+        by_keys[x] += k[i][r] * update[group_tokens + i][x];
+      }
+    }
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < panel_vectors; ++x) {
+      s[x] += by_keys[x];
+      store(row + x * lanes<T>, s[x]);
+    }
+    if constexpr (multiplies) {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        HYBRIDATTN_UNROLL
+        for (int x = 0; x < panel_vectors; ++x) products[i][x] += next_k[i][r] * s[x];
+      }
+    }
+  }
+  if constexpr (multiplies) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      HYBRIDATTN_UNROLL
+      for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
+    }
+  }
+}
+template <class T>
+HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& rows, Index g, T fold) {
+  Rows<T const> const q = rows.q.group(g), k = rows.k.group(g), next_k = g == 0 ? k : rows.k.group(g - 1);
+  if (g == 0) pass<true, false>(panel, rows.K, fold, q, k, next_k);
+  else if (fold == 1) pass<false, true>(panel, rows.K, fold, q, k, next_k);
+  else pass<true, true>(panel, rows.K, fold, q, k, next_k);
+}
+
+// X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
+// they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
+template <int count, class T>
+HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index K, Rows<T const> error, bool first, T* to) {
+  for (Index r = 0; r < K; r += group_tokens) {
+    Vec<T> sum[pairs] = {};
+    HYBRIDATTN_UNROLL
+    for (int x = 0; x < count * panel_vectors; ++x) {
+      T const* const state = panels[x / panel_vectors].state + r * panel_width<T> + x % panel_vectors * lanes<T>;
+      Vec<T> s[group_tokens];
+      HYBRIDATTN_UNROLL
+      for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        Vec<T> const e = load(error[i] + x * lanes<T>);
+        HYBRIDATTN_UNROLL
+        for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
+      }
+    }
+    alignas(cpu::vector_bytes) T sums[pairs];
+    cpu::sum_each<pairs>(sum, sums);
+    T* const tile = to + r * group_tokens;
+    for (int p = 0; p < pairs; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
+  }
+}
+
+// One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
+template <class T>
+void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error) {
+  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
+    ReversePanel<T> turn[panels_in_turn];
+    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
+    auto const with_error = [&](Index g) HYBRIDATTN_INLINE_LAMBDA {
+      Rows<T const> const error = rows.error.group(g).columns(first);
+      T* const to = state_error + g * group_tokens * rows.K;
+      if (count == panels_in_turn) times_error<panels_in_turn>(turn, rows.K, error, first == 0, to);
+      else times_error<1>(turn, rows.K, error, first == 0, to);
+    };
+    for (Index p = 0; p < count; ++p) {
+      T* const own = panel_memory + p * panel_rows * panel_width<T>;
+      turn[p] = {state + (first + p * panel_width<T>) * rows.K, own, own + group_tokens * panel_width<T>};
+      multiply(turn[p], rows.K, rows.k.group(rows.groups - 1));
+    }
+    for (Index g = rows.groups; g-- > 0;) {
+      with_error(g);
+      for (Index p = 0; p < count; ++p) {
+        Index const column = first + p * panel_width<T>;
+        solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
+        add_group(turn[p], rows, g, terms.carry.fold[g]);
+      }
+    }
+  }
+}
+
+// With w complete: the dots of each group, d_beta by (5), d_v, and the part -v . d_v of d_g.
+template <class T>
+void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, Block block, Index h,
+                    View<T, 2> d_g, View<T, 2> d_beta, Handover<T>& handover) {
+  Rows<T const> const w = rows.d_v;
+  pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
+      for (int j = 0; j <= i; ++j) {
+        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g);
+        handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
+        if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
+      }
+    }
+  });
+  for (Index g = 0; g < rows.groups; ++g) {
+    T with_error[group_tokens], with_v[group_tokens];
+    token_dots(w.group(g), rows.error.group(g), rows.V, with_error);
+    token_dots(w.group(g), rows.v.group(g), rows.V, with_v);
+    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i) {
+      Index const t = block.first + g * group_tokens + i;
+      d_beta(t, h) = with_error[i];
+      d_g(t, h) = -terms.beta[i][g] * with_v[i];
+    }
+    for (Index i = 0; i < group_tokens; ++i) {
+      T* const row = rows.d_v.group(g)[i];
+      for (Index d = 0; d < rows.V; d += lanes<T>) store(row + d, terms.beta[i][g] * load(row + d));
+    }
+  }
+}
+
+}  // namespace hybridattn::gdn::detail
+#endif

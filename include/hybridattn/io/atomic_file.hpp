@@ -1,0 +1,115 @@
+// Files that are there whole or not at all: written under a temporary name beside their own, synced, then renamed.
+#ifndef HYBRIDATTN_IO_ATOMIC_FILE_HPP
+#define HYBRIDATTN_IO_ATOMIC_FILE_HPP
+
+#include <hybridattn/core/check.hpp>
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace hybridattn {
+
+// A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
+// instead, as on a full disk. It changes the whole process, so it is for main() to call.
+inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
+
+// An open file of the system, closed at the brace.
+class FileDescriptor {
+ public:
+  FileDescriptor() = default;
+  explicit FileDescriptor(int number) : number_(number) {}
+  FileDescriptor(FileDescriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
+    std::swap(number_, other.number_);
+    return *this;
+  }
+  ~FileDescriptor() {
+    if (number_ >= 0) ::close(number_);
+  }
+  int number() const { return number_; }
+  explicit operator bool() const { return number_ >= 0; }
+
+  // Closes now; false when the system reports only here that what was written is lost.
+  bool close() { return ::close(std::exchange(number_, -1)) == 0; }
+
+ private:
+  int number_ = -1;
+};
+
+// A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
+// before does), and without `commit` nothing is left behind. Every failure is an Error that names the file.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+    std::error_code ignored;
+    auto const status = std::filesystem::status(path_, ignored);
+    check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status),
+          "cannot write ", path_, ": it is there and is not a file");
+    for (int attempt = 0; !file_; ++attempt) {
+      temporary_ = path_.string() + "." + std::to_string(::getpid()) + "-" + std::to_string(attempt) + ".partial";
+      file_ = FileDescriptor{::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};
+      if (!file_ && (errno != EEXIST || attempt == 1000)) fail_with(errno);
+    }
+  }
+  AtomicFile(AtomicFile const&) = delete;
+  AtomicFile& operator=(AtomicFile const&) = delete;
+  ~AtomicFile() { discard(); }
+
+  void write(std::string_view contents) {
+    check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
+    while (!contents.empty()) {
+      auto const written = ::write(file_.number(), contents.data(), contents.size());
+      if (written < 0 && errno == EINTR) continue;
+      if (written < 0) discard_and_fail(errno);
+      contents.remove_prefix(static_cast<std::size_t>(written));
+    }
+  }
+  void commit() {
+    check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
+    if (::fsync(file_.number()) != 0 && errno != EINVAL) discard_and_fail(errno);
+    if (!file_.close()) discard_and_fail(errno);
+    if (::rename(temporary_.c_str(), path_.c_str()) != 0) discard_and_fail(errno);
+    temporary_.clear();
+    sync_folder();
+  }
+  std::filesystem::path const& path() const { return path_; }
+
+ private:
+  [[noreturn]] void fail_with(int error) const { fail("cannot write ", path_, ": ", std::strerror(error)); }
+  [[noreturn]] void discard_and_fail(int error) {
+    discard();
+    fail_with(error);
+  }
+  void discard() noexcept {
+    file_ = FileDescriptor{};
+    if (!temporary_.empty()) ::unlink(temporary_.c_str());
+    temporary_.clear();
+  }
+  // The new name survives a power cut too, where the file system can promise that.
+  void sync_folder() const {
+    auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
+    FileDescriptor const opened{::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+    if (opened) ::fsync(opened.number());
+  }
+
+  std::filesystem::path path_, temporary_;
+  FileDescriptor file_;
+};
+
+inline void write_file_atomically(std::filesystem::path const& path, std::string_view contents) {
+  AtomicFile file{path};
+  file.write(contents);
+  file.commit();
+}
+
+}  // namespace hybridattn
+#endif

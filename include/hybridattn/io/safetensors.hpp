@@ -1,0 +1,333 @@
+// The safetensors format: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes.
+//
+//   {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"policy": "gdn"}}
+//
+// A file comes from anywhere: the reader believes nothing. The tensors must cover the data exactly, without overlap or
+// hole, and every count is checked before a byte is taken for it.
+#ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
+#define HYBRIDATTN_IO_SAFETENSORS_HPP
+
+#include <hybridattn/core/view.hpp>
+#include <hybridattn/io/atomic_file.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <map>
+#include <set>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace hybridattn {
+
+static_assert(std::endian::native == std::endian::little, "safetensors files are read and written as they lie in memory");
+
+struct TensorInfo {
+  std::string dtype;            // the format's word: F64 F32 BF16 F16 I64 I32 ...
+  std::vector<Index> shape;     // [] is one number
+  std::size_t begin = 0, end = 0;   // bytes of the data
+
+  Index count() const {
+    Index product = 1;
+    for (Index extent : shape) product *= extent;
+    return product;
+  }
+};
+
+namespace safetensors {
+
+inline constexpr std::size_t max_header_bytes = 100'000'000;   // the format's own limit
+inline constexpr std::string_view metadata_key = "__metadata__";
+
+struct DType {
+  std::string_view name;
+  std::size_t size;
+};
+inline constexpr std::array dtypes = {
+    DType{"F64", 8},  DType{"F32", 4}, DType{"F16", 2}, DType{"BF16", 2}, DType{"I64", 8},  DType{"I32", 4},     DType{"I16", 2},
+    DType{"I8", 1},   DType{"U64", 8}, DType{"U32", 4}, DType{"U16", 2},  DType{"U8", 1},   DType{"BOOL", 1},    DType{"F8_E4M3", 1},
+    DType{"F8_E5M2", 1}};
+
+template <class T> constexpr std::string_view dtype_of() {
+  constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
+  static_assert(is_int32 || is_int64 || std::is_same_v<T, double> || std::is_same_v<T, float>, "double, float, int64 or int32");
+  return is_int32 ? "I32" : is_int64 ? "I64" : std::is_same_v<T, double> ? "F64" : "F32";
+}
+
+// A name out of a file, fit for an error message: one line, not too long.
+inline std::string shown(std::string_view name) {
+  std::string text = "'";
+  for (char letter : name.substr(0, 80)) text += static_cast<unsigned char>(letter) < 32 || letter == 127 ? '?' : letter;
+  return text + (name.size() > 80 ? "...'" : "'");
+}
+
+// Bits of IEEE half precision: 1 sign, 5 exponent, 10 fraction.
+inline float from_f16(std::uint16_t bits) {
+  std::uint32_t const sign = static_cast<std::uint32_t>(bits >> 15) << 31;
+  std::uint32_t const exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  if (exponent == 0) {   // zero and subnormal: fraction * 2^-24
+    float const size = static_cast<float>(fraction) * 0x1p-24f;
+    return sign != 0 ? -size : size;
+  }
+  std::uint32_t const wide = exponent == 31 ? 255 : exponent + (127 - 15);
+  return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
+}
+inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+
+// JSON text as a value. Objects that have a key twice are refused: readers differ in which of the two they believe.
+inline nlohmann::json parse_header(std::string_view text, std::string const& where) {
+  std::vector<std::set<std::string>> keys;
+  auto const watch = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& value) {
+    using Event = nlohmann::json::parse_event_t;
+    if (event == Event::object_start) keys.emplace_back();
+    if (event == Event::object_end) keys.pop_back();
+    if (event == Event::key) {
+      auto const& key = value.get_ref<std::string const&>();
+      check(keys.back().insert(key).second, where, "the header has the key ", shown(key), " twice");
+    }
+    return true;
+  };
+  check(text.starts_with('{'), where, "the header is not a JSON object");
+  try {
+    return nlohmann::json::parse(text, watch);
+  } catch (nlohmann::json::parse_error const& error) {
+    fail(where, "the header is not JSON (at its byte ", error.byte, ")");
+  } catch (nlohmann::json::out_of_range const&) {
+    fail(where, "the header has a number that is too large");
+  }
+}
+
+inline std::size_t size_of(std::string_view dtype, std::string const& where) {
+  auto const found = std::ranges::find(dtypes, dtype, &DType::name);
+  check(found != dtypes.end(), where, "unknown dtype ", shown(dtype),
+        "; known are F64 F32 F16 BF16 F8_E4M3 F8_E5M2, I8 to I64, U8 to U64, BOOL");
+  return found->size;
+}
+
+// A count in the header: an integer >= 0 that fits.
+inline Index to_count(nlohmann::json const& value, std::string const& where, char const* what) {
+  bool const fits = value.is_number_unsigned() && value.get<std::uint64_t>() <= static_cast<std::uint64_t>(PTRDIFF_MAX);
+  check(fits, where, what, " must hold integers from 0 to 2^63 - 1");
+  return value.get<Index>();
+}
+
+inline nlohmann::json const& member(nlohmann::json const& entry, char const* key, std::string const& where) {
+  check(entry.is_object() && entry.contains(key), where, "no '", key, "'");
+  return entry[key];
+}
+
+inline TensorInfo parse_tensor(nlohmann::json const& entry, std::string const& where) {
+  TensorInfo info;
+  auto const& dtype = member(entry, "dtype", where);
+  check(dtype.is_string(), where, "dtype must be a word");
+  info.dtype = dtype.get<std::string>();
+  Index bytes = static_cast<Index>(size_of(info.dtype, where));
+  auto const& shape = member(entry, "shape", where);
+  check(shape.is_array(), where, "shape must be a list");
+  for (auto const& extent : shape) {
+    info.shape.push_back(to_count(extent, where, "shape"));
+    check(!__builtin_mul_overflow(bytes, info.shape.back(), &bytes), where, "shape has more bytes than can be counted");
+  }
+  auto const& offsets = member(entry, "data_offsets", where);
+  check(offsets.is_array() && offsets.size() == 2, where, "data_offsets must be a list of two");
+  Index const begin = to_count(offsets[0], where, "data_offsets"), end = to_count(offsets[1], where, "data_offsets");
+  check(begin <= end && end - begin == bytes, where, "data_offsets [", begin, ", ", end, "] do not hold the ", bytes,
+        " bytes of dtype and shape");
+  info.begin = static_cast<std::size_t>(begin);
+  info.end = static_cast<std::size_t>(end);
+  return info;
+}
+
+// From the first byte of data to the last, one tensor after the other.
+inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std::size_t data_bytes, std::string const& where) {
+  std::vector<std::pair<std::string const, TensorInfo> const*> order;
+  for (auto const& tensor : tensors) order.push_back(&tensor);
+  std::ranges::sort(order, {}, [](auto const* tensor) { return std::pair{tensor->second.begin, tensor->second.end}; });
+  std::size_t covered = 0;
+  for (auto const* tensor : order) {
+    auto const& [name, info] = *tensor;
+    check(info.end <= data_bytes, where, "tensor ", shown(name), " ends at byte ", info.end, " of the data, which has ", data_bytes);
+    check(info.begin >= covered, where, "tensor ", shown(name), " starts at byte ", info.begin, " inside another one");
+    check(info.begin == covered, where, "bytes ", covered, " to ", info.begin, " of the data belong to no tensor");
+    covered = info.end;
+  }
+  check(covered == data_bytes, where, "the tensors end at byte ", covered, " of the data, which has ", data_bytes);
+}
+
+}  // namespace safetensors
+
+// A file's names, shapes and metadata; the tensors are read when they are asked for.
+class Safetensors {
+ public:
+  explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + path.string() + ": ") { open(path); }
+
+  std::map<std::string, TensorInfo> const& tensors() const { return tensors_; }
+  std::map<std::string, std::string> const& metadata() const { return metadata_; }
+  bool contains(std::string const& name) const { return tensors_.contains(name); }
+  TensorInfo const& info(std::string const& name) const {
+    auto const found = tensors_.find(name);
+    check(found != tensors_.end(), where_, "no tensor ", safetensors::shown(name));
+    return found->second;
+  }
+  std::string const& metadata(std::string const& key) const {
+    auto const found = metadata_.find(key);
+    check(found != metadata_.end(), where_, "no metadata ", safetensors::shown(key));
+    return found->second;
+  }
+
+  // The elements in the file's order, last axis fastest. Any of F64 F32 F16 BF16 I64 I32, rounded where T is narrower.
+  std::vector<double> read_doubles(std::string const& name) const { return read<double>(name); }
+  std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
+  // I64 and I32 only.
+  std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
+
+ private:
+  void open(std::filesystem::path const& path) {
+    file_ = FileDescriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
+    check(static_cast<bool>(file_), where_, std::strerror(errno));
+    struct stat status;
+    check(::fstat(file_.number(), &status) == 0 && S_ISREG(status.st_mode), where_, "not a regular file");
+    auto const size = static_cast<std::uint64_t>(status.st_size);
+    check(size >= 8, where_, "only ", size, " bytes, too short for the header's length");
+    std::uint64_t length = 0;
+    read_bytes(0, &length, sizeof length);
+    check(length <= safetensors::max_header_bytes, where_, "a header of ", length, " bytes; at most ", safetensors::max_header_bytes,
+          " are allowed");
+    check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
+    std::string text(length, '\0');
+    read_bytes(8, text.data(), text.size());
+    data_start_ = 8 + static_cast<std::size_t>(length);
+    parse(safetensors::parse_header(text, where_));
+    safetensors::check_coverage(tensors_, static_cast<std::size_t>(size) - data_start_, where_);
+  }
+  void parse(nlohmann::json const& header) {
+    for (auto const& [name, entry] : header.items()) {
+      if (name == safetensors::metadata_key) parse_metadata(entry);
+      else tensors_[name] = safetensors::parse_tensor(entry, where_ + "tensor " + safetensors::shown(name) + ": ");
+    }
+  }
+  void parse_metadata(nlohmann::json const& entries) {
+    check(entries.is_object(), where_, "__metadata__ must map text to text");
+    for (auto const& [key, value] : entries.items()) {
+      check(value.is_string(), where_, "__metadata__ ", safetensors::shown(key), " is not text");
+      metadata_[key] = value.get<std::string>();
+    }
+  }
+
+  void read_bytes(std::size_t offset, void* into, std::size_t count) const {
+    auto* next = static_cast<char*>(into);
+    while (count > 0) {
+      auto const got = ::pread(file_.number(), next, count, static_cast<off_t>(offset));
+      if (got < 0 && errno == EINTR) continue;
+      check(got >= 0, where_, std::strerror(errno));
+      check(got > 0, where_, "it became shorter while being read");
+      next += got;
+      offset += static_cast<std::size_t>(got);
+      count -= static_cast<std::size_t>(got);
+    }
+  }
+  template <class Stored> std::vector<Stored> stored(TensorInfo const& info) const {
+    std::vector<Stored> elements((info.end - info.begin) / sizeof(Stored));
+    read_bytes(data_start_ + info.begin, elements.data(), info.end - info.begin);
+    return elements;
+  }
+  template <class T, class Stored, class Convert> std::vector<T> converted(TensorInfo const& info, Convert convert) const {
+    auto const elements = stored<Stored>(info);
+    std::vector<T> result(elements.size());
+    std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
+    return result;
+  }
+  template <class T> std::vector<T> read(std::string const& name) const {
+    auto const& tensor = info(name);
+    auto const same = [](auto element) { return element; };
+    if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor);
+    if (tensor.dtype == "I64") return converted<T, std::int64_t>(tensor, same);
+    if (tensor.dtype == "I32") return converted<T, std::int32_t>(tensor, same);
+    if constexpr (std::is_floating_point_v<T>) {
+      if (tensor.dtype == "F64") return converted<T, double>(tensor, same);
+      if (tensor.dtype == "F32") return converted<T, float>(tensor, same);
+      if (tensor.dtype == "F16") return converted<T, std::uint16_t>(tensor, safetensors::from_f16);
+      if (tensor.dtype == "BF16") return converted<T, std::uint16_t>(tensor, safetensors::from_bf16);
+    }
+    fail(where_, "tensor ", safetensors::shown(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
+  }
+
+  std::string where_;   // how an error begins
+  FileDescriptor file_;
+  std::size_t data_start_ = 0;
+  std::map<std::string, TensorInfo> tensors_;
+  std::map<std::string, std::string> metadata_;
+};
+
+// Collects tensors, then writes them at once. It holds no elements: what was added must still be there at `write`.
+class SafetensorsWriter {
+ public:
+  template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
+    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name),
+          " is taken");
+    TensorInfo info{std::string(safetensors::dtype_of<T>()), std::move(shape)};
+    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ",
+          safetensors::shown(name), ", whose shape has ", info.count());
+    auto const bytes = std::as_bytes(elements);
+    entries_[name] = {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}};
+  }
+  template <class T> void add(std::string const& name, std::vector<Index> shape, std::vector<T> const& elements) {
+    add(name, std::move(shape), std::span<T const>(elements));
+  }
+  template <class T> void add(std::string const& name, std::vector<Index> shape, std::vector<T> const&& temporary) = delete;
+
+  void add_metadata(std::string const& key, std::string value) { metadata_[key] = std::move(value); }
+
+  void write(std::filesystem::path const& path) {
+    auto const order = lay_out();
+    std::string const header = header_text();
+    AtomicFile file{path};
+    auto const length = std::bit_cast<std::array<char, 8>>(static_cast<std::uint64_t>(header.size()));
+    file.write({length.data(), length.size()});
+    file.write(header);
+    for (auto const* entry : order) file.write(entry->bytes);
+    file.commit();
+  }
+
+ private:
+  struct Entry {
+    TensorInfo info;
+    std::string_view bytes;
+  };
+  // Wide elements first, so that every tensor lies aligned to its own.
+  std::vector<Entry const*> lay_out() {
+    std::vector<Entry const*> order;
+    std::size_t offset = 0;
+    for (std::size_t const size : {8u, 4u})
+      for (auto& [name, entry] : entries_) {
+        if (safetensors::size_of(entry.info.dtype, "") != size) continue;
+        entry.info.begin = offset;
+        entry.info.end = offset += entry.bytes.size();
+        order.push_back(&entry);
+      }
+    return order;
+  }
+  // Padded with spaces, so that the data starts at a multiple of 8.
+  std::string header_text() const {
+    nlohmann::json header = nlohmann::json::object();
+    for (auto const& [name, entry] : entries_)
+      header[name] = {{"dtype", entry.info.dtype}, {"shape", entry.info.shape}, {"data_offsets", {entry.info.begin, entry.info.end}}};
+    if (!metadata_.empty()) header[std::string(safetensors::metadata_key)] = metadata_;
+    try {
+      std::string text = header.dump();
+      text.resize((text.size() + 7) / 8 * 8, ' ');
+      return text;
+    } catch (nlohmann::json::type_error const&) {
+      fail("safetensors: a name or metadata is not UTF-8");
+    }
+  }
+
+  std::map<std::string, Entry> entries_;
+  std::map<std::string, std::string> metadata_;
+};
+
+}  // namespace hybridattn
+#endif

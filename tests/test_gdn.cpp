@@ -1,0 +1,404 @@
+#include "catch.hpp"
+
+#include <hybridattn/attention/gdn/gdn.hpp>
+#include <hybridattn/attention/gdn/reference.hpp>
+#include <hybridattn/core/random.hpp>
+
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace ha = hybridattn;
+namespace gdn = ha::gdn;
+using ha::Index;
+
+static_assert(ha::ImplementedOn<ha::GDN, ha::Cpu, float>);
+static_assert(ha::ImplementedOn<ha::GatedDeltaNet<ha::GdnOptions{.negative_eigenvalues = true}>, ha::Cpu, double>);
+
+namespace {
+
+template <class T> constexpr T not_a_number = std::numeric_limits<T>::quiet_NaN();
+
+// A tensor in the middle of NaNs: a row before, a row after and one number or head between the rows.
+template <class T, int Rank> class Guarded {
+ public:
+  explicit Guarded(ha::Shape<Rank> shape) : shape_(shape), stride_(ha::View<T, Rank>(nullptr, shape).stride) {
+    stride_.extent[0] += Rank > 2 ? stride_[1] : 1;
+    elements_.assign(static_cast<std::size_t>((shape[0] + 2) * stride_[0]), not_a_number<T>);
+  }
+  ha::View<T, Rank> view() { return {elements_.data() + stride_[0], shape_, stride_}; }
+  T* row(Index n) { return elements_.data() + (n + 1) * stride_[0]; }
+  Index row_size() const { return shape_.count() / std::max<Index>(shape_[0], 1); }
+  std::vector<T> rows(Index first, Index last) {
+    std::vector<T> result;
+    for (Index n = first; n < last; ++n) result.insert(result.end(), row(n), row(n) + row_size());
+    return result;
+  }
+  std::vector<T> rows() { return rows(0, shape_[0]); }
+  void fill_rows(Index first, Index last, T value) {
+    for (Index n = first; n < last; ++n) std::fill_n(row(n), row_size(), value);
+  }
+  template <class F> void set(F value) {  // floats in every scalar, so that runs in float and double mean the same
+    for (Index n = 0; n < shape_[0]; ++n)
+      for (Index e = 0; e < row_size(); ++e) row(n)[e] = static_cast<T>(static_cast<float>(value(n, e)));
+  }
+  // Every element written, with numbers, and none besides.
+  bool is_filled_and_no_more() {
+    auto const is_number = [](T x) { return x - x == T(0); };
+    auto const written = std::count_if(elements_.begin(), elements_.end(), is_number);
+    auto const inside = rows();
+    return std::all_of(inside.begin(), inside.end(), is_number) && written == static_cast<std::ptrdiff_t>(inside.size());
+  }
+
+ private:
+  ha::Shape<Rank> shape_, stride_;
+  std::vector<T> elements_;
+};
+
+enum class Decay { none, mild, strong, total, mixed };
+enum class Beta { zero, one, two, between, mixed };
+enum class Keys { random, correlated, identical };
+struct Problem {
+  gdn::Config sizes = {};
+  Decay decay = Decay::mixed;
+  Beta beta = Beta::between;
+  Keys keys = Keys::random;
+  bool initial_state = true, final_state = true;  // d_final_state too
+};
+
+double log_decay(Decay kind, double strength, ha::Random& random) {
+  if (kind == Decay::mixed) kind = static_cast<Decay>(random.below(4));
+  if (kind == Decay::none) return 0;
+  if (kind == Decay::total) return -120;
+  return kind == Decay::mild ? -0.1 * random.uniform() : -strength * std::log1p(std::exp(random.normal()));
+}
+double draw_beta(Beta kind, ha::Random& random) {
+  if (kind == Beta::mixed) kind = static_cast<Beta>(random.below(4));
+  return kind == Beta::zero ? 0 : kind == Beta::one ? 1 : kind == Beta::two ? 2 : random.uniform(0, 2);
+}
+template <class T> void draw_heads(Guarded<T, 3>& x, char const* name, double common, bool one_direction, Index dim) {
+  ha::Random random{ha::Seed{5}, name}, shared{ha::Seed{5}, "shared"};
+  std::vector<double> direction(static_cast<std::size_t>(x.row_size()));
+  for (double& entry : direction) entry = shared.normal();
+  x.set([&](Index, Index e) { return (one_direction ? 0 : random.normal()) + common * direction[static_cast<std::size_t>(e)]; });
+  for (Index n = 0; n < x.view().extent(0); ++n)
+    for (Index h = 0; h < x.view().extent(1); ++h) {
+      T* const head = x.row(n) + h * dim;
+      T const length = std::sqrt(ha::dot(head, head, dim));
+      for (Index d = 0; d < dim; ++d) head[d] = static_cast<T>(static_cast<float>(head[d]) / static_cast<float>(length));
+    }
+}
+
+// One forward and backward.
+template <class T> struct Run {
+  Problem p;
+  gdn::Config c;
+  ha::Sequences s;
+  Guarded<T, 3> q, k, v, o, error, d_o, d_q, d_k, d_v;
+  Guarded<T, 2> g, beta, d_g, d_beta;
+  Guarded<T, 4> initial, last, d_last, d_initial;
+
+  Run(Problem problem, ha::Sequences sequences)
+      : p(problem), c(ha::GDN::complete(problem.sizes, 0, 1)), s(std::move(sequences)), q(keys()), k(keys()), v(values()), o(values()),
+        error(values()), d_o(values()), d_q(keys()), d_k(keys()), d_v(values()), g(gates()), beta(gates()), d_g(gates()), d_beta(gates()),
+        initial(states()), last(states()), d_last(states()), d_initial(states()) {
+    double const common = p.keys == Keys::correlated ? 2 : p.keys == Keys::identical ? 1 : 0;
+    draw_heads(q, "q", 0, false, c.key_dim);
+    draw_heads(k, "k", common, p.keys == Keys::identical, c.key_dim);
+    ha::Random random{ha::Seed{3}, "rest"};
+    auto const noise = [&](Index, Index) { return random.normal(); };
+    v.set(noise), d_o.set(noise), initial.set(noise), d_last.set(noise);
+    auto const strength = [&](Index h) { return 0.01 + 16 * static_cast<double>(h) / static_cast<double>(c.num_value_heads); };
+    g.set([&](Index, Index h) { return log_decay(p.decay, strength(h), random); });
+    beta.set([&](Index, Index) { return draw_beta(p.beta, random); });
+  }
+  ha::Shape<3> keys() const { return {s.tokens(), c.num_heads, c.key_dim}; }
+  ha::Shape<3> values() const { return {s.tokens(), c.num_value_heads, c.value_dim}; }
+  ha::Shape<2> gates() const { return {s.tokens(), c.num_value_heads}; }
+  ha::Shape<4> states() const { return gdn::state_shape(c, s); }
+
+  gdn::Inputs<ha::In<T>> x() {
+    gdn::Inputs<ha::In<T>> views{.q = q.view(), .k = k.view(), .v = v.view(), .g = g.view(), .beta = beta.view(), .initial_state = {}};
+    if (p.initial_state) views.initial_state = initial.view();
+    return views;
+  }
+  gdn::Outputs<ha::Out<T>> y() {
+    gdn::Outputs<ha::Out<T>> views{.o = o.view(), .final_state = {}};
+    if (p.final_state) views.final_state = last.view();
+    return views;
+  }
+  gdn::Outputs<ha::In<T>> d_y() {
+    gdn::Outputs<ha::In<T>> views{.o = d_o.view(), .final_state = {}};
+    if (p.final_state) views.final_state = d_last.view();
+    return views;
+  }
+  gdn::Inputs<ha::Out<T>> d_x() {
+    gdn::Inputs<ha::Out<T>> views{.q = d_q.view(), .k = d_k.view(), .v = d_v.view(), .g = d_g.view(), .beta = d_beta.view(),
+                                  .initial_state = {}};
+    if (p.initial_state) views.initial_state = d_initial.view();
+    return views;
+  }
+  void forward(ha::Cpu& cpu) { ha::On<ha::GDN, ha::Cpu>::forward<T>(cpu, c, s, x(), y(), {.error = error.view()}); }
+  void backward(ha::Cpu& cpu) {
+    ha::On<ha::GDN, ha::Cpu>::backward<T>(cpu, c, s, x(), ha::in(y()), {.error = error.view()}, d_y(), d_x());
+  }
+  void by_reference() {
+    gdn::reference::forward<T>(c, s, x(), y(), {.error = error.view()});
+    gdn::reference::backward<T>(c, s, x(), ha::in(y()), {.error = error.view()}, d_y(), d_x());
+  }
+  // Of tokens first .. last.
+  std::vector<std::vector<T>> outputs(Index first, Index end) { return {o.rows(first, end), error.rows(first, end)}; }
+  std::vector<std::vector<T>> gradients(Index first, Index end) {
+    return {d_q.rows(first, end), d_k.rows(first, end), d_v.rows(first, end), d_g.rows(first, end), d_beta.rows(first, end)};
+  }
+  std::vector<std::vector<T>> everything() {
+    auto all = outputs(0, s.tokens());
+    for (auto& gradient : gradients(0, s.tokens())) all.push_back(gradient);
+    if (p.final_state) all.push_back(last.rows());
+    if (p.initial_state) all.push_back(d_initial.rows());
+    return all;
+  }
+  bool is_filled_and_no_more() {
+    bool filled = d_g.is_filled_and_no_more() && d_beta.is_filled_and_no_more();
+    for (auto* x : {&o, &error, &d_q, &d_k, &d_v}) filled &= x->is_filled_and_no_more();
+    if (p.final_state) filled &= last.is_filled_and_no_more();
+    if (p.initial_state) filled &= d_initial.is_filled_and_no_more();
+    return filled;
+  }
+};
+template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
+  run.forward(cpu);
+  run.backward(cpu);
+  return run;
+}
+
+template <class T> bool same_bits(std::vector<std::vector<T>> const& a, std::vector<std::vector<T>> const& b) {
+  for (std::size_t i = 0; i < a.size(); ++i)
+    if (a[i].size() != b[i].size() || (!a[i].empty() && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) != 0)) return false;
+  return a.size() == b.size();
+}
+template <class T> double max_error(std::vector<T> const& x, std::vector<double> const& truth) {
+  double error = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) error = std::max(error, std::abs(static_cast<double>(x[i]) - truth[i]));
+  return error;
+}
+double max_abs(std::vector<double> const& x) { return max_error(std::vector<double>(x.size()), x); }
+
+ha::Sequences packed(std::vector<Index> const& lengths) {
+  std::vector<Index> offsets{0};
+  for (Index length : lengths) offsets.push_back(offsets.back() + length);
+  return ha::Sequences::packed(offsets);
+}
+std::vector<Index> const all_lengths{1, 0, 2, 3, 63, 64, 65, 130, 0};
+
+// Against the loops in double: as near as twice the loops in float, or the tolerance of a recurrence in double. With beta 2
+// one repeated key turns the state over for ever, and nothing damps the rounding of k . k: that case may drift by an eps a token.
+template <class T> void check_values(ha::Cpu& cpu, Problem const& problem, ha::Sequences const& s) {
+  auto result = computed(cpu, Run<T>(problem, s));
+  Run<T> naive(problem, s);
+  Run<double> truth(problem, s);
+  naive.by_reference();
+  truth.by_reference();
+  CHECK(result.is_filled_and_no_more());
+  char const* const names[] = {"o", "error", "d_q", "d_k", "d_v", "d_g", "d_beta", "final_state or d_initial_state", "d_initial_state"};
+  auto const results = result.everything(), loops = naive.everything();
+  auto const truths = truth.everything();
+  double const drift = problem.beta == Beta::two && problem.keys == Keys::identical ? static_cast<double>(s.longest()) : 0;
+  for (std::size_t i = 0; i < truths.size(); ++i) {
+    INFO(names[i] << ", K " << problem.sizes.key_dim << ", V " << problem.sizes.value_dim << ", heads " << problem.sizes.num_value_heads
+                  << ", decay " << static_cast<int>(problem.decay) << ", beta " << static_cast<int>(problem.beta) << ", keys "
+                  << static_cast<int>(problem.keys));
+    double const error = max_error(results[i], truths[i]), size = max_abs(truths[i]), eps = std::numeric_limits<T>::epsilon();
+    if (sizeof(T) == sizeof(double)) CHECK(error <= 1e-10 * std::max(size, 1e-3));
+    else CHECK(error <= 2 * max_error(loops[i], truths[i]) + (4 + drift) * eps * size);
+  }
+}
+
+gdn::Config sizes(Index K, Index V, Index heads = 1, Index value_heads = 1) {
+  return {.num_heads = heads, .num_value_heads = value_heads, .key_dim = K, .value_dim = V};
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("gated delta rule: every size gives the values of the loops and fills its outputs, no more", "", float, double) {
+  ha::Cpu cpu{2};
+  struct Dims { Index K, V; };
+  for (Dims d : {Dims{32, 32}, {64, 64}, {64, 32}, {16, 8}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})
+    check_values<TestType>(cpu, {.sizes = sizes(d.K, d.V, 2, 4)}, packed(all_lengths));
+  check_values<TestType>(cpu, {.sizes = sizes(128, 128)}, packed({130, 3}));
+  check_values<TestType>(cpu, {.sizes = sizes(160, 48, 1, 3)}, packed({65}));
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: any decay, any beta and any keys", "", float, double) {
+  ha::Cpu cpu{2};
+  for (Decay decay : {Decay::none, Decay::mild, Decay::strong, Decay::total, Decay::mixed})
+    for (Beta beta : {Beta::zero, Beta::one, Beta::two, Beta::between, Beta::mixed})
+      for (Keys keys : {Keys::random, Keys::correlated, Keys::identical})
+        check_values<TestType>(cpu, {.sizes = sizes(32, 24, 1, 2), .decay = decay, .beta = beta, .keys = keys}, packed({130, 2}));
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: states may be there or not, in any combination", "", float, double) {
+  ha::Cpu cpu{2};
+  for (bool initial : {false, true})
+    for (bool last : {false, true})
+      check_values<TestType>(cpu, {.sizes = sizes(32, 32, 1, 2), .initial_state = initial, .final_state = last}, packed(all_lengths));
+
+  Run<TestType> zeros({.sizes = sizes(32, 32)}, packed({70, 0}));
+  zeros.initial.fill_rows(0, 2, 0);
+  zeros.d_last.fill_rows(0, 2, 0);
+  Problem const stateless{.sizes = sizes(32, 32), .initial_state = false, .final_state = false};
+  auto with = computed(cpu, zeros), without = computed(cpu, Run<TestType>(stateless, packed({70, 0})));
+  with.p.initial_state = with.p.final_state = false;
+  CHECK(without.last.rows()[0] != without.last.rows()[0]);
+  for (std::size_t i = 0; i < with.everything().size(); ++i) CHECK(with.everything()[i] == without.everything()[i]);
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: an empty sequence passes its states on", "", float, double) {
+  ha::Cpu cpu{1};
+  auto run = computed(cpu, Run<TestType>({.sizes = sizes(12, 24, 1, 2)}, packed({0, 5})));
+  CHECK(run.last.rows(0, 1) == run.initial.rows(0, 1));
+  CHECK(run.d_initial.rows(0, 1) == run.d_last.rows(0, 1));
+  Run<TestType> none({.sizes = sizes(12, 24), .initial_state = false}, packed({0}));
+  none.forward(cpu);
+  CHECK(none.last.rows() == std::vector<TestType>(12 * 24));
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: inference without a place for the error gives the same outputs, bitwise", "", float, double) {
+  ha::Cpu cpu{1};
+  Run<TestType> run({.sizes = sizes(32, 40)}, packed({67, 4}));
+  run.forward(cpu);
+  auto const o = run.o.rows(), last = run.last.rows();
+  ha::On<ha::GDN, ha::Cpu>::forward<TestType>(cpu, run.c, run.s, run.x(), run.y(), gdn::Saved<ha::Out<TestType>>{});
+  CHECK(same_bits<TestType>({o, last}, {run.o.rows(), run.last.rows()}));
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: a packed batch is the loop over its sequences, whatever the threads, bitwise", "", float, double) {
+  ha::Cpu one{1}, two{2};
+  Problem const problem{.sizes = sizes(32, 24, 2, 4)};
+  auto whole = computed(one, Run<TestType>(problem, packed(all_lengths)));
+  CHECK(same_bits(whole.everything(), computed(two, Run<TestType>(problem, packed(all_lengths))).everything()));
+  for (Index i = 0; i < whole.s.count(); ++i) {
+    ha::Sequence const sequence = whole.s[static_cast<std::size_t>(i)];
+    Run<TestType> part(problem, packed({sequence.length}));
+    auto const copy = [&](auto& from, auto& to, Index first) {
+      for (Index n = 0; n < to.view().extent(0); ++n) std::copy_n(from.row(first + n), to.row_size(), to.row(n));
+    };
+    copy(whole.q, part.q, sequence.start), copy(whole.k, part.k, sequence.start), copy(whole.v, part.v, sequence.start);
+    copy(whole.g, part.g, sequence.start), copy(whole.beta, part.beta, sequence.start), copy(whole.d_o, part.d_o, sequence.start);
+    copy(whole.initial, part.initial, i), copy(whole.d_last, part.d_last, i);
+    part = computed(two, part);
+    Index const end = sequence.start + sequence.length;
+    CHECK(same_bits(part.outputs(0, sequence.length), whole.outputs(sequence.start, end)));
+    CHECK(same_bits(part.gradients(0, sequence.length), whole.gradients(sequence.start, end)));
+    CHECK(same_bits<TestType>({part.last.rows(), part.d_initial.rows()}, {whole.last.rows(i, i + 1), whole.d_initial.rows(i, i + 1)}));
+  }
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: outputs do not depend on later tokens, even if those are NaN, bitwise", "", float, double) {
+  ha::Cpu cpu{1};
+  for (Index V : {Index{32}, Index{20}}) {
+    Run<TestType> const original({.sizes = sizes(32, V, 1, 2)}, packed({130}));
+    auto before = computed(cpu, original);
+    for (Index t : {1, 2, 3, 4, 63, 64, 65, 66, 67, 128, 129})
+      for (TestType value : {TestType(0.5), not_a_number<TestType>}) {
+        Run<TestType> changed = original;
+        changed.q.fill_rows(t, 130, value), changed.k.fill_rows(t, 130, value), changed.v.fill_rows(t, 130, value);
+        changed.g.fill_rows(t, 130, -value), changed.beta.fill_rows(t, 130, value);
+        changed.forward(cpu);
+        CHECK(same_bits(changed.outputs(0, t), before.outputs(0, t)));
+        CHECK_FALSE(same_bits(changed.outputs(t, 130), before.outputs(t, 130)));
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: gradients do not depend on earlier d_o, even if those are NaN, bitwise", "", float, double) {
+  ha::Cpu cpu{1};
+  for (Index V : {Index{32}, Index{20}}) {
+    Run<TestType> const original({.sizes = sizes(32, V, 1, 2)}, packed({130}));
+    auto before = computed(cpu, original);
+    for (Index t : {1, 2, 3, 4, 63, 64, 65, 66, 67, 128, 129})
+      for (TestType value : {TestType(0.5), not_a_number<TestType>}) {
+        Run<TestType> changed = original;
+        changed.d_o.fill_rows(0, t, value);
+        changed = computed(cpu, changed);
+        CHECK(same_bits(changed.gradients(t, 130), before.gradients(t, 130)));
+        CHECK_FALSE(same_bits(changed.gradients(0, t), before.gradients(0, t)));
+      }
+  }
+}
+
+TEST_CASE("gated delta rule: gradients are the slopes of the loss") {
+  ha::Cpu cpu{1};
+  for (Beta kind : {Beta::between, Beta::two}) {
+    auto run = computed(cpu, Run<double>({.sizes = sizes(8, 12, 1, 2), .decay = Decay::mild, .beta = kind}, packed({9, 0, 70})));
+    auto const loss = [&] {
+      run.forward(cpu);
+      double sum = 0;
+      auto const add = [&](std::vector<double> const& a, std::vector<double> const& b) {
+        for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+      };
+      add(run.o.rows(), run.d_o.rows());
+      add(run.last.rows(), run.d_last.rows());
+      return sum;
+    };
+    auto const check_slope = [&](auto& x, auto& d_x) {
+      ha::Random random{ha::Seed{11}};
+      double const h = 1e-5;
+      double slope = 0;
+      std::vector<double> direction;
+      for (double d : d_x.rows()) slope += d * direction.emplace_back(random.normal());
+      auto const move = [&](double by) {
+        for (Index n = 0, e = 0; n < x.view().extent(0); ++n)
+          for (Index i = 0; i < x.row_size(); ++i) x.row(n)[i] += by * direction[static_cast<std::size_t>(e++)];
+        return loss();
+      };
+      double const up = move(h), down = move(-2 * h);
+      move(h);
+      CHECK((up - down) / (2 * h) == Approx(slope).epsilon(1e-6));
+    };
+    check_slope(run.q, run.d_q), check_slope(run.k, run.d_k), check_slope(run.v, run.d_v), check_slope(run.g, run.d_g);
+    check_slope(run.beta, run.d_beta), check_slope(run.initial, run.d_initial);
+  }
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: steps give what the whole sequence gives, with every size", "", float, double) {
+  ha::Cpu cpu{2};
+  Index const T = 20, B = 3;
+  struct Dims { Index K, V; };
+  for (Dims d : {Dims{32, 32}, {64, 128}, {12, 24}, {5, 3}, {16, 77}}) {
+    Run<TestType> whole({.sizes = sizes(d.K, d.V, 2, 4), .beta = Beta::mixed}, ha::Sequences::equal(B, T));
+    whole.forward(cpu);
+    Run<double> truth(whole.p, whole.s);
+    truth.by_reference();
+    Guarded<TestType, 4> state = whole.initial;
+    Guarded<TestType, 3> o(whole.values());
+    for (Index t = 0; t < T; ++t) {
+      auto const tokens_at = [&](auto view) {   // token t of every sequence
+        view.data += t * view.stride[0];
+        view.shape.extent[0] = B, view.stride.extent[0] *= T;
+        return view;
+      };
+      auto const x = whole.x();
+      gdn::step<TestType>(cpu, whole.c, {tokens_at(x.q), tokens_at(x.k), tokens_at(x.v), tokens_at(x.g), tokens_at(x.beta), {}},
+                          state.view(), tokens_at(o.view()));
+    }
+    double const eps = std::numeric_limits<TestType>::epsilon();
+    auto const check_near = [&](std::vector<TestType> const& x, std::vector<TestType> const& y, std::vector<double> const& true_values) {
+      CHECK(max_error(x, true_values) <= 2 * max_error(y, true_values) + 4 * eps * max_abs(true_values));
+    };
+    check_near(o.rows(), whole.o.rows(), truth.o.rows());
+    check_near(state.rows(), whole.last.rows(), truth.last.rows());
+    CHECK(o.is_filled_and_no_more());
+    CHECK(state.is_filled_and_no_more());
+  }
+}
+
+TEST_CASE("gated delta rule: after the first step nothing is allocated") {
+  ha::Cpu cpu{2};
+  Run<float> run({.sizes = sizes(32, 32, 2, 4)}, packed(all_lengths));
+  run = computed(cpu, run);
+  auto const allocations = cpu.pool().allocations();
+  run = computed(cpu, run);
+  CHECK(cpu.pool().allocations() == allocations);
+  CHECK(cpu.pool().in_use() == 0);
+}
