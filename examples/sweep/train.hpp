@@ -84,7 +84,10 @@ inline ha::LossSum validate(ha::Cpu& cpu, Run& run, std::vector<ha::Batch> const
 
 // Nothing when it was interrupted.
 inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data, Progress& progress) {
-  RunResult result{.name = pattern_name(pattern.letters), .letters = std::string(pattern.letters), .seq_len = s.seq_len};
+  RunResult result;
+  result.name = pattern_name(pattern.letters);
+  result.letters = pattern.letters;
+  result.seq_len = s.seq_len;
   RunLog log{s.out, result.name};
   Clock const clock;
   auto const run = pattern.start(cpu, data.vocab_size(), ha::Seed{s.seed});

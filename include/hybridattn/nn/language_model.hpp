@@ -57,13 +57,14 @@ template <class S_> class LanguageModel {
     check(config_.vocab_size > 0, "LanguageModel: vocab_size ", config_.vocab_size, " must be positive");
     check(config_.model_dim > 0, "LanguageModel: model_dim ", config_.model_dim, " must be positive");
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers}, config_.num_heads);
+    gradients_ = shapes(Stack::gradients(stack_));
   }
   Config const& config() const { return config_; }
   typename Stack::Config const& stack_config() const { return stack_; }
 
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
   // The same without what nothing trains.
-  Params<Shapes> gradients() const { return shapes(Stack::gradients(stack_)); }
+  Params<Shapes> const& gradients() const { return gradients_; }
   Saved<Shapes> saved(Sequences const& s) const {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
@@ -149,6 +150,7 @@ template <class S_> class LanguageModel {
 
   Config config_;
   typename Stack::Config stack_;
+  Params<Shapes> gradients_;
 };
 
 }  // namespace hybridattn

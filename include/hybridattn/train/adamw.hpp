@@ -24,7 +24,7 @@ template <class B, class Gradients> double global_norm(B& backend, Gradients con
   double sum = 0;
   zip([&](Path const& path, auto const& gradient) {
     double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
-    check(std::isfinite(squares), "the gradient of ", path.str(), " holds a NaN or an infinity");
+    if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
     sum += squares;
   }, gradients);
   return std::sqrt(sum);

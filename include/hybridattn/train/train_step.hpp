@@ -6,6 +6,8 @@
 #include <hybridattn/train/adamw.hpp>
 #include <hybridattn/train/data.hpp>
 
+#include <algorithm>
+#include <array>
 #include <span>
 
 namespace hybridattn {
@@ -34,9 +36,16 @@ struct StepResult {
   double gradient_norm = 0;   // before clipping
 };
 
+// Tokens that have a target. Read piece by piece: a training step takes no memory.
 template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
+  std::array<std::int32_t, 256> piece;
+  Index const N = batch.sequences.tokens();
   Index count = 0;
-  for (std::int32_t target : download(backend, batch.targets)) count += target >= 0;
+  for (Index first = 0; first < N; first += std::ssize(piece)) {
+    Index const length = std::min(N - first, std::ssize(piece));
+    backend.download(piece.data(), in(batch.targets).data + first, static_cast<std::size_t>(length) * sizeof(std::int32_t));
+    count += std::count_if(piece.begin(), piece.begin() + length, [](std::int32_t target) { return target >= 0; });
+  }
   return count;
 }
 

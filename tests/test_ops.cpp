@@ -1,0 +1,102 @@
+// Operations that no golden file covers, and what golden files do not ask of the others.
+#include "catch.hpp"
+
+#include <hybridattn/core/random.hpp>
+#include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
+#include <hybridattn/ops/layer_norm/layer_norm.hpp>
+#include <hybridattn/ops/rope/rope.hpp>
+#include <hybridattn/train/schedule.hpp>
+
+#include <Eigen/Core>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+using Rows = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+Rows noise(Index rows, Index columns, char const* name) {
+  ha::Random random{ha::Seed{11}, name};
+  return Rows::NullaryExpr(rows, columns, [&] { return random.normal(); });
+}
+ha::View<double, 2> view(Rows& x) { return {x.data(), {x.rows(), x.cols()}}; }
+ha::View<double const, 2> read(Rows const& x) { return {x.data(), {x.rows(), x.cols()}}; }
+ha::View<double, 1> line(Rows& x) { return {x.data(), {x.size()}}; }
+ha::View<double const, 1> read_line(Rows const& x) { return {x.data(), {x.size()}}; }
+
+Rows layer_norm(Rows const& x, Rows const& w, Rows const& b) {
+  Rows const centred = x.colwise() - x.rowwise().mean();
+  Rows const deviation = (centred.rowwise().squaredNorm() / static_cast<double>(x.cols())).array() + 1e-6;
+  Rows y = centred.array().colwise() / deviation.col(0).array().sqrt();
+  return (y.array().rowwise() * w.row(0).array()).rowwise() + b.row(0).array();
+}
+
+}  // namespace
+
+TEST_CASE("LayerNorm and its gradients equal Eigen and finite differences") {
+  ha::Cpu cpu{1};
+  Rows x = noise(37, 12, "x"), w = noise(1, 12, "w"), b = noise(1, 12, "b"), d_y = noise(37, 12, "d_y"), y(37, 12);
+  using Norm = ha::On<ha::LayerNorm, ha::Cpu>;
+  Norm::forward(cpu, 1e-6, read(x), read_line(w), read_line(b), view(y));
+  CHECK((y - layer_norm(x, w, b)).cwiseAbs().maxCoeff() < 1e-13);
+
+  Rows d_x(37, 12), d_w(1, 12), d_b(1, 12);
+  Norm::backward(cpu, 1e-6, read(x), read_line(w), read(d_y), view(d_x), line(d_w), line(d_b));
+  auto const difference = [&](Rows& what, Rows const& gradient, char const* name) {
+    Rows const direction = noise(what.rows(), what.cols(), name), before = what;
+    double loss[2];
+    for (int side : {0, 1}) {
+      what = before + (side == 0 ? 1e-6 : -1e-6) * direction;
+      loss[side] = layer_norm(x, w, b).cwiseProduct(d_y).sum();
+    }
+    what = before;
+    CHECK(gradient.cwiseProduct(direction).sum() == Approx((loss[0] - loss[1]) / 2e-6).epsilon(1e-7));
+  };
+  difference(x, d_x, "along x");
+  difference(w, d_w, "along w");
+  difference(b, d_b, "along b");
+}
+
+TEST_CASE("a rotation with no share copies, and backward turns forward back") {
+  ha::Cpu cpu{1};
+  Rows x = noise(6, 16, "x"), y(6, 16), back(6, 16);
+  auto const heads = [](Rows& r) { return ha::View<double, 3>{r.data(), {3, 2, 16}}; };
+  std::vector<std::int32_t> const positions{0, 5, 9};
+  ha::View<std::int32_t const, 1> const at{positions.data(), {3}};
+  for (Index rotary_dim : {0, 8, 16})
+    for (bool interleaved : {false, true}) {
+      ha::Rope::Options const o{rotary_dim, 10000, interleaved};
+      ha::Tensor<double, 3, ha::Cpu> angles{cpu, {10, 2, rotary_dim / 2}};
+      if (angles) ha::On<ha::Rope, ha::Cpu>::angles(cpu, o, out(angles));
+      ha::On<ha::Rope, ha::Cpu>::forward(cpu, o, in(angles), at, ha::View<double const, 3>(heads(x)), heads(y));
+      ha::On<ha::Rope, ha::Cpu>::backward(cpu, o, in(angles), at, ha::View<double const, 3>(heads(y)), heads(back));
+      CHECK((back - x).cwiseAbs().maxCoeff() < 1e-15);
+      CHECK((y == x) == (rotary_dim == 0));
+    }
+}
+
+TEST_CASE("the loss counts only tokens with a target, takes the first of equal logits, and refuses targets outside") {
+  ha::Cpu cpu{1};
+  Rows const logits = Rows::Zero(3, 5);
+  std::vector<std::int32_t> const targets{0, -100, 2};
+  ha::View<std::int32_t const, 1> const at{targets.data(), {3}};
+  auto const sum = ha::On<ha::SoftmaxLoss, ha::Cpu>::forward(cpu, read(logits), at, 0.0, ha::View<double, 2>{});
+  CHECK(sum.count == 2);
+  CHECK(sum.correct == 1);
+  CHECK(sum.mean() == Approx(std::log(5.0)));
+  std::vector<std::int32_t> const wrong{0, 1, 5};
+  Rows const x = noise(3, 4, "x"), w = noise(5, 4, "w");
+  CHECK_THROWS_WITH((ha::On<ha::CrossEntropy, ha::Cpu>::forward(cpu, read(x), read(w), ha::View<std::int32_t const, 1>{wrong.data(), {3}})),
+                    Catch::Matchers::Contains("target 5 at place 2") && Catch::Matchers::Contains("0 .. 4"));
+}
+
+TEST_CASE("a schedule past its end holds its floor") {
+  ha::Schedule const cosine{.warmup_steps = 10, .total_steps = 50, .min_rate = 0.1};
+  CHECK(cosine(0) == 0);
+  CHECK(cosine(10) == 1);
+  CHECK(cosine(50) == Approx(0.1));
+  CHECK(cosine(500) == Approx(0.1));
+  CHECK(ha::Schedule{}(7) == 1);
+  CHECK_THROWS_AS((ha::Schedule{.warmup_steps = 10, .total_steps = 10}(0)), ha::Error);
+}
