@@ -18,17 +18,23 @@ need_build_tools() {
   need /usr/include/CLI/CLI.hpp libcli11-dev
 }
 
+as_root() { if ((EUID == 0)); then "$@"; else sudo "$@"; fi; }
+
 install_needed() {
   ((${#needed[@]})) || return 0
   if ! command -v apt-get >/dev/null; then
     echo "these Debian packages are missing, and there is no apt-get to install them: ${needed[*]}" >&2
     exit 2
   fi
-  local sudo=()
-  ((EUID == 0)) || sudo=(sudo)
   echo "== installing ${needed[*]}"
-  "${sudo[@]}" apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${needed[@]}" >/dev/null
+  as_root apt-get update -qq
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${needed[@]}" >/dev/null
+}
+
+# The archive's index, where no one has read it yet: a package can be downloaded only then.
+know_package() {
+  command -v apt-cache >/dev/null || return 0
+  apt-cache show "$1" >/dev/null 2>&1 || as_root apt-get update -qq || true
 }
 
 # Compiled once, compiled for ever, where ccache is.

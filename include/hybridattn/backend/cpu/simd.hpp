@@ -121,11 +121,12 @@ template <> struct Exp2<double> {
 // 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
 template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
   using E = detail::Exp2<T>;
-  x = cpu::max<T>(x, broadcast<T>(E::least));
+  x = cpu::max<T>(broadcast<T>(E::least), x);   // in this order a NaN stays
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(p) + (reinterpret_cast<Mask<T>>(shifted) << E::mantissa));
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;   // a masked entry may be far too large: let it wrap
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << E::mantissa));
 }
 template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }

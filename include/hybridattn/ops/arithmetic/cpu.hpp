@@ -39,8 +39,11 @@ template <> struct On<SumOfSquares, Cpu> {
     Tensor<double, 1, Cpu> partial{cpu, {blocks}};
     auto const sums = out(partial);
     parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
-      double lane[8] = {};
-      for (Index i = first; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
+      double lane[8] = {};   // a vector of doubles: squares of floats do not overflow
+      Index i = first;
+      for (; i + 8 <= last; i += 8)
+        for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x.data[i + j]) * static_cast<double>(x.data[i + j]);
+      for (; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
       double sum = 0;
       for (double value : lane) sum += value;
       sums(first / cpu::element_grain) = sum;

@@ -4,6 +4,7 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
+#include <hybridattn/ops/top_k/top_k.hpp>
 
 #include <algorithm>
 #include <limits>
@@ -35,13 +36,10 @@ template <class T> class RowTopK {
   // k <= n of them, ascending.
   void select(Index k, std::int32_t* indices) const {
     Bound const bound = find(k);
-    Index ties = bound.ties;
-    for (Index i = 0, chosen = 0; chosen < k; ++i) {
-      bool const equal = keys_[i] == bound.key;
-      indices[chosen] = static_cast<std::int32_t>(i);
-      chosen += (keys_[i] > bound.key) | (equal & (ties > 0));
-      ties -= equal;
-    }
+    Index const tied = end_of_ties(bound);
+    Index chosen = 0, i = 0;
+    for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
+    for (; chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
   }
 
  private:
@@ -59,6 +57,17 @@ template <class T> class RowTopK {
     return x == x ? key : broadcast_key(lowest + 1);
   }
 
+  // Without a branch: what is not chosen is overwritten by the next.
+  HYBRIDATTN_INLINE Index take(Index i, Key above, std::int32_t* indices, Index chosen) const {
+    indices[chosen] = static_cast<std::int32_t>(i);
+    return chosen + (keys_[i] > above);
+  }
+  // Behind the last tie that is chosen.
+  Index end_of_ties(Bound bound) const {
+    Index i = 0;
+    for (Index left = bound.ties; left > 0; ++i) left -= keys_[i] == bound.key;
+    return i;
+  }
   Index count_above(Key bound) const {
     Mask<T> count{};
     for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;

@@ -1,0 +1,172 @@
+// Forward on the CPU. A block of queries stands in the lanes: scores are tiles of keys x queries, and the weights they
+// become are read transposed by the product with v.
+//
+// The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
+// are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
+// than e^40 is replaced, for that query alone.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
+
+#include <hybridattn/attention/full/cpu_tiles.hpp>
+#include <hybridattn/tensor/roles.hpp>
+
+#include <limits>
+#include <numbers>
+
+namespace hybridattn::full {
+
+inline constexpr Index forward_keys = 128;   // keys of a block; 64 to 256 are equally fast
+
+template <class T, class Dim> class ForwardBlock {
+ public:
+  static constexpr Index queries = tile_columns<T>;
+  static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
+
+  ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
+      : D_(D), length_(s.length), reach_(window), scale_(scale), k_(k), v_(v), q_t_(memory), o_(q_t_ + queries * D),
+        p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
+
+  // o and lse of the queries first .. first + queries, as far as they exist.
+  void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
+    first_ = first;
+    transpose_rows(D_, q, first, length_, queries, q_t_);
+    diagonal();
+    for (Index key = std::max<Index>(0, first - reach_ + 1) / MR * MR; key < first; key += forward_keys) {
+      Index const count = std::min(forward_keys, first - key);
+      if (key > first + queries - 1 - reach_) earlier<false>(key, count);
+      else earlier<true>(key, count);
+    }
+    finish(o, lse);
+  }
+
+ private:
+  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  static constexpr T limit = 40;
+  using Vec = cpu::Vec<T>;
+  using Mask = cpu::Mask<T>;
+
+  // Which queries of vector v see the key.
+  HYBRIDATTN_INLINE Mask sees(Index key, int v) const {
+    using Bits = typename cpu::BitsOf<T>::type;
+    Mask const newer = cpu::lane_numbers<T>() + static_cast<Bits>(first_ + v * cpu::lanes<T> - key);   // i - j
+    return (newer >= Bits(0)) & (newer < static_cast<Bits>(reach_));
+  }
+  // Vectors of queries that are older than every key of the tile have nothing to do there.
+  static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
+
+  // p = (1) of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
+  template <int from> HYBRIDATTN_INLINE void diagonal_scores(Index key, Vec (&largest)[NV]) {
+    T* const p = p_ + (key - first_) * queries + from * cpu::lanes<T>;
+    cpu::tile<MR, NV - from, T>(D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
+      [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
+      [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+        s *= scale_;
+        Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
+        largest[from + v] = cpu::max<T>(largest[from + v], seen);
+        cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
+      });
+  }
+
+  // The largest score that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
+  void diagonal() {
+    Index const count = std::min(queries, length_ - first_);
+    Vec largest[NV], sum[NV] = {};
+    for (Vec& m : largest) m = cpu::broadcast<T>(-std::numeric_limits<T>::infinity());
+    for (Index j = 0; j < count; j += MR) {
+      if (first_vector(j) == 0) diagonal_scores<0>(first_ + j, largest);
+      else diagonal_scores<1>(first_ + j, largest);
+    }
+    for (Index j = 0; j < count; ++j)
+      for (int v = first_vector(j / MR * MR); v < NV; ++v) {
+        T* const p = p_ + j * queries + v * cpu::lanes<T>;
+        Vec const e = cpu::exp<T>(cpu::load(p) - largest[v]);
+        sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
+        cpu::store<T>(p, e);
+      }
+    for (int v = 0; v < NV; ++v) {
+      reference_[v] = largest[v];
+      sum_[v] = sum[v];
+    }
+    add_values<true>(first_, count);
+  }
+
+  // p = exp(score - reference) of keys before the block.
+  template <bool masked> HYBRIDATTN_INLINE void weights(Index key, Index count, Vec (&largest)[NV], Vec (&sum)[NV]) {
+    Vec reference[NV];
+    for (int v = 0; v < NV; ++v) {
+      reference[v] = reference_[v];
+      largest[v] = cpu::broadcast<T>(-std::numeric_limits<T>::infinity());
+      sum[v] = Vec{};
+    }
+    for (Index j = 0; j < count; j += MR) {
+      T* const p = p_ + j * queries;
+      cpu::tile<MR, NV, T>(D_, {k_[key + j], k_.stride, 1}, {q_t_, queries},
+        [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+          s = scale_ * s - reference[v];
+          if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
+          largest[v] = cpu::max<T>(largest[v], s);
+          Vec e = cpu::exp<T>(s);
+          if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
+          sum[v] += e;
+          cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
+        });
+    }
+  }
+
+  template <bool masked> void earlier(Index key, Index count) {
+    Vec largest[NV], sum[NV];
+    weights<masked>(key, count, largest, sum);
+    while (cpu::any<T>((largest[0] > limit) | (largest[1] > limit))) {
+      for (int v = 0; v < NV; ++v) raise_reference(v, cpu::select<T>(largest[v] > limit, largest[v], Vec{}));
+      weights<masked>(key, count, largest, sum);
+    }
+    for (int v = 0; v < NV; ++v) sum_[v] += sum[v];
+    add_values<false>(key, count);
+  }
+
+  // A query whose `by` is 0 keeps every bit.
+  void raise_reference(int v, Vec by) {
+    Vec const shrink = cpu::exp<T>(-by);
+    reference_[v] += by;
+    sum_[v] *= shrink;
+    for (int lane = 0; lane < cpu::lanes<T>; ++lane)
+      for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
+  }
+
+  // (3) o (+)= P v
+  template <bool overwrite> HYBRIDATTN_INLINE void add_values(Index key, Index count) {
+    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
+      for (Index i = 0; i < queries; i += MR) {
+        T* const o = o_ + i * D_ + d;
+        Index const newest = first_ + i - key;
+        band_tile<MR, vectors, T>({newest - reach_ + 1, newest + 1, count}, {p_ + i, 1, queries}, {v_[key] + d, v_.stride},
+          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return overwrite ? Vec{} : cpu::load(o + r * D_ + v * cpu::lanes<T>); },
+          [&](int r, int v, Vec x) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(o + r * D_ + v * cpu::lanes<T>, x); });
+      }
+    });
+  }
+
+  // (2), (3)
+  void finish(Rows<T> o, Rows<wide_t<T>> lse) {
+    alignas(cpu::vector_bytes) T inverse[queries], logarithm[queries];
+    for (int v = 0; v < NV; ++v) {
+      cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, reference_[v] + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
+    }
+    for (Index i = 0, count = std::min(queries, length_ - first_); i < count; ++i) {
+      *lse[first_ + i] = logarithm[i];
+      for (Index d = 0; d < D_; d += cpu::lanes<T>) cpu::store<T>(o[first_ + i] + d, inverse[i] * cpu::load(o_ + i * D_ + d));
+    }
+  }
+
+  Dim D_;
+  Index length_, reach_, first_ = 0;
+  T scale_;
+  Rows<T const> k_, v_;
+  T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
+  Vec reference_[NV], sum_[NV];
+};
+
+}  // namespace hybridattn::full
+#endif
