@@ -13,16 +13,24 @@ namespace {
 
 namespace ha = hybridattn;
 
+struct Data {
+  std::unique_ptr<ha::DataSource> source;
+  bool tokens_are_bytes = true;
+};
+
 // Debian's text by default, any text, or the synthetic task.
-std::unique_ptr<ha::DataSource> open_data(std::vector<std::string> const& names, ha::Seed seed) {
-  if (names == std::vector<std::string>{"synthetic"}) return std::make_unique<ha::RecallTask>(seed);
+Data open_data(std::vector<std::string> const& names, ha::Seed seed) {
+  auto const windows = [&](std::string_view text, std::string title) {
+    return Data{std::make_unique<ha::Windows>(ha::ByteText(text), seed, std::move(title))};
+  };
+  if (names == std::vector<std::string>{"synthetic"}) return {std::make_unique<ha::RecallTask>(seed), false};
   if (!names.empty()) {
     std::string const title = names.size() == 1 ? names.front() : std::to_string(names.size()) + " files";
-    return std::make_unique<ha::Windows>(ha::ByteText(ha::read_text(std::vector<std::filesystem::path>(names.begin(), names.end()))), seed, title);
+    return windows(ha::read_text(std::vector<std::filesystem::path>(names.begin(), names.end())), title);
   }
-  if (auto const text = sweep::anarchism_text(HYBRIDATTN_TEXT_DIR)) return std::make_unique<ha::Windows>(ha::ByteText(*text), seed, "anarchism");
+  if (auto const text = sweep::anarchism_text(HYBRIDATTN_TEXT_DIR)) return windows(*text, "anarchism");
   std::puts("Debian's package `anarchism` cannot be had here: training on the synthetic recall task instead (--data FILE takes any text)");
-  return std::make_unique<ha::RecallTask>(seed);
+  return {std::make_unique<ha::RecallTask>(seed), false};
 }
 
 void check_settings(sweep::Settings const& s) {
@@ -45,9 +53,10 @@ int run(sweep::Settings const& s, std::string const& patterns, std::vector<std::
   check_settings(s);
   auto const chosen = sweep::chosen_patterns(patterns);
   sweep::prepare_folder(s.out);
-  auto const data = open_data(files, ha::Seed{s.seed});
+  auto const [data, tokens_are_bytes] = open_data(files, ha::Seed{s.seed});
   ha::Batch first;
   data->next_batch(s.batch, s.seq_len, first);   // complains of a text that is too short before any work is done
+  auto const validation = data->validation_batches(s.batch, s.seq_len);
   ha::Cpu cpu{s.threads};
   std::printf("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(), chosen.size(), s.steps,
               s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
@@ -57,9 +66,9 @@ int run(sweep::Settings const& s, std::string const& patterns, std::vector<std::
   sweep::Progress progress{chosen.size(), s.steps};
   std::vector<sweep::RunResult> results;
   for (auto const& pattern : chosen) {
-    auto result = sweep::train(cpu, pattern, s, *data, progress);
+    auto result = sweep::train(cpu, pattern, s, *data, validation, progress);
     if (!result) break;
-    if (files == std::vector<std::string>{"synthetic"}) result->tokens_are_bytes = false;
+    result->tokens_are_bytes = tokens_are_bytes;
     results.push_back(std::move(*result));
   }
   if (sweep::interrupted) std::printf("\ninterrupted: %zu of %zu patterns are finished and kept\n", results.size(), chosen.size());

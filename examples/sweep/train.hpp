@@ -83,7 +83,8 @@ inline ha::LossSum validate(ha::Cpu& cpu, Run& run, std::vector<ha::Batch> const
 }
 
 // Nothing when it was interrupted.
-inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data, Progress& progress) {
+inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data,
+                                      std::vector<ha::Batch> const& validation, Progress& progress) {
   RunResult result;
   result.name = pattern_name(pattern.letters);
   result.letters = pattern.letters;
@@ -91,7 +92,6 @@ inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& patte
   RunLog log{s.out, result.name};
   Clock const clock;
   auto const run = pattern.start(cpu, data.vocab_size(), ha::Seed{s.seed});
-  auto const validation = data.validation_batches(s.batch, s.seq_len);
   result.num_parameters = run->parameter_count();
   data.restart();
 

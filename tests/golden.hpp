@@ -1,0 +1,273 @@
+// Golden values: inputs, outputs and gradients by implementations that have nothing to do with this library, one
+// safetensors file a case. A family is a function that runs one case; here is what all of them need.
+#ifndef HYBRIDATTN_TESTS_GOLDEN_HPP
+#define HYBRIDATTN_TESTS_GOLDEN_HPP
+
+#include "catch.hpp"
+
+#include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/core/math.hpp>
+#include <hybridattn/core/sequences.hpp>
+#include <hybridattn/io/safetensors.hpp>
+#include <hybridattn/tensor/roles.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <limits>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace golden {
+
+namespace ha = hybridattn;
+using ha::Cpu;
+using ha::In;
+using ha::Index;
+using ha::Out;
+using ha::Owned;
+using ha::Sequences;
+using ha::Shape;
+using ha::Shapes;
+using ha::Tensor;
+using ha::View;
+
+// Every family the tests know. A file of another one fails, so that no file is passed over in silence.
+inline constexpr std::array<std::string_view, 11> operator_families{"adamw", "causal_conv1d", "cross_entropy", "gated_rms_norm",
+    "gdn_gate", "l2_norm", "moe", "rms_norm", "rope", "schedule", "swiglu"};
+inline constexpr std::array<std::string_view, 5> policy_families{"dsa", "full", "full_layer", "gdn", "gdn_layer"};
+
+// Another folder of the same layout can be named by the environment.
+inline bool elsewhere() { return std::getenv("HYBRIDATTN_GOLDEN_DIR") != nullptr; }
+inline std::filesystem::path folder() {
+  return std::filesystem::path(elsewhere() ? std::getenv("HYBRIDATTN_GOLDEN_DIR") : HYBRIDATTN_GOLDEN_DIR) / "policies";
+}
+inline std::vector<std::filesystem::path> files() {
+  std::vector<std::filesystem::path> result;
+  for (auto const& entry : std::filesystem::directory_iterator(folder()))
+    if (entry.path().extension() == ".safetensors") result.push_back(entry.path());
+  std::ranges::sort(result);
+  return result;
+}
+
+// One file: its options, and which of its tensors have been used.
+class Case {
+ public:
+  explicit Case(std::filesystem::path const& path) : file_(path) {}
+
+  std::string const& name() const { return file_.metadata("case"); }
+  std::string const& family() const { return file_.metadata("policy"); }
+
+  // Metadata is JSON, except that plain words are not quoted.
+  nlohmann::json option(std::string const& key) const {
+    auto const& text = file_.metadata(key);
+    auto value = nlohmann::json::parse(text, nullptr, false);
+    return value.is_discarded() ? nlohmann::json(text) : value;
+  }
+  template <class Value> Value option_or(std::string const& key, Value otherwise) const {
+    auto const value = option(key);
+    return value.is_null() ? otherwise : value.get<Value>();
+  }
+  Index size(std::string const& key) const { return option(key).get<Index>(); }
+  double real(std::string const& key) const { return option(key).get<double>(); }
+  bool is(std::string const& key) const { return option(key).get<bool>(); }
+  std::string word(std::string const& key) const { return option(key).get<std::string>(); }
+
+  // Largest accepted error in double.
+  double tolerance() const {
+    std::string const name = word("tolerance");
+    if (name == "tight") return 1e-11;
+    if (name == "recurrence") return 1e-10;
+    ha::check(name == "softplus_threshold", "golden: unknown tolerance ", name);
+    return 1e-8;
+  }
+
+  Index tokens() const { return size("B") * size("T"); }
+  Sequences sequences() const {
+    if (!contains("cu_seqlens")) return Sequences::equal(size("B"), size("T"));
+    auto const offsets = integers("cu_seqlens");
+    return Sequences::packed(std::vector<Index>(offsets.begin(), offsets.end()));
+  }
+
+  bool contains(std::string const& tensor) const { return file_.contains(tensor); }
+  std::vector<double> doubles(std::string const& tensor) const { return used_.insert(tensor), file_.read_doubles(tensor); }
+  std::vector<std::int64_t> integers(std::string const& tensor) const { return used_.insert(tensor), file_.read_int64s(tensor); }
+  double largest_gradient() const {
+    double largest = 0;
+    for (auto const& [name, info] : file_.tensors())
+      if (name.starts_with("d_"))
+        for (double element : file_.read_doubles(name)) largest = std::max(largest, std::abs(element));
+    return largest;
+  }
+  // Nothing of ours corresponds to this tensor.
+  void pass_over(std::string const& tensor) const { used_.insert(tensor); }
+  std::string unused() const {
+    std::string names;
+    for (auto const& [name, info] : file_.tensors())
+      if (!used_.contains(name)) names += " " + name;
+    return names;
+  }
+
+ private:
+  ha::Safetensors file_;
+  mutable std::set<std::string> used_;
+};
+
+// A tensor of a file that holds several of ours, group after group: in each of `groups`, the group's share of every part.
+template <class T> struct Fused {
+  std::string name;
+  Index groups;
+  std::vector<View<T, 1>> parts;
+  bool of_differences = false;   // a gradient that is what differences of larger numbers leave
+};
+template <class T, int... Ranks> Fused<T> fused(std::string name, Index groups, View<T, Ranks>... parts) {
+  return {.name = std::move(name), .groups = groups, .parts = {ha::flat(parts)...}};
+}
+template <class T, int Rank> Fused<T> one(std::string name, View<T, Rank> part) { return fused(std::move(name), 1, part); }
+// f(element of the file's tensor, element of the part that holds it)
+template <class T, class F> void for_each_element(Fused<T> const& tensor, F f) {
+  std::size_t next = 0;
+  for (Index group = 0; group < tensor.groups; ++group)
+    for (auto const& part : tensor.parts) {
+      Index const share = part.count() / tensor.groups;
+      for (Index i = 0; i < share; ++i) f(next++, part(group * share + i));
+    }
+}
+
+struct Worst {
+  double error = 0;
+  std::string where = "nothing";
+};
+
+// The error of a tensor is max|a - b| / max(max|b|, smallest): what is zero on paper may be rounding, 1e-14 in double.
+// In float the inputs are the same numbers, since all of them are exact there, and only rounding is left: 170 eps, for sums of
+// some hundred terms and some ten roundings in a row, of 0.1 at least, since inputs are of size one. What differences leave
+// has the rounding of what was subtracted: there it is 170 eps of the case's largest gradient.
+template <class T> inline constexpr double smallest = sizeof(T) == 4 ? 0.1 : 1e-3;
+inline constexpr double float_tolerance = 2e-5;
+
+// One case in one precision: reads the inputs, judges the results.
+template <class T> class Run {
+ public:
+  Run(Case const& c, Worst& worst) : c_(c), worst_(worst) {}
+
+  Case const& c() const { return c_; }
+  Cpu& cpu() { return cpu_; }
+  // The rounding of a score, eps times its size, is a relative error of its exponential.
+  void expect_scores(double largest) { float_tolerance_ += largest * std::numeric_limits<float>::epsilon(); }
+
+  // A tensor of the file, its axes grouped as we like. Not in the file: a tensor that is not there.
+  template <int Rank> Tensor<T, Rank, Cpu> read(std::string const& name, Shape<Rank> shape) {
+    auto const elements = c_.doubles(name);
+    return make(std::vector<T>(elements.begin(), elements.end()), shape);
+  }
+  template <int Rank> Tensor<T, Rank, Cpu> read_if_there(std::string const& name, Shape<Rank> shape) {
+    return c_.contains(name) ? read(name, shape) : Tensor<T, Rank, Cpu>{};
+  }
+  Tensor<std::int32_t, 1, Cpu> read_integers(std::string const& name, Index count) {
+    auto const elements = c_.integers(name);
+    return make(std::vector<std::int32_t>(elements.begin(), elements.end()), Shape<1>{count});
+  }
+  void read(std::vector<Fused<T>> const& tensors) {
+    for (auto const& tensor : tensors) {
+      auto const elements = c_.doubles(tensor.name);
+      for_each_element(tensor, [&](std::size_t i, T& element) { element = static_cast<T>(elements.at(i)); });
+    }
+  }
+  template <class Element, int Rank> Tensor<Element, Rank, Cpu> make(std::vector<Element> const& elements, Shape<Rank> shape) {
+    Tensor<Element, Rank, Cpu> tensor{cpu_, shape};
+    ha::upload(cpu_, elements, tensor);
+    return tensor;
+  }
+  // What an operator must fill: it begins as NaN.
+  template <int Rank> Tensor<T, Rank, Cpu> unset(Shape<Rank> shape) {
+    return make(std::vector<T>(static_cast<std::size_t>(shape.count()), std::numeric_limits<T>::quiet_NaN()), shape);
+  }
+  template <template <class> class G> G<Owned<T, Cpu>> unset(G<Shapes> const& shapes) {
+    auto group = ha::allocate<T>(cpu_, shapes);
+    ha::zip([](ha::Path const&, auto& tensor) { poison(out(tensor)); }, group);
+    return group;
+  }
+
+  template <int Rank> void compare(std::string const& name, Tensor<T, Rank, Cpu> const& result) {
+    compare(name, ha::download(cpu_, result));
+  }
+  void compare(std::string const& name, std::vector<T> const& result) { compare(name, result, c_.doubles(name)); }
+  void compare(std::string const& name, std::vector<T> const& result, std::vector<double> const& truth, bool of_differences = false) {
+    double const tolerance = sizeof(T) == 4 ? float_tolerance_ : c_.tolerance();
+    INFO(c_.name() << ": " << name << (sizeof(T) == 4 ? " in float" : " in double"));
+    REQUIRE(result.size() == truth.size());
+    double difference = 0, largest = of_differences && sizeof(T) == 4 ? c_.largest_gradient() : 0;
+    for (std::size_t i = 0; i < truth.size(); ++i) {
+      double const d = std::abs(static_cast<double>(result[i]) - truth[i]);
+      difference = d <= difference ? difference : d;   // a NaN stays
+      largest = std::max(largest, std::abs(truth[i]));
+    }
+    double const error = difference / std::max(largest, smallest<T>);
+    INFO("error " << error << ", largest " << largest << "; allowed " << tolerance);
+    CHECK(error <= tolerance);
+    if (!(error <= worst_.error)) worst_ = {error, c_.name() + " " + name};
+  }
+  void compare_integers(std::string const& name, std::vector<std::int64_t> const& result) {
+    INFO(c_.name() << ": " << name);
+    CHECK(result == c_.integers(name));
+  }
+  void compare_gradients(std::vector<Fused<T>> const& tensors) {
+    for (auto const& tensor : tensors) {
+      std::vector<T> gradient;
+      for_each_element(tensor, [&](std::size_t, T element) { gradient.push_back(element); });
+      compare("d_" + tensor.name, gradient, c_.doubles("d_" + tensor.name), tensor.of_differences);
+    }
+  }
+
+ private:
+  template <int Rank> static void poison(View<T, Rank> x) { ha::fill(x, std::numeric_limits<T>::quiet_NaN()); }
+  template <int Rank> static void poison(View<std::int32_t, Rank> x) { ha::fill(x, std::numeric_limits<std::int32_t>::min()); }
+
+  Case const& c_;
+  Worst& worst_;
+  double float_tolerance_ = float_tolerance;
+  Cpu cpu_{2};
+};
+
+struct Family {
+  std::string_view name;
+  void (*in_double)(Run<double>&);
+  void (*in_float)(Run<float>&) = nullptr;   // null: it has no float form
+};
+
+// Runs every case of a family, and says how many there were and how far off the worst one is.
+inline void check(Family const& family) {
+  Index count = 0;
+  Worst in_double, in_float;
+  for (auto const& path : files()) {
+    Case const c{path};
+    if (c.family() != family.name) continue;
+    ++count;
+    INFO("golden case " << c.name());
+    Run<double> run{c, in_double};
+    family.in_double(run);
+    CHECK(c.unused() == "");
+    if (family.in_float == nullptr) continue;
+    Run<float> again{c, in_float};
+    family.in_float(again);
+  }
+  std::printf("%-15.*s %3td files   double %7.1e (%s)", static_cast<int>(family.name.size()), family.name.data(), count, in_double.error,
+              in_double.where.c_str());
+  if (family.in_float != nullptr) std::printf("   float %7.1e (%s)", in_float.error, in_float.where.c_str());
+  std::printf("\n");
+  CHECK((count > 0 || elsewhere()));
+}
+
+template <std::size_t N> constexpr bool are_named(std::array<Family, N> const& families, std::array<std::string_view, N> const& names) {
+  return std::ranges::equal(families, names, {}, &Family::name);
+}
+
+}  // namespace golden
+#endif

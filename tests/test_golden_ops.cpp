@@ -1,0 +1,363 @@
+// Operators, feed-forward layers, the optimiser and the schedule against golden values.
+#include "golden.hpp"
+
+#include <hybridattn/nn/balance_loss.hpp>
+#include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>
+#include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
+#include <hybridattn/ops/gdn_gate/gdn_gate.hpp>
+#include <hybridattn/ops/l2_norm/l2_norm.hpp>
+#include <hybridattn/ops/rms_norm/rms_norm.hpp>
+#include <hybridattn/ops/rope/rope.hpp>
+#include <hybridattn/train/adamw.hpp>
+#include <hybridattn/train/schedule.hpp>
+
+namespace ha = hybridattn;
+using ha::Cpu;
+using ha::In;
+using ha::Index;
+using ha::On;
+using ha::Shape;
+using ha::Tensor;
+using ha::View;
+using golden::Case;
+using golden::Fused;
+using golden::Run;
+
+namespace {
+
+template <class T> void rms_norm(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<2> const rows{c.tokens(), c.size("C")};
+  Shape<1> const channels{c.size("C")};
+  ha::RmsNorm::Options const options{c.is("zero_centered") ? ha::NormWeight::zero_centred : ha::NormWeight::plain, c.real("eps")};
+  auto const x = run.read("x", rows), d_y = run.read("d_y", rows);
+  auto const w = run.read("weight", channels);
+  auto y = run.unset(rows), d_x = ha::zeros<T>(run.cpu(), rows);   // backward adds to d_x
+  auto d_w = run.unset(channels);
+  On<ha::RmsNorm, Cpu>::forward(run.cpu(), options, in(x), in(w), out(y));
+  On<ha::RmsNorm, Cpu>::backward(run.cpu(), options, in(x), in(w), in(d_y), out(d_x), out(d_w));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+  run.compare("d_weight", d_w);
+}
+
+template <class T> void gated_rms_norm(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<2> const rows{c.tokens() * c.size("HV"), c.size("V")};
+  Shape<1> const channels{c.size("V")};
+  double const eps = c.real("eps");
+  auto const x = run.read("x", rows), z = run.read("z", rows), d_y = run.read("d_y", rows);
+  auto const w = run.read("weight", channels);
+  auto y = run.unset(rows), d_x = run.unset(rows), d_z = run.unset(rows);
+  auto d_w = run.unset(channels);
+  On<ha::GatedRmsNorm, Cpu>::forward(run.cpu(), eps, in(x), in(z), in(w), out(y));
+  On<ha::GatedRmsNorm, Cpu>::backward(run.cpu(), eps, in(x), in(z), in(w), in(d_y), out(d_x), out(d_z), out(d_w));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+  run.compare("d_z", d_z);
+  run.compare("d_weight", d_w);
+}
+
+// The operator has one eps. Another one is the same function of x stretched: y(x, eps) = y(a x, a^2 eps).
+template <class T> void l2_norm(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<2> const rows{c.tokens() * c.size("H"), c.size("D")};
+  T const stretch = static_cast<T>(std::sqrt(ha::L2Norm::eps / c.real("eps")));
+  auto x = run.read("x", rows), y = run.unset(rows), d_x = run.unset(rows);
+  auto const d_y = run.read("d_y", rows);
+  On<ha::Scale, Cpu>::forward(run.cpu(), stretch, flat(out(x)));
+  On<ha::L2Norm, Cpu>::forward(run.cpu(), in(x), out(y));
+  On<ha::L2Norm, Cpu>::backward(run.cpu(), in(x), in(d_y), out(d_x));
+  On<ha::Scale, Cpu>::forward(run.cpu(), stretch, flat(out(d_x)));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+}
+
+template <class T> void rope(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<3> const shape{c.tokens(), c.size("H"), c.size("D")};
+  ha::Rope::Options const options{c.size("rotary_dim"), c.real("theta"), c.is("interleaved")};
+  auto const x = run.read("x", shape), d_y = run.read("d_y", shape);
+  auto const positions = run.read_integers("positions", c.tokens());
+  Index const largest = std::ranges::max(c.integers("positions"));
+  auto angles = run.unset(Shape<3>{largest + 1, 2, options.rotary_dim / 2});
+  auto y = run.unset(shape), d_x = run.unset(shape);
+  On<ha::Rope, Cpu>::angles(run.cpu(), options, out(angles));
+  On<ha::Rope, Cpu>::forward(run.cpu(), options, in(angles), in(positions), in(x), out(y));
+  On<ha::Rope, Cpu>::backward(run.cpu(), options, in(angles), in(positions), in(d_y), out(d_x));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+}
+
+template <class T> void causal_conv1d(Run<T>& run) {
+  Case const& c = run.c();
+  auto const s = c.sequences();
+  Shape<2> const rows{c.tokens(), c.size("C")}, taps{c.size("C"), c.size("W")};
+  Shape<3> const states{s.count(), c.size("W") - 1, c.size("C")};
+  auto const activation = c.word("activation") == "silu" ? ha::Activation::silu : ha::Activation::none;
+  auto const x = run.read("x", rows), d_y = run.read("d_y", rows), w = run.read("weight", taps);
+  auto const initial_state = run.read_if_there("initial_state", states), d_final_state = run.read_if_there("d_final_state", states);
+  auto y = run.unset(rows), d_x = run.unset(rows), d_w = run.unset(taps);
+  auto final_state = run.unset(states);
+  auto d_initial_state = initial_state ? run.unset(states) : Tensor<T, 3, Cpu>{};
+  On<ha::CausalConv1d, Cpu>::forward(run.cpu(), activation, s, in(x), in(w), in(initial_state), out(y), out(final_state));
+  On<ha::CausalConv1d, Cpu>::backward(run.cpu(), activation, s, in(x), in(w), in(initial_state), in(d_y), in(d_final_state), out(d_x),
+                                      out(d_w), out(d_initial_state));
+  run.compare("y", y);
+  run.compare("final_state", final_state);
+  run.compare("d_x", d_x);
+  run.compare("d_weight", d_w);
+  if (c.contains("d_initial_state")) run.compare("d_initial_state", d_initial_state);
+}
+
+// The operator makes beta too, which the files leave out.
+template <class T> void gdn_gate(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<2> const gates{c.tokens(), c.size("HV")};
+  Shape<1> const heads{c.size("HV")};
+  auto const a = run.read("a", gates), d_g = run.read("d_g", gates), zero = ha::zeros<T>(run.cpu(), gates);
+  auto const a_log = run.read("A_log", heads), dt_bias = run.read("dt_bias", heads);
+  auto g = run.unset(gates), beta = run.unset(gates), d_a = run.unset(gates), d_b = run.unset(gates);
+  auto d_a_log = run.unset(heads), d_dt_bias = run.unset(heads);
+  On<ha::GdnGate, Cpu>::forward(run.cpu(), T(1), in(a), in(zero), in(a_log), in(dt_bias), out(g), out(beta));
+  On<ha::GdnGate, Cpu>::backward(run.cpu(), T(1), in(a), in(zero), in(a_log), in(dt_bias), in(d_g), in(zero), out(d_a), out(d_b),
+                                 out(d_a_log), out(d_dt_bias));
+  run.compare("g", g);
+  run.compare("d_a", d_a);
+  run.compare("d_A_log", d_a_log);
+  run.compare("d_dt_bias", d_dt_bias);
+  run.compare("beta of b = 0", ha::download(run.cpu(), beta), std::vector<double>(static_cast<std::size_t>(gates.count()), 0.5));
+}
+
+template <class T> void swiglu(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<2> const rows{c.tokens(), c.size("C")};
+  Index const F = c.size("intermediate");
+  auto const names = [](auto const& p) {
+    return std::vector{golden::one("gate_proj.weight", p.gate), golden::one("up_proj.weight", p.up),
+                       golden::one("down_proj.weight", p.down)};
+  };
+  auto params = run.unset(ha::Mlp::params(rows[1], F, true)), d_params = run.unset(ha::Mlp::params(rows[1], F, true));
+  auto saved = run.unset(ha::Mlp::saved(rows[0], F, true)), d = run.unset(ha::Mlp::saved(rows[0], F, true));
+  run.read(names(out(params)));
+  auto const x = run.read("x", rows), d_y = run.read("d_y", rows);
+  auto y = run.unset(rows), d_x = ha::zeros<T>(run.cpu(), rows);
+  ha::Mlp::forward(run.cpu(), in(params), in(x), out(saved), out(y));
+  ha::Mlp::backward(run.cpu(), in(params), in(x), in(saved), in(d_y), out(d), out(d_x), out(d_params));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+  run.compare_gradients(names(out(d_params)));
+}
+
+ha::FeedForwardConfig mixture(Case const& c, double balance_coefficient) {
+  ha::FeedForwardConfig config;
+  config.num_experts = c.size("E");
+  config.top_k = c.size("top_k");
+  config.expert_dim = c.size("intermediate");
+  config.shared_dim = c.size("shared") == 0 ? -1 : c.size("shared");
+  config.balance_coefficient = balance_coefficient;
+  return config.completed(c.size("C"));
+}
+template <class T> std::vector<Fused<T>> mixture_names(ha::FeedForward::Params<ha::Out<T>> const& p, Index num_experts) {
+  std::vector<Fused<T>> names{golden::one("gate.weight", p.router), golden::one("experts.down_proj", p.experts.down),
+                              golden::fused("experts.gate_up_proj", num_experts, p.experts.gate, p.experts.up)};
+  if (p.shared.gate.empty()) return names;
+  names.push_back(golden::one("shared_expert.gate_proj.weight", p.shared.gate));
+  names.push_back(golden::one("shared_expert.up_proj.weight", p.shared.up));
+  names.push_back(golden::one("shared_expert.down_proj.weight", p.shared.down));
+  names.push_back(golden::one("shared_expert_gate.weight", p.shared_gate));
+  return names;
+}
+
+// The router's decisions: probabilities, chosen experts, and the loss that balances them (with coefficient one).
+template <class T> void compare_routing(Run<T>& run, ha::FeedForward::Saved<ha::Owned<T, Cpu>> const& saved) {
+  auto probabilities = run.c().doubles("router_logits");
+  auto const E = static_cast<std::size_t>(run.c().size("E"));
+  for (std::size_t row = 0; row < probabilities.size(); row += E) {
+    double sum = 0;
+    for (std::size_t e = row; e < row + E; ++e) sum += probabilities[e] = std::exp(probabilities[e]);
+    for (std::size_t e = row; e < row + E; ++e) probabilities[e] /= sum;
+  }
+  run.compare("softmax of router_logits", ha::download(run.cpu(), saved.probabilities), probabilities);
+
+  auto const chosen = ha::download(run.cpu(), saved.chosen);
+  std::vector<std::int64_t> ascending(chosen.begin(), chosen.end());
+  auto const k = static_cast<std::ptrdiff_t>(run.c().size("top_k"));
+  for (auto row = ascending.begin(); row != ascending.end(); row += k) std::sort(row, row + k);
+  run.compare_integers("selected_experts", ascending);
+
+  auto const config = mixture(run.c(), 1);
+  ha::BalanceLoss loss{config};
+  loss.count(run.cpu(), saved);
+  run.compare("aux_loss", {static_cast<T>(loss.value())});
+}
+
+template <class T> void moe(Run<T>& run) {
+  Case const& c = run.c();
+  Shape<2> const rows{c.tokens(), c.size("C")};
+  auto const config = mixture(c, c.doubles("d_aux_loss").at(0));
+  auto params = run.unset(ha::FeedForward::params(config, 0, rows[1])), d_params = run.unset(ha::FeedForward::params(config, 0, rows[1]));
+  run.read(mixture_names(out(params), config.num_experts));
+  auto const x = run.read("x", rows), d_y = run.read("d_y", rows);
+
+  ha::FeedForward::Saved<ha::Owned<T, Cpu>> saved;
+  auto const y = ha::FeedForward::forward(run.cpu(), config, 0, in(params), in(x), saved);
+  compare_routing(run, saved);
+  ha::BalanceLoss loss{config};
+  loss.count(run.cpu(), saved);
+  loss.write(run.cpu(), saved);
+  auto const d_x = ha::FeedForward::backward(run.cpu(), config, 0, in(params), in(x), std::move(saved), in(d_y), out(d_params));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+  run.compare_gradients(mixture_names(out(d_params), config.num_experts));
+}
+
+// What each position is to predict: its own label, or the next one's. The last of a row then predicts nothing.
+std::vector<std::int32_t> targets(Case const& c) {
+  auto const labels = c.integers("labels");
+  Index const T = c.size("T"), shift = c.is("shift") ? 1 : 0;
+  std::vector<std::int32_t> result;
+  for (Index n = 0; n < c.tokens(); ++n)
+    result.push_back(n % T + shift < T ? static_cast<std::int32_t>(labels[static_cast<std::size_t>(n + shift)]) : -100);
+  return result;
+}
+
+template <class T> void cross_entropy(Run<T>& run) {
+  Case const& c = run.c();
+  auto const goals = targets(c);
+  auto const labels = run.make(goals, Shape<1>{c.tokens()});
+  auto const counted = std::ranges::count_if(goals, [](auto target) { return target >= 0; });
+  double const scale = c.doubles("d_loss").at(0) / static_cast<double>(counted);   // the files hold means
+  Shape<2> const logits_shape{c.tokens(), c.size("vocab")};
+  ha::LossSum loss;
+  if (c.contains("logits")) {
+    auto const logits = run.read("logits", logits_shape);
+    auto d_logits = run.unset(logits_shape);
+    loss = On<ha::SoftmaxLoss, Cpu>::forward(run.cpu(), in(logits), in(labels), scale, out(d_logits));
+    run.compare("d_logits", d_logits);
+  } else {
+    Shape<2> const rows{c.tokens(), c.size("C")}, weights{c.size("vocab"), c.size("C")};
+    auto const x = run.read("x", rows), w = run.read("weight", weights);
+    auto d_x = run.unset(rows), d_w = ha::zeros<T>(run.cpu(), weights);   // backward adds to d_w
+    loss = On<ha::CrossEntropy, Cpu>::backward(run.cpu(), in(x), in(w), in(labels), scale, out(d_x), out(d_w));
+    run.compare("d_x", d_x);
+    run.compare("d_weight", d_w);
+    CHECK(loss.loss == On<ha::CrossEntropy, Cpu>::forward(run.cpu(), in(x), in(w), in(labels)).loss);
+  }
+  CHECK(loss.count == counted);
+  run.compare("loss", {static_cast<T>(loss.mean())});
+}
+
+// The tensors of a case of AdamW, as lines; those beyond its number are not there.
+template <class S> struct Trajectory {
+  ha::Held<S, 1> param_0, param_1, param_2, param_3, param_4, param_5;
+  HYBRIDATTN_FIELDS(param_0, param_1, param_2, param_3, param_4, param_5)
+};
+
+ha::AdamWOptions adamw_options(Case const& c) {
+  ha::AdamWOptions options{.learning_rate = c.real("learning_rate"), .beta_1 = c.real("beta1"), .beta_2 = c.real("beta2"),
+                           .epsilon = c.real("eps"), .weight_decay = c.real("weight_decay"), .max_norm = c.option_or("max_norm", 0.0),
+                           .bias_correction = c.is("bias_correction"), .decays = {}};
+  auto const decay = c.option("decay");
+  if (!decay.is_null())
+    options.decays = [decay](std::string_view path) {
+      auto const number = static_cast<std::size_t>(path.back() - '0');
+      return number < decay.size() && decay[number].template get<bool>();
+    };
+  return options;
+}
+
+// AdamW keeps its moments to itself; here they come from its single step, with the file's norms.
+template <class T> void compare_moments(Run<T>& run, std::string const& number, Shape<2> steps) {
+  auto const options = adamw_options(run.c());
+  auto const gradients = run.read("grad_" + number, steps);
+  auto const norms = run.c().doubles("grad_norm");
+  Shape<1> const line{steps[1]};
+  auto mean = ha::zeros<T>(run.cpu(), line), square = ha::zeros<T>(run.cpu(), line), p = ha::zeros<T>(run.cpu(), line);
+  for (Index step = 0; step < steps[0]; ++step) {
+    double const norm = norms[static_cast<std::size_t>(step)];
+    ha::AdamWStep::Rates const rates{.learning_rate = 0, .beta_1 = options.beta_1, .beta_2 = options.beta_2, .epsilon = 1,
+                                     .weight_decay = 0, .correction_1 = 1, .correction_2 = 1,
+                                     .gradient_scale = options.max_norm == 0 ? 1 : std::min(1.0, options.max_norm / (norm + 1e-6))};
+    On<ha::AdamWStep, Cpu>::forward(run.cpu(), rates, View<T const, 1>{in(gradients).row(step), line}, out(mean), out(square), out(p));
+  }
+  run.compare("exp_avg_" + number, mean);
+  run.compare("exp_avg_sq_" + number, square);
+}
+
+template <class T> void adamw(Run<T>& run) {
+  Case const& c = run.c();
+  Index const steps = c.size("steps");
+  auto const shapes = c.option("shapes").get<std::vector<std::vector<Index>>>();
+  REQUIRE(shapes.size() <= 6);
+  Trajectory<ha::Owned<T, Cpu>> params, gradients;
+  std::vector<std::vector<T>> all_gradients, all_params(shapes.size());
+  ha::zip([&](ha::Path const&, auto& p, auto& g) {
+    if (all_gradients.size() == shapes.size()) return;
+    auto const number = std::to_string(all_gradients.size());
+    Index count = 1;
+    for (Index extent : shapes[all_gradients.size()]) count *= extent;
+    p = run.read("initial_param_" + number, Shape<1>{count});
+    g = run.unset(Shape<1>{count});
+    all_gradients.push_back(ha::download(run.cpu(), run.read("grad_" + number, Shape<2>{steps, count})));
+    compare_moments(run, number, {steps, count});
+  }, params, gradients);
+
+  ha::AdamW optimizer{run.cpu(), params, adamw_options(c)};
+  std::vector<T> norms;
+  for (Index step = 0; step < steps; ++step) {
+    auto from = all_gradients.begin();
+    ha::zip([&](ha::Path const&, auto& g) {
+      if (!g) return;
+      auto const count = static_cast<std::size_t>(g.shape()[0]);
+      ha::upload(run.cpu(), std::span<T const>(*from++).subspan(static_cast<std::size_t>(step) * count, count), g);
+    }, gradients);
+    norms.push_back(static_cast<T>(optimizer.step(run.cpu(), params, gradients)));
+    auto to = all_params.begin();
+    ha::zip([&](ha::Path const&, auto const& p) {
+      if (p) std::ranges::copy(ha::download(run.cpu(), p), std::back_inserter(*to++));
+    }, params);
+  }
+  run.compare("grad_norm", norms);
+  for (std::size_t i = 0; i < shapes.size(); ++i) run.compare("param_" + std::to_string(i), all_params[i]);
+}
+
+void schedule(Run<double>& run) {
+  Case const& c = run.c();
+  REQUIRE(c.real("num_cycles") == 0.5);
+  ha::Schedule const rate{.warmup_steps = c.size("warmup_steps"), .total_steps = c.size("total_steps"),
+                          .min_rate = c.option_or("min_lr_rate", 0.0)};
+  std::vector<double> rates;
+  for (Index step = 0; step <= rate.total_steps; ++step) rates.push_back(c.real("learning_rate") * rate(step));
+  run.compare("lr", rates);
+}
+
+constexpr std::array families{
+    golden::Family{"adamw", adamw<double>, adamw<float>},
+    golden::Family{"causal_conv1d", causal_conv1d<double>, causal_conv1d<float>},
+    golden::Family{"cross_entropy", cross_entropy<double>, cross_entropy<float>},
+    golden::Family{"gated_rms_norm", gated_rms_norm<double>, gated_rms_norm<float>},
+    golden::Family{"gdn_gate", gdn_gate<double>, gdn_gate<float>},
+    golden::Family{"l2_norm", l2_norm<double>, l2_norm<float>},
+    golden::Family{"moe", moe<double>, moe<float>},
+    golden::Family{"rms_norm", rms_norm<double>, rms_norm<float>},
+    golden::Family{"rope", rope<double>, rope<float>},
+    golden::Family{"schedule", schedule},
+    golden::Family{"swiglu", swiglu<double>, swiglu<float>},
+};
+static_assert(golden::are_named(families, golden::operator_families));
+
+}  // namespace
+
+TEST_CASE("operators, feed-forward layers, AdamW and the schedule agree with golden values") {
+  for (auto const& family : families) DYNAMIC_SECTION(family.name) { golden::check(family); }
+}
+
+TEST_CASE("every golden file is of a family that these tests know") {
+  REQUIRE_FALSE(golden::files().empty());
+  for (auto const& path : golden::files()) {
+    std::string const family = Case{path}.family();
+    INFO(path.filename().string() << " is of the family " << family);
+    CHECK((std::ranges::count(golden::operator_families, family) + std::ranges::count(golden::policy_families, family)) == 1);
+  }
+}

@@ -1,0 +1,251 @@
+// Attention policies and their layers against golden values.
+#include "golden.hpp"
+
+#include <hybridattn/attention/attention.hpp>
+#include <hybridattn/core/with_constant.hpp>
+#include <hybridattn/nn/attention.hpp>
+#include <hybridattn/ops/l2_norm/l2_norm.hpp>
+
+namespace ha = hybridattn;
+using ha::Cpu;
+using ha::In;
+using ha::Index;
+using ha::On;
+using ha::Owned;
+using ha::Shape;
+using ha::Tensor;
+using ha::View;
+using golden::Case;
+using golden::Fused;
+using golden::Run;
+
+namespace {
+
+// What a score can be at most: by Cauchy and Schwarz.
+template <class T> double largest_score(Run<T>& run, double scale, Tensor<T, 3, Cpu> const& q, Tensor<T, 3, Cpu> const& k) {
+  auto const longest = [&](Tensor<T, 3, Cpu> const& x) {
+    auto const elements = ha::download(run.cpu(), x);
+    Index const D = x.shape()[2], rows = x.shape().count() / D;
+    double squares = 0;
+    for (Index row = 0; row < rows; ++row)
+      squares = std::max(squares, static_cast<double>(ha::dot(elements.data() + row * D, elements.data() + row * D, D)));
+    return std::sqrt(squares);
+  };
+  return scale * longest(q) * longest(k);
+}
+
+// The options are a value here, as `On` hands them to the kernels.
+template <class T> void full(Run<T>& run) {
+  Case const& c = run.c();
+  ha::FullOptions const options{.window = c.option_or("window", 0)};
+  ha::full::Config const config{.num_heads = c.size("H"), .num_kv_heads = c.size("HK"), .head_dim = c.size("D"), .scale = c.real("scale")};
+  auto const s = c.sequences();
+  auto const inputs = ha::Full::inputs(config, s);
+  auto const outputs = ha::Full::outputs(config, s);
+  ha::full::Inputs<Owned<T, Cpu>> const x{.q = run.read("q", inputs.q), .k = run.read("k", inputs.k), .v = run.read("v", inputs.v)};
+  ha::full::Outputs<Owned<T, Cpu>> const d_y{.o = run.read("d_o", outputs.o)};
+  auto y = run.unset(outputs);
+  auto saved = run.unset(ha::Full::saved(config, s));
+  auto d_x = run.unset(inputs);
+  run.expect_scores(largest_score(run, config.scale, x.q, x.k));
+  ha::full::forward(run.cpu(), options, config, s, in(x), out(y), out(saved));
+  ha::full::backward(run.cpu(), options, config, s, in(x), in(y), in(saved), in(d_y), out(d_x));
+  run.compare("o", y.o);
+  run.compare("lse", saved.lse);
+  run.compare("d_q", d_x.q);
+  run.compare("d_k", d_x.k);
+  run.compare("d_v", d_x.v);
+}
+
+// q and k of length one, as the layer hands them over; and back through that.
+template <class T> Tensor<T, 3, Cpu> unit(Run<T>& run, Tensor<T, 3, Cpu> const& raw) {
+  auto result = run.unset(raw.shape());
+  On<ha::L2Norm, Cpu>::forward(run.cpu(), head_rows(in(raw)), head_rows(out(result)));
+  return result;
+}
+template <class T> Tensor<T, 3, Cpu> unit_backward(Run<T>& run, Tensor<T, 3, Cpu> const& raw, Tensor<T, 3, Cpu> const& d_unit) {
+  auto d_raw = run.unset(raw.shape());
+  On<ha::L2Norm, Cpu>::backward(run.cpu(), head_rows(in(raw)), head_rows(in(d_unit)), head_rows(out(d_raw)));
+  return d_raw;
+}
+
+// Decay's gradients are sums of q . d_q - v . d_v, which decay itself makes small: see (7) of gdn.hpp.
+constexpr bool of_differences = true;
+
+template <class T> void gdn(Run<T>& run) {
+  Case const& c = run.c();
+  ha::gdn::Config const config{.num_heads = c.size("H"), .num_value_heads = c.size("HV"), .key_dim = c.size("K"), .value_dim = c.size("V"),
+                               .scale = c.real("scale")};
+  bool const l2norm_inside = c.is("l2norm_inside");
+  auto const s = c.sequences();
+  auto const states = ha::gdn::state_shape(config, s);
+  auto inputs = ha::GDN::inputs(config, s);
+  if (c.is("initial_state")) inputs.initial_state = states;
+  auto outputs = ha::GDN::outputs(config, s);
+  outputs.final_state = states;
+  auto const raw_q = run.read("q", inputs.q), raw_k = run.read("k", inputs.k);
+  ha::gdn::Inputs<Owned<T, Cpu>> const x{.q = l2norm_inside ? unit(run, raw_q) : run.read("q", inputs.q),
+                                         .k = l2norm_inside ? unit(run, raw_k) : run.read("k", inputs.k), .v = run.read("v", inputs.v),
+                                         .g = run.read("g", inputs.g), .beta = run.read("beta", inputs.beta),
+                                         .initial_state = run.read_if_there("initial_state", states)};
+  ha::gdn::Outputs<Owned<T, Cpu>> const d_y{.o = run.read("d_o", outputs.o), .final_state = run.read_if_there("d_final_state", states)};
+  auto y = run.unset(outputs);
+  auto saved = run.unset(ha::GDN::saved(config, s));
+  auto d_x = run.unset(inputs);
+  On<ha::GDN, Cpu>::forward(run.cpu(), config, s, in(x), out(y), out(saved));
+  On<ha::GDN, Cpu>::backward(run.cpu(), config, s, in(x), in(y), in(saved), in(d_y), out(d_x));
+  run.compare("o", y.o);
+  run.compare("final_state", y.final_state);
+  run.compare("d_q", l2norm_inside ? unit_backward(run, raw_q, d_x.q) : std::move(d_x.q));
+  run.compare("d_k", l2norm_inside ? unit_backward(run, raw_k, d_x.k) : std::move(d_x.k));
+  run.compare("d_v", d_x.v);
+  run.compare("d_g", ha::download(run.cpu(), d_x.g), c.doubles("d_g"), of_differences);
+  run.compare("d_beta", d_x.beta);
+  if (c.is("initial_state")) run.compare("d_initial_state", d_x.initial_state);
+}
+
+// Which keys each query chose, counted from the start of its sequence; then -1.
+template <class T> void compare_selection(Run<T>& run, Tensor<std::int32_t, 2, Cpu> const& indices) {
+  auto const chosen = ha::download(run.cpu(), indices);
+  run.compare_integers(run.c().contains("indices_local") ? "indices_local" : "indices", {chosen.begin(), chosen.end()});
+  auto const k = static_cast<std::size_t>(indices.shape()[1]);
+  std::vector<std::int64_t> counts;
+  for (std::size_t row = 0; row < chosen.size(); row += k)
+    counts.push_back(std::count_if(chosen.data() + row, chosen.data() + row + k, [](auto key) { return key >= 0; }));
+  run.compare_integers("counts", counts);
+  run.c().pass_over("index_scores");   // never stand in memory
+  run.c().pass_over("indices");        // of a packed row: indices_local says the same
+}
+
+template <class T> void dsa(Run<T>& run) {
+  Case const& c = run.c();
+  ha::SparseOptions const options{.top_k = c.option("top_k").get<int>()};
+  ha::dsa::Config const config{.num_heads = c.size("H"), .num_kv_heads = c.size("HK"), .head_dim = c.size("D"), .scale = c.real("scale"),
+                               .index_heads = c.size("HI"), .index_dim = c.size("DI"), .index_scale = c.real("index_scale")};
+  auto const s = c.sequences();
+  auto const inputs = ha::DSA::inputs(config, s);
+  auto const outputs = ha::DSA::outputs(config, s);
+  auto saved_shapes = ha::DSA::saved(config, s);
+  saved_shapes.indices = {s.tokens(), ha::dsa::selection_size(options, s.longest())};
+  ha::dsa::Inputs<Owned<T, Cpu>> const x{.q = run.read("q", inputs.q), .k = run.read("k", inputs.k), .v = run.read("v", inputs.v),
+                                         .index_q = run.read("index_q", inputs.index_q), .index_k = run.read("index_k", inputs.index_k),
+                                         .index_w = run.read("index_w", inputs.index_w)};
+  ha::dsa::Outputs<Owned<T, Cpu>> const d_y{.o = run.read("d_o", outputs.o), .auxiliary_loss = {}};
+  auto y = run.unset(outputs);
+  auto saved = run.unset(saved_shapes);
+  auto d_x = run.unset(inputs);
+  run.expect_scores(largest_score(run, config.scale, x.q, x.k));
+  ha::dsa::forward(run.cpu(), options, config, s, in(x), out(y), out(saved));
+  ha::dsa::backward(run.cpu(), options, config, s, in(x), in(y), in(saved), in(d_y), out(d_x));
+  compare_selection(run, saved.indices);
+  run.compare("o", y.o);
+  run.compare("lse", saved.lse);
+  run.compare("d_q", d_x.q);
+  run.compare("d_k", d_x.k);
+  run.compare("d_v", d_x.v);
+  auto const is_zero = [&](auto const& tensor) { return std::ranges::all_of(ha::download(run.cpu(), tensor), [](T x) { return x == 0; }); };
+  CHECK((is_zero(d_x.index_q) && is_zero(d_x.index_k) && is_zero(d_x.index_w)));   // choosing has no gradient
+}
+
+// A whole layer with parameters of the given sizes, known to the file by `names`.
+template <class Policy, class T, class Params, class Names>
+void layer(Run<T>& run, typename Policy::Config const& config, Params const& shapes, Names names) {
+  using Layer = ha::Attention<Policy>;
+  Case const& c = run.c();
+  auto const s = c.sequences();
+  Shape<2> const rows{c.tokens(), c.size("C")};
+  auto params = run.unset(shapes), d_params = run.unset(shapes);
+  run.read(names(out(params)));
+  auto const x = run.read("x", rows), d_y = run.read("d_y", rows);
+  typename Layer::template Saved<Owned<T, Cpu>> saved;
+  auto const y = Layer::forward(run.cpu(), config, s, in(params), in(x), saved);
+  auto const d_x = Layer::backward(run.cpu(), config, s, in(params), in(x), std::move(saved), in(d_y), out(d_params));
+  run.compare("y", y);
+  run.compare("d_x", d_x);
+  run.compare_gradients(names(out(d_params)));
+}
+
+// Positions count from 0 here and from `offset` in the file: rotary turns queries and keys alike, so only differences count.
+template <int percent, class T> void full_layer_with(Run<T>& run) {
+  using Policy = ha::FullAttention<ha::FullOptions{.rotary_percent = percent}>;
+  Case const& c = run.c();
+  auto const config = Policy::complete({.num_heads = c.size("H"), .num_kv_heads = c.size("HK"), .head_dim = c.size("D"),
+                                        .rope_theta = c.real("theta"), .norm_eps = c.real("eps")}, c.size("C"), c.size("H"));
+  layer<Policy>(run, config, ha::Attention<Policy>::params(config, c.size("C")), [&](auto const& p) {
+    return std::vector{golden::fused("q_proj.weight", config.num_heads, p.w.q, p.w_gate), golden::one("k_proj.weight", p.w.k),
+                       golden::one("v_proj.weight", p.w.v), golden::one("o_proj.weight", p.w_o),
+                       golden::one("q_norm.weight", p.prepare.q_norm), golden::one("k_norm.weight", p.prepare.k_norm)};
+  });
+}
+template <class T> void full_layer(Run<T>& run) {
+  Case const& c = run.c();
+  Index const percent = std::lround(100 * c.real("rotary_fraction"));
+  REQUIRE(c.size("D") * percent / 200 * 2 == c.size("rotary_dim"));
+  ha::with_constant<25, 50, 75, 100>(
+      percent, [&](auto known) { full_layer_with<static_cast<int>(known.value)>(run); },
+      [&] { FAIL("layers with " << percent << " % rotary are not compiled here; 25, 50, 75 and 100 % are"); });
+}
+
+template <class T> Fused<T> of_decay(Fused<T> tensor) {
+  tensor.of_differences = of_differences;
+  return tensor;
+}
+// Layout qwen3_next: rows of the projections grouped by key head, the convolutions one after the other.
+template <class P> auto fused_names(P const& p, Index heads) {
+  return std::vector{golden::fused("in_proj_qkvz.weight", heads, p.w.q, p.w.k, p.w.v, p.w_gate),
+                     of_decay(golden::fused("in_proj_ba.weight", heads, p.w.beta, p.w.g)),
+                     golden::fused("conv1d.weight", 1, p.prepare.conv_q, p.prepare.conv_k, p.prepare.conv_v),
+                     of_decay(golden::one("A_log", p.prepare.a_log)), of_decay(golden::one("dt_bias", p.prepare.dt_bias)),
+                     golden::one("norm.weight", p.finish.norm), golden::one("out_proj.weight", p.w_o)};
+}
+// Layout fla: one matrix for each projection; those that an option leaves out are not there.
+template <class P> auto separate_names(P const& p) {
+  std::vector names{golden::one("q_proj.weight", p.w.q), golden::one("k_proj.weight", p.w.k), golden::one("v_proj.weight", p.w.v),
+                    of_decay(golden::one("a_proj.weight", p.w.g)), golden::one("b_proj.weight", p.w.beta),
+                    of_decay(golden::one("A_log", p.prepare.a_log)), of_decay(golden::one("dt_bias", p.prepare.dt_bias)),
+                    golden::one("o_norm.weight", p.finish.norm), golden::one("o_proj.weight", p.w_o)};
+  if (!p.w_gate.empty()) names.push_back(golden::one("g_proj.weight", p.w_gate));
+  if (p.prepare.conv_q.empty()) return names;
+  names.push_back(golden::one("q_conv1d.weight", p.prepare.conv_q));
+  names.push_back(golden::one("k_conv1d.weight", p.prepare.conv_k));
+  names.push_back(golden::one("v_conv1d.weight", p.prepare.conv_v));
+  return names;
+}
+
+// A width of the convolution stands in the type only to size its parameters: with those of the file, one type runs them all.
+template <ha::GdnOptions O, class T> void gdn_layer_with(Run<T>& run) {
+  using Policy = ha::GatedDeltaNet<O>;
+  Case const& c = run.c();
+  auto const config = Policy::complete({.num_heads = c.size("H"), .num_value_heads = c.size("HV"), .key_dim = c.size("K"),
+                                        .value_dim = c.size("V"), .norm_eps = c.real("eps")}, c.size("C"), c.size("H"));
+  auto shapes = ha::Attention<Policy>::params(config, c.size("C"));
+  for (Shape<2>* conv : {&shapes.prepare.conv_q, &shapes.prepare.conv_k, &shapes.prepare.conv_v})
+    if (O.conv_width > 0) conv->extent[1] = c.size("W");
+  bool const is_fused = c.word("layout") == "qwen3_next";
+  layer<Policy>(run, config, shapes, [&](auto const& p) { return is_fused ? fused_names(p, config.num_heads) : separate_names(p); });
+}
+template <int width, class T> void gdn_layer_with(Run<T>& run) {
+  bool const output_gate = run.c().is("use_gate"), negative = run.c().is("allow_neg_eigval");
+  if (output_gate && negative) gdn_layer_with<ha::GdnOptions{width, true, true}>(run);
+  else if (output_gate) gdn_layer_with<ha::GdnOptions{width, true, false}>(run);
+  else if (negative) gdn_layer_with<ha::GdnOptions{width, false, true}>(run);
+  else gdn_layer_with<ha::GdnOptions{width, false, false}>(run);
+}
+template <class T> void gdn_layer(Run<T>& run) {
+  run.c().is("use_short_conv") ? gdn_layer_with<4>(run) : gdn_layer_with<0>(run);
+}
+
+constexpr std::array families{
+    golden::Family{"dsa", dsa<double>, dsa<float>},
+    golden::Family{"full", full<double>, full<float>},
+    golden::Family{"full_layer", full_layer<double>, full_layer<float>},
+    golden::Family{"gdn", gdn<double>, gdn<float>},
+    golden::Family{"gdn_layer", gdn_layer<double>, gdn_layer<float>},
+};
+static_assert(golden::are_named(families, golden::policy_families));
+
+}  // namespace
+
+TEST_CASE("attention policies and their layers agree with golden values") {
+  for (auto const& family : families) DYNAMIC_SECTION(family.name) { golden::check(family); }
+}
