@@ -127,7 +127,9 @@ ha::Sequences packed(std::vector<Index> const& lengths) {
 }
 std::vector<Index> const all_lengths{1, 0, 2, 31, 32, 33, 63, 64, 65, 0, 130, 257, 0};
 
-// Against the loops in double: as near as twice the loops in float, or the tolerance of a double.
+// Against the loops in double: as near as twice the loops in float, or the tolerance of a double. Where scores are steep,
+// a score of size S is itself known to eps S only, which moves the weights and all that is made of them by as much: without
+// this term 1 to 7 % of seeds fail, in the loops of another compiler too.
 template <class T> void check_values(ha::Cpu& cpu, int window, full::Config const& config, ha::Sequences const& s, double steepness = 1) {
   auto result = computed(cpu, Run<T>(window, config, s, steepness));
   Run<T> naive(window, config, s, steepness);
@@ -142,8 +144,9 @@ template <class T> void check_values(ha::Cpu& cpu, int window, full::Config cons
   for (std::size_t i = 0; i < truths.size(); ++i) {
     INFO(names[i] << ", head_dim " << config.head_dim << ", window " << window);
     double const error = max_error(results[i], truths[i]), size = max_abs(truths[i]), eps = std::numeric_limits<T>::epsilon();
+    double const steep = steepness > 1 ? max_abs(truths[1]) : 0;   // lse of a row with one winner is its score
     if constexpr (sizeof(T) == 8) CHECK(error <= 1e-11 * std::max(size, 1e-3));
-    else CHECK(error <= 2 * max_error(loops[i], truths[i]) + 4 * eps * size);
+    else CHECK(error <= 2 * max_error(loops[i], truths[i]) + (4 + steep) * eps * size);
   }
 }
 

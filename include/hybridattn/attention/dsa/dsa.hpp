@@ -96,6 +96,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
     check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
     check(c.index_heads > 0 && c.index_dim > 0, "SparseAttention: ", c.index_heads, " indexer heads of dimension ", c.index_dim, "; both must be positive");
+    check(c.index_scale > 0, "SparseAttention: index_scale ", c.index_scale, " must be positive, or 0 for index_dim^-1/2");
     return c;
   }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {

@@ -53,7 +53,8 @@ template <class T> class RowTopK {
   static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
   // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
   static Mask<T> ordered(Vec<T> x) {
-    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> (8 * sizeof(Key) - 1)) & std::numeric_limits<Key>::max());
+    constexpr int sign = 8 * sizeof(Key) - 1;
+    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> sign) & std::numeric_limits<Key>::max());
     return x == x ? key : broadcast_key(lowest + 1);
   }
 
