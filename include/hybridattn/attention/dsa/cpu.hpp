@@ -25,7 +25,6 @@ template <class Run> void with_head_dim(Index D, Run run) {
 
 template <class T>
 void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
-  check(c.index_scale > 0, "SparseAttention: index_scale ", c.index_scale, "; it must be positive");
   if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
   if (s.tokens() == 0) return;
   choose_keys(cpu, o, c, s, x, saved.indices);
