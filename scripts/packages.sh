@@ -40,3 +40,6 @@ know_package() {
 # Compiled once, compiled for ever, where ccache is.
 launcher=()
 if command -v ccache >/dev/null; then launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache); fi
+
+# Threads that wait must sleep soon, or a step takes a hundred times longer when another program wants a core.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -1,0 +1,215 @@
+// One policy on one backend in one scalar, as the laws see it. The only template that is compiled for each of them.
+#ifndef HYBRIDATTN_TESTING_ADAPTOR_HPP
+#define HYBRIDATTN_TESTING_ADAPTOR_HPP
+
+#include <hybridattn/testing/any_policy.hpp>
+#include <hybridattn/testing/fenced.hpp>
+#include <hybridattn/testing/traits.hpp>
+
+namespace hybridattn::testing {
+
+namespace detail {
+
+// The type's name as the compiler spells it, without the library's namespace.
+template <class P> std::string type_name() {
+  std::string text = __PRETTY_FUNCTION__;
+  auto const first = text.find("P = ") + 4;
+  text = text.substr(first, text.find_first_of(";]", first) - first);
+  for (std::string_view const space : {"hybridattn::", "(anonymous namespace)::", "{anonymous}::"})
+    while (text.find(space) != text.npos) text.erase(text.find(space), space.size());
+  return text;
+}
+
+template <class B> B make_backend(int threads) {
+  if constexpr (std::is_constructible_v<B, int>) return B(threads);
+  else return B();
+}
+
+template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
+  if constexpr (Rank == 0) return false;
+  else return shape[0] == count;
+}
+
+// Zips over shapes, and memory or views of them. All are named, so that equal groups share their instantiations.
+template <class B> struct Place {
+  B& backend;
+  bool spaced;
+  double unwritten;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor.place(backend, shape, spaced, unwritten); }
+};
+template <class B> struct Write {
+  B& backend;
+  HostGroup const& values;
+  void operator()(Path const& path, auto& tensor) const {
+    if (HostTensor const* const found = values.find(path.str())) tensor.write(backend, found->values);
+  }
+};
+template <class B> struct Read {
+  B& backend;
+  HostGroup& values;
+  std::string& trespass;
+  void operator()(Path const& path, auto& tensor) const { tensor.read(backend, values.at(path.str()), trespass); }
+};
+struct ToView {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = tensor.view(); }
+};
+
+}  // namespace detail
+
+template <class P, class B, class T> class Adaptor final : public AnyPolicy {
+  static_assert(ImplementedOn<P, B, T>, "a policy is judged where it has both a forward and a backward");
+  using Config = typename P::Config;
+  template <class S> using Inputs = typename P::template Inputs<S>;
+  template <class S> using Outputs = typename P::template Outputs<S>;
+  template <class S> using Saved = typename P::template Saved<S>;
+
+ public:
+  explicit Adaptor(Config config, std::string name = detail::type_name<P>()) : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
+
+  std::string name() const override { return name_ + ", " + detail::type_name<T>(); }
+  double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
+  double tolerance() const override { return Reference<P>::tolerance; }
+  std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
+  bool saved_is_linear() const override { return Samples<P>::saved_is_linear; }
+  bool detached(std::string_view input) const override { return P::detached(input); }
+  bool has_states() const override {
+    HostGroup const group = empty_group(Samples<P>::inputs(config_, Sequences::equal(1, 1)), inputs_of);
+    return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.name.starts_with("initial_"); });
+  }
+
+  Case sample(std::string const& kind, Sequences const& s, std::uint64_t seed, bool carried) const override {
+    Case x{s, empty_group(input_shapes(s, carried), inputs_of), empty_group(output_shapes(s, carried), outputs_of), carried};
+    Random random{Seed{seed}, kind}, upstream{Seed{seed}, "upstream"};
+    Samples<P>::draw(kind, random, x.inputs);
+    for (HostTensor& tensor : x.d_outputs) set_normal(tensor, upstream);
+    round_to_float(x.inputs);
+    round_to_float(x.d_outputs);
+    return x;
+  }
+
+  Result run(Case const& x, Surroundings const& around) const override {
+    B backend = detail::make_backend<B>(around.threads);
+    if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around, {}, kernel());
+    return run_on<T>(backend, x, around, {}, kernel());
+  }
+  Result loops(Case const& x, HostGroup const& chosen, bool in_double) const override {
+    Cpu cpu{1};
+    if (in_double) return run_on<double>(cpu, x, {}, chosen, Loops{});
+    return run_on<T>(cpu, x, {}, chosen, Loops{});
+  }
+
+  std::string wrong_choice(Case const& x, HostGroup const& saved) const override {
+    if constexpr (requires { &Choices<P>::wrong; }) {
+      Cpu cpu{1};
+      Inputs<FencedRole<double, Cpu>> inputs;
+      Saved<FencedRole<double, Cpu>> choices;
+      fill(cpu, input_shapes(x.sequences, x.carried), inputs, x.inputs);
+      fill(cpu, P::saved(config_, x.sequences), choices, saved);
+      return Choices<P>::wrong(config_, x.sequences, views<Inputs, In<double>>(inputs), views<Saved, In<double>>(choices), eps());
+    }
+    return {};
+  }
+
+  Footprint footprint(Sequences const& s) const override {
+    B backend = detail::make_backend<B>(1);
+    Case const x = sample(kinds().front(), s, 1, true);
+    Result const first = run_on<T>(backend, x, {}, {}, kernel());
+    auto const allocations = backend.pool().allocations();
+    run_on<T>(backend, x, {}, {}, kernel());
+    auto const later = backend.pool().allocations() - allocations, before = backend.pool().in_use();
+    [[maybe_unused]] auto const saved = allocate<T>(backend, P::saved(config_, s));
+    return {bytes<T>(P::saved(config_, s)), backend.pool().in_use() - before, first.scratch, first.kept, later};
+  }
+
+ private:
+  struct Kernel {
+    template <class... Args> static void forward(B& backend, Args const&... args) { On<P, B>::forward(backend, args...); }
+    template <class... Args> static void backward(B& backend, Args const&... args) { On<P, B>::backward(backend, args...); }
+  };
+  struct Loops {
+    template <class... Args> static void forward(Cpu&, Args const&... args) { Reference<P>::forward(args...); }
+    template <class... Args> static void backward(Cpu&, Args const&... args) { Reference<P>::backward(args...); }
+  };
+  static Kernel kernel() { return {}; }
+
+  auto input_shapes(Sequences const& s, bool carried) const { return carried ? Samples<P>::inputs(config_, s) : P::inputs(config_, s); }
+  auto output_shapes(Sequences const& s, bool carried) const { return carried ? Samples<P>::outputs(config_, s) : P::outputs(config_, s); }
+
+  static constexpr auto inputs_of = [](Config const& c, Sequences const& s) { return Samples<P>::inputs(c, s); };
+  static constexpr auto outputs_of = [](Config const& c, Sequences const& s) { return Samples<P>::outputs(c, s); };
+  static constexpr auto saved_of = [](Config const& c, Sequences const& s) { return P::saved(c, s); };
+
+  // Tensors without values, of the given shapes. Their rows count what two batches of other numbers say.
+  template <class G, class ShapesOf> HostGroup empty_group(G const& shapes, ShapesOf shapes_of) const {
+    HostGroup group;
+    auto const few = shapes_of(config_, Sequences::equal(2, 5)), more = shapes_of(config_, Sequences::equal(3, 7));
+    typename Whole32<G>::type const types{};
+    zip([&](Path const& path, auto const& shape, auto const& a, auto const& b, auto const& view) {
+      HostTensor& tensor = group.emplace_back();
+      tensor.name = path.str();
+      tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? Rows::tokens : detail::counts(a, 2) && detail::counts(b, 3) ? Rows::sequences : Rows::other;
+      tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
+      tensor.values.resize(static_cast<std::size_t>(shape.count()));
+      for (Index extent : shape.extent) tensor.shape.push_back(extent);
+    }, shapes, few, more, types);
+    return group;
+  }
+  template <class G> struct Whole32;
+  template <template <class> class G> struct Whole32<G<Shapes>> { using type = G<In<T>>; };
+
+  template <template <class> class G, class S, class Tensors> static G<S> views(Tensors& tensors) {
+    G<S> result;
+    zip(detail::ToView{}, tensors, result);
+    return result;
+  }
+  template <class M, class G, class Tensors>
+  static void fill(M& backend, G const& shapes, Tensors& tensors, HostGroup const& values, Surroundings const& around = {}) {
+    zip(detail::Place<M>{backend, around.spaced, around.unwritten}, shapes, tensors);
+    zip(detail::Write<M>{backend, values}, tensors);
+  }
+  template <class M, class Tensors> static HostGroup values(M& backend, Tensors& tensors, HostGroup group, std::string& trespass) {
+    zip(detail::Read<M>{backend, group, trespass}, tensors);
+    return group;
+  }
+
+  // forward and backward of `which`, the kernel or the loops, in U on M.
+  template <class U, class M, class Which>
+  Result run_on(M& backend, Case const& x, Surroundings const& around, HostGroup const& chosen, Which) const {
+    using Role = FencedRole<U, M>;
+    Sequences const& s = x.sequences;
+    auto const in_shapes = input_shapes(s, x.carried);
+    auto const out_shapes = output_shapes(s, x.carried);
+    auto const saved_shapes = P::saved(config_, s);
+    Inputs<Role> inputs, gradients;
+    Outputs<Role> outputs, d_outputs;
+    Saved<Role> saved;
+    fill(backend, in_shapes, inputs, x.inputs, around);
+    fill(backend, in_shapes, gradients, {}, around);
+    fill(backend, out_shapes, outputs, {}, around);
+    fill(backend, out_shapes, d_outputs, x.d_outputs, around);
+    fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten});   // a layer keeps these in one piece
+
+    Result result;
+    auto const before = backend.pool().in_use();
+    backend.pool().reset_peak();
+    auto const read = views<Inputs, In<U>>(inputs);
+    Which::forward(backend, config_, s, read, views<Outputs, Out<U>>(outputs), views<Saved, Out<U>>(saved));
+    Which::backward(backend, config_, s, read, views<Outputs, In<U>>(outputs), views<Saved, In<U>>(saved), views<Outputs, In<U>>(d_outputs),
+                    views<Inputs, Out<U>>(gradients));
+    result.scratch = backend.pool().peak() - before;
+    result.kept = static_cast<std::ptrdiff_t>(backend.pool().in_use()) - static_cast<std::ptrdiff_t>(before);
+
+    result.outputs = values(backend, outputs, empty_group(out_shapes, outputs_of), result.trespass);
+    result.saved = values(backend, saved, empty_group(saved_shapes, saved_of), result.trespass);
+    result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
+    values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass);
+    values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass);
+    return result;
+  }
+
+  Config config_;
+  std::string name_;
+};
+
+}  // namespace hybridattn::testing
+#endif

@@ -1,0 +1,264 @@
+// Laws that hold within a stated budget of rounding, and the one about memory.
+#ifndef HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
+#define HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
+
+#include <hybridattn/testing/bitwise_laws.hpp>
+
+namespace hybridattn::testing {
+
+namespace detail {
+
+// The reference loops on the kernel's own choices: in double, the truth; in the policy's scalar, the yardstick.
+struct Judges {
+  Result truth, naive;
+};
+inline HostGroup choices_in(HostGroup const& saved) {
+  HostGroup choices;
+  std::copy_if(saved.begin(), saved.end(), std::back_inserter(choices), [](HostTensor const& tensor) { return tensor.whole; });
+  return choices;
+}
+inline Judges judges_of(AnyPolicy const& policy, Case const& x, Result const& result) {
+  HostGroup const choices = choices_in(result.saved);
+  Judges judges{policy.loops(x, choices, true), {}};
+  if (!policy.in_double()) judges.naive = policy.loops(x, choices, false);
+  return judges;
+}
+
+// In double, a share of the largest element. Otherwise twice the error of the loops in that scalar, and 4 roundings of the
+// largest element: loops may be right by luck.
+inline double budget(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
+  if (naive == nullptr) return policy.tolerance() * std::max(max_abs(truth), 1e-3);
+  return 2 * max_difference(*naive, truth).size + 4 * policy.eps() * max_abs(truth);
+}
+// Tensors that the loops leave unwritten are no part of the equations.
+inline bool is_unwritten(HostTensor const& truth) {
+  return std::all_of(truth.values.begin(), truth.values.end(), [](double x) { return x != x; });
+}
+// The first tensor of x that is further from `expected` than `times` the budget.
+inline std::string beyond_budget(AnyPolicy const& policy, HostGroup const& x, HostGroup const& expected, HostGroup const& truth, HostGroup const& naive,
+                                 double times) {
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (x[i].whole || is_unwritten(truth[i])) continue;
+    double const allowed = times * budget(policy, truth[i], naive.empty() ? nullptr : &naive[i]);
+    Difference const worst = max_difference(x[i], expected[i]);
+    auto const at = static_cast<std::size_t>(worst.element);
+    if (!(worst.size <= allowed))
+      return sentence(x[i].name, x[i].place(worst.element), " is ", number(x[i].values[at]), " instead of ", number(expected[i].values[at]),
+                      ", off by ", worst.size, " where ", allowed, " is allowed");
+  }
+  return {};
+}
+
+struct Values {
+  std::string kind;
+  Sequences sequences;
+  bool carried = true;
+};
+// Outputs, what is saved and gradients, with `times` the budget.
+inline std::string wrong_values(AnyPolicy const& policy, Values const& of, std::uint64_t seed, double times) {
+  Case const x = policy.sample(of.kind, of.sequences, seed, of.carried);
+  Result const result = policy.run(x, {});
+  Judges const judges = judges_of(policy, x, result);
+  auto const group = [&](char const* name, HostGroup Result::*part) {
+    return told(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times),
+                sentence(name, ", kind ", of.kind, ", longest sequence ", of.sequences.longest(), of.carried ? "" : ", without states"));
+  };
+  return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
+                  [&] { return group("gradient", &Result::gradients); });
+}
+// Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
+// result in less than double that misses the budget, but not by far, is drawn again.
+inline std::string wrong_values(AnyPolicy const& policy, Values const& of) {
+  std::string why = wrong_values(policy, of, 1, 1);
+  for (std::uint64_t seed : {2u, 3u})
+    if (!why.empty() && !policy.in_double() && wrong_values(policy, of, seed - 1, 4).empty()) why = wrong_values(policy, of, seed, 1);
+  return why;
+}
+
+}  // namespace detail
+
+// 8. Outputs and gradients are those of the reference.
+inline Verdict true_values(AnyPolicy const& policy) {
+  std::vector<detail::Values> all;
+  for (std::string const& kind : policy.kinds()) all.push_back({kind, detail::all_lengths()});
+  all.push_back({policy.kinds().front(), detail::all_lengths(), false});
+  for (Index length : {1, 2, 63, 64, 65, 130}) all.push_back({policy.kinds().front(), Sequences::equal(1, length)});
+  std::string why;
+  for (detail::Values const& values : all)
+    if (why.empty()) why = detail::wrong_values(policy, values);
+  return detail::verdict("true values", why);
+}
+
+// 9. Choices are those of the exact scores, as far as rounding can tell.
+inline Verdict right_choices(AnyPolicy const& policy) {
+  std::string why;
+  for (std::string const& kind : policy.kinds())
+    for (std::uint64_t seed : {1u, 2u, 3u}) {
+      if (!why.empty()) continue;
+      Case const x = policy.sample(kind, detail::all_lengths(), seed, true);
+      HostGroup const choices = detail::choices_in(policy.run(x, {}).saved);
+      if (choices.empty()) return {"right choices", true, "nothing is chosen"};
+      why = detail::told(policy.wrong_choice(x, choices), "kind " + kind);
+    }
+  return detail::verdict("right choices", why);
+}
+
+namespace detail {
+
+inline double inner(HostGroup const& a, HostGroup const& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    for (std::size_t e = 0; e < a[i].values.size(); ++e) sum += a[i].values[e] * b[i].values[e];
+  return sum;
+}
+// The length of the elementwise product: how large a sum of it with random signs is.
+inline double product_length(HostGroup const& a, HostGroup const& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i)
+    for (std::size_t e = 0; e < a[i].values.size(); ++e) sum += std::pow(a[i].values[e] * b[i].values[e], 2);
+  return std::sqrt(sum);
+}
+inline double loss_at(AnyPolicy const& policy, Case x, std::size_t input, HostTensor const& direction, double step) {
+  for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
+  return inner(policy.run(x, {}).outputs, x.d_outputs);
+}
+inline std::string wrong_slope(AnyPolicy const& policy, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
+  constexpr double step = 0x1p-18;
+  Random random{Seed{seed}, "direction"};
+  HostTensor direction = x.inputs[input];
+  set_normal(direction, random);
+  HostTensor const& gradient = result.gradients[input];
+  double const along = inner({gradient}, {direction}), length = std::sqrt(inner({gradient}, {gradient}));
+  double const slope = (loss_at(policy, x, input, direction, step) - loss_at(policy, x, input, direction, -step)) / (2 * step);
+  double const allowed = 1e-7 * length + 8 * policy.eps() / step * product_length(result.outputs, x.d_outputs) + 1e-14;
+  if (std::abs(along - slope) <= allowed) return {};
+  return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope), "; ", allowed, " is allowed");
+}
+
+}  // namespace detail
+
+// 10. In double: gradients are slopes, in random directions of each input alone. Detached inputs decide choices and have no
+// slope to compare; they stay fixed, and choices with them.
+inline Verdict finite_differences(AnyPolicy const& policy) {
+  if (!policy.in_double()) return {"finite differences", true, "taken in double"};
+  Case const x = policy.sample(policy.kinds().front(), packed({1, 2, 0, 19, 40}), 4, true);
+  Result const result = policy.run(x, {});
+  std::string why;
+  for (std::size_t input = 0; input < x.inputs.size(); ++input)
+    for (std::uint64_t seed : {1u, 2u, 3u})
+      if (why.empty() && !policy.detached(x.inputs[input].name) && !x.inputs[input].values.empty())
+        why = detail::wrong_slope(policy, x, result, input, seed);
+  return detail::verdict("finite differences", why);
+}
+
+// 11. Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b). a and b are multiples of 1/64, so that the
+// sum on the left has no rounding.
+inline Verdict linear(AnyPolicy const& policy) {
+  Case a = policy.sample(policy.kinds().front(), detail::all_lengths(), 1, true), b = a;
+  b.d_outputs = policy.sample(policy.kinds().front(), detail::all_lengths(), 2, true).d_outputs;
+  Case sum = a;
+  for (std::size_t i = 0; i < a.d_outputs.size(); ++i)
+    for (std::size_t e = 0; e < a.d_outputs[i].values.size(); ++e) {
+      double &x = a.d_outputs[i].values[e], &y = b.d_outputs[i].values[e];
+      x = std::round(64 * x) / 64;
+      y = std::round(64 * y) / 64;
+      sum.d_outputs[i].values[e] = 2 * x - 3 * y;
+    }
+  HostGroup const at_a = policy.run(a, {}).gradients, at_b = policy.run(b, {}).gradients, at_sum = policy.run(sum, {}).gradients;
+  for (std::size_t i = 0; i < at_sum.size(); ++i) {
+    HostTensor expected = at_a[i];
+    for (std::size_t e = 0; e < expected.values.size(); ++e) expected.values[e] = 2 * at_a[i].values[e] - 3 * at_b[i].values[e];
+    double const allowed = 1024 * policy.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
+    Difference const worst = max_difference(at_sum[i], expected);
+    auto const at = static_cast<std::size_t>(worst.element);
+    if (!(worst.size <= allowed))
+      return {"linear", false, sentence("the gradient of ", expected.name, expected.place(worst.element), " is ", number(at_sum[i].values[at]), " for 2a - 3b and ",
+                                        number(expected.values[at]), " by its parts, off by ", worst.size, " where ", allowed, " is allowed")};
+  }
+  return {"linear", true, ""};
+}
+
+namespace detail {
+
+// initial_x := final_x, and the other way round for gradients.
+inline void pass_states(HostGroup const& from, std::string_view from_prefix, HostGroup& to, std::string_view to_prefix) {
+  for (HostTensor const& tensor : from)
+    if (tensor.name.starts_with(from_prefix))
+      if (HostTensor* const state = to.find(std::string(to_prefix) + tensor.name.substr(from_prefix.size()))) state->values = tensor.values;
+}
+// Each sequence's first half, then one token, then the rest.
+inline std::vector<Case> three_parts(Case const& x) {
+  std::vector<Part> parts[3];
+  for (Index i = 0; i < x.sequences.count(); ++i) {
+    Index const length = x.sequences[static_cast<std::size_t>(i)].length, half = length / 2, next = std::min(half + 1, length);
+    parts[0].push_back({i, 0, half});
+    parts[1].push_back({i, half, next});
+    parts[2].push_back({i, next, length});
+  }
+  return {cut(x, parts[0]), cut(x, parts[1]), cut(x, parts[2])};
+}
+// Rows of tokens from the parts, in the order of the whole; the rest from part `states`.
+inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    if (whole[i].rows != Rows::tokens) {
+      whole[i].values = groups[states][i].values;
+      continue;
+    }
+    Index const size = whole[i].row_size();
+    auto to = whole[i].values.begin();
+    for (std::size_t sequence = 0; sequence < parts[0].sequences.size(); ++sequence)
+      for (std::size_t p = 0; p < parts.size(); ++p) {
+        Sequence const own = parts[p].sequences[sequence];
+        to = std::copy_n(groups[p][i].values.begin() + own.start * size, own.length * size, to);
+      }
+  }
+  return whole;
+}
+
+}  // namespace detail
+
+// 12. Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
+inline Verdict agrees_in_parts(AnyPolicy const& policy) {
+  if (!policy.has_states()) return {"agrees in parts", true, "no state is carried"};
+  Case const x = policy.sample(policy.kinds().front(), detail::all_lengths(), 5, true);
+  Result const whole = policy.run(x, {});
+  std::vector<Case> parts = detail::three_parts(x);
+  std::vector<HostGroup> outputs(3), gradients(3);
+  for (std::size_t p = 0; p < 3; ++p) {
+    if (p > 0) detail::pass_states(outputs[p - 1], "final_", parts[p].inputs, "initial_");
+    outputs[p] = policy.run(parts[p], {}).outputs;
+  }
+  for (std::size_t p = 3; p-- > 0;) {
+    if (p < 2) detail::pass_states(gradients[p + 1], "initial_", parts[p].d_outputs, "final_");
+    gradients[p] = policy.run(parts[p], {}).gradients;
+  }
+  detail::Judges const judges = detail::judges_of(policy, x, whole);
+  auto const compare = [&](HostGroup Result::*part, std::vector<HostGroup> const& groups, std::size_t states) {
+    return detail::beyond_budget(policy, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part, judges.naive.*part, 2);
+  };
+  return detail::verdict("agrees in parts", detail::told(detail::first_of([&] { return compare(&Result::outputs, outputs, 2); },
+                                                                          [&] { return compare(&Result::gradients, gradients, 0); }),
+                                                         "in three parts and whole"));
+}
+
+// 13. What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
+// neither what is saved nor scratch memory grows faster than the number of tokens.
+inline Verdict memory_as_announced(AnyPolicy const& policy) {
+  std::vector<Footprint> prints;
+  for (Index length : {128, 256, 512}) prints.push_back(policy.footprint(Sequences::equal(1, length)));
+  for (Footprint const& print : prints) {
+    if (print.announced_saved != print.taken_saved) return {"memory as announced", false, sentence(print.announced_saved, " bytes announced for Saved, ", print.taken_saved, " taken")};
+    if (print.kept != 0) return {"memory as announced", false, sentence(print.kept, " bytes of the pool are kept after backward")};
+    if (print.later_allocations != 0) return {"memory as announced", false, sentence(print.later_allocations, " allocations by a second, equal run")};
+  }
+  auto const growth = [&](char const* what, std::size_t Footprint::*bytes) -> std::string {
+    auto const at = [&](std::size_t i) { return static_cast<double>(prints[i].*bytes); };
+    if (at(2) - at(1) <= 2 * (at(1) - at(0))) return {};
+    return sentence(what, " takes ", at(0), ", ", at(1), ", ", at(2), " bytes at 128, 256, 512 tokens: more than linear");
+  };
+  return detail::verdict("memory as announced", detail::first_of([&] { return policy.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
+                                                                 [&] { return growth("scratch memory", &Footprint::scratch); }));
+}
+
+}  // namespace hybridattn::testing
+#endif

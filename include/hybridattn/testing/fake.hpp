@@ -1,0 +1,75 @@
+// A device without a device: its memory is the host's, but unreadable except while an operation or a copy runs. Host code
+// that touches what only a kernel may touch dies here, on any machine, rather than on somebody's GPU.
+#ifndef HYBRIDATTN_TESTING_FAKE_HPP
+#define HYBRIDATTN_TESTING_FAKE_HPP
+
+#include <hybridattn/backend/cpu/cpu.hpp>
+
+#include <sys/mman.h>
+
+#include <utility>
+
+namespace hybridattn::testing {
+
+// Operations run on the Cpu inside, whose scratch memory is its own.
+class Fake {
+ public:
+  using Inner = Cpu;
+
+  explicit Fake(int threads = 0) : cpu_(threads) {
+    void* const memory = mmap(nullptr, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(memory != MAP_FAILED, "Fake: the system refuses ", capacity, " bytes of address space");
+    memory_ = static_cast<char*>(memory);
+  }
+  Fake(Fake const&) = delete;
+  Fake& operator=(Fake const&) = delete;
+  ~Fake() { munmap(memory_, capacity); }
+
+  void* take(std::size_t bytes) {
+    return pool_.take(bytes, [this](std::size_t n) {
+      std::size_t const aligned = (n + 63) / 64 * 64;
+      check(aligned <= capacity - used_, "Fake: ", n, " bytes wanted, ", capacity - used_, " of ", capacity, " left");
+      return memory_ + std::exchange(used_, used_ + aligned);
+    });
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  void upload(void* to, void const* from, std::size_t bytes) {
+    Unlocked const unlocked{*this};
+    std::memcpy(to, from, bytes);
+  }
+  void download(void* to, void const* from, std::size_t bytes) {
+    Unlocked const unlocked{*this};
+    std::memcpy(to, from, bytes);
+  }
+  Pool& pool() { return pool_; }
+
+  // f(inner): the only place where the memory is there.
+  template <class F> auto run(F&& f) {
+    Unlocked const unlocked{*this};
+    return f(cpu_);
+  }
+
+ private:
+  static constexpr std::size_t capacity = std::size_t{1} << 30;   // of addresses; pages come when they are touched
+
+  struct Unlocked {
+    Fake& fake;
+    explicit Unlocked(Fake& f) : fake(f) {
+      if (fake.open_++ == 0) fake.protect(PROT_READ | PROT_WRITE);
+    }
+    ~Unlocked() {
+      if (--fake.open_ == 0) fake.protect(PROT_NONE);
+    }
+  };
+  void protect(int access) { mprotect(memory_, capacity, access); }
+
+  Cpu cpu_;
+  Pool pool_;
+  char* memory_ = nullptr;
+  std::size_t used_ = 0;
+  int open_ = 0;
+};
+static_assert(Backend<Fake> && Wrapper<Fake>);
+
+}  // namespace hybridattn::testing
+#endif

@@ -1,0 +1,243 @@
+// What the laws need to know of the library's policies: their references, their sizes, and inputs as they occur. Plain noise
+// would hide what goes wrong at the edges: gates that forget nothing or all, keys that repeat, softmax near one-hot, ties.
+#ifndef HYBRIDATTN_TESTING_POLICIES_HPP
+#define HYBRIDATTN_TESTING_POLICIES_HPP
+
+#include <hybridattn/attention/attention.hpp>
+#include <hybridattn/attention/dsa/reference.hpp>
+#include <hybridattn/attention/full/reference.hpp>
+#include <hybridattn/attention/gdn/reference.hpp>
+#include <hybridattn/testing/traits.hpp>
+
+namespace hybridattn::testing {
+
+namespace detail {
+
+// Every row of the last axis gets length 1.
+inline void normalise(HostTensor& tensor) {
+  Index const D = tensor.shape.back();
+  for (auto row = tensor.values.begin(); row != tensor.values.end(); row += D) {
+    double sum = 0;
+    for (Index d = 0; d < D; ++d) sum += row[d] * row[d];
+    for (Index d = 0; d < D; ++d) row[d] /= std::sqrt(sum);
+  }
+}
+// All rows become `share` of the first one and the rest of their own.
+inline void correlate(HostTensor& tensor, double share) {
+  for (Index n = 0; n < tensor.row_count(); ++n)
+    for (Index e = 0; e < tensor.row_size(); ++e) tensor.row(n)[e] = share * tensor.row(0)[e] + (1 - share) * tensor.row(n)[e];
+}
+
+// q, k and v of a softmax.
+inline std::vector<std::string> softmax_kinds() { return {"noise", "near one-hot", "one key for all", "early keys stand out"}; }
+inline void draw_softmax(std::string_view kind, Random& random, HostGroup& x) {
+  double const steepness = kind == "near one-hot" ? 3 : 1;
+  set_normal(x.at("q"), random, steepness);
+  set_normal(x.at("k"), random, steepness);
+  set_normal(x.at("v"), random);
+  HostTensor& k = x.at("k");
+  if (kind == "one key for all") correlate(k, 1);
+  if (kind == "early keys stand out")   // by more than e^40: what was summed before has to be scaled
+    for (Index n = 0; n < k.row_count(); n += 5)
+      for (Index e = 0; e < k.row_size(); ++e) k.row(n)[e] *= 30.0 / static_cast<double>(1 + n % 30);
+}
+
+enum class Decay { none, mild, strong, total, mixed };
+enum class Beta { zero, one, two, between, mixed };
+struct GdnKind {
+  char const* name;
+  Decay decay;
+  Beta beta;
+  double shared;   // of a key's direction with all others
+};
+inline constexpr GdnKind gdn_kinds[] = {
+    {"mild", Decay::mild, Beta::between, 0},
+    {"nothing forgotten, one key", Decay::none, Beta::one, 1},
+    {"strong gates, correlated keys", Decay::strong, Beta::between, 0.8},
+    {"all forgotten", Decay::total, Beta::mixed, 0},
+    {"reflections", Decay::none, Beta::two, 0.3},
+    {"nothing written", Decay::mild, Beta::zero, 0},
+    {"everything mixed", Decay::mixed, Beta::mixed, 0.5},
+};
+inline double draw_decay(Decay decay, double strength, Random& random) {
+  if (decay == Decay::mixed) decay = static_cast<Decay>(random.below(4));
+  if (decay == Decay::none) return 0;
+  if (decay == Decay::total) return -120;
+  return decay == Decay::mild ? -0.1 * random.uniform() : -strength * std::log1p(std::exp(random.normal()));
+}
+inline double draw_beta(Beta beta, Random& random) {
+  if (beta == Beta::mixed) beta = static_cast<Beta>(random.below(4));
+  return beta == Beta::zero ? 0 : beta == Beta::one ? 1 : beta == Beta::two ? 2 : random.uniform();
+}
+inline void draw_gdn(std::string_view name, Random& random, HostGroup& x) {
+  GdnKind const& kind = *std::find_if(std::begin(gdn_kinds), std::end(gdn_kinds), [&](GdnKind const& one) { return one.name == name; });
+  for (HostTensor& tensor : x) set_normal(tensor, random);
+  correlate(x.at("k"), kind.shared);
+  normalise(x.at("q"));
+  normalise(x.at("k"));
+  HostTensor &g = x.at("g"), &beta = x.at("beta");
+  std::vector<double> strengths;   // exp(A_log) of each head
+  for (Index h = 0; h < g.shape[1]; ++h) strengths.push_back(random.uniform(0.01, 16));
+  for (Index n = 0; n < g.row_count(); ++n)
+    for (Index h = 0; h < g.row_size(); ++h) {
+      g.row(n)[h] = draw_decay(kind.decay, strengths[static_cast<std::size_t>(h)], random);
+      beta.row(n)[h] = draw_beta(kind.beta, random);
+    }
+}
+
+// The indexer's inputs: in whole numbers scores are exact and full of ties.
+inline void draw_index(std::string_view kind, Random& random, HostGroup& x) {
+  for (char const* name : {"index_q", "index_k", "index_w"}) {
+    HostTensor& tensor = x.at(name);
+    if (kind == "ties") set_each(tensor, [&] { return static_cast<double>(random.below(5)) - 2; });
+    else set_normal(tensor, random);
+  }
+  if (kind == "every score 0") set_each(x.at("index_w"), [] { return -0.0; });
+  if (kind == "one index key") correlate(x.at("index_k"), 1);
+}
+
+// How far a score may be off that a scalar with this eps computed in any order.
+inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Inputs<In<double>> const& x, Index t, double eps) {
+  double largest = 0;
+  for (Index s = 0; s <= t; ++s) {
+    double size = 0;
+    for (Index j = 0; j < c.index_heads; ++j)
+      for (Index d = 0; d < c.index_dim; ++d)
+        size += std::abs(x.index_w(sequence.start + t, j) * x.index_q(sequence.start + t, j, d) * x.index_k(sequence.start + s, d));
+    largest = std::max(largest, size);
+  }
+  return static_cast<double>(c.index_dim + c.index_heads + 4) * eps * c.index_scale * largest;
+}
+inline bool all_whole(View<double const, 2> rows) {
+  return std::all_of(rows.data, rows.data + rows.count(), [](double x) { return x == std::round(x) && std::abs(x) < 8; });
+}
+// Whole numbers times a power of two: no rounding in any scalar, in any order.
+inline bool scores_are_exact(dsa::Config const& c, dsa::Inputs<In<double>> const& x) {
+  int exponent;
+  return std::frexp(c.index_scale, &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) && all_whole(x.index_w);
+}
+// Of query t: keys in ascending order, none unseen, none twice, and none left out that scores more; ties as dsa.hpp (2) says.
+inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t const* keys, Index k, double rounding) {
+  Index const seen = std::ssize(scores), count = std::min(k, seen);
+  std::vector<std::int32_t> best(static_cast<std::size_t>(k));
+  dsa::reference::select(scores, k, best.data());
+  if (std::equal(best.begin(), best.end(), keys)) return {};
+  std::string const found = sentence("chooses ", listed(std::span(keys, static_cast<std::size_t>(k))), "; the largest scores have ", listed(best));
+  if (rounding == 0) return found;
+  std::vector<bool> chosen(scores.size());
+  double least = std::numeric_limits<double>::infinity(), most_left_out = -least;
+  for (Index i = 0; i < k; ++i) {
+    if (i < count ? keys[i] < 0 || keys[i] >= seen || (i > 0 && keys[i] <= keys[i - 1]) : keys[i] != -1) return found;
+    if (i >= count) continue;
+    chosen[static_cast<std::size_t>(keys[i])] = true;
+    least = std::min(least, scores[static_cast<std::size_t>(keys[i])]);
+  }
+  for (std::size_t s = 0; s < scores.size(); ++s)
+    if (!chosen[s]) most_left_out = std::max(most_left_out, scores[s]);
+  return least >= most_left_out - 2 * rounding ? std::string() : found;
+}
+inline std::string wrong_keys(SparseOptions o, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<double>> const& x,
+                              dsa::Saved<In<double>> const& saved, double eps) {
+  bool const exact = scores_are_exact(c, x);
+  for (Sequence const sequence : s)
+    for (Index t = 0; t < sequence.length; ++t) {
+      std::int32_t const* const keys = saved.indices.row(sequence.start + t);
+      Index const k = dsa::selection_size(o, sequence.length), room = saved.indices.extent(1);
+      std::string why = wrong_keys(dsa::reference::index_scores(c, sequence, x, t), keys, k, exact ? 0 : score_rounding(c, sequence, x, t, eps));
+      if (why.empty() && std::any_of(keys + k, keys + room, [](std::int32_t key) { return key != -1; })) why = "chooses " + listed(std::span(keys, static_cast<std::size_t>(room))) + " where -1 ends the row";
+      if (!why.empty()) return sentence("token ", t, " of ", sequence.length, " ", why);
+    }
+  return {};
+}
+
+}  // namespace detail
+
+template <FullOptions O> struct Reference<FullAttention<O>> {
+  static constexpr double tolerance = 1e-11;
+  template <class... Args> static void forward(Args const&... args) { full::reference::forward(O, args...); }
+  template <class... Args> static void backward(Args const&... args) { full::reference::backward(O, args...); }
+};
+template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
+  // The options are values to the kernels: other windows need not see every head dim again.
+  static std::vector<full::Config> sizes() {
+    std::vector<full::Config> list{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 8}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
+    if (O.window == 0) {
+      list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16});
+      list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
+    }
+    return list;
+  }
+  static std::vector<std::string> kinds() { return detail::softmax_kinds(); }
+  static void draw(std::string_view kind, Random& random, HostGroup& inputs) { detail::draw_softmax(kind, random, inputs); }
+};
+
+template <GdnOptions O> struct Reference<GatedDeltaNet<O>> {
+  static constexpr double tolerance = 1e-10;   // a recurrence
+  template <class... Args> static void forward(Args const&... args) { gdn::reference::forward(args...); }
+  template <class... Args> static void backward(Args const&... args) { gdn::reference::backward(args...); }
+};
+template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : PlainSamples<GatedDeltaNet<O>> {
+  using P = GatedDeltaNet<O>;
+  static std::vector<gdn::Config> sizes() {
+    return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 8, .value_dim = 16}, {.num_heads = 2, .num_value_heads = 4, .key_dim = 16, .value_dim = 8},
+            {.num_heads = 2, .key_dim = 32}, {.num_heads = 1, .num_value_heads = 2, .key_dim = 64}, {.num_heads = 1, .key_dim = 128}};
+  }
+  static gdn::Inputs<Shapes> inputs(gdn::Config const& c, Sequences const& s) {
+    auto shapes = P::inputs(c, s);
+    shapes.initial_state = gdn::state_shape(c, s);
+    return shapes;
+  }
+  static gdn::Outputs<Shapes> outputs(gdn::Config const& c, Sequences const& s) {
+    auto shapes = P::outputs(c, s);
+    shapes.final_state = gdn::state_shape(c, s);
+    return shapes;
+  }
+  static std::vector<std::string> kinds() {
+    std::vector<std::string> names;
+    for (detail::GdnKind const& kind : detail::gdn_kinds) names.push_back(kind.name);
+    return names;
+  }
+  static void draw(std::string_view kind, Random& random, HostGroup& inputs) { detail::draw_gdn(kind, random, inputs); }
+};
+
+template <SparseOptions O> struct Reference<SparseAttention<O>> {
+  static constexpr double tolerance = 1e-11;
+  template <class T>
+  static void forward(dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y, dsa::Saved<Out<T>> saved) {
+    dsa::reference::attend<T>(c, s, x, saved.indices, y, saved.lse);
+    fill(y.auxiliary_loss, wide_t<T>(0));
+  }
+  template <class... Args> static void backward(Args const&... args) { dsa::reference::backward(O, args...); }
+};
+template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<SparseAttention<O>> {
+  using P = SparseAttention<O>;
+  static std::vector<dsa::Config> sizes() {
+    std::vector<dsa::Config> list{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .index_heads = 2, .index_dim = 4, .index_scale = 0.5},
+                                  {.num_heads = 2, .head_dim = 32, .index_scale = 0.25}, {.num_heads = 1, .head_dim = 128, .index_dim = 32}};
+    if (O.top_k == SparseOptions{}.top_k) {   // the default; as for windows
+      list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .index_heads = 3});
+      list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
+    }
+    return list;
+  }
+  static dsa::Outputs<Shapes> outputs(dsa::Config const& c, Sequences const& s) {
+    auto shapes = P::outputs(c, s);
+    shapes.auxiliary_loss = {1};
+    return shapes;
+  }
+  static constexpr bool saved_is_linear = O.top_k_percent == 0;
+  static std::vector<std::string> kinds() { return {"noise", "ties", "every score 0", "one index key", "near one-hot", "early keys stand out"}; }
+  static void draw(std::string_view kind, Random& random, HostGroup& inputs) {
+    detail::draw_softmax(kind, random, inputs);
+    detail::draw_index(kind, random, inputs);
+  }
+};
+
+template <SparseOptions O> struct Choices<SparseAttention<O>> {
+  static std::string wrong(dsa::Config const& c, Sequences const& s, dsa::Inputs<In<double>> x, dsa::Saved<In<double>> saved, double eps) {
+    return detail::wrong_keys(O, c, s, x, saved, eps);
+  }
+};
+
+}  // namespace hybridattn::testing
+#endif

@@ -1,0 +1,60 @@
+// What the laws need to know of a policy besides the policy. Every template here has a default that fits a plain policy;
+// specialise what does not fit yours. policies.hpp does it for the library's own.
+#ifndef HYBRIDATTN_TESTING_TRAITS_HPP
+#define HYBRIDATTN_TESTING_TRAITS_HPP
+
+#include <hybridattn/attention/policy.hpp>
+#include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/testing/host_tensor.hpp>
+
+namespace hybridattn::testing {
+
+// At which sizes a policy is judged, and on which inputs. Specialise as `struct Samples<Mine> : PlainSamples<Mine>`.
+template <class P> struct PlainSamples {
+  using Config = typename P::Config;
+
+  static std::vector<Config> sizes() { return {Config{}}; }   // a 0 stands for the default at model_dim 32, num_heads 2
+  // With the tensors that a batch of training leaves out.
+  static auto inputs(Config const& c, Sequences const& s) { return P::inputs(c, s); }
+  static auto outputs(Config const& c, Sequences const& s) { return P::outputs(c, s); }
+  // False where Saved grows faster than the number of tokens, as the policy's options demand.
+  static constexpr bool saved_is_linear = true;
+
+  // Kinds of inputs; the first one is ordinary and smooth.
+  static std::vector<std::string> kinds() { return {"noise"}; }
+  static void draw(std::string_view, Random& random, HostGroup& inputs) {
+    for (HostTensor& tensor : inputs) set_normal(tensor, random);
+  }
+};
+template <class P> struct Samples : PlainSamples<P> {};
+
+// The equations as loops, in any scalar: P::Reference if there is one, otherwise what the policy has for Cpu. In the whole
+// numbers of `saved`, forward finds the choices of the kernel that it shall be compared with, and keeps them.
+template <class P> struct PlainReference {
+  static constexpr double tolerance = 1e-11;   // of a result in double
+
+  template <class... Args> static void forward(Args const&... args) {
+    if constexpr (requires { typename P::Reference; }) {
+      P::Reference::forward(args...);
+    } else {
+      Cpu cpu{1};
+      On<P, Cpu>::forward(cpu, args...);
+    }
+  }
+  template <class... Args> static void backward(Args const&... args) {
+    if constexpr (requires { typename P::Reference; }) {
+      P::Reference::backward(args...);
+    } else {
+      Cpu cpu{1};
+      On<P, Cpu>::backward(cpu, args...);
+    }
+  }
+};
+template <class P> struct Reference : PlainReference<P> {};
+
+// A policy that chooses specialises this with a static std::string wrong(config, sequences, inputs, saved, eps): what is
+// wrong with the choices in `saved`, made in a scalar with that eps; "" if they are right. The tensors are in double.
+template <class P> struct Choices {};
+
+}  // namespace hybridattn::testing
+#endif

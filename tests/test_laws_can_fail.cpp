@@ -1,0 +1,243 @@
+// A law that cannot be broken proves nothing. Here are policies with one flaw each, and the laws that each of them breaks:
+// those and no others. Most flaws are one unit in the last place, so that only a law about bits can see them.
+#include "catch.hpp"
+#include "retention.hpp"
+
+#include <hybridattn/attention/dsa/dsa.hpp>
+#include <hybridattn/attention/dsa/reference.hpp>
+#include <hybridattn/testing/fake.hpp>
+#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing/policies.hpp>
+
+#include <csignal>
+#include <numeric>
+#include <set>
+#include <sys/wait.h>
+#include <unistd.h>
+
+namespace {
+
+using ha::Index;
+
+enum class Flaw {
+  none,
+  sees_the_next_token, gradient_sees_the_token_before, sees_another_sequence, gradient_sees_another_sequence, counts_sequences, counts_threads,
+  remembers_the_last_run, reads_outside, writes_outside, needs_fresh_memory, ignores_strides, leaves_a_hole, leaves_a_hole_in_a_gradient, accumulates,
+  wrong_value, wrong_sign, clips_gradients, forgets_the_state, no_gradient_of_the_state, keeps_memory, quadratic_memory, throws,
+};
+template <Flaw F> struct Flawed : Retention {};
+
+template <class T> T nudged(T x) { return std::nextafter(x, std::numeric_limits<T>::infinity()); }
+template <class T> void nudge_if(bool condition, T& x) {
+  if (condition) x = nudged(x);
+}
+// f(sequence, t, h)
+template <class F> void for_each_token(Retention::Config const& c, ha::Sequences const& s, F f) {
+  for (ha::Sequence const sequence : s)
+    for (Index t = sequence.start; t < sequence.start + sequence.length; ++t)
+      for (Index h = 0; h < c.num_heads; ++h) f(sequence, t, h);
+}
+
+template <Flaw F, class T>
+void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Retention::Inputs<ha::In<T>> x, Retention::Outputs<ha::Out<T>> y) {
+  if (F == Flaw::throws) ha::fail("flawed");
+  Index const N = s.tokens(), H = c.num_heads, D = c.head_dim;
+  for (Index i = 0; i < s.count() && F == Flaw::forgets_the_state; ++i) std::fill_n(y.final_state.row(i, 0, 0), D, T(0));
+  if (N == 0) return;
+  static T last = 0;
+  if (F == Flaw::remembers_the_last_run) nudge_if(std::exchange(last, 1 - last) > 0, y.o(N - 1, 0, 0));
+  if (F == Flaw::counts_sequences) nudge_if(s.count() > 1, y.o(N - 1, 0, 0));
+  if (F == Flaw::counts_threads) nudge_if(cpu.threads() > 2, y.o(N - 1, 0, 0));
+  if (F == Flaw::reads_outside) nudge_if((&x.v(N - 1, H - 1, D - 1))[1] < 0, y.o(N - 1, 0, 0));
+  if (F == Flaw::writes_outside) (&y.o(0, 0, 0))[-1] = 0;
+  if (F == Flaw::ignores_strides) nudge_if(y.o.data[D] != y.o.data[D], y.o(N - 1, 0, 0));
+  static std::vector<void*> kept;   // within reach, so that a leak checker has nothing to say
+  if (F == Flaw::keeps_memory) kept.push_back(cpu.take(64));
+  if (F == Flaw::quadratic_memory) ha::Tensor<T, 2, ha::Cpu> scores{cpu, {N, N}};
+  if (F == Flaw::needs_fresh_memory) {
+    ha::Tensor<T, 1, ha::Cpu> scratch{cpu, {12345}};
+    nudge_if(out(scratch)(7) == T(42), y.o(N - 1, 0, 0));
+    out(scratch)(7) = T(42);
+  }
+  for_each_token(c, s, [&](ha::Sequence sequence, Index t, Index h) {
+    if (F == Flaw::sees_the_next_token) nudge_if(t + 1 < sequence.start + sequence.length && x.v(t + 1, h, 0) > 0, y.o(t, h, 0));
+    if (F == Flaw::sees_another_sequence) nudge_if(sequence.start > 0 && x.v(0, h, 0) > 0, y.o(t, h, 0));
+    if (F == Flaw::leaves_a_hole && t == sequence.start) y.o(t, h, 0) = std::numeric_limits<T>::quiet_NaN();
+    if (F == Flaw::wrong_value) y.o(t, h, 1) *= T(1.01);
+  });
+}
+
+template <Flaw F, class T>
+void spoil_gradients(Retention::Config const& c, ha::Sequences const& s, Retention::Outputs<ha::In<T>> d_y, Retention::Inputs<ha::Out<T>> d_x) {
+  for_each_token(c, s, [&](ha::Sequence sequence, Index t, Index h) {
+    T* const d_k = d_x.k.row(t, h);
+    if (F == Flaw::gradient_sees_the_token_before) nudge_if(t > sequence.start && d_y.o(t - 1, h, 0) > 0, d_k[0]);
+    if (F == Flaw::gradient_sees_another_sequence) nudge_if(t < s.tokens() - sequence.length && d_y.o(s.tokens() - 1, h, 0) > 0, d_k[0]);
+    if (F == Flaw::wrong_sign) d_k[1] = -d_k[1];
+    if (F == Flaw::leaves_a_hole_in_a_gradient && t == sequence.start) d_k[0] = std::numeric_limits<T>::quiet_NaN();
+    if (F == Flaw::clips_gradients) d_k[0] = std::min(d_k[0], T(1));
+  });
+  if (F == Flaw::no_gradient_of_the_state)
+    for (Index i = 0; i < s.count(); ++i) std::fill_n(d_x.initial_state.row(i, 0, 0), c.head_dim, T(0));
+}
+
+enum class IndexerFlaw {
+  none, chooses_another_key, prefers_later_ties, chooses_the_future, shuffles, main_loss_trains_the_indexer, auxiliary_loss_reaches_the_values
+};
+using FlawlessSparse = ha::SparseAttention<ha::SparseOptions{.top_k = 8}>;
+template <IndexerFlaw F> struct FlawedIndexer : FlawlessSparse {};
+
+template <IndexerFlaw F> void spoil_choices(ha::Sequences const& s, ha::View<std::int32_t, 2> indices) {
+  Index const k = indices.extent(1);
+  for (ha::Sequence const sequence : s) {
+    if (sequence.length < 65) continue;
+    std::int32_t* const keys = indices.row(sequence.start + 63);
+    bool const are_the_first = keys[k - 1] == k - 1;   // of 64 keys: all scores are equal
+    if (F == IndexerFlaw::chooses_another_key && !are_the_first) std::iota(keys, keys + k, std::int32_t{20});
+    if (F == IndexerFlaw::prefers_later_ties && are_the_first) std::iota(keys, keys + k, static_cast<std::int32_t>(64 - k));
+    if (F == IndexerFlaw::chooses_the_future) keys[k - 1] = 64;
+    if (F == IndexerFlaw::shuffles) std::swap(keys[0], keys[1]);
+  }
+}
+
+}  // namespace
+
+template <Flaw F> struct ha::On<Flawed<F>, ha::Cpu> {
+  template <class T, class... Rest>
+  static void forward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<Out<T>> y, Nothing<Out<T>> saved) {
+    On<Retention, Cpu>::forward(cpu, c, s, x, y, saved);
+    spoil<F>(cpu, c, s, x, y);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<In<T>> y, Nothing<In<T>> saved,
+                       Retention::Outputs<In<T>> d_y, Retention::Inputs<Out<T>> d_x) {
+    std::vector<T> before;
+    for_each_token(c, s, [&](Sequence, Index t, Index h) { before.push_back(d_x.v(t, h, 0)); });
+    On<Retention, Cpu>::backward(cpu, c, s, x, y, saved, d_y, d_x);
+    if (F == Flaw::accumulates) for_each_token(c, s, [&](Sequence, Index t, Index h) { d_x.v(t, h, 0) += before[static_cast<std::size_t>(t * c.num_heads + h)]; });
+    spoil_gradients<F>(c, s, d_y, d_x);
+  }
+};
+template <Flaw F> struct ha::testing::Reference<Flawed<F>> : PlainReference<Retention> {};
+
+template <IndexerFlaw F> struct ha::On<FlawedIndexer<F>, ha::Cpu> {
+  using Sound = On<FlawlessSparse, Cpu>;
+
+  template <class T>
+  static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y, dsa::Saved<Out<T>> saved) {
+    Sound::forward(cpu, c, s, x, y, saved);
+    spoil_choices<F>(s, saved.indices);
+    dsa::reference::attend<T>(c, s, x, saved.indices, y, saved.lse);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y, dsa::Saved<In<T>> saved,
+                       dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
+    Sound::backward(cpu, c, s, x, y, saved, d_y, d_x);
+    for (Sequence const sequence : s) {
+      if (sequence.length == 0) continue;
+      if (F == IndexerFlaw::main_loss_trains_the_indexer) d_x.index_w(sequence.start, 0) = T(1e-20) * d_y.o(sequence.start, 0, 0);
+      if (F == IndexerFlaw::auxiliary_loss_reaches_the_values && !d_y.auxiliary_loss.empty()) d_x.v(sequence.start, 0, 0) += T(1e-20) * d_y.auxiliary_loss(0);
+    }
+  }
+};
+template <IndexerFlaw F> struct ha::testing::Reference<FlawedIndexer<F>> : Reference<FlawlessSparse> {};
+template <IndexerFlaw F> struct ha::testing::Choices<FlawedIndexer<F>> : Choices<FlawlessSparse> {};
+template <IndexerFlaw F> struct ha::testing::Samples<FlawedIndexer<F>> : Samples<FlawlessSparse> {};
+
+namespace {
+
+using Laws = std::set<std::string>;
+
+// In double: all laws are judged there.
+template <class P> Laws broken(typename P::Config const& size) {
+  Laws names;
+  for (auto const& verdict : ha::testing::judge(ha::testing::Adaptor<P, ha::Cpu, double>{size}))
+    if (!verdict.holds) {
+      names.insert(verdict.law);
+      CHECK_FALSE(verdict.why.empty());
+    }
+  return names;
+}
+template <Flaw F> Laws broken() { return broken<Flawed<F>>({.num_heads = 2, .head_dim = 8}); }
+template <IndexerFlaw F> Laws broken() {
+  return broken<FlawedIndexer<F>>({.num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .index_heads = 2, .index_dim = 4, .index_scale = 0.5});
+}
+
+// What a NaN or a wrong number in a result breaks besides.
+Laws const about_values{"true values", "finite differences"};
+Laws operator+(Laws a, Laws const& b) {
+  a.insert(b.begin(), b.end());
+  return a;
+}
+
+}  // namespace
+
+TEST_CASE("a sound policy breaks no law") {
+  CHECK(broken<Flaw::none>() == Laws{});
+  CHECK(broken<IndexerFlaw::none>() == Laws{});
+}
+
+TEST_CASE("one unit in the last place is seen by the law about it, and by no other") {
+  CHECK(broken<Flaw::sees_the_next_token>() == Laws{"causal forward"});
+  CHECK(broken<Flaw::gradient_sees_the_token_before>() == Laws{"causal backward"});
+  CHECK(broken<Flaw::sees_another_sequence>() == Laws{"independent of the batch", "packed equals its sequences"});
+  CHECK(broken<Flaw::gradient_sees_another_sequence>() == Laws{"independent of the batch", "packed equals its sequences"});
+  CHECK(broken<Flaw::counts_sequences>() == Laws{"packed equals its sequences"});
+  CHECK(broken<Flaw::counts_threads>() == Laws{"repeatable"});
+  CHECK(broken<Flaw::reads_outside>() == Laws{"fills everything"});
+  CHECK(broken<Flaw::writes_outside>() == Laws{"fills everything"});
+  CHECK(broken<Flaw::ignores_strides>() == Laws{"fills everything"});
+}
+
+TEST_CASE("a result that depends on what ran before is seen, by chance under other laws too") {
+  CHECK(broken<Flaw::remembers_the_last_run>().contains("repeatable"));
+  CHECK(broken<Flaw::needs_fresh_memory>().contains("fills everything"));
+}
+
+TEST_CASE("what is not written, or added to, is seen") {
+  CHECK(broken<Flaw::leaves_a_hole>() == about_values + Laws{"fills everything", "agrees in parts"});
+  CHECK(broken<Flaw::leaves_a_hole_in_a_gradient>() == about_values + Laws{"fills everything", "agrees in parts", "linear"});
+  CHECK(broken<Flaw::accumulates>() == about_values + Laws{"fills everything", "agrees in parts", "linear"});
+}
+
+TEST_CASE("wrong numbers are seen") {
+  CHECK(broken<Flaw::wrong_value>() == about_values);
+  CHECK(broken<Flaw::wrong_sign>() == about_values);
+  CHECK(broken<Flaw::clips_gradients>() == about_values + Laws{"linear"});
+  CHECK(broken<Flaw::forgets_the_state>() == about_values + Laws{"agrees in parts"});
+  CHECK(broken<Flaw::no_gradient_of_the_state>() == about_values + Laws{"agrees in parts"});
+}
+
+TEST_CASE("memory that grows, or is kept, is seen") {
+  CHECK(broken<Flaw::keeps_memory>() == Laws{"memory as announced"});
+  CHECK(broken<Flaw::quadratic_memory>() == Laws{"memory as announced"});
+}
+
+TEST_CASE("wrong choices are seen, and gradients that reach what they should not") {
+  CHECK(broken<IndexerFlaw::chooses_another_key>() == Laws{"right choices"});
+  CHECK(broken<IndexerFlaw::prefers_later_ties>() == Laws{"right choices"});
+  CHECK(broken<IndexerFlaw::chooses_the_future>() == Laws{"right choices", "causal forward", "causal backward"});
+  CHECK(broken<IndexerFlaw::shuffles>() == Laws{"right choices"});
+  CHECK(broken<IndexerFlaw::main_loss_trains_the_indexer>() == Laws{"isolated"});
+  CHECK(broken<IndexerFlaw::auxiliary_loss_reaches_the_values>() == Laws{"isolated"});
+}
+
+TEST_CASE("a policy that throws breaks the law, and says what it threw") {
+  auto const verdicts = ha::testing::judge(ha::testing::Adaptor<Flawed<Flaw::throws>, ha::Cpu, double>{{}});
+  CHECK(verdicts.front().why == "it throws: flawed");
+}
+
+TEST_CASE("host code that reads a Fake's memory dies") {
+  ha::testing::Fake fake;
+  ha::Tensor<float, 1, ha::testing::Fake> tensor{fake, {4}};
+  upload(fake, std::vector<float>{1, 2, 3, 4}, tensor);
+  CHECK(download(fake, tensor) == std::vector<float>{1, 2, 3, 4});
+  pid_t const child = fork();
+  if (child == 0) {
+    std::signal(SIGSEGV, SIG_DFL);
+    _exit(in(tensor)(2) == 3 ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK(WIFSIGNALED(status));
+}
