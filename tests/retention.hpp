@@ -33,7 +33,9 @@ struct Retention : ha::PolicyDefaults {
   }
   static ha::Shape<3> heads(Config const& c, ha::Sequences const& s) { return {s.tokens(), c.num_heads, c.head_dim}; }
   static ha::Shape<4> states(Config const& c, ha::Sequences const& s) { return {s.count(), c.num_heads, c.head_dim, c.head_dim}; }
-  static Inputs<ha::Shapes> inputs(Config const& c, ha::Sequences const& s) { return {heads(c, s), heads(c, s), heads(c, s), states(c, s)}; }
+  static Inputs<ha::Shapes> inputs(Config const& c, ha::Sequences const& s) {
+    return {heads(c, s), heads(c, s), heads(c, s), states(c, s)};
+  }
   static Outputs<ha::Shapes> outputs(Config const& c, ha::Sequences const& s) { return {heads(c, s), states(c, s)}; }
   static Saved<ha::Shapes> saved(Config const&, ha::Sequences const&) { return {}; }
 };
@@ -48,7 +50,8 @@ template <> struct ha::On<Retention, ha::Cpu> {
     });
   }
   template <class T>
-  static void forward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<Out<T>> y, Nothing<Out<T>>) {
+  static void forward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<Out<T>> y,
+                      Nothing<Out<T>>) {
     for_each_head<T>(cpu, c, s, [&](Sequence sequence, Index i, Index h, T w, T* S) {
       Index const D = c.head_dim;
       for (Index a = 0; a < D; ++a) std::copy_n(x.initial_state.row(i, h, a), D, S + a * D);
@@ -63,8 +66,8 @@ template <> struct ha::On<Retention, ha::Cpu> {
     });
   }
   template <class T>
-  static void backward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<In<T>>, Nothing<In<T>>,
-                       Retention::Outputs<In<T>> d_y, Retention::Inputs<Out<T>> d_x) {
+  static void backward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<In<T>>,
+                       Nothing<In<T>>, Retention::Outputs<In<T>> d_y, Retention::Inputs<Out<T>> d_x) {
     for_each_head<T>(cpu, c, s, [&](Sequence sequence, Index i, Index h, T w, T* S) {
       Index const D = c.head_dim;
       for (Index a = 0; a < D; ++a) std::copy_n(x.initial_state.row(i, h, a), D, S + a * D);

@@ -33,7 +33,8 @@ void operator delete(void* block, std::size_t, std::align_val_t) noexcept { rele
 TEST_CASE("a training step after the first allocates nothing", "[laws]") {
   using Stack = ha::Stack<ha::GDN, ha::Full, ha::SparseAttention<ha::SparseOptions{.top_k = 5}>>;
   ha::Cpu cpu{2};
-  ha::LanguageModel<Stack> const model{{.vocab_size = 256, .model_dim = 64, .num_heads = 2, .feed_forward = {.num_experts = 4, .shared_dim = 0, .decoder_sparse_step = 2}}};
+  ha::LanguageModel<Stack> const model{
+      {.vocab_size = 256, .model_dim = 64, .num_heads = 2, .feed_forward = {.num_experts = 4, .shared_dim = 0, .decoder_sparse_step = 2}}};
   auto params = model.initialize<float>(cpu, ha::Seed{1});
   ha::AdamW optimizer{cpu, params};
   ha::RecallTask task{ha::Seed{1}};

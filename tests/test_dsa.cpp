@@ -85,8 +85,12 @@ template <class T> struct Run {
     return {.q = q.view(), .k = k.view(), .v = v.view(), .index_q = index_q.view(), .index_k = index_k.view(), .index_w = index_w.view()};
   }
   dsa::Inputs<ha::Out<T>> d_x() {
-    return {.q = d_q.view(), .k = d_k.view(), .v = d_v.view(),
-            .index_q = d_index_q.view(), .index_k = d_index_k.view(), .index_w = d_index_w.view()};
+    return {.q = d_q.view(),
+            .k = d_k.view(),
+            .v = d_v.view(),
+            .index_q = d_index_q.view(),
+            .index_k = d_index_k.view(),
+            .index_w = d_index_w.view()};
   }
   dsa::Outputs<ha::Out<T>> outputs() { return {.o = y.view(), .auxiliary_loss = {}}; }
   dsa::Saved<ha::Out<T>> saved() { return {.lse = lse.view(), .indices = indices.view()}; }
@@ -140,8 +144,7 @@ ha::Sequences packed(std::vector<Index> const& lengths) {
 }
 std::vector<Index> const all_lengths{1, 0, 2, 31, 33, 64, 65, 0, 130, 0};
 std::vector<ha::SparseOptions> const some_options{{.top_k = 8}, {.top_k = 64}},
-    all_options{{.top_k = 1},  {.top_k = 8},   {.top_k = 16},
-                {.top_k = 64}, {.top_k = 200}, {.top_k = 0, .top_k_percent = 50}};
+    all_options{{.top_k = 1}, {.top_k = 8}, {.top_k = 16}, {.top_k = 64}, {.top_k = 200}, {.top_k = 0, .top_k_percent = 50}};
 
 // Against the loops in double on the kernel's own choices: as near as twice the loops in float, or the tolerance of a double.
 template <class T> void check_values(ha::Cpu& cpu, ha::SparseOptions o, dsa::Config const& config, ha::Sequences const& s) {
@@ -186,8 +189,7 @@ template <class T> void check_choices(Run<T>& run) {
       }
       double const terms = static_cast<double>(run.c.index_dim + run.c.index_heads);
       double const rounding = 4 * terms * std::numeric_limits<T>::epsilon() * max_abs(scores);
-      if (!right_form || left > chosen + rounding)
-        FAIL_CHECK("query " << t << " of " << sequence.length << " with top_k " << run.o.top_k);
+      if (!right_form || left > chosen + rounding) FAIL_CHECK("query " << t << " of " << sequence.length << " with top_k " << run.o.top_k);
     }
 }
 
@@ -225,8 +227,8 @@ TEMPLATE_TEST_CASE("where scores are exact the choice is the reference's, ties a
     for (auto [HI, DI] : {std::pair<Index, Index>{1, 3}, {4, 8}, {5, 32}, {8, 20}, {13, 16}}) {
       Run<TestType> run(o, {.head_dim = 16, .index_heads = HI, .index_dim = DI, .index_scale = 0.5}, packed(all_lengths), Scores::integers);
       for (Index n = 0; n < run.s.tokens(); ++n) {
-        if (n % 7 == 3) run.index_k.fill_token(n, 0);                                                    // every score 0, some of them -0
-        if (n % 5 == 4) std::copy_n(run.index_k.token(n - 3), run.index_k.token_size(), run.index_k.token(n));   // twice the same key
+        if (n % 7 == 3) run.index_k.fill_token(n, 0);  // every score 0, some of them -0
+        if (n % 5 == 4) std::copy_n(run.index_k.token(n - 3), run.index_k.token_size(), run.index_k.token(n));  // twice the same key
       }
       Run<TestType> truth = run;
       run.forward(cpu);

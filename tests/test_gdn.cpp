@@ -133,15 +133,13 @@ template <class T> struct Run {
     return views;
   }
   gdn::Inputs<ha::Out<T>> d_x() {
-    gdn::Inputs<ha::Out<T>> views{.q = d_q.view(), .k = d_k.view(), .v = d_v.view(), .g = d_g.view(), .beta = d_beta.view(),
-                                  .initial_state = {}};
+    gdn::Inputs<ha::Out<T>> views{
+        .q = d_q.view(), .k = d_k.view(), .v = d_v.view(), .g = d_g.view(), .beta = d_beta.view(), .initial_state = {}};
     if (p.initial_state) views.initial_state = d_initial.view();
     return views;
   }
   void forward(ha::Cpu& cpu) { ha::On<ha::GDN, ha::Cpu>::forward<T>(cpu, c, s, x(), y(), {.error = error.view()}); }
-  void backward(ha::Cpu& cpu) {
-    ha::On<ha::GDN, ha::Cpu>::backward<T>(cpu, c, s, x(), ha::in(y()), {.error = error.view()}, d_y(), d_x());
-  }
+  void backward(ha::Cpu& cpu) { ha::On<ha::GDN, ha::Cpu>::backward<T>(cpu, c, s, x(), ha::in(y()), {.error = error.view()}, d_y(), d_x()); }
   void by_reference() {
     gdn::reference::forward<T>(c, s, x(), y(), {.error = error.view()});
     gdn::reference::backward<T>(c, s, x(), ha::in(y()), {.error = error.view()}, d_y(), d_x());
@@ -222,7 +220,9 @@ gdn::Config sizes(Index K, Index V, Index heads = 1, Index value_heads = 1) {
 
 TEMPLATE_TEST_CASE("gated delta rule: every size gives the values of the loops and fills its outputs, no more", "", float, double) {
   ha::Cpu cpu{2};
-  struct Dims { Index K, V; };
+  struct Dims {
+    Index K, V;
+  };
   for (Dims d : {Dims{32, 32}, {64, 64}, {64, 32}, {16, 8}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})
     check_values<TestType>(cpu, {.sizes = sizes(d.K, d.V, 2, 4)}, packed(all_lengths));
   check_values<TestType>(cpu, {.sizes = sizes(128, 128)}, packed({130, 3}));
@@ -364,7 +364,9 @@ TEST_CASE("gated delta rule: gradients are the slopes of the loss") {
 TEMPLATE_TEST_CASE("gated delta rule: steps give what the whole sequence gives, with every size", "", float, double) {
   ha::Cpu cpu{2};
   Index const T = 20, B = 3;
-  struct Dims { Index K, V; };
+  struct Dims {
+    Index K, V;
+  };
   for (Dims d : {Dims{32, 32}, {64, 128}, {12, 24}, {5, 3}, {16, 77}}) {
     Run<TestType> whole({.sizes = sizes(d.K, d.V, 2, 4), .beta = Beta::mixed}, ha::Sequences::equal(B, T));
     whole.forward(cpu);

@@ -30,7 +30,9 @@ template <class T> Rows<T> product(ha::Cpu& cpu, Rows<T> const& a, Rows<T> const
   return c;
 }
 
-struct Size { Index rows, columns, depth; };
+struct Size {
+  Index rows, columns, depth;
+};
 constexpr Size sizes[] = {{1, 1, 1}, {7, 5, 3}, {8, 32, 16}, {9, 33, 17}, {64, 64, 64}, {130, 70, 300}, {3, 100, 513}};
 
 }  // namespace

@@ -12,6 +12,9 @@
 #include <hybridattn/train/schedule.hpp>
 
 namespace ha = hybridattn;
+using golden::Case;
+using golden::Fused;
+using golden::Run;
 using ha::Cpu;
 using ha::In;
 using ha::Index;
@@ -19,9 +22,6 @@ using ha::On;
 using ha::Shape;
 using ha::Tensor;
 using ha::View;
-using golden::Case;
-using golden::Fused;
-using golden::Run;
 
 namespace {
 
@@ -255,9 +255,14 @@ template <class S> struct Trajectory {
 };
 
 ha::AdamWOptions adamw_options(Case const& c) {
-  ha::AdamWOptions options{.learning_rate = c.real("learning_rate"), .beta_1 = c.real("beta1"), .beta_2 = c.real("beta2"),
-                           .epsilon = c.real("eps"), .weight_decay = c.real("weight_decay"), .max_norm = c.option_or("max_norm", 0.0),
-                           .bias_correction = c.is("bias_correction"), .decays = {}};
+  ha::AdamWOptions options{.learning_rate = c.real("learning_rate"),
+                           .beta_1 = c.real("beta1"),
+                           .beta_2 = c.real("beta2"),
+                           .epsilon = c.real("eps"),
+                           .weight_decay = c.real("weight_decay"),
+                           .max_norm = c.option_or("max_norm", 0.0),
+                           .bias_correction = c.is("bias_correction"),
+                           .decays = {}};
   auto const decay = c.option("decay");
   if (!decay.is_null())
     options.decays = [decay](std::string_view path) {
@@ -276,8 +281,13 @@ template <class T> void compare_moments(Run<T>& run, std::string const& number, 
   auto mean = ha::zeros<T>(run.cpu(), line), square = ha::zeros<T>(run.cpu(), line), p = ha::zeros<T>(run.cpu(), line);
   for (Index step = 0; step < steps[0]; ++step) {
     double const norm = norms[static_cast<std::size_t>(step)];
-    ha::AdamWStep::Rates const rates{.learning_rate = 0, .beta_1 = options.beta_1, .beta_2 = options.beta_2, .epsilon = 1,
-                                     .weight_decay = 0, .correction_1 = 1, .correction_2 = 1,
+    ha::AdamWStep::Rates const rates{.learning_rate = 0,
+                                     .beta_1 = options.beta_1,
+                                     .beta_2 = options.beta_2,
+                                     .epsilon = 1,
+                                     .weight_decay = 0,
+                                     .correction_1 = 1,
+                                     .correction_2 = 1,
                                      .gradient_scale = options.max_norm == 0 ? 1 : std::min(1.0, options.max_norm / (norm + 1e-6))};
     On<ha::AdamWStep, Cpu>::forward(run.cpu(), rates, View<T const, 1>{in(gradients).row(step), line}, out(mean), out(square), out(p));
   }
@@ -292,31 +302,37 @@ template <class T> void adamw(Run<T>& run) {
   REQUIRE(shapes.size() <= 6);
   Trajectory<ha::Owned<T, Cpu>> params, gradients;
   std::vector<std::vector<T>> all_gradients, all_params(shapes.size());
-  ha::zip([&](ha::Path const&, auto& p, auto& g) {
-    if (all_gradients.size() == shapes.size()) return;
-    auto const number = std::to_string(all_gradients.size());
-    Index count = 1;
-    for (Index extent : shapes[all_gradients.size()]) count *= extent;
-    p = run.read("initial_param_" + number, Shape<1>{count});
-    g = run.unset(Shape<1>{count});
-    all_gradients.push_back(ha::download(run.cpu(), run.read("grad_" + number, Shape<2>{steps, count})));
-    compare_moments(run, number, {steps, count});
-  }, params, gradients);
+  ha::zip(
+      [&](ha::Path const&, auto& p, auto& g) {
+        if (all_gradients.size() == shapes.size()) return;
+        auto const number = std::to_string(all_gradients.size());
+        Index count = 1;
+        for (Index extent : shapes[all_gradients.size()]) count *= extent;
+        p = run.read("initial_param_" + number, Shape<1>{count});
+        g = run.unset(Shape<1>{count});
+        all_gradients.push_back(ha::download(run.cpu(), run.read("grad_" + number, Shape<2>{steps, count})));
+        compare_moments(run, number, {steps, count});
+      },
+      params, gradients);
 
   ha::AdamW optimizer{run.cpu(), params, adamw_options(c)};
   std::vector<T> norms;
   for (Index step = 0; step < steps; ++step) {
     auto from = all_gradients.begin();
-    ha::zip([&](ha::Path const&, auto& g) {
-      if (!g) return;
-      auto const count = static_cast<std::size_t>(g.shape()[0]);
-      ha::upload(run.cpu(), std::span<T const>(*from++).subspan(static_cast<std::size_t>(step) * count, count), g);
-    }, gradients);
+    ha::zip(
+        [&](ha::Path const&, auto& g) {
+          if (!g) return;
+          auto const count = static_cast<std::size_t>(g.shape()[0]);
+          ha::upload(run.cpu(), std::span<T const>(*from++).subspan(static_cast<std::size_t>(step) * count, count), g);
+        },
+        gradients);
     norms.push_back(static_cast<T>(optimizer.step(run.cpu(), params, gradients)));
     auto to = all_params.begin();
-    ha::zip([&](ha::Path const&, auto const& p) {
-      if (p) std::ranges::copy(ha::download(run.cpu(), p), std::back_inserter(*to++));
-    }, params);
+    ha::zip(
+        [&](ha::Path const&, auto const& p) {
+          if (p) std::ranges::copy(ha::download(run.cpu(), p), std::back_inserter(*to++));
+        },
+        params);
   }
   run.compare("grad_norm", norms);
   for (std::size_t i = 0; i < shapes.size(); ++i) run.compare("param_" + std::to_string(i), all_params[i]);
@@ -325,8 +341,8 @@ template <class T> void adamw(Run<T>& run) {
 void schedule(Run<double>& run) {
   Case const& c = run.c();
   REQUIRE(c.real("num_cycles") == 0.5);
-  ha::Schedule const rate{.warmup_steps = c.size("warmup_steps"), .total_steps = c.size("total_steps"),
-                          .min_rate = c.option_or("min_lr_rate", 0.0)};
+  ha::Schedule const rate{
+      .warmup_steps = c.size("warmup_steps"), .total_steps = c.size("total_steps"), .min_rate = c.option_or("min_lr_rate", 0.0)};
   std::vector<double> rates;
   for (Index step = 0; step <= rate.total_steps; ++step) rates.push_back(c.real("learning_rate") * rate(step));
   run.compare("lr", rates);
@@ -350,7 +366,9 @@ static_assert(golden::are_named(families, golden::operator_families));
 }  // namespace
 
 TEST_CASE("operators, feed-forward layers, AdamW and the schedule agree with golden values") {
-  for (auto const& family : families) DYNAMIC_SECTION(family.name) { golden::check(family); }
+  for (auto const& family : families) DYNAMIC_SECTION(family.name) {
+      golden::check(family);
+    }
 }
 
 TEST_CASE("every golden file is of a family that these tests know") {

@@ -7,6 +7,9 @@
 #include <hybridattn/ops/l2_norm/l2_norm.hpp>
 
 namespace ha = hybridattn;
+using golden::Case;
+using golden::Fused;
+using golden::Run;
 using ha::Cpu;
 using ha::In;
 using ha::Index;
@@ -15,9 +18,6 @@ using ha::Owned;
 using ha::Shape;
 using ha::Tensor;
 using ha::View;
-using golden::Case;
-using golden::Fused;
-using golden::Run;
 
 namespace {
 
@@ -74,7 +74,10 @@ constexpr bool of_differences = true;
 
 template <class T> void gdn(Run<T>& run) {
   Case const& c = run.c();
-  ha::gdn::Config const config{.num_heads = c.size("H"), .num_value_heads = c.size("HV"), .key_dim = c.size("K"), .value_dim = c.size("V"),
+  ha::gdn::Config const config{.num_heads = c.size("H"),
+                               .num_value_heads = c.size("HV"),
+                               .key_dim = c.size("K"),
+                               .value_dim = c.size("V"),
                                .scale = c.real("scale")};
   bool const l2norm_inside = c.is("l2norm_inside");
   auto const s = c.sequences();
@@ -85,8 +88,10 @@ template <class T> void gdn(Run<T>& run) {
   outputs.final_state = states;
   auto const raw_q = run.read("q", inputs.q), raw_k = run.read("k", inputs.k);
   ha::gdn::Inputs<Owned<T, Cpu>> const x{.q = l2norm_inside ? unit(run, raw_q) : run.read("q", inputs.q),
-                                         .k = l2norm_inside ? unit(run, raw_k) : run.read("k", inputs.k), .v = run.read("v", inputs.v),
-                                         .g = run.read("g", inputs.g), .beta = run.read("beta", inputs.beta),
+                                         .k = l2norm_inside ? unit(run, raw_k) : run.read("k", inputs.k),
+                                         .v = run.read("v", inputs.v),
+                                         .g = run.read("g", inputs.g),
+                                         .beta = run.read("beta", inputs.beta),
                                          .initial_state = run.read_if_there("initial_state", states)};
   ha::gdn::Outputs<Owned<T, Cpu>> const d_y{.o = run.read("d_o", outputs.o), .final_state = run.read_if_there("d_final_state", states)};
   auto y = run.unset(outputs);
@@ -120,15 +125,23 @@ template <class T> void compare_selection(Run<T>& run, Tensor<std::int32_t, 2, C
 template <class T> void dsa(Run<T>& run) {
   Case const& c = run.c();
   ha::SparseOptions const options{.top_k = c.option("top_k").get<int>()};
-  ha::dsa::Config const config{.num_heads = c.size("H"), .num_kv_heads = c.size("HK"), .head_dim = c.size("D"), .scale = c.real("scale"),
-                               .index_heads = c.size("HI"), .index_dim = c.size("DI"), .index_scale = c.real("index_scale")};
+  ha::dsa::Config const config{.num_heads = c.size("H"),
+                               .num_kv_heads = c.size("HK"),
+                               .head_dim = c.size("D"),
+                               .scale = c.real("scale"),
+                               .index_heads = c.size("HI"),
+                               .index_dim = c.size("DI"),
+                               .index_scale = c.real("index_scale")};
   auto const s = c.sequences();
   auto const inputs = ha::DSA::inputs(config, s);
   auto const outputs = ha::DSA::outputs(config, s);
   auto saved_shapes = ha::DSA::saved(config, s);
   saved_shapes.indices = {s.tokens(), ha::dsa::selection_size(options, s.longest())};
-  ha::dsa::Inputs<Owned<T, Cpu>> const x{.q = run.read("q", inputs.q), .k = run.read("k", inputs.k), .v = run.read("v", inputs.v),
-                                         .index_q = run.read("index_q", inputs.index_q), .index_k = run.read("index_k", inputs.index_k),
+  ha::dsa::Inputs<Owned<T, Cpu>> const x{.q = run.read("q", inputs.q),
+                                         .k = run.read("k", inputs.k),
+                                         .v = run.read("v", inputs.v),
+                                         .index_q = run.read("index_q", inputs.index_q),
+                                         .index_k = run.read("index_k", inputs.index_k),
                                          .index_w = run.read("index_w", inputs.index_w)};
   ha::dsa::Outputs<Owned<T, Cpu>> const d_y{.o = run.read("d_o", outputs.o), .auxiliary_loss = {}};
   auto y = run.unset(outputs);
@@ -169,12 +182,19 @@ void layer(Run<T>& run, typename Policy::Config const& config, Params const& sha
 template <int percent, class T> void full_layer_with(Run<T>& run) {
   using Policy = ha::FullAttention<ha::FullOptions{.rotary_percent = percent}>;
   Case const& c = run.c();
-  auto const config = Policy::complete({.num_heads = c.size("H"), .num_kv_heads = c.size("HK"), .head_dim = c.size("D"),
-                                        .rope_theta = c.real("theta"), .norm_eps = c.real("eps")}, c.size("C"), c.size("H"));
+  auto const config = Policy::complete({.num_heads = c.size("H"),
+                                        .num_kv_heads = c.size("HK"),
+                                        .head_dim = c.size("D"),
+                                        .rope_theta = c.real("theta"),
+                                        .norm_eps = c.real("eps")},
+                                       c.size("C"), c.size("H"));
   layer<Policy>(run, config, ha::Attention<Policy>::params(config, c.size("C")), [&](auto const& p) {
-    return std::vector{golden::fused("q_proj.weight", config.num_heads, p.w.q, p.w_gate), golden::one("k_proj.weight", p.w.k),
-                       golden::one("v_proj.weight", p.w.v), golden::one("o_proj.weight", p.w_o),
-                       golden::one("q_norm.weight", p.prepare.q_norm), golden::one("k_norm.weight", p.prepare.k_norm)};
+    return std::vector{golden::fused("q_proj.weight", config.num_heads, p.w.q, p.w_gate),
+                       golden::one("k_proj.weight", p.w.k),
+                       golden::one("v_proj.weight", p.w.v),
+                       golden::one("o_proj.weight", p.w_o),
+                       golden::one("q_norm.weight", p.prepare.q_norm),
+                       golden::one("k_norm.weight", p.prepare.k_norm)};
   });
 }
 template <class T> void full_layer(Run<T>& run) {
@@ -195,15 +215,22 @@ template <class P> auto fused_names(P const& p, Index heads) {
   return std::vector{golden::fused("in_proj_qkvz.weight", heads, p.w.q, p.w.k, p.w.v, p.w_gate),
                      of_decay(golden::fused("in_proj_ba.weight", heads, p.w.beta, p.w.g)),
                      golden::fused("conv1d.weight", 1, p.prepare.conv_q, p.prepare.conv_k, p.prepare.conv_v),
-                     of_decay(golden::one("A_log", p.prepare.a_log)), of_decay(golden::one("dt_bias", p.prepare.dt_bias)),
-                     golden::one("norm.weight", p.finish.norm), golden::one("out_proj.weight", p.w_o)};
+                     of_decay(golden::one("A_log", p.prepare.a_log)),
+                     of_decay(golden::one("dt_bias", p.prepare.dt_bias)),
+                     golden::one("norm.weight", p.finish.norm),
+                     golden::one("out_proj.weight", p.w_o)};
 }
 // Layout fla: one matrix for each projection; those that an option leaves out are not there.
 template <class P> auto separate_names(P const& p) {
-  std::vector names{golden::one("q_proj.weight", p.w.q), golden::one("k_proj.weight", p.w.k), golden::one("v_proj.weight", p.w.v),
-                    of_decay(golden::one("a_proj.weight", p.w.g)), golden::one("b_proj.weight", p.w.beta),
-                    of_decay(golden::one("A_log", p.prepare.a_log)), of_decay(golden::one("dt_bias", p.prepare.dt_bias)),
-                    golden::one("o_norm.weight", p.finish.norm), golden::one("o_proj.weight", p.w_o)};
+  std::vector names{golden::one("q_proj.weight", p.w.q),
+                    golden::one("k_proj.weight", p.w.k),
+                    golden::one("v_proj.weight", p.w.v),
+                    of_decay(golden::one("a_proj.weight", p.w.g)),
+                    golden::one("b_proj.weight", p.w.beta),
+                    of_decay(golden::one("A_log", p.prepare.a_log)),
+                    of_decay(golden::one("dt_bias", p.prepare.dt_bias)),
+                    golden::one("o_norm.weight", p.finish.norm),
+                    golden::one("o_proj.weight", p.w_o)};
   if (!p.w_gate.empty()) names.push_back(golden::one("g_proj.weight", p.w_gate));
   if (p.prepare.conv_q.empty()) return names;
   names.push_back(golden::one("q_conv1d.weight", p.prepare.conv_q));
@@ -216,8 +243,12 @@ template <class P> auto separate_names(P const& p) {
 template <ha::GdnOptions O, class T> void gdn_layer_with(Run<T>& run) {
   using Policy = ha::GatedDeltaNet<O>;
   Case const& c = run.c();
-  auto const config = Policy::complete({.num_heads = c.size("H"), .num_value_heads = c.size("HV"), .key_dim = c.size("K"),
-                                        .value_dim = c.size("V"), .norm_eps = c.real("eps")}, c.size("C"), c.size("H"));
+  auto const config = Policy::complete({.num_heads = c.size("H"),
+                                        .num_value_heads = c.size("HV"),
+                                        .key_dim = c.size("K"),
+                                        .value_dim = c.size("V"),
+                                        .norm_eps = c.real("eps")},
+                                       c.size("C"), c.size("H"));
   auto shapes = ha::Attention<Policy>::params(config, c.size("C"));
   for (Shape<2>* conv : {&shapes.prepare.conv_q, &shapes.prepare.conv_k, &shapes.prepare.conv_v})
     if (O.conv_width > 0) conv->extent[1] = c.size("W");
@@ -231,9 +262,7 @@ template <int width, class T> void gdn_layer_with(Run<T>& run) {
   else if (negative) gdn_layer_with<ha::GdnOptions{width, false, true}>(run);
   else gdn_layer_with<ha::GdnOptions{width, false, false}>(run);
 }
-template <class T> void gdn_layer(Run<T>& run) {
-  run.c().is("use_short_conv") ? gdn_layer_with<4>(run) : gdn_layer_with<0>(run);
-}
+template <class T> void gdn_layer(Run<T>& run) { run.c().is("use_short_conv") ? gdn_layer_with<4>(run) : gdn_layer_with<0>(run); }
 
 constexpr std::array families{
     golden::Family{"dsa", dsa<double>, dsa<float>},
@@ -247,5 +276,7 @@ static_assert(golden::are_named(families, golden::policy_families));
 }  // namespace
 
 TEST_CASE("attention policies and their layers agree with golden values") {
-  for (auto const& family : families) DYNAMIC_SECTION(family.name) { golden::check(family); }
+  for (auto const& family : families) DYNAMIC_SECTION(family.name) {
+      golden::check(family);
+    }
 }

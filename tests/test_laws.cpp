@@ -12,7 +12,8 @@ template <int window> using Windowed = ha::FullAttention<ha::FullOptions{.window
 template <int top_k> using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = top_k}>;
 template <int percent> using SparseShare = ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = percent}>;
 
-using Policies = std::tuple<ha::Full, Windowed<1>, Windowed<16>, Windowed<64>, ha::GDN, ha::DSA, Sparse<8>, Sparse<1>, SparseShare<25>, Retention>;
+using Policies =
+    std::tuple<ha::Full, Windowed<1>, Windowed<16>, Windowed<64>, ha::GDN, ha::DSA, Sparse<8>, Sparse<1>, SparseShare<25>, Retention>;
 // One of each family: a backend that wraps another one shares its kernels.
 using OnFake = std::tuple<Windowed<16>, ha::GDN, Sparse<8>, Retention>;
 

@@ -21,9 +21,28 @@ using ha::Index;
 
 enum class Flaw {
   none,
-  sees_the_next_token, gradient_sees_the_token_before, sees_another_sequence, gradient_sees_another_sequence, counts_sequences, counts_threads,
-  remembers_the_last_run, reads_outside, writes_outside, needs_fresh_memory, ignores_strides, leaves_a_hole, leaves_a_hole_in_a_gradient, accumulates,
-  wrong_value, wrong_sign, clips_gradients, forgets_the_state, no_gradient_of_the_state, keeps_memory, quadratic_memory, throws,
+  sees_the_next_token,
+  gradient_sees_the_token_before,
+  sees_another_sequence,
+  gradient_sees_another_sequence,
+  counts_sequences,
+  counts_threads,
+  remembers_the_last_run,
+  reads_outside,
+  writes_outside,
+  needs_fresh_memory,
+  ignores_strides,
+  leaves_a_hole,
+  leaves_a_hole_in_a_gradient,
+  accumulates,
+  wrong_value,
+  wrong_sign,
+  clips_gradients,
+  forgets_the_state,
+  no_gradient_of_the_state,
+  keeps_memory,
+  quadratic_memory,
+  throws,
 };
 template <Flaw F> struct Flawed : Retention {};
 
@@ -39,7 +58,8 @@ template <class F> void for_each_token(Retention::Config const& c, ha::Sequences
 }
 
 template <Flaw F, class T>
-void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Retention::Inputs<ha::In<T>> x, Retention::Outputs<ha::Out<T>> y) {
+void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Retention::Inputs<ha::In<T>> x,
+           Retention::Outputs<ha::Out<T>> y) {
   if (F == Flaw::throws) ha::fail("flawed");
   Index const N = s.tokens(), H = c.num_heads, D = c.head_dim;
   for (Index i = 0; i < s.count() && F == Flaw::forgets_the_state; ++i) std::fill_n(y.final_state.row(i, 0, 0), D, T(0));
@@ -51,8 +71,10 @@ void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Ret
   if (F == Flaw::reads_outside) nudge_if((&x.v(N - 1, H - 1, D - 1))[1] < 0, y.o(N - 1, 0, 0));
   if (F == Flaw::writes_outside) (&y.o(0, 0, 0))[-1] = 0;
   if (F == Flaw::ignores_strides) nudge_if(y.o.data[D] != y.o.data[D], y.o(N - 1, 0, 0));
-  static std::vector<void*> kept;   // within reach, so that a leak checker has nothing to say
-  if (F == Flaw::keeps_memory) kept.push_back(cpu.take(64));
+  if constexpr (F == Flaw::keeps_memory) {
+    static auto& kept = *new std::vector<void*>;  // within reach for ever, so that a leak checker has nothing to say
+    kept.push_back(cpu.take(64));
+  }
   if (F == Flaw::quadratic_memory) ha::Tensor<T, 2, ha::Cpu> scores{cpu, {N, N}};
   if (F == Flaw::needs_fresh_memory) {
     ha::Tensor<T, 1, ha::Cpu> scratch{cpu, {12345}};
@@ -68,7 +90,8 @@ void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Ret
 }
 
 template <Flaw F, class T>
-void spoil_gradients(Retention::Config const& c, ha::Sequences const& s, Retention::Outputs<ha::In<T>> d_y, Retention::Inputs<ha::Out<T>> d_x) {
+void spoil_gradients(Retention::Config const& c, ha::Sequences const& s, Retention::Outputs<ha::In<T>> d_y,
+                     Retention::Inputs<ha::Out<T>> d_x) {
   for_each_token(c, s, [&](ha::Sequence sequence, Index t, Index h) {
     T* const d_k = d_x.k.row(t, h);
     if (F == Flaw::gradient_sees_the_token_before) nudge_if(t > sequence.start && d_y.o(t - 1, h, 0) > 0, d_k[0]);
@@ -82,7 +105,13 @@ void spoil_gradients(Retention::Config const& c, ha::Sequences const& s, Retenti
 }
 
 enum class IndexerFlaw {
-  none, chooses_another_key, prefers_later_ties, chooses_the_future, shuffles, main_loss_trains_the_indexer, auxiliary_loss_reaches_the_values
+  none,
+  chooses_another_key,
+  prefers_later_ties,
+  chooses_the_future,
+  shuffles,
+  main_loss_trains_the_indexer,
+  auxiliary_loss_reaches_the_values
 };
 using FlawlessSparse = ha::SparseAttention<ha::SparseOptions{.top_k = 8}>;
 template <IndexerFlaw F> struct FlawedIndexer : FlawlessSparse {};
@@ -104,17 +133,19 @@ template <IndexerFlaw F> void spoil_choices(ha::Sequences const& s, ha::View<std
 
 template <Flaw F> struct ha::On<Flawed<F>, ha::Cpu> {
   template <class T, class... Rest>
-  static void forward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<Out<T>> y, Nothing<Out<T>> saved) {
+  static void forward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<Out<T>> y,
+                      Nothing<Out<T>> saved) {
     On<Retention, Cpu>::forward(cpu, c, s, x, y, saved);
     spoil<F>(cpu, c, s, x, y);
   }
   template <class T>
-  static void backward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<In<T>> y, Nothing<In<T>> saved,
-                       Retention::Outputs<In<T>> d_y, Retention::Inputs<Out<T>> d_x) {
+  static void backward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<In<T>> y,
+                       Nothing<In<T>> saved, Retention::Outputs<In<T>> d_y, Retention::Inputs<Out<T>> d_x) {
     std::vector<T> before;
     for_each_token(c, s, [&](Sequence, Index t, Index h) { before.push_back(d_x.v(t, h, 0)); });
     On<Retention, Cpu>::backward(cpu, c, s, x, y, saved, d_y, d_x);
-    if (F == Flaw::accumulates) for_each_token(c, s, [&](Sequence, Index t, Index h) { d_x.v(t, h, 0) += before[static_cast<std::size_t>(t * c.num_heads + h)]; });
+    if (F == Flaw::accumulates)
+      for_each_token(c, s, [&](Sequence, Index t, Index h) { d_x.v(t, h, 0) += before[static_cast<std::size_t>(t * c.num_heads + h)]; });
     spoil_gradients<F>(c, s, d_y, d_x);
   }
 };
@@ -124,19 +155,21 @@ template <IndexerFlaw F> struct ha::On<FlawedIndexer<F>, ha::Cpu> {
   using Sound = On<FlawlessSparse, Cpu>;
 
   template <class T>
-  static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y, dsa::Saved<Out<T>> saved) {
+  static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
+                      dsa::Saved<Out<T>> saved) {
     Sound::forward(cpu, c, s, x, y, saved);
     spoil_choices<F>(s, saved.indices);
     dsa::reference::attend<T>(c, s, x, saved.indices, y, saved.lse);
   }
   template <class T>
-  static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y, dsa::Saved<In<T>> saved,
-                       dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
+  static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
+                       dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     Sound::backward(cpu, c, s, x, y, saved, d_y, d_x);
     for (Sequence const sequence : s) {
       if (sequence.length == 0) continue;
       if (F == IndexerFlaw::main_loss_trains_the_indexer) d_x.index_w(sequence.start, 0) = T(1e-20) * d_y.o(sequence.start, 0, 0);
-      if (F == IndexerFlaw::auxiliary_loss_reaches_the_values && !d_y.auxiliary_loss.empty()) d_x.v(sequence.start, 0, 0) += T(1e-20) * d_y.auxiliary_loss(0);
+      if (F == IndexerFlaw::auxiliary_loss_reaches_the_values && !d_y.auxiliary_loss.empty())
+        d_x.v(sequence.start, 0, 0) += T(1e-20) * d_y.auxiliary_loss(0);
     }
   }
 };

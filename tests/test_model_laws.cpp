@@ -16,16 +16,29 @@ using Windowed = ha::FullAttention<ha::FullOptions{.window = 7}>;
 using One = ha::Stack<ha::GDN>;
 using Mixed = ha::Stack<ha::GDN, Sparse, ha::Full, Windowed>;
 // Every option away from its default.
-using Bare = ha::Stack<
-    ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
-    ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>,
-    ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::plain, .rotary_percent = 50, .rotary = ha::Rotary::interleaved}>,
-    ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 40, .qk_norm = ha::QkNorm::none, .output_gate = false,
-                                          .rotary_percent = 100, .index_rotary_percent = 50, .index_norm = true}>>;
+using Bare =
+    ha::Stack<ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
+              ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>,
+              ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::plain, .rotary_percent = 50, .rotary = ha::Rotary::interleaved}>,
+              ha::SparseAttention<ha::SparseOptions{.top_k = 0,
+                                                    .top_k_percent = 40,
+                                                    .qk_norm = ha::QkNorm::none,
+                                                    .output_gate = false,
+                                                    .rotary_percent = 100,
+                                                    .index_rotary_percent = 50,
+                                                    .index_norm = true}>>;
 
 template <class Stack> typename ha::LanguageModel<Stack>::Config small_config() {
-  return {.vocab_size = 19, .model_dim = 24, .num_heads = 2,
-          .feed_forward = {.hidden_dim = 20, .num_experts = 4, .top_k = 2, .expert_dim = 12, .shared_dim = 8, .decoder_sparse_step = 2, .balance_coefficient = 0.1},
+  return {.vocab_size = 19,
+          .model_dim = 24,
+          .num_heads = 2,
+          .feed_forward = {.hidden_dim = 20,
+                           .num_experts = 4,
+                           .top_k = 2,
+                           .expert_dim = 12,
+                           .shared_dim = 8,
+                           .decoder_sparse_step = 2,
+                           .balance_coefficient = 0.1},
           .initialization = {.linear_deviation = 0, .embedding_deviation = 1}};
 }
 
@@ -74,7 +87,9 @@ template <class T> std::vector<T> noise(Index count, char const* name) {
   for (Index i = 0; i < count; ++i) values.push_back(static_cast<T>(random.normal()));
   return values;
 }
-template <class T> bool same_bits(T const* a, T const* b, Index count) { return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0; }
+template <class T> bool same_bits(T const* a, T const* b, Index count) {
+  return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0;
+}
 template <class T> bool same_bits(std::vector<T> const& a, std::vector<T> const& b) {
   return a.size() == b.size() && same_bits(a.data(), b.data(), std::ssize(a));
 }
@@ -88,7 +103,8 @@ TEMPLATE_TEST_CASE("a model is causal in forward, bitwise", "[laws]", One, Mixed
   auto const before = f.logits(s, tokens);
   for (Index t : {1, 8, 40, 64, 66}) {
     auto changed = tokens;
-    for (Index i = t; i < 67; ++i) changed[static_cast<std::size_t>(i)] = (changed[static_cast<std::size_t>(i)] + 1 + static_cast<int>(i % 5)) % 19;
+    for (Index i = t; i < 67; ++i)
+      changed[static_cast<std::size_t>(i)] = (changed[static_cast<std::size_t>(i)] + 1 + static_cast<int>(i % 5)) % 19;
     auto const after = f.logits(s, changed);
     CHECK(same_bits(before.data(), after.data(), t * 19));
     CHECK_FALSE(same_bits(before, after));
@@ -110,7 +126,8 @@ TEMPLATE_TEST_CASE("a stack is causal in backward, bitwise", "[laws]", One, Mixe
   }
 }
 
-TEMPLATE_TEST_CASE("a sequence does not depend on its neighbours, and a packed batch is its sequences, bitwise", "[laws]", One, Mixed, Bare) {
+TEMPLATE_TEST_CASE("a sequence does not depend on its neighbours, and a packed batch is its sequences, bitwise", "[laws]", One, Mixed,
+                   Bare) {
   Fixture<TestType, float> f;
   std::vector<Index> const offsets{0, 1, 34, 34, 67};
   auto const tokens = some_tokens(67);
@@ -129,9 +146,14 @@ TEMPLATE_TEST_CASE("a training step gives the same bits at any number of threads
   for (int threads : {1, 2, 3}) {
     Fixture<TestType, float> f{threads};
     ha::AdamW optimizer{f.cpu, f.params, {.learning_rate = 1e-2}};
-    for (int step = 0; step < 3; ++step) train_step(f.cpu, f.model, f.params, optimizer, f.batch(ha::Sequences::equal(3, 40), some_tokens(120)));
+    for (int step = 0; step < 3; ++step)
+      train_step(f.cpu, f.model, f.params, optimizer, f.batch(ha::Sequences::equal(3, 40), some_tokens(120)));
     auto& all = results.emplace_back();
-    ha::zip([&](ha::Path const&, auto const& p) { for (float value : download(f.cpu, p)) all.push_back(value); }, f.params);
+    ha::zip(
+        [&](ha::Path const&, auto const& p) {
+          for (float value : download(f.cpu, p)) all.push_back(value);
+        },
+        f.params);
   }
   CHECK(same_bits(results[0], results[1]));
   CHECK(same_bits(results[0], results[2]));
@@ -142,32 +164,38 @@ TEMPLATE_TEST_CASE("every gradient of a model equals finite differences", "[laws
   auto const batch = f.batch(ha::Sequences::equal(2, 13), some_tokens(26));
   auto const evaluate = [&] { return f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 1.0 / 26); };
   auto const gradients = evaluate();
-  ha::zip([&](ha::Path const& path, auto& tensor, auto const& gradient) {
-    if (!tensor || !gradient) return;
-    auto const values = download(f.cpu, tensor), g = download(f.cpu, gradient), direction = noise<double>(std::ssize(values), "direction");
-    double along = 0, step = 1e-6, loss[2];
-    for (std::size_t i = 0; i < g.size(); ++i) along += g[i] * direction[i];
-    for (int side : {0, 1}) {
-      auto moved = values;
-      for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += (side == 0 ? step : -step) * direction[i];
-      upload(f.cpu, moved, tensor);
-      auto const result = evaluate();
-      loss[side] = result.loss.mean() + result.auxiliary_loss;
-    }
-    upload(f.cpu, values, tensor);
-    double const difference = (loss[0] - loss[1]) / (2 * step);
-    INFO(path.str() << ": gradient " << along << ", difference " << difference);
-    CHECK(std::abs(along - difference) <= 1e-7 * (1e-1 + std::abs(difference)));
-  }, f.params, gradients.params);
+  ha::zip(
+      [&](ha::Path const& path, auto& tensor, auto const& gradient) {
+        if (!tensor || !gradient) return;
+        auto const values = download(f.cpu, tensor), g = download(f.cpu, gradient),
+                   direction = noise<double>(std::ssize(values), "direction");
+        double along = 0, step = 1e-6, loss[2];
+        for (std::size_t i = 0; i < g.size(); ++i) along += g[i] * direction[i];
+        for (int side : {0, 1}) {
+          auto moved = values;
+          for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += (side == 0 ? step : -step) * direction[i];
+          upload(f.cpu, moved, tensor);
+          auto const result = evaluate();
+          loss[side] = result.loss.mean() + result.auxiliary_loss;
+        }
+        upload(f.cpu, values, tensor);
+        double const difference = (loss[0] - loss[1]) / (2 * step);
+        INFO(path.str() << ": gradient " << along << ", difference " << difference);
+        CHECK(std::abs(along - difference) <= 1e-7 * (1e-1 + std::abs(difference)));
+      },
+      f.params, gradients.params);
 }
 
 TEST_CASE("the indexer has no gradient and is not touched, not even by decay", "[laws]") {
   Fixture<Mixed, float> f;
   auto const index_weights = [&] {
     std::vector<float> all;
-    ha::zip([&](ha::Path const& path, auto const& p) {
-      if (path.str().find("index_") != std::string::npos) for (float value : download(f.cpu, p)) all.push_back(value);
-    }, f.params);
+    ha::zip(
+        [&](ha::Path const& path, auto const& p) {
+          if (path.str().find("index_") != std::string::npos)
+            for (float value : download(f.cpu, p)) all.push_back(value);
+        },
+        f.params);
     return all;
   };
   auto const before = index_weights();
@@ -206,27 +234,32 @@ TEST_CASE("what Full and GDN save is linear in T, and what DSA saves is T k") {
 TEST_CASE("accumulating over two batches is one step on both") {
   Fixture<Mixed, double> whole, parts;
   auto const tokens = some_tokens(40);
-  ha::AdamW optimizer_whole{whole.cpu, whole.params, {.learning_rate = 1e-2}}, optimizer_parts{parts.cpu, parts.params, {.learning_rate = 1e-2}};
+  ha::AdamW optimizer_whole{whole.cpu, whole.params, {.learning_rate = 1e-2}},
+      optimizer_parts{parts.cpu, parts.params, {.learning_rate = 1e-2}};
   std::vector<std::int32_t> targets(tokens.rbegin(), tokens.rend());
   // The balancing loss is a mean over each batch: of one batch it is not the mean of the halves, so it is off here.
   auto config = small_config<Mixed>();
   config.feed_forward.balance_coefficient = 0;
   ha::LanguageModel<Mixed> const model{config};
-  auto const at_once = train_step(whole.cpu, model, whole.params, optimizer_whole, make_batch(whole.cpu, ha::Sequences::equal(2, 20), tokens, targets));
+  auto const at_once =
+      train_step(whole.cpu, model, whole.params, optimizer_whole, make_batch(whole.cpu, ha::Sequences::equal(2, 20), tokens, targets));
   std::vector<ha::TokenBatch<ha::Cpu>> halves;
   for (int half : {0, 1})
     halves.push_back(make_batch(parts.cpu, ha::Sequences::equal(1, 20), std::span(tokens).subspan(static_cast<std::size_t>(20 * half), 20),
                                 std::span(targets).subspan(static_cast<std::size_t>(20 * half), 20)));
-  auto const accumulated = accumulated_step(parts.cpu, model, parts.params, optimizer_parts, std::span<ha::TokenBatch<ha::Cpu> const>(halves));
+  auto const accumulated =
+      accumulated_step(parts.cpu, model, parts.params, optimizer_parts, std::span<ha::TokenBatch<ha::Cpu> const>(halves));
   CHECK(at_once.loss.mean() == Approx(accumulated.loss.mean()).epsilon(1e-12));
   CHECK(at_once.gradient_norm == Approx(accumulated.gradient_norm).epsilon(1e-11));
-  ha::zip([&](ha::Path const& path, auto const& a, auto const& b) {
-    auto const x = download(whole.cpu, a), y = download(parts.cpu, b);
-    double worst = 0;
-    for (std::size_t i = 0; i < x.size(); ++i) worst = std::max(worst, std::abs(x[i] - y[i]));
-    INFO(path.str());
-    CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its own size: rounding of tiny ones shows
-  }, whole.params, parts.params);
+  ha::zip(
+      [&](ha::Path const& path, auto const& a, auto const& b) {
+        auto const x = download(whole.cpu, a), y = download(parts.cpu, b);
+        double worst = 0;
+        for (std::size_t i = 0; i < x.size(); ++i) worst = std::max(worst, std::abs(x[i] - y[i]));
+        INFO(path.str());
+        CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its own size: rounding of tiny ones shows
+      },
+      whole.params, parts.params);
 }
 
 TEST_CASE("a Saved serves one backward") {
@@ -261,7 +294,8 @@ TEST_CASE("what cannot be is refused with the value and what is allowed") {
   Fixture<One, float> f;
   CHECK_THROWS_WITH(f.logits(ha::Sequences::equal(1, 3), {1, 19, 2}), Contains("token 19 at place 1") && Contains("0 .. 18"));
   CHECK_THROWS_WITH(f.logits(ha::Sequences::equal(1, 3), {1, -4, 2}), Contains("token -4"));
-  CHECK_THROWS_WITH(make_batch(f.cpu, ha::Sequences::equal(1, 4), std::vector<std::int32_t>{1}, std::vector<std::int32_t>{1}), Contains("4 tokens"));
+  CHECK_THROWS_WITH(make_batch(f.cpu, ha::Sequences::equal(1, 4), std::vector<std::int32_t>{1}, std::vector<std::int32_t>{1}),
+                    Contains("4 tokens"));
   auto config = small_config<One>();
   config.num_heads = 5;
   CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("model_dim 24") && Contains("num_heads 5"));

@@ -94,8 +94,8 @@ TEST_CASE("the comparison has the study's fields in its order, and ours behind")
   auto const& sandwich = json["1_sandwich"];
   std::vector<std::string> keys;
   for (auto const& [key, value] : sandwich.items()) keys.push_back(key);
-  std::vector<std::string> const published = {"pattern",      "layer_types", "uses_dsa", "num_parameters", "training_time",
-                                              "train_loss",   "val_loss",    "val_accuracy", "val_perplexity", "loss_history"};
+  std::vector<std::string> const published = {"pattern",    "layer_types", "uses_dsa",     "num_parameters", "training_time",
+                                              "train_loss", "val_loss",    "val_accuracy", "val_perplexity", "loss_history"};
   CHECK(std::vector(keys.begin(), keys.begin() + 10) == published);
   CHECK(sandwich["layer_types"] == std::vector<std::string>{"linear_attention", "full_attention", "full_attention", "linear_attention"});
   CHECK(sandwich["train_loss"] == 3.0);
@@ -118,7 +118,9 @@ TEST_CASE("a run's log has a line a step, and its name once it is finished") {
   CHECK(content_of(folder / "1_sandwich.jsonl") ==
         "{\"step\":1,\"loss\":5.5,\"running_mean\":5.5,\"tokens_per_second\":12000,\"elapsed\":0.25}\n"
         "{\"step\":2,\"loss\":null,\"running_mean\":5.25,\"tokens_per_second\":12000,\"elapsed\":0.5}\n");
-  { sweep::RunLog unfinished{folder.path(), "2_alternating"}; }
+  {
+    sweep::RunLog unfinished{folder.path(), "2_alternating"};
+  }
   CHECK(files_in(folder.path()) == 1);
 }
 
@@ -141,9 +143,11 @@ TEST_CASE("a full disk leaves no comparison, no log and no half of either") {
   CHECK_THROWS_WITH(sweep::write_comparison(folder.path(), study()), Contains("comprehensive_comparison.json") && Contains("too large"));
   CHECK(folder.is_empty());
   sweep::RunLog log{folder.path(), "1_sandwich"};
-  CHECK_THROWS_WITH([&] {
-    for (Index step = 1; step < 100; ++step) log.add(step, 5.5, 5.5, 12000, 0.25);
-  }(), Contains("1_sandwich.jsonl"));
+  CHECK_THROWS_WITH(
+      [&] {
+        for (Index step = 1; step < 100; ++step) log.add(step, 5.5, 5.5, 12000, 0.25);
+      }(),
+      Contains("1_sandwich.jsonl"));
   CHECK(folder.is_empty());
 }
 

@@ -69,7 +69,8 @@ TEST_CASE("includes point down, or stay in their own folder") {
     if (from.size() < 2 || !std::regex_search(line.text, match, include)) continue;
     auto const to = parts(match[1]);
     bool const up = level(to[0]) > level(from[0]);
-    bool const across = (from[0] == "ops" || from[0] == "attention") && to[0] == from[0] && from.size() > 2 && to.size() > 2 && to[1] != from[1];
+    bool const across =
+        (from[0] == "ops" || from[0] == "attention") && to[0] == from[0] && from.size() > 2 && to.size() > 2 && to[1] != from[1];
     // The tensor's memory comes from a backend, and a product of the CPU takes its scratch from a tensor.
     bool const scratch = from[0] == "backend" && match[1] == "tensor/tensor.hpp";
     if ((up && !scratch) || across) wrong.push_back(at(line));
@@ -80,8 +81,10 @@ TEST_CASE("includes point down, or stay in their own folder") {
 TEST_CASE("libraries stay in their rooms") {
   auto const none = std::vector<std::string>{};
   CHECK(offenders("#include <boost/hana", [](std::string const& file) { return file == "nn/layers.hpp"; }) == none);
-  CHECK(offenders("#include <Eigen/", [](std::string const& file) { return file == "backend/cpu/eigen.hpp" || file == "eigen.hpp"; }) == none);
-  CHECK(offenders("#include <nlohmann/", [](std::string const& file) { return file.starts_with("io/") || file.starts_with("train/"); }) == none);
+  CHECK(offenders("#include <Eigen/", [](std::string const& file) { return file == "backend/cpu/eigen.hpp" || file == "eigen.hpp"; }) ==
+        none);
+  CHECK(offenders("#include <nlohmann/", [](std::string const& file) { return file.starts_with("io/") || file.starts_with("train/"); }) ==
+        none);
   CHECK(offenders("#include <catch2/", [](std::string const&) { return false; }) == none);
   CHECK(offenders("__global__|<<<|cuda_runtime", [](std::string const& file) { return file.starts_with("backend/cuda/"); }) == none);
   CHECK(offenders("__CUDACC__|__CUDA_ARCH__", [](std::string const& file) { return file == "core/config.hpp"; }) == none);

@@ -17,9 +17,12 @@ using Tiny = ha::Stack<study::Linear1, Sparse, study::Full1, study::Linear1>;
 using Model = ha::LanguageModel<Tiny>;
 
 Model tiny_model() {
-  Model::Config c{.vocab_size = 48, .model_dim = 32, .num_heads = 4,
-                  .feed_forward = {.hidden_dim = 32, .num_experts = 4, .top_k = 2, .expert_dim = 8, .shared_dim = 0, .decoder_sparse_step = 2},
-                  .norm = {ha::NormWeight::zero_centred, 1e-6}};
+  Model::Config c{
+      .vocab_size = 48,
+      .model_dim = 32,
+      .num_heads = 4,
+      .feed_forward = {.hidden_dim = 32, .num_experts = 4, .top_k = 2, .expert_dim = 8, .shared_dim = 0, .decoder_sparse_step = 2},
+      .norm = {ha::NormWeight::zero_centred, 1e-6}};
   c.mixer<study::Linear1>() = {.num_heads = 2, .key_dim = 8, .value_dim = 8};
   c.mixer<study::Full1>() = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8};
   c.mixer<Sparse>() = {.num_heads = 4, .head_dim = 8, .index_heads = 4, .index_dim = 8, .index_scale = 1};
@@ -36,20 +39,32 @@ std::vector<Rows> mixer_rows(std::string const& layer, std::string const& field)
   constexpr Index D = 8;
   std::string const linear = layer + "linear_attn.", full = layer + "self_attn.", sparse = layer + "dsa_attn.";
   std::map<std::string, Rows> const rows_of = {
-      {"0 w.q", {linear + "in_proj_qkvz.weight", 0, D, 4 * D, 2}},       {"0 w.k", {linear + "in_proj_qkvz.weight", D, D, 4 * D, 2}},
-      {"0 w.v", {linear + "in_proj_qkvz.weight", 2 * D, D, 4 * D, 2}},   {"0 w_gate", {linear + "in_proj_qkvz.weight", 3 * D, D, 4 * D, 2}},
-      {"0 w.beta", {linear + "in_proj_ba.weight", 0, 1, 2, 2}},          {"0 w.g", {linear + "in_proj_ba.weight", 1, 1, 2, 2}},
-      {"0 w_o", {linear + "out_proj.weight"}},                           {"0 prepare.conv_q", {linear + "conv1d.weight", 0, 16}},
-      {"0 prepare.conv_k", {linear + "conv1d.weight", 16, 16}},          {"0 prepare.conv_v", {linear + "conv1d.weight", 32, 16}},
-      {"0 prepare.a_log", {linear + "A_log"}},                           {"0 prepare.dt_bias", {linear + "dt_bias"}},
+      {"0 w.q", {linear + "in_proj_qkvz.weight", 0, D, 4 * D, 2}},
+      {"0 w.k", {linear + "in_proj_qkvz.weight", D, D, 4 * D, 2}},
+      {"0 w.v", {linear + "in_proj_qkvz.weight", 2 * D, D, 4 * D, 2}},
+      {"0 w_gate", {linear + "in_proj_qkvz.weight", 3 * D, D, 4 * D, 2}},
+      {"0 w.beta", {linear + "in_proj_ba.weight", 0, 1, 2, 2}},
+      {"0 w.g", {linear + "in_proj_ba.weight", 1, 1, 2, 2}},
+      {"0 w_o", {linear + "out_proj.weight"}},
+      {"0 prepare.conv_q", {linear + "conv1d.weight", 0, 16}},
+      {"0 prepare.conv_k", {linear + "conv1d.weight", 16, 16}},
+      {"0 prepare.conv_v", {linear + "conv1d.weight", 32, 16}},
+      {"0 prepare.a_log", {linear + "A_log"}},
+      {"0 prepare.dt_bias", {linear + "dt_bias"}},
       {"0 finish.norm", {linear + "norm.weight"}},
-      {"1 w.q", {sparse + "qkv.weight", 0, 32}},                         {"1 w.k", {sparse + "qkv.weight", 32, 32}},
-      {"1 w.v", {sparse + "qkv.weight", 64, 32}},                        {"1 w_o", {sparse + "w_o.weight"}},
-      {"1 w.index_q", {sparse + "indexer.q_proj.weight"}},               {"1 w.index_k", {sparse + "indexer.k_proj.weight"}},
+      {"1 w.q", {sparse + "qkv.weight", 0, 32}},
+      {"1 w.k", {sparse + "qkv.weight", 32, 32}},
+      {"1 w.v", {sparse + "qkv.weight", 64, 32}},
+      {"1 w_o", {sparse + "w_o.weight"}},
+      {"1 w.index_q", {sparse + "indexer.q_proj.weight"}},
+      {"1 w.index_k", {sparse + "indexer.k_proj.weight"}},
       {"1 w.index_w", {sparse + "indexer.w_proj.weight"}},
-      {"2 w.q", {full + "q_proj.weight", 0, D, 2 * D, 4}},               {"2 w_gate", {full + "q_proj.weight", D, D, 2 * D, 4}},
-      {"2 w.k", {full + "k_proj.weight"}},                               {"2 w.v", {full + "v_proj.weight"}},
-      {"2 w_o", {full + "o_proj.weight"}},                               {"2 prepare.q_norm", {full + "q_norm.weight"}},
+      {"2 w.q", {full + "q_proj.weight", 0, D, 2 * D, 4}},
+      {"2 w_gate", {full + "q_proj.weight", D, D, 2 * D, 4}},
+      {"2 w.k", {full + "k_proj.weight"}},
+      {"2 w.v", {full + "v_proj.weight"}},
+      {"2 w_o", {full + "o_proj.weight"}},
+      {"2 prepare.q_norm", {full + "q_norm.weight"}},
       {"2 prepare.k_norm", {full + "k_norm.weight"}},
   };
   std::string const kind = layer.ends_with("layers.1.") ? "1 " : layer.ends_with("layers.2.") ? "2 " : "0 ";
@@ -110,15 +125,18 @@ struct Errors {
 
 template <class T> Errors errors_in() {
   std::string const folder = std::string(HYBRIDATTN_GOLDEN_DIR) + "/models/study_tiny/";
-  ha::Safetensors const checkpoint{folder + "model.safetensors"}, expected{folder + "expected.safetensors"}, truth{folder + "gradients_causal.safetensors"};
+  ha::Safetensors const checkpoint{folder + "model.safetensors"}, expected{folder + "expected.safetensors"},
+      truth{folder + "gradients_causal.safetensors"};
   ha::Cpu cpu;
   auto const model = tiny_model();
   auto params = ha::allocate<T>(cpu, model.params());
-  ha::zip([&](ha::Path const& path, auto& tensor) {
-    if (!tensor) return;
-    auto const values = gather(checkpoint, "", path.str());
-    upload(cpu, std::vector<T>(values.begin(), values.end()), tensor);
-  }, params);
+  ha::zip(
+      [&](ha::Path const& path, auto& tensor) {
+        if (!tensor) return;
+        auto const values = gather(checkpoint, "", path.str());
+        upload(cpu, std::vector<T>(values.begin(), values.end()), tensor);
+      },
+      params);
 
   std::vector<std::int32_t> tokens, targets;
   for (double id : expected.read_doubles("input_ids")) tokens.push_back(static_cast<std::int32_t>(id));
@@ -131,18 +149,20 @@ template <class T> Errors errors_in() {
   auto const gradients = model.backward(cpu, params, batch, std::move(saved), 1.0 / 70);
   errors.loss = std::abs(gradients.loss.mean() - expected.read_doubles("causal.loss")[0]);
   int without = 0;
-  ha::zip([&](ha::Path const& path, auto const& gradient, auto const& tensor) {
-    if (!tensor) return;
-    if (!gradient) {
-      ++without;
-      CHECK(path.str().find("w.index_") != std::string::npos);
-      return;
-    }
-    double const error = difference(widened(download(cpu, gradient)), gather(truth, "grad.", path.str()));
-    INFO(path.str() << " differs by " << error);
-    CHECK(error <= (sizeof(T) == 8 ? 1e-10 : 1e-3));
-    errors.gradients = std::max(errors.gradients, error);
-  }, gradients.params, params);
+  ha::zip(
+      [&](ha::Path const& path, auto const& gradient, auto const& tensor) {
+        if (!tensor) return;
+        if (!gradient) {
+          ++without;
+          CHECK(path.str().find("w.index_") != std::string::npos);
+          return;
+        }
+        double const error = difference(widened(download(cpu, gradient)), gather(truth, "grad.", path.str()));
+        INFO(path.str() << " differs by " << error);
+        CHECK(error <= (sizeof(T) == 8 ? 1e-10 : 1e-3));
+        errors.gradients = std::max(errors.gradients, error);
+      },
+      gradients.params, params);
   CHECK(without == 3);   // the indexer: nothing trains it
   return errors;
 }

@@ -72,8 +72,8 @@ inline std::vector<CompiledPattern> chosen_patterns(std::string const& list) {
       if (c != ' ') word += c;
     for (std::size_t i = 0; i < word.size(); ++i) {
       char const letter = word[i];
-      ha::check(std::string_view("LGF*D").find(letter) != std::string_view::npos, "pattern '", word, "': unknown letter '", letter, "' at position ",
-                i + 1, "; allowed are L or G (Gated DeltaNet), F or * (full attention) and D (sparse attention)");
+      ha::check(std::string_view("LGF*D").find(letter) != std::string_view::npos, "pattern '", word, "': unknown letter '", letter,
+                "' at position ", i + 1, "; allowed are L or G (Gated DeltaNet), F or * (full attention) and D (sparse attention)");
       letters += letter == 'G' ? 'L' : letter == '*' ? 'F' : letter;
     }
     auto const found = std::find_if(compiled.begin(), compiled.end(), [&](auto const& p) { return p.letters == letters; });

@@ -32,10 +32,10 @@ struct NamedPattern {
   std::string_view letters, name;
 };
 inline constexpr std::array named_patterns = {
-    NamedPattern{"LFFL", "1_sandwich"},      NamedPattern{"FLFL", "2_alternating"},     NamedPattern{"LLFF", "3_linear_first"},
-    NamedPattern{"FFLL", "4_full_first"},    NamedPattern{"LDDL", "5_dsa_sandwich"},    NamedPattern{"DLDL", "6_dsa_alternating"},
+    NamedPattern{"LFFL", "1_sandwich"},         NamedPattern{"FLFL", "2_alternating"},    NamedPattern{"LLFF", "3_linear_first"},
+    NamedPattern{"FFLL", "4_full_first"},       NamedPattern{"LDDL", "5_dsa_sandwich"},   NamedPattern{"DLDL", "6_dsa_alternating"},
     NamedPattern{"LLDD", "7_dsa_linear_first"}, NamedPattern{"DDLL", "8_dsa_full_first"}, NamedPattern{"LLLL", "linear_only"},
-    NamedPattern{"FFFF", "full_only"},       NamedPattern{"DDDD", "dsa_only"}};
+    NamedPattern{"FFFF", "full_only"},          NamedPattern{"DDDD", "dsa_only"}};
 inline constexpr int studied_patterns = 8;
 
 inline std::string pattern_name(std::string_view letters) {
@@ -82,10 +82,16 @@ inline std::string arrows(std::string_view letters) {
 
 inline std::string layer_type(char letter) {
   switch (letter) {
-    case 'L': case 'G': return "linear_attention";
-    case 'F': case '*': return "full_attention";
-    case 'D': return "dsa_attention";
-    default: hybridattn::fail("no layer type for the letter '", letter, "'; there are L or G, F or *, and D");
+    case 'L':
+    case 'G':
+      return "linear_attention";
+    case 'F':
+    case '*':
+      return "full_attention";
+    case 'D':
+      return "dsa_attention";
+    default:
+      hybridattn::fail("no layer type for the letter '", letter, "'; there are L or G, F or *, and D");
   }
 }
 
@@ -120,9 +126,9 @@ inline std::string ranking_table(std::vector<RunResult> const& results) {
   for (RunResult const* r : ranked(results)) {
     std::string const bits = r->bits_per_byte() ? formatted("%.4f", *r->bits_per_byte()) : "-";
     std::string const parameters = with_commas(r->num_parameters), speed = with_commas(std::llround(r->tokens_per_second));
-    table += formatted("%4d  %-19s %-8s %9.4f %10s %7.2f %% %11.3f %11s %9s %6.1f s\n", ++rank, r->name.c_str(), r->letters.c_str(),
-                       r->val_loss, bits.c_str(), 100 * r->val_accuracy, r->val_perplexity(), parameters.c_str(), speed.c_str(),
-                       r->training_time);
+    table +=
+        formatted("%4d  %-19s %-8s %9.4f %10s %7.2f %% %11.3f %11s %9s %6.1f s\n", ++rank, r->name.c_str(), r->letters.c_str(), r->val_loss,
+                  bits.c_str(), 100 * r->val_accuracy, r->val_perplexity(), parameters.c_str(), speed.c_str(), r->training_time);
   }
   return table;
 }

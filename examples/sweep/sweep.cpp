@@ -58,8 +58,8 @@ int run(sweep::Settings const& s, std::string const& patterns, std::vector<std::
   data->next_batch(s.batch, s.seq_len, first);   // complains of a text that is too short before any work is done
   auto const validation = data->validation_batches(s.batch, s.seq_len);
   ha::Cpu cpu{s.threads};
-  std::printf("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(), chosen.size(), s.steps,
-              s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
+  std::printf("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(),
+              chosen.size(), s.steps, s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
   std::fflush(stdout);
 
   sweep::watch_for_interrupt();

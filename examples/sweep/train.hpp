@@ -23,10 +23,10 @@ struct Settings {
   std::filesystem::path out = "results";
 };
 
-// Set by Ctrl-C, read between steps.
+// Set by Ctrl-C or a polite kill, read between steps.
 inline std::atomic<bool> interrupted = false;
 inline void watch_for_interrupt() {
-  std::signal(SIGINT, [](int) { interrupted = true; });
+  for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { interrupted = true; });
 }
 
 class Clock {
@@ -48,8 +48,8 @@ class Progress {
     if (step != steps_ && clock_.seconds() - shown_ < every) return;
     shown_ = clock_.seconds();
     double const left = shown_ / done_ * (total_ - done_);
-    std::fprintf(stderr, "%s%-19s step %5td/%td  loss %.4f  %7.0f tokens/s  %4.0f s left%s", terminal_ ? "\r" : "", name.c_str(), step, steps_, loss,
-                 tokens_per_second, left, terminal_ && step != steps_ ? "" : "\n");
+    std::fprintf(stderr, "%s%-19s step %5td/%td  loss %.4f  %7.0f tokens/s  %4.0f s left%s", terminal_ ? "\r" : "", name.c_str(), step,
+                 steps_, loss, tokens_per_second, left, terminal_ && step != steps_ ? "" : "\n");
     std::fflush(stderr);
   }
 

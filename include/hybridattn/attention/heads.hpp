@@ -59,8 +59,8 @@ struct HeadNorm {
   }
   // Overwrites d_raw and d_weight.
   template <class B, class T>
-  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x, View<T, 3> d_raw,
-                View<T, 1> d_weight) const {
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, View<T, 1> d_weight) const {
     if (kind == QkNorm::none) {
       rotation.backward(backend, d_x, d_raw);
       return;
@@ -89,8 +89,8 @@ struct SigmoidFinish {
     On<SigmoidGate, B>::forward(backend, flat(o), flat(z), flat(y));
   }
   template <class B, class Config, class T>
-  static void backward(B& backend, Config const&, View<T const, 3> o, View<T const, 3> z, Params<In<T>>, View<T const, 3> d_y, View<T, 3> d_o,
-                       View<T, 3> d_z, Params<Out<T>>) {
+  static void backward(B& backend, Config const&, View<T const, 3> o, View<T const, 3> z, Params<In<T>>, View<T const, 3> d_y,
+                       View<T, 3> d_o, View<T, 3> d_z, Params<Out<T>>) {
     On<SigmoidGate, B>::backward(backend, flat(o), flat(z), flat(d_y), flat(d_o), flat(d_z));
   }
 };

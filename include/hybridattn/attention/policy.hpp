@@ -40,28 +40,27 @@ struct PolicyDefaults {
   static constexpr bool untrained(std::string_view) { return false; }
 };
 
-template <class P> concept AttentionPolicy =
-    requires(typename P::Config c, Sequences const& s, Index n) {
-      { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
-      { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
-      { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
-      { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
-      typename P::Prepare;
-      typename P::Finish;
-    };
+template <class P>
+concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Index n) {
+  { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
+  { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
+  { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
+  { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
+  typename P::Prepare;
+  typename P::Finish;
+};
 
-template <class P, class B, class T> concept HasForward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
-             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
-      On<P, B>::forward(b, c, s, x, y, saved);
-    };
-template <class P, class B, class T> concept HasBackward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
-             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
-             typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
-      On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x);
-    };
-template <class P, class B, class T> concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
+template <class P, class B, class T>
+concept HasForward =
+    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
+             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+template <class P, class B, class T>
+concept HasBackward =
+    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
+             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+             typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
+template <class P, class B, class T>
+concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
 
 // head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
 inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {

@@ -52,7 +52,8 @@ class Pool {
 };
 
 // What a machine offers to the layers above: memory, and copies from and to the host.
-template <class B> concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
+template <class B>
+concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
   b.give(to, bytes);
   b.upload(to, from, bytes);
@@ -61,7 +62,8 @@ template <class B> concept Backend = requires(B b, void* to, void const* from, s
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`) and has run(f), which calls f(inner).
-template <class B> concept Wrapper = requires { typename B::Inner; };
+template <class B>
+concept Wrapper = requires { typename B::Inner; };
 
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)

@@ -19,7 +19,7 @@ template <int Rank> struct Shape {
   Index extent[Rank > 0 ? Rank : 1] = {};
 
   Shape() = default;
-  template <std::integral... Extents> requires (sizeof...(Extents) == Rank && Rank > 0)
+  template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
@@ -47,7 +47,7 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
   // What is written can be read.
-  HYBRIDATTN_HD operator View<T const, Rank>() const requires (!std::is_const_v<T>) { return {data, shape, stride}; }
+  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
@@ -59,12 +59,14 @@ template <class T, int Rank> struct View {
     return true;
   }
 
-  template <std::integral... Indices> requires (sizeof...(Indices) == Rank)
-  HYBRIDATTN_HD T& operator()(Indices... indices) const { return data[offset(indices...)]; }
+  template <std::integral... Indices> requires(sizeof...(Indices) == Rank) HYBRIDATTN_HD T& operator()(Indices... indices) const {
+    return data[offset(indices...)];
+  }
 
   // The last axis at the given leading indices.
-  template <std::integral... Indices> requires (sizeof...(Indices) + 1 == Rank)
-  HYBRIDATTN_HD T* row(Indices... indices) const { return data + offset(indices...); }
+  template <std::integral... Indices> requires(sizeof...(Indices) + 1 == Rank) HYBRIDATTN_HD T* row(Indices... indices) const {
+    return data + offset(indices...);
+  }
 
  private:
   template <class... Indices> HYBRIDATTN_HD Index offset(Indices... indices) const {
@@ -82,16 +84,13 @@ template <class T, int Rank> struct View {
 };
 
 // [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
-template <class T, int Rank> requires (Rank >= 1)
-HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
+template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
   return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
-template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) {
-  return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}};
-}
+template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
 // All elements in a line.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 

@@ -52,8 +52,8 @@ class AtomicFile {
   explicit AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
     std::error_code ignored;
     auto const status = std::filesystem::status(path_, ignored);
-    check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status),
-          "cannot write ", path_, ": it is there and is not a file");
+    check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), "cannot write ", path_,
+          ": it is there and is not a file");
     for (int attempt = 0; !file_; ++attempt) {
       temporary_ = path_.string() + "." + std::to_string(::getpid()) + "-" + std::to_string(attempt) + ".partial";
       file_ = FileDescriptor{::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};

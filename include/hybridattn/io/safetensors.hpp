@@ -46,10 +46,9 @@ struct DType {
   std::string_view name;
   std::size_t size;
 };
-inline constexpr std::array dtypes = {
-    DType{"F64", 8},  DType{"F32", 4}, DType{"F16", 2}, DType{"BF16", 2}, DType{"I64", 8},  DType{"I32", 4},     DType{"I16", 2},
-    DType{"I8", 1},   DType{"U64", 8}, DType{"U32", 4}, DType{"U16", 2},  DType{"U8", 1},   DType{"BOOL", 1},    DType{"F8_E4M3", 1},
-    DType{"F8_E5M2", 1}};
+inline constexpr std::array dtypes = {DType{"F64", 8}, DType{"F32", 4}, DType{"F16", 2},  DType{"BF16", 2},    DType{"I64", 8},
+                                      DType{"I32", 4}, DType{"I16", 2}, DType{"I8", 1},   DType{"U64", 8},     DType{"U32", 4},
+                                      DType{"U16", 2}, DType{"U8", 1},  DType{"BOOL", 1}, DType{"F8_E4M3", 1}, DType{"F8_E5M2", 1}};
 
 template <class T> constexpr std::string_view dtype_of() {
   constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
@@ -266,11 +265,10 @@ class Safetensors {
 class SafetensorsWriter {
  public:
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
-    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name),
-          " is taken");
+    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name), " is taken");
     TensorInfo info{std::string(safetensors::dtype_of<T>()), std::move(shape)};
-    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ",
-          safetensors::shown(name), ", whose shape has ", info.count());
+    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", safetensors::shown(name),
+          ", whose shape has ", info.count());
     auto const bytes = std::as_bytes(elements);
     entries_[name] = {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}};
   }

@@ -74,12 +74,12 @@ struct Named {
   std::uint32_t point;
 };
 inline constexpr std::array punctuation = {
-    Named{"amp", '&'},       Named{"lt", '<'},        Named{"gt", '>'},        Named{"quot", '"'},      Named{"apos", '\''},
-    Named{"ndash", 0x2013},  Named{"mdash", 0x2014},  Named{"lsquo", 0x2018},  Named{"rsquo", 0x2019},  Named{"sbquo", 0x201a},
-    Named{"ldquo", 0x201c},  Named{"rdquo", 0x201d},  Named{"bdquo", 0x201e},  Named{"dagger", 0x2020}, Named{"bull", 0x2022},
-    Named{"hellip", 0x2026}, Named{"prime", 0x2032},  Named{"lsaquo", 0x2039}, Named{"rsaquo", 0x203a}, Named{"euro", 0x20ac},
-    Named{"trade", 0x2122},  Named{"larr", 0x2190},   Named{"rarr", 0x2192},   Named{"minus", 0x2212},  Named{"OElig", 0x152},
-    Named{"oelig", 0x153},   Named{"Scaron", 0x160},  Named{"scaron", 0x161},  Named{"ensp", 0x2002},   Named{"emsp", 0x2003},
+    Named{"amp", '&'},       Named{"lt", '<'},       Named{"gt", '>'},        Named{"quot", '"'},      Named{"apos", '\''},
+    Named{"ndash", 0x2013},  Named{"mdash", 0x2014}, Named{"lsquo", 0x2018},  Named{"rsquo", 0x2019},  Named{"sbquo", 0x201a},
+    Named{"ldquo", 0x201c},  Named{"rdquo", 0x201d}, Named{"bdquo", 0x201e},  Named{"dagger", 0x2020}, Named{"bull", 0x2022},
+    Named{"hellip", 0x2026}, Named{"prime", 0x2032}, Named{"lsaquo", 0x2039}, Named{"rsaquo", 0x203a}, Named{"euro", 0x20ac},
+    Named{"trade", 0x2122},  Named{"larr", 0x2190},  Named{"rarr", 0x2192},   Named{"minus", 0x2212},  Named{"OElig", 0x152},
+    Named{"oelig", 0x153},   Named{"Scaron", 0x160}, Named{"scaron", 0x161},  Named{"ensp", 0x2002},   Named{"emsp", 0x2003},
     Named{"thinsp", 0x2009}};
 
 // The code point of `name` in &name; -1 when it is none.
@@ -106,8 +106,8 @@ enum class Gap { none, space, line, paragraph };
 inline Gap gap_of(std::string_view tag) {
   static constexpr std::array<std::string_view, 9> lines = {"br", "dd", "dt", "hr", "li", "option", "tr", "caption", "legend"};
   static constexpr std::array<std::string_view, 27> paragraphs = {
-      "address", "article", "aside",  "blockquote", "body", "center", "div", "dl",  "fieldset", "figure", "footer", "form",  "h1", "h2",
-      "h3",      "h4",      "h5",     "h6",         "head", "header", "nav", "ol",  "p",        "pre",    "section", "table", "ul"};
+      "address", "article", "aside", "blockquote", "body", "center", "div", "dl", "fieldset", "figure", "footer",  "form",  "h1", "h2",
+      "h3",      "h4",      "h5",    "h6",         "head", "header", "nav", "ol", "p",        "pre",    "section", "table", "ul"};
   if (std::ranges::find(paragraphs, tag) != paragraphs.end()) return Gap::paragraph;
   if (std::ranges::find(lines, tag) != lines.end()) return Gap::line;
   return tag == "td" || tag == "th" ? Gap::space : Gap::none;

@@ -36,28 +36,35 @@ template <AttentionPolicy Policy> struct Attention {
   static Params<Shapes> params(Config const& c, Index model_dim) {
     auto const one_token = Sequences::equal(1, 1);
     Index const width = Policy::outputs(c, one_token).o.count();
-    Params<Shapes> shapes{.w = {}, .w_gate = {Finish::gated ? width : 0, Finish::gated ? model_dim : 0}, .w_o = {model_dim, width},
-                          .prepare = Prepare::params(c), .finish = Finish::params(c)};
+    Params<Shapes> shapes{.w = {},
+                          .w_gate = {Finish::gated ? width : 0, Finish::gated ? model_dim : 0},
+                          .w_o = {model_dim, width},
+                          .prepare = Prepare::params(c),
+                          .finish = Finish::params(c)};
     zip([&](Path const&, auto const& input, auto& w) { w = {input.count(), model_dim}; }, Policy::inputs(c, one_token), shapes.w);
     return shapes;
   }
   // Parameters that nothing trains have no gradient.
   static Params<Shapes> gradients(Config const& c, Index model_dim) {
     auto shapes = params(c, model_dim);
-    auto const drop = [](Path const& path, auto& shape) { if (Policy::untrained(path.name)) shape = {}; };
+    auto const drop = [](Path const& path, auto& shape) {
+      if (Policy::untrained(path.name)) shape = {};
+    };
     zip(drop, shapes.w);
     zip(drop, shapes.prepare);
     return shapes;
   }
   static Params<Starts> starts(Config const& c, Index model_dim, Initialization const& init) {
     Index const width = Policy::outputs(c, Sequences::equal(1, 1)).o.count();
-    Params<Starts> result{.w = {}, .w_gate = init.linear(model_dim), .w_o = init.linear(width), .prepare = Prepare::starts(c), .finish = Finish::starts(c)};
+    Params<Starts> result{
+        .w = {}, .w_gate = init.linear(model_dim), .w_o = init.linear(width), .prepare = Prepare::starts(c), .finish = Finish::starts(c)};
     zip([&](Path const&, Initial& start) { start = init.linear(model_dim); }, result.w);
     return result;
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) {
     auto const outputs = Policy::outputs(c, s);
-    Saved<Shapes> shapes{.raw = raw(c, s), .inputs = Policy::inputs(c, s), .outputs = outputs, .z = {}, .finished = {}, .policy = Policy::saved(c, s)};
+    Saved<Shapes> shapes{
+        .raw = raw(c, s), .inputs = Policy::inputs(c, s), .outputs = outputs, .z = {}, .finished = {}, .policy = Policy::saved(c, s)};
     if constexpr (Finish::gated) shapes.z = outputs.o;
     if constexpr (finishes) shapes.finished = outputs.o;
     return shapes;
@@ -69,16 +76,16 @@ template <AttentionPolicy Policy> struct Attention {
     static_assert(HasForward<Policy, B, T>, "this policy has no forward on this backend: write On<Policy, Backend>::forward");
     static_assert(HasBackward<Policy, B, T>, "this policy has no backward on this backend: write On<Policy, Backend>::backward");
     saved = allocate<T>(backend, Attention::saved(c, s));
-    zip([&](Path const& path, auto const& w, auto& raw, auto& input) {
-      auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));
-      On<Linear, B>::forward(backend, x, w, made);
-    }, p.w, saved.raw, saved.inputs);
-    if constexpr (!std::is_same_v<Prepare, NoStep>)
-      Prepare::forward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, out(saved.inputs));
+    zip(
+        [&](Path const& path, auto const& w, auto& raw, auto& input) {
+          auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));
+          On<Linear, B>::forward(backend, x, w, made);
+        },
+        p.w, saved.raw, saved.inputs);
+    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, out(saved.inputs));
     On<Policy, B>::forward(backend, c, s, in(saved.inputs), out(saved.outputs), out(saved.policy));
     if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(saved.z)));
-    if constexpr (finishes)
-      Finish::forward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, out(saved.finished));
+    if constexpr (finishes) Finish::forward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, out(saved.finished));
     Tensor<T, 2, B> y{backend, x.shape};
     On<Linear, B>::forward(backend, as_rows(in(finished(saved))), p.w_o, out(y));
     return y;
@@ -105,7 +112,11 @@ template <AttentionPolicy Policy> struct Attention {
  private:
   static Inputs<Narrow<Shapes>> raw(Config const& c, Sequences const& s) {
     Inputs<Narrow<Shapes>> shapes{};
-    zip([](Path const& path, auto const& input, auto& raw) { if (Prepare::makes(path.name)) raw = input; }, Policy::inputs(c, s), shapes);
+    zip(
+        [](Path const& path, auto const& input, auto& raw) {
+          if (Prepare::makes(path.name)) raw = input;
+        },
+        Policy::inputs(c, s), shapes);
     return shapes;
   }
   // Through the policy, Prepare and the projections.
@@ -114,19 +125,30 @@ template <AttentionPolicy Policy> struct Attention {
                                Saved<Owned<T, B>> const& saved, typename Policy::template Outputs<In<T>> d_outputs, View<T, 2> d_x,
                                Params<Out<T>> const& d_p) {
     auto wanted = Policy::inputs(c, s);
-    zip([](Path const& path, auto& shape) { if (Policy::untrained(path.name)) shape = {}; }, wanted);
+    zip(
+        [](Path const& path, auto& shape) {
+          if (Policy::untrained(path.name)) shape = {};
+        },
+        wanted);
     auto d_inputs = allocate<T>(backend, wanted);
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     Inputs<Narrow<Owned<T, B>>> d_raw;
     if constexpr (!std::is_same_v<Prepare, NoStep>) {
-      zip([&](Path const& path, auto const& raw, auto& d) { if (!Policy::untrained(path.name)) d = {backend, raw.shape()}; }, saved.raw, d_raw);
-      Prepare::backward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out_narrow<T>(d_raw), d_p.prepare);
+      zip(
+          [&](Path const& path, auto const& raw, auto& d) {
+            if (!Policy::untrained(path.name)) d = {backend, raw.shape()};
+          },
+          saved.raw, d_raw);
+      Prepare::backward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out_narrow<T>(d_raw),
+                        d_p.prepare);
     }
-    zip([&](Path const& path, auto const& w, auto& d_w, auto const& d_made, auto const& d_input) {
-      if (Policy::untrained(path.name)) return;
-      auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-      On<Linear, B>::backward(backend, x, w, d_projection, Policy::detached(path.name) ? View<T, 2>{} : d_x, d_w);
-    }, p.w, d_p.w, d_raw, d_inputs);
+    zip(
+        [&](Path const& path, auto const& w, auto& d_w, auto const& d_made, auto const& d_input) {
+          if (Policy::untrained(path.name)) return;
+          auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
+          On<Linear, B>::backward(backend, x, w, d_projection, Policy::detached(path.name) ? View<T, 2>{} : d_x, d_w);
+        },
+        p.w, d_p.w, d_raw, d_inputs);
   }
   // `in` and `out` for a group whose role is composed.
   template <class T, class B> static Inputs<Narrow<In<T>>> in_narrow(Inputs<Narrow<Owned<T, B>>> const& raw) {

@@ -32,7 +32,8 @@ class BalanceLoss {
     double const tokens = static_cast<double>(pool ? pooled_tokens_ : saved.probabilities.shape()[0]);
     std::vector<T> d_probability;
     for (Use const& expert : layer)
-      d_probability.push_back(static_cast<T>(c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
+      d_probability.push_back(
+          static_cast<T>(c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
     upload(backend, d_probability, saved.d_probability);
   }
   double value() const { return c_.balance == Balance::pooled ? loss(pooled_, pooled_tokens_) : sum_of_layers_; }

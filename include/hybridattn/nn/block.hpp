@@ -36,7 +36,9 @@ template <AttentionPolicy P> struct Block {
   };
 
   static Params<Shapes> params(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
-    return {.attention_norm = {c.model_dim}, .attention = Mixer::params(mixer, c.model_dim), .feed_forward_norm = {c.model_dim},
+    return {.attention_norm = {c.model_dim},
+            .attention = Mixer::params(mixer, c.model_dim),
+            .feed_forward_norm = {c.model_dim},
             .feed_forward = FeedForward::params(c.feed_forward, layer, c.model_dim)};
   }
   static Params<Shapes> gradients(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
@@ -46,12 +48,18 @@ template <AttentionPolicy P> struct Block {
   }
   static Params<Starts> starts(BlockConfig const& c, typename P::Config const& mixer) {
     auto const neutral = Initial::constant(c.norm.weight == NormWeight::plain ? 1 : 0);
-    return {.attention_norm = neutral, .attention = Mixer::starts(mixer, c.model_dim, c.initialization), .feed_forward_norm = neutral,
+    return {.attention_norm = neutral,
+            .attention = Mixer::starts(mixer, c.model_dim, c.initialization),
+            .feed_forward_norm = neutral,
             .feed_forward = FeedForward::starts(c.feed_forward, c.model_dim, c.initialization)};
   }
   static Saved<Shapes> saved(BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s) {
     Shape<2> const x{s.tokens(), c.model_dim};
-    return {.x = x, .x_normed = x, .attention = Mixer::saved(mixer, s), .h = x, .h_normed = x,
+    return {.x = x,
+            .x_normed = x,
+            .attention = Mixer::saved(mixer, s),
+            .h = x,
+            .h_normed = x,
             .feed_forward = FeedForward::saved(c.feed_forward, layer, c.model_dim, s.tokens())};
   }
 
@@ -76,11 +84,12 @@ template <AttentionPolicy P> struct Block {
   static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
     {
-      auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed), std::move(saved.feed_forward),
-                                                  in(d_y), d_p.feed_forward);
+      auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
+                                                  std::move(saved.feed_forward), in(d_y), d_p.feed_forward);
       On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm);
     }
-    auto const d_normed = Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
+    auto const d_normed =
+        Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
     On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm);
     return d_y;
   }

@@ -115,7 +115,8 @@ struct FeedForward {
     Held<S, 2> shared_made;    // [N, C]
     Held<S, 2> shared_logit;   // [N, 1]
     Wide<S, 1> d_probability;  // [E]: what the balancing loss adds to every token's, written between the passes
-    HYBRIDATTN_FIELDS(dense, probabilities, weights, chosen, offsets, places, rows, made, experts, shared, shared_made, shared_logit, d_probability)
+    HYBRIDATTN_FIELDS(dense, probabilities, weights, chosen, offsets, places, rows, made, experts, shared, shared_made, shared_logit,
+                      d_probability)
   };
 
   static Params<Shapes> params(FeedForwardConfig const& c, Index layer, Index C) {
@@ -135,8 +136,11 @@ struct FeedForward {
   }
   static Params<Starts> starts(FeedForwardConfig const& c, Index C, Initialization const& init) {
     auto const wide = init.linear(C);
-    return {.dense = Mlp::starts(C, c.hidden_dim, init), .router = wide, .experts = {.gate = wide, .up = wide, .down = init.linear(c.expert_dim)},
-            .shared = Mlp::starts(C, std::max<Index>(c.shared_dim, 1), init), .shared_gate = wide};
+    return {.dense = Mlp::starts(C, c.hidden_dim, init),
+            .router = wide,
+            .experts = {.gate = wide, .up = wide, .down = init.linear(c.expert_dim)},
+            .shared = Mlp::starts(C, std::max<Index>(c.shared_dim, 1), init),
+            .shared_gate = wide};
   }
   static Saved<Shapes> saved(FeedForwardConfig const& c, Index layer, Index C, Index N) {
     Saved<Shapes> shapes{};
@@ -204,10 +208,12 @@ struct FeedForward {
   }
 
   template <class B, class T>
-  static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved, View<T, 2> y) {
+  static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
+                  View<T, 2> y) {
     Tensor<T, 2, B> logits{backend, saved.probabilities.shape()};
     On<Linear, B>::forward(backend, x, p.router, out(logits));
-    On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights), out(saved.chosen));
+    On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights),
+                          out(saved.chosen));
     On<Permute, B>::forward(backend, in(saved.chosen), out(saved.offsets), out(saved.places));
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
     for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
@@ -233,17 +239,19 @@ struct FeedForward {
   template <class B, class T>
   static void mix_backward(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                            View<T const, 2> d_y, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()}, d_logits{backend, saved.probabilities.shape()};
+    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
+        d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
     auto d_rows = zeros<T>(backend, saved.rows.shape());
     auto d_experts = allocate<T>(backend, Mlp::saved(x.extent(0) * c.top_k, c.expert_dim, c.gated));
     for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
       Mlp::backward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(in(saved.experts), first, count),
-                    part(in(d_made), first, count), part(out(d_experts), first, count), part(out(d_rows), first, count), of_expert(d_p.experts, e));
+                    part(in(d_made), first, count), part(out(d_experts), first, count), part(out(d_rows), first, count),
+                    of_expert(d_p.experts, e));
     });
     On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x);
-    On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen), in(d_weights),
-                           in(saved.d_probability), out(d_logits));
+    On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen),
+                           in(d_weights), in(saved.d_probability), out(d_logits));
     On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router);
     if (c.shared_dim < 0) return;
     Tensor<T, 2, B> d_shared{backend, saved.shared_made.shape()}, d_logit{backend, saved.shared_logit.shape()};

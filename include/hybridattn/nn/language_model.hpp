@@ -56,7 +56,8 @@ template <class S_> class LanguageModel {
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
     check(config_.vocab_size > 0, "LanguageModel: vocab_size ", config_.vocab_size, " must be positive");
     check(config_.model_dim > 0, "LanguageModel: model_dim ", config_.model_dim, " must be positive");
-    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers}, config_.num_heads);
+    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
+                              config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
   }
   Config const& config() const { return config_; }
@@ -77,16 +78,19 @@ template <class S_> class LanguageModel {
 
   // Each tensor is drawn by a generator of its own, seeded by the seed and the tensor's path: what two models share starts equal.
   template <class T, class B> Params<Owned<T, B>> initialize(B& backend, Seed seed) const {
-    Params<Starts> const starts{.embedding = config_.initialization.embedding(), .blocks = Stack::starts(stack_),
+    Params<Starts> const starts{.embedding = config_.initialization.embedding(),
+                                .blocks = Stack::starts(stack_),
                                 .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
                                 .head = config_.initialization.linear(config_.model_dim)};
     auto params = allocate<T>(backend, this->params());
-    zip([&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
-      Random random{seed, path.str()};
-      std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
-      for (E& element : host) element = static_cast<E>(start.draw(random));
-      upload(backend, host, tensor);
-    }, params, starts);
+    zip(
+        [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
+          Random random{seed, path.str()};
+          std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
+          for (E& element : host) element = static_cast<E>(start.draw(random));
+          upload(backend, host, tensor);
+        },
+        params, starts);
     return params;
   }
 
@@ -115,7 +119,8 @@ template <class S_> class LanguageModel {
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + the load-balancing loss. `saved` is consumed.
   template <class B, class T>
-  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved, double scale) const {
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
+                           double scale) const {
     auto const p = in(params);
     Gradients<T, B> result{.loss = {}, .auxiliary_loss = balance(backend, saved.blocks), .params = allocate<T>(backend, gradients())};
     auto const d_p = out(result.params);
@@ -134,7 +139,8 @@ template <class S_> class LanguageModel {
  private:
   Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
     Shape<2> const table{config_.vocab_size, config_.model_dim};
-    return {.embedding = table, .blocks = std::move(blocks), .norm = {config_.model_dim}, .head = config_.tie_embedding ? Shape<2>{} : table};
+    return {
+        .embedding = table, .blocks = std::move(blocks), .norm = {config_.model_dim}, .head = config_.tie_embedding ? Shape<2>{} : table};
   }
   template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
 

@@ -32,7 +32,9 @@ template <class T, class... Ts> constexpr std::size_t position(Types<Ts...>) {
 
 // Where the layers of a list live: layer i is element slots[i].index of the array of its type, number slots[i].type.
 template <class... Layers_> struct Plan {
-  struct Slot { std::size_t type, index; };
+  struct Slot {
+    std::size_t type, index;
+  };
   static constexpr std::size_t depth = sizeof...(Layers_);
   using Kinds = Distinct<Layers_...>;
 
@@ -62,9 +64,7 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
   typename Storage<std::make_index_sequence<sizeof...(Kinds)>>::type arrays;
 
   // f(type_c<Layer>, layer's number, its elements in several lists of this plan...)
-  template <class F, class... Lists> static void visit(std::size_t i, F&& f, Lists&... lists) {
-    (visit_if<Kinds>(i, f, lists...), ...);
-  }
+  template <class F, class... Lists> static void visit(std::size_t i, F&& f, Lists&... lists) { (visit_if<Kinds>(i, f, lists...), ...); }
   template <class F, class... Lists> static void for_each(F&& f, Lists&... lists) {
     for (std::size_t i = 0; i < depth; ++i) visit(i, f, lists...);
   }
@@ -85,7 +85,9 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
 };
 
 // One value for each of several types, reached by type.
-template <class Key, class Value> struct Keyed { Value value{}; };
+template <class Key, class Value> struct Keyed {
+  Value value{};
+};
 template <template <class> class Of, class Kinds> struct ByType;
 template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
   template <class Key> auto& get() { return static_cast<Keyed<Key, Of<Key>>&>(*this).value; }

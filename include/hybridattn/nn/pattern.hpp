@@ -9,7 +9,9 @@ namespace hybridattn {
 
 template <std::size_t size> struct Text {
   char letters[size] = {};
-  consteval Text(char const (&text)[size]) { for (std::size_t i = 0; i < size; ++i) letters[i] = text[i]; }
+  consteval Text(char const (&text)[size]) {
+    for (std::size_t i = 0; i < size; ++i) letters[i] = text[i];
+  }
 };
 
 // One letter of an alphabet, and the policy it stands for.

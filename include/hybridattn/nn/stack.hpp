@@ -36,34 +36,41 @@ template <AttentionPolicy... Policies> struct Stack {
   }
 
   static Params<Shapes> params(Config const& c) {
-    return filled<Params<Shapes>>(c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
+    return filled<Params<Shapes>>(
+        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
   }
   static Params<Shapes> gradients(Config const& c) {
-    return filled<Params<Shapes>>(c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::gradients(c.block, mixer, layer); });
+    return filled<Params<Shapes>>(
+        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::gradients(c.block, mixer, layer); });
   }
   static Params<Starts> starts(Config const& c) {
     return filled<Params<Starts>>(c, [&](auto block, auto const& mixer, Index) { return decltype(block)::type::starts(c.block, mixer); });
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) {
-    return filled<Saved<Shapes>>(c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::saved(c.block, mixer, layer, s); });
+    return filled<Saved<Shapes>>(
+        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::saved(c.block, mixer, layer, s); });
   }
 
   template <class B, class T>
   static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
                                  Saved<Owned<T, B>>& saved) {
-    params.for_each([&](auto block, std::size_t layer, auto& p, auto& kept) {
-      using Block = typename decltype(block)::type;
-      x = Block::forward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
-    }, params, saved);
+    params.for_each(
+        [&](auto block, std::size_t layer, auto& p, auto& kept) {
+          using Block = typename decltype(block)::type;
+          x = Block::forward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
+        },
+        params, saved);
     return x;
   }
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
                                   Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
-    params.for_each_reversed([&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
-      using Block = typename decltype(block)::type;
-      d_y = Block::backward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y), d_p);
-    }, params, saved, d_params);
+    params.for_each_reversed(
+        [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
+          using Block = typename decltype(block)::type;
+          d_y = Block::backward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y), d_p);
+        },
+        params, saved, d_params);
     return d_y;
   }
 
@@ -76,9 +83,9 @@ template <AttentionPolicy... Policies> struct Stack {
   // A list whose elements are f(block, its mixer's config, layer's number).
   template <class List, class F> static List filled(Config const& c, F f) {
     List list;
-    list.for_each([&](auto block, std::size_t layer, auto& element) {
-      element = f(block, mixer<typename decltype(block)::type>(c), static_cast<Index>(layer));
-    }, list);
+    list.for_each([&](auto block, std::size_t layer,
+                      auto& element) { element = f(block, mixer<typename decltype(block)::type>(c), static_cast<Index>(layer)); },
+                  list);
     return list;
   }
 };
@@ -87,7 +94,9 @@ namespace detail {
 template <class... Ps> struct PolicyList {
   template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
   template <class Indices> struct Repeated;
-  template <std::size_t... i> struct Repeated<std::index_sequence<i...>> { using type = Stack<At<i % sizeof...(Ps)>...>; };
+  template <std::size_t... i> struct Repeated<std::index_sequence<i...>> {
+    using type = Stack<At<i % sizeof...(Ps)>...>;
+  };
 };
 }  // namespace detail
 

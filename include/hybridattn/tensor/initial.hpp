@@ -24,10 +24,14 @@ struct Initial {
 
   double draw(Random& random) const {
     switch (kind) {
-      case Kind::constant: return a;
-      case Kind::normal: return a * random.normal();
-      case Kind::uniform: return random.uniform(a, b);
-      case Kind::log_uniform_value: return std::log(random.uniform(a, b));
+      case Kind::constant:
+        return a;
+      case Kind::normal:
+        return a * random.normal();
+      case Kind::uniform:
+        return random.uniform(a, b);
+      case Kind::log_uniform_value:
+        return std::log(random.uniform(a, b));
       case Kind::inverse_softplus_of_log_uniform: {
         double const x = std::exp(random.uniform(std::log(a), std::log(b)));
         return x + std::log(-std::expm1(-x));

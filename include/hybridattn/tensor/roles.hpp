@@ -25,7 +25,9 @@
 
 namespace hybridattn {
 
-template <class T> struct WideOf { using type = T; };
+template <class T> struct WideOf {
+  using type = T;
+};
 // What a sum of Ts is kept in.
 template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
 
@@ -125,8 +127,10 @@ template <class G> inline constexpr bool lists_every_field = laid_out(static_cas
 
 }  // namespace detail
 
-template <class G> concept FieldGroup = requires(G g) { g.fields(); };
-template <class G> concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+template <class G>
+concept FieldGroup = requires(G g) { g.fields(); };
+template <class G>
+concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
 
 // Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
 struct Path {
@@ -208,9 +212,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
   std::size_t total = 0;
   G<In<T>> const types;
-  zip([&](Path const&, auto const& shape, auto const& view) {
-    total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data);
-  }, shapes, types);
+  zip([&](Path const&, auto const& shape, auto const& view) { total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data); },
+      shapes, types);
   return total;
 }
 

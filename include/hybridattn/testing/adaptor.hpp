@@ -64,7 +64,8 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class S> using Saved = typename P::template Saved<S>;
 
  public:
-  explicit Adaptor(Config config, std::string name = detail::type_name<P>()) : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
+  explicit Adaptor(Config config, std::string name = detail::type_name<P>())
+      : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
 
   std::string name() const override { return name_ + ", " + detail::type_name<T>(); }
   double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
@@ -144,18 +145,24 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     HostGroup group;
     auto const few = shapes_of(config_, Sequences::equal(2, 5)), more = shapes_of(config_, Sequences::equal(3, 7));
     typename Whole32<G>::type const types{};
-    zip([&](Path const& path, auto const& shape, auto const& a, auto const& b, auto const& view) {
-      HostTensor& tensor = group.emplace_back();
-      tensor.name = path.str();
-      tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? Rows::tokens : detail::counts(a, 2) && detail::counts(b, 3) ? Rows::sequences : Rows::other;
-      tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
-      tensor.values.resize(static_cast<std::size_t>(shape.count()));
-      for (Index extent : shape.extent) tensor.shape.push_back(extent);
-    }, shapes, few, more, types);
+    zip(
+        [&](Path const& path, auto const& shape, auto const& a, auto const& b, auto const& view) {
+          HostTensor& tensor = group.emplace_back();
+          tensor.name = path.str();
+          tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? Rows::tokens
+                        : detail::counts(a, 2) && detail::counts(b, 3) ? Rows::sequences
+                                                                       : Rows::other;
+          tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
+          tensor.values.resize(static_cast<std::size_t>(shape.count()));
+          for (Index extent : shape.extent) tensor.shape.push_back(extent);
+        },
+        shapes, few, more, types);
     return group;
   }
   template <class G> struct Whole32;
-  template <template <class> class G> struct Whole32<G<Shapes>> { using type = G<In<T>>; };
+  template <template <class> class G> struct Whole32<G<Shapes>> {
+    using type = G<In<T>>;
+  };
 
   template <template <class> class G, class S, class Tensors> static G<S> views(Tensors& tensors) {
     G<S> result;

@@ -27,7 +27,8 @@ inline std::vector<Cut> cuts(Sequences const& s, std::size_t kind, std::size_t k
     if (turn++ % turns == 0) result.emplace_back(s.size(), place);
   Random random{Seed{kind}, "cuts"};
   for (int i = 0; i < 2; ++i)
-    for (Cut& cut = result.emplace_back(); Sequence const sequence : s) cut.push_back(1 + random.below(std::max<Index>(1, sequence.length - 1)));
+    for (Cut& cut = result.emplace_back(); Sequence const sequence : s)
+      cut.push_back(1 + random.below(std::max<Index>(1, sequence.length - 1)));
   return result;
 }
 inline bool is_early(Sequences const& s, Cut const& cut, Index token) {
@@ -50,7 +51,9 @@ inline Verdict verdict(std::string law, std::string why) {
   bool const holds = why.empty();
   return {std::move(law), holds, std::move(why)};
 }
-inline std::string told(std::string const& why, std::string const& circumstances) { return why.empty() ? why : why + " (" + circumstances + ")"; }
+inline std::string told(std::string const& why, std::string const& circumstances) {
+  return why.empty() ? why : why + " (" + circumstances + ")";
+}
 
 // The first offender that check(x, what x computes, changed inputs and d_outputs, cut) finds, for many kinds, cuts and changes.
 template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check check) {
@@ -63,7 +66,9 @@ template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check
     for (Cut const& cut : cuts(s, kind, kinds.size()))
       for (bool const with_nan : {false, true}) {
         std::string const why = check(x, before, with_nan ? nan : other, cut);
-        if (!why.empty()) return sentence(why, " (before and after ", with_nan ? "NaN" : "other values", " beyond a cut; the sequences are cut at ", listed(cut), "; kind ", kinds[kind], ")");
+        if (!why.empty())
+          return sentence(why, " (before and after ", with_nan ? "NaN" : "other values", " beyond a cut; the sequences are cut at ",
+                          listed(cut), "; kind ", kinds[kind], ")");
       }
   }
   return {};
@@ -73,23 +78,30 @@ template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check
 
 // 1. Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
 inline Verdict causal_forward(AnyPolicy const& policy) {
-  return detail::verdict("causal forward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
-    auto const is_early = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row); };
-    replace_rows(x.inputs, other.inputs, [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
-    Result const after = policy.run(x, {});
-    return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
-                            [&] { return first_difference(before.saved, after.saved, is_early); });
-  }));
+  return detail::verdict(
+      "causal forward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
+        auto const is_early = [&](HostTensor const& tensor, Index row) {
+          return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
+        };
+        replace_rows(x.inputs, other.inputs,
+                     [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
+        Result const after = policy.run(x, {});
+        return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
+                                [&] { return first_difference(before.saved, after.saved, is_early); });
+      }));
 }
 
 // 2. d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
 inline Verdict causal_backward(AnyPolicy const& policy) {
-  return detail::verdict("causal backward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
-    auto const is_early = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row); };
-    auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); };
-    replace_rows(x.d_outputs, other.d_outputs, is_early);
-    return first_difference(before.gradients, policy.run(x, {}).gradients, is_late);
-  }));
+  return detail::verdict(
+      "causal backward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
+        auto const is_early = [&](HostTensor const& tensor, Index row) {
+          return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
+        };
+        auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); };
+        replace_rows(x.d_outputs, other.d_outputs, is_early);
+        return first_difference(before.gradients, policy.run(x, {}).gradients, is_late);
+      }));
 }
 
 // 3. Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
@@ -103,7 +115,9 @@ inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
   for (Index parity : {0, 1})
     for (bool const with_nan : {false, true}) {
       if (!why.empty()) continue;
-      auto const changes = [&](HostTensor const& tensor, Index row) { return tensor.rows != Rows::other && detail::owner(s, tensor.rows, row) % 2 == parity; };
+      auto const changes = [&](HostTensor const& tensor, Index row) {
+        return tensor.rows != Rows::other && detail::owner(s, tensor.rows, row) % 2 == parity;
+      };
       auto const stays = [&](HostTensor const& tensor, Index row) { return tensor.rows != Rows::other && !changes(tensor, row); };
       Case changed = x;
       replace_rows(changed.inputs, with_nan ? nan : other.inputs, changes);
@@ -128,9 +142,10 @@ inline Verdict packed_equals_its_sequences(AnyPolicy const& policy) {
       std::vector<Part> const own{{i, 0, s[static_cast<std::size_t>(i)].length}};
       Result const alone = policy.run(cut(x, own), {});
       auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != Rows::other; };
-      why = detail::told(detail::first_of([&] { return first_difference(detail::rows_of(whole.outputs, s, own), alone.outputs, has_rows); },
-                                          [&] { return first_difference(detail::rows_of(whole.gradients, s, own), alone.gradients, has_rows); }),
-                         sentence("in the batch and alone, of sequence ", i, " with ", own[0].last, " tokens, kind ", kind));
+      why = detail::told(
+          detail::first_of([&] { return first_difference(detail::rows_of(whole.outputs, s, own), alone.outputs, has_rows); },
+                           [&] { return first_difference(detail::rows_of(whole.gradients, s, own), alone.gradients, has_rows); }),
+          sentence("in the batch and alone, of sequence ", i, " with ", own[0].last, " tokens, kind ", kind));
     }
   }
   return detail::verdict("packed equals its sequences", why);
@@ -195,7 +210,8 @@ inline std::string first_not_zero(HostGroup const& gradients, AnyPolicy const& p
   for (HostTensor const& tensor : gradients) {
     if (policy.detached(tensor.name) != detached) continue;
     for (Index e = 0; e < std::ssize(tensor.values); ++e)
-      if (double const x = tensor.values[static_cast<std::size_t>(e)]; x != 0) return sentence("the gradient of ", tensor.name, tensor.place(e), " is ", number(x));
+      if (double const x = tensor.values[static_cast<std::size_t>(e)]; x != 0)
+        return sentence("the gradient of ", tensor.name, tensor.place(e), " is ", number(x));
   }
   return {};
 }
@@ -205,7 +221,8 @@ inline std::string first_not_zero(HostGroup const& gradients, AnyPolicy const& p
 inline Verdict isolated(AnyPolicy const& policy) {
   Sequences const s = detail::all_lengths();
   Case x = policy.sample(policy.kinds().front(), s, 1, true);
-  bool const has_detached = std::any_of(x.inputs.begin(), x.inputs.end(), [&](HostTensor const& tensor) { return policy.detached(tensor.name); });
+  bool const has_detached =
+      std::any_of(x.inputs.begin(), x.inputs.end(), [&](HostTensor const& tensor) { return policy.detached(tensor.name); });
   HostTensor* const auxiliary = x.d_outputs.find("auxiliary_loss");
   if (!has_detached && auxiliary == nullptr) return {"isolated", true, "no input is detached"};
   if (auxiliary != nullptr) std::fill(auxiliary->values.begin(), auxiliary->values.end(), 0);
@@ -220,7 +237,8 @@ inline Verdict isolated(AnyPolicy const& policy) {
 // Of one policy on two machines that shall compute the same bits.
 inline Verdict same_on_both(AnyPolicy const& a, AnyPolicy const& b) {
   Case const x = a.sample(a.kinds().front(), detail::all_lengths(), 1, true);
-  return detail::verdict("same on both", detail::told(detail::first_difference_of_runs(a.run(x, {}), b.run(x, {})), "on the first backend and on the second"));
+  return detail::verdict(
+      "same on both", detail::told(detail::first_difference_of_runs(a.run(x, {}), b.run(x, {})), "on the first backend and on the second"));
 }
 
 }  // namespace hybridattn::testing

@@ -35,8 +35,8 @@ inline bool is_unwritten(HostTensor const& truth) {
   return std::all_of(truth.values.begin(), truth.values.end(), [](double x) { return x != x; });
 }
 // The first tensor of x that is further from `expected` than `times` the budget.
-inline std::string beyond_budget(AnyPolicy const& policy, HostGroup const& x, HostGroup const& expected, HostGroup const& truth, HostGroup const& naive,
-                                 double times) {
+inline std::string beyond_budget(AnyPolicy const& policy, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
+                                 HostGroup const& naive, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
     if (x[i].whole || is_unwritten(truth[i])) continue;
     double const allowed = times * budget(policy, truth[i], naive.empty() ? nullptr : &naive[i]);
@@ -59,7 +59,7 @@ inline std::string wrong_values(AnyPolicy const& policy, Values const& of, std::
   Case const x = policy.sample(of.kind, of.sequences, seed, of.carried);
   Result const result = policy.run(x, {});
   Judges const judges = judges_of(policy, x, result);
-  auto const group = [&](char const* name, HostGroup Result::*part) {
+  auto const group = [&](char const* name, HostGroup Result::* part) {
     return told(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times),
                 sentence(name, ", kind ", of.kind, ", longest sequence ", of.sequences.longest(), of.carried ? "" : ", without states"));
   };
@@ -132,7 +132,8 @@ inline std::string wrong_slope(AnyPolicy const& policy, Case const& x, Result co
   double const slope = (loss_at(policy, x, input, direction, step) - loss_at(policy, x, input, direction, -step)) / (2 * step);
   double const allowed = 1e-7 * length + 8 * policy.eps() / step * product_length(result.outputs, x.d_outputs) + 1e-14;
   if (std::abs(along - slope) <= allowed) return {};
-  return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope), "; ", allowed, " is allowed");
+  return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope),
+                  "; ", allowed, " is allowed");
 }
 
 }  // namespace detail
@@ -172,8 +173,10 @@ inline Verdict linear(AnyPolicy const& policy) {
     Difference const worst = max_difference(at_sum[i], expected);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))
-      return {"linear", false, sentence("the gradient of ", expected.name, expected.place(worst.element), " is ", number(at_sum[i].values[at]), " for 2a - 3b and ",
-                                        number(expected.values[at]), " by its parts, off by ", worst.size, " where ", allowed, " is allowed")};
+      return {"linear", false,
+              sentence("the gradient of ", expected.name, expected.place(worst.element), " is ", number(at_sum[i].values[at]),
+                       " for 2a - 3b and ", number(expected.values[at]), " by its parts, off by ", worst.size, " where ", allowed,
+                       " is allowed")};
   }
   return {"linear", true, ""};
 }
@@ -233,8 +236,9 @@ inline Verdict agrees_in_parts(AnyPolicy const& policy) {
     gradients[p] = policy.run(parts[p], {}).gradients;
   }
   detail::Judges const judges = detail::judges_of(policy, x, whole);
-  auto const compare = [&](HostGroup Result::*part, std::vector<HostGroup> const& groups, std::size_t states) {
-    return detail::beyond_budget(policy, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part, judges.naive.*part, 2);
+  auto const compare = [&](HostGroup Result::* part, std::vector<HostGroup> const& groups, std::size_t states) {
+    return detail::beyond_budget(policy, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part,
+                                 judges.naive.*part, 2);
   };
   return detail::verdict("agrees in parts", detail::told(detail::first_of([&] { return compare(&Result::outputs, outputs, 2); },
                                                                           [&] { return compare(&Result::gradients, gradients, 0); }),
@@ -247,17 +251,21 @@ inline Verdict memory_as_announced(AnyPolicy const& policy) {
   std::vector<Footprint> prints;
   for (Index length : {128, 256, 512}) prints.push_back(policy.footprint(Sequences::equal(1, length)));
   for (Footprint const& print : prints) {
-    if (print.announced_saved != print.taken_saved) return {"memory as announced", false, sentence(print.announced_saved, " bytes announced for Saved, ", print.taken_saved, " taken")};
+    if (print.announced_saved != print.taken_saved)
+      return {"memory as announced", false, sentence(print.announced_saved, " bytes announced for Saved, ", print.taken_saved, " taken")};
     if (print.kept != 0) return {"memory as announced", false, sentence(print.kept, " bytes of the pool are kept after backward")};
-    if (print.later_allocations != 0) return {"memory as announced", false, sentence(print.later_allocations, " allocations by a second, equal run")};
+    if (print.later_allocations != 0)
+      return {"memory as announced", false, sentence(print.later_allocations, " allocations by a second, equal run")};
   }
-  auto const growth = [&](char const* what, std::size_t Footprint::*bytes) -> std::string {
+  auto const growth = [&](char const* what, std::size_t Footprint::* bytes) -> std::string {
     auto const at = [&](std::size_t i) { return static_cast<double>(prints[i].*bytes); };
     if (at(2) - at(1) <= 2 * (at(1) - at(0))) return {};
     return sentence(what, " takes ", at(0), ", ", at(1), ", ", at(2), " bytes at 128, 256, 512 tokens: more than linear");
   };
-  return detail::verdict("memory as announced", detail::first_of([&] { return policy.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
-                                                                 [&] { return growth("scratch memory", &Footprint::scratch); }));
+  return detail::verdict(
+      "memory as announced",
+      detail::first_of([&] { return policy.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
+                       [&] { return growth("scratch memory", &Footprint::scratch); }));
 }
 
 }  // namespace hybridattn::testing

@@ -88,7 +88,9 @@ template <class E, int Rank, class B> class Fenced {
       std::copy_n(now.begin() + place, length, to.values.begin() + e);
       std::copy_n(host_.begin() + place, length, now.begin() + place);
     });
-    auto const as_it_was = [&](Index place) { return std::memcmp(&now[static_cast<std::size_t>(place)], &host_[static_cast<std::size_t>(place)], sizeof(E)) == 0; };
+    auto const as_it_was = [&](Index place) {
+      return std::memcmp(&now[static_cast<std::size_t>(place)], &host_[static_cast<std::size_t>(place)], sizeof(E)) == 0;
+    };
     if (!trespass.empty() || std::memcmp(now.data(), host_.data(), now.size() * sizeof(E)) == 0) return;
     Index place = 0;
     while (as_it_was(place)) ++place;

@@ -1,7 +1,6 @@
-// The laws that every attention policy keeps, for the library's policies and for yours:
-//
-//   for (testing::Verdict const& verdict : testing::judge<MyPolicy, Cpu, float>())
-//     if (!verdict.holds) std::cerr << verdict.law << ": " << verdict.why << '\n';
+// The laws that every attention policy keeps, for the library's policies and for yours: testing::judge<MyPolicy, Cpu, float>()
+// returns a verdict for each law at each size, and a broken one says why. It needs no test framework. traits.hpp says what a
+// policy may add: sizes, inputs as they occur, a reference.
 #ifndef HYBRIDATTN_TESTING_JUDGE_HPP
 #define HYBRIDATTN_TESTING_JUDGE_HPP
 

@@ -122,7 +122,8 @@ inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t co
   std::vector<std::int32_t> best(static_cast<std::size_t>(k));
   dsa::reference::select(scores, k, best.data());
   if (std::equal(best.begin(), best.end(), keys)) return {};
-  std::string const found = sentence("chooses ", listed(std::span(keys, static_cast<std::size_t>(k))), "; the largest scores have ", listed(best));
+  std::string const found =
+      sentence("chooses ", listed(std::span(keys, static_cast<std::size_t>(k))), "; the largest scores have ", listed(best));
   if (rounding == 0) return found;
   std::vector<bool> chosen(scores.size());
   double least = std::numeric_limits<double>::infinity(), most_left_out = -least;
@@ -143,8 +144,10 @@ inline std::string wrong_keys(SparseOptions o, dsa::Config const& c, Sequences c
     for (Index t = 0; t < sequence.length; ++t) {
       std::int32_t const* const keys = saved.indices.row(sequence.start + t);
       Index const k = dsa::selection_size(o, sequence.length), room = saved.indices.extent(1);
-      std::string why = wrong_keys(dsa::reference::index_scores(c, sequence, x, t), keys, k, exact ? 0 : score_rounding(c, sequence, x, t, eps));
-      if (why.empty() && std::any_of(keys + k, keys + room, [](std::int32_t key) { return key != -1; })) why = "chooses " + listed(std::span(keys, static_cast<std::size_t>(room))) + " where -1 ends the row";
+      std::string why =
+          wrong_keys(dsa::reference::index_scores(c, sequence, x, t), keys, k, exact ? 0 : score_rounding(c, sequence, x, t, eps));
+      if (why.empty() && std::any_of(keys + k, keys + room, [](std::int32_t key) { return key != -1; }))
+        why = "chooses " + listed(std::span(keys, static_cast<std::size_t>(room))) + " where -1 ends the row";
       if (!why.empty()) return sentence("token ", t, " of ", sequence.length, " ", why);
     }
   return {};
@@ -160,7 +163,8 @@ template <FullOptions O> struct Reference<FullAttention<O>> {
 template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
   // The options are values to the kernels: other windows need not see every head dim again.
   static std::vector<full::Config> sizes() {
-    std::vector<full::Config> list{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 8}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
+    std::vector<full::Config> list{
+        {.num_heads = 2, .num_kv_heads = 1, .head_dim = 8}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
     if (O.window == 0) {
       list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16});
       list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
@@ -179,8 +183,11 @@ template <GdnOptions O> struct Reference<GatedDeltaNet<O>> {
 template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : PlainSamples<GatedDeltaNet<O>> {
   using P = GatedDeltaNet<O>;
   static std::vector<gdn::Config> sizes() {
-    return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 8, .value_dim = 16}, {.num_heads = 2, .num_value_heads = 4, .key_dim = 16, .value_dim = 8},
-            {.num_heads = 2, .key_dim = 32}, {.num_heads = 1, .num_value_heads = 2, .key_dim = 64}, {.num_heads = 1, .key_dim = 128}};
+    return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 8, .value_dim = 16},
+            {.num_heads = 2, .num_value_heads = 4, .key_dim = 16, .value_dim = 8},
+            {.num_heads = 2, .key_dim = 32},
+            {.num_heads = 1, .num_value_heads = 2, .key_dim = 64},
+            {.num_heads = 1, .key_dim = 128}};
   }
   static gdn::Inputs<Shapes> inputs(gdn::Config const& c, Sequences const& s) {
     auto shapes = P::inputs(c, s);
@@ -213,7 +220,8 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
   using P = SparseAttention<O>;
   static std::vector<dsa::Config> sizes() {
     std::vector<dsa::Config> list{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .index_heads = 2, .index_dim = 4, .index_scale = 0.5},
-                                  {.num_heads = 2, .head_dim = 32, .index_scale = 0.25}, {.num_heads = 1, .head_dim = 128, .index_dim = 32}};
+                                  {.num_heads = 2, .head_dim = 32, .index_scale = 0.25},
+                                  {.num_heads = 1, .head_dim = 128, .index_dim = 32}};
     if (O.top_k == SparseOptions{}.top_k) {   // the default; as for windows
       list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .index_heads = 3});
       list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
@@ -226,7 +234,9 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
     return shapes;
   }
   static constexpr bool saved_is_linear = O.top_k_percent == 0;
-  static std::vector<std::string> kinds() { return {"noise", "ties", "every score 0", "one index key", "near one-hot", "early keys stand out"}; }
+  static std::vector<std::string> kinds() {
+    return {"noise", "ties", "every score 0", "one index key", "near one-hot", "early keys stand out"};
+  }
   static void draw(std::string_view kind, Random& random, HostGroup& inputs) {
     detail::draw_softmax(kind, random, inputs);
     detail::draw_index(kind, random, inputs);

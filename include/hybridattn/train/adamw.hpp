@@ -22,11 +22,13 @@ struct AdamWOptions {
 // The norm of all gradients; throws and names the first tensor that holds a NaN or an infinity.
 template <class B, class Gradients> double global_norm(B& backend, Gradients const& gradients) {
   double sum = 0;
-  zip([&](Path const& path, auto const& gradient) {
-    double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
-    if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
-    sum += squares;
-  }, gradients);
+  zip(
+      [&](Path const& path, auto const& gradient) {
+        double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
+        if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
+        sum += squares;
+      },
+      gradients);
   return std::sqrt(sum);
 }
 
@@ -37,11 +39,13 @@ template <class Params> class AdamW {
     check(options_.learning_rate >= 0 && options_.epsilon > 0 && options_.weight_decay >= 0 && options_.max_norm >= 0,
           "AdamW: learning_rate ", options_.learning_rate, ", weight_decay ", options_.weight_decay, ", max_norm ", options_.max_norm,
           " must be >= 0 and epsilon ", options_.epsilon, " > 0");
-    zip([&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
-      mean = zeros<T>(backend, p.shape());
-      square = zeros<T>(backend, p.shape());
-      decays_.push_back(!options_.decays || options_.decays(path.str()));
-    }, like, mean_, square_);
+    zip(
+        [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
+          mean = zeros<T>(backend, p.shape());
+          square = zeros<T>(backend, p.shape());
+          decays_.push_back(!options_.decays || options_.decays(path.str()));
+        },
+        like, mean_, square_);
   }
 
   // One step down the gradients with learning_rate * rate; returns their global norm before clipping.
@@ -49,10 +53,13 @@ template <class Params> class AdamW {
     double const norm = global_norm(backend, gradients);
     ++steps_;
     std::size_t tensor = 0;
-    zip([&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-      bool const decays = decays_[tensor++];
-      if (g) On<AdamWStep, B>::forward(backend, rates(rate, norm, decays), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
-    }, params, gradients, mean_, square_);
+    zip(
+        [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
+          bool const decays = decays_[tensor++];
+          if (g)
+            On<AdamWStep, B>::forward(backend, rates(rate, norm, decays), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+        },
+        params, gradients, mean_, square_);
     return norm;
   }
   Index steps() const { return steps_; }
@@ -61,7 +68,10 @@ template <class Params> class AdamW {
  private:
   AdamWStep::Rates rates(double rate, double norm, bool decays) const {
     double const step = static_cast<double>(steps_);
-    return {.learning_rate = options_.learning_rate * rate, .beta_1 = options_.beta_1, .beta_2 = options_.beta_2, .epsilon = options_.epsilon,
+    return {.learning_rate = options_.learning_rate * rate,
+            .beta_1 = options_.beta_1,
+            .beta_2 = options_.beta_2,
+            .epsilon = options_.epsilon,
             .weight_decay = decays ? options_.weight_decay : 0,
             .correction_1 = options_.bias_correction ? 1 - std::pow(options_.beta_1, step) : 1,
             .correction_2 = options_.bias_correction ? 1 - std::pow(options_.beta_2, step) : 1,

@@ -19,7 +19,8 @@ struct Schedule {
   double min_rate = 0;      // share of the learning rate that is left at the end
 
   double operator()(Index step) const {
-    check(total_steps == 0 || total_steps > warmup_steps, "Schedule: total_steps ", total_steps, " must exceed warmup_steps ", warmup_steps);
+    check(total_steps == 0 || total_steps > warmup_steps, "Schedule: total_steps ", total_steps, " must exceed warmup_steps ",
+          warmup_steps);
     if (step < warmup_steps) return static_cast<double>(step) / static_cast<double>(warmup_steps);
     if (total_steps == 0) return 1;
     double const progress = std::min(1.0, static_cast<double>(step - warmup_steps) / static_cast<double>(total_steps - warmup_steps));

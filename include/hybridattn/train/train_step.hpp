@@ -15,8 +15,8 @@ namespace hybridattn {
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>
 TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
-  check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
-        targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
+  check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(),
+        " tokens and ", targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
   Shape<1> const shape{sequences.tokens()};
   TokenBatch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
   upload(backend, tokens, batch.tokens);
@@ -51,7 +51,8 @@ template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
 
 // Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
 template <class B, class Model, class Params>
-StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, std::span<TokenBatch<B> const> batches, double rate = 1) {
+StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
+                            std::span<TokenBatch<B> const> batches, double rate = 1) {
   check(!batches.empty(), "a training step needs at least one batch");
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
@@ -65,7 +66,9 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
     result.loss += more.loss;
     result.auxiliary_loss += more.auxiliary_loss / static_cast<double>(batches.size());
     if (i == 0) gradients = std::move(more.params);
-    else zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients, more.params);
+    else
+      zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
+          more.params);
   }
   check(std::isfinite(result.loss.loss), "step ", optimizer.steps() + 1, ": the loss is ", result.loss.mean());
   try {
@@ -77,7 +80,8 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
 }
 // The same for one batch. Throws, before it touches a parameter, when loss or gradients are not finite, naming step and tensor.
 template <class B, class Model, class Params>
-StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch, double rate = 1) {
+StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
+                      double rate = 1) {
   return accumulated_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), rate);
 }
 

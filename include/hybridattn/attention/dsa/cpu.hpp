@@ -14,7 +14,8 @@ template <class T, int Rank> void set_zero(View<T, Rank> x) {
   if (x.empty()) return;
   for (Index n = 0; n < x.extent(0); ++n) {
     if constexpr (Rank == 2) std::fill_n(x.row(n), x.extent(1), T(0));
-    else for (Index j = 0; j < x.extent(1); ++j) std::fill_n(x.row(n, j), x.extent(2), T(0));
+    else
+      for (Index j = 0; j < x.extent(1); ++j) std::fill_n(x.row(n, j), x.extent(2), T(0));
   }
 }
 

@@ -66,7 +66,7 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
     }
     for (Index j = 0; j < keys.count; ++j) {
       Index const key = keys.indices[j];
-      T const *const k_row = k[key];
+      T const* const k_row = k[key];
       T *const d_k_row = d_k[key], *const d_v_row = d_v[key], p_j = p[j], d_s_j = d_s[j];
       HYBRIDATTN_UNROLL
       for (int i = 0; i < V; ++i) {
@@ -123,8 +123,8 @@ void attend_all_backward(Cpu& cpu, Dim D, SparseOptions o, Config const& c, Sequ
       Index const n = sequence.start + t;
       Keys const keys{saved.indices.row(n), std::min(selection_size(o, sequence.length), t + 1)};
       for (Index h = hk * group; h < (hk + 1) * group; ++h)
-        attend_backward<T>(D, static_cast<T>(c.scale), {x.q.row(n, h), y.o.row(n, h), d_y.o.row(n, h), saved.lse(n, h), d_x.q.row(n, h)},
-                           k, v, keys, p, p + room, d_k, d_v);
+        attend_backward<T>(D, static_cast<T>(c.scale), {x.q.row(n, h), y.o.row(n, h), d_y.o.row(n, h), saved.lse(n, h), d_x.q.row(n, h)}, k,
+                           v, keys, p, p + room, d_k, d_v);
     }
   });
 }

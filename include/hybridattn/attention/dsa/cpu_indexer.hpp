@@ -48,8 +48,9 @@ HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weigh
     cpu::Vec<T> sum[NV];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[v] = first_heads ? cpu::Vec<T>{} : cpu::load(scores + column + v * cpu::lanes<T>);
-    cpu::tile<MR, NV, T>(DI, q, {panel + column, panel_keys<T>}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return cpu::Vec<T>{}; },
-      [&](int r, int v, cpu::Vec<T> x) HYBRIDATTN_INLINE_LAMBDA { sum[v] += weights[r] * cpu::max<T>(cpu::Vec<T>{}, x); });
+    cpu::tile<MR, NV, T>(
+        DI, q, {panel + column, panel_keys<T>}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return cpu::Vec<T>{}; },
+        [&](int r, int v, cpu::Vec<T> x) HYBRIDATTN_INLINE_LAMBDA { sum[v] += weights[r] * cpu::max<T>(cpu::Vec<T>{}, x); });
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) cpu::store<T>(scores + column + v * cpu::lanes<T>, sum[v]);
   }

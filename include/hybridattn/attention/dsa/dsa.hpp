@@ -95,14 +95,19 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     if (c.index_dim == 0) c.index_dim = c.head_dim;
     if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
     check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
-    check(c.index_heads > 0 && c.index_dim > 0, "SparseAttention: ", c.index_heads, " indexer heads of dimension ", c.index_dim, "; both must be positive");
+    check(c.index_heads > 0 && c.index_dim > 0, "SparseAttention: ", c.index_heads, " indexer heads of dimension ", c.index_dim,
+          "; both must be positive");
     check(c.index_scale > 0, "SparseAttention: index_scale ", c.index_scale, " must be positive, or 0 for index_dim^-1/2");
     return c;
   }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
     Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
-    return {.q = {s.tokens(), c.num_heads, c.head_dim}, .k = keys, .v = keys,
-            .index_q = {s.tokens(), c.index_heads, c.index_dim}, .index_k = {s.tokens(), c.index_dim}, .index_w = {s.tokens(), c.index_heads}};
+    return {.q = {s.tokens(), c.num_heads, c.head_dim},
+            .k = keys,
+            .v = keys,
+            .index_q = {s.tokens(), c.index_heads, c.index_dim},
+            .index_k = {s.tokens(), c.index_dim},
+            .index_w = {s.tokens(), c.index_heads}};
   }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
     return {.o = {s.tokens(), c.num_heads, c.head_dim}, .auxiliary_loss = {}};

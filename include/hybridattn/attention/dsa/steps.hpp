@@ -29,7 +29,10 @@ template <SparseOptions O> struct Prepare {
     return {.q_norm = weight, .k_norm = weight, .index_norm_weight = index_weight, .index_norm_bias = index_weight};
   }
   static Params<Starts> starts(Config const& c) {
-    return {.q_norm = norm(c).start(), .k_norm = norm(c).start(), .index_norm_weight = Initial::constant(1), .index_norm_bias = Initial::constant(0)};
+    return {.q_norm = norm(c).start(),
+            .k_norm = norm(c).start(),
+            .index_norm_weight = Initial::constant(1),
+            .index_norm_bias = Initial::constant(0)};
   }
 
   template <class B, class T>

@@ -24,7 +24,12 @@ void forward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const
     Index const begin = (pieces - 1 - task / heads) * piece, end = std::min(begin + piece, sequence.length);
     if (begin >= end) return;
     Index const h = task % H, hk = h / group;
-    Block block{D, sequence, reach(window, sequence), static_cast<T>(c.scale), head_of(x.k, sequence, hk), head_of(x.v, sequence, hk),
+    Block block{D,
+                sequence,
+                reach(window, sequence),
+                static_cast<T>(c.scale),
+                head_of(x.k, sequence, hk),
+                head_of(x.v, sequence, hk),
                 memory.row(thread)};
     for (Index first = begin; first < end; first += Block::queries)
       block.run(first, head_of(x.q, sequence, h), head_of(y.o, sequence, h), {&saved.lse(sequence.start, h), saved.lse.stride[0]});
@@ -50,9 +55,15 @@ void backward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences cons
     }
     Head head{D, sequence, reach(window, sequence), static_cast<T>(c.scale), memory.row(thread)};
     for (Index h = hk * group; h < (hk + 1) * group; ++h)
-      head.run({.q = head_of(x.q, sequence, h), .k = head_of(x.k, sequence, hk), .v = head_of(x.v, sequence, hk),
-                .o = head_of(y.o, sequence, h), .d_o = head_of(d_y.o, sequence, h),
-                .lse = {&saved.lse(sequence.start, h), saved.lse.stride[0]}, .d_q = head_of(d_x.q, sequence, h), .d_k = d_k, .d_v = d_v});
+      head.run({.q = head_of(x.q, sequence, h),
+                .k = head_of(x.k, sequence, hk),
+                .v = head_of(x.v, sequence, hk),
+                .o = head_of(y.o, sequence, h),
+                .d_o = head_of(d_y.o, sequence, h),
+                .lse = {&saved.lse(sequence.start, h), saved.lse.stride[0]},
+                .d_q = head_of(d_x.q, sequence, h),
+                .d_k = d_k,
+                .d_v = d_v});
   });
 }
 

@@ -87,12 +87,14 @@ template <class T, class Dim> class BackwardHead {
     T const *const lse = lse_ + query + column, *const delta = delta_ + query + column;
     auto const zero = [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; };
     auto const at = [](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r * block + v * cpu::lanes<T>; };
-    cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
-      [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
+    cpu::tile<MR, NV - skipped, T>(
+        D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
     cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.v, key + j, length_, pad_), {d_o_t_ + query * D_ + column, block}, zero,
-      [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::store<T>(d_s + at(r, v), scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
-      });
+                                   [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+                                     cpu::store<T>(d_s + at(r, v),
+                                                   scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
+                                   });
   }
   // exp(scale s - lse). lse holds a rounded score; the maximum, which changes nothing else, keeps a compiler from fusing the
   // product with the difference, so that this score is rounded as well: where one key takes all, P is 1 exactly. The smallest
@@ -105,9 +107,12 @@ template <class T, class Dim> class BackwardHead {
   // to += a b over the band, for up to `tile_rows` rows.
   HYBRIDATTN_INLINE void add_product(Band band, cpu::Broadcast<T> a, Rows<T const> b, Rows<T> to, Index rows) {
     for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
-      band_tile<MR, vectors, T>(band, a, {b.data + d, b.stride},
-        [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
-        [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA { if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum); });
+      band_tile<MR, vectors, T>(
+          band, a, {b.data + d, b.stride},
+          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
+          [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA {
+            if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum);
+          });
     });
   }
 

@@ -23,8 +23,8 @@ template <class T, class Dim> class ForwardBlock {
   static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
 
   ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
-      : D_(D), length_(s.length), reach_(window), scale_(scale), k_(k), v_(v), q_t_(memory), o_(q_t_ + queries * D),
-        p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
+      : D_(D), length_(s.length), reach_(window), scale_(scale), k_(k), v_(v), q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D),
+        pad_(p_ + forward_keys * queries) {}
 
   // o and lse of the queries first .. first + queries, as far as they exist.
   void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
@@ -57,14 +57,15 @@ template <class T, class Dim> class ForwardBlock {
   // p = (1) of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
   template <int from> HYBRIDATTN_INLINE void diagonal_scores(Index key, Vec (&largest)[NV]) {
     T* const p = p_ + (key - first_) * queries + from * cpu::lanes<T>;
-    cpu::tile<MR, NV - from, T>(D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
-      [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
-      [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-        s *= scale_;
-        Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
-        largest[from + v] = cpu::max<T>(largest[from + v], seen);
-        cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
-      });
+    cpu::tile<MR, NV - from, T>(
+        D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
+        [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+          s *= scale_;
+          Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
+          largest[from + v] = cpu::max<T>(largest[from + v], seen);
+          cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
+        });
   }
 
   // The largest score that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
@@ -100,17 +101,17 @@ template <class T, class Dim> class ForwardBlock {
     }
     for (Index j = 0; j < count; j += MR) {
       T* const p = p_ + j * queries;
-      cpu::tile<MR, NV, T>(D_, {k_[key + j], k_.stride, 1}, {q_t_, queries},
-        [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
-        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-          s = scale_ * s - reference[v];
-          if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
-          largest[v] = cpu::max<T>(largest[v], s);
-          Vec e = cpu::exp<T>(s);
-          if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
-          sum[v] += e;
-          cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
-        });
+      cpu::tile<MR, NV, T>(
+          D_, {k_[key + j], k_.stride, 1}, {q_t_, queries}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
+          [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+            s = scale_ * s - reference[v];
+            if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
+            largest[v] = cpu::max<T>(largest[v], s);
+            Vec e = cpu::exp<T>(s);
+            if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
+            sum[v] += e;
+            cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
+          });
     }
   }
 
@@ -140,9 +141,10 @@ template <class T, class Dim> class ForwardBlock {
       for (Index i = 0; i < queries; i += MR) {
         T* const o = o_ + i * D_ + d;
         Index const newest = first_ + i - key;
-        band_tile<MR, vectors, T>({newest - reach_ + 1, newest + 1, count}, {p_ + i, 1, queries}, {v_[key] + d, v_.stride},
-          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return overwrite ? Vec{} : cpu::load(o + r * D_ + v * cpu::lanes<T>); },
-          [&](int r, int v, Vec x) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(o + r * D_ + v * cpu::lanes<T>, x); });
+        band_tile<MR, vectors, T>(
+            {newest - reach_ + 1, newest + 1, count}, {p_ + i, 1, queries}, {v_[key] + d, v_.stride},
+            [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return overwrite ? Vec{} : cpu::load(o + r * D_ + v * cpu::lanes<T>); },
+            [&](int r, int v, Vec x) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(o + r * D_ + v * cpu::lanes<T>, x); });
       }
     });
   }

@@ -38,9 +38,14 @@ void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<I
   read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
   for (Index b = 0; b < count_blocks(sequence); ++b) {
     Block const block = block_of(sequence, b);
-    ForwardRows<T> rows{.groups = block.groups(), .K = K, .V = scratch.V,
-                        .q = rows_to_read(x.q, block, hk, scratch.q), .k = rows_to_read(x.k, block, hk, scratch.k),
-                        .v = rows_to_read(x.v, block, h, scratch.v), .o = rows_to_write(y.o, block, h, scratch.o), .error = {nullptr, 0}};
+    ForwardRows<T> rows{.groups = block.groups(),
+                        .K = K,
+                        .V = scratch.V,
+                        .q = rows_to_read(x.q, block, hk, scratch.q),
+                        .k = rows_to_read(x.k, block, hk, scratch.k),
+                        .v = rows_to_read(x.v, block, h, scratch.v),
+                        .o = rows_to_write(y.o, block, h, scratch.o),
+                        .error = {nullptr, 0}};
     if (!saved.error.empty()) rows.error = rows_to_write(saved.error, block, h, scratch.error);
     read_gates(x.g, x.beta, block, h, gates);
     carry = forward_terms(gates, static_cast<T>(c.scale), rows, carry, terms);
@@ -85,10 +90,15 @@ template <class T> struct BackwardCall {
   Index key_head(Index h) const { return h / (c.num_value_heads / c.num_heads); }
   BackwardRows<T> rows(Block block, Index h, BackwardScratch<T> const& scratch) const {
     Index const hk = key_head(h);
-    return {.groups = block.groups(), .K = scratch.K, .V = scratch.V,
-            .q = rows_to_read(x.q, block, hk, scratch.q), .k = rows_to_read(x.k, block, hk, scratch.k),
-            .v = rows_to_read(x.v, block, h, scratch.v), .error = rows_to_read(saved.error, block, h, scratch.error),
-            .d_o = rows_to_read(d_y.o, block, h, scratch.d_o), .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
+    return {.groups = block.groups(),
+            .K = scratch.K,
+            .V = scratch.V,
+            .q = rows_to_read(x.q, block, hk, scratch.q),
+            .k = rows_to_read(x.k, block, hk, scratch.k),
+            .v = rows_to_read(x.v, block, h, scratch.v),
+            .error = rows_to_read(saved.error, block, h, scratch.error),
+            .d_o = rows_to_read(d_y.o, block, h, scratch.d_o),
+            .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
   }
 };
 
@@ -176,8 +186,9 @@ template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T,
     T const *q = x.q.row(b, hk), *k = x.k.row(b, hk);
     T const scale = static_cast<T>(c.scale), decay = detail::decay_of<T>(cpu::broadcast(x.g(b, h)))[0];
     T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
-    detail::step_head<T>({q, k, x.v.row(b, h), decay, x.beta(b, h), scale, scale * qk, state.row(b, h, 0), o.row(b, h), c.key_dim,
-                          state.stride[2]}, c.value_dim);
+    detail::step_head<T>(
+        {q, k, x.v.row(b, h), decay, x.beta(b, h), scale, scale * qk, state.row(b, h, 0), o.row(b, h), c.key_dim, state.stride[2]},
+        c.value_dim);
   });
 }
 

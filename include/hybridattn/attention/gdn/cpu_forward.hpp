@@ -149,7 +149,7 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
     Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
     for (Index p = 0; p < count; ++p) {
       T* const own = panel_memory + p * panel_rows * panel_width<T>;
-      turn[p] = {state + (first + p * panel_width<T>) * rows.K, own, own + 2 * group_tokens * panel_width<T>};
+      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + 2 * group_tokens * panel_width<T>};
       multiply(turn[p], rows.K, rows.k, rows.q);
     }
     for (Index g = 0; g < rows.groups; ++g)

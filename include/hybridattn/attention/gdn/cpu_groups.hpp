@@ -44,7 +44,7 @@ template <class T> struct Rows {
   T* data;
   Index stride;
 
-  HYBRIDATTN_INLINE operator Rows<T const>() const requires (!std::is_const_v<T>) { return {data, stride}; }
+  HYBRIDATTN_INLINE operator Rows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
   HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
   HYBRIDATTN_INLINE Rows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
   HYBRIDATTN_INLINE Rows columns(Index first) const { return {data + first, stride}; }

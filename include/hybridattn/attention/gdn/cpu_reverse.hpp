@@ -189,7 +189,7 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
     };
     for (Index p = 0; p < count; ++p) {
       T* const own = panel_memory + p * panel_rows * panel_width<T>;
-      turn[p] = {state + (first + p * panel_width<T>) * rows.K, own, own + group_tokens * panel_width<T>};
+      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + group_tokens * panel_width<T>};
       multiply(turn[p], rows.K, rows.k.group(rows.groups - 1));
     }
     for (Index g = rows.groups; g-- > 0;) {

@@ -59,9 +59,7 @@ template <class S> struct Saved {
   HYBRIDATTN_FIELDS(error)
 };
 
-inline Shape<4> state_shape(Config const& c, Sequences const& s) {
-  return {s.count(), c.num_value_heads, c.key_dim, c.value_dim};
-}
+inline Shape<4> state_shape(Config const& c, Sequences const& s) { return {s.count(), c.num_value_heads, c.key_dim, c.value_dim}; }
 
 // The steps around it in a layer: steps.hpp.
 template <GdnOptions O> struct Prepare;

@@ -25,13 +25,17 @@ template <GdnOptions O> struct Prepare {
   static constexpr bool makes(std::string_view) { return true; }
 
   static Params<Shapes> params(Config const& c) {
-    return {.conv_q = {c.num_heads * c.key_dim, O.conv_width}, .conv_k = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_v = {c.num_value_heads * c.value_dim, O.conv_width}, .a_log = {c.num_value_heads}, .dt_bias = {c.num_value_heads}};
+    return {.conv_q = {c.num_heads * c.key_dim, O.conv_width},
+            .conv_k = {c.num_heads * c.key_dim, O.conv_width},
+            .conv_v = {c.num_value_heads * c.value_dim, O.conv_width},
+            .a_log = {c.num_value_heads},
+            .dt_bias = {c.num_value_heads}};
   }
   static Params<Starts> starts(Config const& c) {
     double const bound = O.conv_width == 0 ? 0 : 1 / std::sqrt(static_cast<double>(O.conv_width));
     Initial const conv = Initial::uniform(-bound, bound), rate{Initial::Kind::log_uniform_value, 0.01, 16};
-    Initial const step = c.gate_start == GateStart::fla ? Initial{Initial::Kind::inverse_softplus_of_log_uniform, 1e-3, 0.1} : Initial::constant(1);
+    Initial const step =
+        c.gate_start == GateStart::fla ? Initial{Initial::Kind::inverse_softplus_of_log_uniform, 1e-3, 0.1} : Initial::constant(1);
     return {.conv_q = conv, .conv_k = conv, .conv_v = conv, .a_log = rate, .dt_bias = step};
   }
 
@@ -50,7 +54,8 @@ template <GdnOptions O> struct Prepare {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
     convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
-    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log, d_p.dt_bias);
+    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+                             d_p.dt_bias);
   }
 
  private:
@@ -60,15 +65,15 @@ template <GdnOptions O> struct Prepare {
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
   }
   template <class B, class T>
-  static void convolve_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y, View<T, 3> d_raw,
-                                View<T, 2> d_w) {
+  static void convolve_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+                                View<T, 3> d_raw, View<T, 2> d_w) {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
   // Through the length and the convolution, whose output is formed again rather than kept.
   template <class B, class T>
-  static void unit_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y, View<T, 3> d_raw,
-                            View<T, 2> d_w) {
+  static void unit_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+                            View<T, 3> d_raw, View<T, 2> d_w) {
     Tensor<T, 3, B> convolved{backend, raw.shape}, d_convolved{backend, raw.shape};
     convolve(backend, s, raw, w, out(convolved));
     On<L2Norm, B>::backward(backend, head_rows(in(convolved)), head_rows(d_y), head_rows(out(d_convolved)));
@@ -93,10 +98,10 @@ template <GdnOptions O> struct Finish {
     On<GatedRmsNorm, B>::forward(backend, c.norm_eps, head_rows(o), rows_or_none(z), p.norm, head_rows(y));
   }
   template <class B, class T>
-  static void backward(B& backend, Config const& c, View<T const, 3> o, View<T const, 3> z, Params<In<T>> p, View<T const, 3> d_y, View<T, 3> d_o,
-                       View<T, 3> d_z, Params<Out<T>> d_p) {
-    On<GatedRmsNorm, B>::backward(backend, c.norm_eps, head_rows(o), rows_or_none(z), p.norm, head_rows(d_y), head_rows(d_o), rows_or_none(d_z),
-                                  d_p.norm);
+  static void backward(B& backend, Config const& c, View<T const, 3> o, View<T const, 3> z, Params<In<T>> p, View<T const, 3> d_y,
+                       View<T, 3> d_o, View<T, 3> d_z, Params<Out<T>> d_p) {
+    On<GatedRmsNorm, B>::backward(backend, c.norm_eps, head_rows(o), rows_or_none(z), p.norm, head_rows(d_y), head_rows(d_o),
+                                  rows_or_none(d_z), d_p.norm);
   }
 
  private:

@@ -23,7 +23,9 @@ class Cpu {
   }
   Cpu(Cpu const&) = delete;
   Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() { pool_.clear([](void* block) { ::operator delete(block, alignment); }); }
+  ~Cpu() {
+    pool_.clear([](void* block) { ::operator delete(block, alignment); });
+  }
 
   void* take(std::size_t bytes) {
     return pool_.take(bytes, [](std::size_t n) { return ::operator new(n, alignment); });

@@ -35,7 +35,8 @@ template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1
   Index const here = std::min(width, b.columns - first);
   if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
   if (b.column == 1) {
-    for (Index k = k0; k < k1; ++k) std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
+    for (Index k = k0; k < k1; ++k)
+      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
     return;
   }
   Index j = 0;
@@ -68,7 +69,8 @@ template <class T> void write_tile(Index depth, Broadcast<T> a, T const* panel, 
     if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
   }
   write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
-  for (Index r = 0; r < rows; ++r) std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
+  for (Index r = 0; r < rows; ++r)
+    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
 }
 
 // Rows r0 .. r1 of one panel of columns of c (+)= a b.

@@ -33,17 +33,17 @@ template <class T> using Vec = typename VectorOf<T>::type;
 template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
 
 template <class T> struct BitsOf;
-template <> struct BitsOf<float> { using type = std::int32_t; };
-template <> struct BitsOf<double> { using type = std::int64_t; };
+template <> struct BitsOf<float> {
+  using type = std::int32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::int64_t;
+};
 // The integers in which a vector of T is compared and masked.
 template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 
-template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) {
-  return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from);
-}
-template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) {
-  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x;
-}
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
   alignas(vector_bytes) T buffer[lanes<T>] = {};
@@ -111,9 +111,12 @@ template <> struct Exp2<float> {
 template <> struct Exp2<double> {
   static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
   static constexpr int mantissa = 52;
-  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11, 4.4455382718708114976e-10, 7.0549116208011233299e-9,
-                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,  1.5252733804059840280e-5,  1.5403530393381609954e-4,
-                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,  5.5504108664821579953e-2,  2.4022650695910071233e-1,
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
+                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
+                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
+                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
                                  6.9314718055994530942e-1,  1.0};
 };
 }  // namespace detail
@@ -133,7 +136,7 @@ template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(
 
 // log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
-  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;   // |z| < 0.172: relative error below 1e-10, 1e-19
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
   Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
   Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;

@@ -24,8 +24,8 @@ template <class T> struct ConvRows {
 
 template <> struct On<CausalConv1d, Cpu> {
   template <class T>
-  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w, View<T const, 3> initial_state,
-                      View<T, 2> y, View<T, 3> final_state) {
+  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
     View<T const, 2> const taps = taps_of(w, out(taps_storage));
     cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
@@ -101,7 +101,8 @@ template <> struct On<CausalConv1d, Cpu> {
     });
   }
   template <class T>
-  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n, T* d_x) {
+  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
+                           T* d_x) {
     Index const C = d_s.extent(1), W = taps.extent(0);
     if (W == 0) {
       std::copy_n(d_s.row(n), C, d_x);

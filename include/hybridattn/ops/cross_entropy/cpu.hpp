@@ -19,7 +19,8 @@ template <> struct On<SoftmaxLoss, Cpu> {
     auto const hits = out(hits_storage);
     parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
+        Row const row =
+            one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
         losses(n) = row.loss;
         hits(n) = row.correct;
       }
@@ -46,7 +47,8 @@ template <> struct On<SoftmaxLoss, Cpu> {
     cpu::Vec<T> sums{};
     cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
-      if (s.count < cpu::lanes<T>) e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      if (s.count < cpu::lanes<T>)
+        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
       sums += e;
       if (d_logits != nullptr) s.put(d_logits, e);
     });
@@ -73,8 +75,8 @@ template <> struct On<CrossEntropy, Cpu> {
   }
 
   template <class T>
-  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
-                          View<T, 2> d_w) {
+  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
+                          View<T, 2> d_x, View<T, 2> d_w) {
     return in_blocks(cpu, x, w, targets, scale, [&](View<T, 2> d_logits, Index first) {
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
@@ -88,7 +90,9 @@ template <> struct On<CrossEntropy, Cpu> {
   template <class T, class F>
   static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, F f) {
     Index const N = x.extent(0), V = w.extent(0);
-    for (Index n = 0; n < N; ++n) check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1, ", or < 0 for none");
+    for (Index n = 0; n < N; ++n)
+      check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1,
+            ", or < 0 for none");
     Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
     LossSum total;
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {

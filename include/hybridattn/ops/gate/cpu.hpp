@@ -36,9 +36,8 @@ template <> struct On<Swiglu, Cpu> {
 template <> struct On<SigmoidGate, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data)));
-      });
+      cpu::for_each_vector<T>(
+          first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
     });
   }
   template <class T>

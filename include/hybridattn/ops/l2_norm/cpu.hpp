@@ -24,16 +24,18 @@ template <> struct On<L2Norm, Cpu> {
       for (Index n = first; n < last; ++n) {
         T const *xn = x.row(n), *d_yn = d_y.row(n), rnorm = inverse_norm(xn, C);
         T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); }) * rnorm;
-        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-          s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along));
-        });
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along)); });
       }
     });
   }
 
  private:
   template <class T> static T inverse_norm(T const* x, Index C) {
-    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { cpu::Vec<T> const v = s.get(x); return v * v; });
+    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const v = s.get(x);
+      return v * v;
+    });
     return cpu::inverse_root(squares + static_cast<T>(L2Norm::eps));
   }
 };

@@ -38,7 +38,9 @@ template <> struct On<LayerNorm, Cpu> {
   }
 
  private:
-  template <class T> struct Moments { T mean, rstd; };
+  template <class T> struct Moments {
+    T mean, rstd;
+  };
   template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
     T mean = 0, variance = 0;
     for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);

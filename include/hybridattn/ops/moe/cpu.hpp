@@ -28,8 +28,9 @@ template <> struct On<Route, Cpu> {
   }
 
   template <class T>
-  static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights, View<std::int32_t const, 2> experts,
-                       View<T const, 2> d_weights, View<T const, 1> d_probability, View<T, 2> d_logits) {
+  static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
+                       View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
+                       View<T, 2> d_logits) {
     Index const E = probabilities.extent(1), k = experts.extent(1);
     parallel_blocks(cpu, probabilities.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -125,8 +126,8 @@ template <> struct On<AddGated, Cpu> {
       for (Index n = first; n < last; ++n) {
         T const open = sigmoid(logit(n, 0)), *xn = x.row(n), *d_yn = d_y.row(n);
         for (Index c = 0; c < C; ++c) d_x(n, c) = open * d_yn[c];
-        d_logit(n, 0) = open * (T(1) - open) *
-                        cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); });
+        d_logit(n, 0) =
+            open * (T(1) - open) * cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); });
       }
     });
   }

@@ -10,7 +10,10 @@ namespace hybridattn {
 namespace cpu::detail {
 
 template <class T> T row_rstd(T const* x, Index C, double eps) {
-  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { Vec<T> const v = s.get(x); return v * v; });
+  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> const v = s.get(x);
+    return v * v;
+  });
   return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
 }
 
@@ -23,9 +26,8 @@ template <> struct On<RmsNorm, Cpu> {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
-        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-          s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data)));
-        });
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
       }
     });
   }
@@ -37,9 +39,9 @@ template <> struct On<RmsNorm, Cpu> {
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
       T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
-      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn);
-      }) * rstd / static_cast<T>(C);
+      T const along = cpu::sum_vectors<T>(
+                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
+                      rstd / static_cast<T>(C);
       cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
         s.put(sum, s.get(sum) + dy * xh);
@@ -88,9 +90,8 @@ template <> struct On<GatedRmsNorm, Cpu> {
       });
       T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
                       static_cast<T>(C);
-      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along));
-      });
+      cpu::for_each_vector<T>(
+          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
     });
   }
 };

@@ -21,7 +21,8 @@ template <> struct On<Rope, Cpu> {
     });
   }
   template <class T>
-  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x, View<T, 3> y) {
+  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                      View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
   template <class T>
@@ -32,8 +33,8 @@ template <> struct On<Rope, Cpu> {
 
  private:
   template <class T>
-  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x, View<T, 3> y,
-                   T direction) {
+  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                   View<T, 3> y, T direction) {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
