@@ -41,5 +41,6 @@ know_package() {
 launcher=()
 if command -v ccache >/dev/null; then launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache); fi
 
-# Threads that wait must sleep soon, or a step takes a hundred times longer when another program wants a core.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Threads that wait must sleep soon: spinning for long, as OpenMP does by itself, makes a step a hundred times longer when
+# another program wants a core.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} KMP_BLOCKTIME=${KMP_BLOCKTIME:-0}

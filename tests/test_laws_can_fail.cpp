@@ -78,8 +78,8 @@ void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Ret
   if (F == Flaw::quadratic_memory) ha::Tensor<T, 2, ha::Cpu> scores{cpu, {N, N}};
   if (F == Flaw::needs_fresh_memory) {
     ha::Tensor<T, 1, ha::Cpu> scratch{cpu, {12345}};
-    nudge_if(out(scratch)(7) == T(42), y.o(N - 1, 0, 0));
-    out(scratch)(7) = T(42);
+    nudge_if(out(scratch)(7) != out(scratch)(7), y.o(N - 1, 0, 0));
+    out(scratch)(7) = x.v(0, 0, 0);
   }
   for_each_token(c, s, [&](ha::Sequence sequence, Index t, Index h) {
     if (F == Flaw::sees_the_next_token) nudge_if(t + 1 < sequence.start + sequence.length && x.v(t + 1, h, 0) > 0, y.o(t, h, 0));
