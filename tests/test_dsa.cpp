@@ -1,4 +1,5 @@
 #include "catch.hpp"
+#include "compare.hpp"
 
 #include <hybridattn/attention/dsa/dsa.hpp>
 #include <hybridattn/attention/dsa/reference.hpp>
@@ -119,29 +120,12 @@ template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
   return run;
 }
 
-template <class T> bool same_bits(std::vector<std::vector<T>> const& a, std::vector<std::vector<T>> const& b) {
-  for (std::size_t i = 0; i < a.size(); ++i)
-    if (a[i].size() != b[i].size() || (!a[i].empty() && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) != 0)) return false;
-  return a.size() == b.size();
-}
 // What tokens first .. last of a stand for, and as many of b from `other` on.
 template <class T> bool same_outputs(Run<T>& a, Run<T>& b, Index first, Index last, Index other) {
   Index const end = other + last - first;
   return same_bits(a.results(first, last), b.results(other, end)) && a.indices.tokens(first, last) == b.indices.tokens(other, end);
 }
 
-template <class T> double max_error(std::vector<T> const& x, std::vector<double> const& truth) {
-  double error = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) error = std::max(error, std::abs(static_cast<double>(x[i]) - truth[i]));
-  return error;
-}
-double max_abs(std::vector<double> const& x) { return max_error(std::vector<double>(x.size()), x); }
-
-ha::Sequences packed(std::vector<Index> const& lengths) {
-  std::vector<Index> offsets{0};
-  for (Index length : lengths) offsets.push_back(offsets.back() + length);
-  return ha::Sequences::packed(offsets);
-}
 std::vector<Index> const all_lengths{1, 0, 2, 31, 33, 64, 65, 0, 130, 0};
 std::vector<ha::SparseOptions> const some_options{{.top_k = 8}, {.top_k = 64}},
     all_options{{.top_k = 1}, {.top_k = 8}, {.top_k = 16}, {.top_k = 64}, {.top_k = 200}, {.top_k = 0, .top_k_percent = 50}};

@@ -1,4 +1,5 @@
 #include "catch.hpp"
+#include "compare.hpp"
 
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/attention/full/reference.hpp>
@@ -106,25 +107,6 @@ template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
   return run;
 }
 
-template <class T> bool same_bits(std::vector<std::vector<T>> const& a, std::vector<std::vector<T>> const& b) {
-  auto const same = [](std::vector<T> const& x, std::vector<T> const& y) {
-    return x.size() == y.size() && (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0);
-  };
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), same);
-}
-
-template <class T> double max_error(std::vector<T> const& x, std::vector<double> const& truth) {
-  double error = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) error = std::max(error, std::abs(static_cast<double>(x[i]) - truth[i]));
-  return error;
-}
-double max_abs(std::vector<double> const& x) { return max_error(std::vector<double>(x.size()), x); }
-
-ha::Sequences packed(std::vector<Index> const& lengths) {
-  std::vector<Index> offsets{0};
-  for (Index length : lengths) offsets.push_back(offsets.back() + length);
-  return ha::Sequences::packed(offsets);
-}
 std::vector<Index> const all_lengths{1, 0, 2, 31, 32, 33, 63, 64, 65, 0, 130, 257, 0};
 
 // Against the loops in double: as near as twice the loops in float, or the tolerance of a double. Where scores are steep,

@@ -1,4 +1,5 @@
 #include "catch.hpp"
+#include "compare.hpp"
 
 #include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/attention/gdn/reference.hpp>
@@ -170,23 +171,6 @@ template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
   return run;
 }
 
-template <class T> bool same_bits(std::vector<std::vector<T>> const& a, std::vector<std::vector<T>> const& b) {
-  for (std::size_t i = 0; i < a.size(); ++i)
-    if (a[i].size() != b[i].size() || (!a[i].empty() && std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) != 0)) return false;
-  return a.size() == b.size();
-}
-template <class T> double max_error(std::vector<T> const& x, std::vector<double> const& truth) {
-  double error = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) error = std::max(error, std::abs(static_cast<double>(x[i]) - truth[i]));
-  return error;
-}
-double max_abs(std::vector<double> const& x) { return max_error(std::vector<double>(x.size()), x); }
-
-ha::Sequences packed(std::vector<Index> const& lengths) {
-  std::vector<Index> offsets{0};
-  for (Index length : lengths) offsets.push_back(offsets.back() + length);
-  return ha::Sequences::packed(offsets);
-}
 std::vector<Index> const all_lengths{1, 0, 2, 3, 63, 64, 65, 130, 0};
 
 // Against the loops in double: as near as twice the loops in float, or the tolerance of a recurrence in double. With beta 2

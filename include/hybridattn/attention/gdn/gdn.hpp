@@ -28,7 +28,7 @@ struct GdnOptions {
 
 namespace gdn {
 
-// How a_log and dt_bias start: fla draws decays near 1, transformers' placeholder forgets within a token.
+// How a_log and dt_bias start: fla draws decays near 1, transformers' untrained layer forgets within a token.
 enum class GateStart { fla, transformers };
 
 struct Config {

@@ -50,6 +50,29 @@ class Cpu {
 };
 static_assert(Backend<Cpu>);
 
+namespace cpu {
+
+// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
 // f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
 // task is open, so a result must depend on the task alone. f must not throw.
 template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f) {

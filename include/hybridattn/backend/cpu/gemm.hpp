@@ -6,7 +6,6 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/tile.hpp>
 #include <hybridattn/core/math.hpp>
-#include <hybridattn/tensor/tensor.hpp>
 
 #include <algorithm>
 
@@ -103,11 +102,12 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
   Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
   Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, detail::depth_block * panel_columns<T>}};
-  auto const packed = out(scratch);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
   parallel_for(cpu, panels * shares, [&](Index task, int thread) {
     Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
-    if (r0 < r1) detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.row(thread), into);
+    if (r0 < r1)
+      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
   });
 }
 

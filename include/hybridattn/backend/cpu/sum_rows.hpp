@@ -5,7 +5,6 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
-#include <hybridattn/tensor/tensor.hpp>
 
 #include <algorithm>
 
@@ -14,8 +13,8 @@ namespace hybridattn::cpu {
 // f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
 template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
   Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
-  Tensor<T, 2, Cpu> partial{cpu, {blocks, C}};
-  auto const sums = out(partial);
+  Scratch<T> const partial{cpu, blocks * C};
+  View<T, 2> const sums{partial.data(), {blocks, C}};
   parallel_for(cpu, blocks, [&](Index block, int) {
     std::fill_n(sums.row(block), C, T(0));
     for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
