@@ -136,6 +136,12 @@ template <class S_> class LanguageModel {
     return result;
   }
 
+  template <class B, class T>
+  auto backward(B&, Params<Owned<T, B>> const&, TokenBatch<B> const&, Saved<Owned<T, B>>&, double) const {
+    static_assert(sizeof(T) == 0, "backward consumes what forward saved: pass std::move(saved)");
+    return Gradients<T, B>{};
+  }
+
  private:
   Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
     Shape<2> const table{config_.vocab_size, config_.model_dim};
