@@ -186,6 +186,33 @@ TEMPLATE_TEST_CASE("every gradient of a model equals finite differences", "[laws
       f.params, gradients.params);
 }
 
+TEMPLATE_TEST_CASE("what a run on NaN leaves in memory reaches no later run, bitwise", "[laws]", One, Mixed, Bare) {
+  Index const T = 41, C = 24;
+  auto const s = ha::Sequences::equal(1, T);
+  auto const x = noise<float>(T * C, "x"), d_y = noise<float>(T * C, "d_y");
+  std::vector<float> const poison(static_cast<std::size_t>(T * C), std::numeric_limits<float>::quiet_NaN());
+  Fixture<TestType, float> fresh, used;
+  auto const poisoned = used.d_x(s, poison, poison);
+  CHECK(std::isnan(poisoned.front()));
+  CHECK(same_bits(fresh.d_x(s, x, d_y), used.d_x(s, x, d_y)));
+}
+
+TEMPLATE_TEST_CASE("a stack's backward is linear in the gradient of its output", "[laws]", One, Mixed, Bare) {
+  Fixture<TestType, double> f;
+  Index const T = 41, C = 24;
+  auto const s = ha::Sequences::equal(1, T);
+  auto const x = noise<double>(T * C, "x"), a = noise<double>(T * C, "a"), b = noise<double>(T * C, "b");
+  auto both = a;
+  for (std::size_t i = 0; i < both.size(); ++i) both[i] = 2 * a[i] - 3 * b[i];
+  auto const from_a = f.d_x(s, x, a), from_b = f.d_x(s, x, b), from_both = f.d_x(s, x, both);
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < both.size(); ++i) {
+    error = std::max(error, std::abs(from_both[i] - (2 * from_a[i] - 3 * from_b[i])));
+    size = std::max(size, std::abs(from_both[i]));
+  }
+  CHECK(error <= 1024 * std::numeric_limits<double>::epsilon() * size);
+}
+
 TEST_CASE("the indexer has no gradient and is not touched, not even by decay", "[laws]") {
   Fixture<Mixed, float> f;
   auto const index_weights = [&] {
