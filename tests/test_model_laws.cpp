@@ -52,10 +52,11 @@ std::vector<std::int32_t> some_tokens(Index count, std::uint64_t seed = 1) {
 // A model with its parameters and what it computes from tokens.
 template <class Stack, class T> struct Fixture {
   ha::Cpu cpu;
-  ha::LanguageModel<Stack> model{small_config<Stack>()};
+  ha::LanguageModel<Stack> model;
   typename ha::LanguageModel<Stack>::template Params<ha::Owned<T, ha::Cpu>> params = model.template initialize<T>(cpu, ha::Seed{3});
 
-  explicit Fixture(int threads = 2) : cpu(threads) {}
+  explicit Fixture(int threads = 2, typename ha::LanguageModel<Stack>::Config const& config = small_config<Stack>())
+      : cpu(threads), model(config) {}
 
   auto batch(ha::Sequences const& s, std::vector<std::int32_t> const& tokens) {
     std::vector<std::int32_t> targets(tokens.rbegin(), tokens.rend());
@@ -92,6 +93,33 @@ template <class T> bool same_bits(T const* a, T const* b, Index count) {
 }
 template <class T> bool same_bits(std::vector<T> const& a, std::vector<T> const& b) {
   return a.size() == b.size() && same_bits(a.data(), b.data(), std::ssize(a));
+}
+
+// Every gradient of the model along a random direction, against two forwards.
+template <class Stack> void check_finite_differences(Fixture<Stack, double>& f) {
+  auto const batch = f.batch(ha::Sequences::equal(2, 13), some_tokens(26));
+  auto const evaluate = [&] { return f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 1.0 / 26); };
+  auto const gradients = evaluate();
+  ha::zip(
+      [&](ha::Path const& path, auto& tensor, auto const& gradient) {
+        if (!tensor || !gradient) return;
+        auto const values = download(f.cpu, tensor), g = download(f.cpu, gradient),
+                   direction = noise<double>(std::ssize(values), "direction");
+        double along = 0, step = 1e-6, loss[2];
+        for (std::size_t i = 0; i < g.size(); ++i) along += g[i] * direction[i];
+        for (int side : {0, 1}) {
+          auto moved = values;
+          for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += (side == 0 ? step : -step) * direction[i];
+          upload(f.cpu, moved, tensor);
+          auto const result = evaluate();
+          loss[side] = result.loss.mean() + result.auxiliary_loss;
+        }
+        upload(f.cpu, values, tensor);
+        double const difference = (loss[0] - loss[1]) / (2 * step);
+        INFO(path.str() << ": gradient " << along << ", difference " << difference);
+        CHECK(std::abs(along - difference) <= 1e-7 * (1e-1 + std::abs(difference)));
+      },
+      f.params, gradients.params);
 }
 
 }  // namespace
@@ -161,29 +189,21 @@ TEMPLATE_TEST_CASE("a training step gives the same bits at any number of threads
 
 TEMPLATE_TEST_CASE("every gradient of a model equals finite differences", "[laws]", One, Mixed, Bare) {
   Fixture<TestType, double> f;
-  auto const batch = f.batch(ha::Sequences::equal(2, 13), some_tokens(26));
-  auto const evaluate = [&] { return f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 1.0 / 26); };
-  auto const gradients = evaluate();
-  ha::zip(
-      [&](ha::Path const& path, auto& tensor, auto const& gradient) {
-        if (!tensor || !gradient) return;
-        auto const values = download(f.cpu, tensor), g = download(f.cpu, gradient),
-                   direction = noise<double>(std::ssize(values), "direction");
-        double along = 0, step = 1e-6, loss[2];
-        for (std::size_t i = 0; i < g.size(); ++i) along += g[i] * direction[i];
-        for (int side : {0, 1}) {
-          auto moved = values;
-          for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += (side == 0 ? step : -step) * direction[i];
-          upload(f.cpu, moved, tensor);
-          auto const result = evaluate();
-          loss[side] = result.loss.mean() + result.auxiliary_loss;
-        }
-        upload(f.cpu, values, tensor);
-        double const difference = (loss[0] - loss[1]) / (2 * step);
-        INFO(path.str() << ": gradient " << along << ", difference " << difference);
-        CHECK(std::abs(along - difference) <= 1e-7 * (1e-1 + std::abs(difference)));
-      },
-      f.params, gradients.params);
+  check_finite_differences(f);
+}
+
+TEST_CASE("every gradient equals finite differences with a tied head, plain norms and ungated experts that are not renormalised",
+          "[laws]") {
+  auto config = small_config<One>();
+  config.norm.weight = ha::NormWeight::plain;
+  config.tie_embedding = true;
+  config.feed_forward.decoder_sparse_step = 1;
+  config.feed_forward.gated = false;
+  config.feed_forward.renormalise = false;
+  config.feed_forward.shared_dim = -1;
+  config.feed_forward.balance = ha::Balance::pooled;
+  Fixture<One, double> f{2, config};
+  check_finite_differences(f);
 }
 
 TEMPLATE_TEST_CASE("what a run on NaN leaves in memory reaches no later run, bitwise", "[laws]", One, Mixed, Bare) {
