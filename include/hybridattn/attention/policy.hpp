@@ -7,6 +7,8 @@
 //   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
 //   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
+// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
+// A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -31,15 +33,28 @@ struct NoStep {
   static constexpr bool makes(std::string_view) { return false; }
 };
 
+// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
+enum class Stage {
+  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
+  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
+  sparse           // both, each by its own loss
+};
+inline constexpr bool trains(Stage stage, bool detached) {
+  return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
+}
+
 struct PolicyDefaults {
+  static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs whose gradient stops before x.
+  // Inputs, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
-  // Inputs whose matrices, and parameters of Prepare, that nothing trains: they get no gradient at all, not even a zero one.
-  static constexpr bool untrained(std::string_view) { return false; }
+  // What a batch's auxiliary loss counts in training.
+  template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
 };
 
+template <class P>
+concept HasAuxiliaryLoss = requires(typename P::template Outputs<Shapes> y) { y.auxiliary_loss; };
 template <class P>
 concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Index n) {
   { P::complete(c, n, n) } -> std::same_as<typename P::Config>;

@@ -30,7 +30,8 @@ template <AttentionPolicy Policy> struct Attention {
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
     typename Policy::template Saved<S> policy;
-    HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy)
+    State<S, 1> d_auxiliary_loss;  // [1], written between the passes, or nothing
+    HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 
   static Params<Shapes> params(Config const& c, Index model_dim) {
@@ -44,14 +45,14 @@ template <AttentionPolicy Policy> struct Attention {
     zip([&](Path const&, auto const& input, auto& w) { w = {input.count(), model_dim}; }, Policy::inputs(c, one_token), shapes.w);
     return shapes;
   }
-  // Parameters that nothing trains have no gradient.
-  static Params<Shapes> gradients(Config const& c, Index model_dim) {
+  // What a stage does not train has no gradient at all, not even a zero one.
+  static Params<Shapes> gradients(Config const& c, Index model_dim, Stage stage) {
     auto shapes = params(c, model_dim);
-    auto const drop = [](Path const& path, auto& shape) {
-      if (Policy::untrained(path.name)) shape = {};
-    };
-    zip(drop, shapes.w);
-    zip(drop, shapes.prepare);
+    zip(
+        [&](Path const& path, auto& shape) {
+          if (!trains(stage, Policy::detached(path.name))) shape = {};
+        },
+        shapes);
     return shapes;
   }
   static Params<Starts> starts(Config const& c, Index model_dim, Initialization const& init) {
@@ -63,8 +64,14 @@ template <AttentionPolicy Policy> struct Attention {
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) {
     auto const outputs = Policy::outputs(c, s);
-    Saved<Shapes> shapes{
-        .raw = raw(c, s), .inputs = Policy::inputs(c, s), .outputs = outputs, .z = {}, .finished = {}, .policy = Policy::saved(c, s)};
+    Saved<Shapes> shapes{.raw = raw(c, s),
+                         .inputs = Policy::inputs(c, s),
+                         .outputs = outputs,
+                         .z = {},
+                         .finished = {},
+                         .policy = Policy::saved(c, s),
+                         .d_auxiliary_loss = {}};
+    if constexpr (HasAuxiliaryLoss<Policy>) shapes.d_auxiliary_loss = outputs.auxiliary_loss;
     if constexpr (Finish::gated) shapes.z = outputs.o;
     if constexpr (finishes) shapes.finished = outputs.o;
     return shapes;
@@ -95,18 +102,23 @@ template <AttentionPolicy Policy> struct Attention {
   static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
     auto d_x = zeros<T>(backend, x.shape);
-    auto d_outputs = allocate<T>(backend, Policy::outputs(c, s));
-    Tensor<T, 3, B> d_finished = zeros<T>(backend, saved.outputs.o.shape());
-    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_finished)), d_p.w_o);
+    Tensor<T, 3, B> d_o = zeros<T>(backend, saved.outputs.o.shape());
+    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o);
     if constexpr (finishes) {
+      auto const d_finished = std::move(d_o);
       Tensor<T, 3, B> d_z{backend, saved.z.shape()};
-      Finish::backward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, in(d_finished), out(d_outputs.o), out(d_z), d_p.finish);
+      d_o = {backend, saved.outputs.o.shape()};
+      Finish::backward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, in(d_finished), out(d_o), out(d_z), d_p.finish);
       if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate);
-    } else {
-      d_outputs.o = std::move(d_finished);
     }
-    project_backward<B, T>(backend, c, s, p, x, saved, in(d_outputs), out(d_x), d_p);
+    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), d_p);
     return d_x;
+  }
+  // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
+  template <class B, class T>
+  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
+    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, d_p);
   }
 
  private:
@@ -119,34 +131,33 @@ template <AttentionPolicy Policy> struct Attention {
         Policy::inputs(c, s), shapes);
     return shapes;
   }
-  // Through the policy, Prepare and the projections.
+  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
+  // detached is wanted where its matrix has a gradient.
   template <class B, class T>
   static void project_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
-                               Saved<Owned<T, B>> const& saved, typename Policy::template Outputs<In<T>> d_outputs, View<T, 2> d_x,
-                               Params<Out<T>> const& d_p) {
-    auto wanted = Policy::inputs(c, s);
-    zip(
-        [](Path const& path, auto& shape) {
-          if (Policy::untrained(path.name)) shape = {};
-        },
-        wanted);
-    auto d_inputs = allocate<T>(backend, wanted);
-    On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
+                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+    Inputs<Owned<T, B>> d_inputs;
     Inputs<Narrow<Owned<T, B>>> d_raw;
-    if constexpr (!std::is_same_v<Prepare, NoStep>) {
-      zip(
-          [&](Path const& path, auto const& raw, auto& d) {
-            if (!Policy::untrained(path.name)) d = {backend, raw.shape()};
-          },
-          saved.raw, d_raw);
+    zip(
+        [&](Path const& path, auto const& d_w, auto const& raw, auto const& input, auto& d_r, auto& d_input) {
+          if (Policy::detached(path.name) ? d_w.empty() : d_o == nullptr) return;
+          d_r = {backend, raw.shape()};
+          d_input = {backend, input.shape()};
+        },
+        d_p.w, saved.raw, saved.inputs, d_raw, d_inputs);
+    typename Policy::template Outputs<In<T>> d_outputs{};
+    if (d_o != nullptr) d_outputs.o = in(*d_o);
+    if constexpr (HasAuxiliaryLoss<Policy>) d_outputs.auxiliary_loss = in(saved.d_auxiliary_loss);
+    On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
+    if constexpr (!std::is_same_v<Prepare, NoStep>)
       Prepare::backward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out_narrow<T>(d_raw),
                         d_p.prepare);
-    }
     zip(
         [&](Path const& path, auto const& w, auto& d_w, auto const& d_made, auto const& d_input) {
-          if (Policy::untrained(path.name)) return;
+          bool const detached = Policy::detached(path.name);
+          if (detached ? d_w.empty() : d_o == nullptr) return;
           auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-          On<Linear, B>::backward(backend, x, w, d_projection, Policy::detached(path.name) ? View<T, 2>{} : d_x, d_w);
+          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w);
         },
         p.w, d_p.w, d_raw, d_inputs);
   }

@@ -25,7 +25,7 @@ class BalanceLoss {
     pooled_tokens_ += tokens;
     sum_of_layers_ += loss(layer, tokens);
   }
-  template <class T, class B> void write(B& backend, FeedForward::Saved<Owned<T, B>>& saved) const {
+  template <class T, class B> void write(B& backend, double scale, FeedForward::Saved<Owned<T, B>>& saved) const {
     if (!saved.probabilities) return;
     bool const pool = c_.balance == Balance::pooled;
     auto const layer = pool ? pooled_ : use(backend, saved);
@@ -33,7 +33,7 @@ class BalanceLoss {
     std::vector<T> d_probability;
     for (Use const& expert : layer)
       d_probability.push_back(
-          static_cast<T>(c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
+          static_cast<T>(scale * c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
     upload(backend, d_probability, saved.d_probability);
   }
   double value() const { return c_.balance == Balance::pooled ? loss(pooled_, pooled_tokens_) : sum_of_layers_; }

@@ -14,6 +14,7 @@ struct BlockConfig {
   RmsNorm::Options norm;
   FeedForwardConfig feed_forward;
   Initialization initialization;
+  Stage stage = Stage::language_model;
 };
 
 template <AttentionPolicy P> struct Block {
@@ -42,8 +43,8 @@ template <AttentionPolicy P> struct Block {
             .feed_forward = FeedForward::params(c.feed_forward, layer, c.model_dim)};
   }
   static Params<Shapes> gradients(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
-    auto shapes = params(c, mixer, layer);
-    shapes.attention = Mixer::gradients(mixer, c.model_dim);
+    auto shapes = c.stage == Stage::dense_warm_up ? Params<Shapes>{} : params(c, mixer, layer);
+    shapes.attention = Mixer::gradients(mixer, c.model_dim, c.stage);
     return shapes;
   }
   static Params<Starts> starts(BlockConfig const& c, typename P::Config const& mixer) {
@@ -92,6 +93,12 @@ template <AttentionPolicy P> struct Block {
         Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
     On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm);
     return d_y;
+  }
+  // Of the policy's auxiliary loss alone.
+  template <class B, class T>
+  static void auxiliary_backward(B& backend, typename P::Config const& mixer, Sequences const& s, Params<In<T>> const& p,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
+    Mixer::auxiliary_backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), d_p.attention);
   }
 };
 

@@ -46,10 +46,11 @@ template <class S_> class LanguageModel {
     Held<S, 2> x, x_normed;  // [N, C]
     HYBRIDATTN_FIELDS(blocks, x, x_normed)
   };
-  // What a batch gave: the loss over its counted tokens, the auxiliary loss, and the gradient of their weighted sum.
+  // What a batch gave: the loss over its counted tokens, the weighted auxiliary losses, and the gradient of their sum.
   template <class T, class B> struct Gradients {
     LossSum loss;
-    double auxiliary_loss = 0;
+    double auxiliary_loss = 0;  // load balancing and policies
+    double policy_loss = 0;     // the policies' part of it
     Params<Owned<T, B>> params;
   };
 
@@ -60,6 +61,15 @@ template <class S_> class LanguageModel {
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
   }
+  // The same model in another stage of training: other gradients, the same parameters.
+  LanguageModel at(Stage stage) const {
+    LanguageModel model = *this;
+    model.stack_ = Stack::at(stack_, stage);
+    model.gradients_ = model.shapes(Stack::gradients(model.stack_));
+    if (stage == Stage::dense_warm_up) model.gradients_.embedding = {}, model.gradients_.norm = {}, model.gradients_.head = {};
+    return model;
+  }
+  Stage stage() const { return stack_.block.stage; }
   Config const& config() const { return config_; }
   typename Stack::Config const& stack_config() const { return stack_; }
 
@@ -117,13 +127,24 @@ template <class S_> class LanguageModel {
     return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
   }
 
-  // Loss and gradients of scale * (sum of the loss over counted tokens) + the load-balancing loss. `saved` is consumed.
+  // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
+  // auxiliary losses), as far as the stage trains by them. `saved` is consumed.
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
-                           double scale) const {
+                           double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{.loss = {}, .auxiliary_loss = balance(backend, saved.blocks), .params = allocate<T>(backend, gradients())};
+    Gradients<T, B> result{.loss = {},
+                           .auxiliary_loss = 0,
+                           .policy_loss = policy_loss<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks),
+                           .params = allocate<T>(backend, gradients())};
     auto const d_p = out(result.params);
+    result.auxiliary_loss = result.policy_loss;
+    if (stage() == Stage::dense_warm_up) {
+      result.loss = On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets));
+      Stack::auxiliary_backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), d_p.blocks);
+      return result;
+    }
+    result.auxiliary_loss += balance(backend, auxiliary_scale, saved.blocks);
     View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
     On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
     On<Fill, B>::forward(backend, T(0), flat(d_p.head));
@@ -137,7 +158,7 @@ template <class S_> class LanguageModel {
   }
 
   template <class B, class T>
-  auto backward(B&, Params<Owned<T, B>> const&, TokenBatch<B> const&, Saved<Owned<T, B>>&, double) const {
+  auto backward(B&, Params<Owned<T, B>> const&, TokenBatch<B> const&, Saved<Owned<T, B>>&, double, double = 1) const {
     static_assert(sizeof(T) == 0, "backward consumes what forward saved: pass std::move(saved)");
     return Gradients<T, B>{};
   }
@@ -151,13 +172,32 @@ template <class S_> class LanguageModel {
   template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
 
   // The load-balancing loss of all mixture layers; writes its part of each router's gradient into Saved.
-  template <class B, class T> double balance(B& backend, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+  template <class B, class T>
+  double balance(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
     auto const& c = stack_.block.feed_forward;
     if (c.balance_coefficient == 0) return 0;
     BalanceLoss loss{c};
     blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
-    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, block.feed_forward); }, blocks);
+    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, scale, block.feed_forward); }, blocks);
     return loss.value();
+  }
+  // The weighted auxiliary losses of all policies that have one; writes each one's own gradient into Saved.
+  template <class T, class B>
+  double policy_loss(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+    double sum = 0;
+    blocks.for_each(
+        [&](auto block, std::size_t, auto& kept) {
+          using Block = typename decltype(block)::type;
+          if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
+            auto const value = download(backend, kept.attention.outputs.auxiliary_loss);
+            if (value.empty()) return;
+            double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
+            sum += weight * static_cast<double>(value[0]);
+            upload(backend, std::vector{static_cast<wide_t<T>>(scale * weight)}, kept.attention.d_auxiliary_loss);
+          }
+        },
+        blocks);
+    return sum;
   }
 
   Config config_;

@@ -35,6 +35,13 @@ template <AttentionPolicy... Policies> struct Stack {
     return c;
   }
 
+  // With another stage of training.
+  static Config at(Config c, Stage stage) {
+    c.block.stage = stage;
+    set_stage(Kinds{}, c, stage);
+    return c;
+  }
+
   static Params<Shapes> params(Config const& c) {
     return filled<Params<Shapes>>(
         c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
@@ -74,11 +81,29 @@ template <AttentionPolicy... Policies> struct Stack {
     return d_y;
   }
 
+  // Of the policies' auxiliary losses alone: no layer sends anything to another.
+  template <class B, class T>
+  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
+                                 Params<Out<T>> const& d_params) {
+    params.for_each(
+        [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
+          using Block = typename decltype(block)::type;
+          Block::auxiliary_backward(backend, mixer<Block>(c), s, p, std::move(kept), d_p);
+        },
+        params, saved, d_params);
+  }
+
   template <class Block> static auto const& mixer(Config const& c) { return c.mixers.template get<typename Block::Policy>(); }
 
  private:
   template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
     ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
+  }
+  template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
+    auto const set = [&](auto& mixer) {
+      if constexpr (requires { mixer.stage; }) mixer.stage = stage;
+    };
+    (set(c.mixers.template get<Ps>()), ...);
   }
   // A list whose elements are f(block, its mixer's config, layer's number).
   template <class List, class F> static List filled(Config const& c, F f) {

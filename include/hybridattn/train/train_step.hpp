@@ -32,8 +32,14 @@ template <class B> TokenBatch<B> make_batch(B& backend, Batch const& host) {
 // What a step did.
 struct StepResult {
   LossSum loss;               // over the batch's counted tokens, before the step
-  double auxiliary_loss = 0;  // load balancing
+  double auxiliary_loss = 0;  // load balancing and policies, weighted
+  double policy_loss = 0;     // the policies' part of it: of DSA's indexers, in stages that train them
   double gradient_norm = 0;   // before clipping
+};
+
+struct StepOptions {
+  double rate = 1;                      // factor for the learning rate
+  Stage stage = Stage::language_model;  // what is trained
 };
 
 // Tokens that have a target. Read piece by piece: a training step takes no memory.
@@ -52,19 +58,21 @@ template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
 // Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
-                            std::span<TokenBatch<B> const> batches, double rate = 1) {
+                            std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
-  double const scale = count == 0 ? 0 : 1 / static_cast<double>(count);
+  double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
+  Model const staged = model.at(options.stage);
 
   StepResult result;
   Params gradients;
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    auto saved = model.forward(backend, params, batches[i]);
-    auto more = model.backward(backend, params, batches[i], std::move(saved), scale);
+    auto saved = staged.forward(backend, params, batches[i]);
+    auto more = staged.backward(backend, params, batches[i], std::move(saved), scale, share);
     result.loss += more.loss;
-    result.auxiliary_loss += more.auxiliary_loss / static_cast<double>(batches.size());
+    result.auxiliary_loss += share * more.auxiliary_loss;
+    result.policy_loss += share * more.policy_loss;
     if (i == 0) gradients = std::move(more.params);
     else
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
@@ -72,7 +80,7 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
   }
   check(std::isfinite(result.loss.loss), "step ", optimizer.steps() + 1, ": the loss is ", result.loss.mean());
   try {
-    result.gradient_norm = optimizer.step(backend, params, gradients, rate);
+    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate);
   } catch (Error const& error) {
     fail("step ", optimizer.steps() + 1, ": ", error.what());
   }
@@ -81,8 +89,8 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
 // The same for one batch. Throws, before it touches a parameter, when loss or gradients are not finite, naming step and tensor.
 template <class B, class Model, class Params>
 StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
-                      double rate = 1) {
-  return accumulated_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), rate);
+                      StepOptions options = {}) {
+  return accumulated_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
 }
 
 }  // namespace hybridattn

@@ -38,6 +38,8 @@ struct Config {
   double index_scale = 0;   // 0: index_dim^-1/2
   double rope_theta = 10000;
   double norm_eps = 1e-6;   // of the q/k norm and of the indexer's LayerNorm
+  double index_loss = 1;    // weight of the indexer's loss, a mean over tokens
+  Stage stage = Stage::language_model;
 };
 
 template <class S> struct Inputs {
@@ -76,6 +78,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100 && 0 <= O.index_rotary_percent && O.index_rotary_percent <= 100,
                 "SparseOptions: a rotary percentage is a share of the head, 0 .. 100");
 
+  static constexpr std::string_view name = "DSA";
   static constexpr SparseOptions options = O;
   using Config = dsa::Config;
   template <class S> using Inputs = dsa::Inputs<S>;
@@ -85,7 +88,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
   static constexpr bool detached(std::string_view input) { return input.starts_with("index_"); }
-  static constexpr bool untrained(std::string_view input) { return input.starts_with("index_"); }
+  static double auxiliary_weight(Config const& c, Index tokens) { return tokens == 0 ? 0 : c.index_loss / static_cast<double>(tokens); }
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
     if (c.num_heads == 0) c.num_heads = num_heads;

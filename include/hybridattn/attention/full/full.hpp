@@ -57,6 +57,7 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
   static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100, "FullOptions: rotary_percent is a share of the head, 0 .. 100");
 
+  static constexpr std::string_view name = "Full";
   static constexpr FullOptions options = O;
   using Config = full::Config;
   template <class S> using Inputs = full::Inputs<S>;

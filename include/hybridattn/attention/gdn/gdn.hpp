@@ -70,6 +70,7 @@ template <GdnOptions O> struct Finish;
 template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
 
+  static constexpr std::string_view name = "GDN";
   static constexpr GdnOptions options = O;
   using Config = gdn::Config;
   template <class S> using Inputs = gdn::Inputs<S>;
