@@ -139,6 +139,8 @@ TEMPLATE_TEST_CASE("full attention equals its equations for every head dim, leng
   for (Index D : {8, 16, 20, 32, 64, 128})
     for (int window : {0, 1, 16, 64})
       check_values<TestType>(cpu, window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, packed(all_lengths));
+  for (int window : {0, 16})
+    check_values<TestType>(cpu, window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = 256}, packed({65, 0, 2, 33}));
 }
 
 TEMPLATE_TEST_CASE("full attention equals its equations for groups of heads and a scale", "", float, double) {

@@ -207,10 +207,11 @@ TEMPLATE_TEST_CASE("gated delta rule: every size gives the values of the loops a
   struct Dims {
     Index K, V;
   };
-  for (Dims d : {Dims{32, 32}, {64, 64}, {64, 32}, {16, 8}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})
+  for (Dims d : {Dims{32, 32}, {64, 64}, {64, 32}, {16, 16}, {16, 8}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})
     check_values<TestType>(cpu, {.sizes = sizes(d.K, d.V, 2, 4)}, packed(all_lengths));
   check_values<TestType>(cpu, {.sizes = sizes(128, 128)}, packed({130, 3}));
   check_values<TestType>(cpu, {.sizes = sizes(160, 48, 1, 3)}, packed({65}));
+  check_values<TestType>(cpu, {.sizes = sizes(256, 256)}, packed({65, 3}));
 }
 
 TEMPLATE_TEST_CASE("gated delta rule: any decay, any beta and any keys", "", float, double) {

@@ -50,42 +50,37 @@ T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T ca
 
 // The products of a block's first group.
 template <class T> void multiply(ForwardPanel<T> panel, Index K, Rows<T const> k, Rows<T const> q) {
-  Vec<T> products[2 * group_tokens][panel_vectors] = {};
-  for (Index r = 0; r < K; ++r)
-    for (int x = 0; x < panel_vectors; ++x) {
-      Vec<T> const s = load(panel.state + r * panel_width<T> + x * lanes<T>);
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) {
-        products[i][x] += k[i][r] * s;
-        products[group_tokens + i][x] += q[i][r] * s;
-      }
+  Vec<T> products[2 * group_tokens] = {};
+  for (Index r = 0; r < K; ++r) {
+    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      products[i] += k[i][r] * s;
+      products[group_tokens + i] += q[i][r] * s;
     }
-  for (int i = 0; i < 2 * group_tokens; ++i)
-    for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
+  }
+  for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
 }
 
 // (2) and (4) for one group.
 template <class T>
 HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, Rows<T const> v, Rows<T> error, Rows<T> o, ForwardPanel<T> panel) {
+  Vec<T> delta[group_tokens];
   HYBRIDATTN_UNROLL
-  for (int x = 0; x < panel_width<T>; x += lanes<T>) {
-    Vec<T> delta[group_tokens];
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> e = load(v[i]) - terms.forget[i][g] * load(panel.products + i * panel_width<T>);
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> e = load(v[i] + x) - terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
-      HYBRIDATTN_UNROLL
-      for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
-      if (error.data != nullptr) store(error[i] + x, e);
-      delta[i] = terms.beta[i][g] * e;
-      store(panel.updates + i * panel_width<T> + x, terms.keep[i][g] * delta[i]);
-    }
+    for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
+    if (error.data != nullptr) store(error[i], e);
+    delta[i] = terms.beta[i][g] * e;
+    store(panel.updates + i * panel_width<T>, terms.keep[i][g] * delta[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T>);
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T> + x);
-      HYBRIDATTN_UNROLL
-      for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
-      store(o[i] + x, y);
-    }
+    for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
+    store(o[i], y);
   }
 }
 
@@ -93,44 +88,27 @@ HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, Rows<T const
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> k, [[maybe_unused]] Rows<T const> next_k,
                             [[maybe_unused]] Rows<T const> next_q) {
-  Vec<T> update[group_tokens][panel_vectors], products[2 * group_tokens][panel_vectors] = {};
+  Vec<T> update[group_tokens], products[2 * group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) update[i][x] = load(panel.updates + i * panel_width<T> + x * lanes<T>);
-  }
+  for (int i = 0; i < group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s[panel_vectors];
+    Vec<T> s = load(row);
+    if constexpr (folds) s *= fold;
     HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) {
-      s[x] = load(row + x * lanes<T>);
-      if constexpr (folds) s[x] *= fold;
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      HYBRIDATTN_UNROLL
-      for (int x = 0; x < panel_vectors; ++x) s[x] += k[i][r] * update[i][x];
-    }
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) store(row + x * lanes<T>, s[x]);
+    for (int i = 0; i < group_tokens; ++i) s += k[i][r] * update[i];
+    store(row, s);
     if constexpr (multiplies) {
       HYBRIDATTN_UNROLL
       for (int i = 0; i < group_tokens; ++i) {
-        HYBRIDATTN_UNROLL
-        for (int x = 0; x < panel_vectors; ++x) {
-          products[i][x] += next_k[i][r] * s[x];
-          products[group_tokens + i][x] += next_q[i][r] * s[x];
-        }
+        products[i] += next_k[i][r] * s;
+        products[group_tokens + i] += next_q[i][r] * s;
       }
     }
   }
   if constexpr (multiplies) {
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < 2 * group_tokens; ++i) {
-      HYBRIDATTN_UNROLL
-      for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
-    }
+    for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
   }
 }
 template <class T>

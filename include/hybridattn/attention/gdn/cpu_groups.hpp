@@ -17,13 +17,11 @@ using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
 inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
 
-// Columns of a state that one pass handles: its 13 vectors of accumulators and factors for each vector of columns stay in
-// registers, of which AVX-512 has 32 and the others 16.
-inline constexpr int panel_vectors = cpu::vector_bytes == 64 ? 2 : 1;
-template <class T> inline constexpr int panel_width = panel_vectors * lanes<T>;
-// Panels in turn: the short, serial work between two passes over one panel runs under the pass over the other. A panel has
+// Columns of a state that one pass handles: one vector, whose 13 accumulators and factors stay in registers.
+template <class T> inline constexpr int panel_width = lanes<T>;
+// Panels in turn: the short, serial work between two passes over one panel runs under the passes over the others. A panel has
 // twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
-inline constexpr Index panels_in_turn = 2, panel_rows = 3 * group_tokens;
+inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
 // K and V in whole panels and whole groups of rows.
 template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
 

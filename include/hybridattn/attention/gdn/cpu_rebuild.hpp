@@ -37,44 +37,26 @@ template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, Rebu
 template <bool folds, class T>
 HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, Rows<T const> k, Rows<T const> d_o,
                                Rows<T const> d_v, Rows<T const> error, T* products) {
-  Vec<T> key[group_tokens][panel_vectors], by_d_o[group_tokens][panel_vectors] = {}, by_d_v[group_tokens][panel_vectors] = {};
+  Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) key[i][x] = terms.keep[i][g] * load(k[i] + x * lanes<T>);
-  }
+  for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
   for (Index r = 0; r < V; ++r) {
     T* const row = state + r * panel_width<T>;
-    Vec<T> s[panel_vectors];
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) s[x] = load(row + x * lanes<T>);
+    Vec<T> s = load(row);
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
-      HYBRIDATTN_UNROLL
-      for (int x = 0; x < panel_vectors; ++x) {
-        by_d_o[i][x] += d_o[i][r] * s[x];
-        by_d_v[i][x] += d_v[i][r] * s[x];
-      }
+      by_d_o[i] += d_o[i][r] * s;
+      by_d_v[i] += d_v[i][r] * s;
     }
+    if constexpr (folds) s *= terms.carry.fold[g];
     HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) {
-      if constexpr (folds) s[x] *= terms.carry.fold[g];
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      HYBRIDATTN_UNROLL
-      for (int x = 0; x < panel_vectors; ++x) s[x] += error[i][r] * key[i][x];
-    }
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) store(row + x * lanes<T>, s[x]);
+    for (int i = 0; i < group_tokens; ++i) s += error[i][r] * key[i];
+    store(row, s);
   }
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) {
-      store(products + i * panel_width<T> + x * lanes<T>, by_d_o[i][x]);
-      store(products + (group_tokens + i) * panel_width<T> + x * lanes<T>, by_d_v[i][x]);
-    }
+    store(products + i * panel_width<T>, by_d_o[i]);
+    store(products + (group_tokens + i) * panel_width<T>, by_d_v[i]);
   }
 }
 
@@ -82,28 +64,25 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, Rows<T const> q, Rows<T const> k,
                                T const* products, Rows<T> d_q, Rows<T> d_k) {
+  Vec<T> key[group_tokens], query[group_tokens];
   HYBRIDATTN_UNROLL
-  for (int x = 0; x < panel_width<T>; x += lanes<T>) {
-    Vec<T> key[group_tokens], query[group_tokens];
+  for (int i = 0; i < group_tokens; ++i) {
+    key[i] = load(k[i]);
+    query[i] = load(q[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>);
+    Vec<T> z = handover.gradient[i][g] * load(d_k[i]) - terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      key[i] = load(k[i] + x);
-      query[i] = load(q[i] + x);
-    }
+    for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T> + x);
-      Vec<T> z = handover.gradient[i][g] * load(d_k[i] + x) - terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T> + x);
-      HYBRIDATTN_UNROLL
-      for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
-      HYBRIDATTN_UNROLL
-      for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
-      HYBRIDATTN_UNROLL
-      for (int j = 0; j < group_tokens; ++j)
-        if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
-      store(d_q[i] + x, y);
-      store(d_k[i] + x, z);
-    }
+    for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < group_tokens; ++j)
+      if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
+    store(d_q[i], y);
+    store(d_k[i], z);
   }
 }
 

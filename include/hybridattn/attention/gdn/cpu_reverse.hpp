@@ -55,39 +55,34 @@ T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T c
 
 // The products of a block's last group.
 template <class T> void multiply(ReversePanel<T> panel, Index K, Rows<T const> k) {
-  Vec<T> products[group_tokens][panel_vectors] = {};
-  for (Index r = 0; r < K; ++r)
-    for (int x = 0; x < panel_vectors; ++x) {
-      Vec<T> const s = load(panel.state + r * panel_width<T> + x * lanes<T>);
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) products[i][x] += k[i][r] * s;
-    }
-  for (int i = 0; i < group_tokens; ++i)
-    for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
+  Vec<T> products[group_tokens] = {};
+  for (Index r = 0; r < K; ++r) {
+    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) products[i] += k[i][r] * s;
+  }
+  for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
 }
 
 // w of one group, from its last token to its first.
 template <class T>
 HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, Rows<T const> d_o, Rows<T> w, ReversePanel<T> panel) {
+  Vec<T> d_v[group_tokens], up[group_tokens];
   HYBRIDATTN_UNROLL
-  for (int x = 0; x < panel_width<T>; x += lanes<T>) {
-    Vec<T> d_v[group_tokens], up[group_tokens];
+  for (int i = 0; i < group_tokens; ++i) {
+    up[i] = load(d_o[i]);
+    store(panel.updates + i * panel_width<T>, terms.keep_query[i][g] * up[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = group_tokens - 1; i >= 0; --i) {
+    Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T>);
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      up[i] = load(d_o[i] + x);
-      store(panel.updates + i * panel_width<T> + x, terms.keep_query[i][g] * up[i]);
-    }
+    for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
     HYBRIDATTN_UNROLL
-    for (int i = group_tokens - 1; i >= 0; --i) {
-      Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
-      HYBRIDATTN_UNROLL
-      for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
-      HYBRIDATTN_UNROLL
-      for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
-      store(w[i] + x, y);
-      d_v[i] = terms.beta[i][g] * y;
-      store(panel.updates + (group_tokens + i) * panel_width<T> + x, terms.keep_key[i][g] * y);
-    }
+    for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
+    store(w[i], y);
+    d_v[i] = terms.beta[i][g] * y;
+    store(panel.updates + (group_tokens + i) * panel_width<T>, terms.keep_key[i][g] * y);
   }
 }
 
@@ -96,49 +91,29 @@ HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, Rows<T const
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> q, Rows<T const> k,
                             [[maybe_unused]] Rows<T const> next_k) {
-  Vec<T> update[2 * group_tokens][panel_vectors], products[group_tokens][panel_vectors] = {};
+  Vec<T> update[2 * group_tokens], products[group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) {
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) update[i][x] = load(panel.updates + i * panel_width<T> + x * lanes<T>);
-  }
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s[panel_vectors], by_keys[panel_vectors];
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) {
-      s[x] = load(row + x * lanes<T>);
-      if constexpr (folds) s[x] *= fold;
-      by_keys[x] = k[0][r] * update[group_tokens][x];
-      s[x] += q[0][r] * update[0][x];
-    }
+    Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
+    if constexpr (folds) s *= fold;
+    s += q[0][r] * update[0];
     HYBRIDATTN_UNROLL
     for (int i = 1; i < group_tokens; ++i) {
-      HYBRIDATTN_UNROLL
-      for (int x = 0; x < panel_vectors; ++x) {
-        s[x] += q[i][r] * update[i][x];
-        by_keys[x] += k[i][r] * update[group_tokens + i][x];
-      }
+      s += q[i][r] * update[i];
+      by_keys += k[i][r] * update[group_tokens + i];
     }
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < panel_vectors; ++x) {
-      s[x] += by_keys[x];
-      store(row + x * lanes<T>, s[x]);
-    }
+    s += by_keys;
+    store(row, s);
     if constexpr (multiplies) {
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) {
-        HYBRIDATTN_UNROLL
-        for (int x = 0; x < panel_vectors; ++x) products[i][x] += next_k[i][r] * s[x];
-      }
+      for (int i = 0; i < group_tokens; ++i) products[i] += next_k[i][r] * s;
     }
   }
   if constexpr (multiplies) {
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      HYBRIDATTN_UNROLL
-      for (int x = 0; x < panel_vectors; ++x) store(panel.products + i * panel_width<T> + x * lanes<T>, products[i][x]);
-    }
+    for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
   }
 }
 template <class T>
@@ -151,19 +126,18 @@ HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& r
 
 // X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
 // they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
-template <int count, class T>
-HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index K, Rows<T const> error, bool first, T* to) {
+template <class T>
+HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, Rows<T const> error, bool first, T* to) {
   for (Index r = 0; r < K; r += group_tokens) {
     Vec<T> sum[pairs] = {};
-    HYBRIDATTN_UNROLL
-    for (int x = 0; x < count * panel_vectors; ++x) {
-      T const* const state = panels[x / panel_vectors].state + r * panel_width<T> + x % panel_vectors * lanes<T>;
+    for (Index p = 0; p < count; ++p) {
+      T const* const state = panels[p].state + r * panel_width<T>;
       Vec<T> s[group_tokens];
       HYBRIDATTN_UNROLL
       for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
       HYBRIDATTN_UNROLL
       for (int i = 0; i < group_tokens; ++i) {
-        Vec<T> const e = load(error[i] + x * lanes<T>);
+        Vec<T> const e = load(error[i] + p * panel_width<T>);
         HYBRIDATTN_UNROLL
         for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
       }
@@ -181,19 +155,13 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
   for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
     ReversePanel<T> turn[panels_in_turn];
     Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
-    auto const with_error = [&](Index g) HYBRIDATTN_INLINE_LAMBDA {
-      Rows<T const> const error = rows.error.group(g).columns(first);
-      T* const to = state_error + g * group_tokens * rows.K;
-      if (count == panels_in_turn) times_error<panels_in_turn>(turn, rows.K, error, first == 0, to);
-      else times_error<1>(turn, rows.K, error, first == 0, to);
-    };
     for (Index p = 0; p < count; ++p) {
       T* const own = panel_memory + p * panel_rows * panel_width<T>;
       turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + group_tokens * panel_width<T>};
       multiply(turn[p], rows.K, rows.k.group(rows.groups - 1));
     }
     for (Index g = rows.groups; g-- > 0;) {
-      with_error(g);
+      times_error(turn, count, rows.K, rows.error.group(g).columns(first), first == 0, state_error + g * group_tokens * rows.K);
       for (Index p = 0; p < count; ++p) {
         Index const column = first + p * panel_width<T>;
         solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
