@@ -7,6 +7,7 @@
 #include <hybridattn/testing/adaptor.hpp>
 #include <hybridattn/testing/bitwise_laws.hpp>
 #include <hybridattn/testing/budget_laws.hpp>
+#include <hybridattn/testing/decoding_laws.hpp>
 
 namespace hybridattn::testing {
 
@@ -27,6 +28,8 @@ inline constexpr Law all_laws[] = {
     {"finite differences", finite_differences},
     {"linear", linear},
     {"agrees in parts", agrees_in_parts},
+    {"decodes the whole", decodes_the_whole},
+    {"decodes cleanly", decodes_cleanly},
     {"memory as announced", memory_as_announced},
 };
 
@@ -43,14 +46,14 @@ inline std::vector<Verdict> judge(AnyPolicy const& policy) {
   return verdicts;
 }
 
-// At all the sizes of Samples<P>; `why` starts with the policy's name and the number of the size.
+// At all the sizes of Samples<P>; `why`, if there is one, starts with the policy's name and the number of the size.
 template <class P, class B, class T> std::vector<Verdict> judge() {
   std::vector<Verdict> verdicts;
   auto const sizes = Samples<P>::sizes();
   for (std::size_t size = 0; size < sizes.size(); ++size) {
     Adaptor<P, B, T> const policy{sizes[size]};
     for (Verdict& verdict : judge(policy)) {
-      verdict.why = sentence(policy.name(), ", size ", size, ": ", verdict.why);
+      if (!verdict.why.empty()) verdict.why = sentence(policy.name(), ", size ", size, ": ", verdict.why);
       verdicts.push_back(std::move(verdict));
     }
   }
