@@ -41,7 +41,7 @@ using ha::View;
 // Every family the tests know. A file of another one fails, so that no file is passed over in silence.
 inline constexpr std::array<std::string_view, 11> operator_families{
     "adamw", "causal_conv1d", "cross_entropy", "gated_rms_norm", "gdn_gate", "l2_norm", "moe", "rms_norm", "rope", "schedule", "swiglu"};
-inline constexpr std::array<std::string_view, 5> policy_families{"dsa", "full", "full_layer", "gdn", "gdn_layer"};
+inline constexpr std::array<std::string_view, 6> policy_families{"dsa", "dsa_kl", "full", "full_layer", "gdn", "gdn_layer"};
 
 // Another folder of the same layout can be named by the environment.
 inline bool elsewhere() { return std::getenv("HYBRIDATTN_GOLDEN_DIR") != nullptr; }

@@ -74,6 +74,40 @@ TEST_CASE("batches depend on the seed alone and start again after restart") {
   CHECK(one.next_batch(2, 64).tokens == first.tokens);
 }
 
+TEST_CASE("a source goes on from where another one stood, and refuses to where other batches are") {
+  auto const goes_on = [](auto source, auto same, auto const& other) {
+    source.next_batch(2, 64);
+    auto const state = source.state();
+    auto const second = source.next_batch(2, 64), third = source.next_batch(2, 64);
+    same.restore(state);
+    CHECK(same.next_batch(2, 64).tokens == second.tokens);
+    source.restore(state);
+    CHECK(source.next_batch(2, 64).tokens == second.tokens);
+    CHECK(source.next_batch(2, 64).targets == third.targets);
+    CHECK_THROWS_WITH(same.restore(other.state()), Contains(other.description()) && Contains(same.description()));
+    CHECK(same.next_batch(2, 64).tokens == third.tokens);   // untouched
+  };
+  ha::Seed const seed{1};
+  ha::ByteText const text{counting_text(9000)};
+  goes_on(ha::Windows{text, seed}, ha::Windows{text, seed, "another name"}, ha::Windows{ha::ByteText{counting_text(9010)}, seed});
+  goes_on(ha::RecallTask{seed}, ha::RecallTask{seed}, ha::RecallTask{seed, {.pairs = 4}});
+  ha::Windows one{text, seed};
+  std::string changed = counting_text(9000);
+  changed[4321] ^= 1;
+  CHECK_THROWS_WITH((ha::Windows{ha::ByteText{changed}, seed}.restore(one.state())), Contains("another content"));
+  CHECK_THROWS_WITH((ha::Windows{text, ha::Seed{2}}.restore(one.state())), Contains("the state's is 1") && Contains("source's is 2"));
+}
+
+TEST_CASE("a jump in a stream of random numbers ends where drawing does") {
+  ha::Random drawing{ha::Seed{4}, "stream"}, jumping{ha::Seed{4}, "stream"};
+  for (int i = 0; i < 7; ++i) drawing.normal();
+  CHECK(drawing.drawn() == 14);
+  jumping.jump_to(drawing.drawn());
+  CHECK(jumping.bits() == drawing.bits());
+  jumping.jump_to(0);
+  CHECK(jumping.bits() == (ha::Random{ha::Seed{4}, "stream"}.bits()));
+}
+
 TEST_CASE("the same memory takes every batch") {
   ha::Windows text{ha::ByteText{counting_text(9000)}};
   ha::RecallTask recall;

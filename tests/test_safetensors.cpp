@@ -236,3 +236,40 @@ TEST_CASE("a file that is never committed was never there") {
   }
   CHECK(folder.is_empty());
 }
+
+TEST_CASE("what a killed process left of a file goes with the next one, and nothing else does") {
+  ScratchFolder const folder;
+  for (char const* name : {"log.12-0.partial", "log.99999999-3.partial", "log.partial", "log.old.12-0.partial", "log.12-0.partial2",
+                           "catalog.12-0.partial", "log.x-0.partial"})
+    folder.file(name, "left");
+  std::filesystem::create_symlink(folder / "log.partial", folder / "log.7-7.partial");
+  ha::AtomicFile living{folder / "log"};   // another writer of the same file, still at work
+  living.write("one");
+  ha::write_file_atomically(folder / "log", "two");
+  CHECK(content_of(folder / "log") == "two");
+  living.commit();
+  CHECK(content_of(folder / "log") == "one");
+  std::vector<std::string> left;
+  for (auto const& entry : std::filesystem::directory_iterator{folder.path()}) left.push_back(entry.path().filename().string());
+  std::ranges::sort(left);
+  CHECK(left == std::vector<std::string>{"catalog.12-0.partial", "log", "log.12-0.partial2", "log.7-7.partial", "log.old.12-0.partial",
+                                         "log.partial", "log.x-0.partial"});
+}
+
+TEST_CASE("bytes are read as they lie, and asked for one tensor at a time where they are elsewhere") {
+  ScratchFolder const folder;
+  std::vector<float> const here = {1, 2};
+  ha::SafetensorsWriter writer;
+  writer.add("here", {2}, here);
+  writer.add_elsewhere("there", {"I32", {2}}, {nullptr, 8});
+  std::string const bytes = "\1\2\3\4\5\6\7\x8";
+  writer.write(folder / "x", [&](std::string_view wanted) {
+    CHECK(wanted.size() == 8);
+    return std::string_view(bytes);
+  });
+  ha::Safetensors const file{folder / "x"};
+  auto const read = file.read_bytes("there");
+  CHECK(std::string(read.begin(), read.end()) == bytes);
+  CHECK(file.read_floats("here") == here);
+  CHECK_THROWS_WITH(file.read_bytes("nowhere"), Contains("no tensor 'nowhere'"));
+}

@@ -39,6 +39,11 @@ class Random {
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
 
+  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
+  // number `drawn`.
+  std::uint64_t drawn() const { return counter_; }
+  void jump_to(std::uint64_t drawn) { counter_ = drawn; }
+
  private:
   std::uint64_t key_, counter_ = 0;
 };

@@ -11,9 +11,10 @@
 
 namespace hybridattn {
 
-// Tokens start .. start + length - 1 of the N tokens of a batch. Nothing in one sequence ever meets another.
+// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
+// Nothing in one sequence ever meets another.
 struct Sequence {
-  Index start = 0, length = 0;
+  Index start = 0, length = 0, past = 0;
 };
 
 class Sequences {
@@ -36,6 +37,30 @@ class Sequences {
     }
     return result;
   }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same, in the memory that is there.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      append(lengths[i], past[i]);
+    }
+  }
+  // Those that follow nothing; the others count as empty here.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
 
   std::size_t size() const { return list_.size(); }
   Sequence operator[](std::size_t i) const { return list_[i]; }
@@ -48,17 +73,24 @@ class Sequences {
     for (Sequence s : list_) length = std::max(length, s.length);
     return length;
   }
-  // [N]: where each token stands in its sequence, and the number of that sequence.
+  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
   View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
  private:
-  void append(Index length) {
-    for (Index position = 0; position < length; ++position) {
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
       positions_.push_back(static_cast<std::int32_t>(position));
       owners_.push_back(static_cast<std::int32_t>(list_.size()));
     }
-    list_.push_back({tokens() - length, length});
+    list_.push_back({tokens() - length, length, past});
   }
 
   std::vector<Sequence> list_;

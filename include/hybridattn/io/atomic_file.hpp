@@ -5,6 +5,7 @@
 #include <hybridattn/core/check.hpp>
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -45,8 +46,33 @@ class FileDescriptor {
   int number_ = -1;
 };
 
+// The temporary name under which process `process` writes the file `name`.
+inline std::string partial_name(std::string const& name, int process, int attempt) {
+  return name + "." + std::to_string(process) + "-" + std::to_string(attempt) + ".partial";
+}
+inline bool is_partial_of(std::string_view file, std::string_view name) {
+  constexpr std::string_view end = ".partial";
+  if (!file.starts_with(name) || !file.ends_with(end) || file.size() <= name.size() + end.size()) return false;
+  auto const number = file.substr(name.size(), file.size() - name.size() - end.size());
+  return number.front() == '.' && number.find_first_not_of("0123456789-", 1) == number.npos;
+}
+
+// Deletes the temporary files of `path` that nobody writes any more, because their process was killed: a file in the making
+// is locked, and the system unlocks it whatever way its process ends.
+inline void remove_abandoned(std::filesystem::path const& path) {
+  namespace fs = std::filesystem;
+  std::string const name = path.filename().string();
+  std::error_code error;
+  for (fs::directory_iterator it{path.has_parent_path() ? path.parent_path() : ".", error}, end; !error && it != end; it.increment(error)) {
+    if (!is_partial_of(it->path().filename().string(), name)) continue;
+    FileDescriptor const file{::open(it->path().c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)};
+    if (file && ::flock(file.number(), LOCK_EX | LOCK_NB) == 0) ::unlink(it->path().c_str());
+  }
+}
+
 // A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
-// before does), and without `commit` nothing is left behind. Every failure is an Error that names the file.
+// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. Every
+// failure is an Error that names the file.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
@@ -54,10 +80,12 @@ class AtomicFile {
     auto const status = std::filesystem::status(path_, ignored);
     check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), "cannot write ", path_,
           ": it is there and is not a file");
+    remove_abandoned(path_);
     for (int attempt = 0; !file_; ++attempt) {
-      temporary_ = path_.string() + "." + std::to_string(::getpid()) + "-" + std::to_string(attempt) + ".partial";
+      temporary_ = partial_name(path_.string(), ::getpid(), attempt);
       file_ = FileDescriptor{::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};
       if (!file_ && (errno != EEXIST || attempt == 1000)) fail_with(errno);
+      if (file_ && !lock()) file_ = FileDescriptor{};
     }
   }
   AtomicFile(AtomicFile const&) = delete;
@@ -76,6 +104,7 @@ class AtomicFile {
   void commit() {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
     if (::fsync(file_.number()) != 0 && errno != EINVAL) discard_and_fail(errno);
+    FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
     if (!file_.close()) discard_and_fail(errno);
     if (::rename(temporary_.c_str(), path_.c_str()) != 0) discard_and_fail(errno);
     temporary_.clear();
@@ -88,6 +117,13 @@ class AtomicFile {
   [[noreturn]] void discard_and_fail(int error) {
     discard();
     fail_with(error);
+  }
+  // False where another process took the new file for an abandoned one and deleted it. A file system without locks has no
+  // such process either.
+  bool lock() const {
+    struct stat status;
+    if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
+    return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
   }
   void discard() noexcept {
     file_ = FileDescriptor{};

@@ -76,8 +76,9 @@ inline float from_f16(std::uint16_t bits) {
 }
 inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
-// JSON text as a value. Objects that have a key twice are refused: readers differ in which of the two they believe.
-inline nlohmann::json parse_header(std::string_view text, std::string const& where) {
+// JSON text as a value; `what` it is for errors: "the header". Objects that have a key twice are refused: readers differ in
+// which of the two they believe.
+inline nlohmann::json parse_json(std::string_view text, std::string const& where, char const* what) {
   std::vector<std::set<std::string>> keys;
   auto const watch = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     using Event = nlohmann::json::parse_event_t;
@@ -85,17 +86,17 @@ inline nlohmann::json parse_header(std::string_view text, std::string const& whe
     if (event == Event::object_end) keys.pop_back();
     if (event == Event::key) {
       auto const& key = value.get_ref<std::string const&>();
-      check(keys.back().insert(key).second, where, "the header has the key ", shown(key), " twice");
+      check(keys.back().insert(key).second, where, what, " has the key ", shown(key), " twice");
     }
     return true;
   };
-  check(text.starts_with('{'), where, "the header is not a JSON object");
+  check(text.starts_with('{'), where, what, " is not a JSON object");
   try {
     return nlohmann::json::parse(text, watch);
   } catch (nlohmann::json::parse_error const& error) {
-    fail(where, "the header is not JSON (at its byte ", error.byte, ")");
+    fail(where, what, " is not JSON (at its byte ", error.byte, ")");
   } catch (nlohmann::json::out_of_range const&) {
-    fail(where, "the header has a number that is too large");
+    fail(where, what, " has a number that is too large");
   }
 }
 
@@ -182,6 +183,8 @@ class Safetensors {
   std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
   // I64 and I32 only.
   std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
+  // The bytes as they lie in the file, whatever they are.
+  std::vector<char> read_bytes(std::string const& name) const { return stored<char>(info(name)); }
 
  private:
   void open(std::filesystem::path const& path) {
@@ -192,14 +195,14 @@ class Safetensors {
     auto const size = static_cast<std::uint64_t>(status.st_size);
     check(size >= 8, where_, "only ", size, " bytes, too short for the header's length");
     std::uint64_t length = 0;
-    read_bytes(0, &length, sizeof length);
+    read_at(0, &length, sizeof length);
     check(length <= safetensors::max_header_bytes, where_, "a header of ", length, " bytes; at most ", safetensors::max_header_bytes,
           " are allowed");
     check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
     std::string text(length, '\0');
-    read_bytes(8, text.data(), text.size());
+    read_at(8, text.data(), text.size());
     data_start_ = 8 + static_cast<std::size_t>(length);
-    parse(safetensors::parse_header(text, where_));
+    parse(safetensors::parse_json(text, where_, "the header"));
     safetensors::check_coverage(tensors_, static_cast<std::size_t>(size) - data_start_, where_);
   }
   void parse(nlohmann::json const& header) {
@@ -216,7 +219,7 @@ class Safetensors {
     }
   }
 
-  void read_bytes(std::size_t offset, void* into, std::size_t count) const {
+  void read_at(std::size_t offset, void* into, std::size_t count) const {
     auto* next = static_cast<char*>(into);
     while (count > 0) {
       auto const got = ::pread(file_.number(), next, count, static_cast<off_t>(offset));
@@ -230,7 +233,7 @@ class Safetensors {
   }
   template <class Stored> std::vector<Stored> stored(TensorInfo const& info) const {
     std::vector<Stored> elements((info.end - info.begin) / sizeof(Stored));
-    read_bytes(data_start_ + info.begin, elements.data(), info.end - info.begin);
+    read_at(data_start_ + info.begin, elements.data(), info.end - info.begin);
     return elements;
   }
   template <class T, class Stored, class Convert> std::vector<T> converted(TensorInfo const& info, Convert convert) const {
@@ -265,13 +268,14 @@ class Safetensors {
 class SafetensorsWriter {
  public:
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
-    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name), " is taken");
     TensorInfo info{std::string(safetensors::dtype_of<T>()), std::move(shape)};
     check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", safetensors::shown(name),
           ", whose shape has ", info.count());
     auto const bytes = std::as_bytes(elements);
-    entries_[name] = {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}};
+    insert(name, {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}});
   }
+  // Elements that are not the host's, as many as dtype and shape of `info` say: `write` asks for them.
+  void add_elsewhere(std::string const& name, TensorInfo info, std::string_view bytes) { insert(name, {std::move(info), bytes, true}); }
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::vector<T> const& elements) {
     add(name, std::move(shape), std::span<T const>(elements));
   }
@@ -280,13 +284,17 @@ class SafetensorsWriter {
   void add_metadata(std::string const& key, std::string value) { metadata_[key] = std::move(value); }
 
   void write(std::filesystem::path const& path) {
+    write(path, [](std::string_view bytes) { return bytes; });
+  }
+  // to_host(bytes) are the bytes of a tensor that is elsewhere; one at a time.
+  template <class ToHost> void write(std::filesystem::path const& path, ToHost to_host) {
     auto const order = lay_out();
     std::string const header = header_text();
     AtomicFile file{path};
     auto const length = std::bit_cast<std::array<char, 8>>(static_cast<std::uint64_t>(header.size()));
     file.write({length.data(), length.size()});
     file.write(header);
-    for (auto const* entry : order) file.write(entry->bytes);
+    for (auto const* entry : order) file.write(entry->elsewhere ? to_host(entry->bytes) : entry->bytes);
     file.commit();
   }
 
@@ -294,7 +302,12 @@ class SafetensorsWriter {
   struct Entry {
     TensorInfo info;
     std::string_view bytes;
+    bool elsewhere = false;
   };
+  void insert(std::string const& name, Entry entry) {
+    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name), " is taken");
+    entries_[name] = std::move(entry);
+  }
   // Wide elements first, so that every tensor lies aligned to its own.
   std::vector<Entry const*> lay_out() {
     std::vector<Entry const*> order;

@@ -35,6 +35,12 @@ template <class B, class Gradients> double global_norm(B& backend, Gradients con
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
 template <class Params> class AdamW {
  public:
+  // What steps change, besides the parameters: with the options all there is to know of an optimizer.
+  struct State {
+    Params mean, square;   // moments of the gradients
+    Index steps = 0;
+  };
+
   template <class B> AdamW(B& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)) {
     check(options_.learning_rate >= 0 && options_.epsilon > 0 && options_.weight_decay >= 0 && options_.max_norm >= 0,
           "AdamW: learning_rate ", options_.learning_rate, ", weight_decay ", options_.weight_decay, ", max_norm ", options_.max_norm,
@@ -45,13 +51,13 @@ template <class Params> class AdamW {
           square = zeros<T>(backend, p.shape());
           decays_.push_back(!options_.decays || options_.decays(path.str()));
         },
-        like, mean_, square_);
+        like, state_.mean, state_.square);
   }
 
   // One step down the gradients with learning_rate * rate; returns their global norm before clipping.
   template <class B> double step(B& backend, Params& params, Params const& gradients, double rate = 1) {
     double const norm = global_norm(backend, gradients);
-    ++steps_;
+    ++state_.steps;
     std::size_t tensor = 0;
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
@@ -59,15 +65,19 @@ template <class Params> class AdamW {
           if (g)
             On<AdamWStep, B>::forward(backend, rates(rate, norm, decays), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
         },
-        params, gradients, mean_, square_);
+        params, gradients, state_.mean, state_.square);
     return norm;
   }
-  Index steps() const { return steps_; }
+  Index steps() const { return state_.steps; }
   AdamWOptions const& options() const { return options_; }
+  // One for each tensor, in the order of the parameters: whether it decays.
+  std::vector<bool> const& decays() const { return decays_; }
+  State const& state() const { return state_; }
+  State& state() { return state_; }
 
  private:
   AdamWStep::Rates rates(double rate, double norm, bool decays) const {
-    double const step = static_cast<double>(steps_);
+    double const step = static_cast<double>(state_.steps);
     return {.learning_rate = options_.learning_rate * rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,
@@ -79,9 +89,8 @@ template <class Params> class AdamW {
   }
 
   AdamWOptions options_;
-  Params mean_, square_;
+  State state_;
   std::vector<bool> decays_;
-  Index steps_ = 0;
 };
 
 }  // namespace hybridattn

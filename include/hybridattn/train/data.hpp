@@ -49,6 +49,23 @@ inline void check_validation(Index batch, Index seq_len, Index windows) {
   check(windows >= 1, "validation over ", windows, " windows is not allowed; there must be at least 1");
 }
 
+// Where a source's training batches stand, and which source's they are.
+struct DataState {
+  std::string description;     // for whoever reads it
+  std::uint64_t seed = 0;
+  std::uint64_t content = 0;   // a hash of the text, or of the task's options
+  std::uint64_t drawn = 0;     // random numbers, see Random
+
+  friend bool operator==(DataState const&, DataState const&) = default;
+};
+
+// Throws when batches of `from` are not batches of `to`, and names both.
+inline void check_same_data(DataState const& from, DataState const& to) {
+  check(from.content == to.content, "the data is not the same: the state is of '", from.description, "', this source is '", to.description,
+        "'", from.description == to.description ? ", with another content" : "");
+  check(from.seed == to.seed, "the data's seed is not the same: the state's is ", from.seed, ", this source's is ", to.seed);
+}
+
 // Training batches without end, and the same validation windows each time.
 class DataSource {
  public:
@@ -59,6 +76,10 @@ class DataSource {
   virtual void next_batch(Index batch, Index seq_len, Batch& into) = 0;
   // As if new: the next batch is the first one again.
   virtual void restart() = 0;
+  // Where the batches stand. `restore` goes on from there, in this process or in another one; it throws when the state is of
+  // other data or of another seed.
+  virtual DataState state() const = 0;
+  virtual void restore(DataState const& state) = 0;
   // At most `windows` windows, in batches; the last one may be smaller.
   virtual std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const = 0;
 
@@ -76,14 +97,20 @@ class ByteText {
 
   explicit ByteText(std::string_view text) {
     tokens_.reserve(text.size());
-    for (char c : text) tokens_.push_back(static_cast<unsigned char>(c));
+    for (char c : text) {
+      tokens_.push_back(static_cast<unsigned char>(c));
+      hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+    }
   }
+  // Of all bytes (FNV-1a).
+  std::uint64_t hash() const { return hash_; }
   std::span<std::int32_t const> all() const { return tokens_; }
   std::span<std::int32_t const> train() const { return all().first(tokens_.size() - tokens_.size() / 10); }
   std::span<std::int32_t const> validation() const { return all().last(tokens_.size() / 10); }
 
  private:
   std::vector<std::int32_t> tokens_;
+  std::uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
 // A text's windows. Training windows start anywhere in the training part, uniformly; their last position has no target.
@@ -107,7 +134,12 @@ class Windows final : public DataSource {
     into.resize(batch, seq_len);
     for (Index window = 0; window < batch; ++window) copy(tokens, random_.below(length - seq_len + 1), into, window);
   }
-  void restart() override { random_ = Random{seed_, "data"}; }
+  void restart() override { random_.jump_to(0); }
+  DataState state() const override { return {description(), seed_.value, text_.hash(), random_.drawn()}; }
+  void restore(DataState const& from) override {
+    check_same_data(from, state());
+    random_.jump_to(from.drawn);
+  }
   // Evenly spaced over the held-out part, never overlapping.
   std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const override {
     check_validation(batch, seq_len, windows);
@@ -163,7 +195,15 @@ class RecallTask final : public DataSource {
     return "synthetic recall of " + std::to_string(options_.pairs) + " pairs, vocabulary " + std::to_string(options_.vocab_size);
   }
   void next_batch(Index batch, Index seq_len, Batch& into) override { fill(train_, batch, seq_len, into); }
-  void restart() override { train_.random = Random{seed_, "data"}; }
+  void restart() override { train_.random.jump_to(0); }
+  DataState state() const override {
+    auto const options = mix(static_cast<std::uint64_t>(options_.vocab_size)) + static_cast<std::uint64_t>(options_.pairs);
+    return {description(), seed_.value, mix(options), train_.random.drawn()};
+  }
+  void restore(DataState const& from) override {
+    check_same_data(from, state());
+    train_.random.jump_to(from.drawn);
+  }
   std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const override {
     check_validation(batch, seq_len, windows);
     Stream stream{Random{seed_, "data.validation"}};

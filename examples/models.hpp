@@ -1,0 +1,47 @@
+// The patterns that train and generate are compiled for, and how a running program finds one of them.
+#ifndef HYBRIDATTN_EXAMPLES_MODELS_HPP
+#define HYBRIDATTN_EXAMPLES_MODELS_HPP
+
+#include <hybridattn/hybridattn.hpp>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace models {
+
+namespace ha = hybridattn;
+
+// A pattern, the letters that a user writes for it, and how much of a head its full attention turns.
+template <ha::Text text, int percent = 25> struct Choice {
+  static constexpr std::string_view letters{text.letters, sizeof(text.letters) - 1};
+  static constexpr int rotary_percent = percent;
+  using Stack = ha::Pattern<text, ha::Alphabet<ha::Letter<'L', ha::GDN>, ha::Letter<'D', ha::DSA>,
+                                               ha::Letter<'F', ha::FullAttention<ha::FullOptions{.rotary_percent = percent}>>>>;
+};
+template <class... Choices> struct List {};
+
+// Another pattern is one more line.
+using Trained = List<Choice<"LFFL">, Choice<"LLLF">, Choice<"LDDL">, Choice<"FFFF">>;
+
+// Released models turn a quarter of a head.
+using Released = List<Choice<"LLLF">, Choice<"LLLFLLLF">, Choice<"LFFL", 50>, Choice<"LF", 50>>;
+
+// {"GDN", "Full"} -> "LF"
+inline std::string letters_of(std::vector<std::string> const& policies) {
+  std::string letters;
+  for (auto const& name : policies) letters += name == "GDN" ? 'L' : name == "Full" ? 'F' : name == "DSA" ? 'D' : '?';
+  return letters;
+}
+
+// f(choice) for those whose letters are wanted, until one returns true; throws, naming all patterns, when none did.
+template <class... Choices, class F> void with_pattern(List<Choices...>, std::string_view wanted, F f) {
+  if (((Choices::letters == wanted && f(Choices{})) || ...)) return;
+  std::string known;
+  ((known += (known.empty() ? "" : ", ") + std::string(Choices::letters)), ...);
+  ha::fail("pattern '", wanted, "' is not compiled in; there are ", known,
+           " (L Gated DeltaNet, F full, D sparse attention). To add it, write one more line in examples/models.hpp");
+}
+
+}  // namespace models
+#endif

@@ -1,0 +1,101 @@
+// Checkpoints: a run goes on in another process as if it had never stopped, bit for bit.
+//
+//   Progress done;
+//   if (std::filesystem::exists("run.safetensors")) {
+//     done = load_checkpoint(cpu, "run.safetensors", model, params, optimizer);
+//     text.restore(done.data);
+//   }
+//   for (Index step = done.step; step < 1000;) {
+//     train_step(cpu, model, params, optimizer, make_batch(cpu, text.next_batch(4, 128)));
+//     if (++step % 100 == 0) save_checkpoint(cpu, "run.safetensors", model, params, optimizer, {.step = step, .data = text.state()});
+//   }
+//
+// A process may be killed at any moment: under the name stands the last checkpoint that was finished, or none. The file is a
+// safetensors file (checkpoint/file.hpp says what is in it), which other programs read too.
+#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_HPP
+#define HYBRIDATTN_TRAIN_CHECKPOINT_HPP
+
+#include <hybridattn/train/checkpoint/describe.hpp>
+#include <hybridattn/train/checkpoint/file.hpp>
+
+namespace hybridattn {
+
+namespace checkpoint {
+
+template <class Params> std::vector<StoredTensor> tensors_of(Params const& params) {
+  std::vector<StoredTensor> list;
+  collect("", params, list);
+  return list;
+}
+template <class Params> std::vector<StoredTensor> tensors_of(Params const& params, AdamW<Params> const& optimizer) {
+  auto list = tensors_of(params);
+  collect(mean_prefix, optimizer.state().mean, list);
+  collect(square_prefix, optimizer.state().square, list);
+  return list;
+}
+
+// With the names of what does not decay; tensors begin with the parameters.
+inline Json describe(AdamWOptions const& options, Index steps, std::vector<bool> const& decays, std::vector<StoredTensor> const& tensors) {
+  Json json;
+  to_json(json, options);
+  json["steps"] = steps;
+  json["without_decay"] = Json::array();
+  for (std::size_t i = 0; i < decays.size(); ++i)
+    if (!decays[i] && tensors[i].bytes > 0) json["without_decay"].push_back(tensors[i].name);
+  return json;
+}
+
+}  // namespace checkpoint
+
+// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name.
+template <class B, class Model, class Params>
+void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params,
+                     AdamW<Params> const& optimizer, Progress const& progress = {}) {
+  auto const tensors = checkpoint::tensors_of(params, optimizer);
+  auto json = checkpoint::describe(model);
+  json["optimizer"] = checkpoint::describe(optimizer.options(), optimizer.steps(), optimizer.decays(), tensors);
+  checkpoint::write(backend, path, std::move(json), tensors, progress);
+}
+
+// Takes parameters, moments and step count out of a file. Throws Error where the file is damaged, or of another pattern,
+// size, dtype, optimizer or version, and names both; then nothing was touched.
+template <class B, class Model, class Params>
+Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, AdamW<Params>& optimizer,
+                         LoadOptions options = {}) {
+  checkpoint::File const file{path};
+  auto const tensors = checkpoint::tensors_of(params, optimizer);
+  file.check_model(checkpoint::describe(model), tensors.front().info.dtype, false);
+  if (!options.other_optimizer_options)
+    file.check_optimizer(checkpoint::describe(optimizer.options(), optimizer.steps(), optimizer.decays(), tensors));
+  file.check_tensors(tensors, true);
+  auto progress = file.progress();
+  Index const steps = file.optimizer_steps();
+  file.read(backend, tensors);
+  optimizer.state().steps = steps;
+  return progress;
+}
+
+// The parameters alone, for a model that is not trained any more: what only training reads may differ from the file's.
+//   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
+template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
+  checkpoint::File const file{path};
+  auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path));
+  check(needed <= there, "checkpoint ", path.string(), ": the model's parameters take ", needed, " bytes, the whole file has ", there);
+  auto params = allocate<T>(backend, model.params());
+  auto const tensors = checkpoint::tensors_of(params);
+  file.check_model(checkpoint::describe(model), tensors.front().info.dtype, true);
+  file.check_tensors(tensors, false);
+  file.read(backend, tensors);
+  return params;
+}
+
+// The configuration of a checkpoint's model, whose pattern must be that of Model; the header comes from read_checkpoint_header.
+template <class Model> typename Model::Config checkpoint_config(CheckpointHeader const& header) {
+  return checkpoint::configuration<Model>(header.json, "checkpoint: ");
+}
+
+// What stands in a file: its pattern, configuration and step, without any tensor.
+inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
+
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,244 @@
+// A model and an optimizer as JSON: what a checkpoint says of them, and what it is compared with.
+//
+// A policy of your own is described by its name alone, unless there is members(config, f), as for the policies here, and
+// another one for the type of P::options, in the namespace of these types.
+#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
+#define HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
+
+#include <hybridattn/attention/attention.hpp>
+#include <hybridattn/io/safetensors.hpp>
+#include <hybridattn/nn/language_model.hpp>
+#include <hybridattn/train/adamw.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+namespace hybridattn {
+
+namespace checkpoint {
+
+using Json = nlohmann::json;
+
+template <class C, class T>
+concept Either = std::is_same_v<std::remove_const_t<C>, T>;   // a T, or a T const
+
+// Enumerations stand in files as words, in the order of their values.
+template <class E> inline constexpr std::array<char const*, 0> words_of{};
+template <> inline constexpr std::array words_of<QkNorm>{"none", "plain", "zero_centred"};
+template <> inline constexpr std::array words_of<Rotary>{"half_split", "interleaved"};
+template <> inline constexpr std::array words_of<NormWeight>{"plain", "zero_centred"};
+template <> inline constexpr std::array words_of<Balance>{"per_layer", "pooled"};
+template <> inline constexpr std::array words_of<gdn::GateStart>{"fla", "transformers"};
+
+}  // namespace checkpoint
+
+// f(name, member) for every member that a checkpoint keeps: one list for writing and for reading.
+namespace full {
+template <checkpoint::Either<Config> C> void members(C& c, auto f) {
+  f("num_heads", c.num_heads);
+  f("num_kv_heads", c.num_kv_heads);
+  f("head_dim", c.head_dim);
+  f("scale", c.scale);
+  f("rope_theta", c.rope_theta);
+  f("norm_eps", c.norm_eps);
+}
+}  // namespace full
+namespace gdn {
+template <checkpoint::Either<Config> C> void members(C& c, auto f) {
+  f("num_heads", c.num_heads);
+  f("num_value_heads", c.num_value_heads);
+  f("key_dim", c.key_dim);
+  f("value_dim", c.value_dim);
+  f("scale", c.scale);
+  f("norm_eps", c.norm_eps);
+  f("gate_start", c.gate_start);
+}
+}  // namespace gdn
+namespace dsa {
+// Without the stage, which is a step's and not the model's.
+template <checkpoint::Either<Config> C> void members(C& c, auto f) {
+  f("num_heads", c.num_heads);
+  f("num_kv_heads", c.num_kv_heads);
+  f("head_dim", c.head_dim);
+  f("scale", c.scale);
+  f("index_heads", c.index_heads);
+  f("index_dim", c.index_dim);
+  f("index_scale", c.index_scale);
+  f("rope_theta", c.rope_theta);
+  f("norm_eps", c.norm_eps);
+  f("index_loss", c.index_loss);
+}
+}  // namespace dsa
+template <checkpoint::Either<FullOptions> C> void members(C& o, auto f) {
+  f("window", o.window);
+  f("qk_norm", o.qk_norm);
+  f("output_gate", o.output_gate);
+  f("rotary_percent", o.rotary_percent);
+  f("rotary", o.rotary);
+}
+template <checkpoint::Either<GdnOptions> C> void members(C& o, auto f) {
+  f("conv_width", o.conv_width);
+  f("output_gate", o.output_gate);
+  f("negative_eigenvalues", o.negative_eigenvalues);
+}
+template <checkpoint::Either<SparseOptions> C> void members(C& o, auto f) {
+  f("top_k", o.top_k);
+  f("top_k_percent", o.top_k_percent);
+  f("qk_norm", o.qk_norm);
+  f("output_gate", o.output_gate);
+  f("rotary_percent", o.rotary_percent);
+  f("rotary", o.rotary);
+  f("index_rotary_percent", o.index_rotary_percent);
+  f("index_norm", o.index_norm);
+}
+template <checkpoint::Either<RmsNorm::Options> C> void members(C& o, auto f) {
+  f("weight", o.weight);
+  f("eps", o.eps);
+}
+template <checkpoint::Either<Initialization> C> void members(C& init, auto f) {
+  f("linear_deviation", init.linear_deviation);
+  f("embedding_deviation", init.embedding_deviation);
+}
+template <checkpoint::Either<FeedForwardConfig> C> void members(C& c, auto f) {
+  f("hidden_dim", c.hidden_dim);
+  f("gated", c.gated);
+  f("num_experts", c.num_experts);
+  f("top_k", c.top_k);
+  f("expert_dim", c.expert_dim);
+  f("shared_dim", c.shared_dim);
+  f("renormalise", c.renormalise);
+  f("decoder_sparse_step", c.decoder_sparse_step);
+  f("mlp_only_layers", c.mlp_only_layers);
+  f("balance_coefficient", c.balance_coefficient);
+  f("balance", c.balance);
+}
+template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
+  f("learning_rate", o.learning_rate);
+  f("beta_1", o.beta_1);
+  f("beta_2", o.beta_2);
+  f("epsilon", o.epsilon);
+  f("weight_decay", o.weight_decay);
+  f("max_norm", o.max_norm);
+  f("bias_correction", o.bias_correction);
+}
+
+namespace checkpoint {
+
+struct Write {
+  Json& json;
+
+  void operator()(char const* name, auto const& member) const {
+    using Member = std::remove_cvref_t<decltype(member)>;
+    if constexpr (std::is_enum_v<Member>) json[name] = words_of<Member>[static_cast<std::size_t>(member)];
+    else json[name] = member;
+  }
+};
+// No model comes near it, and products of three do not overflow.
+inline constexpr Index largest_size = 1 << 20;
+
+// Throws at a member that is not there or of another kind.
+struct Read {
+  Json const& json;
+  std::string const& where;
+
+  template <class Member> void operator()(char const* name, Member& member) const {
+    Json const& value = safetensors::member(json, name, where);
+    try {
+      if constexpr (std::is_enum_v<Member>) member = enumerator<Member>(value.get_ref<std::string const&>());
+      else value.get_to(member);
+    } catch (Json::exception const&) {
+      fail(where, "'", name, "' is of another kind");
+    }
+    if constexpr (std::is_same_v<Member, Index>)
+      check(-1 <= member && member <= largest_size, where, "'", name, "' is ", member, "; allowed are sizes up to ", largest_size);
+  }
+
+ private:
+  template <class E> E enumerator(std::string const& word) const {
+    auto const& words = words_of<E>;
+    auto const found = std::ranges::find(words, std::string_view(word));
+    check(found != words.end(), where, "unknown word ", safetensors::shown(word));
+    return static_cast<E>(found - words.begin());
+  }
+};
+template <class C>
+concept HasMembers = requires(C& c, Write write) { members(c, write); };
+template <HasMembers C> void to_json(Json& json, C const& c) { members(c, Write{json}); }
+
+template <class P> Json describe_policy(typename P::Config const& config) {
+  Json json;
+  json["policy"] = std::string(P::name);
+  if constexpr (requires {
+                  P::options;
+                  requires HasMembers<decltype(P::options)>;
+                })
+    to_json(json["options"], P::options);
+  if constexpr (HasMembers<typename P::Config const>) to_json(json["sizes"], config);
+  return json;
+}
+
+// layers[i] = kinds[kind_of_layer[i]]
+inline Json describe_stack(BlockConfig const& block, std::vector<Json> const& kinds, std::vector<std::size_t> const& kind_of_layer) {
+  Json json;
+  for (std::size_t const kind : kind_of_layer) {
+    json["pattern"].push_back(kinds[kind]["policy"]);
+    json["layers"].push_back(kinds[kind]);
+  }
+  Json& model = json["model"];
+  model["model_dim"] = block.model_dim;
+  to_json(model["feed_forward"], block.feed_forward);
+  to_json(model["norm"], block.norm);
+  to_json(model["initialization"], block.initialization);
+  return json;
+}
+
+// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes"}, ...], "model": {"vocab_size", ...}}, with
+// every size as it is used, none left to a default.
+template <class Model> Json describe(Model const& model) {
+  using Stack = typename Model::Stack;
+  auto const& stack = model.stack_config();
+  std::vector<Json> kinds;
+  auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_policy<Ps>(stack.mixers.template get<Ps>())), ...); };
+  add_all(typename Stack::Kinds{});
+  std::vector<std::size_t> kind_of_layer;
+  for (auto const slot : Stack::Blocks::slots) kind_of_layer.push_back(slot.type);
+  Json json = describe_stack(stack.block, kinds, kind_of_layer);
+  json["model"]["vocab_size"] = model.config().vocab_size;
+  json["model"]["num_heads"] = model.config().num_heads;
+  json["model"]["tie_embedding"] = model.config().tie_embedding;
+  return json;
+}
+
+// The other way: what describe(model) said, as the configuration of a model of the same pattern.
+template <class Model> typename Model::Config configuration(Json const& json, std::string const& where) {
+  using Stack = typename Model::Stack;
+  typename Model::Config config{};
+  Json const& model = safetensors::member(json, "model", where);
+  Read const read{model, where};
+  read("vocab_size", config.vocab_size);
+  read("model_dim", config.model_dim);
+  read("num_heads", config.num_heads);
+  read("tie_embedding", config.tie_embedding);
+  members(config.feed_forward, Read{safetensors::member(model, "feed_forward", where), where});
+  members(config.norm, Read{safetensors::member(model, "norm", where), where});
+  members(config.initialization, Read{safetensors::member(model, "initialization", where), where});
+  Json const& layers = safetensors::member(json, "layers", where);
+  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
+  auto const read_sizes = [&]<class P>(std::size_t kind, typename P::Config& sizes) {
+    for (std::size_t i = 0; i < Stack::depth; ++i)
+      if (Stack::Blocks::slots[i].type == kind) members(sizes, Read{safetensors::member(layers[i], "sizes", where), where});
+  };
+  [&]<class... Ps>(Types<Ps...>) {
+    std::size_t kind = 0;
+    (read_sizes.template operator()<Ps>(kind++, config.mixers.template get<Ps>()), ...);
+  }(typename Stack::Kinds{});
+  return config;
+}
+
+}  // namespace checkpoint
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,280 @@
+// A checkpoint as a file. Everything here works on lists of tensors and on JSON: no type of model is known to it.
+//
+// One safetensors file. Its __metadata__ has, under one key, the JSON of all that is no tensor; so the two become visible by
+// one rename, and no reader ever sees the one without the other, or half of either.
+//
+//   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
+//   optimizer.mean.<path>, optimizer.square.<path>   AdamW's moments
+//   history.<name>                                   F64 [steps], what the program counts
+#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
+#define HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
+
+#include <hybridattn/io/safetensors.hpp>
+#include <hybridattn/tensor/roles.hpp>
+#include <hybridattn/train/data.hpp>
+
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace hybridattn {
+
+// What a run needs to go on, besides parameters and optimizer.
+struct Progress {
+  Index step = 0;         // training steps that are done
+  DataState data = {};    // DataSource::state()
+  std::map<std::string, std::vector<double>> history = {};  // what the program counts, a number a step: losses, for instance
+  std::string note = {};  // the program's own words, kept as they are
+};
+
+struct LoadOptions {
+  // Keep the optimizer's own options where the file's are others: another learning rate from here on.
+  bool other_optimizer_options = false;
+};
+
+// What a checkpoint says of itself.
+struct CheckpointHeader {
+  Index version = 0;                 // of the format
+  std::vector<std::string> pattern;  // names of the layers' policies
+  std::string dtype;                 // "F32"
+  Index step = 0;
+  std::string note;
+  nlohmann::json json;  // all of it: "model", "layers", "optimizer", "data", ...
+};
+
+namespace checkpoint {
+
+using Json = nlohmann::json;
+
+inline constexpr Index version = 1;
+inline constexpr char const* metadata_key = "hybridattn";
+inline constexpr std::string_view mean_prefix = "optimizer.mean.", square_prefix = "optimizer.square.", history_prefix = "history.";
+
+// A tensor of a run, where its backend has it. One that is not there has no bytes.
+struct StoredTensor {
+  std::string name;
+  TensorInfo info;
+  void const* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+// For loops over fields: appends each tensor of a group to a list.
+struct Collect {
+  std::string_view prefix;
+  std::vector<StoredTensor>& list;
+
+  template <class T, int Rank, class B> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) const {
+    auto const view = in(tensor);
+    add(path, safetensors::dtype_of<T>(), {view.shape.extent, Rank}, view.data, tensor.byte_count());
+  }
+
+ private:
+  void add(Path const& path, std::string_view dtype, std::span<Index const> shape, void const* data, std::size_t bytes) const {
+    list.push_back({std::string(prefix) + path.str(), {std::string(dtype), std::vector<Index>(shape.begin(), shape.end())}, data, bytes});
+  }
+};
+template <class Group> void collect(std::string_view prefix, Group const& group, std::vector<StoredTensor>& list) {
+  zip(Collect{prefix, list}, group);
+}
+
+// In one line, whatever a file says.
+inline std::string words(std::vector<std::string> const& list) {
+  std::string text;
+  for (auto const& word : list) text += (text.empty() ? "" : " ") + word;
+  for (char& letter : text)
+    if (static_cast<unsigned char>(letter) < 32 || letter == 127) letter = '?';
+  return text.size() > 1000 ? text.substr(0, 1000) + "..." : text;
+}
+inline std::vector<std::string> names_in(Json const& list, std::string const& where) {
+  check(list.is_array(), where, "'pattern' must be a list of names");
+  std::vector<std::string> names;
+  for (Json const& name : list) {
+    check(name.is_string(), where, "'pattern' must be a list of names");
+    names.push_back(name.get_ref<std::string const&>());
+  }
+  return names;
+}
+inline std::string shape_text(std::vector<Index> const& shape) {
+  std::string text;
+  for (Index const extent : shape) text += (text.empty() ? "" : ", ") + std::to_string(extent);
+  return "[" + text + "]";
+}
+
+// A value out of a file, fit for an error message.
+inline std::string shown(Json const& value) {
+  if (value.is_string()) return safetensors::shown(value.get_ref<std::string const&>());
+  if (value.is_null()) return "nothing";
+  if (value.is_array()) return "a list of " + std::to_string(value.size());
+  return value.is_object() ? "a group" : value.dump();
+}
+
+// Throws at the first difference: "model_dim: 128 in the file, 64 in the model". Keys in `ignored` are passed over.
+struct Comparison {
+  std::string const& where;
+  char const* ours;   // "model"
+  std::span<std::string_view const> ignored;
+
+  void operator()(Json const& file, Json const& model, std::string const& name) const {
+    if (file.is_object() && model.is_object()) {
+      for (auto it = model.begin(); it != model.end(); ++it) inner(found(file, it.key()), *it, name, it.key());
+      for (auto it = file.begin(); it != file.end(); ++it)
+        if (!model.contains(it.key())) inner(*it, nothing, name, it.key());
+    } else if (file.is_array() && model.is_array() && file.size() == model.size()) {
+      for (std::size_t i = 0; i < model.size(); ++i) inner(file[i], model[i], name, std::to_string(i));
+    } else {
+      check(file == model, where, name, ": ", shown(file), " in the file, ", shown(model), " in the ", ours);
+    }
+  }
+
+ private:
+  inline static Json const nothing = {};
+  // Never a copy: a value may be nested deeper than the stack is.
+  static Json const& found(Json const& json, std::string const& key) { return json.contains(key) ? json[key] : nothing; }
+  void inner(Json const& file, Json const& model, std::string const& name, std::string const& key) const {
+    if (std::ranges::find(ignored, key) == ignored.end()) (*this)(file, model, name.empty() ? key : name + "." + key);
+  }
+};
+
+inline Json to_json(DataState const& data) {
+  Json json;
+  json["description"] = data.description;
+  json["seed"] = data.seed;
+  json["content"] = data.content;
+  json["drawn"] = data.drawn;
+  return json;
+}
+
+// Writes the tensors that are there and all the rest beside them. `json` is that of the model and the optimizer.
+template <class B>
+void write(B& backend, std::filesystem::path const& path, Json json, std::vector<StoredTensor> const& tensors, Progress const& progress) {
+  check(progress.step >= 0, "checkpoint ", path.string(), ": step ", progress.step, " is not allowed; it must be >= 0");
+  SafetensorsWriter writer;
+  for (auto const& tensor : tensors)
+    if (tensor.bytes > 0) writer.add_elsewhere(tensor.name, tensor.info, {static_cast<char const*>(tensor.data), tensor.bytes});
+  for (auto const& [name, numbers] : progress.history)
+    writer.add(std::string(history_prefix) + name, {std::ssize(numbers)}, std::span<double const>(numbers));
+  json["format_version"] = version;
+  json["dtype"] = tensors.front().info.dtype;
+  json["step"] = progress.step;
+  json["data"] = to_json(progress.data);
+  json["note"] = progress.note;
+  std::string text;
+  try {
+    text = json.dump();
+  } catch (Json::type_error const&) {
+    fail("checkpoint ", path.string(), ": the note, the data's description or a policy's name is not UTF-8");
+  }
+  writer.add_metadata(metadata_key, std::move(text));
+  std::vector<char> host;
+  writer.write(path, [&](std::string_view bytes) {
+    host.resize(bytes.size());
+    backend.download(host.data(), bytes.data(), bytes.size());
+    return std::string_view(host.data(), host.size());
+  });
+}
+
+// A checkpoint being read. The constructor refuses what is no checkpoint of this version; the checks refuse one that is of
+// something else. They come before anything is written to anybody.
+class File {
+ public:
+  explicit File(std::filesystem::path const& path) : where_("checkpoint " + path.string() + ": "), file_(path) {
+    check(file_.metadata().contains(metadata_key), where_, "a safetensors file, but no checkpoint: it has no metadata '", metadata_key,
+          "'");
+    json_ = safetensors::parse_json(file_.metadata(metadata_key), where_, "its description");
+    Index const theirs = count(json_, "format_version");
+    check(theirs == version, where_, "its format is version ", theirs, "; this library reads version ", version);
+  }
+
+  CheckpointHeader header() && {
+    return {.version = count(json_, "format_version"),
+            .pattern = pattern(),
+            .dtype = text(json_, "dtype"),
+            .step = step(),
+            .note = text(json_, "note"),
+            .json = std::move(json_)};
+  }
+  Index step() const { return count(json_, "step"); }
+  Index optimizer_steps() const { return count(member("optimizer"), "steps"); }
+
+  // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
+  void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
+    std::string const theirs = words(pattern()), ours = words(names_in(model["pattern"], where_));
+    check(theirs == ours, where_, "the file holds ", theirs, ", the model is ", ours);
+    check(text(json_, "dtype") == dtype, where_, "dtype: ", safetensors::shown(text(json_, "dtype")), " in the file, '", dtype,
+          "' in the model");
+    // How parameters once started, and what only training reads.
+    static constexpr std::string_view ignored[] = {"initialization", "gate_start", "balance", "balance_coefficient", "index_loss"};
+    Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
+    compare(member("model"), model["model"], "");
+    Json const& layers = member("layers");
+    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern");
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      Json const& layer = model["layers"][i];
+      compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
+    }
+  }
+  void check_optimizer(Json const& optimizer) const {
+    static constexpr std::string_view ignored[] = {"steps"};
+    Comparison{where_, "optimizer", ignored}(member("optimizer"), optimizer, "optimizer");
+  }
+  // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
+  void check_tensors(std::vector<StoredTensor> const& tensors, bool training) const {
+    std::set<std::string> ours;
+    for (auto const& tensor : tensors)
+      if (tensor.bytes > 0) check_tensor(tensor), ours.insert(tensor.name);
+    for (auto const& [name, info] : file_.tensors()) {
+      if (name.starts_with(history_prefix) || (!training && name.starts_with("optimizer."))) continue;
+      check(ours.contains(name), where_, "tensor ", safetensors::shown(name), " is in the file, but not in the model");
+    }
+  }
+  // Into the tensors, which must be writable. Throws in the middle only when the file cannot be read any more.
+  template <class B> void read(B& backend, std::vector<StoredTensor> const& tensors) const {
+    for (auto const& tensor : tensors)
+      if (tensor.bytes > 0) backend.upload(const_cast<void*>(tensor.data), file_.read_bytes(tensor.name).data(), tensor.bytes);
+  }
+
+  Progress progress() const {
+    Json const& data = member("data");
+    Progress result{.step = step(),
+                    .data = {text(data, "description"), number(data, "seed"), number(data, "content"), number(data, "drawn")},
+                    .history = {},
+                    .note = text(json_, "note")};
+    for (auto const& [name, info] : file_.tensors())
+      if (name.starts_with(history_prefix)) result.history[name.substr(history_prefix.size())] = file_.read_doubles(name);
+    return result;
+  }
+
+ private:
+  Json const& member(char const* key) const { return safetensors::member(json_, key, where_); }
+  Index count(Json const& json, char const* key) const {
+    return safetensors::to_count(safetensors::member(json, key, where_), where_, key);
+  }
+  std::uint64_t number(Json const& json, char const* key) const {
+    Json const& value = safetensors::member(json, key, where_);
+    check(value.is_number_unsigned(), where_, key, " must be an integer from 0 to 2^64 - 1");
+    return value.get<std::uint64_t>();
+  }
+  std::string text(Json const& json, char const* key) const {
+    Json const& value = safetensors::member(json, key, where_);
+    check(value.is_string(), where_, key, " must be text");
+    return value.get_ref<std::string const&>();
+  }
+  std::vector<std::string> pattern() const { return names_in(member("pattern"), where_); }
+  void check_tensor(StoredTensor const& tensor) const {
+    check(file_.contains(tensor.name), where_, "tensor ", safetensors::shown(tensor.name), " is in the model, but not in the file");
+    auto const& theirs = file_.info(tensor.name);
+    check(theirs.dtype == tensor.info.dtype, where_, "tensor ", safetensors::shown(tensor.name), ": dtype ", theirs.dtype, " in the file, ",
+          tensor.info.dtype, " in the model");
+    check(theirs.shape == tensor.info.shape, where_, "tensor ", safetensors::shown(tensor.name), ": shape ", shape_text(theirs.shape),
+          " in the file, ", shape_text(tensor.info.shape), " in the model");
+  }
+
+  std::string where_;   // how an error begins
+  Safetensors file_;
+  Json json_;
+};
+
+}  // namespace checkpoint
+}  // namespace hybridattn
+#endif

@@ -1,0 +1,156 @@
+// Released models in folders of the Hugging Face layout: config.json, and parameters as safetensors under their released
+// names. Qwen3-Next and the text models of Qwen3.5; a Stack of Gated DeltaNet and full attention is their type:
+//
+//   using Letters = Alphabet<Letter<'L', GDN>, Letter<'F', Full>>;
+//   using Model = LanguageModel<Pattern<"LLLF", Letters>>;
+//   Model const model{hugging_face::config<Model>(folder)};
+//   auto params = hugging_face::load<float>(cpu, model, folder);
+//   hugging_face::save(cpu, model, params, another_folder);
+//
+// Which name is which field: hugging_face/table.hpp.
+#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
+#define HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
+
+#include <hybridattn/nn/language_model.hpp>
+#include <hybridattn/train/hugging_face/config_file.hpp>
+#include <hybridattn/train/hugging_face/table.hpp>
+#include <hybridattn/train/hugging_face/types.hpp>
+#include <hybridattn/train/hugging_face/weights.hpp>
+
+#include <deque>
+
+namespace hybridattn::hugging_face {
+
+// The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
+// otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
+inline std::string pattern(std::filesystem::path const& folder) { return read_settings(folder).pattern; }
+
+namespace detail {
+inline Format format_of(Settings const& settings, Weights const& weights) {
+  Format result{.family = settings.family};
+  result.fused_experts = weights.contains_part(".mlp.experts.gate_up_proj");
+  if (weights.contains_part("model.language_model.")) result.prefix = "model.language_model.";
+  return result;
+}
+}  // namespace detail
+
+// How the folder's parameters are named, for writing others in the same way.
+inline Format format(std::filesystem::path const& folder) { return detail::format_of(read_settings(folder), Weights{folder}); }
+
+// The folder's sizes for a model of this type. Throws, naming field, value and what is supported, when the types are those of
+// another model: other layers, convolution width, rotary share, norms or gates.
+// The load-balancing loss counts, pooled over the layers, when the folder says output_router_logits; set
+// feed_forward.balance_coefficient to train with it otherwise.
+template <class Model> typename Model::Config config(std::filesystem::path const& folder) {
+  Settings const s = read_settings(folder);
+  check_types<typename Model::Stack>(s);
+  typename Model::Config c{.vocab_size = s.vocab_size,
+                           .model_dim = s.model_dim,
+                           .num_heads = s.full.num_heads,
+                           .feed_forward = s.feed_forward,
+                           .norm = {NormWeight::zero_centred, s.norm_eps},
+                           .tie_embedding = s.tie_embedding,
+                           .initialization = {s.initializer_range, s.initializer_range},
+                           .mixers = {}};
+  set_mixers(typename Model::Stack::Kinds{}, s, c.mixers);
+  return c;
+}
+
+namespace detail {
+
+// The memory of every tensor of a group of parameters, by path; nullptr for a tensor that is not there.
+template <class T> using Memory = std::map<std::string, std::span<T>>;
+template <class T, class Group> Memory<T> memory_of(Group& group) {
+  Memory<T> result;
+  zip(
+      [&](Path const& path, auto& tensor) {
+        auto const view = [&] {
+          if constexpr (std::is_const_v<T>) return in(tensor);
+          else return out(tensor);
+        }();
+        result[path.str()] = {view.data, static_cast<std::size_t>(view.count())};
+      },
+      group);
+  return result;
+}
+
+template <class B, class T> std::vector<std::vector<T>> download_fields(B& backend, Entry const& entry, Memory<T const> const& memory) {
+  std::vector<std::vector<T>> fields;
+  for (auto const& path : entry.fields) {
+    auto const elements = memory.at(path);
+    auto& field = fields.emplace_back(elements.size());
+    if (!field.empty()) backend.download(field.data(), elements.data(), elements.size_bytes());
+  }
+  return fields;
+}
+template <class B, class T> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory<T> const& memory) {
+  auto const released = weights.read<T>(entry);
+  std::vector<std::vector<T>> fields;
+  for (auto const& path : entry.fields) fields.emplace_back(memory.at(path).size());
+  auto next = released.begin();
+  for_each_share(entry.groups, fields, [&](std::span<T> share) {
+    std::copy_n(next, share.size(), share.begin());
+    next += static_cast<Index>(share.size());
+  });
+  for (std::size_t i = 0; i < fields.size(); ++i)
+    if (!fields[i].empty()) backend.upload(memory.at(entry.fields[i]).data(), fields[i].data(), fields[i].size() * sizeof(T));
+}
+
+}  // namespace detail
+
+// The folder's parameters for this model, in float or double; their tensors may be F32, BF16, F16 or F64, in one file or in
+// several. Throws before anything is read at a tensor that is missing, superfluous or of another shape, naming it and both
+// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over.
+template <class T, class B, class Model> auto load(B& backend, Model const& model, std::filesystem::path const& folder) {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
+  Settings const settings = read_settings(folder);
+  check_types<typename Model::Stack>(settings);
+  Weights const weights{folder};
+  auto const entries = table(outline(model), detail::format_of(settings, weights));
+  weights.check_against(entries);
+  auto params = allocate<T>(backend, model.params());
+  auto const memory = detail::memory_of<T>(params);
+  for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
+  return params;
+}
+
+// f(released name, shape, elements) for every tensor of a group of parameters: trained ones, or their gradients. What the
+// group has not, as nothing trains it, is left out.
+template <class B, class Model, class Params, class F>
+void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
+  using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
+  auto const memory = detail::memory_of<T const>(params);
+  for (Entry const& entry : table(outline(model), format)) {
+    auto fields = detail::download_fields<B, T>(backend, entry, memory);
+    std::vector<T> released;
+    for_each_share(entry.groups, fields, [&](std::span<T> share) { released.insert(released.end(), share.begin(), share.end()); });
+    Index const each = TensorInfo{"", entry.shape}.count();
+    if (static_cast<Index>(released.size()) != each * std::ssize(entry.names)) continue;
+    for (std::size_t i = 0; i < entry.names.size(); ++i) {
+      auto const first = released.begin() + static_cast<Index>(i) * each;
+      f(entry.names[i], entry.shape, std::vector<T>(first, first + each));
+    }
+  }
+}
+
+// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws,
+// naming it, at an option that no released model of the family has.
+template <class B, class Model, class Params>
+void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
+  std::string const config = config_text(settings_of(model, format.family));
+  SafetensorsWriter writer;
+  std::deque<std::vector<float>> kept;   // the writer holds no elements
+  for_each_tensor(
+      backend, model, params,
+      [&](std::string const& name, Extents const& shape, auto const& elements) {
+        writer.add(name, shape, kept.emplace_back(elements.begin(), elements.end()));
+      },
+      format);
+  writer.add_metadata("format", "pt");   // how the layout's readers know the file
+  std::filesystem::create_directories(folder);
+  writer.write(folder / "model.safetensors");
+  write_file_atomically(folder / "config.json", config);
+}
+
+}  // namespace hybridattn::hugging_face
+#endif
