@@ -1,6 +1,9 @@
 // Forward and backward of each policy on one core, as a share of the FMA peak measured in the same process.
 //   BM_forward<Full>/T:1024/D:64   one sequence, one head (DSA: 4 indexer heads, top_k 64), float
 // Counters: GFLOP/s (what the equations need, causal), share (of the peak), tokens/s.
+// And one token of one sequence after others that stand in a cache:
+//   BM_decode<Full>/context:4096/D:64   8 heads, 2 key/value heads (GDN: 8 states)
+// Counters: bytes/s (of the cache, read or written once), tokens/s.
 #include "peak.hpp"
 
 #include <hybridattn/attention/attention.hpp>
@@ -88,6 +91,33 @@ template <class Policy> void BM_backward(benchmark::State& state) {
   count(state, backward_flops(c.config, c.T), c.T);
 }
 
+// Bytes of its cache that a step has to read or write.
+double step_bytes(ha::full::Cache<ha::Shapes> const& cache, Index) { return static_cast<double>(ha::bytes<float>(cache)); }
+double step_bytes(ha::gdn::Cache<ha::Shapes> const& cache, Index) { return 2 * sizeof(float) * static_cast<double>(cache.state.count()); }
+double step_bytes(ha::dsa::Cache<ha::Shapes> const& cache, Index context) {
+  double const chosen = static_cast<double>(std::min<Index>(context, 64)) / static_cast<double>(context);
+  return sizeof(float) * (static_cast<double>(cache.index_keys.count()) + 2 * chosen * static_cast<double>(cache.keys.count()));
+}
+
+template <class Policy> void BM_decode(benchmark::State& state) {
+  ha::Cpu cpu{1};
+  Index const context = state.range(0), D = state.range(1);
+  auto config = Policy::complete({}, 8 * D, 8);
+  if constexpr (requires { config.num_kv_heads; }) config.num_kv_heads = 2;
+  auto const shapes = Policy::cache(config, 1, context);
+  Index const past = context - 1, length = 1;
+  auto const sequences = ha::Sequences::continuing({&past, 1}, {&length, 1});
+  auto cache = ha::allocate<float>(cpu, shapes);
+  auto x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
+  auto y = ha::allocate<float>(cpu, Policy::outputs(config, sequences));
+  fill_like_a_layer(cpu, cache);
+  fill_like_a_layer(cpu, x);
+  for (auto _ : state) ha::On<Policy, ha::Cpu>::extend(cpu, config, sequences, in(x), out(cache), out(y));
+  using benchmark::Counter;
+  state.counters["bytes/s"] = Counter(step_bytes(shapes, context), Counter::kIsIterationInvariantRate);
+  state.counters["tokens/s"] = Counter(1, Counter::kIsIterationInvariantRate);
+}
+
 // A projection of N tokens, both operands packed on the way.
 void BM_linear(benchmark::State& state) {
   ha::Cpu cpu{1};
@@ -100,7 +130,11 @@ void BM_linear(benchmark::State& state) {
 }
 
 void shapes(benchmark::internal::Benchmark* b) {
-  b->ArgNames({"T", "D"})->ArgsProduct({{128, 256, 512, 1024, 2048, 4096}, {32, 64, 128}})->Unit(benchmark::kMicrosecond);
+  b->ArgNames({"T", "D"})->ArgsProduct({{128, 256, 512, 1024, 2048, 4096}, {16, 32, 64, 128, 256}})->Unit(benchmark::kMicrosecond);
+}
+
+void contexts(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"context", "D"})->ArgsProduct({{1024, 4096}, {64, 128}})->Unit(benchmark::kMicrosecond);
 }
 
 BENCHMARK(BM_forward<Full>)->Apply(shapes);
@@ -109,6 +143,9 @@ BENCHMARK(BM_forward<GDN>)->Apply(shapes);
 BENCHMARK(BM_backward<GDN>)->Apply(shapes);
 BENCHMARK(BM_forward<DSA>)->Apply(shapes);
 BENCHMARK(BM_backward<DSA>)->Apply(shapes);
+BENCHMARK(BM_decode<Full>)->Apply(contexts);
+BENCHMARK(BM_decode<GDN>)->Apply(contexts);
+BENCHMARK(BM_decode<DSA>)->Apply(contexts);
 BENCHMARK(BM_linear)
     ->ArgNames({"N", "C", "M"})
     ->Args({64, 64, 64})

@@ -26,6 +26,10 @@ struct Retention : ha::PolicyDefaults {
     HYBRIDATTN_FIELDS(o, final_state)
   };
   template <class S> using Saved = ha::Nothing<S>;
+  template <class S> struct Cache {
+    ha::State<S, 4> state;  // [batch, H, D, D]
+    HYBRIDATTN_FIELDS(state)
+  };
 
   static Config complete(Config c, ha::Index model_dim, ha::Index num_heads) {
     if (c.num_heads == 0) c.num_heads = num_heads;
@@ -38,6 +42,7 @@ struct Retention : ha::PolicyDefaults {
   }
   static Outputs<ha::Shapes> outputs(Config const& c, ha::Sequences const& s) { return {heads(c, s), states(c, s)}; }
   static Saved<ha::Shapes> saved(Config const&, ha::Sequences const&) { return {}; }
+  static Cache<ha::Shapes> cache(Config const& c, ha::Index batch, ha::Index) { return {{batch, c.num_heads, c.head_dim, c.head_dim}}; }
 };
 
 template <> struct ha::On<Retention, ha::Cpu> {
@@ -89,6 +94,15 @@ template <> struct ha::On<Retention, ha::Cpu> {
       }
       for (Index a = 0; a < D; ++a) std::copy_n(X + a * D, D, d_x.initial_state.row(i, h, a));
     });
+  }
+  template <class T>
+  static void extend(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Cache<Out<T>> cache,
+                     Retention::Outputs<Out<T>> y) {
+    for (Index i = 0; i < s.count(); ++i)
+      if (s[static_cast<std::size_t>(i)].past == 0) std::fill_n(cache.state.row(i, 0, 0), c.num_heads * c.head_dim * c.head_dim, T(0));
+    x.initial_state = cache.state;
+    y.final_state = cache.state;
+    forward<T>(cpu, c, s, x, y, {});
   }
 };
 

@@ -1,4 +1,4 @@
-// A training step after the first asks the allocator for nothing: counted at operator new, under every container.
+// A training step or decoding step after the first asks the allocator for nothing: counted at operator new, under every container.
 #include "catch.hpp"
 
 #include <hybridattn/hybridattn.hpp>
@@ -50,5 +50,23 @@ TEST_CASE("a training step after the first allocates nothing", "[laws]") {
     long const after = allocations;
     CHECK(result.loss.count > 0);
     CHECK(after - before == 0);
+  }
+}
+
+TEST_CASE("a decoding step after the first allocates nothing", "[laws]") {
+  using Stack = ha::Stack<ha::GDN, ha::FullAttention<ha::FullOptions{.window = 9}>, ha::SparseAttention<ha::SparseOptions{.top_k = 5}>>;
+  ha::Cpu cpu{2};
+  ha::LanguageModel<Stack> const model{{.vocab_size = 256, .model_dim = 64, .num_heads = 2, .feed_forward = {.num_experts = 4}}};
+  auto const params = model.initialize<float>(cpu, ha::Seed{1});
+  auto cache = ha::make_cache<float>(cpu, model, {.batch = 2, .capacity = 40});
+  extend_to_last(cpu, model, params, {{1, 2, 3}, {4}}, cache);
+  ha::TokenLists next{{5}, {6}};
+  extend_to_last(cpu, model, params, next, cache);
+  for (int step = 0; step < 20; ++step) {
+    next[0][0] = next[1][0] = step;
+    long const before = allocations;
+    auto const logits = extend_to_last(cpu, model, params, next, cache);
+    CHECK(allocations - before == 0);
+    CHECK(logits.shape()[0] == 2);
   }
 }

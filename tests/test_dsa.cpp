@@ -4,6 +4,8 @@
 #include <hybridattn/attention/dsa/dsa.hpp>
 #include <hybridattn/attention/dsa/reference.hpp>
 #include <hybridattn/core/random.hpp>
+#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing/policies.hpp>
 
 #include <cstring>
 #include <limits>
@@ -94,7 +96,7 @@ template <class T> struct Run {
             .index_w = d_index_w.view()};
   }
   dsa::Outputs<ha::Out<T>> outputs() { return {.o = y.view(), .auxiliary_loss = {}}; }
-  dsa::Saved<ha::Out<T>> saved() { return {.lse = lse.view(), .indices = indices.view()}; }
+  dsa::Saved<ha::Out<T>> saved() { return {.lse = lse.view(), .indices = indices.view(), .index_lse = {}}; }
   dsa::Outputs<ha::In<T>> upstream() { return {.o = d_y.view(), .auxiliary_loss = {}}; }
   void forward(ha::Cpu& cpu) { dsa::forward<T>(cpu, o, c, s, x(), outputs(), saved()); }
   void backward(ha::Cpu& cpu) { dsa::backward<T>(cpu, o, c, s, x(), in(outputs()), in(saved()), upstream(), d_x()); }
@@ -237,6 +239,7 @@ TEMPLATE_TEST_CASE("sparse attention equals its equations for every head dim, le
   for (Index D : {8, 16, 20, 32, 64, 112, 128})
     for (auto o : D == 20 || D == 32 ? all_options : some_options)
       check_values<TestType>(cpu, o, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, packed(all_lengths));
+  check_values<TestType>(cpu, {.top_k = 16}, {.num_heads = 2, .num_kv_heads = 1, .head_dim = 256}, packed({65, 0, 2, 33}));
 }
 
 TEMPLATE_TEST_CASE("sparse attention equals its equations for groups of heads and a scale", "", float, double) {
@@ -347,4 +350,111 @@ TEST_CASE("sparse attention's type hands its options to the kernels; a second st
   CHECK(same_outputs(a, b, 0, 140, 0));
   CHECK(same_bits(a.gradients(0, 140), b.gradients(0, 140)));
   CHECK(cpu.pool().allocations() == allocations);
+}
+
+namespace {
+
+// A policy in a stage that trains its indexer, as the laws see it.
+template <int top_k, class T> auto trained(dsa::Config config, ha::Stage stage) {
+  config.stage = stage;
+  return ha::testing::Adaptor<ha::SparseAttention<ha::SparseOptions{.top_k = top_k}>, ha::Cpu, T>{config};
+}
+// What backward of a case gives when some of what it may read or write is not there.
+template <class T> struct Partly {
+  ha::Cpu cpu{2};
+  dsa::Config config;
+  ha::Sequences s = packed({40, 0, 3});
+  dsa::Inputs<ha::Owned<T, ha::Cpu>> x, d_x;
+  dsa::Outputs<ha::Owned<T, ha::Cpu>> y, d_y;
+  dsa::Saved<ha::Owned<T, ha::Cpu>> saved;
+
+  explicit Partly(ha::Stage stage)
+      : config(ha::DSA::complete({.num_heads = 2, .head_dim = 16, .index_heads = 3, .index_dim = 8, .stage = stage}, 0, 0)),
+        x(ha::allocate<T>(cpu, ha::DSA::inputs(config, s))), d_x(ha::allocate<T>(cpu, ha::DSA::inputs(config, s))),
+        y(ha::allocate<T>(cpu, ha::DSA::outputs(config, s))), d_y(ha::allocate<T>(cpu, ha::DSA::outputs(config, s))),
+        saved(ha::allocate<T>(cpu, ha::DSA::saved(config, s))) {
+    auto const draw = [](ha::Path const& path, auto& tensor) {
+      ha::Random random{ha::Seed{4}, path.str()};
+      auto const view = out(tensor);
+      for (Index i = 0; i < view.count(); ++i) view.data[i] = static_cast<T>(random.normal());
+    };
+    ha::zip(draw, x);
+    ha::zip(draw, d_y);
+    ha::On<ha::DSA, ha::Cpu>::forward<T>(cpu, config, s, in(x), out(y), out(saved));
+  }
+  dsa::Inputs<ha::Out<T>> wanted() { return out(d_x); }
+  dsa::Outputs<ha::In<T>> upstream() { return in(d_y); }
+  // Gradients of q, k, v, index_q, index_k, index_w; 7 where nothing was written.
+  std::vector<std::vector<T>> backward(dsa::Outputs<ha::In<T>> d_outputs, dsa::Inputs<ha::Out<T>> d_inputs) {
+    ha::zip([](ha::Path const&, auto& tensor) { ha::fill(out(tensor), T(7)); }, d_x);
+    ha::On<ha::DSA, ha::Cpu>::backward<T>(cpu, config, s, in(x), in(y), in(saved), d_outputs, d_inputs);
+    std::vector<std::vector<T>> result;
+    ha::zip([&](ha::Path const&, auto& tensor) { result.push_back(download(cpu, tensor)); }, d_x);
+    return result;
+  }
+};
+template <class T> bool all_are(std::vector<T> const& values, T value) {
+  return !values.empty() && std::all_of(values.begin(), values.end(), [&](T x) { return x == value; });
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the indexer's loss equals its equations for any number of heads of any size, its own and those it learns from", "",
+                   float, double) {
+  using ha::Stage;
+  std::vector<dsa::Config> const configs{{.num_heads = 1, .head_dim = 5, .index_heads = 1, .index_dim = 3},
+                                         {.num_heads = 6, .num_kv_heads = 2, .head_dim = 20, .index_heads = 5, .index_dim = 20},
+                                         {.num_heads = 2, .head_dim = 64, .index_heads = 8, .index_dim = 64, .index_scale = 0.02},
+                                         {.num_heads = 3, .head_dim = 16, .index_heads = 13, .index_dim = 112, .index_scale = 0.01}};
+  ha::testing::detail::Values const noise{"noise", packed({70, 1, 0, 33})}, ties{"ties", packed({34, 2})};
+  for (auto const& config : configs)
+    for (auto const& values : {noise, ties})
+      for (Stage stage : {Stage::dense_warm_up, Stage::sparse}) {
+        INFO(config.index_heads << " indexer heads of " << config.index_dim << ", " << values.kind);
+        CHECK(ha::testing::detail::wrong_values(trained<20, TestType>(config, stage), values) == "");
+      }
+}
+
+TEST_CASE("each loss has its gradient alone where the other one has none") {
+  for (ha::Stage stage : {ha::Stage::dense_warm_up, ha::Stage::sparse}) {
+    Partly<float> f{stage};
+    auto const both = f.backward(f.upstream(), f.wanted());
+    auto only_main = f.wanted(), only_index = f.wanted();
+    only_main.index_q = {}, only_main.index_k = {}, only_main.index_w = {};
+    only_index.q = {}, only_index.k = {}, only_index.v = {};
+    auto no_o = f.upstream(), no_loss = f.upstream();
+    no_o.o = {}, no_loss.auxiliary_loss = {};
+    auto const main = f.backward(no_loss, f.wanted()), index = f.backward(no_o, f.wanted());
+    auto const main_alone = f.backward(no_loss, only_main), index_alone = f.backward(no_o, only_index);
+    for (std::size_t i : {0, 1, 2}) {
+      CHECK(same_bits<float>({both[i]}, {main[i]}));
+      CHECK(same_bits<float>({both[i]}, {main_alone[i]}));
+      CHECK(all_are(index[i], 0.f));
+      CHECK(all_are(index_alone[i], 7.f));
+    }
+    for (std::size_t i : {3, 4, 5}) {
+      CHECK(same_bits<float>({both[i]}, {index[i]}));
+      CHECK(same_bits<float>({both[i]}, {index_alone[i]}));
+      CHECK(all_are(main[i], 0.f));
+      CHECK(all_are(main_alone[i], 7.f));
+    }
+    CHECK_FALSE(all_are(both[4], 0.f));
+  }
+}
+
+TEST_CASE("the dense warm-up saves nothing for each pair of tokens, and no stage but those that train the indexer saves for it") {
+  auto const s = ha::Sequences::equal(1, 1000);
+  dsa::Config c = ha::DSA::complete({.num_heads = 2, .head_dim = 16}, 0, 0);
+  auto const bytes_at = [&](ha::Stage stage) {
+    c.stage = stage;
+    return ha::bytes<float>(ha::DSA::saved(c, s));
+  };
+  CHECK(bytes_at(ha::Stage::language_model) == 1000 * 4 * (2 + 64));
+  CHECK(bytes_at(ha::Stage::sparse) == 1000 * 4 * (2 + 64 + 1));
+  CHECK(bytes_at(ha::Stage::dense_warm_up) == 1000 * 4 * (2 + 1));
+}
+
+TEST_CASE("a negative weight of the indexer's loss is refused") {
+  CHECK_THROWS_WITH(ha::DSA::complete({.num_heads = 2, .head_dim = 16, .index_loss = -0.5}, 0, 0),
+                    Catch::Matchers::Contains("index_loss -0.5") && Catch::Matchers::Contains(">= 0"));
 }

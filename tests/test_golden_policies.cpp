@@ -122,21 +122,33 @@ template <class T> void compare_selection(Run<T>& run, Tensor<std::int32_t, 2, C
   run.c().pass_over("indices");        // of a packed row: indices_local says the same
 }
 
+template <class T> ha::dsa::Config dsa_config(Run<T>& run) {
+  Case const& c = run.c();
+  return {.num_heads = c.size("H"),
+          .num_kv_heads = c.size("HK"),
+          .head_dim = c.size("D"),
+          .scale = c.real("scale"),
+          .index_heads = c.size("HI"),
+          .index_dim = c.size("DI"),
+          .index_scale = c.real("index_scale")};
+}
+// Room for what a number of keys known at run time saves.
+ha::dsa::Saved<ha::Shapes> dsa_saved(ha::SparseOptions options, ha::dsa::Config const& config, ha::Sequences const& s) {
+  auto shapes = ha::DSA::saved(config, s);
+  if (config.stage != ha::Stage::dense_warm_up) shapes.indices = {s.tokens(), ha::dsa::selection_size(options, s.longest())};
+  return shapes;
+}
+template <class T> bool is_zero(Run<T>& run, auto const& tensor) {
+  return std::ranges::all_of(ha::download(run.cpu(), tensor), [](T x) { return x == 0; });
+}
+
 template <class T> void dsa(Run<T>& run) {
   Case const& c = run.c();
   ha::SparseOptions const options{.top_k = c.option("top_k").get<int>()};
-  ha::dsa::Config const config{.num_heads = c.size("H"),
-                               .num_kv_heads = c.size("HK"),
-                               .head_dim = c.size("D"),
-                               .scale = c.real("scale"),
-                               .index_heads = c.size("HI"),
-                               .index_dim = c.size("DI"),
-                               .index_scale = c.real("index_scale")};
+  auto const config = dsa_config(run);
   auto const s = c.sequences();
   auto const inputs = ha::DSA::inputs(config, s);
   auto const outputs = ha::DSA::outputs(config, s);
-  auto saved_shapes = ha::DSA::saved(config, s);
-  saved_shapes.indices = {s.tokens(), ha::dsa::selection_size(options, s.longest())};
   ha::dsa::Inputs<Owned<T, Cpu>> const x{.q = run.read("q", inputs.q),
                                          .k = run.read("k", inputs.k),
                                          .v = run.read("v", inputs.v),
@@ -145,7 +157,7 @@ template <class T> void dsa(Run<T>& run) {
                                          .index_w = run.read("index_w", inputs.index_w)};
   ha::dsa::Outputs<Owned<T, Cpu>> const d_y{.o = run.read("d_o", outputs.o), .auxiliary_loss = {}};
   auto y = run.unset(outputs);
-  auto saved = run.unset(saved_shapes);
+  auto saved = run.unset(dsa_saved(options, config, s));
   auto d_x = run.unset(inputs);
   run.expect_scores(largest_score(run, config.scale, x.q, x.k));
   ha::dsa::forward(run.cpu(), options, config, s, in(x), out(y), out(saved));
@@ -156,8 +168,50 @@ template <class T> void dsa(Run<T>& run) {
   run.compare("d_q", d_x.q);
   run.compare("d_k", d_x.k);
   run.compare("d_v", d_x.v);
-  auto const is_zero = [&](auto const& tensor) { return std::ranges::all_of(ha::download(run.cpu(), tensor), [](T x) { return x == 0; }); };
-  CHECK((is_zero(d_x.index_q) && is_zero(d_x.index_k) && is_zero(d_x.index_w)));   // choosing has no gradient
+  CHECK((is_zero(run, d_x.index_q) && is_zero(run, d_x.index_k) && is_zero(run, d_x.index_w)));   // choosing has no gradient
+}
+
+// Each query's part of the loss never leaves the kernel: it is asked for them here.
+template <class T>
+std::vector<T> query_losses(Run<T>& run, ha::SparseOptions options, ha::dsa::Config const& config, ha::Sequences const& s,
+                            ha::dsa::Inputs<In<T>> x, ha::dsa::Saved<ha::Out<T>> saved) {
+  std::vector<T> losses(static_cast<std::size_t>(s.tokens()));
+  ha::dsa::KeySets const sets{run.cpu(), options, config, s, saved.indices};
+  ha::dsa::query_losses<T>(run.cpu(), sets, config, s, x, saved.lse, saved.index_lse, losses.data());
+  return losses;
+}
+// The indexer's loss, over every visible key or over those that it selects. The files know no v: here it is zero.
+template <class T> void dsa_kl(Run<T>& run) {
+  Case const& c = run.c();
+  ha::SparseOptions const options{.top_k = c.option("top_k").get<int>()};
+  bool const selected = c.word("over") == "selected";
+  REQUIRE((selected || c.word("over") == "visible"));
+  auto config = dsa_config(run);
+  config.stage = selected ? ha::Stage::sparse : ha::Stage::dense_warm_up;
+  auto const s = c.sequences();
+  auto const inputs = ha::DSA::inputs(config, s);
+  ha::dsa::Inputs<Owned<T, Cpu>> const x{.q = run.read("q", inputs.q),
+                                         .k = run.read("k", inputs.k),
+                                         .v = ha::zeros<T>(run.cpu(), inputs.v),
+                                         .index_q = run.read("index_q", inputs.index_q),
+                                         .index_k = run.read("index_k", inputs.index_k),
+                                         .index_w = run.read("index_w", inputs.index_w)};
+  ha::dsa::Outputs<Owned<T, Cpu>> const d_y{.o = {}, .auxiliary_loss = run.read("d_loss", Shape<1>{1})};
+  auto y = run.unset(ha::DSA::outputs(config, s));
+  auto saved = run.unset(dsa_saved(options, config, s));
+  auto d_x = run.unset(inputs);
+  run.expect_scores(largest_score(run, config.scale, x.q, x.k));
+  ha::dsa::forward(run.cpu(), options, config, s, in(x), out(y), out(saved));
+  ha::dsa::backward(run.cpu(), options, config, s, in(x), in(y), in(saved), in(d_y), out(d_x));
+  if (selected) compare_selection(run, saved.indices);
+  run.compare("lse", saved.lse);
+  run.compare("loss", y.auxiliary_loss);
+  run.compare("loss_rows", query_losses<T>(run, options, config, s, in(x), out(saved)));
+  run.compare("d_index_q", d_x.index_q);
+  run.compare("d_index_k", d_x.index_k);
+  run.compare("d_index_w", d_x.index_w);
+  CHECK((is_zero(run, d_x.q) && is_zero(run, d_x.k) && is_zero(run, d_x.v)));
+  for (char const* name : {"target", "index_scores"}) c.pass_over(name);   // never stand in memory
 }
 
 // A whole layer with parameters of the given sizes, known to the file by `names`.
@@ -265,11 +319,9 @@ template <int width, class T> void gdn_layer_with(Run<T>& run) {
 template <class T> void gdn_layer(Run<T>& run) { run.c().is("use_short_conv") ? gdn_layer_with<4>(run) : gdn_layer_with<0>(run); }
 
 constexpr std::array families{
-    golden::Family{"dsa", dsa<double>, dsa<float>},
-    golden::Family{"full", full<double>, full<float>},
-    golden::Family{"full_layer", full_layer<double>, full_layer<float>},
-    golden::Family{"gdn", gdn<double>, gdn<float>},
-    golden::Family{"gdn_layer", gdn_layer<double>, gdn_layer<float>},
+    golden::Family{"dsa", dsa<double>, dsa<float>},    golden::Family{"dsa_kl", dsa_kl<double>, dsa_kl<float>},
+    golden::Family{"full", full<double>, full<float>}, golden::Family{"full_layer", full_layer<double>, full_layer<float>},
+    golden::Family{"gdn", gdn<double>, gdn<float>},    golden::Family{"gdn_layer", gdn_layer<double>, gdn_layer<float>},
 };
 static_assert(golden::are_named(families, golden::policy_families));
 

@@ -129,7 +129,72 @@ template <IndexerFlaw F> void spoil_choices(ha::Sequences const& s, ha::View<std
   }
 }
 
+// In decoding alone; forward and backward are sound.
+enum class DecodingFlaw {
+  none,
+  begins_anew,
+  reads_an_empty_cache,
+  takes_a_call_for_a_token,
+  sees_the_next_token,
+  sees_another_sequence,
+  counts_sequences,
+  counts_threads,
+  writes_outside,
+  disturbs_who_rests,
+  leaves_a_hole,
+  keeps_memory,
+  grows,
+};
+struct FlawedDecoder : Retention {
+  static inline DecodingFlaw flaw = DecodingFlaw::none;   // not a type: one policy is enough to compile
+};
+bool is_decoding(DecodingFlaw flaw) { return FlawedDecoder::flaw == flaw; }
+
+template <class T> void spoil_state(Retention::Config const& c, ha::Sequences const& s, ha::View<T, 4> state) {
+  for (Index i = 0; i < s.count(); ++i) {
+    ha::Sequence const sequence = s[static_cast<std::size_t>(i)];
+    Index const size = c.num_heads * c.head_dim * c.head_dim;
+    T* const own = state.row(i, 0, 0);
+    bool const begins = sequence.past == 0 || (is_decoding(DecodingFlaw::begins_anew) && sequence.length > 0);
+    if (begins && !is_decoding(DecodingFlaw::reads_an_empty_cache)) std::fill_n(own, size, T(0));
+    if (is_decoding(DecodingFlaw::takes_a_call_for_a_token) && sequence.length > 1)
+      std::transform(own, own + size, own, [](T x) { return x / 2; });
+    if (is_decoding(DecodingFlaw::disturbs_who_rests) && sequence.length == 0 && sequence.past > 0) own[0] = nudged(own[0]);
+  }
+}
+template <class T>
+void spoil_outputs(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, ha::View<T const, 3> v, ha::View<T, 3> o) {
+  if (is_decoding(DecodingFlaw::keeps_memory)) {
+    static auto& kept = *new std::vector<void*>;
+    kept.push_back(cpu.take(64));
+  }
+  if (is_decoding(DecodingFlaw::grows) && s.count() > 0) ha::Tensor<T, 1, ha::Cpu> scratch{cpu, {1 + s[0].past}};
+  if (s.tokens() == 0) return;
+  if (is_decoding(DecodingFlaw::counts_sequences)) nudge_if(s.count() > 1, o(0, 0, 0));
+  if (is_decoding(DecodingFlaw::counts_threads)) nudge_if(cpu.threads() > 2, o(0, 0, 0));
+  if (is_decoding(DecodingFlaw::writes_outside)) (&o(0, 0, 0))[-1] = 0;
+  if (is_decoding(DecodingFlaw::leaves_a_hole)) o(s.tokens() - 1, 0, 0) = std::numeric_limits<T>::quiet_NaN();
+  for_each_token(c, s, [&](ha::Sequence sequence, Index t, Index h) {
+    if (is_decoding(DecodingFlaw::sees_the_next_token))
+      nudge_if(t + 1 < sequence.start + sequence.length && !(v(t + 1, h, 0) <= 0), o(t, h, 0));
+    if (is_decoding(DecodingFlaw::sees_another_sequence)) nudge_if(sequence.start > 0 && !(v(0, h, 0) <= 0), o(t, h, 0));
+  });
+}
+
 }  // namespace
+
+template <> struct ha::On<FlawedDecoder, ha::Cpu> : On<Retention, Cpu> {
+  template <class T>
+  static void extend(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Cache<Out<T>> cache,
+                     Retention::Outputs<Out<T>> y) {
+    spoil_state<T>(c, s, cache.state);
+    x.initial_state = cache.state;
+    y.final_state = cache.state;
+    On<Retention, Cpu>::forward<T>(cpu, c, s, x, y, {});
+    spoil_outputs<T>(cpu, c, s, x.v, y.o);
+  }
+};
+template <> struct ha::testing::Reference<FlawedDecoder> : PlainReference<Retention> {};
 
 template <Flaw F> struct ha::On<Flawed<F>, ha::Cpu> {
   template <class T, class... Rest>
@@ -192,6 +257,10 @@ template <class P> Laws broken(typename P::Config const& size) {
   return names;
 }
 template <Flaw F> Laws broken() { return broken<Flawed<F>>({.num_heads = 2, .head_dim = 8}); }
+Laws broken_in_decoding(DecodingFlaw flaw) {
+  FlawedDecoder::flaw = flaw;
+  return broken<FlawedDecoder>({.num_heads = 2, .head_dim = 8});
+}
 template <IndexerFlaw F> Laws broken() {
   return broken<FlawedIndexer<F>>({.num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .index_heads = 2, .index_dim = 4, .index_scale = 0.5});
 }
@@ -253,6 +322,23 @@ TEST_CASE("wrong choices are seen, and gradients that reach what they should not
   CHECK(broken<IndexerFlaw::shuffles>() == Laws{"right choices"});
   CHECK(broken<IndexerFlaw::main_loss_trains_the_indexer>() == Laws{"isolated"});
   CHECK(broken<IndexerFlaw::auxiliary_loss_reaches_the_values>() == Laws{"isolated"});
+}
+
+TEST_CASE("decoding that is not reading the whole is seen") {
+  Laws const whole{"decodes the whole"}, cleanly{"decodes cleanly"};
+  CHECK(broken_in_decoding(DecodingFlaw::none) == Laws{});
+  CHECK(broken_in_decoding(DecodingFlaw::begins_anew) == whole);
+  CHECK(broken_in_decoding(DecodingFlaw::takes_a_call_for_a_token) == whole);
+  CHECK(broken_in_decoding(DecodingFlaw::reads_an_empty_cache) == whole + cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::leaves_a_hole) == whole + cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::sees_the_next_token) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::sees_another_sequence) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::counts_sequences) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::counts_threads) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::writes_outside) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::disturbs_who_rests) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::keeps_memory) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::grows) == cleanly);
 }
 
 TEST_CASE("a policy that throws breaks the law, and says what it threw") {

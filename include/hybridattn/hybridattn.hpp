@@ -3,6 +3,7 @@
 #define HYBRIDATTN_HYBRIDATTN_HPP
 
 #include <hybridattn/attention/attention.hpp>
+#include <hybridattn/infer/generate.hpp>
 #include <hybridattn/nn/language_model.hpp>
 #include <hybridattn/nn/pattern.hpp>
 #include <hybridattn/train/adamw.hpp>

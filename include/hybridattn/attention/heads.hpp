@@ -16,13 +16,16 @@ enum class QkNorm { none, plain, zero_centred };
 // Which entries of a head turn together: (i, i + rotary_dim/2), or (2i, 2i + 1).
 enum class Rotary { half_split, interleaved };
 
-// Cosines and sines of every position of a batch: made once for all the heads of a layer.
+// Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
+// continue others, of each token's own.
 template <class T, class B> class Rotation {
  public:
   Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
-      : options_{head_dim * percent / 200 * 2, theta, pairs == Rotary::interleaved}, positions_(s.positions()) {
-    angles_ = {backend, {s.longest(), 2, options_.rotary_dim / 2}};
-    if (turns()) On<Rope, B>::angles(backend, options_, out(angles_));
+      : options_{head_dim * percent / 200 * 2, theta, pairs == Rotary::interleaved} {
+    bool const of_tokens = s.any_continue();
+    if (!of_tokens) positions_ = s.positions();
+    angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
+    if (turns()) On<Rope, B>::angles(backend, options_, of_tokens ? s.positions() : View<std::int32_t const, 1>{}, out(angles_));
   }
   bool turns() const { return static_cast<bool>(angles_); }
   // Without a rotary share these copy.
@@ -35,7 +38,7 @@ template <class T, class B> class Rotation {
 
  private:
   Rope::Options options_;
-  View<std::int32_t const, 1> positions_;
+  View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
   Tensor<T, 3, B> angles_;
 };
 

@@ -7,6 +7,13 @@
 //   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
 //   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
+// and, to decode, declares too
+//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
+//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
+//   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
+//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
+//                                               any number of each sequence, 0 included; then they stand there too. What the
+//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
@@ -23,7 +30,8 @@ namespace hybridattn {
 // A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
 // backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params); a Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if it is gated. Backwards overwrite.
+// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
+// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
 struct NoStep {
   static constexpr bool gated = false;
   template <class S> using Params = Nothing<S>;
@@ -74,6 +82,16 @@ concept HasBackward =
     requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
              typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
              typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
+template <class P>
+concept HasCache = requires(typename P::Config c, Index n) {
+  { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
+};
+template <class P, class B, class T>
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+                                            typename P::template Cache<Out<T>> cache,
+                                            typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
+template <class P, class B, class T>
+concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
 template <class P, class B, class T>
 concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
 
@@ -87,6 +105,15 @@ inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) 
 inline void check_groups(char const* policy, Index heads, Index kv_heads) {
   check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
         " key/value heads; the first must be a positive multiple of the second");
+}
+
+// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
+inline void check_fits(Sequences const& s, Index batch, Index capacity) {
+  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
+  for (Index i = 0; i < batch; ++i) {
+    auto const [start, length, past] = s[static_cast<std::size_t>(i)];
+    check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
+  }
 }
 
 }  // namespace hybridattn

@@ -68,8 +68,8 @@ concept Wrapper = requires { typename B::Inner; };
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
-// with whatever an operation has no use for left out. A pair without a specialisation has neither, unless the backend
-// wraps one that does.
+// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
+// A pair without a specialisation has none of them, unless the backend wraps one that does.
 template <class Op, class B> struct On {};
 template <class Op, Wrapper B> struct On<Op, B> {
   template <class Inner = typename B::Inner, class... Args>
@@ -79,6 +79,10 @@ template <class Op, Wrapper B> struct On<Op, B> {
   template <class Inner = typename B::Inner, class... Args>
   static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
     return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
   }
 };
 

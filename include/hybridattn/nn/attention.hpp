@@ -80,8 +80,12 @@ template <AttentionPolicy Policy> struct Attention {
   template <class B, class T>
   static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>>& saved) {
-    static_assert(HasForward<Policy, B, T>, "this policy has no forward on this backend: write On<Policy, Backend>::forward");
-    static_assert(HasBackward<Policy, B, T>, "this policy has no backward on this backend: write On<Policy, Backend>::backward");
+    static_assert(HasForward<Policy, B, T>,
+                  "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
+                  "Sequences const&, Inputs<In<T>>, Outputs<Out<T>>, Saved<Out<T>>)");
+    static_assert(HasBackward<Policy, B, T>,
+                  "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
+                  "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
     saved = allocate<T>(backend, Attention::saved(c, s));
     zip(
         [&](Path const& path, auto const& w, auto& raw, auto& input) {

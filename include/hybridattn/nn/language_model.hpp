@@ -116,6 +116,11 @@ template <class S_> class LanguageModel {
     return saved;
   }
 
+  template <class B, class Other> auto forward(B&, Other const&, TokenBatch<B> const&) const {
+    static_assert(sizeof(Other) == 0, "forward reads parameters that own their memory: pass what initialize() returned");
+    return Saved<Owned<float, B>>{};
+  }
+
   // [N, V], whole: for reading and for tests. Training never forms them.
   template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
     Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};

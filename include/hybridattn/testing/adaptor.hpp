@@ -122,6 +122,18 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     return {bytes<T>(P::saved(config_, s)), backend.pool().in_use() - before, first.scratch, first.kept, later};
   }
 
+  bool decodes() const override { return Decodes<P, B, T>; }
+  Decoded decode([[maybe_unused]] Case const& x, [[maybe_unused]] Calls const& calls,
+                 [[maybe_unused]] Surroundings const& around) const override {
+    if constexpr (Decodes<P, B, T>) {
+      B backend = detail::make_backend<B>(around.threads);
+      if (around.leftovers) decode_on(backend, {x.sequences, all_nan(x.inputs), {}, false}, calls, around);
+      return decode_on(backend, x, calls, around);
+    } else {
+      fail(name(), " does not decode");
+    }
+  }
+
  private:
   struct Kernel {
     template <class... Args> static void forward(B& backend, Args const&... args) { On<P, B>::forward(backend, args...); }
@@ -212,6 +224,50 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass);
     values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass);
     return result;
+  }
+
+  Decoded decode_on(B& backend, Case const& x, Calls const& calls, Surroundings const& around) const {
+    auto const cache_of = [&](Config const& c, Sequences const& s) {
+      return P::cache(c, s.count(), std::max<Index>(1, x.sequences.longest()));
+    };
+    typename P::template Cache<FencedRole<T, B>> cache;
+    fill(backend, cache_of(config_, x.sequences), cache, {}, {.unwritten = around.unwritten});
+    Decoded result;
+    result.outputs = empty_group(output_shapes(x.sequences, false), outputs_of);
+    for (HostTensor& tensor : result.outputs)
+      if (tensor.rows != Rows::tokens) tensor.values.clear();
+    auto const before = backend.pool().in_use();
+    std::size_t allocations = 0;
+    std::vector<Index> past(x.sequences.size());
+    for (std::size_t call = 0; call < calls.size(); ++call) {
+      if (call <= 2) allocations = backend.pool().allocations();
+      extend(backend, x, Sequences::continuing(past, calls[call]), around, cache, result);
+      for (std::size_t i = 0; i < past.size(); ++i) past[i] += calls[call][i];
+    }
+    result.later_allocations = backend.pool().allocations() - allocations;
+    result.kept = static_cast<std::ptrdiff_t>(backend.pool().in_use()) - static_cast<std::ptrdiff_t>(before);
+    result.cache = values(backend, cache, empty_group(cache_of(config_, x.sequences), cache_of), result.trespass);
+    return result;
+  }
+  // One call, whose outputs go to their places.
+  template <class Cache>
+  void extend(B& backend, Case const& x, Sequences const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
+    std::vector<Part> parts;
+    for (std::size_t i = 0; i < s.size(); ++i) parts.push_back({static_cast<Index>(i), s[i].past, s[i].past + s[i].length});
+    Inputs<FencedRole<T, B>> inputs;
+    Outputs<FencedRole<T, B>> outputs;
+    fill(backend, input_shapes(s, false), inputs, detail::rows_of(x.inputs, x.sequences, parts), around);
+    fill(backend, output_shapes(s, false), outputs, {}, around);
+    On<P, B>::extend(backend, config_, s, views<Inputs, In<T>>(inputs), views<P::template Cache, Out<T>>(cache),
+                     views<Outputs, Out<T>>(outputs));
+    HostGroup const part = values(backend, outputs, empty_group(output_shapes(s, false), outputs_of), result.trespass);
+    values(backend, inputs, empty_group(input_shapes(s, false), inputs_of), result.trespass);
+    for (std::size_t tensor = 0; tensor < part.size(); ++tensor) {
+      HostTensor& whole = result.outputs[tensor];
+      if (whole.rows != Rows::tokens) continue;
+      for (std::size_t i = 0; i < s.size(); ++i)
+        std::copy_n(part[tensor].row(s[i].start), s[i].length * whole.row_size(), whole.row(x.sequences[i].start + s[i].past));
+    }
   }
 
   Config config_;

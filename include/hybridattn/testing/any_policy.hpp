@@ -36,6 +36,16 @@ struct Footprint {   // of a run on one thread
   std::size_t later_allocations;              // of a second run on the same backend
 };
 
+// Decoding: in call c, calls[c][i] more tokens of sequence i.
+using Calls = std::vector<std::vector<Index>>;
+struct Decoded {
+  HostGroup outputs;                   // of all tokens that the calls gave, at their places in the whole; what counts no tokens is empty
+  HostGroup cache;                     // at the end
+  std::string trespass;
+  std::ptrdiff_t kept = 0;             // bytes of the pool that are not given back, besides the cache
+  std::size_t later_allocations = 0;   // of the calls after the second
+};
+
 class AnyPolicy {
  public:
   virtual ~AnyPolicy() = default;
@@ -57,6 +67,9 @@ class AnyPolicy {
   // What is wrong with the choices in `saved`, or "".
   virtual std::string wrong_choice(Case const& x, HostGroup const& saved) const = 0;
   virtual Footprint footprint(Sequences const& sequences) const = 0;
+  virtual bool decodes() const = 0;
+  // The tokens of x, with a cache that just holds them.
+  virtual Decoded decode(Case const& x, Calls const& calls, Surroundings const& around) const = 0;
 
   bool in_double() const { return eps() == std::numeric_limits<double>::epsilon(); }
 };

@@ -139,6 +139,7 @@ inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t co
 }
 inline std::string wrong_keys(SparseOptions o, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<double>> const& x,
                               dsa::Saved<In<double>> const& saved, double eps) {
+  if (c.stage == Stage::dense_warm_up) return {};   // nothing is chosen
   bool const exact = scores_are_exact(c, x);
   for (Sequence const sequence : s)
     for (Index t = 0; t < sequence.length; ++t) {
@@ -213,6 +214,8 @@ template <SparseOptions O> struct Reference<SparseAttention<O>> {
   static void forward(dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y, dsa::Saved<Out<T>> saved) {
     dsa::reference::attend<T>(c, s, x, saved.indices, y, saved.lse);
     fill(y.auxiliary_loss, wide_t<T>(0));
+    if (c.stage != Stage::language_model)
+      dsa::reference::index_loss<T>(c, s, x, saved.indices, saved.lse, saved.index_lse, y.auxiliary_loss);
   }
   template <class... Args> static void backward(Args const&... args) { dsa::reference::backward(O, args...); }
 };
@@ -226,12 +229,22 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
       list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .index_heads = 3});
       list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
     }
+    // The stages that train the indexer. The dense one knows no top_k.
+    bool const is_default = O.top_k == SparseOptions{}.top_k;
+    for (std::size_t size : {0, 1}) {
+      if (is_default) list.push_back(at(list[size], Stage::dense_warm_up));
+      if (is_default == (size == 1)) list.push_back(at(list[size], Stage::sparse));
+    }
     return list;
   }
   static dsa::Outputs<Shapes> outputs(dsa::Config const& c, Sequences const& s) {
     auto shapes = P::outputs(c, s);
     shapes.auxiliary_loss = {1};
     return shapes;
+  }
+  static dsa::Config at(dsa::Config c, Stage stage) {
+    c.stage = stage;
+    return c;
   }
   static constexpr bool saved_is_linear = O.top_k_percent == 0;
   static std::vector<std::string> kinds() {

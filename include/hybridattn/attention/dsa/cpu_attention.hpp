@@ -6,8 +6,32 @@
 #include <hybridattn/attention/dsa/dsa.hpp>
 
 #include <limits>
+#include <numeric>
 
 namespace hybridattn::dsa {
+
+// The keys that each query attends to: those it chose, or in the dense warm-up all that it sees.
+class KeySets {
+ public:
+  KeySets(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, View<std::int32_t const, 2> chosen)
+      : options_(o), dense_(c.stage == Stage::dense_warm_up), chosen_(chosen), most_(dense_ ? s.longest() : chosen.extent(1)),
+        all_(cpu, dense_ ? most_ : 0) {
+    if (dense_) std::iota(all_.data(), all_.data() + most_, 0);
+  }
+  Index most() const { return most_; }
+  // Of query t of a sequence.
+  Keys of(Sequence s, Index t) const {
+    if (dense_) return {all_.data(), t + 1};
+    return {chosen_.row(s.start + t), std::min(selection_size(options_, s.length), t + 1)};
+  }
+
+ private:
+  SparseOptions options_;
+  bool dense_;
+  View<std::int32_t const, 2> chosen_;
+  Index most_;
+  cpu::Scratch<std::int32_t> all_;   // 0, 1, 2, ...
+};
 
 // Zero behind the last of `count` keys, for the vector that starts with key j.
 template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count, cpu::Vec<T> x) {
@@ -82,11 +106,11 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
 
 // Tasks are a head and some of its queries: their keys and values stay in the second-level cache.
 template <class T, class Dim>
-void attend_all(Cpu& cpu, Dim D, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
+void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                 Saved<Out<T>> saved) {
   constexpr Index piece = 64;
   Index const H = c.num_heads, group = H / c.num_kv_heads, pieces = ceil_div(s.longest(), piece);
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(saved.indices.extent(1))}};
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(sets.most())}};
   auto const memory = out(scratch);
   parallel_for(cpu, s.count() * H * pieces, [&](Index task, int thread) {
     Sequence const sequence = s[static_cast<std::size_t>(task / pieces / H)];
@@ -94,18 +118,17 @@ void attend_all(Cpu& cpu, Dim D, SparseOptions o, Config const& c, Sequences con
     if (first >= last) return;
     Rows<T const> const q = head_of(x.q, sequence, h), k = head_of(x.k, sequence, h / group), v = head_of(x.v, sequence, h / group);
     Rows<T> const output = head_of(y.o, sequence, h);
-    for (Index t = first; t < last; ++t) {
-      Keys const keys{saved.indices.row(sequence.start + t), std::min(selection_size(o, sequence.length), t + 1)};
-      attend<T>(D, static_cast<T>(c.scale), q[t], k, v, keys, memory.row(thread), output[t], saved.lse(sequence.start + t, h));
-    }
+    for (Index t = first; t < last; ++t)
+      attend<T>(D, static_cast<T>(c.scale), q[t], k, v, sets.of(sequence, t), memory.row(thread), output[t],
+                saved.lse(sequence.start + t, h));
   });
 }
 
 // One task owns a key/value head of a sequence: no two tasks write the same row, and its sums run over the queries in order.
 template <class T, class Dim>
-void attend_all_backward(Cpu& cpu, Dim D, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
+void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
                          Saved<In<T>> saved, Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
-  Index const HK = c.num_kv_heads, group = c.num_heads / HK, room = key_room<T>(saved.indices.extent(1));
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, room = key_room<T>(sets.most());
   Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, 2 * room}};
   auto const memory = out(scratch);
   parallel_for(cpu, s.count() * HK, [&](Index task, int thread) {
@@ -121,7 +144,7 @@ void attend_all_backward(Cpu& cpu, Dim D, SparseOptions o, Config const& c, Sequ
     }
     for (Index t = 0; t < sequence.length; ++t) {
       Index const n = sequence.start + t;
-      Keys const keys{saved.indices.row(n), std::min(selection_size(o, sequence.length), t + 1)};
+      Keys const keys = sets.of(sequence, t);
       for (Index h = hk * group; h < (hk + 1) * group; ++h)
         attend_backward<T>(D, static_cast<T>(c.scale), {x.q.row(n, h), y.o.row(n, h), d_y.o.row(n, h), saved.lse(n, h), d_x.q.row(n, h)}, k,
                            v, keys, p, p + room, d_k, d_v);

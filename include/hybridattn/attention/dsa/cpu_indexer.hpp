@@ -13,7 +13,25 @@ inline constexpr int panel_vectors = 4;
 template <class T> inline constexpr Index panel_keys = panel_vectors * cpu::lanes<T>;
 inline constexpr Index panel_queries = 8;   // take turns on a panel while it is in the first-level cache
 
-// The index keys of a batch, transposed: panels [DI, panel_keys] of consecutive keys of one sequence, zero behind its end.
+// Panel p of the index keys of a sequence: [DI, panel_keys] of consecutive keys, zero behind the last one.
+template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence sequence, Index p, T* panel) {
+  constexpr Index n = cpu::lanes<T>;
+  for (Index j = 0; j < panel_keys<T>; j += n)
+    for (Index d = 0; d < DI; d += n) {
+      Index const first = p * panel_keys<T> + j;
+      T* const to = panel + d * panel_keys<T> + j;
+      if (first + n <= sequence.length && d + n <= DI) {
+        cpu::transpose<T>(keys.row(sequence.start + first) + d, keys.stride[0], to, panel_keys<T>);
+        continue;
+      }
+      alignas(cpu::vector_bytes) T square[n * n] = {};
+      for (Index i = first, row = 0; row < n && i < sequence.length; ++i, ++row)
+        std::copy_n(keys.row(sequence.start + i) + d, std::min(n, DI - d), square + row * n);
+      cpu::transpose<T>(square, n, to, panel_keys<T>);
+    }
+}
+
+// The index keys of a batch in panels.
 template <class T> class KeyPanels {
  public:
   KeyPanels(Cpu& cpu, Sequences const& s, Index DI)
@@ -23,16 +41,7 @@ template <class T> class KeyPanels {
   // Panel p of sequence i; those of a sequence of length T fit before those of the next, ceil(T / panel_keys) or more rows on.
   T* panel(Sequences const& s, Index i, Index p) const { return panels_.row(s[static_cast<std::size_t>(i)].start / panel_keys<T> + i + p); }
 
-  void pack(View<T const, 2> keys, Sequence sequence, Index p, T* panel) const {
-    constexpr Index n = cpu::lanes<T>;
-    for (Index j = 0; j < panel_keys<T>; j += n)
-      for (Index d = 0; d < depth_; d += n) {
-        alignas(cpu::vector_bytes) T square[n * n] = {};
-        for (Index i = p * panel_keys<T> + j, row = 0; row < n && i < sequence.length; ++i, ++row)
-          std::copy_n(keys.row(sequence.start + i) + d, std::min(n, depth_ - d), square + row * n);
-        cpu::transpose<T>(square, n, panel + d * panel_keys<T> + j, panel_keys<T>);
-      }
-  }
+  void pack(View<T const, 2> keys, Sequence sequence, Index p, T* panel) const { pack_panel<T>(depth_, keys, sequence, p, panel); }
 
  private:
   Index depth_;

@@ -1,116 +1,21 @@
-// What attention over chosen keys is made of on the CPU: products with rows that are read where they are, entries of a head
-// standing in the lanes.
+// Rows of chosen keys.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
 
-#include <hybridattn/backend/cpu/vectors.hpp>
-#include <hybridattn/core/math.hpp>
-#include <hybridattn/core/sequences.hpp>
-
-#include <algorithm>
+#include <hybridattn/attention/cpu_rows.hpp>
 
 namespace hybridattn::dsa {
 
-// The rows of one head of one sequence, [T, D].
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  T* operator[](Index i) const { return data + i * stride; }
-};
-template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
+    attention::weighted_rows;
 
 // The keys of one query, relative to the start of its sequence.
 struct Keys {
   std::int32_t const* indices;
   Index count;
-};
-// Room for a number per key, in whole vectors.
-template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
 
-// Vectors of a row that are worked on together, from entry d on; the last one may be short.
-template <class T, int V> struct Piece {
-  static constexpr int vectors = V;
-  Index d;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
-  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
 };
-template <class T> struct ShortPiece {
-  static constexpr int vectors = 1;
-  cpu::Slot<T> slot;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
-  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
-};
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
-  constexpr int n = cpu::lanes<T>;
-  Index d = 0;
-  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
-  if (d + 2 * n <= D) {
-    f(Piece<T, 2>{d});
-    d += 2 * n;
-  }
-  if (d + n <= D) {
-    f(Piece<T, 1>{d});
-    d += n;
-  }
-  if (d < D) f(ShortPiece<T>{{d, D - d}});
-}
-
-// products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
-template <class T, class Dim> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  constexpr int n = cpu::lanes<T>;
-  for (Index j = 0; j < keys.count; j += n) {
-    T const* row[n];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) row[i] = rows[keys.indices[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[n] = {};
-    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) {
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
-      }
-    });
-    cpu::sum_each<n, T>(sums, products + j);
-  }
-}
-// x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
-template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
-  cpu::Vec<T> sum{};
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
-  });
-  T result;
-  cpu::sum_each<1, T>(&sum, &result);
-  return result;
-}
-
-// o = factor * sum_j p[j] rows[key j], in as many sums as the pipelines of the CPU need.
-template <class T, class Dim> HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors, chains = V == 4 ? 2 : 4;
-    cpu::Vec<T> sum[chains][V] = {};
-    auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
-      T const* const row = rows[keys.indices[j]];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
-    };
-    Index j = 0;
-    for (; j + chains <= keys.count; j += chains) {
-      HYBRIDATTN_UNROLL
-      for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
-    }
-    for (; j < keys.count; ++j) add(j, 0);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      cpu::Vec<T> total = sum[0][v];
-      HYBRIDATTN_UNROLL
-      for (int chain = 1; chain < chains; ++chain) total += sum[chain][v];
-      piece.put(o, v, factor * total);
-    }
-  });
-}
 
 }  // namespace hybridattn::dsa
 #endif

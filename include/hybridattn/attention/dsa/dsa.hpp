@@ -3,7 +3,14 @@
 //   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0
 //   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
 //   (4) d_q, d_k, d_v as in full attention, over S_t alone
-// One selection serves all heads. Choosing has no gradient: d_index_q, d_index_k and d_index_w are zero here.
+// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
+//   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
+//   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
+//       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
+//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
+//       d_z_tjs = index_scale w_tj d_I_ts where iq_tj . ik_s > 0, else 0
+//       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
+// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 #define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 
@@ -52,13 +59,21 @@ template <class S> struct Inputs {
 };
 template <class S> struct Outputs {
   Held<S, 3> o;               // [N, H, D]
-  State<S, 1> auxiliary_loss;  // [1], or nothing: no loss trains the indexer
+  State<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
   HYBRIDATTN_FIELDS(o, auxiliary_loss)
 };
 template <class S> struct Saved {
-  Wide<S, 2> lse;       // [N, H], over the selected keys
-  Whole<S, 2> indices;  // [N, k] ascending, relative to the start of the sequence, then -1
-  HYBRIDATTN_FIELDS(lse, indices)
+  Wide<S, 2> lse;        // [N, H], over the keys of S_t
+  Whole<S, 2> indices;   // [N, k] ascending, relative to the start of the sequence, then -1; nothing in the dense warm-up
+  Wide<S, 1> index_lse;  // [N], over the same keys, or nothing: no loss trains the indexer
+  HYBRIDATTN_FIELDS(lse, indices, index_lse)
+};
+
+// Of earlier tokens, as they are after norms and rotary.
+template <class S> struct Cache {
+  Held<S, 4> keys, values;  // [batch, capacity, HK, D]
+  Held<S, 3> index_keys;    // [batch, capacity, DI]
+  HYBRIDATTN_FIELDS(keys, values, index_keys)
 };
 
 // How many keys a query of a sequence of `length` tokens may select.
@@ -84,6 +99,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   template <class S> using Inputs = dsa::Inputs<S>;
   template <class S> using Outputs = dsa::Outputs<S>;
   template <class S> using Saved = dsa::Saved<S>;
+  template <class S> using Cache = dsa::Cache<S>;
   using Prepare = dsa::Prepare<O>;
   using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
@@ -100,6 +116,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
     check(c.index_heads > 0 && c.index_dim > 0, "SparseAttention: ", c.index_heads, " indexer heads of dimension ", c.index_dim,
           "; both must be positive");
+    check(c.index_loss >= 0, "SparseAttention: index_loss ", c.index_loss, " is the weight of the indexer's loss, and must be >= 0");
     check(c.index_scale > 0, "SparseAttention: index_scale ", c.index_scale, " must be positive, or 0 for index_dim^-1/2");
     return c;
   }
@@ -113,10 +130,18 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
             .index_w = {s.tokens(), c.index_heads}};
   }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
-    return {.o = {s.tokens(), c.num_heads, c.head_dim}, .auxiliary_loss = {}};
+    Shape<1> const loss{c.stage == Stage::language_model ? 0 : 1};
+    return {.o = {s.tokens(), c.num_heads, c.head_dim}, .auxiliary_loss = loss};
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) {
-    return {.lse = {s.tokens(), c.num_heads}, .indices = {s.tokens(), dsa::selection_size(O, s.longest())}};
+    Shape<2> const chosen{s.tokens(), c.stage == Stage::dense_warm_up ? 0 : dsa::selection_size(O, s.longest())};
+    Shape<1> const index_lse{c.stage == Stage::language_model ? 0 : s.tokens()};
+    return {.lse = {s.tokens(), c.num_heads}, .indices = chosen, .index_lse = index_lse};
+  }
+  // A share of a length is known when the sequence is whole: to decode, give the same parameters to a policy with top_k.
+  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
+    Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
+    return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
   }
 };
 using DSA = SparseAttention<>;

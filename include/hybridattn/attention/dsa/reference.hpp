@@ -1,5 +1,5 @@
-// Equations (1) to (4) of dsa.hpp as loops, for any scalar. Slow and short: what the kernels are judged by. Choosing and
-// attending stand apart, so that a kernel can be judged on the keys it chose itself.
+// Equations (1) to (7) of dsa.hpp as loops, for any scalar. Slow and short: what the kernels are judged by. Choosing and
+// the rest stand apart, so that a kernel can be judged on the keys it chose itself.
 #ifndef HYBRIDATTN_ATTENTION_DSA_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_DSA_REFERENCE_HPP
 
@@ -13,15 +13,19 @@
 
 namespace hybridattn::dsa::reference {
 
+// I_ts of query n and key s, both counted from the start of the batch.
+template <class T> T score(Config const& c, Inputs<In<T>> x, Index n, Index s) {
+  T sum = 0;
+  for (Index j = 0; j < c.index_heads; ++j) {
+    T const product = static_cast<T>(c.index_scale) * dot(x.index_q.row(n, j), x.index_k.row(s), c.index_dim);
+    sum += x.index_w(n, j) * (product < 0 ? T(0) : product);                                                        // (1)
+  }
+  return sum;
+}
 // Of query t of a sequence: I_ts for s = 0 .. t.
 template <class T> std::vector<T> index_scores(Config const& c, Sequence sequence, Inputs<In<T>> x, Index t) {
-  std::vector<T> scores(static_cast<std::size_t>(t + 1));
-  Index const n = sequence.start + t;
-  for (Index s = 0; s <= t; ++s)
-    for (Index j = 0; j < c.index_heads; ++j) {
-      T const product = static_cast<T>(c.index_scale) * dot(x.index_q.row(n, j), x.index_k.row(sequence.start + s), c.index_dim);
-      scores[static_cast<std::size_t>(s)] += x.index_w(n, j) * (product < 0 ? T(0) : product);                      // (1)
-    }
+  std::vector<T> scores;
+  for (Index s = 0; s <= t; ++s) scores.push_back(score(c, x, sequence.start + t, sequence.start + s));
   return scores;
 }
 
@@ -47,14 +51,24 @@ template <class T> void select(SparseOptions o, Config const& c, Sequences const
     }
 }
 
-// f(n, h, hk, keys, count): query n, head h reads the keys start + keys[0 .. count) of head hk.
-template <class F> void for_each_query(Config const& c, Sequences const& s, View<std::int32_t const, 2> indices, F f) {
+// f(n, keys): query n attends to the tokens `keys`, those that indices name or without indices all that it sees.
+template <class F> void for_each_query(Sequences const& s, View<std::int32_t const, 2> indices, F f) {
   for (Sequence const sequence : s)
-    for (Index n = sequence.start; n < sequence.start + sequence.length; ++n) {
+    for (Index t = 0; t < sequence.length; ++t) {
       std::vector<Index> keys;
-      for (Index i = 0; i < indices.extent(1) && indices(n, i) >= 0; ++i) keys.push_back(sequence.start + indices(n, i));
-      for (Index h = 0; h < c.num_heads; ++h) f(n, h, h / (c.num_heads / c.num_kv_heads), keys);
+      if (indices.empty())
+        for (Index key = 0; key <= t; ++key) keys.push_back(sequence.start + key);
+      else
+        for (Index i = 0, n = sequence.start + t; i < indices.extent(1) && indices(n, i) >= 0; ++i)
+          keys.push_back(sequence.start + indices(n, i));
+      f(sequence.start + t, keys);
     }
+}
+// f(n, h, hk, keys): head h of query n reads the keys of head hk.
+template <class F> void for_each_head(Config const& c, Sequences const& s, View<std::int32_t const, 2> indices, F f) {
+  for_each_query(s, indices, [&](Index n, std::vector<Index> const& keys) {
+    for (Index h = 0; h < c.num_heads; ++h) f(n, h, h / (c.num_heads / c.num_kv_heads), keys);
+  });
 }
 
 template <class T>
@@ -62,7 +76,7 @@ void attend(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int3
             Wide<Out<T>, 2> lse) {
   Index const D = c.head_dim;
   T const scale = static_cast<T>(c.scale);
-  for_each_query(c, s, indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
+  for_each_head(c, s, indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
     for (Index key : keys) largest = std::max(largest, scale * dot(x.q.row(n, h), x.k.row(key, hk), D));
     std::fill_n(y.o.row(n, h), D, T(0));
@@ -76,44 +90,106 @@ void attend(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int3
   });
 }
 
+// Of one query, for its keys: what the indexer says and what it should say.
+template <class T> std::vector<T> scores_of(Config const& c, Inputs<In<T>> x, Index n, std::vector<Index> const& keys) {
+  std::vector<T> scores;
+  for (Index key : keys) scores.push_back(score(c, x, n, key));
+  return scores;
+}
 template <class T>
-void forward(SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
-  select(o, c, s, x, saved.indices);
-  attend<T>(c, s, x, saved.indices, y, saved.lse);
-  if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
+std::vector<T> shares_of(Config const& c, Inputs<In<T>> x, Wide<In<T>, 2> lse, Index n, std::vector<Index> const& keys) {
+  std::vector<T> p;
+  for (Index key : keys) {
+    T sum = 0;
+    for (Index h = 0; h < c.num_heads; ++h) {
+      T const product = dot(x.q.row(n, h), x.k.row(key, h / (c.num_heads / c.num_kv_heads)), c.head_dim);
+      sum += std::exp(static_cast<T>(c.scale) * product - lse(n, h));
+    }
+    p.push_back(sum / static_cast<T>(c.num_heads));                                                                 // (5)
+  }
+  return p;
 }
 
-// Choosing has no gradient; a view that is not there wants none.
-template <class T> void no_gradient(Config const& c, Sequences const& s, Inputs<Out<T>> d_x) {
-  for (Index n = 0; n < s.tokens(); ++n) {
-    if (!d_x.index_k.empty()) std::fill_n(d_x.index_k.row(n), c.index_dim, T(0));
-    if (!d_x.index_w.empty()) std::fill_n(d_x.index_w.row(n), c.index_heads, T(0));
-    for (Index j = 0; !d_x.index_q.empty() && j < c.index_heads; ++j) std::fill_n(d_x.index_q.row(n, j), c.index_dim, T(0));
+// lse is attend's.
+template <class T>
+void index_loss(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int32_t const, 2> indices, Wide<In<T>, 2> lse,
+                Wide<Out<T>, 1> index_lse, State<Out<T>, 1> loss) {
+  loss(0) = 0;
+  for_each_query(s, indices, [&](Index n, std::vector<Index> const& keys) {
+    auto const scores = scores_of<T>(c, x, n, keys), p = shares_of<T>(c, x, lse, n, keys);
+    T const largest = *std::max_element(scores.begin(), scores.end());
+    T sum = 0;
+    for (T score : scores) sum += std::exp(score - largest);
+    index_lse(n) = largest + std::log(sum);                                                                         // (5)
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      T const log_r = scores[i] - index_lse(n);
+      loss(0) += (p[i] > 0 ? p[i] * (std::log(p[i]) - log_r) : T(0)) + (std::exp(log_r) - p[i]);                    // (6)
+    }
+  });
+}
+
+template <class T>
+void forward(SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  if (c.stage != Stage::dense_warm_up) select(o, c, s, x, saved.indices);
+  attend<T>(c, s, x, saved.indices, y, saved.lse);
+  if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
+  if (c.stage != Stage::language_model) index_loss<T>(c, s, x, saved.indices, saved.lse, saved.index_lse, y.auxiliary_loss);
+}
+
+// A view that is not there wants no gradient.
+template <class T, int Rank> void set_zero(View<T, Rank> x) {
+  for (Index n = 0; !x.empty() && n < x.extent(0); ++n) {
+    if constexpr (Rank == 2) std::fill_n(x.row(n), x.extent(1), T(0));
+    else
+      for (Index h = 0; h < x.extent(1); ++h) std::fill_n(x.row(n, h), x.extent(2), T(0));
   }
+}
+
+// (4), added to d_x.
+template <class T>
+void attend_backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved, View<T const, 3> d_o,
+                     Inputs<Out<T>> d_x) {
+  Index const D = c.head_dim;
+  T const scale = static_cast<T>(c.scale);
+  for_each_head(c, s, saved.indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
+    T const *q = x.q.row(n, h), delta = dot(d_o.row(n, h), y.o.row(n, h), D);
+    for (Index key : keys) {
+      T const p = std::exp(scale * dot(q, x.k.row(key, hk), D) - saved.lse(n, h));
+      T const d_s = scale * p * (dot(d_o.row(n, h), x.v.row(key, hk), D) - delta);
+      axpy(d_s, x.k.row(key, hk), d_x.q.row(n, h), D);
+      axpy(d_s, q, d_x.k.row(key, hk), D);
+      axpy(p, d_o.row(n, h), d_x.v.row(key, hk), D);
+    }
+  });
+}
+// (7), added to d_x.
+template <class T>
+void index_loss_backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Saved<In<T>> saved, T d_loss, Inputs<Out<T>> d_x) {
+  Index const DI = c.index_dim;
+  T const scale = static_cast<T>(c.index_scale);
+  for_each_query(s, saved.indices, [&](Index n, std::vector<Index> const& keys) {
+    auto const scores = scores_of<T>(c, x, n, keys), p = shares_of<T>(c, x, saved.lse, n, keys);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      T const d_score = d_loss * (std::exp(scores[i] - saved.index_lse(n)) - p[i]), *k = x.index_k.row(keys[i]);
+      for (Index j = 0; j < c.index_heads; ++j) {
+        T const *q = x.index_q.row(n, j), z = scale * dot(q, k, DI);
+        if (!(z > 0)) continue;
+        T const d_z = scale * x.index_w(n, j) * d_score;
+        axpy(d_z, k, d_x.index_q.row(n, j), DI);
+        axpy(d_z, q, d_x.index_k.row(keys[i]), DI);
+        d_x.index_w(n, j) += d_score * z;
+      }
+    }
+  });
 }
 
 template <class T>
 void backward(SparseOptions, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved, Outputs<In<T>> d_y,
               Inputs<Out<T>> d_x) {
-  Index const D = c.head_dim;
-  T const scale = static_cast<T>(c.scale);
-  for (Index n = 0; n < s.tokens(); ++n)
-    for (Index hk = 0; hk < c.num_kv_heads; ++hk) {
-      std::fill_n(d_x.k.row(n, hk), D, T(0));
-      std::fill_n(d_x.v.row(n, hk), D, T(0));
-    }
-  for_each_query(c, s, saved.indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
-    T const *q = x.q.row(n, h), *d_o = d_y.o.row(n, h), delta = dot(d_o, y.o.row(n, h), D);
-    std::fill_n(d_x.q.row(n, h), D, T(0));
-    for (Index key : keys) {
-      T const p = std::exp(scale * dot(q, x.k.row(key, hk), D) - saved.lse(n, h));
-      T const d_s = scale * p * (dot(d_o, x.v.row(key, hk), D) - delta);                                            // (4)
-      axpy(d_s, x.k.row(key, hk), d_x.q.row(n, h), D);
-      axpy(d_s, q, d_x.k.row(key, hk), D);
-      axpy(p, d_o, d_x.v.row(key, hk), D);
-    }
-  });
-  no_gradient<T>(c, s, d_x);
+  zip([](Path const&, auto const& gradient) { set_zero(gradient); }, d_x);
+  if (!d_y.o.empty()) attend_backward<T>(c, s, x, y, saved, d_y.o, d_x);
+  if (c.stage != Stage::language_model && !d_y.auxiliary_loss.empty())
+    index_loss_backward<T>(c, s, x, saved, static_cast<T>(d_y.auxiliary_loss(0)), d_x);
 }
 
 }  // namespace hybridattn::dsa::reference

@@ -53,18 +53,41 @@ template <SparseOptions O> struct Prepare {
       turn.forward(backend, one_head(index_k), one_head(x.index_k));
     }
   }
-  // The indexer's inputs have no gradient, nor has its norm (SparseAttention::untrained).
+  // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
   static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
-      Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
-      norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
-      norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
+      if (!d_raw.q.empty()) {
+        Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+        norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
+        norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
+      }
+    }
+    if constexpr (O.index_rotary_percent > 0 || O.index_norm) {
+      if (!d_raw.index_k.empty()) index_backward(backend, c, s, raw, p, d_x, d_raw, d_p);
     }
   }
 
  private:
+  // Rotary, then the norm, as HeadNorm does.
+  template <class B, class T>
+  static void index_backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>> d_x,
+                             Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    [[maybe_unused]] Tensor<T, 2, B> turned;
+    View<T const, 2> d_normed = d_x.index_k;
+    if constexpr (O.index_rotary_percent > 0) {
+      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
+      if constexpr (O.index_norm) turned = {backend, d_x.index_k.shape};
+      View<T, 2> const d_index_k = O.index_norm ? out(turned) : d_raw.index_k;
+      turn.backward(backend, d_x.index_q, d_raw.index_q);
+      turn.backward(backend, one_head(d_normed), one_head(d_index_k));
+      d_normed = d_index_k;
+    }
+    if constexpr (O.index_norm)
+      On<LayerNorm, B>::backward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, d_normed, d_raw.index_k, d_p.index_norm_weight,
+                                 d_p.index_norm_bias);
+  }
   static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
   template <class T> static View<T, 3> one_head(View<T, 2> x) { return {x.data, {x.extent(0), 1, x.extent(1)}}; }
 };

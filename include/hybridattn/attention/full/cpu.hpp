@@ -2,6 +2,7 @@
 #define HYBRIDATTN_ATTENTION_FULL_CPU_HPP
 
 #include <hybridattn/attention/full/cpu_backward.hpp>
+#include <hybridattn/attention/full/cpu_extend.hpp>
 #include <hybridattn/attention/full/cpu_forward.hpp>
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/core/with_constant.hpp>
@@ -67,7 +68,7 @@ void backward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences cons
   });
 }
 
-// As a constant, D = 32 gains 5 % of backward; 64 and 128 gain less than 1 %, not worth compiling the kernels again.
+// As a constant, D = 32 gains 5 % of backward; 16 gains 1 to 4 %, 64, 128 and 256 less than 1 %: not worth compiling the kernels again.
 template <class F> void with_head_dim(Index D, F f) {
   with_constant<32>(D, f, [&] { f(D); });
 }
@@ -119,6 +120,19 @@ void backward(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inpu
   narrow(cpu, in(d_v), d_x.v);
 }
 
+// Sequences that begin run through the tiles of forward, the others over rows of the cache.
+template <class T>
+void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
+  Index const ring = cache.keys.extent(1);
+  check_fits(s, cache.keys.extent(0), ring == o.window ? std::numeric_limits<Index>::max() : ring);
+  if (s.any_begin()) {   // first: it may fill the rows of the others with anything
+    Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
+    forward<T>(cpu, o, c, s.beginnings(), x, y, {.lse = out(lse)});
+  }
+  if (s.any_continue()) attend_cached<T>(cpu, o.window, c, s, x, cache, y.o);
+  remember<T>(cpu, s, x, cache);
+}
+
 }  // namespace full
 
 template <FullOptions O> struct On<FullAttention<O>, Cpu> {
@@ -131,6 +145,11 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
   static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
+  }
+  template <class T>
+  static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
+                     full::Outputs<Out<T>> y) {
+    full::extend(cpu, O, c, s, x, cache, y);
   }
 };
 

@@ -11,6 +11,7 @@
 #include <hybridattn/attention/heads.hpp>
 #include <hybridattn/attention/policy.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 namespace hybridattn {
@@ -47,6 +48,11 @@ template <class S> struct Saved {
   Wide<S, 2> lse;  // [N, H], natural logarithm
   HYBRIDATTN_FIELDS(lse)
 };
+// Of earlier tokens, as they are after norm and rotary: position p stands in row p, or in row p % window where there is a window.
+template <class S> struct Cache {
+  Held<S, 4> keys, values;  // [batch, capacity or window, HK, D]
+  HYBRIDATTN_FIELDS(keys, values)
+};
 
 // The steps around it in a layer: steps.hpp.
 template <FullOptions O> struct Prepare;
@@ -63,6 +69,7 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   template <class S> using Inputs = full::Inputs<S>;
   template <class S> using Outputs = full::Outputs<S>;
   template <class S> using Saved = full::Saved<S>;
+  template <class S> using Cache = full::Cache<S>;
   using Prepare = full::Prepare<O>;
   using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
@@ -80,6 +87,10 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {.o = {s.tokens(), c.num_heads, c.head_dim}}; }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.lse = {s.tokens(), c.num_heads}}; }
+  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) {
+    Shape<4> const rows{batch, O.window == 0 ? capacity : std::min<Index>(O.window, capacity), c.num_kv_heads, c.head_dim};
+    return {.keys = rows, .values = rows};
+  }
 };
 using Full = FullAttention<>;
 

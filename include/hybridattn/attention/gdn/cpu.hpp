@@ -178,17 +178,47 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
   });
 }
 
+namespace detail {
+
+// Token n in head h, on a state [K, V] that it changes.
+template <class T> void step_token(Config const& c, Inputs<In<T>> const& x, Index n, Index h, View<T, 4> states, Index i, View<T, 3> o) {
+  Index const hk = h / (c.num_value_heads / c.num_heads);
+  T const *q = x.q.row(n, hk), *k = x.k.row(n, hk);
+  T const scale = static_cast<T>(c.scale), decay = decay_of<T>(cpu::broadcast(x.g(n, h)))[0];
+  T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
+  step_head<T>({q, k, x.v.row(n, h), decay, x.beta(n, h), scale, scale * qk, states.row(i, h, 0), o.row(n, h), c.key_dim, states.stride[2]},
+               c.value_dim);
+}
+
+}  // namespace detail
+
 // x holds one token for each of B sequences: q, k [B, H, K], v [B, HV, V], g, beta [B, HV]; x.initial_state is not used.
 // state [B, HV, K, V] is updated in place, o is [B, HV, V].
 template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
   parallel_for(cpu, o.extent(0) * c.num_value_heads, [&](Index task, int) {
-    Index const b = task / c.num_value_heads, h = task % c.num_value_heads, hk = h / (c.num_value_heads / c.num_heads);
-    T const *q = x.q.row(b, hk), *k = x.k.row(b, hk);
-    T const scale = static_cast<T>(c.scale), decay = detail::decay_of<T>(cpu::broadcast(x.g(b, h)))[0];
-    T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
-    detail::step_head<T>(
-        {q, k, x.v.row(b, h), decay, x.beta(b, h), scale, scale * qk, state.row(b, h, 0), o.row(b, h), c.key_dim, state.stride[2]},
-        c.value_dim);
+    Index const b = task / c.num_value_heads, h = task % c.num_value_heads;
+    detail::step_token(c, x, b, h, state, b, o);
+  });
+}
+
+// One token is a step on the state where it stands, several are a forward from it to it.
+template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
+  check_fits(s, state.extent(0), std::numeric_limits<Index>::max());
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  bool const only_steps = s.longest() <= 1;
+  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, only_steps ? 0 : detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
+  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    if (sequence.length == 0) return;
+    if (sequence.length == 1) {
+      for (Index k = 0; sequence.past == 0 && k < c.key_dim; ++k) std::fill_n(state.row(i, h, k), c.value_dim, T(0));
+      return detail::step_token(c, x, sequence.start, h, state, i, o);
+    }
+    Inputs<In<T>> from = x;
+    from.initial_state = sequence.past == 0 ? View<T const, 4>{} : state;
+    detail::forward_head<T>(c, sequence, i, h, from, {.o = o, .final_state = state}, {}, {scratch.row(thread), K, V});
   });
 }
 
@@ -204,6 +234,11 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
   static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
+  }
+  template <class T>
+  static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
+                     gdn::Outputs<Out<T>> y) {
+    gdn::extend(cpu, c, s, x, cache.state, y.o);
   }
 };
 

@@ -59,6 +59,13 @@ template <class S> struct Saved {
   HYBRIDATTN_FIELDS(error)
 };
 
+// Of earlier tokens: the state S, and what the short convolutions read of their projections, the oldest first.
+template <class S> struct Cache {
+  Held<S, 3> conv_q, conv_k, conv_v;  // [batch, conv_width - 1, channels], or nothing without a convolution
+  State<S, 4> state;                  // [batch, HV, K, V]
+  HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, state)
+};
+
 inline Shape<4> state_shape(Config const& c, Sequences const& s) { return {s.count(), c.num_value_heads, c.key_dim, c.value_dim}; }
 
 // The steps around it in a layer: steps.hpp.
@@ -76,6 +83,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   template <class S> using Inputs = gdn::Inputs<S>;
   template <class S> using Outputs = gdn::Outputs<S>;
   template <class S> using Saved = gdn::Saved<S>;
+  template <class S> using Cache = gdn::Cache<S>;
   using Prepare = gdn::Prepare<O>;
   using Finish = gdn::Finish<O>;
 
@@ -98,6 +106,14 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
     return {.o = {s.tokens(), c.num_value_heads, c.value_dim}, .final_state = {}};
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
+  static Cache<Shapes> cache(Config const& c, Index batch, Index) {
+    Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
+    Shape<3> const keys{batch, rows, c.num_heads * c.key_dim};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {batch, rows, c.num_value_heads * c.value_dim},
+            .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
+  }
 };
 using GDN = GatedDeltaNet<>;
 

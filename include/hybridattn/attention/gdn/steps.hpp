@@ -6,6 +6,7 @@
 
 #include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/attention/policy.hpp>
+#include <hybridattn/ops/arithmetic/arithmetic.hpp>
 #include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>
 #include <hybridattn/ops/gdn_gate/gdn_gate.hpp>
 #include <hybridattn/ops/l2_norm/l2_norm.hpp>
@@ -44,9 +45,16 @@ template <GdnOptions O> struct Prepare {
     convolve(backend, s, raw.q, p.conv_q, x.q);
     convolve(backend, s, raw.k, p.conv_k, x.k);
     convolve(backend, s, raw.v, p.conv_v, x.v);
-    On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
-    On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
-    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+    normalise_and_gate(backend, raw, p, x);
+  }
+  // The convolutions go on where the cache says.
+  template <class B, class T>
+  static void extend(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
+                     Inputs<Out<T>> x) {
+    convolve_on(backend, s, raw.q, p.conv_q, cache.conv_q, x.q);
+    convolve_on(backend, s, raw.k, p.conv_k, cache.conv_k, x.k);
+    convolve_on(backend, s, raw.v, p.conv_v, cache.conv_v, x.v);
+    normalise_and_gate(backend, raw, p, x);
   }
   template <class B, class T>
   static void backward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
@@ -61,6 +69,20 @@ template <GdnOptions O> struct Prepare {
  private:
   template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
 
+  template <class B, class T>
+  static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
+    On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
+    On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
+    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+  }
+  // What stands before a sequence that begins is zero.
+  template <class B, class T>
+  static void convolve_on(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
+    for (Index i = 0; i < s.count() && !state.empty(); ++i)
+      if (Sequence const sequence = s[static_cast<std::size_t>(i)]; sequence.past == 0 && sequence.length > 0)
+        On<Fill, B>::forward(backend, T(0), View<T, 1>{state.row(i, 0), {state.extent(1) * state.extent(2)}});
+    On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>(state), as_rows(y), state);
+  }
   template <class B, class T> static void convolve(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> y) {
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
   }

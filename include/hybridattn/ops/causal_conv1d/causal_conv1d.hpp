@@ -15,7 +15,8 @@ enum class Activation { none, silu };
 
 //   forward (backend, activation, sequences, x, w, initial_state, y, final_state)     x, y [N, C], w [C, W]
 //   backward(backend, activation, sequences, x, w, initial_state, d_y, d_final_state, d_x, d_w, d_initial_state)
-// States are [number of sequences, W - 1, C] or empty. W = 0 is no convolution: y = silu(x). Backward overwrites everything.
+// States are [number of sequences, W - 1, C] or empty; forward's final_state may be its initial_state. W = 0 is no
+// convolution: y = silu(x). Backward overwrites everything.
 struct CausalConv1d {};
 
 }  // namespace hybridattn

@@ -13,7 +13,7 @@ template <class T> struct ConvRows {
   View<T const, 3> initial_state;
   Index width;
 
-  // The row `back` tokens before token n, which stands at `position` of sequence `owner`; null for zeros.
+  // The row `back` tokens before token n, which has `position` tokens of sequence `owner` before it in x; null for zeros.
   T const* at(Index n, Index position, Index owner, Index back) const {
     if (back <= position) return x.row(n - back);
     return initial_state.empty() ? nullptr : initial_state.row(owner, width - 1 - (back - position));
@@ -65,6 +65,7 @@ template <> struct On<CausalConv1d, Cpu> {
   }
 
  private:
+  static Index position_of(Sequences const& s, Index n) { return n - s[static_cast<std::size_t>(s.owners()(n))].start; }
   // Filters by tap, so that channels are neighbours.
   template <class T> static View<T, 2> taps_of(View<T const, 2> w, View<T, 2> taps) {
     for (Index c = 0; c < w.extent(0); ++c)
@@ -78,7 +79,7 @@ template <> struct On<CausalConv1d, Cpu> {
       std::copy_n(rows.x.row(n), C, y);
       return;
     }
-    Index const position = s.positions()(n), owner = s.owners()(n);
+    Index const owner = s.owners()(n), position = position_of(s, n);
     std::fill_n(y, C, T(0));
     for (Index tap = 0; tap < W; ++tap)
       if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(taps.row(tap), row, y, C);
@@ -108,13 +109,13 @@ template <> struct On<CausalConv1d, Cpu> {
       std::copy_n(d_s.row(n), C, d_x);
       return;
     }
-    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - s.positions()(n);
+    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - position_of(s, n);
     std::fill_n(d_x, C, T(0));
     for (Index ahead = 0; ahead < std::min(W, after + 1); ++ahead) add_product(taps.row(W - 1 - ahead), d_s.row(n + ahead), d_x, C);
     if (!d_final_state.empty() && after < W - 1) axpy(T(1), d_final_state.row(owner, W - 2 - after), d_x, C);
   }
   template <class T> static void add_taps(cpu::detail::ConvRows<T> const& rows, Sequences const& s, Index n, T const* d_s, T* sum) {
-    Index const C = rows.x.extent(1), W = rows.width, position = s.positions()(n), owner = s.owners()(n);
+    Index const C = rows.x.extent(1), W = rows.width, position = position_of(s, n), owner = s.owners()(n);
     for (Index tap = 0; tap < W; ++tap)
       if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
   }
@@ -124,8 +125,9 @@ template <> struct On<CausalConv1d, Cpu> {
       for (Index j = 0; j < rows.width - 1; ++j) {
         Sequence const q = s[static_cast<std::size_t>(i)];
         T const* row = rows.at(q.start + q.length, q.length, i, rows.width - 1 - j);
-        if (row != nullptr) std::copy_n(row, rows.x.extent(1), final_state.row(i, j));
-        else std::fill_n(final_state.row(i, j), rows.x.extent(1), T(0));
+        T* const to = final_state.row(i, j);   // in place, where an empty sequence keeps its rows
+        if (row == nullptr) std::fill_n(to, rows.x.extent(1), T(0));
+        else if (row != to) std::copy_n(row, rows.x.extent(1), to);
       }
   }
   // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.

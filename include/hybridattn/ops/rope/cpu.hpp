@@ -10,14 +10,19 @@
 namespace hybridattn {
 
 template <> struct On<Rope, Cpu> {
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) {
-    parallel_for(cpu, angles.extent(0), [&](Index position, int) {
-      for (Index i = 0; i < angles.extent(2); ++i) {
-        double const frequency = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
-        double const angle = static_cast<double>(position) * frequency;
-        angles(position, 0, i) = static_cast<T>(std::cos(angle));
-        angles(position, 1, i) = static_cast<T>(std::sin(angle));
-      }
+  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
+  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    Index const half = angles.extent(2);
+    cpu::Scratch<double> const frequencies{cpu, half};
+    for (Index i = 0; i < half; ++i)
+      frequencies.data()[i] = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
+    parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index row = first; row < last; ++row)
+        for (Index i = 0; i < half; ++i) {
+          double const angle = static_cast<double>(row_of(positions, row)) * frequencies.data()[i];
+          angles(row, 0, i) = static_cast<T>(std::cos(angle));
+          angles(row, 1, i) = static_cast<T>(std::sin(angle));
+        }
     });
   }
   template <class T>
@@ -32,13 +37,14 @@ template <> struct On<Rope, Cpu> {
   }
 
  private:
+  static Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(positions(n), 0), *sine = angles.row(positions(n), 1);
+        T const *cosine = angles.row(row_of(positions, n), 0), *sine = angles.row(row_of(positions, n), 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);

@@ -9,7 +9,9 @@
 namespace hybridattn {
 
 //   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
-//   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]; y may be x
+//   angles  (backend, options, positions, angles)            of these positions [P]
+//   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
+//                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
 struct Rope {
   struct Options {

@@ -1,0 +1,102 @@
+// What a model remembers of the tokens it has seen, so that the next one costs one token: for each layer its policy's cache,
+// and how many tokens of each sequence stand there. A value in the caller's hands; the model holds none of it.
+#ifndef HYBRIDATTN_INFER_CACHE_HPP
+#define HYBRIDATTN_INFER_CACHE_HPP
+
+#include <hybridattn/nn/language_model.hpp>
+
+#include <span>
+
+namespace hybridattn {
+
+using TokenLists = std::vector<std::vector<std::int32_t>>;   // one list for each sequence
+
+struct CacheSize {
+  Index batch = 1;      // sequences
+  Index capacity = 0;   // tokens of each
+};
+
+namespace infer {
+template <class... Ps> constexpr bool all_have_caches(Types<Ps...>) { return (HasCache<Ps> && ...); }
+template <class B, class T, class... Ps> constexpr bool all_decode(Types<Ps...>) { return (Decodes<Ps, B, T> && ...); }
+}  // namespace infer
+
+// The caches of a stack's layers.
+template <class Stack> struct LayerCaches {
+  static_assert(infer::all_have_caches(typename Stack::Kinds{}),
+                "this policy cannot decode: give it Cache<S> and cache(config, batch, "
+                "capacity), see attention/policy.hpp");
+  template <class S> struct OfRole {
+    template <class Block> using Type = typename Block::Policy::template Cache<S>;
+  };
+  template <class S> struct Group : Layers<typename Stack::Blocks, OfRole<S>::template Type> {};
+};
+
+// bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
+template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
+  check(size.batch > 0 && size.capacity > 0, "cache: capacity ", size.capacity, " for ", size.batch, " sequences; both must be positive");
+  typename LayerCaches<Stack>::template Group<Shapes> shapes;
+  shapes.for_each(
+      [&](auto block, std::size_t, auto& layer) {
+        using Block = typename decltype(block)::type;
+        layer = Block::Policy::cache(Stack::template mixer<Block>(model.stack_config()), size.batch, size.capacity);
+      },
+      shapes);
+  return shapes;
+}
+
+template <class Stack, class T, class B> class Cache {
+ public:
+  static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
+                "this policy cannot decode on this backend: give it Cache, cache() and On<Policy, Backend>::extend");
+  using Group = typename LayerCaches<Stack>::template Group<Owned<T, B>>;
+
+  Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
+      : layers_(allocate<T>(backend, cache_shapes(model, size))), capacity_(size.capacity), lengths_(static_cast<std::size_t>(size.batch)) {
+  }
+
+  Group const& layers() const { return layers_; }
+  Group& layers() { return layers_; }
+  Index capacity() const { return capacity_; }
+  Index batch() const { return std::ssize(lengths_); }
+  // How many tokens of each sequence stand here.
+  std::span<Index const> lengths() const { return lengths_; }
+
+  // Sequence i, or all of them, begin anew.
+  void forget(Index i) { lengths_.at(static_cast<std::size_t>(i)) = 0; }
+  void forget() { std::fill(lengths_.begin(), lengths_.end(), 0); }
+
+  // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
+  struct Call {
+    Sequences sequences;
+    std::vector<std::int32_t> tokens;
+  };
+  Call const& next(TokenLists const& tokens) {
+    check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
+    new_lengths_.clear();
+    call_.tokens.clear();
+    for (auto const& of_sequence : tokens) {
+      new_lengths_.push_back(std::ssize(of_sequence));
+      call_.tokens.insert(call_.tokens.end(), of_sequence.begin(), of_sequence.end());
+    }
+    call_.sequences.assign(lengths_, new_lengths_);
+    check_fits(call_.sequences, batch(), capacity_);
+    return call_;
+  }
+  void commit() {
+    for (std::size_t i = 0; i < lengths_.size(); ++i) lengths_[i] += new_lengths_[i];
+  }
+
+ private:
+  Group layers_;
+  Index capacity_;
+  std::vector<Index> lengths_, new_lengths_;
+  Call call_;   // whose memory serves one call after the other
+};
+
+template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backend, LanguageModel<Stack> const& model, CacheSize size) {
+  return {backend, model, size};
+}
+
+}  // namespace hybridattn
+#endif
