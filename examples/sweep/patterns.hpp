@@ -4,6 +4,9 @@
 
 #include "../study_models.hpp"
 
+#include <hybridattn/train/checkpoint.hpp>
+
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
@@ -21,6 +24,8 @@ class Run {
   virtual ha::Index parameter_count() const = 0;
   virtual ha::StepResult step(ha::TokenBatch<ha::Cpu> const& batch) = 0;
   virtual ha::LossSum loss(ha::TokenBatch<ha::Cpu> const& batch) = 0;
+  virtual void save(std::filesystem::path const& path, ha::Progress const& progress) = 0;
+  virtual ha::Progress load(std::filesystem::path const& path) = 0;
 };
 
 template <class Stack> class RunOf final : public Run {
@@ -32,6 +37,10 @@ template <class Stack> class RunOf final : public Run {
   ha::Index parameter_count() const override { return model_.parameter_count(); }
   ha::StepResult step(ha::TokenBatch<ha::Cpu> const& batch) override { return train_step(cpu_, model_, params_, optimizer_, batch); }
   ha::LossSum loss(ha::TokenBatch<ha::Cpu> const& batch) override { return model_.loss(cpu_, params_, batch); }
+  void save(std::filesystem::path const& path, ha::Progress const& progress) override {
+    save_checkpoint(cpu_, path, model_, params_, optimizer_, progress);
+  }
+  ha::Progress load(std::filesystem::path const& path) override { return load_checkpoint(cpu_, path, model_, params_, optimizer_); }
 
  private:
   using Model = ha::LanguageModel<Stack>;

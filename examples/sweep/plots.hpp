@@ -1,45 +1,13 @@
-// The training curves as pictures: gnuplot scripts and their data stay beside the PNG and SVG files they make, so that
-// `gnuplot loss_comparison.gp` draws them again.
+// The training curves as pictures.
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_PLOTS_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_PLOTS_HPP
 
-#include "process.hpp"
+#include "../gnuplot.hpp"
 #include "report.hpp"
-
-#include <fstream>
 
 namespace sweep {
 
-// One column of the data file.
-struct Column {
-  std::string name;
-  std::vector<double> values;   // [steps]
-};
-
-// Tab-separated, a line a step; '?' where a column ends early or is not a number.
-inline std::string data_file(std::vector<Column> const& columns) {
-  std::size_t steps = 0;
-  std::string text = "step";
-  for (auto const& column : columns) {
-    text += "\t" + column.name;
-    steps = std::max(steps, column.values.size());
-  }
-  text += "\n";
-  for (std::size_t i = 0; i < steps; ++i) {
-    text += std::to_string(i + 1);
-    for (auto const& [name, values] : columns)
-      text += i < values.size() && std::isfinite(values[i]) ? formatted("\t%.6g", values[i]) : "\t?";
-    text += "\n";
-  }
-  return text;
-}
-
-// In gnuplot's single quotes, where only the quote itself is special.
-inline std::string gnuplot_quoted(std::string_view text) {
-  std::string result = "'";
-  for (char c : text) result += c == '\'' ? "''" : std::string(1, c);
-  return result + "'";
-}
+using gnuplot::Column, gnuplot::data_file;
 
 struct Picture {
   std::string file;    // without extension
@@ -94,17 +62,14 @@ inline std::string gnuplot_script(Picture const& picture) {
   for (auto const& line : picture.lines) lines += (lines.empty() ? "" : ", \\\n    ") + line;
   std::size_t const last = std::max<std::size_t>(picture.steps, 2), zoom = last - std::max<std::size_t>(last / 4, 1);
   std::string script{script_template};
-  auto const put = [&](std::string_view word, std::string const& value) {
-    for (auto at = script.find(word); at != script.npos; at = script.find(word, at + value.size())) script.replace(at, word.size(), value);
-  };
-  put("@DATA@", gnuplot_quoted(picture.file + ".tsv"));
-  put("@FILE@", gnuplot_quoted(picture.file));
-  put("@TITLE@", gnuplot_quoted(picture.title));
-  put("@BOTTOM@", formatted("%.3f", 0.15 + 0.037 * picture.legend_rows));
-  put("@ROWS@", std::to_string(picture.legend_rows));
-  put("@ZOOM@", std::to_string(zoom));
-  put("@LAST@", std::to_string(last));
-  put("@LINES@", lines);
+  gnuplot::put(script, "@DATA@", gnuplot::quoted(picture.file + ".tsv"));
+  gnuplot::put(script, "@FILE@", gnuplot::quoted(picture.file));
+  gnuplot::put(script, "@TITLE@", gnuplot::quoted(picture.title));
+  gnuplot::put(script, "@BOTTOM@", formatted("%.3f", 0.15 + 0.037 * picture.legend_rows));
+  gnuplot::put(script, "@ROWS@", std::to_string(picture.legend_rows));
+  gnuplot::put(script, "@ZOOM@", std::to_string(zoom));
+  gnuplot::put(script, "@LAST@", std::to_string(last));
+  gnuplot::put(script, "@LINES@", lines);
   return script;
 }
 
@@ -126,7 +91,7 @@ inline Picture all_patterns(std::vector<RunResult> const& results) {
     columns.push_back({run.name, run.running_mean()});
     picture.steps = std::max(picture.steps, run.losses.size());
     picture.lines.push_back(formatted("data using 1:%zu with lines ", columns.size() + 1) + line_style(run) + " title " +
-                            gnuplot_quoted(run.name + ": " + arrows(run.letters)));
+                            gnuplot::quoted(run.name + ": " + arrows(run.letters)));
   }
   picture.data = data_file(columns);
   return picture;
@@ -169,43 +134,15 @@ inline Picture category_means(std::vector<RunResult> const& results) {
     picture.lines.push_back(formatted("data using 1:%zu:%zu with filledcurves fs transparent solid 0.15 noborder ", first + 1, first + 2) +
                             style + " notitle");
     means.push_back(formatted("data using 1:%zu with lines lw 2.5 ", first) + style + " title " +
-                    gnuplot_quoted(legend + std::to_string(runs) + " of 4 patterns"));
+                    gnuplot::quoted(legend + std::to_string(runs) + " of 4 patterns"));
   }
   picture.lines.insert(picture.lines.end(), means.begin(), means.end());
   picture.data = data_file(columns);
   return picture;
 }
 
-// Whether what must stand at a picture's end stands there.
-inline bool is_complete(std::filesystem::path const& path, std::string_view mark) {
-  std::ifstream file{path, std::ios::binary};
-  std::string const content{std::istreambuf_iterator<char>{file}, {}};
-  return content.find(mark, content.size() - std::min<std::size_t>(content.size(), 16)) != content.npos;
-}
-
-// Draws in a folder of its own and moves what is complete: no picture is ever half-written, or older than the data beside
-// it. Returns what went wrong, in a line; nothing when all went well.
 inline std::string draw(std::filesystem::path const& folder, Picture const& picture) {
-  namespace fs = std::filesystem;
-  hybridattn::write_file_atomically(folder / (picture.file + ".tsv"), picture.data);
-  hybridattn::write_file_atomically(folder / (picture.file + ".gp"), gnuplot_script(picture));
-  std::error_code error;
-  for (auto const* extension : {".png", ".svg"}) fs::remove(folder / (picture.file + extension), error);
-  fs::path const partial = folder / ("." + picture.file + "." + std::to_string(::getpid()) + ".partial");
-  fs::create_directory(partial, error);
-  for (auto const* extension : {".tsv", ".gp"})
-    fs::copy_file(folder / (picture.file + extension), partial / (picture.file + extension), error);
-  int const status = run_program({"gnuplot", picture.file + ".gp"}, partial);
-  fs::path const png = partial / (picture.file + ".png"), svg = partial / (picture.file + ".svg");
-  bool const complete = status == 0 && is_complete(png, "IEND\xae\x42\x60\x82") && is_complete(svg, "</svg>");
-  if (complete) {
-    fs::rename(png, folder / png.filename(), error);
-    fs::rename(svg, folder / svg.filename(), error);
-  }
-  fs::remove_all(partial, error);
-  if (status == no_such_program)
-    return "no pictures: gnuplot is not installed (Debian: gnuplot-nox); once it is, `gnuplot " + picture.file + ".gp` draws them";
-  return complete ? "" : "no picture " + picture.file + ": gnuplot failed with status " + std::to_string(status);
+  return gnuplot::draw(folder, picture.file, picture.data, gnuplot_script(picture));
 }
 
 // Both comparisons as PNG and SVG; the average only where the study's patterns are. Returns at most one line of trouble.

@@ -37,6 +37,7 @@ void check_settings(sweep::Settings const& s) {
   ha::check(s.steps >= 1, "--steps ", s.steps, " is not allowed; it must be at least 1");
   ha::check(s.seq_len >= 2, "--seq-len ", s.seq_len, " is not allowed; it must be at least 2, a token and its target");
   ha::check(s.batch >= 1, "--batch ", s.batch, " is not allowed; it must be at least 1");
+  ha::check(s.checkpoint_every >= 0, "--checkpoint-every ", s.checkpoint_every, " is not allowed; it must be at least 0");
   ha::check(s.threads >= 0, "--threads ", s.threads, " is not allowed; it must be at least 1, or 0 for all cores");
 }
 
@@ -49,6 +50,25 @@ void report(sweep::Settings const& s, std::vector<sweep::RunResult> const& resul
   std::printf("results are in %s\n", s.out.string().c_str());
 }
 
+// Of each chosen pattern what an earlier run has finished; says so.
+std::vector<std::optional<sweep::RunResult>> remembered(sweep::Memory const& memory, std::vector<sweep::CompiledPattern> const& chosen) {
+  std::vector<std::optional<sweep::RunResult>> results;
+  std::size_t finished = 0;
+  std::string begun;
+  for (auto const& pattern : chosen) {
+    auto const name = sweep::pattern_name(pattern.letters);
+    results.push_back(memory.finished(name));
+    finished += results.back().has_value();
+    ha::Index const steps = results.back() ? 0 : memory.steps_of(name);
+    if (steps > 0) begun += ", " + name + " goes on after step " + std::to_string(steps);
+  }
+  if (finished == chosen.size()) std::puts("all of them are finished already; --fresh trains them again");
+  else if (finished > 0 || !begun.empty())
+    std::printf("resuming: %zu of %zu patterns are finished%s; --fresh starts anew\n", finished, chosen.size(), begun.c_str());
+  std::fflush(stdout);
+  return results;
+}
+
 int run(sweep::Settings const& s, std::string const& patterns, std::vector<std::string> const& files) {
   check_settings(s);
   auto const chosen = sweep::chosen_patterns(patterns);
@@ -57,21 +77,30 @@ int run(sweep::Settings const& s, std::string const& patterns, std::vector<std::
   ha::Batch first;
   data->next_batch(s.batch, s.seq_len, first);   // complains of a text that is too short before any work is done
   auto const validation = data->validation_batches(s.batch, s.seq_len);
+  sweep::Memory const memory{s, sweep::compiled_names(), data->state()};
+  if (s.fresh) memory.forget();
+  else memory.check();
   ha::Cpu cpu{s.threads};
   std::printf("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(),
               chosen.size(), s.steps, s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
-  std::fflush(stdout);
+  auto earlier = remembered(memory, chosen);
 
   sweep::watch_for_interrupt();
   sweep::Progress progress{chosen.size(), s.steps};
   std::vector<sweep::RunResult> results;
-  for (auto const& pattern : chosen) {
-    auto result = sweep::train(cpu, pattern, s, *data, validation, progress);
-    if (!result) break;
-    result->tokens_are_bytes = tokens_are_bytes;
-    results.push_back(std::move(*result));
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    auto& result = earlier[i];
+    if (result) {
+      progress.skip(s.steps);
+    } else if (!sweep::interrupted && (result = sweep::train(cpu, chosen[i], s, *data, validation, memory, progress))) {
+      result->tokens_are_bytes = tokens_are_bytes;
+      memory.finish(*result);
+    }
+    if (result) results.push_back(std::move(*result));
   }
-  if (sweep::interrupted) std::printf("\ninterrupted: %zu of %zu patterns are finished and kept\n", results.size(), chosen.size());
+  if (sweep::interrupted)
+    std::printf("\ninterrupted: %zu of %zu patterns are finished and kept; the same command goes on from here\n", results.size(),
+                chosen.size());
   if (!results.empty()) report(s, results);
   return sweep::interrupted ? 130 : 0;
 }
@@ -90,7 +119,9 @@ int main(int argc, char** argv) {
   app.add_option("--batch", s.batch, "windows of a step")->capture_default_str();
   app.add_option("--seed", s.seed, "of parameters and data")->capture_default_str();
   app.add_option("--threads", s.threads, "0: all cores")->capture_default_str();
-  app.add_option("--out", s.out, "folder of the results")->capture_default_str();
+  app.add_option("--out", s.out, "folder of the results; a run that stopped there goes on")->capture_default_str();
+  app.add_option("--checkpoint-every", s.checkpoint_every, "seconds between checkpoints; 0: after every step")->capture_default_str();
+  app.add_flag("--fresh", s.fresh, "forget what an earlier run left in the folder");
   try {
     app.parse(argc, argv);
   } catch (CLI::CallForHelp const& help) {

@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_TRAIN_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_TRAIN_HPP
 
+#include "memory.hpp"
 #include "patterns.hpp"
 #include "report.hpp"
 
@@ -15,13 +16,6 @@
 #include <optional>
 
 namespace sweep {
-
-struct Settings {
-  ha::Index steps = 1000, seq_len = 128, batch = 2;
-  std::uint64_t seed = 1;
-  int threads = 0;
-  std::filesystem::path out = "results";
-};
 
 // Set by Ctrl-C or a polite kill, read between steps.
 inline std::atomic<bool> interrupted = false;
@@ -42,6 +36,9 @@ class Progress {
  public:
   Progress(std::size_t patterns, ha::Index steps) : total_(static_cast<double>(patterns) * static_cast<double>(steps)), steps_(steps) {}
 
+  // Steps of an earlier run.
+  void skip(ha::Index steps) { total_ -= static_cast<double>(steps); }
+
   void show(std::string const& name, ha::Index step, double loss, double tokens_per_second) {
     ++done_;
     double const every = terminal_ ? 0.2 : 10;
@@ -59,6 +56,13 @@ class Progress {
   bool terminal_ = isatty(STDERR_FILENO) != 0;
   Clock clock_;
 };
+
+// Every pattern this program can train, by the name of its files.
+inline std::vector<std::string> compiled_names() {
+  std::vector<std::string> names;
+  for (auto const& pattern : compiled_patterns()) names.push_back(pattern_name(pattern.letters));
+  return names;
+}
 
 // Host batches on the machine, in memory that is taken once.
 class Feeder {
@@ -82,41 +86,109 @@ inline ha::LossSum validate(ha::Cpu& cpu, Run& run, std::vector<ha::Batch> const
   return total;
 }
 
-// Nothing when it was interrupted.
+// The training of one pattern, from its start or from where an earlier process stopped.
+class Training {
+ public:
+  Training(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data, Memory const& memory)
+      : cpu_(cpu), s_(s), data_(data), memory_(memory), name_(pattern_name(pattern.letters)), log_(s.out, name_),
+        run_(pattern.start(cpu, data.vocab_size(), ha::Seed{s.seed})) {
+    data.restart();
+    std::error_code ignored;
+    if (std::filesystem::exists(memory.checkpoint(name_), ignored)) with_way_out([&] { resume(); });
+    kept_.note = memory.note();
+    saved_step_ = kept_.step;
+    saved_at_ = clock_.seconds();
+  }
+
+  Run& run() { return *run_; }
+  ha::Index steps() const { return kept_.step; }
+  double loss() const { return losses().back(); }
+  std::vector<double> const& losses() const { return kept_.history.at("loss"); }
+  double tokens_per_second() const { return tokens_per_second(kept_.step); }
+  double milliseconds_per_step() const { return 1000 * kept_.history.at("training").back() / static_cast<double>(kept_.step); }
+  // Of all processes that worked on it.
+  double seconds() const { return earlier_ + clock_.seconds(); }
+
+  void step() {
+    data_.next_batch(s_.batch, s_.seq_len, host_);
+    Clock const clock;
+    double const loss = run_->step(feeder_.upload(cpu_, host_)).loss.mean();
+    auto& training = kept_.history["training"];
+    training.push_back((training.empty() ? 0 : training.back()) + clock.seconds());
+    kept_.history["loss"].push_back(loss);
+    kept_.history["elapsed"].push_back(seconds());
+    log(++kept_.step);
+    if (kept_.step < s_.steps && clock_.seconds() - saved_at_ >= s_.checkpoint_every) save();
+  }
+  void save() {
+    if (saved_step_ == kept_.step) return;
+    kept_.data = data_.state();
+    run_->save(memory_.checkpoint(name_), kept_);
+    saved_step_ = kept_.step;
+    saved_at_ = clock_.seconds();
+  }
+  void finish_log() { log_.finish(); }
+
+ private:
+  void resume() {
+    kept_ = run_->load(memory_.checkpoint(name_));
+    data_.restore(kept_.data);
+    for (char const* series : {"loss", "training", "elapsed"})
+      ha::check(std::ssize(kept_.history[series]) == kept_.step, memory_.checkpoint(name_).string(), ": history.", series, " has ",
+                kept_.history[series].size(), " numbers for ", kept_.step, " steps");
+    if (kept_.step > 0) earlier_ = kept_.history["elapsed"].back();
+    for (ha::Index step = 1; step <= kept_.step; ++step) log(step);
+  }
+  double tokens_per_second(ha::Index step) const {
+    return static_cast<double>(step * s_.batch * s_.seq_len) / kept_.history.at("training")[static_cast<std::size_t>(step - 1)];
+  }
+  void log(ha::Index step) {
+    auto const i = static_cast<std::size_t>(step - 1);
+    sum_ += losses()[i];
+    log_.add(step, losses()[i], sum_ / static_cast<double>(step), tokens_per_second(step), kept_.history.at("elapsed")[i]);
+  }
+
+  ha::Cpu& cpu_;
+  Settings const& s_;
+  ha::DataSource& data_;
+  Memory const& memory_;
+  std::string name_;
+  RunLog log_;
+  Clock clock_;
+  std::unique_ptr<Run> run_;
+  ha::Progress kept_;   // history: the loss, and seconds in steps and in all, of each step
+  double earlier_ = 0, sum_ = 0, saved_at_ = 0;
+  ha::Index saved_step_ = 0;
+  ha::Batch host_;
+  Feeder feeder_;
+};
+
+// Nothing when it was interrupted: then a checkpoint stands in the folder.
 inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data,
-                                      std::vector<ha::Batch> const& validation, Progress& progress) {
+                                      std::vector<ha::Batch> const& validation, Memory const& memory, Progress& progress) {
   RunResult result;
   result.name = pattern_name(pattern.letters);
   result.letters = pattern.letters;
   result.seq_len = s.seq_len;
-  RunLog log{s.out, result.name};
-  Clock const clock;
-  auto const run = pattern.start(cpu, data.vocab_size(), ha::Seed{s.seed});
-  result.num_parameters = run->parameter_count();
-  data.restart();
-
-  ha::Batch host;
-  Feeder feeder;
-  double sum = 0, training = 0;
-  for (ha::Index step = 1; step <= s.steps; ++step) {
-    if (interrupted) return std::nullopt;
-    data.next_batch(s.batch, s.seq_len, host);
-    double const before = clock.seconds();
-    double const loss = run->step(feeder.upload(cpu, host)).loss.mean();
-    training += clock.seconds() - before;
-    sum += loss;
-    result.losses.push_back(loss);
-    double const speed = static_cast<double>(step * s.batch * s.seq_len) / training;
-    log.add(step, loss, sum / static_cast<double>(step), speed, clock.seconds());
-    progress.show(result.name, step, loss, speed);
+  Training training{cpu, pattern, s, data, memory};
+  result.num_parameters = training.run().parameter_count();
+  progress.skip(training.steps());
+  while (training.steps() < s.steps) {
+    if (interrupted) {
+      training.save();
+      return std::nullopt;
+    }
+    training.step();
+    progress.show(result.name, training.steps(), training.loss(), training.tokens_per_second());
   }
-  auto const total = validate(cpu, *run, validation);
+  auto const total = validate(cpu, training.run(), validation);
+  result.losses = training.losses();
   result.val_loss = total.mean();
   result.val_accuracy = total.count == 0 ? 0 : static_cast<double>(total.correct) / static_cast<double>(total.count);
-  result.tokens_per_second = static_cast<double>(s.steps * s.batch * s.seq_len) / training;
-  result.milliseconds_per_step = 1000 * training / static_cast<double>(s.steps);
-  result.training_time = clock.seconds();
-  log.finish();
+  result.tokens_per_second = training.tokens_per_second();
+  result.milliseconds_per_step = training.milliseconds_per_step();
+  result.training_time = training.seconds();
+  training.finish_log();
   return result;
 }
 

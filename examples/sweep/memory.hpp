@@ -1,0 +1,163 @@
+// What a results folder remembers from one start of the program to the next:
+//   1_sandwich.checkpoint.safetensors   a pattern that is not finished yet
+//   1_sandwich.result.safetensors       one that is
+// Each carries the arguments that it was trained with, and is used with these alone.
+#ifndef HYBRIDATTN_EXAMPLES_SWEEP_MEMORY_HPP
+#define HYBRIDATTN_EXAMPLES_SWEEP_MEMORY_HPP
+
+#include "report.hpp"
+
+#include <hybridattn/train/checkpoint.hpp>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace sweep {
+
+namespace ha = hybridattn;
+
+struct Settings {
+  ha::Index steps = 1000, seq_len = 128, batch = 2;
+  std::uint64_t seed = 1;
+  int threads = 0;
+  std::filesystem::path out = "results";
+  double checkpoint_every = 5;   // seconds
+  bool fresh = false;
+};
+
+// The arguments on which a result depends, a line each. The number of threads is none of them.
+inline std::vector<std::string> arguments(Settings const& s, ha::DataState const& data) {
+  return {"--steps " + std::to_string(s.steps), "--seq-len " + std::to_string(s.seq_len), "--batch " + std::to_string(s.batch),
+          "--seed " + std::to_string(s.seed), "--data " + data.description + " [hash " + std::to_string(data.content) + "]"};
+}
+// A text may have got another name.
+inline std::string without_name(std::string const& argument) { return argument.substr(argument.rfind('[') + 1); }
+inline std::vector<std::string> lines(std::string const& text) {
+  std::vector<std::string> result;
+  for (std::size_t start = 0; start < text.size();) {
+    auto const end = std::min(text.find('\n', start), text.size());
+    result.push_back(text.substr(start, end - start));
+    start = end + 1;
+  }
+  return result;
+}
+
+// f(); its error says how to get on.
+template <class F> auto with_way_out(F f) {
+  try {
+    return f();
+  } catch (ha::Error const& error) {
+    ha::fail(error.what(), "; take another --out, or --fresh to train everything anew");
+  }
+}
+
+class Memory {
+ public:
+  // Of runs of these patterns; `data` is the state of the source that they are trained on.
+  Memory(Settings const& s, std::vector<std::string> patterns, ha::DataState const& data)
+      : folder_(s.out), seq_len_(s.seq_len), patterns_(std::move(patterns)), arguments_(arguments(s, data)) {}
+
+  std::filesystem::path checkpoint(std::string const& name) const { return folder_ / (name + ".checkpoint.safetensors"); }
+  std::filesystem::path result(std::string const& name) const { return folder_ / (name + ".result.safetensors"); }
+  // What every file of ours carries.
+  std::string note() const {
+    std::string text;
+    for (auto const& argument : arguments_) text += argument + "\n";
+    return text;
+  }
+
+  // Deletes what earlier runs left.
+  void forget() const {
+    for (auto const& pattern : patterns_)
+      for (auto const& path : {checkpoint(pattern), result(pattern)}) remove(path);
+  }
+  // Throws where the folder holds anything that was trained with other arguments, or is damaged.
+  void check() const {
+    with_way_out([&] {
+      for (auto const& pattern : patterns_) {
+        if (there(checkpoint(pattern))) check_note(ha::read_checkpoint_header(checkpoint(pattern)).note, checkpoint(pattern));
+        if (there(result(pattern))) check_note(ha::Safetensors{result(pattern)}.metadata(note_key), result(pattern));
+      }
+    });
+  }
+
+  // Steps of a pattern that are done and kept, when it is not finished.
+  ha::Index steps_of(std::string const& name) const {
+    return there(checkpoint(name)) ? ha::read_checkpoint_header(checkpoint(name)).step : 0;
+  }
+  // The result takes the checkpoint's place.
+  void finish(RunResult const& run) const {
+    ha::SafetensorsWriter writer;
+    writer.add_metadata(note_key, note());
+    writer.add_metadata("letters", run.letters);
+    auto const numbers = numbers_of(run);
+    writer.add("numbers", {std::ssize(numbers)}, numbers);
+    writer.add("losses", {std::ssize(run.losses)}, run.losses);
+    writer.write(result(run.name));
+    remove(checkpoint(run.name));
+  }
+  std::optional<RunResult> finished(std::string const& name) const {
+    if (!there(result(name))) return std::nullopt;
+    remove(checkpoint(name));   // the process died between writing the one and removing the other
+    return with_way_out([&] { return read(result(name)); });
+  }
+
+ private:
+  static constexpr char const* note_key = "arguments";
+
+  static bool there(std::filesystem::path const& path) {
+    std::error_code ignored;
+    return std::filesystem::exists(path, ignored);
+  }
+  static void remove(std::filesystem::path const& path) {
+    std::error_code ignored;
+    ha::remove_abandoned(path);
+    std::filesystem::remove(path, ignored);
+  }
+
+  void check_note(std::string const& note, std::filesystem::path const& path) const {
+    auto const theirs = lines(note);
+    ha::check(theirs.size() == arguments_.size(), path.string(), " is not of this program");
+    for (std::size_t i = 0; i < theirs.size(); ++i)
+      ha::check(without_name(theirs[i]) == without_name(arguments_[i]), "the folder ", folder_, " holds a run with ", theirs[i], " (",
+                path.filename(), "), this one has ", arguments_[i]);
+  }
+
+  // What a result consists of besides its losses. Seconds and counts are doubles like the rest.
+  static std::vector<double> numbers_of(RunResult const& run) {
+    return {static_cast<double>(run.num_parameters),
+            run.training_time,
+            run.tokens_per_second,
+            run.milliseconds_per_step,
+            run.val_loss,
+            run.val_accuracy,
+            run.tokens_are_bytes ? 1.0 : 0.0};
+  }
+  RunResult read(std::filesystem::path const& path) const {
+    ha::Safetensors const file{path};
+    auto const numbers = file.read_doubles("numbers");
+    ha::check(numbers.size() == 7, path.string(), " is not of this program");
+    std::string const& letters = file.metadata("letters");
+    return {.name = pattern_name(letters),
+            .letters = letters,
+            .num_parameters = static_cast<ha::Index>(numbers[0]),
+            .training_time = numbers[1],
+            .tokens_per_second = numbers[2],
+            .milliseconds_per_step = numbers[3],
+            .val_loss = numbers[4],
+            .val_accuracy = numbers[5],
+            .seq_len = seq_len_,
+            .tokens_are_bytes = numbers[6] != 0,
+            .losses = file.read_doubles("losses")};
+  }
+
+  std::filesystem::path folder_;
+  ha::Index seq_len_;
+  std::vector<std::string> patterns_, arguments_;
+};
+
+}  // namespace sweep
+#endif
