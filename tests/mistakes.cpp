@@ -1,29 +1,86 @@
-// What a user gets wrong, one at a time: -DMISTAKE=0 compiles, every other number must not, and the first error says why.
+// What a user gets wrong, one at a time: -DMISTAKE=0 compiles, every other number must not, and the first error says what to do.
 #include <hybridattn/hybridattn.hpp>
+
+#include <algorithm>
 
 namespace ha = hybridattn;
 
 #if MISTAKE == 1  // no keys to attend to
-using Mixer = ha::SparseAttention<ha::SparseOptions{.top_k = 0}>;
-#elif MISTAKE == 2  // a count and a share
-using Mixer = ha::SparseAttention<ha::SparseOptions{.top_k = 8, .top_k_percent = 50}>;
+using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 0}>;
+#elif MISTAKE == 2  // options that contradict: a count and a share
+using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 8, .top_k_percent = 50}>;
 #else
-using Mixer = ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 50}>;
+using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 50}>;
 #endif
-static_assert(ha::AttentionPolicy<Mixer>);
+static_assert(ha::AttentionPolicy<Sparse>);
 
 #if MISTAKE == 3  // a letter that does not exist
-using Model = ha::LanguageModel<ha::Pattern<"LXFL">>;
+using Layers = ha::Pattern<"LXFL">;
 #elif MISTAKE == 4  // no layer
-using Model = ha::LanguageModel<ha::Stack<>>;
+using Layers = ha::Stack<>;
 #else
-using Model = ha::LanguageModel<ha::Pattern<"LDFL">>;
+using Layers = ha::Pattern<"LDFL">;
 #endif
+static_assert(Layers::depth == 4);
 
-using Params = Model::Params<ha::Owned<float, ha::Cpu>>;
-void both_passes(ha::Cpu& cpu, Model const& model, Params const& params, ha::TokenBatch<ha::Cpu> const& batch) {
+// A policy of one's own: a token sees itself.
+struct Mine : ha::PolicyDefaults {
+  struct Config {
+    ha::Index num_heads = 0, head_dim = 0;
+  };
+  template <class S> struct Inputs {
+    ha::Held<S, 3> v;  // [N, H, D]
+    HYBRIDATTN_FIELDS(v)
+  };
+  template <class S> struct Outputs {
+    ha::Held<S, 3> o;  // [N, H, D]
+    HYBRIDATTN_FIELDS(o)
+  };
+  template <class S> struct Saved {
+    ha::Wide<S, 2> sums, norms;  // [N, H]
+#if MISTAKE == 5  // a member that no loop over members would see
+    HYBRIDATTN_FIELDS(sums)
+#else
+    HYBRIDATTN_FIELDS(sums, norms)
+#endif
+  };
+
+  static Config complete(Config c, ha::Index model_dim, ha::Index num_heads) {
+    return {num_heads, ha::default_head_dim(c.head_dim, model_dim, num_heads)};
+  }
+  static Inputs<ha::Shapes> inputs(Config const& c, ha::Sequences const& s) { return {{s.tokens(), c.num_heads, c.head_dim}}; }
+  static Outputs<ha::Shapes> outputs(Config const& c, ha::Sequences const& s) { return {{s.tokens(), c.num_heads, c.head_dim}}; }
+  static Saved<ha::Shapes> saved(Config const&, ha::Sequences const&) { return {}; }
+};
+template <> struct ha::On<Mine, ha::Cpu> {
+#if MISTAKE == 6  // the wrong role: forward would write into what it reads
+  template <class T> using Read = Out<T>;
+#else
+  template <class T> using Read = In<T>;
+#endif
+  template <class T>
+  static void forward(Cpu&, Mine::Config const&, Sequences const&, Mine::Inputs<Read<T>> x, Mine::Outputs<Out<T>> y,
+                      Mine::Saved<Out<T>>) {
+    std::copy_n(x.v.data, x.v.count(), y.o.data);
+  }
+#if MISTAKE != 7  // no backward
+  template <class T>
+  static void backward(Cpu&, Mine::Config const&, Sequences const&, Mine::Inputs<In<T>>, Mine::Outputs<In<T>>, Mine::Saved<In<T>>,
+                       Mine::Outputs<In<T>> d_y, Mine::Inputs<Out<T>> d_x) {
+    std::copy_n(d_y.o.data, d_y.o.count(), d_x.v.data);
+  }
+#endif
+};
+
+using Model = ha::LanguageModel<ha::Stack<Mine>>;
+void both_passes(ha::Cpu& cpu, Model const& model, ha::TokenBatch<ha::Cpu> const& batch) {
+#if MISTAKE == 8  // the wrong role: sizes where parameters are wanted
+  auto const params = model.params();
+#else
+  auto const params = model.initialize<float>(cpu, ha::Seed{1});
+#endif
   auto saved = model.forward(cpu, params, batch);
-#if MISTAKE == 5  // saved is not given away
+#if MISTAKE == 9  // saved is not given away
   auto const gradients = model.backward(cpu, params, batch, saved, 1);
 #else
   auto const gradients = model.backward(cpu, params, batch, std::move(saved), 1);

@@ -22,6 +22,10 @@ done <<'MISTAKES'
 2|set top_k (a count of keys, >= 1), or top_k = 0 and top_k_percent
 3|a letter that is not in the alphabet
 4|a Stack has at least one layer
-5|pass std::move(saved)
+5|HYBRIDATTN_FIELDS must list every member
+6|write On<Policy, Backend>::forward(Backend&, Config const&, Sequences const&, Inputs<In<T>>
+7|write On<Policy, Backend>::backward(Backend&, Config const&, Sequences const&, Inputs<In<T>>
+8|pass what initialize() returned
+9|pass std::move(saved)
 MISTAKES
 exit $((failures > 0))
