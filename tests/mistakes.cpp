@@ -59,8 +59,7 @@ template <> struct ha::On<Mine, ha::Cpu> {
   template <class T> using Read = In<T>;
 #endif
   template <class T>
-  static void forward(Cpu&, Mine::Config const&, Sequences const&, Mine::Inputs<Read<T>> x, Mine::Outputs<Out<T>> y,
-                      Mine::Saved<Out<T>>) {
+  static void forward(Cpu&, Mine::Config const&, Sequences const&, Mine::Inputs<Read<T>> x, Mine::Outputs<Out<T>> y, Mine::Saved<Out<T>>) {
     std::copy_n(x.v.data, x.v.count(), y.o.data);
   }
 #if MISTAKE != 7  // no backward

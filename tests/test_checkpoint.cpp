@@ -128,7 +128,7 @@ std::string refusal(Run& run, std::filesystem::path const& path) {
     load_checkpoint(run.cpu, path, run.model, run.params, run.optimizer);
   } catch (ha::Error const& error) {
     said = error.what();
-    CHECK(bits_of(run) == before);
+    CHECK((bits_of(run) == before));
   }
   return said;
 }
@@ -152,7 +152,7 @@ TEST_CASE("a run that is saved and loaded goes on bit for bit") {
   CHECK(second.progress.note == "note \"quoted\"\n");
   CHECK(second.optimizer.steps() == 4);
   second.train(4);
-  CHECK(bits_of(second) == bits_of(whole));
+  CHECK((bits_of(second) == bits_of(whole)));
   CHECK(same_bits(second.progress.history["loss"], whole.progress.history["loss"]));
   CHECK(second.progress.data == whole.progress.data);
   CHECK(second.progress.data.drawn > 0);
@@ -165,7 +165,7 @@ TEST_CASE("a file that is loaded and saved is the same file") {
   other.progress.history["never saved"] = {std::nan(""), 1};
   other.load(folder / "run.safetensors");
   other.save(folder / "again.safetensors");
-  CHECK(content_of(folder / "again.safetensors") == file);
+  CHECK((content_of(folder / "again.safetensors") == file));
   other.progress.history["not a number"] = {std::nan(""), -0.0, 1e-310};
   other.save(folder / "again.safetensors");
   auto const back = load_checkpoint(other.cpu, folder / "again.safetensors", other.model, other.params, other.optimizer);
@@ -212,7 +212,7 @@ TEST_CASE("parameters alone come out of a checkpoint, whatever only training rea
   std::string loaded, trained;
   append_bits(run.cpu, params, loaded);
   append_bits(run.cpu, run.params, trained);
-  CHECK(loaded == trained);
+  CHECK((loaded == trained));
   config.norm.eps = 1e-5;
   CHECK_THROWS_WITH(ha::load_parameters<float>(run.cpu, folder / "run.safetensors", Model{config}),
                     Contains("norm.eps: 1e-06 in the file, 1e-05 in the model"));
@@ -363,13 +363,13 @@ TEST_CASE("a checkpoint that cannot be written leaves the one before") {
     FullDisk const full{4096};
     CHECK_THROWS_WITH(run.save(folder / "run.safetensors"), Contains("run.safetensors") && Contains("too large"));
   }
-  CHECK(content_of(folder / "run.safetensors") == file);
+  CHECK((content_of(folder / "run.safetensors") == file));
   run.progress.step = -1;
   CHECK_THROWS_WITH(run.save(folder / "run.safetensors"), Contains("step -1 is not allowed"));
   run.progress.step = 0;
   run.progress.note = "\xff";
   CHECK_THROWS_WITH(run.save(folder / "run.safetensors"), Contains("not UTF-8"));
-  CHECK(content_of(folder / "run.safetensors") == file);
+  CHECK((content_of(folder / "run.safetensors") == file));
   CHECK(std::distance(std::filesystem::directory_iterator{folder.path()}, {}) == 1);
 }
 
@@ -481,7 +481,7 @@ TEST_CASE("killed at any moment, the last finished checkpoint opens, and the run
   last.load(path);
   Run whole;
   whole.train(last.progress.step);
-  CHECK(bits_of(last) == bits_of(whole));
+  CHECK((bits_of(last) == bits_of(whole)));
   CHECK(same_bits(last.progress.history["loss"], whole.progress.history["loss"]));
   last.save(path);   // and with it goes what the killed left
   CHECK(std::distance(std::filesystem::directory_iterator{folder.path()}, {}) == 1);

@@ -426,13 +426,13 @@ TEST_CASE("each loss has its gradient alone where the other one has none") {
     no_o.o = {}, no_loss.auxiliary_loss = {};
     auto const main = f.backward(no_loss, f.wanted()), index = f.backward(no_o, f.wanted());
     auto const main_alone = f.backward(no_loss, only_main), index_alone = f.backward(no_o, only_index);
-    for (std::size_t i : {0, 1, 2}) {
+    for (std::size_t i : {0u, 1u, 2u}) {
       CHECK(same_bits<float>({both[i]}, {main[i]}));
       CHECK(same_bits<float>({both[i]}, {main_alone[i]}));
       CHECK(all_are(index[i], 0.f));
       CHECK(all_are(index_alone[i], 7.f));
     }
-    for (std::size_t i : {3, 4, 5}) {
+    for (std::size_t i : {3u, 4u, 5u}) {
       CHECK(same_bits<float>({both[i]}, {index[i]}));
       CHECK(same_bits<float>({both[i]}, {index_alone[i]}));
       CHECK(all_are(main[i], 0.f));

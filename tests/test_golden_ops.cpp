@@ -205,7 +205,7 @@ template <class T> void moe(Run<T>& run) {
   compare_routing(run, saved);
   ha::BalanceLoss loss{config};
   loss.count(run.cpu(), saved);
-  loss.write(run.cpu(), saved);
+  loss.write(run.cpu(), 1, saved);
   auto const d_x = ha::FeedForward::backward(run.cpu(), config, 0, in(params), in(x), std::move(saved), in(d_y), out(d_params));
   run.compare("y", y);
   run.compare("d_x", d_x);

@@ -687,21 +687,22 @@ TEST_CASE("a config.json names its layers, or every how many are full attention"
   CHECK(pattern(R"({"layer_types": null, "full_attention_interval": 2, "num_hidden_layers": 6})") == "LFLFLF");
 }
 
-TEST_CASE("rotary positions stand beside other fields or in rope_parameters, and output_router_logits turns load balancing on") {
-  ScratchFolder const scratch;
-  scratch.file("config.json",
-               config_with(R"({"rope_parameters": null, "layer_types": null, "full_attention_interval": 2, "rope_scaling": null,
-    "rope_theta": 10000000, "partial_rotary_factor": 0.25, "use_sliding_window": false, "torch_dtype": "bfloat16"})"));
-  using Model = ModelOf<25, "LFLF">;
-  auto const config = hf::config<Model>(scratch.path());
-  CHECK(config.mixers.get<ha::Full>().rope_theta == 1e7);
-  CHECK(config.feed_forward.balance_coefficient == 0);
-  scratch.file("config.json", config_with(R"({"rope_parameters": {"rope_theta": 500}})"));
-  CHECK(hf::config<Tiny>(scratch.path()).mixer<ha::FullAttention<ha::FullOptions{.rotary_percent = 50}>>().rope_theta == 500);
-  scratch.file("config.json", config_with(R"({"output_router_logits": true})"));
-  auto const balanced = hf::config<Tiny>(scratch.path()).feed_forward;
-  CHECK(balanced.balance_coefficient == 0.05);
-  CHECK(balanced.balance == ha::Balance::pooled);
+TEST_CASE("values of a config.json arrive at every layer's configuration") {
+  auto const read = []<class Model>(char const* changes) {
+    ScratchFolder const scratch;
+    scratch.file("config.json", config_with(changes));
+    return hf::config<Model>(scratch.path());
+  };
+  using Half = ha::FullAttention<ha::FullOptions{.rotary_percent = 50}>;
+  auto first = read.operator()<ModelOf<25, "LFLF">>(R"({"rope_parameters": null, "rope_scaling": null, "rope_theta": 10000000,
+    "partial_rotary_factor": 0.25, "layer_types": null, "full_attention_interval": 2, "use_sliding_window": false})");
+  CHECK(first.mixer<ha::Full>().rope_theta == 1e7);
+  CHECK(first.feed_forward.balance_coefficient == 0);
+  auto later = read.operator()<Tiny>(R"({"rope_parameters": {"rope_theta": 500}, "rms_norm_eps": 0.001, "output_router_logits": true})");
+  CHECK(later.mixer<Half>().rope_theta == 500);
+  CHECK(std::array{later.norm.eps, later.mixer<Half>().norm_eps, later.mixer<ha::GDN>().norm_eps} == std::array{1e-3, 1e-3, 1e-3});
+  CHECK(later.feed_forward.balance_coefficient == 0.05);
+  CHECK(later.feed_forward.balance == ha::Balance::pooled);
 }
 
 TEST_CASE("a model of one's own is saved as a released one, and comes back bit for bit") {

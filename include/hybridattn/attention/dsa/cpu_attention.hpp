@@ -43,21 +43,8 @@ template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count,
 // (3) for one query and one head; p has room for a number per key.
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
-  using cpu::lanes;
   dot_rows<T>(D, q, k, keys, p);
-  cpu::Vec<T> most = cpu::broadcast<T>(-std::numeric_limits<T>::infinity()), sum{};
-  for (Index j = 0; j < keys.count; j += lanes<T>) {
-    cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
-    most = cpu::max<T>(most, score);
-    cpu::store<T>(p + j, score);
-  }
-  T const largest = cpu::largest<T>(most);
-  for (Index j = 0; j < keys.count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::load(p + j) - largest);
-    sum += real_keys<T>(j, keys.count, e);
-    cpu::store<T>(p + j, e);
-  }
-  T const total = cpu::sum<T>(sum);
+  auto const [largest, total] = attention::exponentials(scale, keys.count, p);
   weighted_rows<T>(D, p, v, keys, T(1) / total, o);
   lse = static_cast<wide_t<T>>(largest + std::log(total));
 }

@@ -78,7 +78,7 @@ void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, In
   parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
     Index const i = task / pieces / HK, hk = task / pieces % HK, begin = task % pieces * piece;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    if (sequence.past == 0) return;
+    if (sequence.past == 0 || begin >= sequence.length) return;
     SequenceKeys<T> const keys{window, sequence, i, hk, x, cache};
     for (Index t = begin; t < std::min(begin + piece, sequence.length); ++t) {
       Index const n = sequence.start + t;
