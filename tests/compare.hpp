@@ -18,7 +18,10 @@ template <class T> bool same_bits(std::vector<std::vector<T>> const& a, std::vec
 
 template <class T> double max_error(std::vector<T> const& x, std::vector<double> const& truth) {
   double error = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) error = std::max(error, std::abs(static_cast<double>(x[i]) - truth[i]));
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    double const difference = std::abs(static_cast<double>(x[i]) - truth[i]);
+    error = std::isnan(error) || difference <= error ? error : difference;   // a NaN stays
+  }
   return error;
 }
 inline double max_abs(std::vector<double> const& x) { return max_error(std::vector<double>(x.size()), x); }

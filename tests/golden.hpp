@@ -206,7 +206,7 @@ template <class T> class Run {
     double difference = 0, largest = of_differences && sizeof(T) == 4 ? c_.largest_gradient() : 0;
     for (std::size_t i = 0; i < truth.size(); ++i) {
       double const d = std::abs(static_cast<double>(result[i]) - truth[i]);
-      difference = d <= difference ? difference : d;   // a NaN stays
+      difference = std::isnan(difference) || d <= difference ? difference : d;   // a NaN stays
       largest = std::max(largest, std::abs(truth[i]));
     }
     double const error = difference / std::max(largest, smallest<T>);

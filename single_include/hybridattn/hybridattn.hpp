@@ -2255,21 +2255,8 @@ template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count,
 // (3) for one query and one head; p has room for a number per key.
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
-  using cpu::lanes;
   dot_rows<T>(D, q, k, keys, p);
-  cpu::Vec<T> most = cpu::broadcast<T>(-std::numeric_limits<T>::infinity()), sum{};
-  for (Index j = 0; j < keys.count; j += lanes<T>) {
-    cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
-    most = cpu::max<T>(most, score);
-    cpu::store<T>(p + j, score);
-  }
-  T const largest = cpu::largest<T>(most);
-  for (Index j = 0; j < keys.count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::load(p + j) - largest);
-    sum += real_keys<T>(j, keys.count, e);
-    cpu::store<T>(p + j, e);
-  }
-  T const total = cpu::sum<T>(sum);
+  auto const [largest, total] = attention::exponentials(scale, keys.count, p);
   weighted_rows<T>(D, p, v, keys, T(1) / total, o);
   lse = static_cast<wide_t<T>>(largest + std::log(total));
 }
@@ -3589,7 +3576,7 @@ void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, In
   parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
     Index const i = task / pieces / HK, hk = task / pieces % HK, begin = task % pieces * piece;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    if (sequence.past == 0) return;
+    if (sequence.past == 0 || begin >= sequence.length) return;
     SequenceKeys<T> const keys{window, sequence, i, hk, x, cache};
     for (Index t = begin; t < std::min(begin + piece, sequence.length); ++t) {
       Index const n = sequence.start + t;
@@ -7035,11 +7022,12 @@ template <class S_> class LanguageModel {
         [&](auto block, std::size_t, auto& kept) {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
-            auto const value = download(backend, kept.attention.outputs.auxiliary_loss);
-            if (value.empty()) return;
+            if (!kept.attention.outputs.auxiliary_loss) return;
             double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
-            sum += weight * static_cast<double>(value[0]);
-            upload(backend, std::vector{static_cast<wide_t<T>>(scale * weight)}, kept.attention.d_auxiliary_loss);
+            wide_t<T> value, d_value = static_cast<wide_t<T>>(scale * weight);
+            backend.download(&value, in(kept.attention.outputs.auxiliary_loss).data, sizeof value);
+            backend.upload(out(kept.attention.d_auxiliary_loss).data, &d_value, sizeof d_value);
+            sum += weight * static_cast<double>(value);
           }
         },
         blocks);
@@ -8033,16 +8021,16 @@ template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
+  if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
   double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
-  Model const staged = model.at(options.stage);
 
   StepResult result;
   Params gradients;
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    auto saved = staged.forward(backend, params, batches[i]);
-    auto more = staged.backward(backend, params, batches[i], std::move(saved), scale, share);
+    auto saved = model.forward(backend, params, batches[i]);
+    auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
     result.loss += more.loss;
     result.auxiliary_loss += share * more.auxiliary_loss;
     result.policy_loss += share * more.policy_loss;

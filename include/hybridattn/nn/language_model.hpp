@@ -194,11 +194,12 @@ template <class S_> class LanguageModel {
         [&](auto block, std::size_t, auto& kept) {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
-            auto const value = download(backend, kept.attention.outputs.auxiliary_loss);
-            if (value.empty()) return;
+            if (!kept.attention.outputs.auxiliary_loss) return;
             double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
-            sum += weight * static_cast<double>(value[0]);
-            upload(backend, std::vector{static_cast<wide_t<T>>(scale * weight)}, kept.attention.d_auxiliary_loss);
+            wide_t<T> value, d_value = static_cast<wide_t<T>>(scale * weight);
+            backend.download(&value, in(kept.attention.outputs.auxiliary_loss).data, sizeof value);
+            backend.upload(out(kept.attention.d_auxiliary_loss).data, &d_value, sizeof d_value);
+            sum += weight * static_cast<double>(value);
           }
         },
         blocks);

@@ -231,10 +231,8 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
     }
     // The stages that train the indexer. The dense one knows no top_k.
     bool const is_default = O.top_k == SparseOptions{}.top_k;
-    for (std::size_t size : {0u, 1u}) {
-      if (is_default) list.push_back(at(list[size], Stage::dense_warm_up));
-      if (is_default == (size == 1)) list.push_back(at(list[size], Stage::sparse));
-    }
+    list.push_back(at(is_default ? list[1] : list[0], Stage::sparse));
+    if (is_default) list.push_back(at(list[0], Stage::dense_warm_up));
     return list;
   }
   static dsa::Outputs<Shapes> outputs(dsa::Config const& c, Sequences const& s) {

@@ -60,16 +60,16 @@ template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
+  if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
   double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
-  Model const staged = model.at(options.stage);
 
   StepResult result;
   Params gradients;
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    auto saved = staged.forward(backend, params, batches[i]);
-    auto more = staged.backward(backend, params, batches[i], std::move(saved), scale, share);
+    auto saved = model.forward(backend, params, batches[i]);
+    auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
     result.loss += more.loss;
     result.auxiliary_loss += share * more.auxiliary_loss;
     result.policy_loss += share * more.policy_loss;
