@@ -183,7 +183,7 @@ TEST_CASE("the logits of the last tokens are those of all tokens there, one row 
   auto a = f.cache(4, 10), b = f.cache(4, 10);
   auto const all = f.split(download(f.cpu, extend(f.cpu, f.model, f.params, tokens, a)), tokens);
   auto const last = f.split(download(f.cpu, extend_to_last(f.cpu, f.model, f.params, tokens, b)), some_tokens({1, 0, 1, 1}));
-  for (std::size_t i : {0, 2, 3}) CHECK(same_bits(Rows<float>{{all[i].end() - V, all[i].end()}}, Rows<float>{last[i]}));
+  for (std::size_t i : {0u, 2u, 3u}) CHECK(same_bits(Rows<float>{{all[i].end() - V, all[i].end()}}, Rows<float>{last[i]}));
 }
 
 TEST_CASE("a sequence that is forgotten begins anew, among others that go on") {
@@ -300,7 +300,7 @@ TEST_CASE("a stop token ends its sequence and stands at the end; the others go o
   auto const free = generate(f.cpu, f.model, f.params, prompts, options).tokens;
   options.stop_tokens = {-1, free[0][4]};
   auto const stopped = generate(f.cpu, f.model, f.params, prompts, options);
-  for (std::size_t i : {0, 1}) {
+  for (std::size_t i : {0u, 1u}) {
     auto const place = std::find(free[i].begin(), free[i].end(), free[0][4]);
     auto const end = place == free[i].end() ? place : place + 1;
     CHECK(stopped.tokens[i] == std::vector<std::int32_t>(free[i].begin(), end));
