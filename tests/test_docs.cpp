@@ -154,8 +154,8 @@ TEST_CASE("the pages of the policies list every option and size, with its defaul
   CHECK(unlisted("full.md", "attention/full/full.hpp", "Config") == none);
   CHECK(unlisted("gdn.md", "attention/gdn/gdn.hpp", "GdnOptions") == none);
   CHECK(unlisted("gdn.md", "attention/gdn/gdn.hpp", "Config") == none);
-  CHECK(unlisted("dsa.md", "attention/dsa/dsa.hpp", "SparseOptions") == none);
-  CHECK(unlisted("dsa.md", "attention/dsa/dsa.hpp", "Config") == none);
+  CHECK(unlisted("dsa.md", "attention/dsa/types.hpp", "SparseOptions") == none);
+  CHECK(unlisted("dsa.md", "attention/dsa/types.hpp", "Config") == none);
 }
 
 TEST_CASE("the pages of the policies say what a layer remembers for backward, and for decoding") {

@@ -1732,22 +1732,10 @@ struct SigmoidFinish {
 }  // namespace hybridattn
 #endif
 
-// ==== hybridattn/attention/dsa/dsa.hpp
-// DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
-//   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
-//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0
-//   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
-//   (4) d_q, d_k, d_v as in full attention, over S_t alone
-// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
-//   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
-//   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
-//       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
-//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
-//       d_z_tjs = index_scale w_tj d_I_ts where iq_tj . ik_s > 0, else 0
-//       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
-// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
-#ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
-#define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
+// ==== hybridattn/attention/dsa/types.hpp
+// Options, sizes and tensors of sparse attention: what its kernels know of it. The equations are those of dsa.hpp.
+#ifndef HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
+#define HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 
 namespace hybridattn {
 
@@ -1809,6 +1797,30 @@ template <class S> struct Cache {
 inline Index selection_size(SparseOptions o, Index length) {
   return o.top_k_percent > 0 ? std::max<Index>(1, length * o.top_k_percent / 100) : o.top_k;
 }
+
+}  // namespace dsa
+}  // namespace hybridattn
+#endif
+
+// ==== hybridattn/attention/dsa/dsa.hpp
+// DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
+//   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
+//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0
+//   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
+//   (4) d_q, d_k, d_v as in full attention, over S_t alone
+// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
+//   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
+//   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
+//       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
+//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
+//       d_z_tjs = index_scale w_tj d_I_ts where iq_tj . ik_s > 0, else 0
+//       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
+// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
+#ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
+#define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
+
+namespace hybridattn {
+namespace dsa {
 
 // The steps around it in a layer: steps.hpp.
 template <SparseOptions O> struct Prepare;

@@ -3,7 +3,7 @@
 #define HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 
 #include <hybridattn/attention/dsa/cpu_rows.hpp>
-#include <hybridattn/attention/dsa/dsa.hpp>
+#include <hybridattn/attention/dsa/types.hpp>
 
 #include <limits>
 #include <numeric>

@@ -3,7 +3,7 @@
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 
-#include <hybridattn/attention/dsa/dsa.hpp>
+#include <hybridattn/attention/dsa/types.hpp>
 #include <hybridattn/backend/cpu/tile.hpp>
 #include <hybridattn/ops/top_k/top_k.hpp>
 
