@@ -64,10 +64,11 @@ template <ha::Text... patterns> std::vector<CompiledPattern> compile() {
            }}...};
 }
 
-// The study's eight, and the three pure ones. Another pattern is one more word here.
-inline std::vector<CompiledPattern> compiled_patterns() {
-  return compile<"LFFL", "FLFL", "LLFF", "FFLL", "LDDL", "DLDL", "LLDD", "DDLL", "LLLL", "FFFF", "DDDD">();
-}
+// The study's eight, and the three pure ones. Another pattern is one more word here, or -DHYBRIDATTN_SWEEP_PATTERNS='"LFFL","LLLF"'.
+#ifndef HYBRIDATTN_SWEEP_PATTERNS
+#define HYBRIDATTN_SWEEP_PATTERNS "LFFL", "FLFL", "LLFF", "FFLL", "LDDL", "DLDL", "LLDD", "DDLL", "LLLL", "FFFF", "DDDD"
+#endif
+inline std::vector<CompiledPattern> compiled_patterns() { return compile<HYBRIDATTN_SWEEP_PATTERNS>(); }
 inline constexpr std::string_view studied = "LFFL,FLFL,LLFF,FFLL,LDDL,DLDL,LLDD,DDLL";
 
 // "LFFL, G**G" -> the compiled patterns, in that order; throws on one that is not there.
