@@ -1,14 +1,13 @@
 // Decoding: whole models go on from a cache as if they had read everything at once; then text, token by token.
 #include "catch.hpp"
 #include "compare.hpp"
-#include "retention.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
-#include <hybridattn/testing/judge.hpp>
 
 #include <array>
 
+namespace ha = hybridattn;
 using Catch::Matchers::Contains;
 using ha::Index;
 using ha::TokenLists;

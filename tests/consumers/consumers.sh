@@ -30,8 +30,7 @@ cmake_door add_subdirectory -DHYBRIDATTN_SOURCE="$library"
 
 mkdir "$folder/hybridattn"
 cp -r "$library/CMakeLists.txt" "$library/LICENSE" "$library/include" "$library/scripts" "$folder/hybridattn"
-tar -C "$folder" -cf "$folder/hybridattn.tar" hybridattn
-cmake_door fetch_content -DHYBRIDATTN_ARCHIVE="$folder/hybridattn.tar"
+cmake_door fetch_content -DHYBRIDATTN_SOURCE="$folder/hybridattn"
 
 read -ra flags < <(PKG_CONFIG_PATH=$folder/prefix/share/pkgconfig pkg-config --cflags --libs hybridattn)
 "${plain[@]}" "$here/consumer.cpp" "${flags[@]}" -o "$folder/pkg_config"
