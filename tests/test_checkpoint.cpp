@@ -80,6 +80,7 @@ std::string bits_of(Run& run) {
   append_bits(run.cpu, run.params, bits);
   append_bits(run.cpu, run.optimizer.state().mean, bits);
   append_bits(run.cpu, run.optimizer.state().square, bits);
+  for (Index updates : run.optimizer.state().updates) bits += std::to_string(updates) + " ";
   return bits + std::to_string(run.optimizer.steps());
 }
 bool same_bits(std::vector<double> const& a, std::vector<double> const& b) {
@@ -190,6 +191,8 @@ TEST_CASE("a header says what a file holds") {
   CHECK(json["optimizer"]["learning_rate"] == 3e-3);
   CHECK(json["optimizer"]["steps"] == 3);
   CHECK(json["optimizer"]["without_decay"].size() == 12);
+  CHECK(json["optimizer"]["updates"]["blocks.2.attention.w.index_q"] == 1);   // in the one sparse step of the three
+  CHECK(json["optimizer"]["updates"].size() == 5);
   CHECK(json["data"]["seed"] == 7);
   ha::Safetensors const file{folder / "run.safetensors"};
   CHECK(file.contains("blocks.1.attention.w.q"));
@@ -319,6 +322,9 @@ TEST_CASE("a file that is damaged, of another version or no checkpoint is refuse
            {R"({"data": {"seed": "x"}})", "seed must be an integer from 0"},
            {R"({"data": null})", "no 'data'"},
            {R"({"optimizer": {"steps": 1.5}})", "steps must hold integers from 0"},
+           {R"({"optimizer": {"updates": 3}})", "'updates' must be a group of numbers"},
+           {R"({"optimizer": {"updates": {"embedding": -1}}})", "embedding must hold integers from 0"},
+           {R"({"optimizer": {"updates": {"embedding": 4}}})", "updates of embedding: 4 in 3 steps"},
            {R"({"note": null})", "no 'note'"},
        })
     CHECK_THAT(said(with_json(file, Json::parse(patch))), Contains(words));

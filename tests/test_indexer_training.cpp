@@ -131,12 +131,43 @@ TEST_CASE("in sparse training each loss gives what it gives alone, bitwise", "[l
   }
 }
 
-TEST_CASE("without clipping, sparse training takes the model where its own loss takes it, bitwise", "[laws]") {
-  Fixture<float> with{small_config(), {.learning_rate = 1e-2, .max_norm = 0}},
-      without{small_config(), {.learning_rate = 1e-2, .max_norm = 0}};
-  with.step(Stage::sparse);
-  without.step(Stage::language_model);
-  CHECK(changed(values_of<float>(with.cpu, with.params), values_of<float>(without.cpu, without.params), false).empty());
+TEST_CASE("sparse training takes the model where its own loss takes it, and the indexers where theirs does, clipped or not, bitwise",
+          "[laws]") {
+  for (double max_norm : {0.0, 0.01, 0.1}) {
+    INFO("max_norm " << max_norm);
+    ha::AdamWOptions const options{.learning_rate = 1e-2, .max_norm = max_norm};
+    auto config = small_config(), louder = small_config();
+    louder.mixer<Bare>().index_loss = 100;
+    Fixture<float> with{config, options}, loud{louder, options}, without{config, options};
+    auto const result = with.step(Stage::sparse);
+    without.step(Stage::language_model);
+    CHECK((max_norm == 0 || result.gradient_norm > max_norm));   // it clips
+    auto const params = values_of<float>(with.cpu, with.params);
+    CHECK(changed(params, values_of<float>(without.cpu, without.params), false).empty());
+    loud.step(Stage::sparse);
+    CHECK(changed(params, values_of<float>(loud.cpu, loud.params), false).empty());
+
+    auto quieter = small_config();   // another gradient for all else
+    quieter.feed_forward.balance_coefficient = 0;
+    Fixture<float> quiet{quieter, options};
+    quiet.step(Stage::sparse);
+    auto const others = values_of<float>(quiet.cpu, quiet.params);
+    CHECK(!changed(params, others, false).empty());
+    CHECK(changed(params, others, true).empty());
+  }
+}
+
+TEST_CASE("a tensor's first gradient counts as its first, whatever steps passed it by") {
+  for (auto const& [before, after] :
+       {std::pair{Stage::dense_warm_up, Stage::language_model}, {Stage::language_model, Stage::dense_warm_up}}) {
+    Fixture<float> late, early;
+    for (int step = 0; step < 3; ++step)   // at a rate of 0: moments change, parameters do not
+      train_step(late.cpu, late.model, late.params, late.optimizer, late.batch(), {.rate = 0, .stage = before});
+    late.step(after);
+    early.step(after);
+    auto const params = values_of<float>(early.cpu, early.params);
+    CHECK(changed(params, values_of<float>(late.cpu, late.params), after == Stage::dense_warm_up).empty());
+  }
 }
 
 TEST_CASE("a weight of 0 leaves the indexers a gradient of zero") {

@@ -6916,6 +6916,12 @@ template <class S_> class LanguageModel {
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
   // The same without what nothing trains.
   Params<Shapes> const& gradients() const { return gradients_; }
+  // One word for each tensor, in the order of the parameters: whether it is the policies' auxiliary losses that train it.
+  std::vector<bool> detached() const {
+    std::vector<bool> list;
+    zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());
+    return list;
+  }
   Saved<Shapes> saved(Sequences const& s) const {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
@@ -7610,17 +7616,24 @@ struct AdamWOptions {
   std::function<bool(std::string_view path)> decays = {};
 };
 
-// The norm of all gradients; throws and names the first tensor that holds a NaN or an infinity.
-template <class B, class Gradients> double global_norm(B& backend, Gradients const& gradients) {
-  double sum = 0;
+// Norms of the gradients: of the tensors that are apart, and of the others.
+struct GradientNorms {
+  double others = 0, apart = 0;
+  double global() const { return std::hypot(others, apart); }
+};
+// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity.
+template <class B, class Gradients> GradientNorms gradient_norms(B& backend, Gradients const& gradients, std::vector<bool> const& apart) {
+  GradientNorms sums;
+  std::size_t tensor = 0;
   zip(
       [&](Path const& path, auto const& gradient) {
         double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
         if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
-        sum += squares;
+        (!apart.empty() && apart[tensor] ? sums.apart : sums.others) += squares;
+        ++tensor;
       },
       gradients);
-  return std::sqrt(sum);
+  return {std::sqrt(sums.others), std::sqrt(sums.apart)};
 }
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
@@ -7628,7 +7641,8 @@ template <class Params> class AdamW {
  public:
   // What steps change, besides the parameters: with the options all there is to know of an optimizer.
   struct State {
-    Params mean, square;   // moments of the gradients
+    Params mean, square;         // moments of the gradients
+    std::vector<Index> updates;  // one for each tensor, in the order of the parameters: the steps that had a gradient for it
     Index steps = 0;
   };
 
@@ -7643,21 +7657,29 @@ template <class Params> class AdamW {
           decays_.push_back(!options_.decays || options_.decays(path.str()));
         },
         like, state_.mean, state_.square);
+    state_.updates.resize(decays_.size());
   }
 
-  // One step down the gradients with learning_rate * rate; returns their global norm before clipping.
-  template <class B> double step(B& backend, Params& params, Params const& gradients, double rate = 1) {
-    double const norm = global_norm(backend, gradients);
+  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Tensors that are `apart`
+  // (one word for each, in the order of the parameters) are clipped by a norm of their own: where two losses train two parts
+  // of a model, neither part moves otherwise because of the other's gradients.
+  template <class B>
+  double step(B& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+    check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
+          " tensors are apart");
+    GradientNorms const norms = gradient_norms(backend, gradients, apart);
     ++state_.steps;
-    std::size_t tensor = 0;
+    std::size_t next = 0;
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-          bool const decays = decays_[tensor++];
-          if (g)
-            On<AdamWStep, B>::forward(backend, rates(rate, norm, decays), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+          std::size_t const tensor = next++;
+          if (!g) return;
+          ++state_.updates[tensor];
+          double const norm = !apart.empty() && apart[tensor] ? norms.apart : norms.others;
+          On<AdamWStep, B>::forward(backend, rates(tensor, rate, norm), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
         },
         params, gradients, state_.mean, state_.square);
-    return norm;
+    return norms.global();
   }
   Index steps() const { return state_.steps; }
   AdamWOptions const& options() const { return options_; }
@@ -7667,13 +7689,13 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
-  AdamWStep::Rates rates(double rate, double norm, bool decays) const {
-    double const step = static_cast<double>(state_.steps);
+  AdamWStep::Rates rates(std::size_t tensor, double rate, double norm) const {
+    double const step = static_cast<double>(state_.updates[tensor]);
     return {.learning_rate = options_.learning_rate * rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,
             .epsilon = options_.epsilon,
-            .weight_decay = decays ? options_.weight_decay : 0,
+            .weight_decay = decays_[tensor] ? options_.weight_decay : 0,
             .correction_1 = options_.bias_correction ? 1 - std::pow(options_.beta_1, step) : 1,
             .correction_2 = options_.bias_correction ? 1 - std::pow(options_.beta_2, step) : 1,
             .gradient_scale = options_.max_norm == 0 ? 1 : std::min(1.0, options_.max_norm / (norm + 1e-6))};
@@ -8051,9 +8073,11 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
-  check(std::isfinite(result.loss.loss), "step ", optimizer.steps() + 1, ": the loss is ", result.loss.mean());
+  double const loss = result.loss.mean();
+  check(std::isfinite(loss), "step ", optimizer.steps() + 1, ": the loss is ", std::isnan(loss) ? std::abs(loss) : loss);
   try {
-    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate);
+    auto const apart = options.stage == Stage::sparse ? model.detached() : std::vector<bool>{};
+    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate, apart);
   } catch (Error const& error) {
     fail("step ", optimizer.steps() + 1, ": ", error.what());
   }
@@ -9178,7 +9202,19 @@ class File {
             .json = std::move(json_)};
   }
   Index step() const { return count(json_, "step"); }
-  Index optimizer_steps() const { return count(member("optimizer"), "steps"); }
+  // The optimizer's steps, and of each parameter how many of them had a gradient for it.
+  std::pair<Index, std::vector<Index>> optimizer_steps(std::span<StoredTensor const> params) const {
+    Index const steps = count(member("optimizer"), "steps");
+    Json const& fewer = safetensors::member(member("optimizer"), "updates", where_);
+    check(fewer.is_object(), where_, "'updates' must be a group of numbers");
+    std::pair<Index, std::vector<Index>> result{steps, {}};
+    for (auto const& param : params) {
+      Index const updates = param.bytes == 0 ? 0 : fewer.contains(param.name) ? count(fewer, param.name.c_str()) : steps;
+      check(updates <= steps, where_, "updates of ", param.name, ": ", updates, " in ", steps, " steps");
+      result.second.push_back(updates);
+    }
+    return result;
+  }
 
   // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
@@ -9198,7 +9234,7 @@ class File {
     }
   }
   void check_optimizer(Json const& optimizer) const {
-    static constexpr std::string_view ignored[] = {"steps"};
+    static constexpr std::string_view ignored[] = {"steps", "updates"};
     Comparison{where_, "optimizer", ignored}(member("optimizer"), optimizer, "optimizer");
   }
   // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
@@ -9296,14 +9332,19 @@ template <class Params> std::vector<StoredTensor> tensors_of(Params const& param
   return list;
 }
 
-// With the names of what does not decay; tensors begin with the parameters.
-inline Json describe(AdamWOptions const& options, Index steps, std::vector<bool> const& decays, std::vector<StoredTensor> const& tensors) {
+// With the names of what does not decay, and the updates of what had a gradient in some steps only; tensors begin with the
+// parameters.
+template <class Params> Json describe(AdamW<Params> const& optimizer, std::vector<StoredTensor> const& tensors) {
   Json json;
-  to_json(json, options);
-  json["steps"] = steps;
+  to_json(json, optimizer.options());
+  json["steps"] = optimizer.steps();
   json["without_decay"] = Json::array();
-  for (std::size_t i = 0; i < decays.size(); ++i)
-    if (!decays[i] && tensors[i].bytes > 0) json["without_decay"].push_back(tensors[i].name);
+  json["updates"] = Json::object();
+  for (std::size_t i = 0; i < optimizer.decays().size(); ++i) {
+    if (tensors[i].bytes == 0) continue;
+    if (!optimizer.decays()[i]) json["without_decay"].push_back(tensors[i].name);
+    if (Index const updates = optimizer.state().updates[i]; updates != optimizer.steps()) json["updates"][tensors[i].name] = updates;
+  }
   return json;
 }
 
@@ -9315,7 +9356,7 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
                      AdamW<Params> const& optimizer, Progress const& progress = {}) {
   auto const tensors = checkpoint::tensors_of(params, optimizer);
   auto json = checkpoint::describe(model);
-  json["optimizer"] = checkpoint::describe(optimizer.options(), optimizer.steps(), optimizer.decays(), tensors);
+  json["optimizer"] = checkpoint::describe(optimizer, tensors);
   checkpoint::write(backend, path, std::move(json), tensors, progress);
 }
 
@@ -9327,13 +9368,13 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   checkpoint::File const file{path};
   auto const tensors = checkpoint::tensors_of(params, optimizer);
   file.check_model(checkpoint::describe(model), tensors.front().info.dtype, false);
-  if (!options.other_optimizer_options)
-    file.check_optimizer(checkpoint::describe(optimizer.options(), optimizer.steps(), optimizer.decays(), tensors));
+  if (!options.other_optimizer_options) file.check_optimizer(checkpoint::describe(optimizer, tensors));
   file.check_tensors(tensors, true);
   auto progress = file.progress();
-  Index const steps = file.optimizer_steps();
+  auto const [steps, updates] = file.optimizer_steps(std::span(tensors).first(optimizer.decays().size()));
   file.read(backend, tensors);
   optimizer.state().steps = steps;
+  optimizer.state().updates = updates;
   return progress;
 }
 

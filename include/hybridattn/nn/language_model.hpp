@@ -76,6 +76,12 @@ template <class S_> class LanguageModel {
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
   // The same without what nothing trains.
   Params<Shapes> const& gradients() const { return gradients_; }
+  // One word for each tensor, in the order of the parameters: whether it is the policies' auxiliary losses that train it.
+  std::vector<bool> detached() const {
+    std::vector<bool> list;
+    zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());
+    return list;
+  }
   Saved<Shapes> saved(Sequences const& s) const {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};

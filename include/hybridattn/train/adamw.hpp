@@ -19,17 +19,24 @@ struct AdamWOptions {
   std::function<bool(std::string_view path)> decays = {};
 };
 
-// The norm of all gradients; throws and names the first tensor that holds a NaN or an infinity.
-template <class B, class Gradients> double global_norm(B& backend, Gradients const& gradients) {
-  double sum = 0;
+// Norms of the gradients: of the tensors that are apart, and of the others.
+struct GradientNorms {
+  double others = 0, apart = 0;
+  double global() const { return std::hypot(others, apart); }
+};
+// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity.
+template <class B, class Gradients> GradientNorms gradient_norms(B& backend, Gradients const& gradients, std::vector<bool> const& apart) {
+  GradientNorms sums;
+  std::size_t tensor = 0;
   zip(
       [&](Path const& path, auto const& gradient) {
         double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
         if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
-        sum += squares;
+        (!apart.empty() && apart[tensor] ? sums.apart : sums.others) += squares;
+        ++tensor;
       },
       gradients);
-  return std::sqrt(sum);
+  return {std::sqrt(sums.others), std::sqrt(sums.apart)};
 }
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
@@ -37,7 +44,8 @@ template <class Params> class AdamW {
  public:
   // What steps change, besides the parameters: with the options all there is to know of an optimizer.
   struct State {
-    Params mean, square;   // moments of the gradients
+    Params mean, square;         // moments of the gradients
+    std::vector<Index> updates;  // one for each tensor, in the order of the parameters: the steps that had a gradient for it
     Index steps = 0;
   };
 
@@ -52,21 +60,29 @@ template <class Params> class AdamW {
           decays_.push_back(!options_.decays || options_.decays(path.str()));
         },
         like, state_.mean, state_.square);
+    state_.updates.resize(decays_.size());
   }
 
-  // One step down the gradients with learning_rate * rate; returns their global norm before clipping.
-  template <class B> double step(B& backend, Params& params, Params const& gradients, double rate = 1) {
-    double const norm = global_norm(backend, gradients);
+  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Tensors that are `apart`
+  // (one word for each, in the order of the parameters) are clipped by a norm of their own: where two losses train two parts
+  // of a model, neither part moves otherwise because of the other's gradients.
+  template <class B>
+  double step(B& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+    check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
+          " tensors are apart");
+    GradientNorms const norms = gradient_norms(backend, gradients, apart);
     ++state_.steps;
-    std::size_t tensor = 0;
+    std::size_t next = 0;
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-          bool const decays = decays_[tensor++];
-          if (g)
-            On<AdamWStep, B>::forward(backend, rates(rate, norm, decays), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+          std::size_t const tensor = next++;
+          if (!g) return;
+          ++state_.updates[tensor];
+          double const norm = !apart.empty() && apart[tensor] ? norms.apart : norms.others;
+          On<AdamWStep, B>::forward(backend, rates(tensor, rate, norm), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
         },
         params, gradients, state_.mean, state_.square);
-    return norm;
+    return norms.global();
   }
   Index steps() const { return state_.steps; }
   AdamWOptions const& options() const { return options_; }
@@ -76,13 +92,13 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
-  AdamWStep::Rates rates(double rate, double norm, bool decays) const {
-    double const step = static_cast<double>(state_.steps);
+  AdamWStep::Rates rates(std::size_t tensor, double rate, double norm) const {
+    double const step = static_cast<double>(state_.updates[tensor]);
     return {.learning_rate = options_.learning_rate * rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,
             .epsilon = options_.epsilon,
-            .weight_decay = decays ? options_.weight_decay : 0,
+            .weight_decay = decays_[tensor] ? options_.weight_decay : 0,
             .correction_1 = options_.bias_correction ? 1 - std::pow(options_.beta_1, step) : 1,
             .correction_2 = options_.bias_correction ? 1 - std::pow(options_.beta_2, step) : 1,
             .gradient_scale = options_.max_norm == 0 ? 1 : std::min(1.0, options_.max_norm / (norm + 1e-6))};

@@ -34,14 +34,19 @@ template <class Params> std::vector<StoredTensor> tensors_of(Params const& param
   return list;
 }
 
-// With the names of what does not decay; tensors begin with the parameters.
-inline Json describe(AdamWOptions const& options, Index steps, std::vector<bool> const& decays, std::vector<StoredTensor> const& tensors) {
+// With the names of what does not decay, and the updates of what had a gradient in some steps only; tensors begin with the
+// parameters.
+template <class Params> Json describe(AdamW<Params> const& optimizer, std::vector<StoredTensor> const& tensors) {
   Json json;
-  to_json(json, options);
-  json["steps"] = steps;
+  to_json(json, optimizer.options());
+  json["steps"] = optimizer.steps();
   json["without_decay"] = Json::array();
-  for (std::size_t i = 0; i < decays.size(); ++i)
-    if (!decays[i] && tensors[i].bytes > 0) json["without_decay"].push_back(tensors[i].name);
+  json["updates"] = Json::object();
+  for (std::size_t i = 0; i < optimizer.decays().size(); ++i) {
+    if (tensors[i].bytes == 0) continue;
+    if (!optimizer.decays()[i]) json["without_decay"].push_back(tensors[i].name);
+    if (Index const updates = optimizer.state().updates[i]; updates != optimizer.steps()) json["updates"][tensors[i].name] = updates;
+  }
   return json;
 }
 
@@ -53,7 +58,7 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
                      AdamW<Params> const& optimizer, Progress const& progress = {}) {
   auto const tensors = checkpoint::tensors_of(params, optimizer);
   auto json = checkpoint::describe(model);
-  json["optimizer"] = checkpoint::describe(optimizer.options(), optimizer.steps(), optimizer.decays(), tensors);
+  json["optimizer"] = checkpoint::describe(optimizer, tensors);
   checkpoint::write(backend, path, std::move(json), tensors, progress);
 }
 
@@ -65,13 +70,13 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   checkpoint::File const file{path};
   auto const tensors = checkpoint::tensors_of(params, optimizer);
   file.check_model(checkpoint::describe(model), tensors.front().info.dtype, false);
-  if (!options.other_optimizer_options)
-    file.check_optimizer(checkpoint::describe(optimizer.options(), optimizer.steps(), optimizer.decays(), tensors));
+  if (!options.other_optimizer_options) file.check_optimizer(checkpoint::describe(optimizer, tensors));
   file.check_tensors(tensors, true);
   auto progress = file.progress();
-  Index const steps = file.optimizer_steps();
+  auto const [steps, updates] = file.optimizer_steps(std::span(tensors).first(optimizer.decays().size()));
   file.read(backend, tensors);
   optimizer.state().steps = steps;
+  optimizer.state().updates = updates;
   return progress;
 }
 

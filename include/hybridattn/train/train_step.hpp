@@ -78,9 +78,11 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
-  check(std::isfinite(result.loss.loss), "step ", optimizer.steps() + 1, ": the loss is ", result.loss.mean());
+  double const loss = result.loss.mean();
+  check(std::isfinite(loss), "step ", optimizer.steps() + 1, ": the loss is ", std::isnan(loss) ? std::abs(loss) : loss);
   try {
-    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate);
+    auto const apart = options.stage == Stage::sparse ? model.detached() : std::vector<bool>{};
+    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate, apart);
   } catch (Error const& error) {
     fail("step ", optimizer.steps() + 1, ": ", error.what());
   }

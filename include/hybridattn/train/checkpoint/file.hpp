@@ -195,7 +195,19 @@ class File {
             .json = std::move(json_)};
   }
   Index step() const { return count(json_, "step"); }
-  Index optimizer_steps() const { return count(member("optimizer"), "steps"); }
+  // The optimizer's steps, and of each parameter how many of them had a gradient for it.
+  std::pair<Index, std::vector<Index>> optimizer_steps(std::span<StoredTensor const> params) const {
+    Index const steps = count(member("optimizer"), "steps");
+    Json const& fewer = safetensors::member(member("optimizer"), "updates", where_);
+    check(fewer.is_object(), where_, "'updates' must be a group of numbers");
+    std::pair<Index, std::vector<Index>> result{steps, {}};
+    for (auto const& param : params) {
+      Index const updates = param.bytes == 0 ? 0 : fewer.contains(param.name) ? count(fewer, param.name.c_str()) : steps;
+      check(updates <= steps, where_, "updates of ", param.name, ": ", updates, " in ", steps, " steps");
+      result.second.push_back(updates);
+    }
+    return result;
+  }
 
   // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
@@ -215,7 +227,7 @@ class File {
     }
   }
   void check_optimizer(Json const& optimizer) const {
-    static constexpr std::string_view ignored[] = {"steps"};
+    static constexpr std::string_view ignored[] = {"steps", "updates"};
     Comparison{where_, "optimizer", ignored}(member("optimizer"), optimizer, "optimizer");
   }
   // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
