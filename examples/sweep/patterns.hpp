@@ -1,13 +1,12 @@
-// The patterns this program is compiled for, and one run of any of them behind one interface.
+// One run of any pattern behind one interface, and the patterns that can be chosen.
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_PATTERNS_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_PATTERNS_HPP
 
-#include "../study_models.hpp"
-
 #include <hybridattn/train/checkpoint.hpp>
+#include <hybridattn/train/train_step.hpp>
 
+#include <algorithm>
 #include <filesystem>
-#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -28,47 +27,13 @@ class Run {
   virtual ha::Progress load(std::filesystem::path const& path) = 0;
 };
 
-template <class Stack> class RunOf final : public Run {
- public:
-  RunOf(ha::Cpu& cpu, ha::Index vocab_size, ha::Seed seed)
-      : cpu_(cpu), model_(study::study1_config<Stack>(vocab_size)), params_(model_.template initialize<float>(cpu, seed)),
-        optimizer_(cpu, params_, {.learning_rate = 3e-4}) {}
-
-  ha::Index parameter_count() const override { return model_.parameter_count(); }
-  ha::StepResult step(ha::TokenBatch<ha::Cpu> const& batch) override { return train_step(cpu_, model_, params_, optimizer_, batch); }
-  ha::LossSum loss(ha::TokenBatch<ha::Cpu> const& batch) override { return model_.loss(cpu_, params_, batch); }
-  void save(std::filesystem::path const& path, ha::Progress const& progress) override {
-    save_checkpoint(cpu_, path, model_, params_, optimizer_, progress);
-  }
-  ha::Progress load(std::filesystem::path const& path) override { return load_checkpoint(cpu_, path, model_, params_, optimizer_); }
-
- private:
-  using Model = ha::LanguageModel<Stack>;
-  using Params = typename Model::template Params<ha::Owned<float, ha::Cpu>>;
-
-  ha::Cpu& cpu_;
-  Model model_;
-  Params params_;
-  ha::AdamW<Params> optimizer_;
-};
-
 struct CompiledPattern {
   std::string_view letters;
   std::unique_ptr<Run> (*start)(ha::Cpu&, ha::Index vocab_size, ha::Seed);
 };
 
-template <ha::Text... patterns> std::vector<CompiledPattern> compile() {
-  return {{std::string_view(patterns.letters, sizeof(patterns.letters) - 1),
-           [](ha::Cpu& cpu, ha::Index vocab_size, ha::Seed seed) -> std::unique_ptr<Run> {
-             return std::make_unique<RunOf<ha::Pattern<patterns, study::Study1>>>(cpu, vocab_size, seed);
-           }}...};
-}
-
-// The study's eight, and the three pure ones. Another pattern is one more word here, or -DHYBRIDATTN_SWEEP_PATTERNS='"LFFL","LLLF"'.
-#ifndef HYBRIDATTN_SWEEP_PATTERNS
-#define HYBRIDATTN_SWEEP_PATTERNS "LFFL", "FLFL", "LLFF", "FFLL", "LDDL", "DLDL", "LLDD", "DDLL", "LLLL", "FFFF", "DDDD"
-#endif
-inline std::vector<CompiledPattern> compiled_patterns() { return compile<HYBRIDATTN_SWEEP_PATTERNS>(); }
+// All that patterns.cpp compiles: the study's eight, and the three pure ones.
+std::vector<CompiledPattern> compiled_patterns();
 inline constexpr std::string_view studied = "LFFL,FLFL,LLFF,FFLL,LDDL,DLDL,LLDD,DDLL";
 
 // "LFFL, G**G" -> the compiled patterns, in that order; throws on one that is not there.
@@ -91,7 +56,7 @@ inline std::vector<CompiledPattern> chosen_patterns(std::string const& list) {
       std::string known;
       for (auto const& pattern : compiled) known += (known.empty() ? "" : ", ") + std::string(pattern.letters);
       ha::fail("pattern '", word, "' is not compiled in; there are ", known, ". To add it, write \"", letters.empty() ? "LFLF" : letters,
-               "\" into compile<...>() in examples/sweep/patterns.hpp");
+               "\" into HYBRIDATTN_SWEEP_PATTERNS in examples/sweep/patterns.cpp");
     }
     chosen.push_back(*found);
     start = end + 1;
