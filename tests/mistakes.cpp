@@ -85,3 +85,10 @@ void both_passes(ha::Cpu& cpu, Model const& model, ha::TokenBatch<ha::Cpu> const
   auto const gradients = model.backward(cpu, params, batch, std::move(saved), 1);
 #endif
 }
+
+#if MISTAKE == 10  // decoding with a policy that has no cache
+using Decoding = Model;
+#else
+using Decoding = ha::LanguageModel<ha::Pattern<"LF">>;
+#endif
+auto decoding(ha::Cpu& cpu, Decoding const& model) { return ha::make_cache<float>(cpu, model, {.batch = 1, .capacity = 8}); }

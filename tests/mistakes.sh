@@ -27,5 +27,6 @@ done <<'MISTAKES'
 7|write On<Policy, Backend>::backward(Backend&, Config const&, Sequences const&, Inputs<In<T>>
 8|pass what initialize() returned
 9|pass std::move(saved)
+10|this policy cannot decode: give it Cache<S> and cache(config, batch, capacity)
 MISTAKES
 exit $((failures > 0))

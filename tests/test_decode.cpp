@@ -132,6 +132,13 @@ std::vector<Index> const lengths{1, 33, 0, 40, 2};
 
 }  // namespace
 
+// A step's extend is called or refused, never passed over.
+struct WithWrongExtend {
+  template <class T> static void extend(T);
+};
+static_assert(ha::NamesExtend<WithWrongExtend> && ha::NamesExtend<ha::GDN::Prepare>);
+static_assert(!ha::NamesExtend<ha::NoStep> && !ha::NamesExtend<ha::Full::Prepare> && !ha::NamesExtend<ha::DSA::Prepare>);
+
 TEMPLATE_TEST_CASE("a model that goes on from a cache gives what the whole forward gives, however the prompts are split", "[laws]", Mixed,
                    Bare) {
   auto const tokens = some_tokens(lengths);
@@ -249,7 +256,7 @@ TEMPLATE_TEST_CASE("a cache takes the bytes announced, and no step but the first
   extend(f.cpu, f.model, f.params, next, cache);
   auto const allocations = f.cpu.pool().allocations();
   for (int step = 0; step < 20; ++step) {
-    next[0][0] = next[1][0] = step % V;   // other experts
+    next[0][0] = next[1][0] = static_cast<std::int32_t>(step % V);   // other experts
     extend(f.cpu, f.model, f.params, next, cache);
   }
   CHECK(f.cpu.pool().allocations() == allocations);

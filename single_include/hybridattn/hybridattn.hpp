@@ -845,6 +845,13 @@ template <class P, class B, class T>
 concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
+// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous.
+struct OtherExtend {
+  void extend();
+};
+template <class Step> struct WithOtherExtend : Step, OtherExtend {};
+template <class Step>
+concept NamesExtend = !requires { &WithOtherExtend<Step>::extend; };
 template <class P, class B, class T>
 concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
 template <class P, class B, class T>
@@ -3274,14 +3281,7 @@ namespace hybridattn::full {
 inline constexpr int tile_vectors = 2;
 template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
 
-// The rows of one head of one sequence, [T, D].
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  T* operator[](Index i) const { return data + i * stride; }
-};
-template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+using attention::Rows, attention::head_of;
 
 // Keys j that query i sees: i - reach < j <= i.
 inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
@@ -7083,8 +7083,7 @@ template <class B, class T, class... Ps> constexpr bool all_decode(Types<Ps...>)
 // The caches of a stack's layers.
 template <class Stack> struct LayerCaches {
   static_assert(infer::all_have_caches(typename Stack::Kinds{}),
-                "this policy cannot decode: give it Cache<S> and cache(config, batch, "
-                "capacity), see attention/policy.hpp");
+                "this policy cannot decode: give it Cache<S> and cache(config, batch, capacity), see attention/policy.hpp");
   template <class S> struct OfRole {
     template <class Block> using Type = typename Block::Policy::template Cache<S>;
   };
@@ -7106,9 +7105,9 @@ template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache
 
 template <class Stack, class T, class B> class Cache {
  public:
-  static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
-                "this policy cannot decode on this backend: give it Cache, cache() and On<Policy, Backend>::extend");
   using Group = typename LayerCaches<Stack>::template Group<Owned<T, B>>;
+  static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
+                "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
 
   Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
       : layers_(allocate<T>(backend, cache_shapes(model, size))), capacity_(size.capacity), lengths_(static_cast<std::size_t>(size.batch)) {
@@ -7183,9 +7182,14 @@ Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequenc
       p.w, kept.raw, kept.inputs);
   typename P::template Inputs<Narrow<In<T>>> raw;
   zip(detail::ToIn{}, kept.raw, raw);
-  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); })
+  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); }) {
     Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs));
-  else if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
+  } else {
+    static_assert(!NamesExtend<Prepare>,
+                  "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
+                  "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
+  }
   On<P, B>::extend(backend, c, s, in(kept.inputs), cache, out(kept.outputs));
   if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(kept.z)));
   if constexpr (Attention<P>::finishes) Finish::forward(backend, c, in(kept.outputs.o), in(kept.z), p.finish, out(kept.finished));

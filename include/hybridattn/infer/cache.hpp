@@ -24,8 +24,7 @@ template <class B, class T, class... Ps> constexpr bool all_decode(Types<Ps...>)
 // The caches of a stack's layers.
 template <class Stack> struct LayerCaches {
   static_assert(infer::all_have_caches(typename Stack::Kinds{}),
-                "this policy cannot decode: give it Cache<S> and cache(config, batch, "
-                "capacity), see attention/policy.hpp");
+                "this policy cannot decode: give it Cache<S> and cache(config, batch, capacity), see attention/policy.hpp");
   template <class S> struct OfRole {
     template <class Block> using Type = typename Block::Policy::template Cache<S>;
   };
@@ -47,9 +46,9 @@ template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache
 
 template <class Stack, class T, class B> class Cache {
  public:
-  static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
-                "this policy cannot decode on this backend: give it Cache, cache() and On<Policy, Backend>::extend");
   using Group = typename LayerCaches<Stack>::template Group<Owned<T, B>>;
+  static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
+                "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
 
   Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
       : layers_(allocate<T>(backend, cache_shapes(model, size))), capacity_(size.capacity), lengths_(static_cast<std::size_t>(size.batch)) {

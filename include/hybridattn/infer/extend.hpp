@@ -22,9 +22,14 @@ Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequenc
       p.w, kept.raw, kept.inputs);
   typename P::template Inputs<Narrow<In<T>>> raw;
   zip(detail::ToIn{}, kept.raw, raw);
-  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); })
+  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); }) {
     Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs));
-  else if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
+  } else {
+    static_assert(!NamesExtend<Prepare>,
+                  "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
+                  "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
+  }
   On<P, B>::extend(backend, c, s, in(kept.inputs), cache, out(kept.outputs));
   if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(kept.z)));
   if constexpr (Attention<P>::finishes) Finish::forward(backend, c, in(kept.outputs.o), in(kept.z), p.finish, out(kept.finished));

@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 
+#include <hybridattn/attention/cpu_rows.hpp>
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/tile.hpp>
 #include <hybridattn/core/math.hpp>
@@ -14,14 +15,7 @@ namespace hybridattn::full {
 inline constexpr int tile_vectors = 2;
 template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
 
-// The rows of one head of one sequence, [T, D].
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  T* operator[](Index i) const { return data + i * stride; }
-};
-template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+using attention::Rows, attention::head_of;
 
 // Keys j that query i sees: i - reach < j <= i.
 inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
