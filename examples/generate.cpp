@@ -8,6 +8,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include <cmath>
 #include <cstdio>
 
 namespace {
@@ -52,7 +53,7 @@ template <class Model, class Params> void generate(ha::Cpu& cpu, Settings const&
 
 void from_folder(ha::Cpu& cpu, Settings const& s) {
   namespace hf = ha::hugging_face;
-  int const percent = static_cast<int>(100 * hf::read_settings(s.model).rotary_share);
+  int const percent = static_cast<int>(std::lround(100 * hf::read_settings(s.model).rotary_share));
   models::with_pattern(models::Released{}, hf::pattern(s.model), [&](auto choice) {
     using Model = ha::LanguageModel<typename decltype(choice)::Stack>;
     if (decltype(choice)::rotary_percent != percent) return false;
@@ -92,7 +93,7 @@ int main(int argc, char** argv) try {
   ha::Cpu cpu;
   if (std::filesystem::is_directory(s.model)) from_folder(cpu, s);
   else from_checkpoint(cpu, s);
-} catch (ha::Error const& error) {
+} catch (std::exception const& error) {
   std::fprintf(stderr, "generate: %s\n", error.what());
   return 2;
 }

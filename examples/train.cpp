@@ -90,7 +90,7 @@ int main(int argc, char** argv) try {
     return true;
   });
   return interrupted ? 130 : 0;
-} catch (ha::Error const& error) {
+} catch (std::exception const& error) {
   std::fprintf(stderr, "train: %s\n", error.what());
   return 2;
 }
