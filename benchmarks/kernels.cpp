@@ -1,5 +1,6 @@
 // Forward and backward of each policy on one core, as a share of the FMA peak measured in the same process.
 //   BM_forward<Full>/T:1024/D:64   one sequence, one head (DSA: 4 indexer heads, top_k 64), float
+//   BM_forward<DSA, warm_up>, <DSA, sparse>   in the stages that train its indexer
 // Counters: GFLOP/s (what the equations need, causal), share (of the peak), tokens/s.
 // And one token of one sequence after others that stand in a cache:
 //   BM_decode<Full>/context:4096/D:64   8 heads, 2 key/value heads (GDN: 8 states)
@@ -20,6 +21,7 @@ namespace {
 using Full = ha::Full;
 using GDN = ha::GDN;
 using DSA = ha::DSA;
+constexpr auto language_model = ha::Stage::language_model, warm_up = ha::Stage::dense_warm_up, sparse = ha::Stage::sparse;
 
 // Numbers like those of a layer: unit queries and keys for GDN, decays near 1, beta between 0 and 1.
 template <class Group> void fill_like_a_layer(ha::Cpu& cpu, Group& group) {
@@ -48,16 +50,34 @@ double forward_flops(ha::full::Config const& c, Index T) { return 4.0 * static_c
 double backward_flops(ha::full::Config const& c, Index T) { return 10.0 * static_cast<double>(pairs(T, T) * c.head_dim); }
 double forward_flops(ha::gdn::Config const& c, Index T) { return 6.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
 double backward_flops(ha::gdn::Config const& c, Index T) { return 12.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
+// Attention over the keys of a query and, in stages that train the indexer, its loss over the same keys: H = 1.
+struct SparseWork {
+  double all, attended, attention, indexer;   // pairs, pairs, and flops a pair of q . k and of the indexer's score
+  SparseWork(ha::dsa::Config const& c, Index T)
+      : all(static_cast<double>(pairs(T, T))), attended(c.stage == warm_up ? all : static_cast<double>(pairs(T, 64))),
+        attention(2 * static_cast<double>(c.head_dim)), indexer(2 * static_cast<double>(c.index_heads * c.index_dim)) {}
+};
 double forward_flops(ha::dsa::Config const& c, Index T) {
-  return 2.0 * static_cast<double>(pairs(T, T) * c.index_heads * c.index_dim) + 4.0 * static_cast<double>(pairs(T, 64) * c.head_dim);
+  SparseWork const w{c, T};
+  double const loss = c.stage == language_model ? 0 : w.attended * (w.attention + w.indexer);
+  return (c.stage == warm_up ? 0 : w.all * w.indexer) + 2 * w.attended * w.attention + loss;
 }
-double backward_flops(ha::dsa::Config const& c, Index T) { return 10.0 * static_cast<double>(pairs(T, 64) * c.head_dim); }
+double backward_flops(ha::dsa::Config const& c, Index T) {
+  SparseWork const w{c, T};
+  double const loss = c.stage == language_model ? 0 : w.attended * (w.attention + 3 * w.indexer);
+  return (c.stage == warm_up ? 0 : 5 * w.attended * w.attention) + loss;
+}
 
-template <class Policy> struct Case {
+template <class Policy, ha::Stage stage> typename Policy::Config config_of(Index D) {
+  auto config = Policy::complete({}, D, 1);
+  if constexpr (requires { config.stage; }) config.stage = stage;
+  return config;
+}
+template <class Policy, ha::Stage stage> struct Case {
   ha::Cpu cpu{1};
   Index T, D;
   ha::Sequences sequences = ha::Sequences::equal(1, T);
-  typename Policy::Config config = Policy::complete({}, D, 1);
+  typename Policy::Config config = config_of<Policy, stage>(D);
   typename Policy::template Inputs<ha::Owned<float, ha::Cpu>> x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
   typename Policy::template Inputs<ha::Owned<float, ha::Cpu>> d_x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
   typename Policy::template Outputs<ha::Owned<float, ha::Cpu>> y = ha::allocate<float>(cpu, Policy::outputs(config, sequences));
@@ -67,6 +87,7 @@ template <class Policy> struct Case {
   explicit Case(benchmark::State const& state) : T(state.range(0)), D(state.range(1)) {
     fill_like_a_layer(cpu, x);
     fill_like_a_layer(cpu, d_y);
+    if (stage == warm_up) d_y.o = {};   // the attention itself is frozen
     forward();
   }
   void forward() { ha::On<Policy, ha::Cpu>::forward(cpu, config, sequences, in(x), out(y), out(saved)); }
@@ -80,13 +101,13 @@ void count(benchmark::State& state, double flops, Index tokens) {
   state.counters["tokens/s"] = Counter(static_cast<double>(tokens), Counter::kIsIterationInvariantRate);
 }
 
-template <class Policy> void BM_forward(benchmark::State& state) {
-  Case<Policy> c{state};
+template <class Policy, ha::Stage stage = language_model> void BM_forward(benchmark::State& state) {
+  Case<Policy, stage> c{state};
   for (auto _ : state) c.forward();
   count(state, forward_flops(c.config, c.T), c.T);
 }
-template <class Policy> void BM_backward(benchmark::State& state) {
-  Case<Policy> c{state};
+template <class Policy, ha::Stage stage = language_model> void BM_backward(benchmark::State& state) {
+  Case<Policy, stage> c{state};
   for (auto _ : state) c.backward();
   count(state, backward_flops(c.config, c.T), c.T);
 }
@@ -133,6 +154,10 @@ void shapes(benchmark::internal::Benchmark* b) {
   b->ArgNames({"T", "D"})->ArgsProduct({{128, 256, 512, 1024, 2048, 4096}, {16, 32, 64, 128, 256}})->Unit(benchmark::kMicrosecond);
 }
 
+void stages(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"T", "D"})->ArgsProduct({{1024, 4096}, {64}})->Unit(benchmark::kMicrosecond);
+}
+
 void contexts(benchmark::internal::Benchmark* b) {
   b->ArgNames({"context", "D"})->ArgsProduct({{1024, 4096}, {64, 128}})->Unit(benchmark::kMicrosecond);
 }
@@ -143,6 +168,10 @@ BENCHMARK(BM_forward<GDN>)->Apply(shapes);
 BENCHMARK(BM_backward<GDN>)->Apply(shapes);
 BENCHMARK(BM_forward<DSA>)->Apply(shapes);
 BENCHMARK(BM_backward<DSA>)->Apply(shapes);
+BENCHMARK_TEMPLATE(BM_forward, DSA, warm_up)->Apply(stages);
+BENCHMARK_TEMPLATE(BM_backward, DSA, warm_up)->Apply(stages);
+BENCHMARK_TEMPLATE(BM_forward, DSA, sparse)->Apply(stages);
+BENCHMARK_TEMPLATE(BM_backward, DSA, sparse)->Apply(stages);
 BENCHMARK(BM_decode<Full>)->Apply(contexts);
 BENCHMARK(BM_decode<GDN>)->Apply(contexts);
 BENCHMARK(BM_decode<DSA>)->Apply(contexts);
