@@ -1,0 +1,29 @@
+// Released models in tests: their types, and whether two folders hold the same tensors.
+#ifndef HYBRIDATTN_TESTS_RELEASED_HPP
+#define HYBRIDATTN_TESTS_RELEASED_HPP
+
+#include "compare.hpp"
+
+#include <hybridattn/hybridattn.hpp>
+#include <hybridattn/io/safetensors.hpp>
+
+#include <filesystem>
+#include <string>
+
+template <int rotary_percent, hybridattn::Text text>
+using ModelOf = hybridattn::LanguageModel<hybridattn::Pattern<
+    text,
+    hybridattn::Alphabet<hybridattn::Letter<'L', hybridattn::GDN>,
+                         hybridattn::Letter<'F', hybridattn::FullAttention<hybridattn::FullOptions{.rotary_percent = rotary_percent}>>>>>;
+
+// The first tensor that is not the same in both folders, bit for bit; empty if there is none.
+inline std::string differing_tensor(std::filesystem::path const& ours, std::filesystem::path const& theirs) {
+  hybridattn::Safetensors const a{ours / "model.safetensors"}, b{theirs / "model.safetensors"};
+  for (auto const& [name, info] : b.tensors()) {
+    bool const same = a.contains(name) && a.info(name).dtype == info.dtype && a.info(name).shape == info.shape;
+    if (!same || !same_bits<float>({a.read_floats(name)}, {b.read_floats(name)})) return name;
+  }
+  return a.tensors().size() == b.tensors().size() ? "" : "the number of tensors";
+}
+
+#endif
