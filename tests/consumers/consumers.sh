@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One program through every door into the library, without -march and without a warning: consumers.sh SOURCE_DIR HANA_DIR COMPILER
 set -euo pipefail
-library=$1 hana=$2 compiler=$3
+library=$(realpath "$1") hana=$2 compiler=$3
 here=$library/tests/consumers
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
