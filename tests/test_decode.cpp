@@ -136,6 +136,8 @@ std::vector<Index> const lengths{1, 33, 0, 40, 2};
 struct WithWrongExtend {
   template <class T> static void extend(T);
 };
+struct FinalStep final {};
+static_assert(!ha::NamesExtend<FinalStep>);
 static_assert(ha::NamesExtend<WithWrongExtend> && ha::NamesExtend<ha::GDN::Prepare>);
 static_assert(!ha::NamesExtend<ha::NoStep> && !ha::NamesExtend<ha::Full::Prepare> && !ha::NamesExtend<ha::DSA::Prepare>);
 

@@ -845,13 +845,13 @@ template <class P, class B, class T>
 concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
-// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous.
+// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
 struct OtherExtend {
   void extend();
 };
 template <class Step> struct WithOtherExtend : Step, OtherExtend {};
 template <class Step>
-concept NamesExtend = !requires { &WithOtherExtend<Step>::extend; };
+concept NamesExtend = !std::is_final_v<Step> && !requires { &WithOtherExtend<Step>::extend; };
 template <class P, class B, class T>
 concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
 template <class P, class B, class T>
