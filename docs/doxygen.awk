@@ -14,6 +14,7 @@ function print_waiting(next_is_comment, next_is_indented) {
   waiting = next_is_comment
 }
 
+{ sub(/^namespace hybridattn::inline HYBRIDATTN_ABI/, "namespace hybridattn") }   # the flags in the names (core/config.hpp)
 NR == 1 && /^\/\/ / {
   line = "/** \\file"
   waiting = 1

@@ -16,7 +16,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What view_of takes, and what an expression is evaluated into.
 template <class T> using RowMajorMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -71,5 +71,5 @@ template <class Matrix> auto heads_of(Matrix&& matrix, Index heads) {
   return View<typename decltype(rows)::Element, 3>{rows.data, {rows.extent(0), heads, D}, {rows.stride[0], D, Index{1}}};
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

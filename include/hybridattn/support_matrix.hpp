@@ -11,7 +11,7 @@
 #include <tuple>
 #include <type_traits>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // The library's own.
 using AllPolicies = std::tuple<Full, GDN, DSA>;
@@ -83,5 +83,5 @@ template <class Policies = AllPolicies, class Backends = AllBackends, class Scal
   return text;
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

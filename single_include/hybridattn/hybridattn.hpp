@@ -35,31 +35,6 @@
 #include <utility>
 #include <vector>
 
-// ==== hybridattn/core/check.hpp
-// Errors: one clear sentence that names the offending value and the allowed ones.
-#ifndef HYBRIDATTN_CORE_CHECK_HPP
-#define HYBRIDATTN_CORE_CHECK_HPP
-
-namespace hybridattn {
-
-// Everything the library throws.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
-template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
-}
-template <class... Parts> void check(bool holds, Parts const&... parts) {
-  if (!holds) fail(parts...);
-}
-
-}  // namespace hybridattn
-#endif
-
 // ==== hybridattn/core/config.hpp
 // What the compiler is and what it can do. The only header that asks.
 #ifndef HYBRIDATTN_CORE_CONFIG_HPP
@@ -97,6 +72,79 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
+// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+//   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
+// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
+// A function that takes a type of the library links only where the flags are the same.
+#if defined(__AVX512F__)
+#define HYBRIDATTN_ABI_VECTORS v64
+#elif defined(__AVX2__)
+#define HYBRIDATTN_ABI_VECTORS v32i
+#elif defined(__AVX__)
+#define HYBRIDATTN_ABI_VECTORS v32
+#else
+#define HYBRIDATTN_ABI_VECTORS v16
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HYBRIDATTN_ABI_FMA _fma
+#else
+#define HYBRIDATTN_ABI_FMA
+#endif
+#if defined(__AVX512BF16__)
+#define HYBRIDATTN_ABI_BF16 _bf16
+#else
+#define HYBRIDATTN_ABI_BF16
+#endif
+#if defined(_OPENMP)
+#define HYBRIDATTN_ABI_THREADS _openmp
+#else
+#define HYBRIDATTN_ABI_THREADS
+#endif
+#if HYBRIDATTN_BOUNDS_CHECKS
+#define HYBRIDATTN_ABI_CHECKS _checked
+#else
+#define HYBRIDATTN_ABI_CHECKS
+#endif
+#if HYBRIDATTN_CUDA
+#define HYBRIDATTN_ABI_COMPILER _nvcc
+#else
+#define HYBRIDATTN_ABI_COMPILER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#define HYBRIDATTN_ABI                                                                                                                   \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+                         HYBRIDATTN_ABI_COMPILER)
+
+#endif
+
+// ==== hybridattn/core/check.hpp
+// Errors: one clear sentence that names the offending value and the allowed ones.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+namespace hybridattn {
+
+// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/view.hpp
@@ -104,7 +152,7 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
 #define HYBRIDATTN_CORE_VIEW_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
@@ -188,7 +236,7 @@ template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.
 // All elements in a line.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/sequences.hpp
@@ -196,7 +244,7 @@ template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { re
 #ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
 #define HYBRIDATTN_CORE_SEQUENCES_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
 // Nothing in one sequence ever meets another.
@@ -284,7 +332,7 @@ class Sequences {
   std::vector<std::int32_t> positions_, owners_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/random.hpp
@@ -292,7 +340,7 @@ class Sequences {
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
 #define HYBRIDATTN_CORE_RANDOM_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Seed {
   std::uint64_t value = 0;
@@ -332,7 +380,7 @@ class Random {
   std::uint64_t key_, counter_ = 0;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/tensor/initial.hpp
@@ -340,7 +388,7 @@ class Random {
 #ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
 #define HYBRIDATTN_TENSOR_INITIAL_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A distribution with two numbers.
 struct Initial {
@@ -377,7 +425,7 @@ struct Initial {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/backend/backend.hpp
@@ -385,7 +433,7 @@ struct Initial {
 #ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
 #define HYBRIDATTN_BACKEND_BACKEND_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
 class Pool {
@@ -462,7 +510,7 @@ template <class Op, Wrapper B> struct On<Op, B> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/tensor/tensor.hpp
@@ -470,7 +518,7 @@ template <class Op, Wrapper B> struct On<Op, B> {
 #ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
@@ -538,7 +586,7 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
   upload(backend, std::span<T const>(host), tensor);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/tensor/roles.hpp
@@ -559,7 +607,7 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class T> struct WideOf {
   using type = T;
@@ -753,7 +801,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
   return total;
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/attention/policy.hpp
@@ -779,7 +827,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A step around the policy that does nothing, with no parameters: its tensors are used as they are.
 // A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
@@ -878,7 +926,7 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
   }
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/arithmetic/arithmetic.hpp
@@ -886,7 +934,7 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
 #ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
 #define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
@@ -899,7 +947,7 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
   return x;
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/cpu.hpp
 // The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
@@ -910,7 +958,7 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 #include <omp.h>
 #endif
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
@@ -991,7 +1039,7 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
   });
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/backend/cpu/simd.hpp
@@ -999,7 +1047,7 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
 #ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
 #define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
 #if defined(__AVX512F__)
@@ -1198,7 +1246,7 @@ template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
   for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
 // ==== hybridattn/backend/cpu/vectors.hpp
@@ -1207,7 +1255,7 @@ template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
 #ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 #define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // `count` elements from i on: all lanes, or the last ones of a row.
 template <class T> struct Slot {
@@ -1241,7 +1289,7 @@ template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sq
 // and combine them in order, whatever the threads.
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
 // ==== hybridattn/core/math.hpp
@@ -1249,7 +1297,7 @@ inline constexpr Index element_grain = 16384, sum_rows = 32;
 #ifndef HYBRIDATTN_CORE_MATH_HPP
 #define HYBRIDATTN_CORE_MATH_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
 template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
@@ -1277,14 +1325,14 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
 constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/arithmetic/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
 #define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Fill, Cpu> {
   template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
@@ -1330,7 +1378,7 @@ template <> struct On<SumOfSquares, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -1343,20 +1391,20 @@ template <> struct On<SumOfSquares, Cpu> {
 #ifndef HYBRIDATTN_OPS_GATE_GATE_HPP
 #define HYBRIDATTN_OPS_GATE_GATE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward(backend, gate, up, y);   backward(backend, gate, up, d_y, d_gate, d_up)     up and d_up may be empty
 struct Swiglu {};
 //   forward(backend, x, z, y);       backward(backend, x, z, d_y, d_x, d_z)
 struct SigmoidGate {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/gate/cpu.hpp
 #ifndef HYBRIDATTN_OPS_GATE_CPU_HPP
 #define HYBRIDATTN_OPS_GATE_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Swiglu, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
@@ -1403,7 +1451,7 @@ template <> struct On<SigmoidGate, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -1415,7 +1463,7 @@ template <> struct On<SigmoidGate, Cpu> {
 #ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
 #define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 enum class NormWeight { plain, zero_centred };
 
@@ -1432,14 +1480,14 @@ struct RmsNorm {
 //   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
 struct GatedRmsNorm {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/sum_rows.hpp
 // Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 #define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
 template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
@@ -1455,14 +1503,14 @@ template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> 
     for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
 // ==== hybridattn/ops/rms_norm/cpu.hpp
 #ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
 #define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu::detail {
 
 template <class T> T row_rstd(T const* x, Index C, double eps) {
@@ -1552,7 +1600,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -1563,7 +1611,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
 #ifndef HYBRIDATTN_OPS_ROPE_ROPE_HPP
 #define HYBRIDATTN_OPS_ROPE_ROPE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
 //   angles  (backend, options, positions, angles)            of these positions [P]
@@ -1578,13 +1626,13 @@ struct Rope {
   };
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/rope/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ROPE_CPU_HPP
 #define HYBRIDATTN_OPS_ROPE_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Rope, Cpu> {
   template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
@@ -1637,7 +1685,7 @@ template <> struct On<Rope, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -1647,7 +1695,7 @@ template <> struct On<Rope, Cpu> {
 #ifndef HYBRIDATTN_ATTENTION_HEADS_HPP
 #define HYBRIDATTN_ATTENTION_HEADS_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // RMSNorm over the entries of each query and key head: y = x rstd w (plain) or x rstd (1 + w) (zero-centred).
 enum class QkNorm { none, plain, zero_centred };
@@ -1736,7 +1784,7 @@ struct SigmoidFinish {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/attention/dsa/types.hpp
@@ -1744,7 +1792,7 @@ struct SigmoidFinish {
 #ifndef HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 #define HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct SparseOptions {
   int top_k = 64;                        // keys a query attends to; 0: top_k_percent says it
@@ -1806,7 +1854,7 @@ inline Index selection_size(SparseOptions o, Index length) {
 }
 
 }  // namespace dsa
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/attention/dsa/dsa.hpp
@@ -1826,7 +1874,7 @@ inline Index selection_size(SparseOptions o, Index length) {
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 #define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
 
 // The steps around it in a layer: steps.hpp.
@@ -1894,7 +1942,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
 };
 using DSA = SparseAttention<>;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/layer_norm/layer_norm.hpp
 // LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
@@ -1902,19 +1950,19 @@ using DSA = SparseAttention<>;
 #ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
 #define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, eps, x, w, b, y)
 //   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
 struct LayerNorm {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/layer_norm/cpu.hpp
 #ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
 #define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
 template <> struct On<LayerNorm, Cpu> {
@@ -1959,7 +2007,7 @@ template <> struct On<LayerNorm, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -1968,7 +2016,7 @@ template <> struct On<LayerNorm, Cpu> {
 #ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 template <class S> struct PrepareParams {
   Wide<S, 1> q_norm, k_norm;                  // [D], or nothing without qk_norm
@@ -2054,7 +2102,7 @@ template <SparseOptions O> struct Prepare {
   template <class T> static View<T, 3> one_head(View<T, 2> x) { return {x.data, {x.extent(0), 1, x.extent(1)}}; }
 };
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/attention/cpu_rows.hpp
@@ -2063,7 +2111,7 @@ template <SparseOptions O> struct Prepare {
 #ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 
-namespace hybridattn::attention {
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 
 // Rows of one head, [T, D].
 template <class T> struct Rows {
@@ -2210,7 +2258,7 @@ HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, 
   });
 }
 
-}  // namespace hybridattn::attention
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_rows.hpp
@@ -2218,7 +2266,7 @@ HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, 
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
     attention::weighted_rows;
@@ -2231,7 +2279,7 @@ struct Keys {
   HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
 };
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_attention.hpp
@@ -2239,7 +2287,7 @@ struct Keys {
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // The keys that each query attends to: those it chose, or in the dense warm-up all that it sees.
 class KeySets {
@@ -2370,7 +2418,7 @@ void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, 
   });
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/backend/cpu/tile.hpp
@@ -2378,7 +2426,7 @@ void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, 
 #ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
 #define HYBRIDATTN_BACKEND_CPU_TILE_HPP
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
 // exchanged by exchanging the strides, so a transposed operand costs nothing.
@@ -2421,7 +2469,7 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
   }
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
 // ==== hybridattn/ops/top_k/top_k.hpp
@@ -2431,18 +2479,18 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
 #ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
 #define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
 struct TopK {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/top_k/cpu.hpp
 #ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
 #define HYBRIDATTN_OPS_TOP_K_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu {
 
 // One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
@@ -2540,7 +2588,7 @@ template <> struct On<TopK, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -2550,7 +2598,7 @@ template <> struct On<TopK, Cpu> {
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 inline constexpr int panel_vectors = 4;
 template <class T> inline constexpr Index panel_keys = panel_vectors * cpu::lanes<T>;
@@ -2690,7 +2738,7 @@ void choose_keys(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s,
   });
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_extend.hpp
@@ -2699,7 +2747,7 @@ void choose_keys(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s,
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // A few queries at a time: threads share out the panels of keys, then the queries.
 template <class T> class CachedIndexer {
@@ -2794,7 +2842,7 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
   });
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_kl.hpp
@@ -2802,7 +2850,7 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // What a query's indexer says, and what it should say: numbers for each of its keys, in memory of the caller.
 template <class T> class KlQuery {
@@ -3020,7 +3068,7 @@ void index_loss_backward(Cpu& cpu, KeySets const& sets, Config const& c, Sequenc
   KlBackward<T>{cpu, sets, c, s, x, saved, d_loss, d_x}.run();
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/core/with_constant.hpp
@@ -3028,7 +3076,7 @@ void index_loss_backward(Cpu& cpu, KeySets const& sets, Config const& c, Sequenc
 #ifndef HYBRIDATTN_CORE_WITH_CONSTANT_HPP
 #define HYBRIDATTN_CORE_WITH_CONSTANT_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // fast(std::integral_constant<Index, n>{}) when n is one of the values, generic() otherwise.
 template <Index... values, class Fast, class Generic> void with_constant(Index n, Fast&& fast, Generic&& generic) {
@@ -3036,14 +3084,14 @@ template <Index... values, class Fast, class Generic> void with_constant(Index n
   if (!found) generic();
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/attention/dsa/cpu.hpp
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
 
 // Views that are not there want no gradient.
@@ -3122,7 +3170,7 @@ template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -3137,7 +3185,7 @@ template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
 #ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
 #define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct FullOptions {
   int window = 0;                        // a query sees its last `window` keys, itself included; 0: all
@@ -3217,14 +3265,14 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
 };
 using Full = FullAttention<>;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/attention/full/steps.hpp
 // Around full attention in a layer: norm and rotary on queries and keys.
 #ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 template <class S> struct PrepareParams {
   Wide<S, 1> q_norm, k_norm;  // [D], or nothing without qk_norm
@@ -3268,7 +3316,7 @@ template <FullOptions O> struct Prepare {
   }
 };
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/attention/full/cpu_tiles.hpp
@@ -3276,7 +3324,7 @@ template <FullOptions O> struct Prepare {
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 inline constexpr int tile_vectors = 2;
 template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
@@ -3365,7 +3413,7 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_colu
   if (d < D) f(d, std::integral_constant<int, 1>{});
 }
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/attention/full/cpu_backward.hpp
@@ -3376,7 +3424,7 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_colu
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 // One query head: what forward read and left, and what backward writes.
 template <class T> struct BackwardRows {
@@ -3508,7 +3556,7 @@ template <class T, class Dim> class BackwardHead {
   T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
 };
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/attention/full/cpu_extend.hpp
@@ -3517,7 +3565,7 @@ template <class T, class Dim> class BackwardHead {
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 // Keys and values of one head of one sequence, cached and new ones.
 template <class T> class SequenceKeys {
@@ -3614,7 +3662,7 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
   });
 }
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/attention/full/cpu_forward.hpp
@@ -3627,7 +3675,7 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 inline constexpr Index forward_keys = 128;   // keys of a block; 64 to 256 are equally fast
 
@@ -3784,14 +3832,14 @@ template <class T, class Dim> class ForwardBlock {
   Vec reference_[NV], sum_[NV];
 };
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/attention/full/cpu.hpp
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
 
 // Tasks are pieces of a head's queries, those with the most keys first; whole heads on one thread, or if there are many.
@@ -3937,7 +3985,7 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -3958,7 +4006,7 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
 #ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 #define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct GdnOptions {
   int conv_width = 4;                 // short causal convolution on q, k, v; 0: none, only silu
@@ -4057,7 +4105,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
 };
 using GDN = GatedDeltaNet<>;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
 // Short depthwise causal convolution, one filter a channel, silu after it:
@@ -4068,7 +4116,7 @@ using GDN = GatedDeltaNet<>;
 #ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 enum class Activation { none, silu };
 
@@ -4078,13 +4126,13 @@ enum class Activation { none, silu };
 // convolution: y = silu(x). Backward overwrites everything.
 struct CausalConv1d {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/causal_conv1d/cpu.hpp
 #ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu::detail {
 
 // The inputs of a convolution as rows: of x, of the initial state, or nothing.
@@ -4226,7 +4274,7 @@ template <> struct On<CausalConv1d, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -4237,19 +4285,19 @@ template <> struct On<CausalConv1d, Cpu> {
 #ifndef HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
 #define HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
 //   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
 struct GdnGate {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/gdn_gate/cpu.hpp
 #ifndef HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
 #define HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: one number a head and token.
 template <> struct On<GdnGate, Cpu> {
@@ -4283,7 +4331,7 @@ template <> struct On<GdnGate, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -4292,7 +4340,7 @@ template <> struct On<GdnGate, Cpu> {
 #ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
 #define HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, y)            x, y [N, C]
 //   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
@@ -4300,13 +4348,13 @@ struct L2Norm {
   static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/l2_norm/cpu.hpp
 #ifndef HYBRIDATTN_OPS_L2_NORM_CPU_HPP
 #define HYBRIDATTN_OPS_L2_NORM_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<L2Norm, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
@@ -4341,7 +4389,7 @@ template <> struct On<L2Norm, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -4352,7 +4400,7 @@ template <> struct On<L2Norm, Cpu> {
 #ifndef HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
 
-namespace hybridattn::gdn {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 template <class S> struct PrepareParams {
   Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap meets the token itself
@@ -4470,7 +4518,7 @@ template <GdnOptions O> struct Finish {
   template <class T> static View<T, 2> rows_or_none(View<T, 3> z) { return z.empty() ? View<T, 2>{} : head_rows(z); }
 };
 
-}  // namespace hybridattn::gdn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_groups.hpp
@@ -4481,7 +4529,7 @@ template <GdnOptions O> struct Finish {
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
@@ -4683,7 +4731,7 @@ template <class T> void write_state(T const* state, T carry, Index i, Index h, I
   }
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_forward.hpp
@@ -4694,7 +4742,7 @@ template <class T> void write_state(T const* state, T carry, Index i, Index h, I
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // What the tokens of a group have to do with each other and with the state; S = carry * stored.
 template <class T> struct ForwardTerms {
@@ -4827,7 +4875,7 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
   }
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_reverse.hpp
@@ -4839,7 +4887,7 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // The rows of a block. d_v holds w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
@@ -5034,7 +5082,7 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
   }
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_rebuild.hpp
@@ -5047,7 +5095,7 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // What the forward sweep needs; S = carry * stored.
 template <class T> struct RebuildTerms {
@@ -5181,7 +5229,7 @@ template <class T> double dot_transposed(View<T const, 4> states, Index i, Index
   return sum;
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_step.hpp
@@ -5190,7 +5238,7 @@ template <class T> double dot_transposed(View<T const, 4> states, Index i, Index
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // One token of one head.
 template <class T> struct Token {
@@ -5233,7 +5281,7 @@ template <class T> void step_head(Token<T> const& t, Index V) {
   cpu::for_each_vector<T>(v, V, [&](cpu::Slot<T> slot) { step_columns<1>(t, slot); });
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif
 
 // ==== hybridattn/attention/gdn/cpu.hpp
@@ -5241,7 +5289,7 @@ template <class T> void step_head(Token<T> const& t, Index V) {
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
 namespace detail {
 
@@ -5474,7 +5522,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -5490,7 +5538,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 #ifndef HYBRIDATTN_NN_INITIALIZATION_HPP
 #define HYBRIDATTN_NN_INITIALIZATION_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Initialization {
   double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
@@ -5504,7 +5552,7 @@ struct Initialization {
   Initial embedding() const { return Initial::normal(embedding_deviation); }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/linear/linear.hpp
@@ -5513,14 +5561,14 @@ struct Initialization {
 #ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
 #define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w): adds to d_x, since several projections may read x; overwrites d_w. An empty
 //   d_x or d_w is not wanted.
 struct Linear {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, over the register tile. One row of a result is a function of that row of `a` and of `b`
@@ -5528,7 +5576,7 @@ struct Linear {};
 #ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
 template <class T> struct Operand {
@@ -5630,14 +5678,14 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   });
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
 // ==== hybridattn/ops/linear/cpu.hpp
 #ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP
 #define HYBRIDATTN_OPS_LINEAR_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Linear, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
@@ -5650,7 +5698,7 @@ template <> struct On<Linear, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -5664,7 +5712,7 @@ template <> struct On<Linear, Cpu> {
 #ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
 #define HYBRIDATTN_OPS_MOE_MOE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, options, logits, probabilities, weights, experts)      [N, E] [N, E] [N, k] [N, k]; highest first
 //   backward(backend, options, probabilities, weights, experts, d_weights, d_probability, d_logits)
@@ -5688,13 +5736,13 @@ struct Combine {};
 //   backward(backend, x, logit, d_y, d_x, d_logit) overwrites both
 struct AddGated {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/moe/cpu.hpp
 #ifndef HYBRIDATTN_OPS_MOE_CPU_HPP
 #define HYBRIDATTN_OPS_MOE_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Route, Cpu> {
   template <class T>
@@ -5818,7 +5866,7 @@ template <> struct On<AddGated, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -5828,7 +5876,7 @@ template <> struct On<AddGated, Cpu> {
 #ifndef HYBRIDATTN_NN_FEED_FORWARD_HPP
 #define HYBRIDATTN_NN_FEED_FORWARD_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // down(silu(gate x) * up x), or down(silu(gate x)) without up.
 struct Mlp {
@@ -6076,7 +6124,7 @@ struct FeedForward {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/balance_loss.hpp
@@ -6087,7 +6135,7 @@ struct FeedForward {
 #ifndef HYBRIDATTN_NN_BALANCE_LOSS_HPP
 #define HYBRIDATTN_NN_BALANCE_LOSS_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class BalanceLoss {
  public:
@@ -6144,7 +6192,7 @@ class BalanceLoss {
   double sum_of_layers_ = 0;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/attention.hpp
@@ -6152,7 +6200,7 @@ class BalanceLoss {
 #ifndef HYBRIDATTN_NN_ATTENTION_HPP
 #define HYBRIDATTN_NN_ATTENTION_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <AttentionPolicy Policy> struct Attention {
   using Config = typename Policy::Config;
@@ -6327,7 +6375,7 @@ template <AttentionPolicy Policy> struct Attention {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/block.hpp
@@ -6335,7 +6383,7 @@ template <AttentionPolicy Policy> struct Attention {
 #ifndef HYBRIDATTN_NN_BLOCK_HPP
 #define HYBRIDATTN_NN_BLOCK_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What all blocks of a model have in common.
 struct BlockConfig {
@@ -6431,7 +6479,7 @@ template <AttentionPolicy P> struct Block {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/layers.hpp
@@ -6439,7 +6487,7 @@ template <AttentionPolicy P> struct Block {
 #ifndef HYBRIDATTN_NN_LAYERS_HPP
 #define HYBRIDATTN_NN_LAYERS_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace hana = boost::hana;
 
 template <class... Ts> struct Types {};
@@ -6524,7 +6572,7 @@ template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kin
   template <class Key> auto const& get() const { return static_cast<Keyed<Key, Of<Key>> const&>(*this).value; }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/stack.hpp
@@ -6532,7 +6580,7 @@ template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kin
 #ifndef HYBRIDATTN_NN_STACK_HPP
 #define HYBRIDATTN_NN_STACK_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <AttentionPolicy... Policies> struct Stack {
   static_assert(sizeof...(Policies) > 0, "a Stack has at least one layer: Stack<GDN, Full>");
@@ -6656,7 +6704,7 @@ template <class... Ps> struct PolicyList {
 template <int times, AttentionPolicy... Policies>
 using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
@@ -6667,7 +6715,7 @@ using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::
 #ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
 #define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a batch lost, as sums over its counted tokens.
 struct LossSum {
@@ -6692,13 +6740,13 @@ struct CrossEntropy {
 //   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
 struct SoftmaxLoss {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/cross_entropy/cpu.hpp
 #ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
 #define HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
@@ -6798,7 +6846,7 @@ template <> struct On<CrossEntropy, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -6807,19 +6855,19 @@ template <> struct On<CrossEntropy, Cpu> {
 #ifndef HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
 #define HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
 //   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
 struct Embedding {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/embedding/cpu.hpp
 #ifndef HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
 #define HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Embedding, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
@@ -6838,7 +6886,7 @@ template <> struct On<Embedding, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -6848,7 +6896,7 @@ template <> struct On<Embedding, Cpu> {
 #ifndef HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 #define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
 template <class B> struct TokenBatch {
@@ -7057,7 +7105,7 @@ template <class S_> class LanguageModel {
   Params<Shapes> gradients_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/infer/cache.hpp
@@ -7066,7 +7114,7 @@ template <class S_> class LanguageModel {
 #ifndef HYBRIDATTN_INFER_CACHE_HPP
 #define HYBRIDATTN_INFER_CACHE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using TokenLists = std::vector<std::vector<std::int32_t>>;   // one list for each sequence
 
@@ -7156,7 +7204,7 @@ template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backen
   return {backend, model, size};
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/infer/extend.hpp
@@ -7164,7 +7212,7 @@ template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backen
 #ifndef HYBRIDATTN_INFER_EXTEND_HPP
 #define HYBRIDATTN_INFER_EXTEND_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
 
 // x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
@@ -7296,7 +7344,7 @@ Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
   return infer::extend(backend, model, params, tokens, cache, infer::Rows::last);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/infer/sampling.hpp
@@ -7304,7 +7352,7 @@ Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
 #ifndef HYBRIDATTN_INFER_SAMPLING_HPP
 #define HYBRIDATTN_INFER_SAMPLING_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct SamplingOptions {
   double temperature = 1;   // logits are divided by it; 0: always the likeliest token
@@ -7385,7 +7433,7 @@ class Sampler {
   double largest_ = 0;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/infer/generate.hpp
@@ -7393,7 +7441,7 @@ class Sampler {
 #ifndef HYBRIDATTN_INFER_GENERATE_HPP
 #define HYBRIDATTN_INFER_GENERATE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct GenerateOptions {
   Index max_new_tokens = 128;                    // of each sequence
@@ -7502,7 +7550,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& 
   return generate(backend, model, params, cache, prompts, options, on_token);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/pattern.hpp
@@ -7510,7 +7558,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& 
 #ifndef HYBRIDATTN_NN_PATTERN_HPP
 #define HYBRIDATTN_NN_PATTERN_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <std::size_t size> struct Text {
   char letters[size] = {};
@@ -7555,7 +7603,7 @@ template <Text text, class Letters> struct Parsed {
 
 template <Text text, class Letters = FieldLetters> using Pattern = typename detail::Parsed<text, Letters>::type;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/adamw/adamw.hpp
@@ -7564,7 +7612,7 @@ template <Text text, class Letters = FieldLetters> using Pattern = typename deta
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward(backend, rates, g, m, v, p): all [count]
 struct AdamWStep {
@@ -7575,13 +7623,13 @@ struct AdamWStep {
   };
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/adamw/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ADAMW_CPU_HPP
 #define HYBRIDATTN_OPS_ADAMW_CPU_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<AdamWStep, Cpu> {
   template <class T> static void forward(Cpu& cpu, AdamWStep::Rates r, View<T const, 1> g, View<T, 1> m, View<T, 1> v, View<T, 1> p) {
@@ -7601,7 +7649,7 @@ template <> struct On<AdamWStep, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif
 
@@ -7610,7 +7658,7 @@ template <> struct On<AdamWStep, Cpu> {
 #ifndef HYBRIDATTN_TRAIN_ADAMW_HPP
 #define HYBRIDATTN_TRAIN_ADAMW_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct AdamWOptions {
   double learning_rate = 1e-3, beta_1 = 0.9, beta_2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
@@ -7710,7 +7758,7 @@ template <class Params> class AdamW {
   std::vector<bool> decays_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/data.hpp
@@ -7718,7 +7766,7 @@ template <class Params> class AdamW {
 #ifndef HYBRIDATTN_TRAIN_DATA_HPP
 #define HYBRIDATTN_TRAIN_DATA_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 inline constexpr std::int32_t no_target = -100;   // a position whose prediction nobody judges
 
@@ -7974,7 +8022,7 @@ class RecallTask final : public DataSource {
   Stream train_{Random{seed_, "data"}};
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/schedule.hpp
@@ -7982,7 +8030,7 @@ class RecallTask final : public DataSource {
 #ifndef HYBRIDATTN_TRAIN_SCHEDULE_HPP
 #define HYBRIDATTN_TRAIN_SCHEDULE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A factor for the learning rate of step 0, 1, 2, ...: constant, or linear from 0 over warmup_steps and then half a cosine
 // down to min_rate at total_steps, where it stays.
@@ -8001,7 +8049,7 @@ struct Schedule {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/train_step.hpp
@@ -8009,7 +8057,7 @@ struct Schedule {
 #ifndef HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
 #define HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>
@@ -8094,7 +8142,7 @@ StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Para
   return accumulated_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/hybridattn.hpp
@@ -8123,7 +8171,7 @@ StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Para
 #ifndef HYBRIDATTN_IO_ATOMIC_FILE_HPP
 #define HYBRIDATTN_IO_ATOMIC_FILE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
 // instead, as on a full disk. It changes the whole process, so it is for main() to call.
@@ -8253,7 +8301,7 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
   file.commit();
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/io/safetensors.hpp
@@ -8266,7 +8314,7 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
 #ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
 #define HYBRIDATTN_IO_SAFETENSORS_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are read and written as they lie in memory");
 
@@ -8585,7 +8633,7 @@ class SafetensorsWriter {
   std::map<std::string, std::string> metadata_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/io/text.hpp
@@ -8593,7 +8641,7 @@ class SafetensorsWriter {
 #ifndef HYBRIDATTN_IO_TEXT_HPP
 #define HYBRIDATTN_IO_TEXT_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // All bytes of a file that is not empty.
 inline std::string read_text(std::filesystem::path const& path) {
@@ -8780,7 +8828,7 @@ class Reader {
 // is a single space, and blocks are paragraphs with an empty line between.
 inline std::string html_to_text(std::string_view page) { return html::Reader{page}.text(); }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/checkpoint/describe.hpp
@@ -8791,7 +8839,7 @@ inline std::string html_to_text(std::string_view page) { return html::Reader{pag
 #ifndef HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
 #define HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace checkpoint {
 
@@ -9014,7 +9062,7 @@ template <class Model> typename Model::Config configuration(Json const& json, st
 }
 
 }  // namespace checkpoint
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/checkpoint/file.hpp
@@ -9029,7 +9077,7 @@ template <class Model> typename Model::Config configuration(Json const& json, st
 #ifndef HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
 #define HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a run needs to go on, besides parameters and optimizer.
 struct Progress {
@@ -9299,7 +9347,7 @@ class File {
 };
 
 }  // namespace checkpoint
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/checkpoint.hpp
@@ -9320,7 +9368,7 @@ class File {
 #ifndef HYBRIDATTN_TRAIN_CHECKPOINT_HPP
 #define HYBRIDATTN_TRAIN_CHECKPOINT_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace checkpoint {
 
@@ -9404,7 +9452,7 @@ template <class Model> typename Model::Config checkpoint_config(CheckpointHeader
 // What stands in a file: its pattern, configuration and step, without any tensor.
 inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/train/hugging_face/table.hpp
@@ -9412,7 +9460,7 @@ inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_TABLE_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_TABLE_HPP
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 enum class Family {
   qwen3_next,    // model_type qwen3_next: projections of Gated DeltaNet fused head by head; dense layers and mixtures
@@ -9611,7 +9659,7 @@ template <class T, class F> void for_each_share(Index groups, std::vector<std::v
     }
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
 
 // ==== hybridattn/train/hugging_face/config_file.hpp
@@ -9619,7 +9667,7 @@ template <class T, class F> void for_each_share(Index groups, std::vector<std::v
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // What a config.json says, in the library's words.
 struct Settings {
@@ -9889,7 +9937,7 @@ inline std::string config_text(Settings const& s) {
   return json.dump(2) + "\n";
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
 
 // ==== hybridattn/train/hugging_face/types.hpp
@@ -9897,7 +9945,7 @@ inline std::string config_text(Settings const& s) {
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_TYPES_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_TYPES_HPP
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // A policy that released models have: its letter, and its sizes among the settings.
 template <class Policy> struct Released {
@@ -10025,7 +10073,7 @@ template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, F
   return s;
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
 
 // ==== hybridattn/train/hugging_face/weights.hpp
@@ -10033,7 +10081,7 @@ template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, F
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 class Weights {
  public:
@@ -10121,7 +10169,7 @@ class Weights {
   std::map<std::string, std::size_t> places_;   // which file
 };
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
 
 // ==== hybridattn/train/hugging_face.hpp
@@ -10138,7 +10186,7 @@ class Weights {
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
 // otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
@@ -10271,7 +10319,7 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
   write_file_atomically(folder / "config.json", config);
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
 
 // ==== hybridattn/io.hpp
@@ -10296,7 +10344,7 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
 #ifndef HYBRIDATTN_EIGEN_HPP
 #define HYBRIDATTN_EIGEN_HPP
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What view_of takes, and what an expression is evaluated into.
 template <class T> using RowMajorMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -10351,7 +10399,7 @@ template <class Matrix> auto heads_of(Matrix&& matrix, Index heads) {
   return View<typename decltype(rows)::Element, 3>{rows.data, {rows.extent(0), heads, D}, {rows.stride[0], D, Index{1}}};
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 #endif  // __has_include(<Eigen/Core>)
 

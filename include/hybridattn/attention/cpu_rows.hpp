@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <limits>
 
-namespace hybridattn::attention {
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 
 // Rows of one head, [T, D].
 template <class T> struct Rows {
@@ -157,5 +157,5 @@ HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, 
   });
 }
 
-}  // namespace hybridattn::attention
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif

@@ -9,7 +9,7 @@
 #include <hybridattn/ops/rms_norm/rms_norm.hpp>
 #include <hybridattn/ops/rope/rope.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // RMSNorm over the entries of each query and key head: y = x rstd w (plain) or x rstd (1 + w) (zero-centred).
 enum class QkNorm { none, plain, zero_centred };
@@ -98,5 +98,5 @@ struct SigmoidFinish {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

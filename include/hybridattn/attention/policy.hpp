@@ -24,7 +24,7 @@
 #include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/roles.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A step around the policy that does nothing, with no parameters: its tensors are used as they are.
 // A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
@@ -123,5 +123,5 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
   }
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -9,7 +9,7 @@
 #include <map>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
 class Pool {
@@ -86,5 +86,5 @@ template <class Op, Wrapper B> struct On<Op, B> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -2,16 +2,22 @@
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
 #define HYBRIDATTN_CORE_CHECK_HPP
 
+#include <hybridattn/core/config.hpp>
+
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 namespace hybridattn {
 
-// Everything the library throws.
+// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Throws Error with the parts written one after the other. The sentence is only built when it is needed.
 template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
@@ -23,5 +29,5 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
   if (!holds) fail(parts...);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -34,4 +34,48 @@
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
+// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+//   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
+// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
+// A function that takes a type of the library links only where the flags are the same.
+#if defined(__AVX512F__)
+#define HYBRIDATTN_ABI_VECTORS v64
+#elif defined(__AVX2__)
+#define HYBRIDATTN_ABI_VECTORS v32i
+#elif defined(__AVX__)
+#define HYBRIDATTN_ABI_VECTORS v32
+#else
+#define HYBRIDATTN_ABI_VECTORS v16
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HYBRIDATTN_ABI_FMA _fma
+#else
+#define HYBRIDATTN_ABI_FMA
+#endif
+#if defined(__AVX512BF16__)
+#define HYBRIDATTN_ABI_BF16 _bf16
+#else
+#define HYBRIDATTN_ABI_BF16
+#endif
+#if defined(_OPENMP)
+#define HYBRIDATTN_ABI_THREADS _openmp
+#else
+#define HYBRIDATTN_ABI_THREADS
+#endif
+#if HYBRIDATTN_BOUNDS_CHECKS
+#define HYBRIDATTN_ABI_CHECKS _checked
+#else
+#define HYBRIDATTN_ABI_CHECKS
+#endif
+#if HYBRIDATTN_CUDA
+#define HYBRIDATTN_ABI_COMPILER _nvcc
+#else
+#define HYBRIDATTN_ABI_COMPILER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#define HYBRIDATTN_ABI                                                                                                                   \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+                         HYBRIDATTN_ABI_COMPILER)
+
 #endif

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
 template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
@@ -34,5 +34,5 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
 constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -8,7 +8,7 @@
 #include <numbers>
 #include <string_view>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Seed {
   std::uint64_t value = 0;
@@ -48,5 +48,5 @@ class Random {
   std::uint64_t key_, counter_ = 0;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
 // Nothing in one sequence ever meets another.
@@ -97,5 +97,5 @@ class Sequences {
   std::vector<std::int32_t> positions_, owners_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

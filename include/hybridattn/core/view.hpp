@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <type_traits>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
@@ -94,5 +94,5 @@ template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.
 // All elements in a line.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // fast(std::integral_constant<Index, n>{}) when n is one of the values, generic() otherwise.
 template <Index... values, class Fast, class Generic> void with_constant(Index n, Fast&& fast, Generic&& generic) {
@@ -14,5 +14,5 @@ template <Index... values, class Fast, class Generic> void with_constant(Index n
   if (!found) generic();
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -7,7 +7,7 @@
 
 #include <span>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using TokenLists = std::vector<std::vector<std::int32_t>>;   // one list for each sequence
 
@@ -97,5 +97,5 @@ template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backen
   return {backend, model, size};
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

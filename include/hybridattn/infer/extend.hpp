@@ -4,7 +4,7 @@
 
 #include <hybridattn/infer/cache.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
 
 // x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
@@ -136,5 +136,5 @@ Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
   return infer::extend(backend, model, params, tokens, cache, infer::Rows::last);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -7,7 +7,7 @@
 
 #include <chrono>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct GenerateOptions {
   Index max_new_tokens = 128;                    // of each sequence
@@ -116,5 +116,5 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& 
   return generate(backend, model, params, cache, prompts, options, on_token);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

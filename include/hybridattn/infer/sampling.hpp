@@ -12,7 +12,7 @@
 #include <span>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct SamplingOptions {
   double temperature = 1;   // logits are divided by it; 0: always the likeliest token
@@ -93,5 +93,5 @@ class Sampler {
   double largest_ = 0;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

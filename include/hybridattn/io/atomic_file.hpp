@@ -17,7 +17,7 @@
 #include <string_view>
 #include <utility>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
 // instead, as on a full disk. It changes the whole process, so it is for main() to call.
@@ -147,5 +147,5 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
   file.commit();
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

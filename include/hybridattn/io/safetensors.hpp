@@ -21,7 +21,7 @@
 #include <string>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are read and written as they lie in memory");
 
@@ -340,5 +340,5 @@ class SafetensorsWriter {
   std::map<std::string, std::string> metadata_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // All bytes of a file that is not empty.
 inline std::string read_text(std::filesystem::path const& path) {
@@ -201,5 +201,5 @@ class Reader {
 // is a single space, and blocks are paragraphs with an empty line between.
 inline std::string html_to_text(std::string_view page) { return html::Reader{page}.text(); }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

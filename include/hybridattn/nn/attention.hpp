@@ -7,7 +7,7 @@
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
 #include <hybridattn/ops/linear/linear.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <AttentionPolicy Policy> struct Attention {
   using Config = typename Policy::Config;
@@ -182,5 +182,5 @@ template <AttentionPolicy Policy> struct Attention {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

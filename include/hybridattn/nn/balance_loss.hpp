@@ -7,7 +7,7 @@
 
 #include <hybridattn/nn/feed_forward.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class BalanceLoss {
  public:
@@ -64,5 +64,5 @@ class BalanceLoss {
   double sum_of_layers_ = 0;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

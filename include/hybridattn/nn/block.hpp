@@ -6,7 +6,7 @@
 #include <hybridattn/nn/feed_forward.hpp>
 #include <hybridattn/ops/rms_norm/rms_norm.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What all blocks of a model have in common.
 struct BlockConfig {
@@ -102,5 +102,5 @@ template <AttentionPolicy P> struct Block {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // down(silu(gate x) * up x), or down(silu(gate x)) without up.
 struct Mlp {
@@ -261,5 +261,5 @@ struct FeedForward {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -5,7 +5,7 @@
 #include <hybridattn/core/view.hpp>
 #include <hybridattn/tensor/initial.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Initialization {
   double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
@@ -19,5 +19,5 @@ struct Initialization {
   Initial embedding() const { return Initial::normal(embedding_deviation); }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

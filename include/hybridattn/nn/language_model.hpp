@@ -8,7 +8,7 @@
 #include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
 #include <hybridattn/ops/embedding/embedding.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
 template <class B> struct TokenBatch {
@@ -217,5 +217,5 @@ template <class S_> class LanguageModel {
   Params<Shapes> gradients_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -9,7 +9,7 @@
 #include <boost/hana/tuple.hpp>
 #include <boost/hana/type.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace hana = boost::hana;
 
 template <class... Ts> struct Types {};
@@ -94,5 +94,5 @@ template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kin
   template <class Key> auto const& get() const { return static_cast<Keyed<Key, Of<Key>> const&>(*this).value; }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -5,7 +5,7 @@
 #include <hybridattn/attention/attention.hpp>
 #include <hybridattn/nn/stack.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <std::size_t size> struct Text {
   char letters[size] = {};
@@ -50,5 +50,5 @@ template <Text text, class Letters> struct Parsed {
 
 template <Text text, class Letters = FieldLetters> using Pattern = typename detail::Parsed<text, Letters>::type;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -5,7 +5,7 @@
 #include <hybridattn/nn/block.hpp>
 #include <hybridattn/nn/layers.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <AttentionPolicy... Policies> struct Stack {
   static_assert(sizeof...(Policies) > 0, "a Stack has at least one layer: Stack<GDN, Full>");
@@ -129,5 +129,5 @@ template <class... Ps> struct PolicyList {
 template <int times, AttentionPolicy... Policies>
 using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -4,7 +4,7 @@
 
 #include <hybridattn/core/random.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A distribution with two numbers.
 struct Initial {
@@ -41,5 +41,5 @@ struct Initial {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

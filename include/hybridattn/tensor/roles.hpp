@@ -23,7 +23,7 @@
 #include <string_view>
 #include <tuple>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class T> struct WideOf {
   using type = T;
@@ -217,5 +217,5 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
   return total;
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
@@ -78,5 +78,5 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
   upload(backend, std::span<T const>(host), tensor);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -6,7 +6,7 @@
 #include <hybridattn/testing/fenced.hpp>
 #include <hybridattn/testing/traits.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
@@ -274,5 +274,5 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   std::string name_;
 };
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -5,7 +5,7 @@
 
 #include <hybridattn/testing/host_tensor.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 // What a forward and a backward read.
 struct Case {
@@ -122,5 +122,5 @@ inline HostGroup all_nan(HostGroup x) {
   return x;
 }
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

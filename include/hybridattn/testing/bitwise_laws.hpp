@@ -4,7 +4,7 @@
 
 #include <hybridattn/testing/any_policy.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 struct Verdict {
   std::string law;
@@ -241,5 +241,5 @@ inline Verdict same_on_both(AnyPolicy const& a, AnyPolicy const& b) {
       "same on both", detail::told(detail::first_difference_of_runs(a.run(x, {}), b.run(x, {})), "on the first backend and on the second"));
 }
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

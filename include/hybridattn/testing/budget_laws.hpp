@@ -4,7 +4,7 @@
 
 #include <hybridattn/testing/bitwise_laws.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
@@ -278,5 +278,5 @@ inline Verdict memory_as_announced(AnyPolicy const& policy) {
                        [&] { return growth("scratch memory", &Footprint::scratch); }));
 }
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -4,7 +4,7 @@
 
 #include <hybridattn/testing/budget_laws.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 namespace detail {
 
 // Calls that read each sequence to its end; next(call, sequence's length, what is left of it) says how many tokens a call gives it.
@@ -170,5 +170,5 @@ inline Verdict decodes_cleanly(AnyPolicy const& policy) {
                        }));
 }
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

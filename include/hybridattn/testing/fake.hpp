@@ -9,7 +9,7 @@
 
 #include <utility>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 // Operations run on the Cpu inside, whose scratch memory is its own.
 class Fake {
@@ -71,5 +71,5 @@ class Fake {
 };
 static_assert(Backend<Fake> && Wrapper<Fake>);
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

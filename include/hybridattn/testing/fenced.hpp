@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 // Where the elements of a tensor stand in its block, counted in elements.
 struct Layout {
@@ -112,5 +112,5 @@ template <class T, class B> struct FencedRole {
   template <int Rank> using State = Fenced<wide_t<T>, Rank, B>;
 };
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 inline constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
@@ -147,5 +147,5 @@ inline Sequences packed(std::vector<Index> const& lengths) {
   return Sequences::packed(offsets);
 }
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

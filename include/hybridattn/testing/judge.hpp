@@ -9,7 +9,7 @@
 #include <hybridattn/testing/budget_laws.hpp>
 #include <hybridattn/testing/decoding_laws.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 struct Law {
   char const* name;
@@ -60,5 +60,5 @@ template <class P, class B, class T> std::vector<Verdict> judge() {
   return verdicts;
 }
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

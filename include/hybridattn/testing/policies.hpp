@@ -9,7 +9,7 @@
 #include <hybridattn/attention/gdn/reference.hpp>
 #include <hybridattn/testing/traits.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
@@ -260,5 +260,5 @@ template <SparseOptions O> struct Choices<SparseAttention<O>> {
   }
 };
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -7,7 +7,7 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/testing/host_tensor.hpp>
 
-namespace hybridattn::testing {
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 // At which sizes a policy is judged, and on which inputs. Specialise as `struct Samples<Mine> : PlainSamples<Mine>`.
 template <class P> struct PlainSamples {
@@ -56,5 +56,5 @@ template <class P> struct Reference : PlainReference<P> {};
 // wrong with the choices in `saved`, made in a scalar with that eps; "" if they are right. The tensors are in double.
 template <class P> struct Choices {};
 
-}  // namespace hybridattn::testing
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

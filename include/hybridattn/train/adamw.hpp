@@ -10,7 +10,7 @@
 #include <functional>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct AdamWOptions {
   double learning_rate = 1e-3, beta_1 = 0.9, beta_2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
@@ -110,5 +110,5 @@ template <class Params> class AdamW {
   std::vector<bool> decays_;
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

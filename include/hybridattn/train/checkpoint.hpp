@@ -18,7 +18,7 @@
 #include <hybridattn/train/checkpoint/describe.hpp>
 #include <hybridattn/train/checkpoint/file.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace checkpoint {
 
@@ -102,5 +102,5 @@ template <class Model> typename Model::Config checkpoint_config(CheckpointHeader
 // What stands in a file: its pattern, configuration and step, without any tensor.
 inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 inline constexpr std::int32_t no_target = -100;   // a position whose prediction nobody judges
 
@@ -270,5 +270,5 @@ class RecallTask final : public DataSource {
   Stream train_{Random{seed_, "data"}};
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

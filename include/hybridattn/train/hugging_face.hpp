@@ -19,7 +19,7 @@
 
 #include <deque>
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
 // otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
@@ -152,5 +152,5 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
   write_file_atomically(folder / "config.json", config);
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif

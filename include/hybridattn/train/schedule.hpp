@@ -9,7 +9,7 @@
 #include <cmath>
 #include <numbers>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A factor for the learning rate of step 0, 1, 2, ...: constant, or linear from 0 over warmup_steps and then half a cosine
 // down to min_rate at total_steps, where it stays.
@@ -28,5 +28,5 @@ struct Schedule {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -10,7 +10,7 @@
 #include <array>
 #include <span>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>
@@ -95,5 +95,5 @@ StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Para
   return accumulated_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -8,7 +8,7 @@
 #include <hybridattn/attention/dsa/dsa.hpp>
 #include <hybridattn/core/with_constant.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
 
 // Views that are not there want no gradient.
@@ -87,5 +87,5 @@ template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

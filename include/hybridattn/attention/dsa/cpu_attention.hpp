@@ -8,7 +8,7 @@
 #include <limits>
 #include <numeric>
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // The keys that each query attends to: those it chose, or in the dense warm-up all that it sees.
 class KeySets {
@@ -139,5 +139,5 @@ void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, 
   });
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif

@@ -6,7 +6,7 @@
 #include <hybridattn/attention/dsa/cpu_attention.hpp>
 #include <hybridattn/attention/dsa/cpu_indexer.hpp>
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // A few queries at a time: threads share out the panels of keys, then the queries.
 template <class T> class CachedIndexer {
@@ -101,5 +101,5 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
   });
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif

@@ -7,7 +7,7 @@
 #include <hybridattn/backend/cpu/tile.hpp>
 #include <hybridattn/ops/top_k/top_k.hpp>
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 inline constexpr int panel_vectors = 4;
 template <class T> inline constexpr Index panel_keys = panel_vectors * cpu::lanes<T>;
@@ -147,5 +147,5 @@ void choose_keys(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s,
   });
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif

@@ -6,7 +6,7 @@
 
 #include <numbers>
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // What a query's indexer says, and what it should say: numbers for each of its keys, in memory of the caller.
 template <class T> class KlQuery {
@@ -224,5 +224,5 @@ void index_loss_backward(Cpu& cpu, KeySets const& sets, Config const& c, Sequenc
   KlBackward<T>{cpu, sets, c, s, x, saved, d_loss, d_x}.run();
 }
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif

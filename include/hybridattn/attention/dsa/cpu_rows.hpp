@@ -4,7 +4,7 @@
 
 #include <hybridattn/attention/cpu_rows.hpp>
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
     attention::weighted_rows;
@@ -17,5 +17,5 @@ struct Keys {
   HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
 };
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif

@@ -19,7 +19,7 @@
 
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
 
 // The steps around it in a layer: steps.hpp.
@@ -87,7 +87,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
 };
 using DSA = SparseAttention<>;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/attention/dsa/steps.hpp>
 

@@ -11,7 +11,7 @@
 #include <numeric>
 #include <vector>
 
-namespace hybridattn::dsa::reference {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa::reference {
 
 // I_ts of query n and key s, both counted from the start of the batch.
 template <class T> T score(Config const& c, Inputs<In<T>> x, Index n, Index s) {
@@ -192,5 +192,5 @@ void backward(SparseOptions, Config const& c, Sequences const& s, Inputs<In<T>> 
     index_loss_backward<T>(c, s, x, saved, static_cast<T>(d_y.auxiliary_loss(0)), d_x);
 }
 
-}  // namespace hybridattn::dsa::reference
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa::reference
 #endif

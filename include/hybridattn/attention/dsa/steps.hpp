@@ -6,7 +6,7 @@
 #include <hybridattn/attention/heads.hpp>
 #include <hybridattn/ops/layer_norm/layer_norm.hpp>
 
-namespace hybridattn::dsa {
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 template <class S> struct PrepareParams {
   Wide<S, 1> q_norm, k_norm;                  // [D], or nothing without qk_norm
@@ -92,5 +92,5 @@ template <SparseOptions O> struct Prepare {
   template <class T> static View<T, 3> one_head(View<T, 2> x) { return {x.data, {x.extent(0), 1, x.extent(1)}}; }
 };
 
-}  // namespace hybridattn::dsa
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct SparseOptions {
   int top_k = 64;                        // keys a query attends to; 0: top_k_percent says it
@@ -69,5 +69,5 @@ inline Index selection_size(SparseOptions o, Index length) {
 }
 
 }  // namespace dsa
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

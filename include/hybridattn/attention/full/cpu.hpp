@@ -7,7 +7,7 @@
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/core/with_constant.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
 
 // Tasks are pieces of a head's queries, those with the most keys first; whole heads on one thread, or if there are many.
@@ -153,5 +153,5 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -10,7 +10,7 @@
 
 #include <limits>
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 // One query head: what forward read and left, and what backward writes.
 template <class T> struct BackwardRows {
@@ -142,5 +142,5 @@ template <class T, class Dim> class BackwardHead {
   T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
 };
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif

@@ -7,7 +7,7 @@
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/backend/cpu/cpu.hpp>
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 // Keys and values of one head of one sequence, cached and new ones.
 template <class T> class SequenceKeys {
@@ -104,5 +104,5 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
   });
 }
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif

@@ -13,7 +13,7 @@
 #include <limits>
 #include <numbers>
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 inline constexpr Index forward_keys = 128;   // keys of a block; 64 to 256 are equally fast
 
@@ -170,5 +170,5 @@ template <class T, class Dim> class ForwardBlock {
   Vec reference_[NV], sum_[NV];
 };
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif

@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 inline constexpr int tile_vectors = 2;
 template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
@@ -99,5 +99,5 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_colu
   if (d < D) f(d, std::integral_constant<int, 1>{});
 }
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif

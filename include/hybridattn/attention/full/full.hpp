@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct FullOptions {
   int window = 0;                        // a query sees its last `window` keys, itself included; 0: all
@@ -94,7 +94,7 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
 };
 using Full = FullAttention<>;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/attention/full/steps.hpp>
 

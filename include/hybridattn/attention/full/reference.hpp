@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <limits>
 
-namespace hybridattn::full::reference {
+namespace hybridattn::inline HYBRIDATTN_ABI::full::reference {
 
 // f(h, hk, i, first): query i of head h reads the keys first .. i of head hk; i and first count from the batch's first token.
 template <class F> void for_each_query(FullOptions o, Config const& c, Sequences const& s, F f) {
@@ -60,5 +60,5 @@ void backward(FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> 
   });
 }
 
-}  // namespace hybridattn::full::reference
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full::reference
 #endif

@@ -5,7 +5,7 @@
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/attention/heads.hpp>
 
-namespace hybridattn::full {
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 template <class S> struct PrepareParams {
   Wide<S, 1> q_norm, k_norm;  // [D], or nothing without qk_norm
@@ -49,5 +49,5 @@ template <FullOptions O> struct Prepare {
   }
 };
 
-}  // namespace hybridattn::full
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif

@@ -9,7 +9,7 @@
 #include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/backend/cpu/cpu.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
 namespace detail {
 
@@ -242,5 +242,5 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

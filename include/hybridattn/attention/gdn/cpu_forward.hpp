@@ -7,7 +7,7 @@
 
 #include <hybridattn/attention/gdn/cpu_groups.hpp>
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // What the tokens of a group have to do with each other and with the state; S = carry * stored.
 template <class T> struct ForwardTerms {
@@ -140,5 +140,5 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
   }
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif

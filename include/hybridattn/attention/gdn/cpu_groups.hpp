@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
@@ -213,5 +213,5 @@ template <class T> void write_state(T const* state, T carry, Index i, Index h, I
   }
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif

@@ -10,7 +10,7 @@
 #include <hybridattn/attention/gdn/cpu_reverse.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // What the forward sweep needs; S = carry * stored.
 template <class T> struct RebuildTerms {
@@ -144,5 +144,5 @@ template <class T> double dot_transposed(View<T const, 4> states, Index i, Index
   return sum;
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif

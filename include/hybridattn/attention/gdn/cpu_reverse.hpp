@@ -8,7 +8,7 @@
 
 #include <hybridattn/attention/gdn/cpu_groups.hpp>
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // The rows of a block. d_v holds w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
@@ -203,5 +203,5 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
   }
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif

@@ -6,7 +6,7 @@
 #include <hybridattn/attention/gdn/cpu_groups.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 
-namespace hybridattn::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 // One token of one head.
 template <class T> struct Token {
@@ -49,5 +49,5 @@ template <class T> void step_head(Token<T> const& t, Index V) {
   cpu::for_each_vector<T>(v, V, [&](cpu::Slot<T> slot) { step_columns<1>(t, slot); });
 }
 
-}  // namespace hybridattn::gdn::detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif

@@ -18,7 +18,7 @@
 
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct GdnOptions {
   int conv_width = 4;                 // short causal convolution on q, k, v; 0: none, only silu
@@ -117,7 +117,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
 };
 using GDN = GatedDeltaNet<>;
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/attention/gdn/steps.hpp>
 

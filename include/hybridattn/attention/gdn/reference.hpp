@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-namespace hybridattn::gdn::reference {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::reference {
 
 // f(i, h, hk): value head h of sequence i, with the queries and keys of head hk.
 template <class F> void for_each_head(Config const& c, Sequences const& s, F f) {
@@ -100,5 +100,5 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
   });
 }
 
-}  // namespace hybridattn::gdn::reference
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::reference
 #endif

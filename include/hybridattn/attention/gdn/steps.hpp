@@ -12,7 +12,7 @@
 #include <hybridattn/ops/l2_norm/l2_norm.hpp>
 #include <hybridattn/ops/rms_norm/rms_norm.hpp>
 
-namespace hybridattn::gdn {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 template <class S> struct PrepareParams {
   Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap meets the token itself
@@ -130,5 +130,5 @@ template <GdnOptions O> struct Finish {
   template <class T> static View<T, 2> rows_or_none(View<T, 3> z) { return z.empty() ? View<T, 2>{} : head_rows(z); }
 };
 
-}  // namespace hybridattn::gdn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
 #endif

@@ -13,7 +13,7 @@
 #include <omp.h>
 #endif
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
@@ -94,5 +94,5 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
   });
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

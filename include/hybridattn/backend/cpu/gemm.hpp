@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
 template <class T> struct Operand {
@@ -111,5 +111,5 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   });
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif

@@ -11,7 +11,7 @@
 #include <limits>
 #include <utility>
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
 #if defined(__AVX512F__)
@@ -210,5 +210,5 @@ template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
   for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif

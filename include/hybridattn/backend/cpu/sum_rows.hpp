@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
 template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
@@ -24,5 +24,5 @@ template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> 
     for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif

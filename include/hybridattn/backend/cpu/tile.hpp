@@ -4,7 +4,7 @@
 
 #include <hybridattn/backend/cpu/simd.hpp>
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
 // exchanged by exchanging the strides, so a transposed operand costs nothing.
@@ -47,5 +47,5 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
   }
 }
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif

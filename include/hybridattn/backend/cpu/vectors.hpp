@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-namespace hybridattn::cpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // `count` elements from i on: all lanes, or the last ones of a row.
 template <class T> struct Slot {
@@ -41,5 +41,5 @@ template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sq
 // and combine them in order, whatever the threads.
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
-}  // namespace hybridattn::cpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif

@@ -5,7 +5,7 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward(backend, rates, g, m, v, p): all [count]
 struct AdamWStep {
@@ -16,7 +16,7 @@ struct AdamWStep {
   };
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/adamw/cpu.hpp>
 

@@ -5,7 +5,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/adamw/adamw.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<AdamWStep, Cpu> {
   template <class T> static void forward(Cpu& cpu, AdamWStep::Rates r, View<T const, 1> g, View<T, 1> m, View<T, 1> v, View<T, 1> p) {
@@ -25,5 +25,5 @@ template <> struct On<AdamWStep, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -4,7 +4,7 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
@@ -17,7 +17,7 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
   return x;
 }
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/arithmetic/cpu.hpp>
 

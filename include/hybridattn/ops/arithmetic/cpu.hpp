@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Fill, Cpu> {
   template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
@@ -54,5 +54,5 @@ template <> struct On<SumOfSquares, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -9,7 +9,7 @@
 #include <hybridattn/core/sequences.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 enum class Activation { none, silu };
 
@@ -19,7 +19,7 @@ enum class Activation { none, silu };
 // convolution: y = silu(x). Backward overwrites everything.
 struct CausalConv1d {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/causal_conv1d/cpu.hpp>
 

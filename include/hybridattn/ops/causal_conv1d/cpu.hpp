@@ -4,7 +4,7 @@
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu::detail {
 
 // The inputs of a convolution as rows: of x, of the initial state, or nothing.
@@ -146,5 +146,5 @@ template <> struct On<CausalConv1d, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

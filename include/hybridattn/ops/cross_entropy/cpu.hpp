@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
@@ -107,5 +107,5 @@ template <> struct On<CrossEntropy, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

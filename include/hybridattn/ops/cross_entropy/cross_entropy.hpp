@@ -8,7 +8,7 @@
 #include <hybridattn/core/check.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a batch lost, as sums over its counted tokens.
 struct LossSum {
@@ -33,7 +33,7 @@ struct CrossEntropy {
 //   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
 struct SoftmaxLoss {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/cross_entropy/cpu.hpp>
 

@@ -4,13 +4,13 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
 //   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
 struct Embedding {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/embedding/cpu.hpp>
 

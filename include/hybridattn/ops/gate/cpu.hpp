@@ -5,7 +5,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/gate/gate.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Swiglu, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
@@ -52,5 +52,5 @@ template <> struct On<SigmoidGate, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

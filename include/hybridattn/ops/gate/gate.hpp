@@ -8,14 +8,14 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward(backend, gate, up, y);   backward(backend, gate, up, d_y, d_gate, d_up)     up and d_up may be empty
 struct Swiglu {};
 //   forward(backend, x, z, y);       backward(backend, x, z, d_y, d_x, d_z)
 struct SigmoidGate {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/gate/cpu.hpp>
 

@@ -5,7 +5,7 @@
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/ops/gdn_gate/gdn_gate.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: one number a head and token.
 template <> struct On<GdnGate, Cpu> {
@@ -39,5 +39,5 @@ template <> struct On<GdnGate, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

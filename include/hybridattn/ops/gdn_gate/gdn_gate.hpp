@@ -6,13 +6,13 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
 //   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
 struct GdnGate {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/gdn_gate/cpu.hpp>
 

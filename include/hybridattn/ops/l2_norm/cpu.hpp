@@ -5,7 +5,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/l2_norm/l2_norm.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<L2Norm, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
@@ -40,5 +40,5 @@ template <> struct On<L2Norm, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -4,7 +4,7 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, y)            x, y [N, C]
 //   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
@@ -12,7 +12,7 @@ struct L2Norm {
   static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/l2_norm/cpu.hpp>
 

@@ -4,7 +4,7 @@
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/ops/layer_norm/layer_norm.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
 template <> struct On<LayerNorm, Cpu> {
@@ -49,5 +49,5 @@ template <> struct On<LayerNorm, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

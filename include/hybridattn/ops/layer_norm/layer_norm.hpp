@@ -5,13 +5,13 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, eps, x, w, b, y)
 //   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
 struct LayerNorm {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/layer_norm/cpu.hpp>
 

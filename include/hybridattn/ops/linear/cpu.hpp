@@ -4,7 +4,7 @@
 #include <hybridattn/backend/cpu/gemm.hpp>
 #include <hybridattn/ops/linear/linear.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Linear, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
@@ -17,5 +17,5 @@ template <> struct On<Linear, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

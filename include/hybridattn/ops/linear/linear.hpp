@@ -5,14 +5,14 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w): adds to d_x, since several projections may read x; overwrites d_w. An empty
 //   d_x or d_w is not wanted.
 struct Linear {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/linear/cpu.hpp>
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Route, Cpu> {
   template <class T>
@@ -133,5 +133,5 @@ template <> struct On<AddGated, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -9,7 +9,7 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, options, logits, probabilities, weights, experts)      [N, E] [N, E] [N, k] [N, k]; highest first
 //   backward(backend, options, probabilities, weights, experts, d_weights, d_probability, d_logits)
@@ -33,7 +33,7 @@ struct Combine {};
 //   backward(backend, x, logit, d_y, d_x, d_logit) overwrites both
 struct AddGated {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/moe/cpu.hpp>
 

@@ -6,7 +6,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/rms_norm/rms_norm.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu::detail {
 
 template <class T> T row_rstd(T const* x, Index C, double eps) {
@@ -96,5 +96,5 @@ template <> struct On<GatedRmsNorm, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

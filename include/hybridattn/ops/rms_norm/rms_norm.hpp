@@ -7,7 +7,7 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 enum class NormWeight { plain, zero_centred };
 
@@ -24,7 +24,7 @@ struct RmsNorm {
 //   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
 struct GatedRmsNorm {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/rms_norm/cpu.hpp>
 

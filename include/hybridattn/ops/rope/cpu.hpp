@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Rope, Cpu> {
   template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
@@ -60,5 +60,5 @@ template <> struct On<Rope, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

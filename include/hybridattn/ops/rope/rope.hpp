@@ -6,7 +6,7 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
 //   angles  (backend, options, positions, angles)            of these positions [P]
@@ -21,7 +21,7 @@ struct Rope {
   };
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/rope/cpu.hpp>
 

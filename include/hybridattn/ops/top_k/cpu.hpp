@@ -10,7 +10,7 @@
 #include <limits>
 #include <numeric>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu {
 
 // One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
@@ -108,5 +108,5 @@ template <> struct On<TopK, Cpu> {
   }
 };
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -6,12 +6,12 @@
 
 #include <hybridattn/tensor/tensor.hpp>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
 struct TopK {};
 
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/top_k/cpu.hpp>
 

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace checkpoint {
 
@@ -240,5 +240,5 @@ template <class Model> typename Model::Config configuration(Json const& json, st
 }
 
 }  // namespace checkpoint
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

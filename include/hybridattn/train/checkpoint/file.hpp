@@ -18,7 +18,7 @@
 #include <string_view>
 #include <vector>
 
-namespace hybridattn {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a run needs to go on, besides parameters and optimizer.
 struct Progress {
@@ -288,5 +288,5 @@ class File {
 };
 
 }  // namespace checkpoint
-}  // namespace hybridattn
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

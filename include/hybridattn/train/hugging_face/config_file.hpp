@@ -15,7 +15,7 @@
 #include <filesystem>
 #include <set>
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // What a config.json says, in the library's words.
 struct Settings {
@@ -285,5 +285,5 @@ inline std::string config_text(Settings const& s) {
   return json.dump(2) + "\n";
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 enum class Family {
   qwen3_next,    // model_type qwen3_next: projections of Gated DeltaNet fused head by head; dense layers and mixtures
@@ -210,5 +210,5 @@ template <class T, class F> void for_each_share(Index groups, std::vector<std::v
     }
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif

@@ -6,7 +6,7 @@
 #include <hybridattn/train/hugging_face/config_file.hpp>
 #include <hybridattn/train/hugging_face/table.hpp>
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // A policy that released models have: its letter, and its sizes among the settings.
 template <class Policy> struct Released {
@@ -134,5 +134,5 @@ template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, F
   return s;
 }
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif

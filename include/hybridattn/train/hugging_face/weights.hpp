@@ -10,7 +10,7 @@
 #include <map>
 #include <set>
 
-namespace hybridattn::hugging_face {
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 class Weights {
  public:
@@ -98,5 +98,5 @@ class Weights {
   std::map<std::string, std::size_t> places_;   // which file
 };
 
-}  // namespace hybridattn::hugging_face
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
