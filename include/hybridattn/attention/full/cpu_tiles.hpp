@@ -64,7 +64,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T>
     if (k < 0 || k >= band.depth) return;
     cpu::Vec<T> column[NV];
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = cpu::load(b.data + k * b.depth + v * cpu::lanes<T>);
+    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
     HYBRIDATTN_UNROLL
     for (int r = 0; r < MR; ++r) {
       if (!takes_part(r)) continue;

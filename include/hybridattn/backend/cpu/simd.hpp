@@ -45,6 +45,16 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
   alignas(vector_bytes) T buffer[lanes<T>] = {};
   std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
@@ -184,19 +194,30 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 }
 
 namespace detail {
-template <int offset, class V, std::size_t... i>
-HYBRIDATTN_INLINE V every_second(V a, V b, std::index_sequence<i...>) {  // of a, then of b
-  return __builtin_shufflevector(a, b, (2 * static_cast<int>(i) + offset)...);
+// A register is made of parts of 16 bytes. A shuffle inside parts is cheap, one across them is dear: sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <int size, bool upper, int m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
+  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
 }
-template <class T> HYBRIDATTN_INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
-  return every_second<0>(a, b, Lanes{}) + every_second<1>(a, b, Lanes{});
+// Every second part of m elements, of a, then of b.
+template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
 }
-// Count vectors hold, one after the other, `left` partial sums for each of the sums.
+// Count vectors hold sums that are still spread over `left` places of each vector.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < (Count + 1) / 2; ++i) x[i] = add_neighbours<T>(x[2 * i], x[Count == 1 ? 0 : 2 * i + 1]);
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
     halve<(Count + 1) / 2, left / 2, T>(x);
   }
 }

@@ -32,7 +32,7 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
   for (Index k = 0; k < depth; ++k) {
     Vec<T> column[NV];
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = load(b.data + k * b.depth + v * lanes<T>);
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
     HYBRIDATTN_UNROLL
     for (int r = 0; r < MR; ++r) {
       T const x = a.data[r * a.row + k * a.depth];
