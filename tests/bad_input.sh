@@ -53,16 +53,18 @@ refused "--no-such-option" --no-such-option
 grep -qi "large\|space" "$folder/full.err" || complain "a full disk is not named: $(cat "$folder/full.err")"
 [[ -z $(ls -A "$folder/full") ]] || complain "a full disk left $(ls "$folder/full")"
 
-# Ctrl-C keeps what is finished and says so.
-"$sweep" --out "$folder/stopped" --data "$folder/text" --steps 20 --seq-len 16 --patterns LLLL,LLLL,FFFF,FFFF,FFFF,FFFF,FFFF,FFFF >"$folder/stdout" 2>"$folder/stderr" &
-pid=$!
-for _ in $(seq 600); do
-  [[ -e $folder/stopped/linear_only.jsonl ]] && break
-  sleep 0.05
+# Ctrl-C keeps what is finished and says so. A sweep that was done before it is tried again with more steps.
+for steps in 20 200 2000 20000; do
+  rm -rf "$folder/stopped"
+  "$sweep" --out "$folder/stopped" --data "$folder/text" --steps $steps --seq-len 16 --patterns LLLL,LLLL,FFFF,FFFF,FFFF,FFFF,FFFF,FFFF >"$folder/stdout" 2>"$folder/stderr" &
+  pid=$!
+  until [[ -e $folder/stopped/linear_only.jsonl ]] || ! kill -0 $pid 2>/dev/null; do sleep 0.01; done   # the event, however long it takes
+  kill -INT $pid 2>/dev/null
+  wait $pid
+  status=$?
+  ((status == 0)) || break
 done
-kill -INT $pid
-wait $pid
-(($? == 130)) || complain "an interrupted sweep does not end with exit code 130"
+((status == 130)) || complain "an interrupted sweep does not end with exit code 130"
 grep -q "interrupted: .* are finished and kept" "$folder/stdout" || complain "an interrupted sweep does not say what it keeps"
 [[ -s $folder/stopped/comprehensive_comparison.json ]] || complain "an interrupted sweep left no results"
 compgen -G "$folder/stopped/*.partial" >/dev/null && complain "an interrupted sweep left a half-written file"

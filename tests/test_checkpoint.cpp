@@ -429,11 +429,11 @@ class Child {
     ::kill(process_, SIGKILL);
     ::waitpid(process_, nullptr, 0);
   }
-  // The next number it reports; nothing when it takes longer, or has ended.
-  std::optional<Index> report(int milliseconds) {
+  // The next number it reports; nothing when it has ended, or has not reported yet and we do not wait.
+  std::optional<Index> report(bool wait) {
     pollfd wanted{reports_.number(), POLLIN, 0};
     Index number = 0;
-    bool const there = ::poll(&wanted, 1, milliseconds) == 1 && ::read(reports_.number(), &number, sizeof number) == sizeof number;
+    bool const there = ::poll(&wanted, 1, wait ? -1 : 0) == 1 && ::read(reports_.number(), &number, sizeof number) == sizeof number;
     return there ? std::optional(number) : std::nullopt;
   }
 
@@ -471,10 +471,10 @@ TEST_CASE("killed at any moment, the last finished checkpoint opens, and the run
   for (int round = 0; round < 20; ++round) {
     Child child{"[.trains]", folder.path()};
     // Every second one may die before it has done anything, the others while they train.
-    if (round % 2 == 0) finished = child.report(60'000).value_or(finished);
+    if (round % 2 == 0) finished = child.report(true).value_or(finished);
     std::this_thread::sleep_for(std::chrono::microseconds(random.below(round % 2 == 0 ? 50'000 : 100'000)));
     child.kill();
-    while (auto const step = child.report(0)) finished = *step;
+    while (auto const step = child.report(false)) finished = *step;
     in_the_middle += std::distance(std::filesystem::directory_iterator{folder.path()}, {}) > 1;
     if (finished == 0 && !std::filesystem::exists(path)) continue;
     auto const header = ha::read_checkpoint_header(path);
