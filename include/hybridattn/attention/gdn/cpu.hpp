@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 
+#include <hybridattn/attention/gdn/cpu_decay.hpp>
 #include <hybridattn/attention/gdn/cpu_forward.hpp>
 #include <hybridattn/attention/gdn/cpu_rebuild.hpp>
 #include <hybridattn/attention/gdn/cpu_reverse.hpp>
@@ -61,21 +62,26 @@ template <class T> struct BackwardScratch {
   Index K, V;
   T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
   T* panels;                         // the rows of the panels in turn
-  Rows<T> q, k, v, error, d_o, d_v;  // one block each, for rows that are not used where they stand
+  T* crossing;                       // of one block, for d_g
+  Rows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
   Rows<T> d_q, d_k;                  // one block of one value head
   T* state_error;                    // X e of all tokens of a head
+  T* gradients;                      // an X of each block, for d_g
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    return 2 * K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * 4 * (K + V) + round_up(longest, group_tokens) * K;
+    return 2 * K * V + (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+           round_up(longest, group_tokens) * K + ceil_div(longest, block_tokens) * K * V;
   }
-  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_) : K(K_), V(V_), handover(handover_) {
+  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
     auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
     gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
-    q = take_rows(K), k = take_rows(K), v = take_rows(V), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
+    crossing = take(block_groups * crossing_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
     d_q = take_rows(K), d_k = take_rows(K);
-    state_error = memory;
+    state_error = take(round_up(longest, group_tokens) * K);
+    gradients = memory;
   }
 };
 
@@ -95,16 +101,16 @@ template <class T> struct BackwardCall {
             .V = scratch.V,
             .q = rows_to_read(x.q, block, hk, scratch.q),
             .k = rows_to_read(x.k, block, hk, scratch.k),
-            .v = rows_to_read(x.v, block, h, scratch.v),
             .error = rows_to_read(saved.error, block, h, scratch.error),
             .d_o = rows_to_read(d_y.o, block, h, scratch.d_o),
             .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
   }
 };
 
-template <class T> void reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
+// Returns <S_0, X_0>, as a function.
+template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
-  T carry = 1;
+  T carry = 1, since_fresh = 1;
   Gates<T> gates;
   ReverseTerms<T> terms;
   read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
@@ -113,11 +119,17 @@ template <class T> void reverse_sweep(BackwardCall<T> const& call, Sequence sequ
     BackwardRows<T> const rows = call.rows(block, h, scratch);
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = reverse_terms(gates, scale, rows, carry, terms);
-    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K);
-    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.g, call.d_x.beta, scratch.handover[b]);
+    DecayPaths<T>& paths = scratch.handover[b].paths;
+    paths.decay = gates.after[0];
+    paths.fresh = fresh_group(paths.decay, rows.groups, since_fresh);
+    paths.gradient = scratch.gradients + b * scratch.K * scratch.V;
+    paths.carry = terms.carry.before[paths.fresh];
+    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K, paths);
+    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.beta, scratch.handover[b]);
     write_back(call.d_x.v, block, h, scratch.d_v);
   }
   write_state(scratch.gradient, carry, i, h, scratch.K, call.d_x.initial_state);
+  return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
 }
 
 // Returns <S_T, d_final_state>.
@@ -134,15 +146,11 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
     rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
-                  scratch.d_q, scratch.d_k);
-    finish_rebuild<T>(rows, scratch.d_q, scratch.d_k, block, h, call.key_head(h), first, call.d_x.q, call.d_x.k, call.d_x.g);
+                  scratch.d_q, scratch.d_k, scratch.crossing);
+    paths_across(scratch.crossing, rows.groups, scratch.handover[b].gradient, scratch.handover[b].paths);
+    finish_rebuild<T>(scratch.d_q, scratch.d_k, block, call.key_head(h), first, call.d_x.q, call.d_x.k);
   }
   return dot_transposed(call.d_y.final_state, i, h, scratch.V, scratch.state, carry);
-}
-
-// (7): d_g(t) holds q . d_q - v . d_v of each token; from the end, so that no token sees an earlier one's.
-template <class T> void sum_decay_gradients(Sequence sequence, Index h, double sum, View<T, 2> d_g) {
-  for (Index t = sequence.start + sequence.length; t-- > sequence.start;) d_g(t, h) = static_cast<T>(sum += static_cast<double>(d_g(t, h)));
 }
 
 }  // namespace detail
@@ -169,11 +177,12 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
   parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
     Index const i = task / c.num_heads, hk = task % c.num_heads;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V};
+    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V, longest};
     for (Index h = hk * group; h < (hk + 1) * group; ++h) {
-      detail::reverse_sweep(call, sequence, i, h, scratch);
-      double const sum = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
-      detail::sum_decay_gradients(sequence, h, sum, d_x.g);
+      auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
+      double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
+      auto const paths = [&](Index b) -> detail::DecayPaths<T> const& { return scratch.handover[b].paths; };
+      detail::DecayGradients<T>::write(sequence, h, paths, before, after, d_x.g);
     }
   });
 }

@@ -10,6 +10,7 @@
 #include <hybridattn/core/sequences.hpp>
 
 #include <algorithm>
+#include <limits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
@@ -98,10 +99,24 @@ template <class T> struct Gates {
   PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
 };
 
-// exp(g), and 0 where it is no normal number.
+// log 2 = high + low. The product of high with a whole number below 2^11 has no rounding.
+template <class T> struct LogTwo;
+template <> struct LogTwo<float> {
+  static constexpr float high = 0x1.62ep-1f, low = 0x1.0bfbe8p-15f;
+};
+template <> struct LogTwo<double> {
+  static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
+};
+
+// exp(g), and 0 where it is no normal number. Of g log2(e) alone the rounding would be |g| times that of the result.
 template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
-  Vec<T> const exponent = g * cpu::log2_e<T>;
-  return cpu::select<T>(exponent < cpu::detail::Exp2<T>::least, Vec<T>{}, cpu::exp2<T>(exponent));
+  using E = cpu::detail::Exp2<T>;
+  Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
+  Vec<T> const rest = (g - whole * LogTwo<T>::high) - whole * LogTwo<T>::low;
+  Vec<T> const decay = cpu::exp2<T>(whole) * cpu::exp2<T>(rest * cpu::log2_e<T>);
+  Vec<T> const in_range = cpu::select<T>(exponent < E::least, Vec<T>{}, decay);
+  Vec<T> const any = cpu::select<T>(exponent > -E::least, cpu::broadcast(std::numeric_limits<T>::infinity()), in_range);
+  return cpu::select<T>(g == g, any, g);
 }
 
 template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens], Gates<T>& gates) {
@@ -169,12 +184,17 @@ template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T con
   }
   cpu::sum_each<pairs>(sum, dots);
 }
-template <class T>
-void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
-  alignas(cpu::vector_bytes) T dots[block_groups][pairs] = {};
-  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+// Sixteen numbers of each group, one group in each lane.
+template <class T> using GroupDots = T[block_groups][pairs];
+template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
   for (int p = 0; p < pairs; p += lanes<T>)
     for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+}
+template <class T>
+void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+  to_lanes<T>(dots, products);
 }
 
 // k_i . k_j and scale q_i . k_j, with the decay between.
@@ -211,6 +231,17 @@ template <class T> void write_state(T const* state, T carry, Index i, Index h, I
     for (Index v = 0; v < states.extent(3); ++v)
       row[v] = carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>];
   }
+}
+
+// <states, carry * state>, summed in double.
+template <class T> double dot_state(View<T const, 4> states, Index i, Index h, Index rows, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) *
+             static_cast<double>(carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>]);
+  return sum;
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail

@@ -60,10 +60,11 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   }
 }
 
-// d_q and d_k of one group and one panel of columns. d_k holds stored X e.
+// d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
+// each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, Rows<T const> q, Rows<T const> k,
-                               T const* products, Rows<T> d_q, Rows<T> d_k) {
+                               T const* products, Rows<T> d_q, Rows<T> d_k, bool first, T* crossing) {
   Vec<T> key[group_tokens], query[group_tokens];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
@@ -72,8 +73,12 @@ HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& 
   }
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>);
-    Vec<T> z = handover.gradient[i][g] * load(d_k[i]) - terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
+    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
+    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
+    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
+    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
+    store(reads, first ? read : load(reads) + read);
+    store(writes, first ? written : load(writes) + written);
     HYBRIDATTN_UNROLL
     for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
     HYBRIDATTN_UNROLL
@@ -92,30 +97,31 @@ template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K
     for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
 }
 
-// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel].
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
 template <class T>
-void rebuild_block(RebuildTerms<T> const& terms, Handover<T> const& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
-                   T* products, Rows<T> d_q, Rows<T> d_k) {
+void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
+                   T* products, Rows<T> d_q, Rows<T> d_k, T* crossing) {
+  DecayPaths<T>& paths = handover.paths;
+  Vec<T> product{};
   for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
   for (Index column = 0; column < rows.K; column += panel_width<T>)
     for (Index g = 0; g < rows.groups; ++g) {
       Rows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
       T* const panel = state + column * rows.V;
+      if (g == paths.fresh) product += panel_product(panel, paths.gradient, rows.K, rows.V, column);
       if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
       else rebuild<true>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
-      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column));
+      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column), column == 0,
+              crossing + g * crossing_rows * panel_width<T>);
     }
+  auto const factor = [](T x) { return static_cast<double>(x); };
+  paths.passes =
+      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
 }
 
-// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to; d_g gets q . d_q.
+// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
 template <class T>
-void finish_rebuild(BackwardRows<T> const& rows, Rows<T const> own_q, Rows<T const> own_k, Block block, Index h, Index hk, bool first,
-                    View<T, 3> d_q, View<T, 3> d_k, View<T, 2> d_g) {
-  for (Index g = 0; g < rows.groups; ++g) {
-    T dots[group_tokens];
-    token_dots(rows.q.group(g), own_q.group(g), rows.K, dots);
-    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i) d_g(block.first + g * group_tokens + i, h) += dots[i];
-  }
+void finish_rebuild(Rows<T const> own_q, Rows<T const> own_k, Block block, Index hk, bool first, View<T, 3> d_q, View<T, 3> d_k) {
   for (Index n = 0; n < block.tokens; ++n) {
     T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
     cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {

@@ -6,6 +6,7 @@
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 
+#include <hybridattn/attention/gdn/cpu_decay.hpp>
 #include <hybridattn/attention/gdn/cpu_groups.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
@@ -13,7 +14,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 // The rows of a block. d_v holds w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
   Index groups, K, V;
-  Rows<T const> q, k, v, error, d_o;
+  Rows<T const> q, k, error, d_o;
   Rows<T> d_v;
 };
 // What the reverse sweep needs to know about the groups of a block; X = carry * stored.
@@ -25,10 +26,11 @@ template <class T> struct ReverseTerms {
   PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
   Carry<T> carry;
 };
-// What it hands to the forward sweep, besides X e.
+// What it hands to the forward sweep, besides X e, and what both leave for d_g.
 template <class T> struct Handover {
   PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
   PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
+  DecayPaths<T> paths;
 };
 template <class T> struct ReversePanel {
   T* state;     // [K, panel] X
@@ -151,7 +153,8 @@ HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, I
 
 // One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
 template <class T>
-void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error) {
+void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
+                   DecayPaths<T> const& paths) {
   for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
     ReversePanel<T> turn[panels_in_turn];
     Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
@@ -164,6 +167,7 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
       times_error(turn, count, rows.K, rows.error.group(g).columns(first), first == 0, state_error + g * group_tokens * rows.K);
       for (Index p = 0; p < count; ++p) {
         Index const column = first + p * panel_width<T>;
+        if (g == paths.fresh) std::copy_n(turn[p].state, rows.K * panel_width<T>, paths.gradient + column * rows.K);
         solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
         add_group(turn[p], rows, g, terms.carry.fold[g]);
       }
@@ -171,12 +175,13 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
   }
 }
 
-// With w complete: the dots of each group, d_beta by (5), d_v, and the part -v . d_v of d_g.
+// With w complete: the dots of each group, d_beta by (5) and d_v.
 template <class T>
 void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, Block block, Index h,
-                    View<T, 2> d_g, View<T, 2> d_beta, Handover<T>& handover) {
+                    View<T, 2> d_beta, Handover<T>& handover) {
   Rows<T const> const w = rows.d_v;
   pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
+  paths_inside(terms.beta, terms.pair, handover.pair, handover.paths);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
     for (int i = 0; i < group_tokens; ++i) {
       handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
@@ -188,14 +193,10 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
     }
   });
   for (Index g = 0; g < rows.groups; ++g) {
-    T with_error[group_tokens], with_v[group_tokens];
+    T with_error[group_tokens];
     token_dots(w.group(g), rows.error.group(g), rows.V, with_error);
-    token_dots(w.group(g), rows.v.group(g), rows.V, with_v);
-    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i) {
-      Index const t = block.first + g * group_tokens + i;
-      d_beta(t, h) = with_error[i];
-      d_g(t, h) = -terms.beta[i][g] * with_v[i];
-    }
+    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+      d_beta(block.first + g * group_tokens + i, h) = with_error[i];
     for (Index i = 0; i < group_tokens; ++i) {
       T* const row = rows.d_v.group(g)[i];
       for (Index d = 0; d < rows.V; d += lanes<T>) store(row + d, terms.beta[i][g] * load(row + d));

@@ -7,8 +7,9 @@
 // Backward, with X_t the gradient of S_t, from the last token to the first:
 //   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
 //   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
-//   (7) d_g_t = sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>
-//       since the loss is linear in (S, v), Euler's relation gives <X, S> without a product of states
+//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    what passes through the decay of token t, and nothing else
+//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is the same on paper alone:
+//       its terms do not fade with the decay that their sum fades with)
 // Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
 // underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
 #ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP

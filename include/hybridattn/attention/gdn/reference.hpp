@@ -76,7 +76,6 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
   for_each_head(c, s, [&](Sequence sequence, Index i, Index h, Index hk) {
     std::vector<T> const all = states(c, sequence, i, h, hk, x, saved);
     read_state(d_y.final_state, i, h, K, V, X);
-    T d_g = dot(all.data() + sequence.length * K * V, X, K * V);                              // (7)
     for (Index n = sequence.length; n-- > 0;) {
       Index const t = sequence.start + n;
       T const *before = all.data() + n * K * V, *after = before + K * V, decay = std::exp(x.g(t, h)), beta = x.beta(t, h);
@@ -87,14 +86,15 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
       for (Index a = 0; a < K; ++a) axpy(k[a], X + a * V, u, V);
       for (Index b = 0; b < V; ++b) d_v[b] = beta * u[b];
       d_x.beta(t, h) = dot(u, e, V);
+      T through = 0;
       for (Index a = 0; a < K; ++a) {                                                         // (6)
-        T const d_q = scale * dot(after + a * V, d_o, V);
-        d_x.q(t, hk, a) += d_q;
+        d_x.q(t, hk, a) += scale * dot(after + a * V, d_o, V);
         d_x.k(t, hk, a) += beta * dot(X + a * V, e, V) - decay * dot(before + a * V, d_v, V);
-        for (Index b = 0; b < V; ++b) X[a * V + b] = decay * (X[a * V + b] - k[a] * d_v[b]);
-        d_g += q[a] * d_q;
+        axpy(-k[a], d_v, X + a * V, V);
+        through += dot(X + a * V, before + a * V, V);
+        for (Index b = 0; b < V; ++b) X[a * V + b] *= decay;
       }
-      d_x.g(t, h) = d_g -= dot(x.v.row(t, h), d_v, V);                                        // (7)
+      d_x.g(t, h) = decay * through;                                                          // (7)
     }
     write_state(X, i, h, K, V, d_x.initial_state);
   });
