@@ -88,6 +88,17 @@ template <class T> std::vector<T> noise(Index count, char const* name) {
   for (Index i = 0; i < count; ++i) values.push_back(static_cast<T>(random.normal()));
   return values;
 }
+// All elements of a group, one tensor after the other.
+template <class Stack, class T, class Group> std::vector<T> all_values(Fixture<Stack, T>& f, Group const& group) {
+  std::vector<T> all;
+  ha::zip(
+      [&](ha::Path const&, auto const& tensor) {
+        auto const values = download(f.cpu, tensor);
+        all.insert(all.end(), values.begin(), values.end());
+      },
+      group);
+  return all;
+}
 template <class T> bool same_bits(T const* a, T const* b, Index count) {
   return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0;
 }
@@ -317,23 +328,135 @@ TEST_CASE("a Saved serves one backward") {
   CHECK_THROWS_AS(f.model.backward(f.cpu, f.params, batch, std::move(saved), 1), ha::Error);
 }
 
-TEST_CASE("a NaN stops training before a parameter is touched, and is named with its step") {
-  using Catch::Matchers::Contains;
-  Fixture<One, float> f;
-  auto const batch = f.batch(ha::Sequences::equal(1, 9), some_tokens(9));
-  ha::AdamW optimizer{f.cpu, f.params};
-  train_step(f.cpu, f.model, f.params, optimizer, batch);
-  out(f.params.head).data[3] = std::numeric_limits<float>::quiet_NaN();
-  auto const norm = download(f.cpu, f.params.norm);
-  CHECK_THROWS_WITH(train_step(f.cpu, f.model, f.params, optimizer, batch), Contains("step 2") && Contains("loss"));
-  CHECK(norm == download(f.cpu, f.params.norm));
+// Steps that cannot be taken. Each is the second one, so that the moments are not all 0.
+template <class Stack, class T> struct BadStep {
+  using Params = typename ha::LanguageModel<Stack>::template Params<ha::Owned<T, ha::Cpu>>;
+  Fixture<Stack, T> f;
+  ha::AdamWOptions options;
+  ha::AdamW<Params> optimizer{f.cpu, f.params, options};
+  ha::TokenBatch<ha::Cpu> batch = f.batch(ha::Sequences::equal(1, 9), some_tokens(9));
 
-  Fixture<One, float> g;
-  auto gradients = ha::allocate<float>(g.cpu, g.model.gradients());
-  ha::zip([&](ha::Path const&, auto& gradient) { ha::On<ha::Fill, ha::Cpu>::forward(g.cpu, 0.f, flat(out(gradient))); }, gradients);
-  out(gradients.blocks.arrays[boost::hana::size_c<0>][0].attention.w_o).data[0] = std::numeric_limits<float>::infinity();
-  ha::AdamW other{g.cpu, g.params};
-  CHECK_THROWS_WITH(other.step(g.cpu, g.params, gradients), Contains("blocks.0.attention.w_o"));
+  explicit BadStep(ha::AdamWOptions const& with = {}, ha::Stage stage = ha::Stage::language_model) : options(with) {
+    train_step(f.cpu, f.model, f.params, optimizer, batch, {.rate = 0, .stage = stage});
+  }
+  // The sentence of what `step` throws; afterwards everything is as it was.
+  template <class Step> std::string refused(Step step) {
+    auto const before = everything();
+    std::string sentence = "nothing is thrown";
+    try {
+      step();
+    } catch (ha::Error const& error) {
+      sentence = error.what();
+    }
+    CHECK(same_bits(before, everything()));
+    CHECK(optimizer.steps() == 1);
+    CHECK(*std::ranges::max_element(optimizer.state().updates) == 1);
+    return sentence;
+  }
+  std::string refused(ha::StepOptions step = {}) {
+    return refused([&] { train_step(f.cpu, f.model, f.params, optimizer, batch, step); });
+  }
+  Params gradients(T value) {
+    auto result = ha::allocate<T>(f.cpu, f.model.gradients());
+    ha::zip([&](ha::Path const&, auto& g) { ha::On<ha::Fill, ha::Cpu>::forward(f.cpu, value, flat(out(g))); }, result);
+    return result;
+  }
+
+ private:
+  std::vector<T> everything() {
+    auto values = all_values(f, f.params);
+    for (Params const* moments : {&optimizer.state().mean, &optimizer.state().square}) {
+      auto const more = all_values(f, *moments);
+      values.insert(values.end(), more.begin(), more.end());
+    }
+    return values;
+  }
+};
+
+TEST_CASE("a loss that is not finite is named with its step and the first tensor that is not, and nothing is touched") {
+  using Catch::Matchers::Contains;
+  float const nan = std::nanf(""), inf = std::numeric_limits<float>::infinity();
+  {
+    BadStep<Mixed, float> bad;
+    out(bad.f.params.head).data[3] = nan;
+    CHECK(bad.refused() == "step 2: the loss is nan; the first tensor that is not finite is the parameter head");
+  }
+  {
+    BadStep<Mixed, float> bad;
+    out(bad.f.params.blocks.arrays[boost::hana::size_c<2>][0].attention.w.k).data[1] = inf;
+    CHECK(bad.refused() == "step 2: the loss is nan; the first tensor that is not finite is the parameter blocks.2.attention.w.k");
+  }
+  {   // finite parameters that overflow on their way
+    BadStep<Mixed, float> bad;
+    for (float& x : std::span(out(bad.f.params.blocks.arrays[boost::hana::size_c<2>][0].attention.w_o).data, 24 * 24)) x = 3e38f;
+    CHECK_THAT(bad.refused(), Contains("step 2: the loss is nan; the first tensor that is not finite is the activation blocks.2.h"));
+  }
+  {   // in the second of two batches
+    BadStep<One, float> bad;
+    out(bad.f.params.embedding).data[18 * 24] = nan;   // of token 18
+    std::vector<ha::TokenBatch<ha::Cpu>> batches;
+    for (std::int32_t token : {4, 18}) {
+      std::vector<std::int32_t> const tokens{token, 4}, targets{1, 2};
+      batches.push_back(make_batch(bad.f.cpu, ha::Sequences::equal(1, 2), tokens, targets));
+    }
+    auto const both = [&] {
+      accumulated_step(bad.f.cpu, bad.f.model, bad.f.params, bad.optimizer, std::span<ha::TokenBatch<ha::Cpu> const>(batches));
+    };
+    CHECK(bad.refused(both) == "step 2: the loss is nan; the first tensor that is not finite is the parameter embedding");
+  }
+  for (ha::Stage stage : {ha::Stage::dense_warm_up, ha::Stage::sparse}) {   // only the indexer's loss feels it
+    BadStep<Mixed, float> bad{{}, stage};
+    out(bad.f.params.blocks.arrays[boost::hana::size_c<1>][0].attention.w.index_w).data[0] = nan;
+    CHECK(bad.refused({.stage = stage}) ==
+          "step 2: the auxiliary loss is nan; the first tensor that is not finite is the parameter blocks.1.attention.w.index_w");
+  }
+}
+
+TEMPLATE_TEST_CASE("a gradient that is not finite, or makes a parameter or a moment so, is named, and nothing is touched", "", float,
+                   double) {
+  using T = TestType;
+  using Catch::Matchers::Contains;
+  constexpr T most = std::numeric_limits<T>::max();
+  BadStep<One, T> bad{{.learning_rate = 1, .max_norm = 0}};
+  auto const with = [&](T value, auto set) {
+    auto gradients = bad.gradients(value);
+    set(gradients);
+    return bad.refused([&] { bad.optimizer.step(bad.f.cpu, bad.f.params, gradients); });
+  };
+  auto const w_o = [](auto& group) { return out(group.blocks.arrays[boost::hana::size_c<0>][0].attention.w_o).data; };
+  for (T value : {std::numeric_limits<T>::infinity(), -std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()})
+    CHECK(with(0, [&](auto& g) { w_o(g)[7] = value; }) == "the gradient of blocks.0.attention.w_o holds a NaN or an infinity");
+  // Its square is no number any more.
+  std::string const large = with(0, [&](auto& g) { w_o(g)[7] = most; });
+  if (std::is_same_v<T, double>) CHECK(large == "the gradient of blocks.0.attention.w_o is too large for its norm");
+  else CHECK(large == "the update of blocks.0.attention.w_o would make the mean of the squared gradients a NaN or an infinity");
+  // What the optimizer holds.
+  auto const spoiled = [&](auto& group, T value) {
+    T* const at = w_o(group) + 7;
+    T const before = std::exchange(*at, value);
+    std::string const sentence = with(1, [](auto&) {});
+    *at = before;
+    return sentence;
+  };
+  std::string const update = "the update of blocks.0.attention.w_o would make ";
+  T const nan = std::numeric_limits<T>::quiet_NaN();
+  CHECK(spoiled(bad.optimizer.state().mean, nan) == update + "the mean of the gradients a NaN or an infinity");
+  CHECK(spoiled(bad.optimizer.state().square, nan) == update + "the mean of the squared gradients a NaN or an infinity");
+  CHECK(spoiled(bad.optimizer.state().square, T(-1)) == update + "the parameter itself a NaN or an infinity");
+  CHECK(spoiled(bad.f.params, nan) == update + "the parameter itself a NaN or an infinity");
+}
+
+TEST_CASE("a learning rate that takes a parameter out of the numbers is refused with step and tensor, and nothing is touched") {
+  using Catch::Matchers::Contains;
+  for (ha::Stage stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse}) {
+    BadStep<Mixed, float> bad{{.learning_rate = 3e38}, stage};
+    char const* const first = stage == ha::Stage::dense_warm_up ? "blocks.1.attention.w.index_q" : "embedding";
+    CHECK(bad.refused({.rate = 10, .stage = stage}) ==
+          std::string("step 2: the update of ") + first + " would make the parameter itself a NaN or an infinity");
+  }
+  BadStep<One, float> bad;
+  for (double rate : {-1.0, std::nan(""), std::numeric_limits<double>::infinity()})
+    CHECK_THAT(bad.refused({.rate = rate}), Contains("rate") && Contains("it must be a number >= 0"));
 }
 
 TEST_CASE("what cannot be is refused with the value and what is allowed") {
@@ -354,11 +477,57 @@ TEST_CASE("what cannot be is refused with the value and what is allowed") {
   CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("3 heads") && Contains("2 key/value heads"));
 }
 
-TEST_CASE("nothing to predict is no loss and no gradient") {
-  Fixture<One, double> f;
+// A backward of a model whose parameters are all NaN: afterwards free memory holds NaN.
+template <class Stack> void leave_nan(Fixture<Stack, float>& f, ha::LanguageModel<Stack> const& model,
+                                      ha::TokenBatch<ha::Cpu> const& batch) {
+  auto params = model.template initialize<float>(f.cpu, ha::Seed{3});
+  ha::zip([&](ha::Path const&, auto& p) { ha::On<ha::Fill, ha::Cpu>::forward(f.cpu, std::nanf(""), flat(out(p))); }, params);
+  model.backward(f.cpu, params, batch, model.forward(f.cpu, params, batch), 1);
+}
+
+TEMPLATE_TEST_CASE("nothing to predict is no loss and no gradient, and so are weights of 0, whatever memory held", "", One, Mixed, Bare) {
+  Fixture<TestType, float> f;
+  auto const tokens = some_tokens(18), ignored = std::vector<std::int32_t>(18, -100);
+  auto const s = ha::Sequences::packed(std::vector<Index>{0, 9, 9, 18});
+  for (ha::Stage stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})
+    for (auto const& targets : {ignored, tokens}) {
+      auto const model = f.model.at(stage);
+      auto const batch = make_batch(f.cpu, s, tokens, targets);
+      leave_nan(f, model, batch);
+      auto const result = model.backward(f.cpu, f.params, batch, model.forward(f.cpu, f.params, batch), 0, 0);
+      CHECK(result.loss.count == (targets == tokens ? 18 : 0));
+      CHECK((result.loss.mean() == 0) == (targets == ignored));
+      ha::zip(
+          [&](ha::Path const& path, auto const& gradient) {
+            INFO("stage " << static_cast<int>(stage) << ", " << path.str());
+            auto const values = download(f.cpu, gradient);
+            CHECK(values == std::vector<float>(values.size()));   // -0 included
+          },
+          result.params);
+    }
+}
+
+TEST_CASE("a step on a batch without targets changes nothing but the count of steps") {
+  auto config = small_config<Mixed>();
+  config.feed_forward.balance_coefficient = 0;
+  Fixture<Mixed, float> f{2, config};
   auto const tokens = some_tokens(9);
   auto const batch = make_batch(f.cpu, ha::Sequences::equal(1, 9), tokens, std::vector<std::int32_t>(9, -100));
-  auto const result = f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 0);
-  CHECK(result.loss.count == 0);
-  CHECK(result.loss.mean() == 0);
+  leave_nan(f, f.model, batch);
+  auto const before = all_values(f, f.params);
+  ha::AdamW optimizer{f.cpu, f.params, {.weight_decay = 0}};
+  CHECK(train_step(f.cpu, f.model, f.params, optimizer, batch).gradient_norm == 0);
+  CHECK(same_bits(before, all_values(f, f.params)));
+  CHECK(optimizer.steps() == 1);
+}
+
+TEST_CASE("a batch without tokens is refused, made or put together by hand") {
+  using Catch::Matchers::Contains;
+  Fixture<One, float> f;
+  std::vector<std::int32_t> const none;
+  for (auto const& s : {ha::Sequences::equal(0, 0), ha::Sequences::equal(3, 0)})
+    CHECK_THROWS_WITH(make_batch(f.cpu, s, none, none), Contains("batch: it has no tokens"));
+  CHECK_THROWS_WITH(make_batch(f.cpu, ha::Batch{}), Contains("batch: it has no tokens"));
+  ha::AdamW optimizer{f.cpu, f.params};
+  CHECK_THROWS_WITH(train_step(f.cpu, f.model, f.params, optimizer, ha::TokenBatch<ha::Cpu>{}), Contains("batch: it has no tokens"));
 }

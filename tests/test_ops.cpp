@@ -98,5 +98,17 @@ TEST_CASE("a schedule past its end holds its floor") {
   CHECK(cosine(50) == Approx(0.1));
   CHECK(cosine(500) == Approx(0.1));
   CHECK(ha::Schedule{}(7) == 1);
-  CHECK_THROWS_AS((ha::Schedule{.warmup_steps = 10, .total_steps = 10}(0)), ha::Error);
+}
+
+TEST_CASE("a schedule that is all warm-up rises to 1 and stays there, as far as it goes") {
+  for (Index total : {Index{0}, Index{5}, Index{10}}) {
+    ha::Schedule const all_warmup{.warmup_steps = 10, .total_steps = total, .min_rate = 0.1};
+    for (Index step = 0; step < 30; ++step) CHECK(all_warmup(step) == (step < 10 ? static_cast<double>(step) / 10 : 1.0));
+  }
+  ha::Schedule const one_more{.warmup_steps = 10, .total_steps = 11, .min_rate = 0.1};
+  CHECK(one_more(10) == 1);
+  CHECK(one_more(11) == Approx(0.1));
+  CHECK(ha::Schedule{.total_steps = 1}(0) == 1);
+  CHECK(ha::Schedule{.total_steps = 1}(1) == 0);
+  CHECK(ha::Schedule{.warmup_steps = 1}(0) == 0);
 }

@@ -20,6 +20,7 @@
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
 
+#include <hybridattn/core/allowed.hpp>
 #include <hybridattn/core/sequences.hpp>
 #include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/roles.hpp>
@@ -105,9 +106,13 @@ concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward
 // head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
 inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
   if (head_dim != 0) return head_dim;
-  check(num_heads > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ", num_heads,
-        "; set head_dim, or a num_heads that divides it");
+  check(num_heads > 0 && model_dim > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ",
+        num_heads, "; set head_dim, or a num_heads that divides it");
   return model_dim / num_heads;
+}
+// A size that is left at 0 has a default.
+inline void check_size(char const* policy, char const* name, Index size) {
+  check_at_least(policy, name, size, 0, ", where 0 stands for the default");
 }
 inline void check_groups(char const* policy, Index heads, Index kv_heads) {
   check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,

@@ -5,6 +5,7 @@
 
 #include <hybridattn/nn/language_model.hpp>
 
+#include <limits>
 #include <span>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -33,7 +34,9 @@ template <class Stack> struct LayerCaches {
 
 // bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
 template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
-  check(size.batch > 0 && size.capacity > 0, "cache: capacity ", size.capacity, " for ", size.batch, " sequences; both must be positive");
+  check_at_least("cache", "batch", size.batch, 1);
+  check(1 <= size.capacity && size.capacity <= std::numeric_limits<std::int32_t>::max(), "cache: capacity ", size.capacity,
+        " is not allowed; it must be in 1 .. ", std::numeric_limits<std::int32_t>::max());
   typename LayerCaches<Stack>::template Group<Shapes> shapes;
   shapes.for_each(
       [&](auto block, std::size_t, auto& layer) {

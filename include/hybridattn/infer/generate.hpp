@@ -14,6 +14,14 @@ struct GenerateOptions {
   SamplingOptions sampling = {};
   Seed seed = {};                                // sequence i draws what it would draw alone with seed + i
   std::vector<std::int32_t> stop_tokens = {};    // each ends a sequence, and is its last token
+
+  // Throws on numbers that mean nothing.
+  void check_numbers() const {
+    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    check(0 <= max_new_tokens && max_new_tokens <= most, "generate: max_new_tokens ", max_new_tokens,
+          " is not allowed; it must be in 0 .. ", most);
+    sampling.check_numbers();
+  }
 };
 
 // What is new of each sequence, and what it took.
@@ -41,11 +49,12 @@ class Stopwatch {
 // The tokens that each sequence gives to the model next; a sequence without any has ended.
 template <class OnToken> class Generation {
  public:
-  Generation(TokenLists const& prompts, GenerateOptions const& options, OnToken& on_token)
+  // No sequence has room for more than `capacity` tokens.
+  Generation(TokenLists const& prompts, GenerateOptions const& options, Index capacity, OnToken& on_token)
       : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
-    check(options.max_new_tokens >= 0, "generate: max_new_tokens ", options.max_new_tokens, " must be >= 0");
+    options.check_numbers();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-      tokens_[i].reserve(static_cast<std::size_t>(options.max_new_tokens));
+      tokens_[i].reserve(static_cast<std::size_t>(std::min(options.max_new_tokens, capacity + 1)));   // the last one needs no room
       samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
     }
   }
@@ -83,7 +92,7 @@ template <class OnToken> class Generation {
 template <class Stack, class T, class B, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params,
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
-  infer::Generation<OnToken> generation{prompts, options, on_token};
+  infer::Generation<OnToken> generation{prompts, options, cache.capacity(), on_token};
   Generated result;
   std::vector<T> host;
   for (Index step = 0; step < options.max_new_tokens && generation.count() > 0; ++step) {
@@ -105,14 +114,14 @@ template <class Stack, class B, class Params, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& params, TokenLists const& prompts,
                    GenerateOptions const& options = {}, OnToken on_token = {}) {
   using T = std::remove_const_t<typename decltype(in(params.embedding))::Element>;
+  options.check_numbers();
   check(!prompts.empty(), "generate: there are no prompts");
   Index longest = 0;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a model goes on from at least one token");
     longest = std::max(longest, static_cast<Index>(std::ssize(prompts[i])));
   }
-  auto const capacity = longest + std::max<Index>(options.max_new_tokens, 0);
-  auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = capacity});
+  auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = longest + options.max_new_tokens});
   return generate(backend, model, params, cache, prompts, options, on_token);
 }
 

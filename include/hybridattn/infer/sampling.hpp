@@ -18,16 +18,21 @@ struct SamplingOptions {
   double temperature = 1;   // logits are divided by it; 0: always the likeliest token
   Index top_k = 0;          // only the top_k likeliest tokens; 0: all
   double top_p = 1;         // then only the fewest, likeliest first, whose probabilities sum to top_p; 1: all
+
+  // Throws on numbers that mean nothing.
+  void check_numbers() const {
+    check(std::isfinite(temperature) && temperature >= 0, "sampling: temperature ", temperature,
+          " is not allowed; it must be >= 0, and 0 takes the likeliest token");
+    check(top_k >= 0, "sampling: top_k ", top_k, " is not allowed; it must be >= 0, and 0 keeps all tokens");
+    check(top_p > 0 && top_p <= 1, "sampling: top_p ", top_p, " is not allowed; it must be in (0, 1]");
+  }
 };
 
 // Draws tokens; the same seed and the same logits give the same ones. Equally likely tokens are ordered by number, smaller first.
 class Sampler {
  public:
   explicit Sampler(SamplingOptions options = {}, Seed seed = {}) : options_(options), random_(seed, "sampling") {
-    check(std::isfinite(options.temperature) && options.temperature >= 0, "sampling: temperature ", options.temperature,
-          " is not allowed; it must be >= 0, and 0 takes the likeliest token");
-    check(options.top_k >= 0, "sampling: top_k ", options.top_k, " is not allowed; it must be >= 0, and 0 keeps all tokens");
-    check(options.top_p > 0 && options.top_p <= 1, "sampling: top_p ", options.top_p, " is not allowed; it must be in (0, 1]");
+    options_.check_numbers();
   }
 
   // logits [V] of one position. -inf excludes a token; throws on NaN, on +inf, and where no token is left.

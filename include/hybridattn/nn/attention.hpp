@@ -30,7 +30,7 @@ template <AttentionPolicy Policy> struct Attention {
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
     typename Policy::template Saved<S> policy;
-    State<S, 1> d_auxiliary_loss;  // [1], written between the passes, or nothing
+    State<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
     HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 
@@ -87,6 +87,7 @@ template <AttentionPolicy Policy> struct Attention {
                   "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
     saved = allocate<T>(backend, Attention::saved(c, s));
+    if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
     zip(
         [&](Path const& path, auto const& w, auto& raw, auto& input) {
           auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));

@@ -15,6 +15,16 @@ struct BlockConfig {
   FeedForwardConfig feed_forward;
   Initialization initialization;
   Stage stage = Stage::language_model;
+
+  // With every 0 filled in; throws on numbers that no block can have.
+  BlockConfig completed() const {
+    check_at_least("model", "model_dim", model_dim, 1);
+    check_positive("model", "norm.eps", norm.eps);
+    initialization.check_numbers();
+    BlockConfig c = *this;
+    c.feed_forward = feed_forward.completed(model_dim);
+    return c;
+  }
 };
 
 template <AttentionPolicy P> struct Block {

@@ -62,7 +62,7 @@ struct FeedForwardConfig {
   Index hidden_dim = 0;              // F of a dense layer; 0: 4 model_dim
   bool gated = true;                 // SwiGLU; false: silu without a second branch
   Index num_experts = 0;             // E; 0: every layer is dense
-  Index top_k = 2;
+  Index top_k = 2;                   // experts of a token
   Index expert_dim = 0;              // F of an expert; 0: hidden_dim
   Index shared_dim = -1;             // F of the shared expert; -1: there is none; 0: only its gate is there
   bool renormalise = true;           // weights of the chosen sum to 1
@@ -77,14 +77,26 @@ struct FeedForwardConfig {
   }
   // With every 0 filled in; throws on sizes that do not fit.
   FeedForwardConfig completed(Index model_dim) const {
+    check_numbers();
     FeedForwardConfig c = *this;
     if (c.hidden_dim == 0) c.hidden_dim = 4 * model_dim;
     if (c.expert_dim == 0) c.expert_dim = c.hidden_dim;
-    check(c.hidden_dim > 0, "feed-forward: hidden_dim ", c.hidden_dim, " must be positive");
     check(c.num_experts == 0 || (0 < c.top_k && c.top_k <= c.num_experts), "feed-forward: top_k ", c.top_k, " of ", c.num_experts,
           " experts; allowed: 1 .. ", c.num_experts);
-    check(c.decoder_sparse_step > 0, "feed-forward: decoder_sparse_step ", c.decoder_sparse_step, " must be positive");
     return c;
+  }
+
+ private:
+  void check_numbers() const {
+    constexpr char const* where = "feed-forward";
+    check_at_least(where, "hidden_dim", hidden_dim, 0, ", where 0 stands for 4 model_dim");
+    check_at_least(where, "num_experts", num_experts, 0, ", where 0 stands for no mixture");
+    check_at_least(where, "top_k", top_k, 0);
+    check_at_least(where, "expert_dim", expert_dim, 0, ", where 0 stands for hidden_dim");
+    check_at_least(where, "shared_dim", shared_dim, -1, ", where -1 stands for no shared expert");
+    check_at_least(where, "decoder_sparse_step", decoder_sparse_step, 1);
+    for (Index layer : mlp_only_layers) check_at_least(where, "mlp_only_layers: layer", layer, 0);
+    check_not_negative(where, "balance_coefficient", balance_coefficient);
   }
 };
 

@@ -32,6 +32,7 @@ template <class S_> class LanguageModel {
 
     // The sizes of one policy of the stack: config.mixer<GDN>().num_value_heads = 8.
     template <class Policy> auto& mixer() { return mixers.template get<Policy>(); }
+    template <class Policy> auto const& mixer() const { return mixers.template get<Policy>(); }
   };
 
   template <class S> struct Params {
@@ -55,8 +56,8 @@ template <class S_> class LanguageModel {
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
-    check(config_.vocab_size > 0, "LanguageModel: vocab_size ", config_.vocab_size, " must be positive");
-    check(config_.model_dim > 0, "LanguageModel: model_dim ", config_.model_dim, " must be positive");
+    check_at_least("model", "vocab_size", config_.vocab_size, 1);
+    check_at_least("model", "num_heads", config_.num_heads, 1);
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
@@ -112,6 +113,7 @@ template <class S_> class LanguageModel {
 
   // The final normed activations stand in the result: hidden() and logits() read them.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
+    check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};

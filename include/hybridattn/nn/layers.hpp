@@ -90,8 +90,20 @@ template <class Key, class Value> struct Keyed {
 };
 template <template <class> class Of, class Kinds> struct ByType;
 template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
-  template <class Key> auto& get() { return static_cast<Keyed<Key, Of<Key>>&>(*this).value; }
-  template <class Key> auto const& get() const { return static_cast<Keyed<Key, Of<Key>> const&>(*this).value; }
+  template <class Key> auto& get() {
+    check_key<Key>();
+    return static_cast<Keyed<Key, Of<Key>>&>(*this).value;
+  }
+  template <class Key> auto const& get() const {
+    check_key<Key>();
+    return static_cast<Keyed<Key, Of<Key>> const&>(*this).value;
+  }
+
+ private:
+  template <class Key> static constexpr void check_key() {
+    static_assert((std::is_same_v<Key, Kinds> || ...),
+                  "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+  }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -30,7 +30,7 @@ template <AttentionPolicy... Policies> struct Stack {
   };
   // With every 0 filled in from the model's width and heads.
   static Config completed(Config c, Index num_heads) {
-    c.block.feed_forward = c.block.feed_forward.completed(c.block.model_dim);
+    c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
     return c;
   }

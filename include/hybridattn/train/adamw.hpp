@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_TRAIN_ADAMW_HPP
 #define HYBRIDATTN_TRAIN_ADAMW_HPP
 
+#include <hybridattn/core/allowed.hpp>
 #include <hybridattn/ops/adamw/adamw.hpp>
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
 #include <hybridattn/tensor/roles.hpp>
@@ -18,6 +19,16 @@ struct AdamWOptions {
   bool bias_correction = true;
   // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`); all of them without it.
   std::function<bool(std::string_view path)> decays = {};
+
+  // Throws on numbers that no optimizer can have.
+  void check_numbers() const {
+    check_not_negative("AdamW", "learning_rate", learning_rate);
+    check_below_one("AdamW", "beta_1", beta_1);
+    check_below_one("AdamW", "beta_2", beta_2);
+    check_positive("AdamW", "epsilon", epsilon);
+    check_not_negative("AdamW", "weight_decay", weight_decay);
+    check_not_negative("AdamW", "max_norm", max_norm);
+  }
 };
 
 // Norms of the gradients: of the tensors that are apart, and of the others.
@@ -25,19 +36,24 @@ struct GradientNorms {
   double others = 0, apart = 0;
   double global() const { return std::hypot(others, apart); }
 };
-// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity.
+// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity, or whose
+// norm is too large for a double.
 template <class B, class Gradients> GradientNorms gradient_norms(B& backend, Gradients const& gradients, std::vector<bool> const& apart) {
   GradientNorms sums;
   std::size_t tensor = 0;
   zip(
       [&](Path const& path, auto const& gradient) {
         double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
-        if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
+        if (!std::isfinite(squares))
+          fail("the gradient of ", path.str(),
+               On<AllFinite, B>::forward(backend, flat(in(gradient))) ? " is too large for its norm" : " holds a NaN or an infinity");
         (!apart.empty() && apart[tensor] ? sums.apart : sums.others) += squares;
         ++tensor;
       },
       gradients);
-  return {std::sqrt(sums.others), std::sqrt(sums.apart)};
+  GradientNorms const norms{std::sqrt(sums.others), std::sqrt(sums.apart)};
+  check(std::isfinite(norms.global()), "the gradients together are too large for their norm");
+  return norms;
 }
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
@@ -51,9 +67,7 @@ template <class Params> class AdamW {
   };
 
   template <class B> AdamW(B& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)) {
-    check(options_.learning_rate >= 0 && options_.epsilon > 0 && options_.weight_decay >= 0 && options_.max_norm >= 0,
-          "AdamW: learning_rate ", options_.learning_rate, ", weight_decay ", options_.weight_decay, ", max_norm ", options_.max_norm,
-          " must be >= 0 and epsilon ", options_.epsilon, " > 0");
+    options_.check_numbers();
     zip(
         [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
           mean = zeros<T>(backend, p.shape());
@@ -64,25 +78,37 @@ template <class Params> class AdamW {
     state_.updates.resize(decays_.size());
   }
 
-  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Tensors that are `apart`
+  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Throws, before it changes
+  // anything, and names the tensor whose gradient is not finite, or would make a parameter or a moment so. Tensors that are `apart`
   // (one word for each, in the order of the parameters) are clipped by a norm of their own: where two losses train two parts
   // of a model, neither part moves otherwise because of the other's gradients.
   template <class B>
   double step(B& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
     check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
           " tensors are apart");
+    check_not_negative("AdamW", "rate", rate);
     GradientNorms const norms = gradient_norms(backend, gradients, apart);
-    ++state_.steps;
+    auto const rates_of = [&](std::size_t tensor) {
+      return rates(tensor, rate, !apart.empty() && apart[tensor] ? norms.apart : norms.others);
+    };
     std::size_t next = 0;
+    zip(
+        [&](Path const& path, auto const& p, auto const& g, auto const& mean, auto const& square) {
+          std::size_t const tensor = next++;
+          if (!g) return;
+          refuse(path, On<AdamWCheck, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
+        },
+        params, gradients, state_.mean, state_.square);
+    next = 0;
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
           std::size_t const tensor = next++;
           if (!g) return;
+          On<AdamWStep, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
           ++state_.updates[tensor];
-          double const norm = !apart.empty() && apart[tensor] ? norms.apart : norms.others;
-          On<AdamWStep, B>::forward(backend, rates(tensor, rate, norm), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
         },
         params, gradients, state_.mean, state_.square);
+    ++state_.steps;
     return norms.global();
   }
   Index steps() const { return state_.steps; }
@@ -93,8 +119,14 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
+  static void refuse(Path const& path, AdamWCheck::Overflow overflow) {
+    constexpr char const* what[] = {"", "the mean of the gradients", "the mean of the squared gradients", "the parameter itself"};
+    if (overflow != AdamWCheck::Overflow::none)
+      fail("the update of ", path.str(), " would make ", what[static_cast<int>(overflow)], " a NaN or an infinity");
+  }
+  // Of the next step.
   AdamWStep::Rates rates(std::size_t tensor, double rate, double norm) const {
-    double const step = static_cast<double>(state_.updates[tensor]);
+    double const step = static_cast<double>(state_.updates[tensor] + 1);
     return {.learning_rate = options_.learning_rate * rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,

@@ -2,12 +2,13 @@
 #ifndef HYBRIDATTN_TRAIN_DATA_HPP
 #define HYBRIDATTN_TRAIN_DATA_HPP
 
-#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/allowed.hpp>
 #include <hybridattn/core/random.hpp>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <string_view>
@@ -184,9 +185,12 @@ struct RecallOptions {
 class RecallTask final : public DataSource {
  public:
   explicit RecallTask(Seed seed = {}, RecallOptions options = {}) : options_(options), seed_(seed) {
-    check(options.pairs >= 1, "recall: ", options.pairs, " pairs; there must be at least 1");
-    check(options.vocab_size >= 2 * options.pairs + 2, "recall: a vocabulary of ", options.vocab_size, " is too small for ", options.pairs,
-          " pairs; at least ", 2 * options.pairs + 2);
+    check_at_least("recall", "pairs", options.pairs, 1);
+    check_at_least("recall", "vocab_size", options.vocab_size, 4);
+    check(options.vocab_size <= std::numeric_limits<std::int32_t>::max(), "recall: vocab_size ", options.vocab_size,
+          " is not allowed; it must be at most ", std::numeric_limits<std::int32_t>::max(), ", since a token is a std::int32_t");
+    check(options.pairs <= (options.vocab_size - 2) / 2, "recall: vocab_size ", options.vocab_size, " is too small for pairs ",
+          options.pairs, "; every pair takes 2 tokens, and 2 are left over");
   }
 
   using DataSource::next_batch;

@@ -2,8 +2,7 @@
 #ifndef HYBRIDATTN_TRAIN_SCHEDULE_HPP
 #define HYBRIDATTN_TRAIN_SCHEDULE_HPP
 
-#include <hybridattn/core/check.hpp>
-#include <hybridattn/core/view.hpp>
+#include <hybridattn/core/allowed.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -11,18 +10,21 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A factor for the learning rate of step 0, 1, 2, ...: constant, or linear from 0 over warmup_steps and then half a cosine
-// down to min_rate at total_steps, where it stays.
+// A factor for the learning rate of step 0, 1, 2, ...: linear from 0 over warmup_steps, then half a cosine from 1 down to
+// min_rate at total_steps, where it stays. Where the warm-up takes all steps or more, the rate stays 1 after it.
 struct Schedule {
   Index warmup_steps = 0;
   Index total_steps = 0;    // 0: constant after the warm-up
-  double min_rate = 0;      // share of the learning rate that is left at the end
+  double min_rate = 0;      // share of the learning rate that is left at the end, in [0, 1]
 
+  // Throws on numbers that no schedule can have, and on a step below 0.
   double operator()(Index step) const {
-    check(total_steps == 0 || total_steps > warmup_steps, "Schedule: total_steps ", total_steps, " must exceed warmup_steps ",
-          warmup_steps);
+    check_at_least("Schedule", "warmup_steps", warmup_steps, 0);
+    check_at_least("Schedule", "total_steps", total_steps, 0, ", where 0 stands for no end");
+    check_share("Schedule", "min_rate", min_rate);
+    check_at_least("Schedule", "step", step, 0);
     if (step < warmup_steps) return static_cast<double>(step) / static_cast<double>(warmup_steps);
-    if (total_steps == 0) return 1;
+    if (total_steps <= warmup_steps) return 1;
     double const progress = std::min(1.0, static_cast<double>(step - warmup_steps) / static_cast<double>(total_steps - warmup_steps));
     return min_rate + (1 - min_rate) * 0.5 * (1 + std::cos(std::numbers::pi * progress));
   }

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <span>
+#include <string>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -17,6 +19,7 @@ template <class B>
 TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(),
         " tokens and ", targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
+  check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   Shape<1> const shape{sequences.tokens()};
   TokenBatch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
   upload(backend, tokens, batch.tokens);
@@ -55,11 +58,42 @@ template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
   return count;
 }
 
+namespace detail {
+
+// Remembers the path of the first tensor that holds a NaN or an infinity.
+template <class B> struct FindNotFinite {
+  B& backend;
+  std::string found = {};
+
+  template <class T, int Rank> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
+    if constexpr (std::is_floating_point_v<T>)
+      if (found.empty() && !On<AllFinite, B>::forward(backend, flat(in(tensor)))) found = path.str();
+  }
+};
+template <class B, class Group> std::string first_not_finite(B& backend, Group const& group) {
+  FindNotFinite<B> find{backend};
+  zip(find, group);
+  return find.found;
+}
+// Where a loss that is not finite comes from, found by another forward.
+template <class B, class Model, class Params>
+std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
+  std::string const first = "; the first tensor that is not finite is the ";
+  if (auto const path = first_not_finite(backend, params); !path.empty()) return first + "parameter " + path;
+  for (auto const& batch : batches)
+    if (auto const path = first_not_finite(backend, model.forward(backend, params, batch)); !path.empty())
+      return first + "activation " + path;
+  return "; parameters and activations are finite";
+}
+
+}  // namespace detail
+
 // Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
+  check_not_negative("StepOptions", "rate", options.rate);
   if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
@@ -78,8 +112,13 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
-  double const loss = result.loss.mean();
-  check(std::isfinite(loss), "step ", optimizer.steps() + 1, ": the loss is ", std::isnan(loss) ? std::abs(loss) : loss);
+  auto const check_loss = [&](char const* name, double loss) {
+    if (!std::isfinite(loss))
+      fail("step ", optimizer.steps() + 1, ": the ", name, " is ", std::isnan(loss) ? std::abs(loss) : loss,
+           detail::origin(backend, model, params, batches));
+  };
+  check_loss("loss", result.loss.mean());
+  check_loss("auxiliary loss", result.auxiliary_loss);
   try {
     auto const apart = options.stage == Stage::sparse ? model.detached() : std::vector<bool>{};
     result.gradient_norm = optimizer.step(backend, params, gradients, options.rate, apart);
@@ -88,7 +127,8 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
   }
   return result;
 }
-// The same for one batch. Throws, before it touches a parameter, when loss or gradients are not finite, naming step and tensor.
+// The same for one batch. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
+// make a parameter or a moment so, naming step and tensor.
 template <class B, class Model, class Params>
 StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
                       StepOptions options = {}) {

@@ -48,6 +48,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   static double auxiliary_weight(Config const& c, Index tokens) { return tokens == 0 ? 0 : c.index_loss / static_cast<double>(tokens); }
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
     if (c.num_heads == 0) c.num_heads = num_heads;
     if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
     c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
@@ -55,10 +56,6 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     if (c.index_dim == 0) c.index_dim = c.head_dim;
     if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
     check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
-    check(c.index_heads > 0 && c.index_dim > 0, "SparseAttention: ", c.index_heads, " indexer heads of dimension ", c.index_dim,
-          "; both must be positive");
-    check(c.index_loss >= 0, "SparseAttention: index_loss ", c.index_loss, " is the weight of the indexer's loss, and must be >= 0");
-    check(c.index_scale > 0, "SparseAttention: index_scale ", c.index_scale, " must be positive, or 0 for index_dim^-1/2");
     return c;
   }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
@@ -83,6 +80,20 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
     Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
     return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("SparseAttention", "num_heads", c.num_heads);
+    check_size("SparseAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("SparseAttention", "head_dim", c.head_dim);
+    check_number("SparseAttention", "scale", c.scale);
+    check_at_least("SparseAttention", "index_heads", c.index_heads, 1);
+    check_size("SparseAttention", "index_dim", c.index_dim);
+    check_number("SparseAttention", "index_scale", c.index_scale);
+    check_positive("SparseAttention", "rope_theta", c.rope_theta);
+    check_positive("SparseAttention", "norm_eps", c.norm_eps);
+    check_not_negative("SparseAttention", "index_loss", c.index_loss);
   }
 };
 using DSA = SparseAttention<>;

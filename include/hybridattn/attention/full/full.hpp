@@ -74,6 +74,7 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
     if (c.num_heads == 0) c.num_heads = num_heads;
     if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
     c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
@@ -90,6 +91,16 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) {
     Shape<4> const rows{batch, O.window == 0 ? capacity : std::min<Index>(O.window, capacity), c.num_kv_heads, c.head_dim};
     return {.keys = rows, .values = rows};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("FullAttention", "num_heads", c.num_heads);
+    check_size("FullAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("FullAttention", "head_dim", c.head_dim);
+    check_number("FullAttention", "scale", c.scale);
+    check_positive("FullAttention", "rope_theta", c.rope_theta);
+    check_positive("FullAttention", "norm_eps", c.norm_eps);
   }
 };
 using Full = FullAttention<>;

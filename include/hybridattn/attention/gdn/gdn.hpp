@@ -76,6 +76,8 @@ template <GdnOptions O> struct Finish;
 }  // namespace gdn
 
 template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
+  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of tokens, or 0 for no convolution");
+
   static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
 
   static constexpr std::string_view name = "GDN";
@@ -89,6 +91,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   using Finish = gdn::Finish<O>;
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
     if (c.num_heads == 0) c.num_heads = num_heads;
     if (c.num_value_heads == 0) c.num_value_heads = c.num_heads;
     c.key_dim = default_head_dim(c.key_dim, model_dim, c.num_heads);
@@ -114,6 +117,16 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
             .conv_k = keys,
             .conv_v = {batch, rows, c.num_value_heads * c.value_dim},
             .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("GatedDeltaNet", "num_heads", c.num_heads);
+    check_size("GatedDeltaNet", "num_value_heads", c.num_value_heads);
+    check_size("GatedDeltaNet", "key_dim", c.key_dim);
+    check_size("GatedDeltaNet", "value_dim", c.value_dim);
+    check_number("GatedDeltaNet", "scale", c.scale);
+    check_positive("GatedDeltaNet", "norm_eps", c.norm_eps);
   }
 };
 using GDN = GatedDeltaNet<>;

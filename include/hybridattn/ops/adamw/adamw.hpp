@@ -15,6 +15,11 @@ struct AdamWStep {
     double gradient_scale;               // g is multiplied by it first: clipping by the global norm
   };
 };
+// What a step would turn into a NaN or an infinity. Nothing is written.
+//   forward(backend, rates, g, m, v, p) -> Overflow
+struct AdamWCheck {
+  enum class Overflow { none, mean, square, parameter };
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 

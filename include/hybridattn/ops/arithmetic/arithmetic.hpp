@@ -9,6 +9,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
 struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {

@@ -7,6 +7,7 @@
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
 
 #include <algorithm>
+#include <cmath>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -29,6 +30,12 @@ template <> struct On<Scale, Cpu> {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] *= factor;
     });
+  }
+};
+
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
   }
 };
 

@@ -71,24 +71,28 @@ template <> struct On<SoftmaxLoss, Cpu> {
 
 template <> struct On<CrossEntropy, Cpu> {
   template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
-    return in_blocks(cpu, x, w, targets, 0, [](View<T, 2>, Index) {});
+    return in_blocks(cpu, x, w, targets, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index) {
+      return On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {});
+    });
   }
 
   template <class T>
   static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
                           View<T, 2> d_x, View<T, 2> d_w) {
-    return in_blocks(cpu, x, w, targets, scale, [&](View<T, 2> d_logits, Index first) {
+    return in_blocks(cpu, x, w, targets, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first) {
+      LossSum const loss = On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
       cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
+      return loss;
     });
   }
 
  private:
-  // f(d_logits, first row) for one block of rows after the other.
+  // f(logits, targets, first row) gives the loss of a block of rows; one block after the other.
   template <class T, class F>
-  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, F f) {
+  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, F f) {
     Index const N = x.extent(0), V = w.extent(0);
     for (Index n = 0; n < N; ++n)
       check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1,
@@ -99,9 +103,7 @@ template <> struct On<CrossEntropy, Cpu> {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
       cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
-      View<std::int32_t const, 1> const block_targets{targets.data + first, {rows}};
-      total += On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, block_targets, scale, scale == 0 ? View<T, 2>{} : logits);
-      if (scale != 0) f(logits, first);
+      total += f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first);
     }
     return total;
   }

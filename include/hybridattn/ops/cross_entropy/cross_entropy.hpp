@@ -26,7 +26,7 @@ struct LossSum {
 
 //   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
 //   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
-// Backward forms the loss on its way: a training step calls it alone.
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };

@@ -3,6 +3,7 @@
 
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
+#include <hybridattn/core/allowed.hpp>
 #include <hybridattn/ops/rope/rope.hpp>
 
 #include <cmath>
@@ -12,6 +13,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <> struct On<Rope, Cpu> {
   template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
   template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    check_positive("Rope", "theta", o.theta);
     Index const half = angles.extent(2);
     cpu::Scratch<double> const frequencies{cpu, half};
     for (Index i = 0; i < half; ++i)
@@ -41,6 +43,8 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
+    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {

@@ -13,6 +13,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
 //                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
+// They throw on a theta that is not positive, and on a rotary_dim that is odd or does not fit the head.
 struct Rope {
   struct Options {
     Index rotary_dim = 0;
