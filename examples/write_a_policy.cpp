@@ -4,7 +4,7 @@
 //   (2) X_t = d_o_t + (1 - z_{t+1}) X_{t+1}    d_v_t = z_t X_t    d_f_t = z_t (1 - z_t) (v_t - h_{t-1}) X_t
 // where X is the gradient of h.
 #include <hybridattn/hybridattn.hpp>
-#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing.hpp>
 
 #include <cstdio>
 #include <string>

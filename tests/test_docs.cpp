@@ -189,6 +189,27 @@ TEST_CASE("add_a_policy.md quotes the example as it stands, and lists every law"
   }
 }
 
+TEST_CASE("programs on the pages include doors only, and every door is there, as header and as one file") {
+  std::set<std::string> doors;
+  std::string const conventions = content_of(root / "docs/conventions.md");
+  std::regex const row(R"(\n\| `(hybridattn[a-z_/]*\.hpp)` \|)"), include("#include <(hybridattn/[^>]*)>");
+  for (std::sregex_iterator match(conventions.begin(), conventions.end(), row), end; match != end; ++match) doors.insert((*match)[1]);
+  CHECK(doors.size() > 5);
+  for (std::string const& door : doors) {
+    INFO(door);
+    CHECK((fs::exists(root / "include" / door) && fs::exists(root / "single_include" / door)));
+  }
+  int includes = 0;
+  for (fs::path const& page : pages())
+    for (std::string const& line : quoted(page, "```cpp"))
+      if (std::smatch match; std::regex_search(line, match, include)) {
+        ++includes;
+        INFO(page.filename().string() << ": " << line);
+        CHECK(doors.contains(match[1].str()));
+      }
+  CHECK(includes > 5);
+}
+
 TEST_CASE("links of the pages lead to files that are there") {
   std::regex const link(R"(\]\(([^)#:]+)[#)])");
   std::vector<std::string> broken;

@@ -1,9 +1,7 @@
-// hybridattn in one file, written by scripts/single_include: language models with hybrid attention, as C++ types.
-// It needs C++20 and Boost.Hana; files are here where nlohmann-json is, interchange with Eigen where Eigen is.
+// <hybridattn/hybridattn.hpp> as one file, written by scripts/single_include: it and all that it needs of hybridattn, a library of
+// language models with hybrid attention. The other files of single_include may stand beside it.
 // SPDX-License-Identifier: MIT
 // Copyright (c) 2026 the hybridattn authors
-#ifndef HYBRIDATTN_SINGLE_INCLUDE_HPP
-#define HYBRIDATTN_SINGLE_INCLUDE_HPP
 
 #include <algorithm>
 #include <array>
@@ -235,6 +233,46 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
 // All elements in a line.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/allowed.hpp
+// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
+// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
+#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
+#define HYBRIDATTN_CORE_ALLOWED_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
+  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
+}
+inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
+}  // namespace detail
+
+inline void check_number(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
+}
+inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
+}
+// Not below the smallest normal float: a smaller one may be 0 where the model computes.
+inline void check_positive(std::string_view owner, std::string_view name, double value) {
+  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
+  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
+}
+inline void check_share(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
+}
+// A share that is less than the whole.
+inline void check_below_one(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
+}
+inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
+  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
+}
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -908,9 +946,13 @@ concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward
 // head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
 inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
   if (head_dim != 0) return head_dim;
-  check(num_heads > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ", num_heads,
-        "; set head_dim, or a num_heads that divides it");
+  check(num_heads > 0 && model_dim > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ",
+        num_heads, "; set head_dim, or a num_heads that divides it");
   return model_dim / num_heads;
+}
+// A size that is left at 0 has a default.
+inline void check_size(char const* policy, char const* name, Index size) {
+  check_at_least(policy, name, size, 0, ", where 0 stands for the default");
 }
 inline void check_groups(char const* policy, Index heads, Index kv_heads) {
   check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
@@ -939,6 +981,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
 struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
@@ -1081,6 +1124,16 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
   alignas(vector_bytes) T buffer[lanes<T>] = {};
   std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
@@ -1220,19 +1273,30 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 }
 
 namespace detail {
-template <int offset, class V, std::size_t... i>
-HYBRIDATTN_INLINE V every_second(V a, V b, std::index_sequence<i...>) {  // of a, then of b
-  return __builtin_shufflevector(a, b, (2 * static_cast<int>(i) + offset)...);
+// A register is made of parts of 16 bytes. A shuffle inside parts is cheap, one across them is dear: sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <int size, bool upper, int m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
+  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
 }
-template <class T> HYBRIDATTN_INLINE Vec<T> add_neighbours(Vec<T> a, Vec<T> b) {
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
-  return every_second<0>(a, b, Lanes{}) + every_second<1>(a, b, Lanes{});
+// Every second part of m elements, of a, then of b.
+template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
 }
-// Count vectors hold, one after the other, `left` partial sums for each of the sums.
+// Count vectors hold sums that are still spread over `left` places of each vector.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < (Count + 1) / 2; ++i) x[i] = add_neighbours<T>(x[2 * i], x[Count == 1 ? 0 : 2 * i + 1]);
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
     halve<(Count + 1) / 2, left / 2, T>(x);
   }
 }
@@ -1353,6 +1417,12 @@ template <> struct On<Scale, Cpu> {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] *= factor;
     });
+  }
+};
+
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
   }
 };
 
@@ -1618,6 +1688,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
 //                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
+// They throw on a theta that is not positive, and on a rotary_dim that is odd or does not fit the head.
 struct Rope {
   struct Options {
     Index rotary_dim = 0;
@@ -1637,6 +1708,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <> struct On<Rope, Cpu> {
   template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
   template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    check_positive("Rope", "theta", o.theta);
     Index const half = angles.extent(2);
     cpu::Scratch<double> const frequencies{cpu, half};
     for (Index i = 0; i < half; ++i)
@@ -1666,6 +1738,8 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
+    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -1903,6 +1977,7 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   static double auxiliary_weight(Config const& c, Index tokens) { return tokens == 0 ? 0 : c.index_loss / static_cast<double>(tokens); }
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
     if (c.num_heads == 0) c.num_heads = num_heads;
     if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
     c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
@@ -1910,10 +1985,6 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     if (c.index_dim == 0) c.index_dim = c.head_dim;
     if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
     check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
-    check(c.index_heads > 0 && c.index_dim > 0, "SparseAttention: ", c.index_heads, " indexer heads of dimension ", c.index_dim,
-          "; both must be positive");
-    check(c.index_loss >= 0, "SparseAttention: index_loss ", c.index_loss, " is the weight of the indexer's loss, and must be >= 0");
-    check(c.index_scale > 0, "SparseAttention: index_scale ", c.index_scale, " must be positive, or 0 for index_dim^-1/2");
     return c;
   }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
@@ -1938,6 +2009,20 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
   static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
     Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
     return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("SparseAttention", "num_heads", c.num_heads);
+    check_size("SparseAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("SparseAttention", "head_dim", c.head_dim);
+    check_number("SparseAttention", "scale", c.scale);
+    check_at_least("SparseAttention", "index_heads", c.index_heads, 1);
+    check_size("SparseAttention", "index_dim", c.index_dim);
+    check_number("SparseAttention", "index_scale", c.index_scale);
+    check_positive("SparseAttention", "rope_theta", c.rope_theta);
+    check_positive("SparseAttention", "norm_eps", c.norm_eps);
+    check_not_negative("SparseAttention", "index_loss", c.index_loss);
   }
 };
 using DSA = SparseAttention<>;
@@ -2454,7 +2539,7 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
   for (Index k = 0; k < depth; ++k) {
     Vec<T> column[NV];
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = load(b.data + k * b.depth + v * lanes<T>);
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
     HYBRIDATTN_UNROLL
     for (int r = 0; r < MR; ++r) {
       T const x = a.data[r * a.row + k * a.depth];
@@ -3245,6 +3330,7 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
     if (c.num_heads == 0) c.num_heads = num_heads;
     if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
     c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
@@ -3261,6 +3347,16 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
   static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) {
     Shape<4> const rows{batch, O.window == 0 ? capacity : std::min<Index>(O.window, capacity), c.num_kv_heads, c.head_dim};
     return {.keys = rows, .values = rows};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("FullAttention", "num_heads", c.num_heads);
+    check_size("FullAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("FullAttention", "head_dim", c.head_dim);
+    check_number("FullAttention", "scale", c.scale);
+    check_positive("FullAttention", "rope_theta", c.rope_theta);
+    check_positive("FullAttention", "norm_eps", c.norm_eps);
   }
 };
 using Full = FullAttention<>;
@@ -3378,7 +3474,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T>
     if (k < 0 || k >= band.depth) return;
     cpu::Vec<T> column[NV];
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = cpu::load(b.data + k * b.depth + v * cpu::lanes<T>);
+    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
     HYBRIDATTN_UNROLL
     for (int r = 0; r < MR; ++r) {
       if (!takes_part(r)) continue;
@@ -3999,8 +4095,9 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
 // Backward, with X_t the gradient of S_t, from the last token to the first:
 //   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
 //   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
-//   (7) d_g_t = sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>
-//       since the loss is linear in (S, v), Euler's relation gives <X, S> without a product of states
+//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    what passes through the decay of token t, and nothing else
+//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is the same on paper alone:
+//       its terms do not fade with the decay that their sum fades with)
 // Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
 // underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
 #ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
@@ -4063,6 +4160,8 @@ template <GdnOptions O> struct Finish;
 }  // namespace gdn
 
 template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
+  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of tokens, or 0 for no convolution");
+
   static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
 
   static constexpr std::string_view name = "GDN";
@@ -4076,6 +4175,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   using Finish = gdn::Finish<O>;
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
     if (c.num_heads == 0) c.num_heads = num_heads;
     if (c.num_value_heads == 0) c.num_value_heads = c.num_heads;
     c.key_dim = default_head_dim(c.key_dim, model_dim, c.num_heads);
@@ -4101,6 +4201,16 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
             .conv_k = keys,
             .conv_v = {batch, rows, c.num_value_heads * c.value_dim},
             .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("GatedDeltaNet", "num_heads", c.num_heads);
+    check_size("GatedDeltaNet", "num_value_heads", c.num_value_heads);
+    check_size("GatedDeltaNet", "key_dim", c.key_dim);
+    check_size("GatedDeltaNet", "value_dim", c.value_dim);
+    check_number("GatedDeltaNet", "scale", c.scale);
+    check_positive("GatedDeltaNet", "norm_eps", c.norm_eps);
   }
 };
 using GDN = GatedDeltaNet<>;
@@ -4616,10 +4726,24 @@ template <class T> struct Gates {
   PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
 };
 
-// exp(g), and 0 where it is no normal number.
+// log 2 = high + low. The product of high with a whole number below 2^11 has no rounding.
+template <class T> struct LogTwo;
+template <> struct LogTwo<float> {
+  static constexpr float high = 0x1.62ep-1f, low = 0x1.0bfbe8p-15f;
+};
+template <> struct LogTwo<double> {
+  static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
+};
+
+// exp(g), and 0 where it is no normal number. Of g log2(e) alone the rounding would be |g| times that of the result.
 template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
-  Vec<T> const exponent = g * cpu::log2_e<T>;
-  return cpu::select<T>(exponent < cpu::detail::Exp2<T>::least, Vec<T>{}, cpu::exp2<T>(exponent));
+  using E = cpu::detail::Exp2<T>;
+  Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
+  Vec<T> const rest = (g - whole * LogTwo<T>::high) - whole * LogTwo<T>::low;
+  Vec<T> const decay = cpu::exp2<T>(whole) * cpu::exp2<T>(rest * cpu::log2_e<T>);
+  Vec<T> const in_range = cpu::select<T>(exponent < E::least, Vec<T>{}, decay);
+  Vec<T> const any = cpu::select<T>(exponent > -E::least, cpu::broadcast(std::numeric_limits<T>::infinity()), in_range);
+  return cpu::select<T>(g == g, any, g);
 }
 
 template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens], Gates<T>& gates) {
@@ -4687,12 +4811,17 @@ template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T con
   }
   cpu::sum_each<pairs>(sum, dots);
 }
-template <class T>
-void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
-  alignas(cpu::vector_bytes) T dots[block_groups][pairs] = {};
-  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+// Sixteen numbers of each group, one group in each lane.
+template <class T> using GroupDots = T[block_groups][pairs];
+template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
   for (int p = 0; p < pairs; p += lanes<T>)
     for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+}
+template <class T>
+void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+  to_lanes<T>(dots, products);
 }
 
 // k_i . k_j and scale q_i . k_j, with the decay between.
@@ -4730,6 +4859,148 @@ template <class T> void write_state(T const* state, T carry, Index i, Index h, I
       row[v] = carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>];
   }
 }
+
+// <states, carry * state>, summed in double.
+template <class T> double dot_state(View<T const, 4> states, Index i, Index h, Index rows, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) *
+             static_cast<double>(carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>]);
+  return sum;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_decay.hpp
+// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads; what a pair gives to d_g_t,
+// j < t <= l, passes the decay of token t. For token i of a group these are
+//   pairs inside the group, j < i <= l                         reads by tokens l >= i of the S before the group
+//   writes of tokens j < i that the X after the group reads    what passes the whole group, from S before to X after
+// No pair j = l takes part: it knows no decay, and at strong decays would be all of the rounding. What passes the whole group
+// follows from <S, X> after it less its writes, from the last group to the first, so that no token sees an earlier one's d_o.
+// That difference is nothing but rounding where the group's decay is below rounding: there it counts as 0. Its rounding does not
+// fade as the products do; so once a block, what passes a group is formed afresh from S and X.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// Of one block of one head.
+template <class T> struct DecayPaths {
+  PerGroup<T> through[group_tokens];   // what passes the decay of token i, but for what passes the whole group
+  PerGroup<T> reads, writes;           // by the group of the S before it; of the group for the X after it
+  PerGroup<T> decay;                   // of the whole group
+  Index fresh;                         // the group that what passes it is formed afresh for
+  T* gradient;                         // X after that group is carry * gradient [K, V], in panels
+  T carry;
+  double passes;                       // decay <S before that group, X after it>
+};
+
+// Where to form afresh, from the last group to the first: once the decay since the last time is below 2^-10, or else at the
+// first group. `since` is carried from block to block.
+template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& since) {
+  Index fresh = groups - 1;
+  while (fresh > 0 && (since *= decay[fresh]) >= T(0x1p-10)) --fresh;
+  since = 1;
+  for (Index g = 0; g < fresh; ++g) since *= decay[g];
+  return fresh;
+}
+
+// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are w_l . e_j and d_o_l . e_j.
+template <class T>
+void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
+                  DecayPaths<T>& paths) {
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> through[group_tokens] = {};
+    for (int l = 1; l < group_tokens; ++l)
+      for (int j = 0; j < l; ++j) {
+        Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
+        Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
+        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) * (read - erased);
+      }
+    for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
+  });
+}
+
+// Reads and writes of all groups. `crossing` [groups, 8, panel] holds, for each lane of the columns, what tokens read of the S
+// before their group, then k . stored X e; `write` leads from the latter to what the token writes.
+inline constexpr int crossing_rows = 2 * group_tokens;
+template <class T>
+void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) {
+    Vec<T> sum[crossing_rows];
+    for (int i = 0; i < crossing_rows; ++i) sum[i] = load(crossing + (g * crossing_rows + i) * panel_width<T>);
+    cpu::sum_each<crossing_rows>(sum, dots[g]);
+  }
+  PerGroup<T> sums[pairs];
+  to_lanes<T>(dots, sums);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> reads{}, writes{}, by_later[group_tokens];
+    for (int i = group_tokens - 1; i >= 0; --i) by_later[i] = reads += sums[i].get(g);
+    for (int i = 0; i < group_tokens; ++i) {
+      paths.through[i].put(g, paths.through[i].get(g) + by_later[i] + writes);
+      writes += write[i].get(g) * sums[group_tokens + i].get(g);
+    }
+    paths.reads.put(g, reads);
+    paths.writes.put(g, writes);
+  });
+}
+
+// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows.
+template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
+  Vec<T> sum{};
+  for (Index v = 0; v < V; v += panel_width<T>) {
+    alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
+    cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (Index r = 0; r < panel_width<T>; ++r) sum += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+  }
+  return sum;
+}
+
+// The blocks of one head of one sequence.
+template <class T> class DecayGradients {
+ public:
+  // `paths(b)`: of block b. before, after: <S_0, X_0> (a function, for the odd case that needs it) and <S_T, X_T>.
+  template <class Paths, class Before>
+  static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
+    for (Index b = count_blocks(sequence); b-- > 0;) {
+      Block const block = block_of(sequence, b);
+      DecayPaths<T> const& own = paths(b);
+      for (Index g = block.groups(); g-- > 0;) {
+        double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));
+        if (!std::isfinite(passes)) passes = from_the_front(paths, before, b, g);
+        for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+          d_g(block.first + g * group_tokens + i, h) = own.through[i][g] + static_cast<T>(passes);
+        after = passes + number(own.reads[g]);
+      }
+    }
+  }
+
+ private:
+  static double number(T x) { return static_cast<double>(x); }
+  static double passing(DecayPaths<T> const& paths, Index g, double difference) {
+    return paths.decay[g] <= std::numeric_limits<T>::epsilon() / 2 ? 0 : difference;
+  }
+  // What passes group g of block b, by <S, X> before each group less its reads: a NaN or infinite value of a token is none of an
+  // earlier token's business.
+  template <class Paths, class Before> static double from_the_front(Paths paths, Before before, Index last_block, Index last) {
+    Index b = last_block, g = last;
+    auto const is_fresh = [&] { return g == paths(b).fresh; };
+    while (!is_fresh() && (b > 0 || g > 0)) g > 0 ? --g : (g = block_groups - 1, --b);
+    double passes = is_fresh() ? paths(b).passes : passing(paths(b), g, before() - number(paths(b).reads[g]));
+    while (b < last_block || g < last) {
+      double const after = passes + number(paths(b).writes[g]);
+      if (++g == block_groups) g = 0, ++b;
+      passes = passing(paths(b), g, after - number(paths(b).reads[g]));
+    }
+    return passes;
+  }
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
 #endif
@@ -4892,7 +5163,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 // The rows of a block. d_v holds w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
   Index groups, K, V;
-  Rows<T const> q, k, v, error, d_o;
+  Rows<T const> q, k, error, d_o;
   Rows<T> d_v;
 };
 // What the reverse sweep needs to know about the groups of a block; X = carry * stored.
@@ -4904,10 +5175,11 @@ template <class T> struct ReverseTerms {
   PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
   Carry<T> carry;
 };
-// What it hands to the forward sweep, besides X e.
+// What it hands to the forward sweep, besides X e, and what both leave for d_g.
 template <class T> struct Handover {
   PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
   PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
+  DecayPaths<T> paths;
 };
 template <class T> struct ReversePanel {
   T* state;     // [K, panel] X
@@ -5030,7 +5302,8 @@ HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, I
 
 // One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
 template <class T>
-void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error) {
+void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
+                   DecayPaths<T> const& paths) {
   for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
     ReversePanel<T> turn[panels_in_turn];
     Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
@@ -5043,6 +5316,7 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
       times_error(turn, count, rows.K, rows.error.group(g).columns(first), first == 0, state_error + g * group_tokens * rows.K);
       for (Index p = 0; p < count; ++p) {
         Index const column = first + p * panel_width<T>;
+        if (g == paths.fresh) std::copy_n(turn[p].state, rows.K * panel_width<T>, paths.gradient + column * rows.K);
         solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
         add_group(turn[p], rows, g, terms.carry.fold[g]);
       }
@@ -5050,12 +5324,13 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
   }
 }
 
-// With w complete: the dots of each group, d_beta by (5), d_v, and the part -v . d_v of d_g.
+// With w complete: the dots of each group, d_beta by (5) and d_v.
 template <class T>
 void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, Block block, Index h,
-                    View<T, 2> d_g, View<T, 2> d_beta, Handover<T>& handover) {
+                    View<T, 2> d_beta, Handover<T>& handover) {
   Rows<T const> const w = rows.d_v;
   pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
+  paths_inside(terms.beta, terms.pair, handover.pair, handover.paths);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
     for (int i = 0; i < group_tokens; ++i) {
       handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
@@ -5067,14 +5342,10 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
     }
   });
   for (Index g = 0; g < rows.groups; ++g) {
-    T with_error[group_tokens], with_v[group_tokens];
+    T with_error[group_tokens];
     token_dots(w.group(g), rows.error.group(g), rows.V, with_error);
-    token_dots(w.group(g), rows.v.group(g), rows.V, with_v);
-    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i) {
-      Index const t = block.first + g * group_tokens + i;
-      d_beta(t, h) = with_error[i];
-      d_g(t, h) = -terms.beta[i][g] * with_v[i];
-    }
+    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+      d_beta(block.first + g * group_tokens + i, h) = with_error[i];
     for (Index i = 0; i < group_tokens; ++i) {
       T* const row = rows.d_v.group(g)[i];
       for (Index d = 0; d < rows.V; d += lanes<T>) store(row + d, terms.beta[i][g] * load(row + d));
@@ -5145,10 +5416,11 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   }
 }
 
-// d_q and d_k of one group and one panel of columns. d_k holds stored X e.
+// d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
+// each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, Rows<T const> q, Rows<T const> k,
-                               T const* products, Rows<T> d_q, Rows<T> d_k) {
+                               T const* products, Rows<T> d_q, Rows<T> d_k, bool first, T* crossing) {
   Vec<T> key[group_tokens], query[group_tokens];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
@@ -5157,8 +5429,12 @@ HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& 
   }
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>);
-    Vec<T> z = handover.gradient[i][g] * load(d_k[i]) - terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
+    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
+    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
+    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
+    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
+    store(reads, first ? read : load(reads) + read);
+    store(writes, first ? written : load(writes) + written);
     HYBRIDATTN_UNROLL
     for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
     HYBRIDATTN_UNROLL
@@ -5177,30 +5453,31 @@ template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K
     for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
 }
 
-// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel].
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
 template <class T>
-void rebuild_block(RebuildTerms<T> const& terms, Handover<T> const& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
-                   T* products, Rows<T> d_q, Rows<T> d_k) {
+void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
+                   T* products, Rows<T> d_q, Rows<T> d_k, T* crossing) {
+  DecayPaths<T>& paths = handover.paths;
+  Vec<T> product{};
   for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
   for (Index column = 0; column < rows.K; column += panel_width<T>)
     for (Index g = 0; g < rows.groups; ++g) {
       Rows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
       T* const panel = state + column * rows.V;
+      if (g == paths.fresh) product += panel_product(panel, paths.gradient, rows.K, rows.V, column);
       if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
       else rebuild<true>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
-      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column));
+      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column), column == 0,
+              crossing + g * crossing_rows * panel_width<T>);
     }
+  auto const factor = [](T x) { return static_cast<double>(x); };
+  paths.passes =
+      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
 }
 
-// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to; d_g gets q . d_q.
+// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
 template <class T>
-void finish_rebuild(BackwardRows<T> const& rows, Rows<T const> own_q, Rows<T const> own_k, Block block, Index h, Index hk, bool first,
-                    View<T, 3> d_q, View<T, 3> d_k, View<T, 2> d_g) {
-  for (Index g = 0; g < rows.groups; ++g) {
-    T dots[group_tokens];
-    token_dots(rows.q.group(g), own_q.group(g), rows.K, dots);
-    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i) d_g(block.first + g * group_tokens + i, h) += dots[i];
-  }
+void finish_rebuild(Rows<T const> own_q, Rows<T const> own_k, Block block, Index hk, bool first, View<T, 3> d_q, View<T, 3> d_k) {
   for (Index n = 0; n < block.tokens; ++n) {
     T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
     cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {
@@ -5341,21 +5618,26 @@ template <class T> struct BackwardScratch {
   Index K, V;
   T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
   T* panels;                         // the rows of the panels in turn
-  Rows<T> q, k, v, error, d_o, d_v;  // one block each, for rows that are not used where they stand
+  T* crossing;                       // of one block, for d_g
+  Rows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
   Rows<T> d_q, d_k;                  // one block of one value head
   T* state_error;                    // X e of all tokens of a head
+  T* gradients;                      // an X of each block, for d_g
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    return 2 * K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * 4 * (K + V) + round_up(longest, group_tokens) * K;
+    return 2 * K * V + (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+           round_up(longest, group_tokens) * K + ceil_div(longest, block_tokens) * K * V;
   }
-  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_) : K(K_), V(V_), handover(handover_) {
+  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
     auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
     gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
-    q = take_rows(K), k = take_rows(K), v = take_rows(V), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
+    crossing = take(block_groups * crossing_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
     d_q = take_rows(K), d_k = take_rows(K);
-    state_error = memory;
+    state_error = take(round_up(longest, group_tokens) * K);
+    gradients = memory;
   }
 };
 
@@ -5375,16 +5657,16 @@ template <class T> struct BackwardCall {
             .V = scratch.V,
             .q = rows_to_read(x.q, block, hk, scratch.q),
             .k = rows_to_read(x.k, block, hk, scratch.k),
-            .v = rows_to_read(x.v, block, h, scratch.v),
             .error = rows_to_read(saved.error, block, h, scratch.error),
             .d_o = rows_to_read(d_y.o, block, h, scratch.d_o),
             .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
   }
 };
 
-template <class T> void reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
+// Returns <S_0, X_0>, as a function.
+template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
-  T carry = 1;
+  T carry = 1, since_fresh = 1;
   Gates<T> gates;
   ReverseTerms<T> terms;
   read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
@@ -5393,11 +5675,17 @@ template <class T> void reverse_sweep(BackwardCall<T> const& call, Sequence sequ
     BackwardRows<T> const rows = call.rows(block, h, scratch);
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = reverse_terms(gates, scale, rows, carry, terms);
-    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K);
-    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.g, call.d_x.beta, scratch.handover[b]);
+    DecayPaths<T>& paths = scratch.handover[b].paths;
+    paths.decay = gates.after[0];
+    paths.fresh = fresh_group(paths.decay, rows.groups, since_fresh);
+    paths.gradient = scratch.gradients + b * scratch.K * scratch.V;
+    paths.carry = terms.carry.before[paths.fresh];
+    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K, paths);
+    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.beta, scratch.handover[b]);
     write_back(call.d_x.v, block, h, scratch.d_v);
   }
   write_state(scratch.gradient, carry, i, h, scratch.K, call.d_x.initial_state);
+  return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
 }
 
 // Returns <S_T, d_final_state>.
@@ -5414,15 +5702,11 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
     rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
-                  scratch.d_q, scratch.d_k);
-    finish_rebuild<T>(rows, scratch.d_q, scratch.d_k, block, h, call.key_head(h), first, call.d_x.q, call.d_x.k, call.d_x.g);
+                  scratch.d_q, scratch.d_k, scratch.crossing);
+    paths_across(scratch.crossing, rows.groups, scratch.handover[b].gradient, scratch.handover[b].paths);
+    finish_rebuild<T>(scratch.d_q, scratch.d_k, block, call.key_head(h), first, call.d_x.q, call.d_x.k);
   }
   return dot_transposed(call.d_y.final_state, i, h, scratch.V, scratch.state, carry);
-}
-
-// (7): d_g(t) holds q . d_q - v . d_v of each token; from the end, so that no token sees an earlier one's.
-template <class T> void sum_decay_gradients(Sequence sequence, Index h, double sum, View<T, 2> d_g) {
-  for (Index t = sequence.start + sequence.length; t-- > sequence.start;) d_g(t, h) = static_cast<T>(sum += static_cast<double>(d_g(t, h)));
 }
 
 }  // namespace detail
@@ -5449,11 +5733,12 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
   parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
     Index const i = task / c.num_heads, hk = task % c.num_heads;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V};
+    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V, longest};
     for (Index h = hk * group; h < (hk + 1) * group; ++h) {
-      detail::reverse_sweep(call, sequence, i, h, scratch);
-      double const sum = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
-      detail::sum_decay_gradients(sequence, h, sum, d_x.g);
+      auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
+      double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
+      auto const paths = [&](Index b) -> detail::DecayPaths<T> const& { return scratch.handover[b].paths; };
+      detail::DecayGradients<T>::write(sequence, h, paths, before, after, d_x.g);
     }
   });
 }
@@ -5544,6 +5829,11 @@ struct Initialization {
   double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
   double embedding_deviation = 0.02;  // N(0, embedding_deviation^2)
 
+  // Throws on a deviation that is no number >= 0.
+  void check_numbers() const {
+    check_not_negative("Initialization", "linear_deviation", linear_deviation);
+    check_not_negative("Initialization", "embedding_deviation", embedding_deviation);
+  }
   Initial linear(Index fan_in) const {
     if (linear_deviation != 0) return Initial::normal(linear_deviation);
     double const bound = fan_in == 0 ? 0 : 1 / std::sqrt(static_cast<double>(fan_in));
@@ -5925,7 +6215,7 @@ struct FeedForwardConfig {
   Index hidden_dim = 0;              // F of a dense layer; 0: 4 model_dim
   bool gated = true;                 // SwiGLU; false: silu without a second branch
   Index num_experts = 0;             // E; 0: every layer is dense
-  Index top_k = 2;
+  Index top_k = 2;                   // experts of a token
   Index expert_dim = 0;              // F of an expert; 0: hidden_dim
   Index shared_dim = -1;             // F of the shared expert; -1: there is none; 0: only its gate is there
   bool renormalise = true;           // weights of the chosen sum to 1
@@ -5940,14 +6230,26 @@ struct FeedForwardConfig {
   }
   // With every 0 filled in; throws on sizes that do not fit.
   FeedForwardConfig completed(Index model_dim) const {
+    check_numbers();
     FeedForwardConfig c = *this;
     if (c.hidden_dim == 0) c.hidden_dim = 4 * model_dim;
     if (c.expert_dim == 0) c.expert_dim = c.hidden_dim;
-    check(c.hidden_dim > 0, "feed-forward: hidden_dim ", c.hidden_dim, " must be positive");
     check(c.num_experts == 0 || (0 < c.top_k && c.top_k <= c.num_experts), "feed-forward: top_k ", c.top_k, " of ", c.num_experts,
           " experts; allowed: 1 .. ", c.num_experts);
-    check(c.decoder_sparse_step > 0, "feed-forward: decoder_sparse_step ", c.decoder_sparse_step, " must be positive");
     return c;
+  }
+
+ private:
+  void check_numbers() const {
+    constexpr char const* where = "feed-forward";
+    check_at_least(where, "hidden_dim", hidden_dim, 0, ", where 0 stands for 4 model_dim");
+    check_at_least(where, "num_experts", num_experts, 0, ", where 0 stands for no mixture");
+    check_at_least(where, "top_k", top_k, 0);
+    check_at_least(where, "expert_dim", expert_dim, 0, ", where 0 stands for hidden_dim");
+    check_at_least(where, "shared_dim", shared_dim, -1, ", where -1 stands for no shared expert");
+    check_at_least(where, "decoder_sparse_step", decoder_sparse_step, 1);
+    for (Index layer : mlp_only_layers) check_at_least(where, "mlp_only_layers: layer", layer, 0);
+    check_not_negative(where, "balance_coefficient", balance_coefficient);
   }
 };
 
@@ -6223,7 +6525,7 @@ template <AttentionPolicy Policy> struct Attention {
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
     typename Policy::template Saved<S> policy;
-    State<S, 1> d_auxiliary_loss;  // [1], written between the passes, or nothing
+    State<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
     HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 
@@ -6280,6 +6582,7 @@ template <AttentionPolicy Policy> struct Attention {
                   "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
     saved = allocate<T>(backend, Attention::saved(c, s));
+    if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
     zip(
         [&](Path const& path, auto const& w, auto& raw, auto& input) {
           auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));
@@ -6392,6 +6695,16 @@ struct BlockConfig {
   FeedForwardConfig feed_forward;
   Initialization initialization;
   Stage stage = Stage::language_model;
+
+  // With every 0 filled in; throws on numbers that no block can have.
+  BlockConfig completed() const {
+    check_at_least("model", "model_dim", model_dim, 1);
+    check_positive("model", "norm.eps", norm.eps);
+    initialization.check_numbers();
+    BlockConfig c = *this;
+    c.feed_forward = feed_forward.completed(model_dim);
+    return c;
+  }
 };
 
 template <AttentionPolicy P> struct Block {
@@ -6568,8 +6881,20 @@ template <class Key, class Value> struct Keyed {
 };
 template <template <class> class Of, class Kinds> struct ByType;
 template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
-  template <class Key> auto& get() { return static_cast<Keyed<Key, Of<Key>>&>(*this).value; }
-  template <class Key> auto const& get() const { return static_cast<Keyed<Key, Of<Key>> const&>(*this).value; }
+  template <class Key> auto& get() {
+    check_key<Key>();
+    return static_cast<Keyed<Key, Of<Key>>&>(*this).value;
+  }
+  template <class Key> auto const& get() const {
+    check_key<Key>();
+    return static_cast<Keyed<Key, Of<Key>> const&>(*this).value;
+  }
+
+ private:
+  template <class Key> static constexpr void check_key() {
+    static_assert((std::is_same_v<Key, Kinds> || ...),
+                  "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+  }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -6605,7 +6930,7 @@ template <AttentionPolicy... Policies> struct Stack {
   };
   // With every 0 filled in from the model's width and heads.
   static Config completed(Config c, Index num_heads) {
-    c.block.feed_forward = c.block.feed_forward.completed(c.block.model_dim);
+    c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
     return c;
   }
@@ -6733,7 +7058,7 @@ struct LossSum {
 
 //   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
 //   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
-// Backward forms the loss on its way: a training step calls it alone.
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
@@ -6810,24 +7135,28 @@ template <> struct On<SoftmaxLoss, Cpu> {
 
 template <> struct On<CrossEntropy, Cpu> {
   template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
-    return in_blocks(cpu, x, w, targets, 0, [](View<T, 2>, Index) {});
+    return in_blocks(cpu, x, w, targets, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index) {
+      return On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {});
+    });
   }
 
   template <class T>
   static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
                           View<T, 2> d_x, View<T, 2> d_w) {
-    return in_blocks(cpu, x, w, targets, scale, [&](View<T, 2> d_logits, Index first) {
+    return in_blocks(cpu, x, w, targets, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first) {
+      LossSum const loss = On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
       cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
+      return loss;
     });
   }
 
  private:
-  // f(d_logits, first row) for one block of rows after the other.
+  // f(logits, targets, first row) gives the loss of a block of rows; one block after the other.
   template <class T, class F>
-  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, F f) {
+  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, F f) {
     Index const N = x.extent(0), V = w.extent(0);
     for (Index n = 0; n < N; ++n)
       check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1,
@@ -6838,9 +7167,7 @@ template <> struct On<CrossEntropy, Cpu> {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
       cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
-      View<std::int32_t const, 1> const block_targets{targets.data + first, {rows}};
-      total += On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, block_targets, scale, scale == 0 ? View<T, 2>{} : logits);
-      if (scale != 0) f(logits, first);
+      total += f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first);
     }
     return total;
   }
@@ -6920,6 +7247,7 @@ template <class S_> class LanguageModel {
 
     // The sizes of one policy of the stack: config.mixer<GDN>().num_value_heads = 8.
     template <class Policy> auto& mixer() { return mixers.template get<Policy>(); }
+    template <class Policy> auto const& mixer() const { return mixers.template get<Policy>(); }
   };
 
   template <class S> struct Params {
@@ -6943,8 +7271,8 @@ template <class S_> class LanguageModel {
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
-    check(config_.vocab_size > 0, "LanguageModel: vocab_size ", config_.vocab_size, " must be positive");
-    check(config_.model_dim > 0, "LanguageModel: model_dim ", config_.model_dim, " must be positive");
+    check_at_least("model", "vocab_size", config_.vocab_size, 1);
+    check_at_least("model", "num_heads", config_.num_heads, 1);
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
@@ -7000,6 +7328,7 @@ template <class S_> class LanguageModel {
 
   // The final normed activations stand in the result: hidden() and logits() read them.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
+    check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
@@ -7140,7 +7469,9 @@ template <class Stack> struct LayerCaches {
 
 // bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
 template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
-  check(size.batch > 0 && size.capacity > 0, "cache: capacity ", size.capacity, " for ", size.batch, " sequences; both must be positive");
+  check_at_least("cache", "batch", size.batch, 1);
+  check(1 <= size.capacity && size.capacity <= std::numeric_limits<std::int32_t>::max(), "cache: capacity ", size.capacity,
+        " is not allowed; it must be in 1 .. ", std::numeric_limits<std::int32_t>::max());
   typename LayerCaches<Stack>::template Group<Shapes> shapes;
   shapes.for_each(
       [&](auto block, std::size_t, auto& layer) {
@@ -7358,16 +7689,21 @@ struct SamplingOptions {
   double temperature = 1;   // logits are divided by it; 0: always the likeliest token
   Index top_k = 0;          // only the top_k likeliest tokens; 0: all
   double top_p = 1;         // then only the fewest, likeliest first, whose probabilities sum to top_p; 1: all
+
+  // Throws on numbers that mean nothing.
+  void check_numbers() const {
+    check(std::isfinite(temperature) && temperature >= 0, "sampling: temperature ", temperature,
+          " is not allowed; it must be >= 0, and 0 takes the likeliest token");
+    check(top_k >= 0, "sampling: top_k ", top_k, " is not allowed; it must be >= 0, and 0 keeps all tokens");
+    check(top_p > 0 && top_p <= 1, "sampling: top_p ", top_p, " is not allowed; it must be in (0, 1]");
+  }
 };
 
 // Draws tokens; the same seed and the same logits give the same ones. Equally likely tokens are ordered by number, smaller first.
 class Sampler {
  public:
   explicit Sampler(SamplingOptions options = {}, Seed seed = {}) : options_(options), random_(seed, "sampling") {
-    check(std::isfinite(options.temperature) && options.temperature >= 0, "sampling: temperature ", options.temperature,
-          " is not allowed; it must be >= 0, and 0 takes the likeliest token");
-    check(options.top_k >= 0, "sampling: top_k ", options.top_k, " is not allowed; it must be >= 0, and 0 keeps all tokens");
-    check(options.top_p > 0 && options.top_p <= 1, "sampling: top_p ", options.top_p, " is not allowed; it must be in (0, 1]");
+    options_.check_numbers();
   }
 
   // logits [V] of one position. -inf excludes a token; throws on NaN, on +inf, and where no token is left.
@@ -7448,6 +7784,14 @@ struct GenerateOptions {
   SamplingOptions sampling = {};
   Seed seed = {};                                // sequence i draws what it would draw alone with seed + i
   std::vector<std::int32_t> stop_tokens = {};    // each ends a sequence, and is its last token
+
+  // Throws on numbers that mean nothing.
+  void check_numbers() const {
+    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    check(0 <= max_new_tokens && max_new_tokens <= most, "generate: max_new_tokens ", max_new_tokens,
+          " is not allowed; it must be in 0 .. ", most);
+    sampling.check_numbers();
+  }
 };
 
 // What is new of each sequence, and what it took.
@@ -7475,11 +7819,12 @@ class Stopwatch {
 // The tokens that each sequence gives to the model next; a sequence without any has ended.
 template <class OnToken> class Generation {
  public:
-  Generation(TokenLists const& prompts, GenerateOptions const& options, OnToken& on_token)
+  // No sequence has room for more than `capacity` tokens.
+  Generation(TokenLists const& prompts, GenerateOptions const& options, Index capacity, OnToken& on_token)
       : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
-    check(options.max_new_tokens >= 0, "generate: max_new_tokens ", options.max_new_tokens, " must be >= 0");
+    options.check_numbers();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-      tokens_[i].reserve(static_cast<std::size_t>(options.max_new_tokens));
+      tokens_[i].reserve(static_cast<std::size_t>(std::min(options.max_new_tokens, capacity + 1)));   // the last one needs no room
       samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
     }
   }
@@ -7517,7 +7862,7 @@ template <class OnToken> class Generation {
 template <class Stack, class T, class B, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params,
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
-  infer::Generation<OnToken> generation{prompts, options, on_token};
+  infer::Generation<OnToken> generation{prompts, options, cache.capacity(), on_token};
   Generated result;
   std::vector<T> host;
   for (Index step = 0; step < options.max_new_tokens && generation.count() > 0; ++step) {
@@ -7539,14 +7884,14 @@ template <class Stack, class B, class Params, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& params, TokenLists const& prompts,
                    GenerateOptions const& options = {}, OnToken on_token = {}) {
   using T = std::remove_const_t<typename decltype(in(params.embedding))::Element>;
+  options.check_numbers();
   check(!prompts.empty(), "generate: there are no prompts");
   Index longest = 0;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a model goes on from at least one token");
     longest = std::max(longest, static_cast<Index>(std::ssize(prompts[i])));
   }
-  auto const capacity = longest + std::max<Index>(options.max_new_tokens, 0);
-  auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = capacity});
+  auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = longest + options.max_new_tokens});
   return generate(backend, model, params, cache, prompts, options, on_token);
 }
 
@@ -7622,6 +7967,11 @@ struct AdamWStep {
     double gradient_scale;               // g is multiplied by it first: clipping by the global norm
   };
 };
+// What a step would turn into a NaN or an infinity. Nothing is written.
+//   forward(backend, rates, g, m, v, p) -> Overflow
+struct AdamWCheck {
+  enum class Overflow { none, mean, square, parameter };
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -7631,21 +7981,67 @@ struct AdamWStep {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+namespace cpu::detail {
+
+// The rule for a vector of elements.
+template <class T> struct AdamWRule {
+  T keep, clip, b1, b2, eps, add1, add2, step, root;
+
+  explicit AdamWRule(AdamWStep::Rates r)
+      : keep(static_cast<T>(1 - r.learning_rate * r.weight_decay)), clip(static_cast<T>(r.gradient_scale)), b1(static_cast<T>(r.beta_1)),
+        b2(static_cast<T>(r.beta_2)), eps(static_cast<T>(r.epsilon)), add1(static_cast<T>(1 - r.beta_1)),
+        add2(static_cast<T>(1 - r.beta_2)), step(static_cast<T>(r.learning_rate / r.correction_1)),
+        root(static_cast<T>(1 / std::sqrt(r.correction_2))) {}
+
+  struct Result {
+    Vec<T> mean, square, parameter;
+  };
+  HYBRIDATTN_INLINE Result operator()(Vec<T> g, Vec<T> m, Vec<T> v, Vec<T> p) const {
+    Vec<T> const gradient = g * clip, mean = b1 * m + add1 * gradient, square = b2 * v + add2 * gradient * gradient;
+    return {mean, square, keep * p - step * mean / (cpu::sqrt<T>(square) * root + eps)};
+  }
+};
+
+}  // namespace cpu::detail
+
 template <> struct On<AdamWStep, Cpu> {
   template <class T> static void forward(Cpu& cpu, AdamWStep::Rates r, View<T const, 1> g, View<T, 1> m, View<T, 1> v, View<T, 1> p) {
-    T const keep = static_cast<T>(1 - r.learning_rate * r.weight_decay), clip = static_cast<T>(r.gradient_scale);
-    T const b1 = static_cast<T>(r.beta_1), b2 = static_cast<T>(r.beta_2), eps = static_cast<T>(r.epsilon);
-    T const add1 = static_cast<T>(1 - r.beta_1), add2 = static_cast<T>(1 - r.beta_2);
-    T const step = static_cast<T>(r.learning_rate / r.correction_1), root = static_cast<T>(1 / std::sqrt(r.correction_2));
+    cpu::detail::AdamWRule<T> const rule{r};
     parallel_blocks(cpu, p.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const gradient = s.get(g.data) * clip;
-        cpu::Vec<T> const mean = b1 * s.get(m.data) + add1 * gradient, square = b2 * s.get(v.data) + add2 * gradient * gradient;
-        s.put(m.data, mean);
-        s.put(v.data, square);
-        s.put(p.data, keep * s.get(p.data) - step * mean / (cpu::sqrt<T>(square) * root + eps));
+        auto const next = rule(s.get(g.data), s.get(m.data), s.get(v.data), s.get(p.data));
+        s.put(m.data, next.mean);
+        s.put(v.data, next.square);
+        s.put(p.data, next.parameter);
       });
     });
+  }
+};
+
+template <> struct On<AdamWCheck, Cpu> {
+  using Overflow = AdamWCheck::Overflow;
+
+  template <class T>
+  static Overflow forward(Cpu& cpu, AdamWStep::Rates r, View<T const, 1> g, View<T const, 1> m, View<T const, 1> v, View<T const, 1> p) {
+    if (p.count() == 0) return Overflow::none;
+    cpu::detail::AdamWRule<T> const rule{r};
+    Tensor<Overflow, 1, Cpu> storage{cpu, {ceil_div(p.count(), cpu::element_grain)}};
+    auto const found = out(storage);
+    parallel_blocks(cpu, p.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        auto const next = rule(s.get(g.data), s.get(m.data), s.get(v.data), s.get(p.data));
+        mean += next.mean - next.mean;
+        square += next.square - next.square;
+        parameter += next.parameter - next.parameter;
+      });
+      found(first / cpu::element_grain) = cpu::sum<T>(mean) != 0        ? Overflow::mean
+                                          : cpu::sum<T>(square) != 0    ? Overflow::square
+                                          : cpu::sum<T>(parameter) != 0 ? Overflow::parameter
+                                                                        : Overflow::none;
+    });
+    auto const* const first = std::find_if(found.data, found.data + found.count(), [](Overflow x) { return x != Overflow::none; });
+    return first == found.data + found.count() ? Overflow::none : *first;
   }
 };
 
@@ -7666,6 +8062,16 @@ struct AdamWOptions {
   bool bias_correction = true;
   // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`); all of them without it.
   std::function<bool(std::string_view path)> decays = {};
+
+  // Throws on numbers that no optimizer can have.
+  void check_numbers() const {
+    check_not_negative("AdamW", "learning_rate", learning_rate);
+    check_below_one("AdamW", "beta_1", beta_1);
+    check_below_one("AdamW", "beta_2", beta_2);
+    check_positive("AdamW", "epsilon", epsilon);
+    check_not_negative("AdamW", "weight_decay", weight_decay);
+    check_not_negative("AdamW", "max_norm", max_norm);
+  }
 };
 
 // Norms of the gradients: of the tensors that are apart, and of the others.
@@ -7673,19 +8079,24 @@ struct GradientNorms {
   double others = 0, apart = 0;
   double global() const { return std::hypot(others, apart); }
 };
-// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity.
+// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity, or whose
+// norm is too large for a double.
 template <class B, class Gradients> GradientNorms gradient_norms(B& backend, Gradients const& gradients, std::vector<bool> const& apart) {
   GradientNorms sums;
   std::size_t tensor = 0;
   zip(
       [&](Path const& path, auto const& gradient) {
         double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
-        if (!std::isfinite(squares)) fail("the gradient of ", path.str(), " holds a NaN or an infinity");
+        if (!std::isfinite(squares))
+          fail("the gradient of ", path.str(),
+               On<AllFinite, B>::forward(backend, flat(in(gradient))) ? " is too large for its norm" : " holds a NaN or an infinity");
         (!apart.empty() && apart[tensor] ? sums.apart : sums.others) += squares;
         ++tensor;
       },
       gradients);
-  return {std::sqrt(sums.others), std::sqrt(sums.apart)};
+  GradientNorms const norms{std::sqrt(sums.others), std::sqrt(sums.apart)};
+  check(std::isfinite(norms.global()), "the gradients together are too large for their norm");
+  return norms;
 }
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
@@ -7699,9 +8110,7 @@ template <class Params> class AdamW {
   };
 
   template <class B> AdamW(B& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)) {
-    check(options_.learning_rate >= 0 && options_.epsilon > 0 && options_.weight_decay >= 0 && options_.max_norm >= 0,
-          "AdamW: learning_rate ", options_.learning_rate, ", weight_decay ", options_.weight_decay, ", max_norm ", options_.max_norm,
-          " must be >= 0 and epsilon ", options_.epsilon, " > 0");
+    options_.check_numbers();
     zip(
         [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
           mean = zeros<T>(backend, p.shape());
@@ -7712,25 +8121,37 @@ template <class Params> class AdamW {
     state_.updates.resize(decays_.size());
   }
 
-  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Tensors that are `apart`
+  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Throws, before it changes
+  // anything, and names the tensor whose gradient is not finite, or would make a parameter or a moment so. Tensors that are `apart`
   // (one word for each, in the order of the parameters) are clipped by a norm of their own: where two losses train two parts
   // of a model, neither part moves otherwise because of the other's gradients.
   template <class B>
   double step(B& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
     check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
           " tensors are apart");
+    check_not_negative("AdamW", "rate", rate);
     GradientNorms const norms = gradient_norms(backend, gradients, apart);
-    ++state_.steps;
+    auto const rates_of = [&](std::size_t tensor) {
+      return rates(tensor, rate, !apart.empty() && apart[tensor] ? norms.apart : norms.others);
+    };
     std::size_t next = 0;
+    zip(
+        [&](Path const& path, auto const& p, auto const& g, auto const& mean, auto const& square) {
+          std::size_t const tensor = next++;
+          if (!g) return;
+          refuse(path, On<AdamWCheck, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
+        },
+        params, gradients, state_.mean, state_.square);
+    next = 0;
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
           std::size_t const tensor = next++;
           if (!g) return;
+          On<AdamWStep, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
           ++state_.updates[tensor];
-          double const norm = !apart.empty() && apart[tensor] ? norms.apart : norms.others;
-          On<AdamWStep, B>::forward(backend, rates(tensor, rate, norm), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
         },
         params, gradients, state_.mean, state_.square);
+    ++state_.steps;
     return norms.global();
   }
   Index steps() const { return state_.steps; }
@@ -7741,8 +8162,14 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
+  static void refuse(Path const& path, AdamWCheck::Overflow overflow) {
+    constexpr char const* what[] = {"", "the mean of the gradients", "the mean of the squared gradients", "the parameter itself"};
+    if (overflow != AdamWCheck::Overflow::none)
+      fail("the update of ", path.str(), " would make ", what[static_cast<int>(overflow)], " a NaN or an infinity");
+  }
+  // Of the next step.
   AdamWStep::Rates rates(std::size_t tensor, double rate, double norm) const {
-    double const step = static_cast<double>(state_.updates[tensor]);
+    double const step = static_cast<double>(state_.updates[tensor] + 1);
     return {.learning_rate = options_.learning_rate * rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,
@@ -7936,9 +8363,12 @@ struct RecallOptions {
 class RecallTask final : public DataSource {
  public:
   explicit RecallTask(Seed seed = {}, RecallOptions options = {}) : options_(options), seed_(seed) {
-    check(options.pairs >= 1, "recall: ", options.pairs, " pairs; there must be at least 1");
-    check(options.vocab_size >= 2 * options.pairs + 2, "recall: a vocabulary of ", options.vocab_size, " is too small for ", options.pairs,
-          " pairs; at least ", 2 * options.pairs + 2);
+    check_at_least("recall", "pairs", options.pairs, 1);
+    check_at_least("recall", "vocab_size", options.vocab_size, 4);
+    check(options.vocab_size <= std::numeric_limits<std::int32_t>::max(), "recall: vocab_size ", options.vocab_size,
+          " is not allowed; it must be at most ", std::numeric_limits<std::int32_t>::max(), ", since a token is a std::int32_t");
+    check(options.pairs <= (options.vocab_size - 2) / 2, "recall: vocab_size ", options.vocab_size, " is too small for pairs ",
+          options.pairs, "; every pair takes 2 tokens, and 2 are left over");
   }
 
   using DataSource::next_batch;
@@ -8032,18 +8462,21 @@ class RecallTask final : public DataSource {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A factor for the learning rate of step 0, 1, 2, ...: constant, or linear from 0 over warmup_steps and then half a cosine
-// down to min_rate at total_steps, where it stays.
+// A factor for the learning rate of step 0, 1, 2, ...: linear from 0 over warmup_steps, then half a cosine from 1 down to
+// min_rate at total_steps, where it stays. Where the warm-up takes all steps or more, the rate stays 1 after it.
 struct Schedule {
   Index warmup_steps = 0;
   Index total_steps = 0;    // 0: constant after the warm-up
-  double min_rate = 0;      // share of the learning rate that is left at the end
+  double min_rate = 0;      // share of the learning rate that is left at the end, in [0, 1]
 
+  // Throws on numbers that no schedule can have, and on a step below 0.
   double operator()(Index step) const {
-    check(total_steps == 0 || total_steps > warmup_steps, "Schedule: total_steps ", total_steps, " must exceed warmup_steps ",
-          warmup_steps);
+    check_at_least("Schedule", "warmup_steps", warmup_steps, 0);
+    check_at_least("Schedule", "total_steps", total_steps, 0, ", where 0 stands for no end");
+    check_share("Schedule", "min_rate", min_rate);
+    check_at_least("Schedule", "step", step, 0);
     if (step < warmup_steps) return static_cast<double>(step) / static_cast<double>(warmup_steps);
-    if (total_steps == 0) return 1;
+    if (total_steps <= warmup_steps) return 1;
     double const progress = std::min(1.0, static_cast<double>(step - warmup_steps) / static_cast<double>(total_steps - warmup_steps));
     return min_rate + (1 - min_rate) * 0.5 * (1 + std::cos(std::numbers::pi * progress));
   }
@@ -8064,6 +8497,7 @@ template <class B>
 TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(),
         " tokens and ", targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
+  check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   Shape<1> const shape{sequences.tokens()};
   TokenBatch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
   upload(backend, tokens, batch.tokens);
@@ -8102,11 +8536,42 @@ template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
   return count;
 }
 
+namespace detail {
+
+// Remembers the path of the first tensor that holds a NaN or an infinity.
+template <class B> struct FindNotFinite {
+  B& backend;
+  std::string found = {};
+
+  template <class T, int Rank> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
+    if constexpr (std::is_floating_point_v<T>)
+      if (found.empty() && !On<AllFinite, B>::forward(backend, flat(in(tensor)))) found = path.str();
+  }
+};
+template <class B, class Group> std::string first_not_finite(B& backend, Group const& group) {
+  FindNotFinite<B> find{backend};
+  zip(find, group);
+  return find.found;
+}
+// Where a loss that is not finite comes from, found by another forward.
+template <class B, class Model, class Params>
+std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
+  std::string const first = "; the first tensor that is not finite is the ";
+  if (auto const path = first_not_finite(backend, params); !path.empty()) return first + "parameter " + path;
+  for (auto const& batch : batches)
+    if (auto const path = first_not_finite(backend, model.forward(backend, params, batch)); !path.empty())
+      return first + "activation " + path;
+  return "; parameters and activations are finite";
+}
+
+}  // namespace detail
+
 // Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
+  check_not_negative("StepOptions", "rate", options.rate);
   if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
   Index count = 0;
   for (auto const& batch : batches) count += counted(backend, batch);
@@ -8125,8 +8590,13 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
-  double const loss = result.loss.mean();
-  check(std::isfinite(loss), "step ", optimizer.steps() + 1, ": the loss is ", std::isnan(loss) ? std::abs(loss) : loss);
+  auto const check_loss = [&](char const* name, double loss) {
+    if (!std::isfinite(loss))
+      fail("step ", optimizer.steps() + 1, ": the ", name, " is ", std::isnan(loss) ? std::abs(loss) : loss,
+           detail::origin(backend, model, params, batches));
+  };
+  check_loss("loss", result.loss.mean());
+  check_loss("auxiliary loss", result.auxiliary_loss);
   try {
     auto const apart = options.stage == Stage::sparse ? model.detached() : std::vector<bool>{};
     result.gradient_norm = optimizer.step(backend, params, gradients, options.rate, apart);
@@ -8135,7 +8605,8 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
   }
   return result;
 }
-// The same for one batch. Throws, before it touches a parameter, when loss or gradients are not finite, naming step and tensor.
+// The same for one batch. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
+// make a parameter or a moment so, naming step and tensor.
 template <class B, class Model, class Params>
 StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
                       StepOptions options = {}) {
@@ -8149,2258 +8620,5 @@ StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Para
 // hybridattn: language models with hybrid attention, as C++ types. The one door: include this.
 #ifndef HYBRIDATTN_HYBRIDATTN_HPP
 #define HYBRIDATTN_HYBRIDATTN_HPP
-
-#endif
-
-#if __has_include(<nlohmann/json.hpp>)
-#include <bit>
-#include <cerrno>
-#include <csignal>
-#include <deque>
-#include <fcntl.h>
-#include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
-#include <set>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-// ==== hybridattn/io/atomic_file.hpp
-// Files that are there whole or not at all: written under a temporary name beside their own, synced, then renamed.
-#ifndef HYBRIDATTN_IO_ATOMIC_FILE_HPP
-#define HYBRIDATTN_IO_ATOMIC_FILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
-// instead, as on a full disk. It changes the whole process, so it is for main() to call.
-inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
-
-// An open file of the system, closed at the brace.
-class FileDescriptor {
- public:
-  FileDescriptor() = default;
-  explicit FileDescriptor(int number) : number_(number) {}
-  FileDescriptor(FileDescriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
-  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
-    std::swap(number_, other.number_);
-    return *this;
-  }
-  ~FileDescriptor() {
-    if (number_ >= 0) ::close(number_);
-  }
-  int number() const { return number_; }
-  explicit operator bool() const { return number_ >= 0; }
-
-  // Closes now; false when the system reports only here that what was written is lost.
-  bool close() { return ::close(std::exchange(number_, -1)) == 0; }
-
- private:
-  int number_ = -1;
-};
-
-// The temporary name under which process `process` writes the file `name`.
-inline std::string partial_name(std::string const& name, int process, int attempt) {
-  return name + "." + std::to_string(process) + "-" + std::to_string(attempt) + ".partial";
-}
-inline bool is_partial_of(std::string_view file, std::string_view name) {
-  constexpr std::string_view end = ".partial";
-  if (!file.starts_with(name) || !file.ends_with(end) || file.size() <= name.size() + end.size()) return false;
-  auto const number = file.substr(name.size(), file.size() - name.size() - end.size());
-  return number.front() == '.' && number.find_first_not_of("0123456789-", 1) == number.npos;
-}
-
-// Deletes the temporary files of `path` that nobody writes any more, because their process was killed: a file in the making
-// is locked, and the system unlocks it whatever way its process ends.
-inline void remove_abandoned(std::filesystem::path const& path) {
-  namespace fs = std::filesystem;
-  std::string const name = path.filename().string();
-  std::error_code error;
-  for (fs::directory_iterator it{path.has_parent_path() ? path.parent_path() : ".", error}, end; !error && it != end; it.increment(error)) {
-    if (!is_partial_of(it->path().filename().string(), name)) continue;
-    FileDescriptor const file{::open(it->path().c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)};
-    if (file && ::flock(file.number(), LOCK_EX | LOCK_NB) == 0) ::unlink(it->path().c_str());
-  }
-}
-
-// A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
-// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. Every
-// failure is an Error that names the file.
-class AtomicFile {
- public:
-  explicit AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
-    std::error_code ignored;
-    auto const status = std::filesystem::status(path_, ignored);
-    check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), "cannot write ", path_,
-          ": it is there and is not a file");
-    remove_abandoned(path_);
-    for (int attempt = 0; !file_; ++attempt) {
-      temporary_ = partial_name(path_.string(), ::getpid(), attempt);
-      file_ = FileDescriptor{::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};
-      if (!file_ && (errno != EEXIST || attempt == 1000)) fail_with(errno);
-      if (file_ && !lock()) file_ = FileDescriptor{};
-    }
-  }
-  AtomicFile(AtomicFile const&) = delete;
-  AtomicFile& operator=(AtomicFile const&) = delete;
-  ~AtomicFile() { discard(); }
-
-  void write(std::string_view contents) {
-    check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
-    while (!contents.empty()) {
-      auto const written = ::write(file_.number(), contents.data(), contents.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) discard_and_fail(errno);
-      contents.remove_prefix(static_cast<std::size_t>(written));
-    }
-  }
-  void commit() {
-    check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
-    if (::fsync(file_.number()) != 0 && errno != EINVAL) discard_and_fail(errno);
-    FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
-    if (!file_.close()) discard_and_fail(errno);
-    if (::rename(temporary_.c_str(), path_.c_str()) != 0) discard_and_fail(errno);
-    temporary_.clear();
-    sync_folder();
-  }
-  std::filesystem::path const& path() const { return path_; }
-
- private:
-  [[noreturn]] void fail_with(int error) const { fail("cannot write ", path_, ": ", std::strerror(error)); }
-  [[noreturn]] void discard_and_fail(int error) {
-    discard();
-    fail_with(error);
-  }
-  // False where another process took the new file for an abandoned one and deleted it. A file system without locks has no
-  // such process either.
-  bool lock() const {
-    struct stat status;
-    if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
-    return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
-  }
-  void discard() noexcept {
-    file_ = FileDescriptor{};
-    if (!temporary_.empty()) ::unlink(temporary_.c_str());
-    temporary_.clear();
-  }
-  // The new name survives a power cut too, where the file system can promise that.
-  void sync_folder() const {
-    auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
-    FileDescriptor const opened{::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
-    if (opened) ::fsync(opened.number());
-  }
-
-  std::filesystem::path path_, temporary_;
-  FileDescriptor file_;
-};
-
-inline void write_file_atomically(std::filesystem::path const& path, std::string_view contents) {
-  AtomicFile file{path};
-  file.write(contents);
-  file.commit();
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/io/safetensors.hpp
-// The safetensors format: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes.
-//
-//   {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"policy": "gdn"}}
-//
-// A file comes from anywhere: the reader believes nothing. The tensors must cover the data exactly, without overlap or
-// hole, and every count is checked before a byte is taken for it.
-#ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
-#define HYBRIDATTN_IO_SAFETENSORS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-static_assert(std::endian::native == std::endian::little, "safetensors files are read and written as they lie in memory");
-
-struct TensorInfo {
-  std::string dtype;            // the format's word: F64 F32 BF16 F16 I64 I32 ...
-  std::vector<Index> shape;     // [] is one number
-  std::size_t begin = 0, end = 0;   // bytes of the data
-
-  Index count() const {
-    Index product = 1;
-    for (Index extent : shape) product *= extent;
-    return product;
-  }
-};
-
-namespace safetensors {
-
-inline constexpr std::size_t max_header_bytes = 100'000'000;   // the format's own limit
-inline constexpr std::string_view metadata_key = "__metadata__";
-
-struct DType {
-  std::string_view name;
-  std::size_t size;
-};
-inline constexpr std::array dtypes = {DType{"F64", 8}, DType{"F32", 4}, DType{"F16", 2},  DType{"BF16", 2},    DType{"I64", 8},
-                                      DType{"I32", 4}, DType{"I16", 2}, DType{"I8", 1},   DType{"U64", 8},     DType{"U32", 4},
-                                      DType{"U16", 2}, DType{"U8", 1},  DType{"BOOL", 1}, DType{"F8_E4M3", 1}, DType{"F8_E5M2", 1}};
-
-template <class T> constexpr std::string_view dtype_of() {
-  constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
-  static_assert(is_int32 || is_int64 || std::is_same_v<T, double> || std::is_same_v<T, float>, "double, float, int64 or int32");
-  return is_int32 ? "I32" : is_int64 ? "I64" : std::is_same_v<T, double> ? "F64" : "F32";
-}
-
-// A name out of a file, fit for an error message: one line, not too long.
-inline std::string shown(std::string_view name) {
-  std::string text = "'";
-  for (char letter : name.substr(0, 80)) text += static_cast<unsigned char>(letter) < 32 || letter == 127 ? '?' : letter;
-  return text + (name.size() > 80 ? "...'" : "'");
-}
-
-// Bits of IEEE half precision: 1 sign, 5 exponent, 10 fraction.
-inline float from_f16(std::uint16_t bits) {
-  std::uint32_t const sign = static_cast<std::uint32_t>(bits >> 15) << 31;
-  std::uint32_t const exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  if (exponent == 0) {   // zero and subnormal: fraction * 2^-24
-    float const size = static_cast<float>(fraction) * 0x1p-24f;
-    return sign != 0 ? -size : size;
-  }
-  std::uint32_t const wide = exponent == 31 ? 255 : exponent + (127 - 15);
-  return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
-}
-inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
-
-// JSON text as a value; `what` it is for errors: "the header". Objects that have a key twice are refused: readers differ in
-// which of the two they believe.
-inline nlohmann::json parse_json(std::string_view text, std::string const& where, char const* what) {
-  std::vector<std::set<std::string>> keys;
-  auto const watch = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    using Event = nlohmann::json::parse_event_t;
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key) {
-      auto const& key = value.get_ref<std::string const&>();
-      check(keys.back().insert(key).second, where, what, " has the key ", shown(key), " twice");
-    }
-    return true;
-  };
-  check(text.starts_with('{'), where, what, " is not a JSON object");
-  try {
-    return nlohmann::json::parse(text, watch);
-  } catch (nlohmann::json::parse_error const& error) {
-    fail(where, what, " is not JSON (at its byte ", error.byte, ")");
-  } catch (nlohmann::json::out_of_range const&) {
-    fail(where, what, " has a number that is too large");
-  }
-}
-
-inline std::size_t size_of(std::string_view dtype, std::string const& where) {
-  auto const found = std::ranges::find(dtypes, dtype, &DType::name);
-  check(found != dtypes.end(), where, "unknown dtype ", shown(dtype),
-        "; known are F64 F32 F16 BF16 F8_E4M3 F8_E5M2, I8 to I64, U8 to U64, BOOL");
-  return found->size;
-}
-
-// A count in the header: an integer >= 0 that fits.
-inline Index to_count(nlohmann::json const& value, std::string const& where, char const* what) {
-  bool const fits = value.is_number_unsigned() && value.get<std::uint64_t>() <= static_cast<std::uint64_t>(PTRDIFF_MAX);
-  check(fits, where, what, " must hold integers from 0 to 2^63 - 1");
-  return value.get<Index>();
-}
-
-inline nlohmann::json const& member(nlohmann::json const& entry, char const* key, std::string const& where) {
-  check(entry.is_object() && entry.contains(key), where, "no '", key, "'");
-  return entry[key];
-}
-
-inline TensorInfo parse_tensor(nlohmann::json const& entry, std::string const& where) {
-  TensorInfo info;
-  auto const& dtype = member(entry, "dtype", where);
-  check(dtype.is_string(), where, "dtype must be a word");
-  info.dtype = dtype.get<std::string>();
-  Index bytes = static_cast<Index>(size_of(info.dtype, where));
-  auto const& shape = member(entry, "shape", where);
-  check(shape.is_array(), where, "shape must be a list");
-  for (auto const& extent : shape) {
-    info.shape.push_back(to_count(extent, where, "shape"));
-    check(!__builtin_mul_overflow(bytes, info.shape.back(), &bytes), where, "shape has more bytes than can be counted");
-  }
-  auto const& offsets = member(entry, "data_offsets", where);
-  check(offsets.is_array() && offsets.size() == 2, where, "data_offsets must be a list of two");
-  Index const begin = to_count(offsets[0], where, "data_offsets"), end = to_count(offsets[1], where, "data_offsets");
-  check(begin <= end && end - begin == bytes, where, "data_offsets [", begin, ", ", end, "] do not hold the ", bytes,
-        " bytes of dtype and shape");
-  info.begin = static_cast<std::size_t>(begin);
-  info.end = static_cast<std::size_t>(end);
-  return info;
-}
-
-// From the first byte of data to the last, one tensor after the other.
-inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std::size_t data_bytes, std::string const& where) {
-  std::vector<std::pair<std::string const, TensorInfo> const*> order;
-  for (auto const& tensor : tensors) order.push_back(&tensor);
-  std::ranges::sort(order, {}, [](auto const* tensor) { return std::pair{tensor->second.begin, tensor->second.end}; });
-  std::size_t covered = 0;
-  for (auto const* tensor : order) {
-    auto const& [name, info] = *tensor;
-    check(info.end <= data_bytes, where, "tensor ", shown(name), " ends at byte ", info.end, " of the data, which has ", data_bytes);
-    check(info.begin >= covered, where, "tensor ", shown(name), " starts at byte ", info.begin, " inside another one");
-    check(info.begin == covered, where, "bytes ", covered, " to ", info.begin, " of the data belong to no tensor");
-    covered = info.end;
-  }
-  check(covered == data_bytes, where, "the tensors end at byte ", covered, " of the data, which has ", data_bytes);
-}
-
-}  // namespace safetensors
-
-// A file's names, shapes and metadata; the tensors are read when they are asked for.
-class Safetensors {
- public:
-  explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + path.string() + ": ") { open(path); }
-
-  std::map<std::string, TensorInfo> const& tensors() const { return tensors_; }
-  std::map<std::string, std::string> const& metadata() const { return metadata_; }
-  bool contains(std::string const& name) const { return tensors_.contains(name); }
-  TensorInfo const& info(std::string const& name) const {
-    auto const found = tensors_.find(name);
-    check(found != tensors_.end(), where_, "no tensor ", safetensors::shown(name));
-    return found->second;
-  }
-  std::string const& metadata(std::string const& key) const {
-    auto const found = metadata_.find(key);
-    check(found != metadata_.end(), where_, "no metadata ", safetensors::shown(key));
-    return found->second;
-  }
-
-  // The elements in the file's order, last axis fastest. Any of F64 F32 F16 BF16 I64 I32, rounded where T is narrower.
-  std::vector<double> read_doubles(std::string const& name) const { return read<double>(name); }
-  std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
-  // I64 and I32 only.
-  std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
-  // The bytes as they lie in the file, whatever they are.
-  std::vector<char> read_bytes(std::string const& name) const { return stored<char>(info(name)); }
-
- private:
-  void open(std::filesystem::path const& path) {
-    file_ = FileDescriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    check(static_cast<bool>(file_), where_, std::strerror(errno));
-    struct stat status;
-    check(::fstat(file_.number(), &status) == 0 && S_ISREG(status.st_mode), where_, "not a regular file");
-    auto const size = static_cast<std::uint64_t>(status.st_size);
-    check(size >= 8, where_, "only ", size, " bytes, too short for the header's length");
-    std::uint64_t length = 0;
-    read_at(0, &length, sizeof length);
-    check(length <= safetensors::max_header_bytes, where_, "a header of ", length, " bytes; at most ", safetensors::max_header_bytes,
-          " are allowed");
-    check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
-    std::string text(length, '\0');
-    read_at(8, text.data(), text.size());
-    data_start_ = 8 + static_cast<std::size_t>(length);
-    parse(safetensors::parse_json(text, where_, "the header"));
-    safetensors::check_coverage(tensors_, static_cast<std::size_t>(size) - data_start_, where_);
-  }
-  void parse(nlohmann::json const& header) {
-    for (auto const& [name, entry] : header.items()) {
-      if (name == safetensors::metadata_key) parse_metadata(entry);
-      else tensors_[name] = safetensors::parse_tensor(entry, where_ + "tensor " + safetensors::shown(name) + ": ");
-    }
-  }
-  void parse_metadata(nlohmann::json const& entries) {
-    check(entries.is_object(), where_, "__metadata__ must map text to text");
-    for (auto const& [key, value] : entries.items()) {
-      check(value.is_string(), where_, "__metadata__ ", safetensors::shown(key), " is not text");
-      metadata_[key] = value.get<std::string>();
-    }
-  }
-
-  void read_at(std::size_t offset, void* into, std::size_t count) const {
-    auto* next = static_cast<char*>(into);
-    while (count > 0) {
-      auto const got = ::pread(file_.number(), next, count, static_cast<off_t>(offset));
-      if (got < 0 && errno == EINTR) continue;
-      check(got >= 0, where_, std::strerror(errno));
-      check(got > 0, where_, "it became shorter while being read");
-      next += got;
-      offset += static_cast<std::size_t>(got);
-      count -= static_cast<std::size_t>(got);
-    }
-  }
-  template <class Stored> std::vector<Stored> stored(TensorInfo const& info) const {
-    std::vector<Stored> elements((info.end - info.begin) / sizeof(Stored));
-    read_at(data_start_ + info.begin, elements.data(), info.end - info.begin);
-    return elements;
-  }
-  template <class T, class Stored, class Convert> std::vector<T> converted(TensorInfo const& info, Convert convert) const {
-    auto const elements = stored<Stored>(info);
-    std::vector<T> result(elements.size());
-    std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
-    return result;
-  }
-  template <class T> std::vector<T> read(std::string const& name) const {
-    auto const& tensor = info(name);
-    auto const same = [](auto element) { return element; };
-    if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor);
-    if (tensor.dtype == "I64") return converted<T, std::int64_t>(tensor, same);
-    if (tensor.dtype == "I32") return converted<T, std::int32_t>(tensor, same);
-    if constexpr (std::is_floating_point_v<T>) {
-      if (tensor.dtype == "F64") return converted<T, double>(tensor, same);
-      if (tensor.dtype == "F32") return converted<T, float>(tensor, same);
-      if (tensor.dtype == "F16") return converted<T, std::uint16_t>(tensor, safetensors::from_f16);
-      if (tensor.dtype == "BF16") return converted<T, std::uint16_t>(tensor, safetensors::from_bf16);
-    }
-    fail(where_, "tensor ", safetensors::shown(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
-  }
-
-  std::string where_;   // how an error begins
-  FileDescriptor file_;
-  std::size_t data_start_ = 0;
-  std::map<std::string, TensorInfo> tensors_;
-  std::map<std::string, std::string> metadata_;
-};
-
-// Collects tensors, then writes them at once. It holds no elements: what was added must still be there at `write`.
-class SafetensorsWriter {
- public:
-  template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
-    TensorInfo info{std::string(safetensors::dtype_of<T>()), std::move(shape)};
-    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", safetensors::shown(name),
-          ", whose shape has ", info.count());
-    auto const bytes = std::as_bytes(elements);
-    insert(name, {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}});
-  }
-  // Elements that are not the host's, as many as dtype and shape of `info` say: `write` asks for them.
-  void add_elsewhere(std::string const& name, TensorInfo info, std::string_view bytes) { insert(name, {std::move(info), bytes, true}); }
-  template <class T> void add(std::string const& name, std::vector<Index> shape, std::vector<T> const& elements) {
-    add(name, std::move(shape), std::span<T const>(elements));
-  }
-  template <class T> void add(std::string const& name, std::vector<Index> shape, std::vector<T> const&& temporary) = delete;
-
-  void add_metadata(std::string const& key, std::string value) { metadata_[key] = std::move(value); }
-
-  void write(std::filesystem::path const& path) {
-    write(path, [](std::string_view bytes) { return bytes; });
-  }
-  // to_host(bytes) are the bytes of a tensor that is elsewhere; one at a time.
-  template <class ToHost> void write(std::filesystem::path const& path, ToHost to_host) {
-    auto const order = lay_out();
-    std::string const header = header_text();
-    AtomicFile file{path};
-    auto const length = std::bit_cast<std::array<char, 8>>(static_cast<std::uint64_t>(header.size()));
-    file.write({length.data(), length.size()});
-    file.write(header);
-    for (auto const* entry : order) file.write(entry->elsewhere ? to_host(entry->bytes) : entry->bytes);
-    file.commit();
-  }
-
- private:
-  struct Entry {
-    TensorInfo info;
-    std::string_view bytes;
-    bool elsewhere = false;
-  };
-  void insert(std::string const& name, Entry entry) {
-    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name), " is taken");
-    entries_[name] = std::move(entry);
-  }
-  // Wide elements first, so that every tensor lies aligned to its own.
-  std::vector<Entry const*> lay_out() {
-    std::vector<Entry const*> order;
-    std::size_t offset = 0;
-    for (std::size_t const size : {8u, 4u})
-      for (auto& [name, entry] : entries_) {
-        if (safetensors::size_of(entry.info.dtype, "") != size) continue;
-        entry.info.begin = offset;
-        entry.info.end = offset += entry.bytes.size();
-        order.push_back(&entry);
-      }
-    return order;
-  }
-  // Padded with spaces, so that the data starts at a multiple of 8.
-  std::string header_text() const {
-    nlohmann::json header = nlohmann::json::object();
-    for (auto const& [name, entry] : entries_)
-      header[name] = {{"dtype", entry.info.dtype}, {"shape", entry.info.shape}, {"data_offsets", {entry.info.begin, entry.info.end}}};
-    if (!metadata_.empty()) header[std::string(safetensors::metadata_key)] = metadata_;
-    try {
-      std::string text = header.dump();
-      text.resize((text.size() + 7) / 8 * 8, ' ');
-      return text;
-    } catch (nlohmann::json::type_error const&) {
-      fail("safetensors: a name or metadata is not UTF-8");
-    }
-  }
-
-  std::map<std::string, Entry> entries_;
-  std::map<std::string, std::string> metadata_;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/io/text.hpp
-// Text as it lies in files, and the text of an HTML page.
-#ifndef HYBRIDATTN_IO_TEXT_HPP
-#define HYBRIDATTN_IO_TEXT_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// All bytes of a file that is not empty.
-inline std::string read_text(std::filesystem::path const& path) {
-  std::error_code error;
-  check(std::filesystem::exists(path, error), "cannot read ", path, ": there is no such file");
-  check(!std::filesystem::is_directory(path, error), "cannot read ", path, ": it is a folder; name the files in it");
-  std::ifstream file{path, std::ios::binary};
-  check(file.is_open(), "cannot read ", path, ": no permission");
-  std::string text{std::istreambuf_iterator<char>{file}, {}};
-  check(!file.bad(), "cannot read ", path, ": the device failed");
-  check(!text.empty(), "cannot use ", path, ": it is empty");
-  return text;
-}
-// Several files, one after the other.
-inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
-  check(!paths.empty(), "cannot read a text: no file is named");
-  std::string text;
-  for (auto const& path : paths) text += read_text(path);
-  return text;
-}
-
-namespace html {
-
-inline bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == '\f'; }
-inline bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
-inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
-inline std::string lower(std::string_view word) {
-  std::string result{word};
-  for (char& c : result) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + ('a' - 'A')) : c;
-  return result;
-}
-
-// One code point as UTF-8; what is none (0, a surrogate, too large) becomes the replacement character.
-inline void append_utf8(std::string& text, std::uint32_t point) {
-  if (point == 0 || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) point = 0xfffd;
-  auto const byte = [&](std::uint32_t value) { text += static_cast<char>(value); };
-  auto const tail = [&](int shift) { byte(0x80 | (point >> shift & 0x3f)); };
-  if (point < 0x80) return byte(point);
-  if (point < 0x800) return byte(0xc0 | point >> 6), tail(0);
-  if (point < 0x10000) return byte(0xe0 | point >> 12), tail(6), tail(0);
-  byte(0xf0 | point >> 18), tail(12), tail(6), tail(0);
-}
-
-// Code points 160 to 255, in order.
-inline constexpr std::array<std::string_view, 96> latin1 = {
-    "nbsp",   "iexcl",  "cent",   "pound",  "curren", "yen",    "brvbar", "sect",   "uml",    "copy",   "ordf",   "laquo",
-    "not",    "shy",    "reg",    "macr",   "deg",    "plusmn", "sup2",   "sup3",   "acute",  "micro",  "para",   "middot",
-    "cedil",  "sup1",   "ordm",   "raquo",  "frac14", "frac12", "frac34", "iquest", "Agrave", "Aacute", "Acirc",  "Atilde",
-    "Auml",   "Aring",  "AElig",  "Ccedil", "Egrave", "Eacute", "Ecirc",  "Euml",   "Igrave", "Iacute", "Icirc",  "Iuml",
-    "ETH",    "Ntilde", "Ograve", "Oacute", "Ocirc",  "Otilde", "Ouml",   "times",  "Oslash", "Ugrave", "Uacute", "Ucirc",
-    "Uuml",   "Yacute", "THORN",  "szlig",  "agrave", "aacute", "acirc",  "atilde", "auml",   "aring",  "aelig",  "ccedil",
-    "egrave", "eacute", "ecirc",  "euml",   "igrave", "iacute", "icirc",  "iuml",   "eth",    "ntilde", "ograve", "oacute",
-    "ocirc",  "otilde", "ouml",   "divide", "oslash", "ugrave", "uacute", "ucirc",  "uuml",   "yacute", "thorn",  "yuml"};
-
-struct Named {
-  std::string_view name;
-  std::uint32_t point;
-};
-inline constexpr std::array punctuation = {
-    Named{"amp", '&'},       Named{"lt", '<'},       Named{"gt", '>'},        Named{"quot", '"'},      Named{"apos", '\''},
-    Named{"ndash", 0x2013},  Named{"mdash", 0x2014}, Named{"lsquo", 0x2018},  Named{"rsquo", 0x2019},  Named{"sbquo", 0x201a},
-    Named{"ldquo", 0x201c},  Named{"rdquo", 0x201d}, Named{"bdquo", 0x201e},  Named{"dagger", 0x2020}, Named{"bull", 0x2022},
-    Named{"hellip", 0x2026}, Named{"prime", 0x2032}, Named{"lsaquo", 0x2039}, Named{"rsaquo", 0x203a}, Named{"euro", 0x20ac},
-    Named{"trade", 0x2122},  Named{"larr", 0x2190},  Named{"rarr", 0x2192},   Named{"minus", 0x2212},  Named{"OElig", 0x152},
-    Named{"oelig", 0x153},   Named{"Scaron", 0x160}, Named{"scaron", 0x161},  Named{"ensp", 0x2002},   Named{"emsp", 0x2003},
-    Named{"thinsp", 0x2009}};
-
-// The code point of `name` in &name; -1 when it is none.
-inline std::int64_t code_point(std::string_view name) {
-  if (name.starts_with('#')) {
-    bool const hex = name.size() > 1 && (name[1] == 'x' || name[1] == 'X');
-    auto const digits = name.substr(hex ? 2 : 1);
-    std::int64_t point = 0;
-    for (char c : digits) {
-      int const digit = is_digit(c) ? c - '0' : hex && is_letter(c) && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
-      if (digit < 0) return -1;
-      point = std::min<std::int64_t>(point * (hex ? 16 : 10) + digit, 0x110000);
-    }
-    return digits.empty() ? -1 : point;
-  }
-  if (auto const found = std::ranges::find(punctuation, name, &Named::name); found != punctuation.end()) return found->point;
-  if (auto const found = std::ranges::find(latin1, name); found != latin1.end()) return 160 + (found - latin1.begin());
-  return -1;
-}
-
-// How far a tag parts the text before it from the text after it.
-enum class Gap { none, space, line, paragraph };
-
-inline Gap gap_of(std::string_view tag) {
-  static constexpr std::array<std::string_view, 9> lines = {"br", "dd", "dt", "hr", "li", "option", "tr", "caption", "legend"};
-  static constexpr std::array<std::string_view, 27> paragraphs = {
-      "address", "article", "aside", "blockquote", "body", "center", "div", "dl", "fieldset", "figure", "footer",  "form",  "h1", "h2",
-      "h3",      "h4",      "h5",    "h6",         "head", "header", "nav", "ol", "p",        "pre",    "section", "table", "ul"};
-  if (std::ranges::find(paragraphs, tag) != paragraphs.end()) return Gap::paragraph;
-  if (std::ranges::find(lines, tag) != lines.end()) return Gap::line;
-  return tag == "td" || tag == "th" ? Gap::space : Gap::none;
-}
-
-class Reader {
- public:
-  explicit Reader(std::string_view page) : page_(page) {}
-
-  std::string text() {
-    while (at_ < page_.size()) {
-      if (page_[at_] == '<' && markup()) continue;
-      if (page_[at_] == '&' && entity()) continue;
-      if (is_space(page_[at_])) widen(Gap::space);
-      else put(page_.substr(at_, 1));
-      ++at_;
-    }
-    if (!text_.empty()) text_ += '\n';
-    return std::move(text_);
-  }
-
- private:
-  void widen(Gap gap) { gap_ = std::max(gap_, gap); }
-  // The gap before it is written only once there is something after it.
-  void put(std::string_view visible) {
-    static constexpr std::string_view gaps[] = {"", " ", "\n", "\n\n"};
-    if (!text_.empty()) text_ += gaps[static_cast<int>(gap_)];
-    gap_ = Gap::none;
-    text_ += visible;
-  }
-
-  // Each of these passes over what stands at at_ and returns true, or leaves it alone: then it is text.
-  bool entity() {
-    auto const end = page_.substr(0, at_ + 32).find(';', at_);   // no entity is longer
-    if (end == page_.npos) return false;
-    auto const point = code_point(page_.substr(at_ + 1, end - at_ - 1));
-    if (point < 0) return false;
-    std::string letter;
-    append_utf8(letter, static_cast<std::uint32_t>(point));
-    put(letter);
-    at_ = end + 1;
-    return true;
-  }
-  bool markup() {
-    auto const rest = page_.substr(at_);
-    if (rest.starts_with("<!--")) return skip_past("-->", 4);
-    if (rest.starts_with("<!") || rest.starts_with("<?")) return skip_past(">", 2);
-    bool const closing = rest.starts_with("</");
-    auto const start = at_ + (closing ? 2 : 1);
-    if (start >= page_.size() || !is_letter(page_[start])) return false;
-    auto end = start;
-    while (end < page_.size() && (is_letter(page_[end]) || is_digit(page_[end]))) ++end;
-    auto const tag = lower(page_.substr(start, end - start));
-    at_ = end_of_tag(end);
-    widen(gap_of(tag));
-    if (!closing && (tag == "script" || tag == "style" || tag == "title")) skip_element(tag);
-    return true;
-  }
-  bool skip_past(std::string_view mark, std::size_t from) {
-    auto const found = page_.find(mark, at_ + from);
-    at_ = found == page_.npos ? page_.size() : found + mark.size();
-    return true;
-  }
-  // Behind the '>' that is not inside a quoted attribute; behind the first one when a quote is never closed.
-  std::size_t end_of_tag(std::size_t from) const {
-    char quote = 0;
-    for (auto i = from; i < page_.size(); ++i) {
-      char const c = page_[i];
-      if (quote == 0 && c == '>') return i + 1;
-      if (quote == 0 && (c == '"' || c == '\'')) quote = c;
-      else if (c == quote) quote = 0;
-    }
-    auto const first = page_.find('>', from);
-    return first == page_.npos ? page_.size() : first + 1;
-  }
-  // What stands inside is no text: up to its own end tag.
-  void skip_element(std::string const& tag) {
-    for (; at_ < page_.size(); ++at_)
-      if (page_[at_] == '<' && lower(page_.substr(at_, tag.size() + 2)) == "</" + tag) return;
-  }
-
-  std::string_view page_;
-  std::size_t at_ = 0;
-  std::string text_;
-  Gap gap_ = Gap::none;
-};
-
-}  // namespace html
-
-// What a reader sees of a page: tags, comments, scripts, styles and the title are gone, entities are UTF-8, white space
-// is a single space, and blocks are paragraphs with an empty line between.
-inline std::string html_to_text(std::string_view page) { return html::Reader{page}.text(); }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/train/checkpoint/describe.hpp
-// A model and an optimizer as JSON: what a checkpoint says of them, and what it is compared with.
-//
-// A policy of your own is described by its name alone, unless there is members(config, f), as for the policies here, and
-// another one for the type of P::options, in the namespace of these types.
-#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
-#define HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace checkpoint {
-
-using Json = nlohmann::json;
-
-template <class C, class T>
-concept Either = std::is_same_v<std::remove_const_t<C>, T>;   // a T, or a T const
-
-// Enumerations stand in files as words, in the order of their values.
-template <class E> inline constexpr std::array<char const*, 0> words_of{};
-template <> inline constexpr std::array words_of<QkNorm>{"none", "plain", "zero_centred"};
-template <> inline constexpr std::array words_of<Rotary>{"half_split", "interleaved"};
-template <> inline constexpr std::array words_of<NormWeight>{"plain", "zero_centred"};
-template <> inline constexpr std::array words_of<Balance>{"per_layer", "pooled"};
-template <> inline constexpr std::array words_of<gdn::GateStart>{"fla", "transformers"};
-
-}  // namespace checkpoint
-
-// f(name, member) for every member that a checkpoint keeps: one list for writing and for reading.
-namespace full {
-template <checkpoint::Either<Config> C> void members(C& c, auto f) {
-  f("num_heads", c.num_heads);
-  f("num_kv_heads", c.num_kv_heads);
-  f("head_dim", c.head_dim);
-  f("scale", c.scale);
-  f("rope_theta", c.rope_theta);
-  f("norm_eps", c.norm_eps);
-}
-}  // namespace full
-namespace gdn {
-template <checkpoint::Either<Config> C> void members(C& c, auto f) {
-  f("num_heads", c.num_heads);
-  f("num_value_heads", c.num_value_heads);
-  f("key_dim", c.key_dim);
-  f("value_dim", c.value_dim);
-  f("scale", c.scale);
-  f("norm_eps", c.norm_eps);
-  f("gate_start", c.gate_start);
-}
-}  // namespace gdn
-namespace dsa {
-// Without the stage, which is a step's and not the model's.
-template <checkpoint::Either<Config> C> void members(C& c, auto f) {
-  f("num_heads", c.num_heads);
-  f("num_kv_heads", c.num_kv_heads);
-  f("head_dim", c.head_dim);
-  f("scale", c.scale);
-  f("index_heads", c.index_heads);
-  f("index_dim", c.index_dim);
-  f("index_scale", c.index_scale);
-  f("rope_theta", c.rope_theta);
-  f("norm_eps", c.norm_eps);
-  f("index_loss", c.index_loss);
-}
-}  // namespace dsa
-template <checkpoint::Either<FullOptions> C> void members(C& o, auto f) {
-  f("window", o.window);
-  f("qk_norm", o.qk_norm);
-  f("output_gate", o.output_gate);
-  f("rotary_percent", o.rotary_percent);
-  f("rotary", o.rotary);
-}
-template <checkpoint::Either<GdnOptions> C> void members(C& o, auto f) {
-  f("conv_width", o.conv_width);
-  f("output_gate", o.output_gate);
-  f("negative_eigenvalues", o.negative_eigenvalues);
-}
-template <checkpoint::Either<SparseOptions> C> void members(C& o, auto f) {
-  f("top_k", o.top_k);
-  f("top_k_percent", o.top_k_percent);
-  f("qk_norm", o.qk_norm);
-  f("output_gate", o.output_gate);
-  f("rotary_percent", o.rotary_percent);
-  f("rotary", o.rotary);
-  f("index_rotary_percent", o.index_rotary_percent);
-  f("index_norm", o.index_norm);
-}
-template <checkpoint::Either<RmsNorm::Options> C> void members(C& o, auto f) {
-  f("weight", o.weight);
-  f("eps", o.eps);
-}
-template <checkpoint::Either<Initialization> C> void members(C& init, auto f) {
-  f("linear_deviation", init.linear_deviation);
-  f("embedding_deviation", init.embedding_deviation);
-}
-template <checkpoint::Either<FeedForwardConfig> C> void members(C& c, auto f) {
-  f("hidden_dim", c.hidden_dim);
-  f("gated", c.gated);
-  f("num_experts", c.num_experts);
-  f("top_k", c.top_k);
-  f("expert_dim", c.expert_dim);
-  f("shared_dim", c.shared_dim);
-  f("renormalise", c.renormalise);
-  f("decoder_sparse_step", c.decoder_sparse_step);
-  f("mlp_only_layers", c.mlp_only_layers);
-  f("balance_coefficient", c.balance_coefficient);
-  f("balance", c.balance);
-}
-template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
-  f("learning_rate", o.learning_rate);
-  f("beta_1", o.beta_1);
-  f("beta_2", o.beta_2);
-  f("epsilon", o.epsilon);
-  f("weight_decay", o.weight_decay);
-  f("max_norm", o.max_norm);
-  f("bias_correction", o.bias_correction);
-}
-
-namespace checkpoint {
-
-struct Write {
-  Json& json;
-
-  void operator()(char const* name, auto const& member) const {
-    using Member = std::remove_cvref_t<decltype(member)>;
-    if constexpr (std::is_enum_v<Member>) json[name] = words_of<Member>[static_cast<std::size_t>(member)];
-    else json[name] = member;
-  }
-};
-// No model comes near it, and products of three do not overflow.
-inline constexpr Index largest_size = 1 << 20;
-
-// Throws at a member that is not there or of another kind.
-struct Read {
-  Json const& json;
-  std::string const& where;
-
-  template <class Member> void operator()(char const* name, Member& member) const {
-    Json const& value = safetensors::member(json, name, where);
-    try {
-      if constexpr (std::is_enum_v<Member>) member = enumerator<Member>(value.get_ref<std::string const&>());
-      else value.get_to(member);
-    } catch (Json::exception const&) {
-      fail(where, "'", name, "' is of another kind");
-    }
-    if constexpr (std::is_same_v<Member, Index>)
-      check(-1 <= member && member <= largest_size, where, "'", name, "' is ", member, "; allowed are sizes up to ", largest_size);
-  }
-
- private:
-  template <class E> E enumerator(std::string const& word) const {
-    auto const& words = words_of<E>;
-    auto const found = std::ranges::find(words, std::string_view(word));
-    check(found != words.end(), where, "unknown word ", safetensors::shown(word));
-    return static_cast<E>(found - words.begin());
-  }
-};
-template <class C>
-concept HasMembers = requires(C& c, Write write) { members(c, write); };
-template <HasMembers C> void to_json(Json& json, C const& c) { members(c, Write{json}); }
-
-template <class P> Json describe_policy(typename P::Config const& config) {
-  Json json;
-  json["policy"] = std::string(P::name);
-  if constexpr (requires {
-                  P::options;
-                  requires HasMembers<decltype(P::options)>;
-                })
-    to_json(json["options"], P::options);
-  if constexpr (HasMembers<typename P::Config const>) to_json(json["sizes"], config);
-  return json;
-}
-
-// layers[i] = kinds[kind_of_layer[i]]
-inline Json describe_stack(BlockConfig const& block, std::vector<Json> const& kinds, std::vector<std::size_t> const& kind_of_layer) {
-  Json json;
-  for (std::size_t const kind : kind_of_layer) {
-    json["pattern"].push_back(kinds[kind]["policy"]);
-    json["layers"].push_back(kinds[kind]);
-  }
-  Json& model = json["model"];
-  model["model_dim"] = block.model_dim;
-  to_json(model["feed_forward"], block.feed_forward);
-  to_json(model["norm"], block.norm);
-  to_json(model["initialization"], block.initialization);
-  return json;
-}
-
-// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes"}, ...], "model": {"vocab_size", ...}}, with
-// every size as it is used, none left to a default.
-template <class Model> Json describe(Model const& model) {
-  using Stack = typename Model::Stack;
-  auto const& stack = model.stack_config();
-  std::vector<Json> kinds;
-  auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_policy<Ps>(stack.mixers.template get<Ps>())), ...); };
-  add_all(typename Stack::Kinds{});
-  std::vector<std::size_t> kind_of_layer;
-  for (auto const slot : Stack::Blocks::slots) kind_of_layer.push_back(slot.type);
-  Json json = describe_stack(stack.block, kinds, kind_of_layer);
-  json["model"]["vocab_size"] = model.config().vocab_size;
-  json["model"]["num_heads"] = model.config().num_heads;
-  json["model"]["tie_embedding"] = model.config().tie_embedding;
-  return json;
-}
-
-// The other way: what describe(model) said, as the configuration of a model of the same pattern.
-template <class Model> typename Model::Config configuration(Json const& json, std::string const& where) {
-  using Stack = typename Model::Stack;
-  typename Model::Config config{};
-  Json const& model = safetensors::member(json, "model", where);
-  Read const read{model, where};
-  read("vocab_size", config.vocab_size);
-  read("model_dim", config.model_dim);
-  read("num_heads", config.num_heads);
-  read("tie_embedding", config.tie_embedding);
-  members(config.feed_forward, Read{safetensors::member(model, "feed_forward", where), where});
-  members(config.norm, Read{safetensors::member(model, "norm", where), where});
-  members(config.initialization, Read{safetensors::member(model, "initialization", where), where});
-  Json const& layers = safetensors::member(json, "layers", where);
-  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
-  auto const read_sizes = [&]<class P>(std::size_t kind, typename P::Config& sizes) {
-    for (std::size_t i = 0; i < Stack::depth; ++i)
-      if (Stack::Blocks::slots[i].type == kind) members(sizes, Read{safetensors::member(layers[i], "sizes", where), where});
-  };
-  [&]<class... Ps>(Types<Ps...>) {
-    std::size_t kind = 0;
-    (read_sizes.template operator()<Ps>(kind++, config.mixers.template get<Ps>()), ...);
-  }(typename Stack::Kinds{});
-  return config;
-}
-
-}  // namespace checkpoint
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/train/checkpoint/file.hpp
-// A checkpoint as a file. Everything here works on lists of tensors and on JSON: no type of model is known to it.
-//
-// One safetensors file. Its __metadata__ has, under one key, the JSON of all that is no tensor; so the two become visible by
-// one rename, and no reader ever sees the one without the other, or half of either.
-//
-//   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
-//   optimizer.mean.<path>, optimizer.square.<path>   AdamW's moments
-//   history.<name>                                   F64 [steps], what the program counts
-#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
-#define HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What a run needs to go on, besides parameters and optimizer.
-struct Progress {
-  Index step = 0;         // training steps that are done
-  DataState data = {};    // DataSource::state()
-  std::map<std::string, std::vector<double>> history = {};  // what the program counts, a number a step: losses, for instance
-  std::string note = {};  // the program's own words, kept as they are
-};
-
-struct LoadOptions {
-  // Keep the optimizer's own options where the file's are others: another learning rate from here on.
-  bool other_optimizer_options = false;
-};
-
-// What a checkpoint says of itself.
-struct CheckpointHeader {
-  Index version = 0;                 // of the format
-  std::vector<std::string> pattern;  // names of the layers' policies
-  std::string dtype;                 // "F32"
-  Index step = 0;
-  std::string note;
-  nlohmann::json json;  // all of it: "model", "layers", "optimizer", "data", ...
-};
-
-namespace checkpoint {
-
-using Json = nlohmann::json;
-
-inline constexpr Index version = 1;
-inline constexpr char const* metadata_key = "hybridattn";
-inline constexpr std::string_view mean_prefix = "optimizer.mean.", square_prefix = "optimizer.square.", history_prefix = "history.";
-
-// A tensor of a run, where its backend has it. One that is not there has no bytes.
-struct StoredTensor {
-  std::string name;
-  TensorInfo info;
-  void const* data = nullptr;
-  std::size_t bytes = 0;
-};
-
-// For loops over fields: appends each tensor of a group to a list.
-struct Collect {
-  std::string_view prefix;
-  std::vector<StoredTensor>& list;
-
-  template <class T, int Rank, class B> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) const {
-    auto const view = in(tensor);
-    add(path, safetensors::dtype_of<T>(), {view.shape.extent, Rank}, view.data, tensor.byte_count());
-  }
-
- private:
-  void add(Path const& path, std::string_view dtype, std::span<Index const> shape, void const* data, std::size_t bytes) const {
-    list.push_back({std::string(prefix) + path.str(), {std::string(dtype), std::vector<Index>(shape.begin(), shape.end())}, data, bytes});
-  }
-};
-template <class Group> void collect(std::string_view prefix, Group const& group, std::vector<StoredTensor>& list) {
-  zip(Collect{prefix, list}, group);
-}
-
-// In one line, whatever a file says.
-inline std::string words(std::vector<std::string> const& list) {
-  std::string text;
-  for (auto const& word : list) text += (text.empty() ? "" : " ") + word;
-  for (char& letter : text)
-    if (static_cast<unsigned char>(letter) < 32 || letter == 127) letter = '?';
-  return text.size() > 1000 ? text.substr(0, 1000) + "..." : text;
-}
-inline std::vector<std::string> names_in(Json const& list, std::string const& where) {
-  check(list.is_array(), where, "'pattern' must be a list of names");
-  std::vector<std::string> names;
-  for (Json const& name : list) {
-    check(name.is_string(), where, "'pattern' must be a list of names");
-    names.push_back(name.get_ref<std::string const&>());
-  }
-  return names;
-}
-inline std::string shape_text(std::vector<Index> const& shape) {
-  std::string text;
-  for (Index const extent : shape) text += (text.empty() ? "" : ", ") + std::to_string(extent);
-  return "[" + text + "]";
-}
-
-// A value out of a file, fit for an error message.
-inline std::string shown(Json const& value) {
-  if (value.is_string()) return safetensors::shown(value.get_ref<std::string const&>());
-  if (value.is_null()) return "nothing";
-  if (value.is_array()) return "a list of " + std::to_string(value.size());
-  return value.is_object() ? "a group" : value.dump();
-}
-
-// Throws at the first difference: "model_dim: 128 in the file, 64 in the model". Keys in `ignored` are passed over.
-struct Comparison {
-  std::string const& where;
-  char const* ours;   // "model"
-  std::span<std::string_view const> ignored;
-
-  void operator()(Json const& file, Json const& model, std::string const& name) const {
-    if (file.is_object() && model.is_object()) {
-      for (auto it = model.begin(); it != model.end(); ++it) inner(found(file, it.key()), *it, name, it.key());
-      for (auto it = file.begin(); it != file.end(); ++it)
-        if (!model.contains(it.key())) inner(*it, nothing, name, it.key());
-    } else if (file.is_array() && model.is_array() && file.size() == model.size()) {
-      for (std::size_t i = 0; i < model.size(); ++i) inner(file[i], model[i], name, std::to_string(i));
-    } else {
-      check(file == model, where, name, ": ", shown(file), " in the file, ", shown(model), " in the ", ours);
-    }
-  }
-
- private:
-  inline static Json const nothing = {};
-  // Never a copy: a value may be nested deeper than the stack is.
-  static Json const& found(Json const& json, std::string const& key) { return json.contains(key) ? json[key] : nothing; }
-  void inner(Json const& file, Json const& model, std::string const& name, std::string const& key) const {
-    if (std::ranges::find(ignored, key) == ignored.end()) (*this)(file, model, name.empty() ? key : name + "." + key);
-  }
-};
-
-inline Json to_json(DataState const& data) {
-  Json json;
-  json["description"] = data.description;
-  json["seed"] = data.seed;
-  json["content"] = data.content;
-  json["drawn"] = data.drawn;
-  return json;
-}
-
-// Writes the tensors that are there and all the rest beside them. `json` is that of the model and the optimizer.
-template <class B>
-void write(B& backend, std::filesystem::path const& path, Json json, std::vector<StoredTensor> const& tensors, Progress const& progress) {
-  check(progress.step >= 0, "checkpoint ", path.string(), ": step ", progress.step, " is not allowed; it must be >= 0");
-  SafetensorsWriter writer;
-  for (auto const& tensor : tensors)
-    if (tensor.bytes > 0) writer.add_elsewhere(tensor.name, tensor.info, {static_cast<char const*>(tensor.data), tensor.bytes});
-  for (auto const& [name, numbers] : progress.history)
-    writer.add(std::string(history_prefix) + name, {std::ssize(numbers)}, std::span<double const>(numbers));
-  json["format_version"] = version;
-  json["dtype"] = tensors.front().info.dtype;
-  json["step"] = progress.step;
-  json["data"] = to_json(progress.data);
-  json["note"] = progress.note;
-  std::string text;
-  try {
-    text = json.dump();
-  } catch (Json::type_error const&) {
-    fail("checkpoint ", path.string(), ": the note, the data's description or a policy's name is not UTF-8");
-  }
-  writer.add_metadata(metadata_key, std::move(text));
-  std::vector<char> host;
-  writer.write(path, [&](std::string_view bytes) {
-    host.resize(bytes.size());
-    backend.download(host.data(), bytes.data(), bytes.size());
-    return std::string_view(host.data(), host.size());
-  });
-}
-
-// A checkpoint being read. The constructor refuses what is no checkpoint of this version; the checks refuse one that is of
-// something else. They come before anything is written to anybody.
-class File {
- public:
-  explicit File(std::filesystem::path const& path) : where_("checkpoint " + path.string() + ": "), file_(path) {
-    check(file_.metadata().contains(metadata_key), where_, "a safetensors file, but no checkpoint: it has no metadata '", metadata_key,
-          "'");
-    json_ = safetensors::parse_json(file_.metadata(metadata_key), where_, "its description");
-    Index const theirs = count(json_, "format_version");
-    check(theirs == version, where_, "its format is version ", theirs, "; this library reads version ", version);
-  }
-
-  CheckpointHeader header() && {
-    return {.version = count(json_, "format_version"),
-            .pattern = pattern(),
-            .dtype = text(json_, "dtype"),
-            .step = step(),
-            .note = text(json_, "note"),
-            .json = std::move(json_)};
-  }
-  Index step() const { return count(json_, "step"); }
-  // The optimizer's steps, and of each parameter how many of them had a gradient for it.
-  std::pair<Index, std::vector<Index>> optimizer_steps(std::span<StoredTensor const> params) const {
-    Index const steps = count(member("optimizer"), "steps");
-    Json const& fewer = safetensors::member(member("optimizer"), "updates", where_);
-    check(fewer.is_object(), where_, "'updates' must be a group of numbers");
-    std::pair<Index, std::vector<Index>> result{steps, {}};
-    for (auto const& param : params) {
-      Index const updates = param.bytes == 0 ? 0 : fewer.contains(param.name) ? count(fewer, param.name.c_str()) : steps;
-      check(updates <= steps, where_, "updates of ", param.name, ": ", updates, " in ", steps, " steps");
-      result.second.push_back(updates);
-    }
-    return result;
-  }
-
-  // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
-  void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
-    std::string const theirs = words(pattern()), ours = words(names_in(model["pattern"], where_));
-    check(theirs == ours, where_, "the file holds ", theirs, ", the model is ", ours);
-    check(text(json_, "dtype") == dtype, where_, "dtype: ", safetensors::shown(text(json_, "dtype")), " in the file, '", dtype,
-          "' in the model");
-    // How parameters once started, and what only training reads.
-    static constexpr std::string_view ignored[] = {"initialization", "gate_start", "balance", "balance_coefficient", "index_loss"};
-    Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
-    compare(member("model"), model["model"], "");
-    Json const& layers = member("layers");
-    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern");
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-      Json const& layer = model["layers"][i];
-      compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
-    }
-  }
-  void check_optimizer(Json const& optimizer) const {
-    static constexpr std::string_view ignored[] = {"steps", "updates"};
-    Comparison{where_, "optimizer", ignored}(member("optimizer"), optimizer, "optimizer");
-  }
-  // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
-  void check_tensors(std::vector<StoredTensor> const& tensors, bool training) const {
-    std::set<std::string> ours;
-    for (auto const& tensor : tensors)
-      if (tensor.bytes > 0) check_tensor(tensor), ours.insert(tensor.name);
-    for (auto const& [name, info] : file_.tensors()) {
-      if (name.starts_with(history_prefix) || (!training && name.starts_with("optimizer."))) continue;
-      check(ours.contains(name), where_, "tensor ", safetensors::shown(name), " is in the file, but not in the model");
-    }
-  }
-  // Into the tensors, which must be writable. Throws in the middle only when the file cannot be read any more.
-  template <class B> void read(B& backend, std::vector<StoredTensor> const& tensors) const {
-    for (auto const& tensor : tensors)
-      if (tensor.bytes > 0) backend.upload(const_cast<void*>(tensor.data), file_.read_bytes(tensor.name).data(), tensor.bytes);
-  }
-
-  Progress progress() const {
-    Json const& data = member("data");
-    Progress result{.step = step(),
-                    .data = {text(data, "description"), number(data, "seed"), number(data, "content"), number(data, "drawn")},
-                    .history = {},
-                    .note = text(json_, "note")};
-    for (auto const& [name, info] : file_.tensors())
-      if (name.starts_with(history_prefix)) result.history[name.substr(history_prefix.size())] = file_.read_doubles(name);
-    return result;
-  }
-
- private:
-  Json const& member(char const* key) const { return safetensors::member(json_, key, where_); }
-  Index count(Json const& json, char const* key) const {
-    return safetensors::to_count(safetensors::member(json, key, where_), where_, key);
-  }
-  std::uint64_t number(Json const& json, char const* key) const {
-    Json const& value = safetensors::member(json, key, where_);
-    check(value.is_number_unsigned(), where_, key, " must be an integer from 0 to 2^64 - 1");
-    return value.get<std::uint64_t>();
-  }
-  std::string text(Json const& json, char const* key) const {
-    Json const& value = safetensors::member(json, key, where_);
-    check(value.is_string(), where_, key, " must be text");
-    return value.get_ref<std::string const&>();
-  }
-  std::vector<std::string> pattern() const { return names_in(member("pattern"), where_); }
-  void check_tensor(StoredTensor const& tensor) const {
-    check(file_.contains(tensor.name), where_, "tensor ", safetensors::shown(tensor.name), " is in the model, but not in the file");
-    auto const& theirs = file_.info(tensor.name);
-    check(theirs.dtype == tensor.info.dtype, where_, "tensor ", safetensors::shown(tensor.name), ": dtype ", theirs.dtype, " in the file, ",
-          tensor.info.dtype, " in the model");
-    check(theirs.shape == tensor.info.shape, where_, "tensor ", safetensors::shown(tensor.name), ": shape ", shape_text(theirs.shape),
-          " in the file, ", shape_text(tensor.info.shape), " in the model");
-  }
-
-  std::string where_;   // how an error begins
-  Safetensors file_;
-  Json json_;
-};
-
-}  // namespace checkpoint
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/train/checkpoint.hpp
-// Checkpoints: a run goes on in another process as if it had never stopped, bit for bit.
-//
-//   Progress done;
-//   if (std::filesystem::exists("run.safetensors")) {
-//     done = load_checkpoint(cpu, "run.safetensors", model, params, optimizer);
-//     text.restore(done.data);
-//   }
-//   for (Index step = done.step; step < 1000;) {
-//     train_step(cpu, model, params, optimizer, make_batch(cpu, text.next_batch(4, 128)));
-//     if (++step % 100 == 0) save_checkpoint(cpu, "run.safetensors", model, params, optimizer, {.step = step, .data = text.state()});
-//   }
-//
-// A process may be killed at any moment: under the name stands the last checkpoint that was finished, or none. The file is a
-// safetensors file (checkpoint/file.hpp says what is in it), which other programs read too.
-#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_HPP
-#define HYBRIDATTN_TRAIN_CHECKPOINT_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace checkpoint {
-
-template <class Params> std::vector<StoredTensor> tensors_of(Params const& params) {
-  std::vector<StoredTensor> list;
-  collect("", params, list);
-  return list;
-}
-template <class Params> std::vector<StoredTensor> tensors_of(Params const& params, AdamW<Params> const& optimizer) {
-  auto list = tensors_of(params);
-  collect(mean_prefix, optimizer.state().mean, list);
-  collect(square_prefix, optimizer.state().square, list);
-  return list;
-}
-
-// With the names of what does not decay, and the updates of what had a gradient in some steps only; tensors begin with the
-// parameters.
-template <class Params> Json describe(AdamW<Params> const& optimizer, std::vector<StoredTensor> const& tensors) {
-  Json json;
-  to_json(json, optimizer.options());
-  json["steps"] = optimizer.steps();
-  json["without_decay"] = Json::array();
-  json["updates"] = Json::object();
-  for (std::size_t i = 0; i < optimizer.decays().size(); ++i) {
-    if (tensors[i].bytes == 0) continue;
-    if (!optimizer.decays()[i]) json["without_decay"].push_back(tensors[i].name);
-    if (Index const updates = optimizer.state().updates[i]; updates != optimizer.steps()) json["updates"][tensors[i].name] = updates;
-  }
-  return json;
-}
-
-}  // namespace checkpoint
-
-// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name.
-template <class B, class Model, class Params>
-void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params,
-                     AdamW<Params> const& optimizer, Progress const& progress = {}) {
-  auto const tensors = checkpoint::tensors_of(params, optimizer);
-  auto json = checkpoint::describe(model);
-  json["optimizer"] = checkpoint::describe(optimizer, tensors);
-  checkpoint::write(backend, path, std::move(json), tensors, progress);
-}
-
-// Takes parameters, moments and step count out of a file. Throws Error where the file is damaged, or of another pattern,
-// size, dtype, optimizer or version, and names both; then nothing was touched.
-template <class B, class Model, class Params>
-Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, AdamW<Params>& optimizer,
-                         LoadOptions options = {}) {
-  checkpoint::File const file{path};
-  auto const tensors = checkpoint::tensors_of(params, optimizer);
-  file.check_model(checkpoint::describe(model), tensors.front().info.dtype, false);
-  if (!options.other_optimizer_options) file.check_optimizer(checkpoint::describe(optimizer, tensors));
-  file.check_tensors(tensors, true);
-  auto progress = file.progress();
-  auto const [steps, updates] = file.optimizer_steps(std::span(tensors).first(optimizer.decays().size()));
-  file.read(backend, tensors);
-  optimizer.state().steps = steps;
-  optimizer.state().updates = updates;
-  return progress;
-}
-
-// The parameters alone, for a model that is not trained any more: what only training reads may differ from the file's.
-//   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
-template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
-  checkpoint::File const file{path};
-  auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path));
-  check(needed <= there, "checkpoint ", path.string(), ": the model's parameters take ", needed, " bytes, the whole file has ", there);
-  auto params = allocate<T>(backend, model.params());
-  auto const tensors = checkpoint::tensors_of(params);
-  file.check_model(checkpoint::describe(model), tensors.front().info.dtype, true);
-  file.check_tensors(tensors, false);
-  file.read(backend, tensors);
-  return params;
-}
-
-// The configuration of a checkpoint's model, whose pattern must be that of Model; the header comes from read_checkpoint_header.
-template <class Model> typename Model::Config checkpoint_config(CheckpointHeader const& header) {
-  return checkpoint::configuration<Model>(header.json, "checkpoint: ");
-}
-
-// What stands in a file: its pattern, configuration and step, without any tensor.
-inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/train/hugging_face/table.hpp
-// Released parameter names and our fields: a table, and what one row of it becomes in one layer of a model.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_TABLE_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_TABLE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
-
-enum class Family {
-  qwen3_next,    // model_type qwen3_next: projections of Gated DeltaNet fused head by head; dense layers and mixtures
-  qwen3_5_text   // model_type qwen3_5_text: projections side by side; dense layers only
-};
-
-// How a folder's parameters are named and laid out, beyond what its config.json says.
-struct Format {
-  Family family = Family::qwen3_next;
-  bool fused_experts = false;      // all experts of a layer in one tensor, gate and up together, or one matrix each
-  std::string prefix = "model.";   // of all names but the head's; model.language_model. in multimodal files
-};
-
-// How fields, which are [rows, ...] each, lie in a released tensor.
-enum class Layout {
-  stacked,      // all rows of the first field, then those of the next; a single field as it is
-  convolution,  // stacked, with an axis between: [channels, 1, width]
-  by_head,      // for each head (key head of GDN, query head of full attention) its rows of each field
-  by_expert,    // [E, rows, C]: for each expert its rows of each field
-  each_expert   // a tensor of its own for each expert; {} in the name is its number
-};
-
-// `fields` are the paths of ours that make one released tensor, in order.
-struct Row {
-  std::string_view name, fields;
-  Layout layout = Layout::stacked;
-};
-
-namespace rows {
-
-inline constexpr Row whole_model[] = {{"embed_tokens.weight", "embedding"}, {"norm.weight", "norm"}};
-inline constexpr Row head[] = {{"lm_head.weight", "head"}};   // without the prefix
-inline constexpr Row block[] = {{"input_layernorm.weight", "attention_norm"}, {"post_attention_layernorm.weight", "feed_forward_norm"}};
-inline constexpr Row gdn[] = {{"conv1d.weight", "prepare.conv_q prepare.conv_k prepare.conv_v", Layout::convolution},
-                              {"A_log", "prepare.a_log"},
-                              {"dt_bias", "prepare.dt_bias"},
-                              {"norm.weight", "finish.norm"},
-                              {"out_proj.weight", "w_o"}};
-inline constexpr Row gdn_fused[] = {{"in_proj_qkvz.weight", "w.q w.k w.v w_gate", Layout::by_head},
-                                    {"in_proj_ba.weight", "w.beta w.g", Layout::by_head}};
-inline constexpr Row gdn_split[] = {
-    {"in_proj_qkv.weight", "w.q w.k w.v"}, {"in_proj_z.weight", "w_gate"}, {"in_proj_b.weight", "w.beta"}, {"in_proj_a.weight", "w.g"}};
-inline constexpr Row full[] = {{"q_proj.weight", "w.q w_gate", Layout::by_head},
-                               {"k_proj.weight", "w.k"},
-                               {"v_proj.weight", "w.v"},
-                               {"o_proj.weight", "w_o"},
-                               {"q_norm.weight", "prepare.q_norm"},
-                               {"k_norm.weight", "prepare.k_norm"}};
-inline constexpr Row dense[] = {{"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
-inline constexpr Row mixture[] = {{"gate.weight", "router"},
-                                  {"shared_expert.gate_proj.weight", "shared.gate"},
-                                  {"shared_expert.up_proj.weight", "shared.up"},
-                                  {"shared_expert.down_proj.weight", "shared.down"},
-                                  {"shared_expert_gate.weight", "shared_gate"}};
-inline constexpr Row experts[] = {{"experts.{}.gate_proj.weight", "experts.gate", Layout::each_expert},
-                                  {"experts.{}.up_proj.weight", "experts.up", Layout::each_expert},
-                                  {"experts.{}.down_proj.weight", "experts.down", Layout::each_expert}};
-inline constexpr Row experts_fused[] = {{"experts.gate_up_proj", "experts.gate experts.up", Layout::by_expert},
-                                        {"experts.down_proj", "experts.down", Layout::by_expert}};
-
-}  // namespace rows
-
-// What the table must know of a model.
-using Extents = std::vector<Index>;
-struct Layer {
-  char letter = 0;   // L linear_attention, F full_attention
-  Index heads = 0;   // of Layout::by_head
-};
-struct Outline {
-  std::vector<Layer> layers;
-  Index experts = 0;
-  std::map<std::string, Extents> fields;   // every tensor of the model, by path
-
-  std::string pattern() const {
-    std::string letters;
-    for (Layer const& layer : layers) letters += layer.letter;
-    return letters;
-  }
-};
-
-// A row in a layer: the released tensors of these names, one after the other, hold `groups` times a share of each field.
-struct Entry {
-  std::vector<std::string> names;
-  Extents shape;                     // of each of them
-  std::vector<std::string> fields;   // paths
-  Index groups = 1;
-};
-
-namespace detail {
-
-inline std::vector<std::string> words(std::string_view list) {
-  std::vector<std::string> result;
-  while (!list.empty()) {
-    auto const end = std::min(list.find(' '), list.size());
-    result.emplace_back(list.substr(0, end));
-    list.remove_prefix(std::min(end + 1, list.size()));
-  }
-  return result;
-}
-
-inline Extents released_shape(Layout layout, std::vector<Extents> const& fields) {
-  Extents shape = fields[0];
-  std::size_t const rows = layout == Layout::by_expert ? 1 : 0;
-  for (std::size_t i = 1; i < fields.size(); ++i) shape[rows] += fields[i][rows];
-  if (layout == Layout::each_expert) shape.erase(shape.begin());
-  if (layout == Layout::convolution) shape.insert(shape.begin() + 1, 1);
-  return shape;
-}
-
-inline std::vector<std::string> released_names(Layout layout, std::string const& name, Index experts) {
-  if (layout != Layout::each_expert) return {name};
-  std::vector<std::string> names;
-  auto const number = name.find("{}");
-  for (Index e = 0; e < experts; ++e) names.push_back(std::string(name).replace(number, 2, std::to_string(e)));
-  return names;
-}
-
-// Makes the entries of one model, row by row; each of the model's tensors stands in one of them.
-class Builder {
- public:
-  explicit Builder(Outline const& outline) : outline_(outline) {}
-
-  void add(std::string const& name, std::string const& field, std::span<Row const> rows, Layer const& layer = {}) {
-    for (Row const& row : rows) add(name + std::string(row.name), field, row, layer);
-  }
-  std::vector<Entry> take() {
-    for (auto const& [path, extents] : outline_.fields)
-      check(uses_[path] == 1 || is_absent(extents), "Hugging Face: the model's tensor ", path, " has no released name");
-    return std::move(entries_);
-  }
-
- private:
-  static bool is_absent(Extents const& extents) {
-    for (Index extent : extents)
-      if (extent != 0) return false;
-    return true;
-  }
-  // Rows of tensors that the model has not (a head that is the embedding, a shared expert) are left out.
-  void add(std::string const& name, std::string const& field, Row const& row, Layer const& layer) {
-    Entry entry;
-    std::vector<Extents> extents;
-    for (auto const& word : words(row.fields)) {
-      auto const found = outline_.fields.find(field + word);
-      if (found == outline_.fields.end() || is_absent(found->second)) continue;
-      entry.fields.push_back(found->first);
-      extents.push_back(found->second);
-      ++uses_[found->first];
-    }
-    if (extents.empty()) return;
-    check(extents.size() == words(row.fields).size(), "Hugging Face: ", name, " holds ", row.fields,
-          ", of which the model lacks a part in ", field);
-    entry.names = released_names(row.layout, name, outline_.experts);
-    entry.shape = released_shape(row.layout, extents);
-    entry.groups = row.layout == Layout::by_head ? layer.heads : row.layout == Layout::by_expert ? outline_.experts : 1;
-    entries_.push_back(std::move(entry));
-  }
-
-  Outline const& outline_;
-  std::map<std::string, int> uses_;
-  std::vector<Entry> entries_;
-};
-
-}  // namespace detail
-
-// Every tensor of a model under its released name; throws, naming it, when one has none.
-inline std::vector<Entry> table(Outline const& outline, Format const& format) {
-  detail::Builder builder{outline};
-  builder.add(format.prefix, "", rows::whole_model);
-  builder.add("", "", rows::head);
-  std::size_t number = 0;
-  for (Layer const& layer : outline.layers) {
-    std::string const i = std::to_string(number++) + ".", name = format.prefix + "layers." + i, field = "blocks." + i;
-    builder.add(name, field, rows::block);
-    if (layer.letter == 'L') {
-      bool const fused = format.family == Family::qwen3_next;
-      builder.add(name + "linear_attn.", field + "attention.", rows::gdn, layer);
-      builder.add(name + "linear_attn.", field + "attention.",
-                  fused ? std::span<Row const>(rows::gdn_fused) : std::span<Row const>(rows::gdn_split), layer);
-    } else {
-      builder.add(name + "self_attn.", field + "attention.", rows::full, layer);
-    }
-    std::string const mlp = name + "mlp.", feed_forward = field + "feed_forward.";
-    builder.add(mlp, feed_forward, rows::dense);
-    builder.add(mlp, feed_forward, rows::mixture);
-    builder.add(mlp, feed_forward, format.fused_experts ? std::span<Row const>(rows::experts_fused) : std::span<Row const>(rows::experts));
-  }
-  return builder.take();
-}
-
-// f(share) for the shares of an entry's fields, in the order of the released elements.
-template <class T, class F> void for_each_share(Index groups, std::vector<std::vector<T>>& fields, F f) {
-  for (Index group = 0; group < groups; ++group)
-    for (auto& field : fields) {
-      std::size_t const share = field.size() / static_cast<std::size_t>(groups);
-      f(std::span<T>(field).subspan(static_cast<std::size_t>(group) * share, share));
-    }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
-#endif
-
-// ==== hybridattn/train/hugging_face/config_file.hpp
-// config.json of a released model, read and written. Every field is read, or known to be harmless, or an error.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
-
-// What a config.json says, in the library's words.
-struct Settings {
-  std::string where;   // how an error begins
-  Family family = Family::qwen3_next;
-  std::string pattern;   // a letter a layer: L linear_attention, F full_attention
-  Index vocab_size = 0, model_dim = 0;
-  bool tie_embedding = false;
-  double norm_eps = 1e-6, initializer_range = 0.02;
-  FeedForwardConfig feed_forward;
-  gdn::Config gdn;
-  Index conv_width = 4;
-  full::Config full;
-  double rotary_share = 0.25;   // of a head
-};
-
-// The dimensions of a head that turn, as the family counts them.
-inline Index rotary_dim(Settings const& s) { return static_cast<Index>(static_cast<double>(s.full.head_dim) * s.rotary_share); }
-
-inline constexpr std::string_view model_type(Family family) { return family == Family::qwen3_next ? "qwen3_next" : "qwen3_5_text"; }
-
-namespace detail {
-
-using Json = nlohmann::json;
-
-// Nothing a text model computes depends on these.
-inline constexpr std::string_view harmless =
-    "architectures model_type name_or_path _name_or_path transformers_version dtype torch_dtype mamba_ssm_dtype use_cache "
-    "bos_token_id eos_token_id pad_token_id max_position_embeddings max_window_layers output_attentions output_hidden_states "
-    "return_dict mtp_num_hidden_layers mtp_use_dedicated_embeddings mrope_interleaved mrope_section text_config vision_config "
-    "image_token_id video_token_id vision_start_token_id vision_end_token_id id2label label2id problem_type "
-    "chunk_size_feed_forward";
-
-inline std::string shown(Json const& value) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  return text.size() > 80 ? text.substr(0, 80) + "..." : text;
-}
-
-// The fields of a JSON object; each one that is asked for counts as known.
-class Fields {
- public:
-  Fields(Json const& object, std::string where) : object_(object), where_(std::move(where)) {
-    check(object.is_object(), where_, "not a JSON object");
-  }
-
-  bool has(std::string const& name) {
-    known_.insert(name);
-    return object_.contains(name) && !object_[name].is_null();
-  }
-  Json const& at(std::string const& name) {
-    check(has(name), where_, "the field ", name, " is missing");
-    return object_[name];
-  }
-  Index size(std::string const& name, Index smallest = 1) {
-    auto const& value = at(name);
-    check(value.is_number_integer() && value.get<Index>() >= smallest, where_, name, " is ", shown(value),
-          "; it must be an integer, at least ", smallest);
-    return value.get<Index>();
-  }
-  Index size_or(std::string const& name, Index otherwise, Index smallest = 1) { return has(name) ? size(name, smallest) : otherwise; }
-  double real_or(std::string const& name, double otherwise) {
-    if (!has(name)) return otherwise;
-    check(at(name).is_number(), where_, name, " is ", shown(at(name)), "; it must be a number");
-    return at(name).get<double>();
-  }
-  bool flag_or(std::string const& name, bool otherwise) {
-    if (!has(name)) return otherwise;
-    check(at(name).is_boolean(), where_, name, " is ", shown(at(name)), "; it must be true or false");
-    return at(name).get<bool>();
-  }
-  // A field that is not there, or has the one value that is supported.
-  void expect(std::string const& name, Json const& supported) {
-    if (has(name)) check(at(name) == supported, where_, name, " is ", shown(at(name)), "; supported is ", shown(supported));
-  }
-  void expect_none(std::string const& name) {
-    if (has(name)) fail(where_, name, " is ", shown(at(name)), "; it is not supported");
-  }
-  // Every field was read, or is harmless.
-  void check_all_known() const {
-    auto const others = words(harmless);
-    for (auto const& [name, value] : object_.items())
-      check(known_.contains(name) || std::ranges::find(others, name) != others.end(), where_, "the field ", name, " (", shown(value),
-            ") is unknown; it may change what the model computes, which would not be the model that was released");
-  }
-  std::string const& where() const { return where_; }
-
- private:
-  Json const& object_;
-  std::string where_;
-  std::set<std::string> known_;
-};
-
-inline Json parse_json(std::filesystem::path const& path) {
-  auto json = Json::parse(read_text(path), nullptr, false);
-  check(json.is_object(), path.string(), " is not a JSON object");
-  return json;
-}
-
-inline std::string pattern_of(Fields& fields) {
-  static constexpr std::string_view linear = "linear_attention", full = "full_attention";
-  Index const depth = fields.size("num_hidden_layers"), interval = fields.size_or("full_attention_interval", 4);
-  std::string letters;
-  if (!fields.has("layer_types")) {
-    for (Index i = 1; i <= depth; ++i) letters += i % interval == 0 ? 'F' : 'L';
-    return letters;
-  }
-  auto const& types = fields.at("layer_types");
-  check(types.is_array() && static_cast<Index>(types.size()) == depth, fields.where(), "layer_types is ", shown(types),
-        "; it must name num_hidden_layers = ", depth, " layers");
-  for (auto const& type : types) {
-    check(type == linear || type == full, fields.where(), "layer_types has ", shown(type), "; supported are ", linear, " and ", full);
-    letters += type == full ? 'F' : 'L';
-  }
-  return letters;
-}
-
-// Beside other fields as in the first releases, or an object of their own; where both stand they must agree.
-inline void read_rotary(Fields& fields, Settings& s) {
-  s.full.rope_theta = fields.real_or("rope_theta", 10000);
-  s.rotary_share = fields.real_or("partial_rotary_factor", 0.25);
-  for (auto const* name : {"rope_scaling", "rope_parameters"}) {
-    if (!fields.has(name)) continue;
-    Fields inner{fields.at(name), fields.where() + name + ": "};
-    inner.expect("rope_type", "default");
-    inner.expect("type", "default");
-    for (auto [key, value] : {std::pair{"rope_theta", &s.full.rope_theta}, std::pair{"partial_rotary_factor", &s.rotary_share}}) {
-      double const here = inner.real_or(key, *value);
-      check(!fields.has(key) || here == *value, inner.where(), key, " is ", here, ", but ", *value, " outside");
-      *value = here;
-    }
-    inner.check_all_known();
-  }
-}
-
-inline FeedForwardConfig read_mixture(Fields& fields, FeedForwardConfig c) {
-  c.num_experts = fields.size("num_experts", 0);
-  c.top_k = fields.size("num_experts_per_tok");
-  c.expert_dim = fields.size("moe_intermediate_size");
-  c.shared_dim = fields.size("shared_expert_intermediate_size", 0);
-  c.renormalise = fields.flag_or("norm_topk_prob", true);
-  c.decoder_sparse_step = fields.size_or("decoder_sparse_step", 1);
-  if (fields.has("mlp_only_layers")) {
-    auto const& layers = fields.at("mlp_only_layers");
-    for (auto const& layer : layers) {
-      check(layers.is_array() && layer.is_number_integer(), fields.where(), "mlp_only_layers is ", shown(layers),
-            "; it must be a list of layers' numbers");
-      c.mlp_only_layers.push_back(layer.get<Index>());
-    }
-  }
-  double const coefficient = fields.real_or("router_aux_loss_coef", 0.001);
-  c.balance = Balance::pooled;
-  c.balance_coefficient = fields.flag_or("output_router_logits", false) ? coefficient : 0;
-  return c;
-}
-
-inline void read_layers(Fields& fields, Settings& s) {
-  s.gdn = {.num_heads = fields.size("linear_num_key_heads"),
-           .num_value_heads = fields.size("linear_num_value_heads"),
-           .key_dim = fields.size("linear_key_head_dim"),
-           .value_dim = fields.size("linear_value_head_dim"),
-           .norm_eps = s.norm_eps};
-  s.conv_width = fields.size_or("linear_conv_kernel_dim", 4);
-  s.full = {.num_heads = fields.size("num_attention_heads"),
-            .num_kv_heads = fields.size("num_key_value_heads"),
-            .head_dim = fields.size("head_dim"),
-            .norm_eps = s.norm_eps};
-  read_rotary(fields, s);
-  s.feed_forward.hidden_dim = fields.size("intermediate_size");
-  if (s.family == Family::qwen3_next) s.feed_forward = read_mixture(fields, s.feed_forward);
-  else fields.expect("mlp_only_layers", Json::array());
-}
-
-inline void check_supported(Fields& fields) {
-  fields.expect("hidden_act", "silu");
-  fields.expect("attention_bias", false);
-  fields.expect("attention_dropout", 0);
-  fields.expect("attn_output_gate", true);
-  fields.expect("is_encoder_decoder", false);
-  fields.expect("use_sliding_window", false);
-  if (fields.has("sliding_window") && !fields.has("use_sliding_window")) fields.expect_none("sliding_window");
-  fields.expect_none("quantization_config");
-  fields.check_all_known();
-}
-
-}  // namespace detail
-
-// The folder's config.json; throws, naming it, at a field that is unknown, missing, or has a value that is not supported.
-inline Settings read_settings(std::filesystem::path const& folder) {
-  auto const path = folder / "config.json";
-  auto const json = detail::parse_json(path);
-  std::string const where = path.string() + ": ";
-  detail::Fields outer{json, where};
-  auto const& type = outer.at("model_type");
-  bool const multimodal = type == "qwen3_5";   // its text model alone
-  detail::Fields fields{multimodal ? outer.at("text_config") : json, multimodal ? where + "text_config: " : where};
-  auto const& text_type = multimodal ? fields.at("model_type") : type;
-  check(text_type == "qwen3_next" || text_type == "qwen3_5_text", where, "model_type is ", detail::shown(text_type),
-        "; supported are qwen3_next, qwen3_5_text, and qwen3_5 for its text model");
-  Settings s;
-  s.where = fields.where();
-  s.family = text_type == "qwen3_next" ? Family::qwen3_next : Family::qwen3_5_text;
-  s.pattern = detail::pattern_of(fields);
-  s.vocab_size = fields.size("vocab_size");
-  s.model_dim = fields.size("hidden_size");
-  s.norm_eps = fields.real_or("rms_norm_eps", 1e-6);
-  s.initializer_range = fields.real_or("initializer_range", 0.02);
-  s.tie_embedding = fields.flag_or("tie_word_embeddings", false);
-  if (multimodal) s.tie_embedding = outer.flag_or("tie_word_embeddings", s.tie_embedding);
-  detail::read_layers(fields, s);
-  detail::check_supported(fields);
-  if (multimodal) detail::check_supported(outer);
-  return s;
-}
-
-namespace detail {
-
-inline Json layer_types(std::string const& pattern) {
-  Json types = Json::array();
-  for (char letter : pattern) types.push_back(letter == 'F' ? "full_attention" : "linear_attention");
-  return types;
-}
-inline void write_mixture(FeedForwardConfig const& c, Json& json) {
-  json["num_experts"] = c.num_experts;
-  json["num_experts_per_tok"] = c.top_k;
-  json["moe_intermediate_size"] = c.expert_dim;
-  json["shared_expert_intermediate_size"] = std::max<Index>(c.shared_dim, 0);
-  json["norm_topk_prob"] = c.renormalise;
-  json["decoder_sparse_step"] = c.decoder_sparse_step;
-  json["mlp_only_layers"] = c.mlp_only_layers;
-  json["output_router_logits"] = c.balance_coefficient != 0;
-  if (c.balance_coefficient != 0) json["router_aux_loss_coef"] = c.balance_coefficient;
-}
-
-}  // namespace detail
-
-// The text of a config.json that read_settings reads as these settings.
-inline std::string config_text(Settings const& s) {
-  bool const next = s.family == Family::qwen3_next;
-  detail::Json json = {{"architectures", detail::Json::array({next ? "Qwen3NextForCausalLM" : "Qwen3_5ForCausalLM"})},
-                       {"model_type", model_type(s.family)},
-                       {"dtype", "float32"},
-                       {"attention_bias", false},
-                       {"attention_dropout", 0.0},
-                       {"hidden_act", "silu"},
-                       {"num_hidden_layers", s.pattern.size()},
-                       {"layer_types", detail::layer_types(s.pattern)},
-                       {"vocab_size", s.vocab_size},
-                       {"hidden_size", s.model_dim},
-                       {"intermediate_size", s.feed_forward.hidden_dim},
-                       {"tie_word_embeddings", s.tie_embedding},
-                       {"rms_norm_eps", s.norm_eps},
-                       {"initializer_range", s.initializer_range},
-                       {"num_attention_heads", s.full.num_heads},
-                       {"num_key_value_heads", s.full.num_kv_heads},
-                       {"head_dim", s.full.head_dim},
-                       {"linear_num_key_heads", s.gdn.num_heads},
-                       {"linear_num_value_heads", s.gdn.num_value_heads},
-                       {"linear_key_head_dim", s.gdn.key_dim},
-                       {"linear_value_head_dim", s.gdn.value_dim},
-                       {"linear_conv_kernel_dim", s.conv_width}};
-  json["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", s.full.rope_theta}, {"partial_rotary_factor", s.rotary_share}};
-  if (next) {   // where readers of its first releases look
-    json["rope_theta"] = s.full.rope_theta;
-    json["partial_rotary_factor"] = s.rotary_share;
-    detail::write_mixture(s.feed_forward, json);
-  }
-  return json.dump(2) + "\n";
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
-#endif
-
-// ==== hybridattn/train/hugging_face/types.hpp
-// What a model's types say, held against a config.json, and what a model says, as one.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_TYPES_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_TYPES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
-
-// A policy that released models have: its letter, and its sizes among the settings.
-template <class Policy> struct Released {
-  static_assert(sizeof(Policy) == 0, "released models are known with GatedDeltaNet and FullAttention layers only");
-};
-
-inline void check_options(GdnOptions const& o, Settings const& s) {
-  check(o.conv_width == s.conv_width, s.where, "linear_conv_kernel_dim is ", s.conv_width,
-        ", but the model's GdnOptions have conv_width = ", o.conv_width);
-  check(o.output_gate, s.where, "model_type ", model_type(s.family), " gates linear attention's output, but the model's GdnOptions have ",
-        "output_gate = false");
-  check(!o.negative_eigenvalues, s.where, "model_type ", model_type(s.family), " has beta in (0, 1), but the model's GdnOptions have ",
-        "negative_eigenvalues = true");
-}
-inline void check_options(FullOptions const& o, Settings const& s) {
-  Index const dim = rotary_dim(s), ours = s.full.head_dim * o.rotary_percent / 200 * 2;
-  check(dim == ours, s.where, "partial_rotary_factor ", s.rotary_share, " turns ", dim, " of head_dim ", s.full.head_dim,
-        ", but the model's FullOptions have rotary_percent = ", o.rotary_percent, ", which turns ", ours);
-  check(o.window == 0, s.where, "no sliding_window is in use, but the model's FullOptions have window = ", o.window);
-  check(o.output_gate, s.where, "attn_output_gate is true, but the model's FullOptions have output_gate = false");
-  check(o.qk_norm == QkNorm::zero_centred, s.where, "model_type ", model_type(s.family),
-        " has zero-centred q_norm and k_norm, but the model's FullOptions have another qk_norm");
-  check(o.rotary == Rotary::half_split, s.where, "model_type ", model_type(s.family),
-        " turns halves of a head, but the model's FullOptions have Rotary::interleaved");
-}
-
-template <GdnOptions O> struct Released<GatedDeltaNet<O>> {
-  static constexpr char letter = 'L';
-  static auto& config(auto& settings) { return settings.gdn; }
-  static void set_options(Settings& s) { s.conv_width = O.conv_width; }
-};
-template <FullOptions O> struct Released<FullAttention<O>> {
-  static constexpr char letter = 'F';
-  static auto& config(auto& settings) { return settings.full; }
-  static void set_options(Settings& s) {
-    Index const dim = s.full.head_dim * O.rotary_percent / 200 * 2;
-    s.rotary_share = O.rotary_percent / 100.0;
-    if (rotary_dim(s) != dim) s.rotary_share = static_cast<double>(dim) / static_cast<double>(s.full.head_dim);
-  }
-};
-
-template <class Stack> struct TypesOf;
-template <class... Policies> struct TypesOf<hybridattn::Stack<Policies...>> {
-  static std::string pattern() { return {Released<Policies>::letter...}; }
-  static void check_options(Settings const& s) { (hugging_face::check_options(Policies::options, s), ...); }
-};
-// Throws when a config.json is that of other types than the stack's.
-template <class Stack> void check_types(Settings const& s) {
-  std::string const ours = TypesOf<Stack>::pattern();
-  check(s.pattern == ours, s.where, "layer_types are ", s.pattern, ", but the model's layers are ", ours,
-        " (L linear_attention, F full_attention)");
-  TypesOf<Stack>::check_options(s);
-}
-
-template <class... Policies, class Mixers> void set_mixers(Types<Policies...>, Settings const& s, Mixers& mixers) {
-  ((mixers.template get<Policies>() = Released<Policies>::config(s)), ...);
-}
-
-// What the table must know of a model.
-template <class Stack> Outline outline(LanguageModel<Stack> const& model) {
-  Outline result;
-  result.experts = model.stack_config().block.feed_forward.num_experts;
-  auto const shapes = model.params();
-  shapes.blocks.for_each(
-      [&](auto block, std::size_t, auto&) {
-        using Policy = typename decltype(block)::type::Policy;
-        Index const heads = Stack::template mixer<typename decltype(block)::type>(model.stack_config()).num_heads;
-        result.layers.push_back({Released<Policy>::letter, heads});
-      },
-      shapes.blocks);
-  zip([&]<int Rank>(Path const& path, Shape<Rank> const& shape) { result.fields[path.str()] = Extents(shape.extent, shape.extent + Rank); },
-      shapes);
-  return result;
-}
-
-namespace detail {
-
-// Throws at what no released model of the family has, besides the types.
-inline void check_feed_forward(Settings const& s) {
-  auto const& c = s.feed_forward;
-  bool mixes = false;
-  for (Index layer = 0; layer < std::ssize(s.pattern); ++layer) mixes = mixes || c.is_mixture(layer);
-  check(c.gated, s.where, "its feed-forward layers have no gate");
-  check(!mixes || s.family == Family::qwen3_next, s.where, "it has mixtures of experts; only qwen3_next has them");
-  check(!mixes || c.shared_dim >= 0, s.where, "its mixtures have no shared expert; shared_dim = 0 computes the same and can be saved");
-  check(c.balance_coefficient == 0 || c.balance == Balance::pooled, s.where, "its load balancing is not Balance::pooled");
-}
-
-template <class Policy, class Mixers> void take_mixer(Mixers const& mixers, Settings& s) {
-  auto const& c = mixers.template get<Policy>();
-  auto with_default_scale = c;
-  with_default_scale.scale = 0;
-  with_default_scale = Policy::complete(with_default_scale, s.model_dim, c.num_heads);
-  check(c.scale == with_default_scale.scale, s.where, "the scale of ", Policy::name, " is ", c.scale, ", not ", with_default_scale.scale);
-  check(c.norm_eps == s.norm_eps, s.where, "the norm_eps of ", Policy::name, " is ", c.norm_eps, ", that of the blocks ", s.norm_eps);
-  Released<Policy>::config(s) = c;
-  Released<Policy>::set_options(s);
-}
-template <class... Policies, class Mixers> void take_mixers(Types<Policies...>, Mixers const& mixers, Settings& s) {
-  (take_mixer<Policies>(mixers, s), ...);
-}
-
-}  // namespace detail
-
-// A model as the config.json of a family; throws at what no released model of it has.
-template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, Family family) {
-  auto const& c = model.config();
-  auto const& stack = model.stack_config();
-  Settings s;
-  s.where = "cannot save the model as " + std::string(model_type(family)) + ": ";
-  s.family = family;
-  s.pattern = TypesOf<Stack>::pattern();
-  s.vocab_size = c.vocab_size;
-  s.model_dim = c.model_dim;
-  s.tie_embedding = c.tie_embedding;
-  s.norm_eps = c.norm.eps;
-  if (c.initialization.linear_deviation != 0) s.initializer_range = c.initialization.linear_deviation;
-  s.feed_forward = stack.block.feed_forward;
-  s.full = {.num_heads = c.num_heads, .num_kv_heads = c.num_heads, .head_dim = std::max<Index>(c.model_dim / c.num_heads, 1)};
-  s.gdn = {.num_heads = c.num_heads, .num_value_heads = c.num_heads, .key_dim = s.full.head_dim, .value_dim = s.full.head_dim};
-  detail::take_mixers(typename Stack::Kinds{}, stack.mixers, s);
-  check(c.norm.weight == NormWeight::zero_centred, s.where, "its norms are plain, not zero-centred");
-  check_types<Stack>(s);
-  detail::check_feed_forward(s);
-  return s;
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
-#endif
-
-// ==== hybridattn/train/hugging_face/weights.hpp
-// The tensors of a released model by name: model.safetensors, or the files that model.safetensors.index.json names.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
-
-class Weights {
- public:
-  explicit Weights(std::filesystem::path const& folder) : where_(folder.string() + ": ") {
-    auto const single = folder / "model.safetensors", index = folder / "model.safetensors.index.json";
-    bool const whole = std::filesystem::exists(single);
-    check(whole || std::filesystem::exists(index), where_, "there is neither model.safetensors nor model.safetensors.index.json");
-    if (whole) open(single);
-    else open_all(folder, index);
-  }
-
-  bool contains(std::string const& name) const { return places_.contains(name); }
-  bool contains_part(std::string_view part) const {
-    for (auto const& [name, file] : places_)
-      if (name.find(part) != name.npos) return true;
-    return false;
-  }
-  // The elements of an entry, one released tensor after the other.
-  template <class T> std::vector<T> read(Entry const& entry) const {
-    std::vector<T> elements;
-    for (auto const& name : entry.names) {
-      auto const& file = files_[places_.at(name)];
-      auto const part = [&] {
-        if constexpr (sizeof(T) == 8) return file.read_doubles(name);
-        else return file.read_floats(name);
-      }();
-      if (entry.names.size() == 1) return part;
-      elements.insert(elements.end(), part.begin(), part.end());
-    }
-    return elements;
-  }
-
-  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing.
-  void check_against(std::vector<Entry> const& table) const {
-    std::set<std::string_view> expected;
-    for (Entry const& entry : table)
-      for (auto const& name : entry.names) {
-        check_tensor(name, entry.shape);
-        expected.insert(name);
-      }
-    for (auto const& [name, file] : places_)
-      check(expected.contains(name) || is_ignored(name), where_, "the tensor ", name, " of shape ", text(files_[file].info(name).shape),
-            " belongs to nothing in the model");
-  }
-
- private:
-  // Draft heads and image encoders: no logit of the text model depends on them.
-  static bool is_ignored(std::string_view name) { return name.starts_with("mtp.") || name.starts_with("model.visual."); }
-
-  static std::string text(Extents const& shape) {
-    std::string result = "[";
-    for (Index extent : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(extent);
-    return result + "]";
-  }
-  void check_tensor(std::string const& name, Extents const& shape) const {
-    static constexpr std::array<std::string_view, 4> reals = {"F32", "BF16", "F16", "F64"};
-    check(contains(name), where_, "the tensor ", name, " is missing; its shape would be ", text(shape));
-    auto const& info = files_[places_.at(name)].info(name);
-    check(info.shape == shape, where_, "the tensor ", name, " has the shape ", text(info.shape), "; the model's is ", text(shape));
-    check(std::ranges::find(reals, info.dtype) != reals.end(), where_, "the tensor ", name, " is of dtype ", info.dtype,
-          "; supported are F32, BF16, F16 and F64");
-  }
-
-  void open(std::filesystem::path const& path) {
-    files_.emplace_back(path);
-    for (auto const& [name, info] : files_.back().tensors())
-      check(places_.emplace(name, files_.size() - 1).second, where_, "the tensor ", name, " stands in two files");
-  }
-  void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
-    auto const json = detail::parse_json(index);
-    check(json.contains("weight_map") && json["weight_map"].is_object(), index.string(), ": there is no weight_map");
-    std::set<std::string> names;
-    for (auto const& [tensor, file] : json["weight_map"].items()) {
-      bool const plain = file.is_string() && file.get<std::string>().find('/') == std::string::npos;
-      check(plain, index.string(), ": ", tensor, " is said to be in ", detail::shown(file), ", which is not the name of a file beside it");
-      names.insert(file.get<std::string>());
-    }
-    for (auto const& name : names) open(folder / name);
-    for (auto const& [tensor, file] : json["weight_map"].items())
-      check(contains(tensor), index.string(), ": the tensor ", tensor, " is not in ", detail::shown(file));
-  }
-
-  std::string where_;   // how an error begins
-  std::vector<Safetensors> files_;
-  std::map<std::string, std::size_t> places_;   // which file
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
-#endif
-
-// ==== hybridattn/train/hugging_face.hpp
-// Released models in folders of the Hugging Face layout: config.json, and parameters as safetensors under their released
-// names. Qwen3-Next and the text models of Qwen3.5; a Stack of Gated DeltaNet and full attention is their type:
-//
-//   using Letters = Alphabet<Letter<'L', GDN>, Letter<'F', Full>>;
-//   using Model = LanguageModel<Pattern<"LLLF", Letters>>;
-//   Model const model{hugging_face::config<Model>(folder)};
-//   auto params = hugging_face::load<float>(cpu, model, folder);
-//   hugging_face::save(cpu, model, params, another_folder);
-//
-// Which name is which field: hugging_face/table.hpp.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
-
-// The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
-// otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
-inline std::string pattern(std::filesystem::path const& folder) { return read_settings(folder).pattern; }
-
-namespace detail {
-inline Format format_of(Settings const& settings, Weights const& weights) {
-  Format result{.family = settings.family};
-  result.fused_experts = weights.contains_part(".mlp.experts.gate_up_proj");
-  if (weights.contains_part("model.language_model.")) result.prefix = "model.language_model.";
-  return result;
-}
-}  // namespace detail
-
-// How the folder's parameters are named, for writing others in the same way.
-inline Format format(std::filesystem::path const& folder) { return detail::format_of(read_settings(folder), Weights{folder}); }
-
-// The folder's sizes for a model of this type. Throws, naming field, value and what is supported, when the types are those of
-// another model: other layers, convolution width, rotary share, norms or gates.
-// The load-balancing loss counts, pooled over the layers, when the folder says output_router_logits; set
-// feed_forward.balance_coefficient to train with it otherwise.
-template <class Model> typename Model::Config config(std::filesystem::path const& folder) {
-  Settings const s = read_settings(folder);
-  check_types<typename Model::Stack>(s);
-  typename Model::Config c{.vocab_size = s.vocab_size,
-                           .model_dim = s.model_dim,
-                           .num_heads = s.full.num_heads,
-                           .feed_forward = s.feed_forward,
-                           .norm = {NormWeight::zero_centred, s.norm_eps},
-                           .tie_embedding = s.tie_embedding,
-                           .initialization = {s.initializer_range, s.initializer_range},
-                           .mixers = {}};
-  set_mixers(typename Model::Stack::Kinds{}, s, c.mixers);
-  return c;
-}
-
-namespace detail {
-
-// The memory of every tensor of a group of parameters, by path; nullptr for a tensor that is not there.
-template <class T> using Memory = std::map<std::string, std::span<T>>;
-template <class T, class Group> Memory<T> memory_of(Group& group) {
-  Memory<T> result;
-  zip(
-      [&](Path const& path, auto& tensor) {
-        auto const view = [&] {
-          if constexpr (std::is_const_v<T>) return in(tensor);
-          else return out(tensor);
-        }();
-        result[path.str()] = {view.data, static_cast<std::size_t>(view.count())};
-      },
-      group);
-  return result;
-}
-
-template <class B, class T> std::vector<std::vector<T>> download_fields(B& backend, Entry const& entry, Memory<T const> const& memory) {
-  std::vector<std::vector<T>> fields;
-  for (auto const& path : entry.fields) {
-    auto const elements = memory.at(path);
-    auto& field = fields.emplace_back(elements.size());
-    if (!field.empty()) backend.download(field.data(), elements.data(), elements.size_bytes());
-  }
-  return fields;
-}
-template <class B, class T> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory<T> const& memory) {
-  auto const released = weights.read<T>(entry);
-  std::vector<std::vector<T>> fields;
-  for (auto const& path : entry.fields) fields.emplace_back(memory.at(path).size());
-  auto next = released.begin();
-  for_each_share(entry.groups, fields, [&](std::span<T> share) {
-    std::copy_n(next, share.size(), share.begin());
-    next += static_cast<Index>(share.size());
-  });
-  for (std::size_t i = 0; i < fields.size(); ++i)
-    if (!fields[i].empty()) backend.upload(memory.at(entry.fields[i]).data(), fields[i].data(), fields[i].size() * sizeof(T));
-}
-
-}  // namespace detail
-
-// The folder's parameters for this model, in float or double; their tensors may be F32, BF16, F16 or F64, in one file or in
-// several. Throws before anything is read at a tensor that is missing, superfluous or of another shape, naming it and both
-// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over.
-template <class T, class B, class Model> auto load(B& backend, Model const& model, std::filesystem::path const& folder) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
-  Settings const settings = read_settings(folder);
-  check_types<typename Model::Stack>(settings);
-  Weights const weights{folder};
-  auto const entries = table(outline(model), detail::format_of(settings, weights));
-  weights.check_against(entries);
-  auto params = allocate<T>(backend, model.params());
-  auto const memory = detail::memory_of<T>(params);
-  for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
-  return params;
-}
-
-// f(released name, shape, elements) for every tensor of a group of parameters: trained ones, or their gradients. What the
-// group has not, as nothing trains it, is left out.
-template <class B, class Model, class Params, class F>
-void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
-  using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
-  auto const memory = detail::memory_of<T const>(params);
-  for (Entry const& entry : table(outline(model), format)) {
-    auto fields = detail::download_fields<B, T>(backend, entry, memory);
-    std::vector<T> released;
-    for_each_share(entry.groups, fields, [&](std::span<T> share) { released.insert(released.end(), share.begin(), share.end()); });
-    Index const each = TensorInfo{"", entry.shape}.count();
-    if (static_cast<Index>(released.size()) != each * std::ssize(entry.names)) continue;
-    for (std::size_t i = 0; i < entry.names.size(); ++i) {
-      auto const first = released.begin() + static_cast<Index>(i) * each;
-      f(entry.names[i], entry.shape, std::vector<T>(first, first + each));
-    }
-  }
-}
-
-// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws,
-// naming it, at an option that no released model of the family has.
-template <class B, class Model, class Params>
-void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
-  std::string const config = config_text(settings_of(model, format.family));
-  SafetensorsWriter writer;
-  std::deque<std::vector<float>> kept;   // the writer holds no elements
-  for_each_tensor(
-      backend, model, params,
-      [&](std::string const& name, Extents const& shape, auto const& elements) {
-        writer.add(name, shape, kept.emplace_back(elements.begin(), elements.end()));
-      },
-      format);
-  writer.add_metadata("format", "pt");   // how the layout's readers know the file
-  std::filesystem::create_directories(folder);
-  writer.write(folder / "model.safetensors");
-  write_file_atomically(folder / "config.json", config);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
-#endif
-
-// ==== hybridattn/io.hpp
-// The door to files: texts, tensors, and whole models. Needs nlohmann-json.
-#ifndef HYBRIDATTN_IO_HPP
-#define HYBRIDATTN_IO_HPP
-
-#endif
-#endif  // __has_include(<nlohmann/json.hpp>)
-
-#if __has_include(<Eigen/Core>)
-#include <Eigen/Core>
-
-// ==== hybridattn/eigen.hpp
-// Interchange with Eigen, without copies: the library's views as Eigen's maps, Eigen's matrices as the library's views.
-//   as_eigen(view)         of [M, N] a row-major Eigen::Map with the view's strides, of [N] a column vector
-//   as_eigen(view, h)      of [N, H, D] head h of all tokens, [N, D]
-//   view_of(matrix)        View<T, 2> [M, N], of a vector View<T, 1>
-//   heads_of(matrix, H)    View<T, 3> [N, H, D] of a matrix [N, H*D]
-// Each looks at elements that somebody else owns, and ends with them. They may be written through it unless they are const.
-// Include this header by itself: it is the one with Eigen's types in its signatures.
-#ifndef HYBRIDATTN_EIGEN_HPP
-#define HYBRIDATTN_EIGEN_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What view_of takes, and what an expression is evaluated into.
-template <class T> using RowMajorMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-namespace detail {
-
-template <class T, class M> using ConstLike = std::conditional_t<std::is_const_v<T>, M const, M>;
-template <class T> using EigenRows =
-    Eigen::Map<ConstLike<T, RowMajorMatrix<std::remove_const_t<T>>>, Eigen::Unaligned, Eigen::OuterStride<>>;
-template <class T> using EigenVector = Eigen::Map<ConstLike<T, Eigen::VectorX<std::remove_const_t<T>>>>;
-
-template <class M> void check_neighbours(M const& matrix) {
-  check(matrix.innerStride() == 1 || matrix.size() == 0, "view_of: elements of a row must be neighbours, but are ", matrix.innerStride(),
-        " apart; copy them into a RowMajorMatrix, or a vector");
-}
-
-}  // namespace detail
-
-// A view without data is a map of nothing.
-template <class T> detail::EigenRows<T> as_eigen(View<T, 2> x) {
-  if (x.empty()) return {nullptr, 0, 0, Eigen::OuterStride<>(0)};
-  return {x.data, x.extent(0), x.extent(1), Eigen::OuterStride<>(x.stride[0])};
-}
-template <class T> detail::EigenVector<T> as_eigen(View<T, 1> x) { return {x.data, x.count()}; }
-// Throws Error for a head that is not there.
-template <class T> detail::EigenRows<T> as_eigen(View<T, 3> x, Index head) {
-  check(0 <= head && head < x.extent(1), "as_eigen: head ", head, " of ", x.extent(1));
-  if (x.empty()) return as_eigen(View<T, 2>{});
-  return as_eigen(View<T, 2>{x.data + head * x.stride[1], {x.extent(0), x.extent(2)}, {x.stride[0], Index{1}}});
-}
-
-// Of a matrix, a map, a block, a Ref: anything that has elements, row by row. Throws Error where the elements of a row, known
-// at run time only, are no neighbours; column-major matrices and expressions do not compile.
-template <class Matrix> auto view_of(Matrix&& matrix) {
-  using M = std::remove_cvref_t<Matrix>;
-  static_assert((M::Flags & Eigen::DirectAccessBit) != 0, "view_of: an expression has no elements yet; evaluate it into a RowMajorMatrix");
-  static_assert(std::is_lvalue_reference_v<Matrix> || !std::is_base_of_v<Eigen::PlainObjectBase<M>, M>,
-                "view_of: a temporary matrix ends before its view does; give it a name");
-  static_assert(M::IsRowMajor || M::IsVectorAtCompileTime,
-                "view_of: the matrix is column-major, Eigen's default; declare it as RowMajorMatrix<T>, or copy it into one");
-  using T = std::remove_pointer_t<decltype(matrix.data())>;
-  detail::check_neighbours(matrix);
-  if constexpr (M::IsVectorAtCompileTime) return View<T, 1>{matrix.data(), {matrix.size()}};
-  else return View<T, 2>{matrix.data(), {matrix.rows(), matrix.cols()}, {matrix.outerStride(), Index{1}}};
-}
-// Throws Error as view_of does, and where the columns are not `heads` equal parts.
-template <class Matrix> auto heads_of(Matrix&& matrix, Index heads) {
-  static_assert(!std::remove_cvref_t<Matrix>::IsVectorAtCompileTime, "heads_of: a vector has no tokens; make it a matrix of one row");
-  auto const rows = view_of(std::forward<Matrix>(matrix));
-  check(heads > 0 && rows.extent(1) % heads == 0, "heads_of: ", rows.extent(1), " columns are not ", heads, " heads of equal size");
-  Index const D = rows.extent(1) / heads;
-  return View<typename decltype(rows)::Element, 3>{rows.data, {rows.extent(0), heads, D}, {rows.stride[0], D, Index{1}}};
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif  // __has_include(<Eigen/Core>)
 
 #endif

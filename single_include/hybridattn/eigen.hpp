@@ -1,0 +1,288 @@
+// <hybridattn/eigen.hpp> as one file, written by scripts/single_include: it and all that it needs of hybridattn, a library of
+// language models with hybrid attention. The other files of single_include may stand beside it.
+// SPDX-License-Identifier: MIT
+// Copyright (c) 2026 the hybridattn authors
+
+#include <Eigen/Core>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+// ==== hybridattn/core/config.hpp
+// What the compiler is and what it can do. The only header that asks.
+#ifndef HYBRIDATTN_CORE_CONFIG_HPP
+#define HYBRIDATTN_CORE_CONFIG_HPP
+
+#if defined(__FAST_MATH__)
+#error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
+#endif
+
+#if defined(__CUDACC__)
+#define HYBRIDATTN_CUDA 1
+#define HYBRIDATTN_HD __host__ __device__
+#else
+#define HYBRIDATTN_CUDA 0
+#define HYBRIDATTN_HD
+#endif
+
+#define HYBRIDATTN_INLINE inline __attribute__((always_inline))
+// On a lambda: [&](int i) HYBRIDATTN_INLINE_LAMBDA { ... }
+#define HYBRIDATTN_INLINE_LAMBDA __attribute__((always_inline))
+
+#define HYBRIDATTN_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HYBRIDATTN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define HYBRIDATTN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define HYBRIDATTN_UNROLL
+#endif
+
+// Indices are checked in debug builds only: a view is used inside the innermost loops.
+#if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 0
+#elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 1
+#endif
+
+// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+//   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
+// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
+// A function that takes a type of the library links only where the flags are the same.
+#if defined(__AVX512F__)
+#define HYBRIDATTN_ABI_VECTORS v64
+#elif defined(__AVX2__)
+#define HYBRIDATTN_ABI_VECTORS v32i
+#elif defined(__AVX__)
+#define HYBRIDATTN_ABI_VECTORS v32
+#else
+#define HYBRIDATTN_ABI_VECTORS v16
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HYBRIDATTN_ABI_FMA _fma
+#else
+#define HYBRIDATTN_ABI_FMA
+#endif
+#if defined(__AVX512BF16__)
+#define HYBRIDATTN_ABI_BF16 _bf16
+#else
+#define HYBRIDATTN_ABI_BF16
+#endif
+#if defined(_OPENMP)
+#define HYBRIDATTN_ABI_THREADS _openmp
+#else
+#define HYBRIDATTN_ABI_THREADS
+#endif
+#if HYBRIDATTN_BOUNDS_CHECKS
+#define HYBRIDATTN_ABI_CHECKS _checked
+#else
+#define HYBRIDATTN_ABI_CHECKS
+#endif
+#if HYBRIDATTN_CUDA
+#define HYBRIDATTN_ABI_COMPILER _nvcc
+#else
+#define HYBRIDATTN_ABI_COMPILER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#define HYBRIDATTN_ABI                                                                                                                   \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+                         HYBRIDATTN_ABI_COMPILER)
+
+#endif
+
+// ==== hybridattn/core/check.hpp
+// Errors: one clear sentence that names the offending value and the allowed ones.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+namespace hybridattn {
+
+// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/view.hpp
+// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+#ifndef HYBRIDATTN_CORE_VIEW_HPP
+#define HYBRIDATTN_CORE_VIEW_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// Extents, last one fastest. A wrong number of extents does not compile.
+template <int Rank> struct Shape {
+  Index extent[Rank > 0 ? Rank : 1] = {};
+
+  Shape() = default;
+  template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
+  HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
+
+  HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
+  HYBRIDATTN_HD constexpr Index count() const {
+    Index product = 1;
+    for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
+    return product;
+  }
+  friend bool operator==(Shape const&, Shape const&) = default;
+};
+
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
+// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
+// that nobody wants.
+template <class T, int Rank> struct View {
+  using Element = T;
+  T* data = nullptr;
+  Shape<Rank> shape;
+  Shape<Rank> stride;
+
+  View() = default;
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents) : data(elements), shape(extents) {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
+  }
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
+  // What is written can be read.
+  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+
+  HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
+  HYBRIDATTN_HD bool empty() const { return data == nullptr; }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD bool is_contiguous() const {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis])
+      if (shape[axis] > 1 && stride[axis] != step) return false;
+    return true;
+  }
+
+  template <std::integral... Indices> requires(sizeof...(Indices) == Rank) HYBRIDATTN_HD T& operator()(Indices... indices) const {
+    return data[offset(indices...)];
+  }
+
+  // The last axis at the given leading indices.
+  template <std::integral... Indices> requires(sizeof...(Indices) + 1 == Rank) HYBRIDATTN_HD T* row(Indices... indices) const {
+    return data + offset(indices...);
+  }
+
+ private:
+  template <class... Indices> HYBRIDATTN_HD Index offset(Indices... indices) const {
+    Index result = 0;
+    int axis = 0;
+    (add(result, axis, static_cast<Index>(indices)), ...);
+    return result;
+  }
+  HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (index < 0 || index >= shape[axis]) std::abort();
+#endif
+    offset += index * stride[axis++];
+  }
+};
+
+// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
+  if (x.empty()) return {};
+  Index const rows = Rank == 1 ? 1 : x.extent(0);
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+}
+// [N, H, D] as one row for each token and head: [N*H, D].
+template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// All elements in a line.
+template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/eigen.hpp
+// Interchange with Eigen, without copies: the library's views as Eigen's maps, Eigen's matrices as the library's views.
+//   as_eigen(view)         of [M, N] a row-major Eigen::Map with the view's strides, of [N] a column vector
+//   as_eigen(view, h)      of [N, H, D] head h of all tokens, [N, D]
+//   view_of(matrix)        View<T, 2> [M, N], of a vector View<T, 1>
+//   heads_of(matrix, H)    View<T, 3> [N, H, D] of a matrix [N, H*D]
+// Each looks at elements that somebody else owns, and ends with them. They may be written through it unless they are const.
+// Include this header by itself: it is the one with Eigen's types in its signatures.
+#ifndef HYBRIDATTN_EIGEN_HPP
+#define HYBRIDATTN_EIGEN_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What view_of takes, and what an expression is evaluated into.
+template <class T> using RowMajorMatrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+namespace detail {
+
+template <class T, class M> using ConstLike = std::conditional_t<std::is_const_v<T>, M const, M>;
+template <class T> using EigenRows =
+    Eigen::Map<ConstLike<T, RowMajorMatrix<std::remove_const_t<T>>>, Eigen::Unaligned, Eigen::OuterStride<>>;
+template <class T> using EigenVector = Eigen::Map<ConstLike<T, Eigen::VectorX<std::remove_const_t<T>>>>;
+
+template <class M> void check_neighbours(M const& matrix) {
+  check(matrix.innerStride() == 1 || matrix.size() == 0, "view_of: elements of a row must be neighbours, but are ", matrix.innerStride(),
+        " apart; copy them into a RowMajorMatrix, or a vector");
+}
+
+}  // namespace detail
+
+// A view without data is a map of nothing.
+template <class T> detail::EigenRows<T> as_eigen(View<T, 2> x) {
+  if (x.empty()) return {nullptr, 0, 0, Eigen::OuterStride<>(0)};
+  return {x.data, x.extent(0), x.extent(1), Eigen::OuterStride<>(x.stride[0])};
+}
+template <class T> detail::EigenVector<T> as_eigen(View<T, 1> x) { return {x.data, x.count()}; }
+// Throws Error for a head that is not there.
+template <class T> detail::EigenRows<T> as_eigen(View<T, 3> x, Index head) {
+  check(0 <= head && head < x.extent(1), "as_eigen: head ", head, " of ", x.extent(1));
+  if (x.empty()) return as_eigen(View<T, 2>{});
+  return as_eigen(View<T, 2>{x.data + head * x.stride[1], {x.extent(0), x.extent(2)}, {x.stride[0], Index{1}}});
+}
+
+// Of a matrix, a map, a block, a Ref: anything that has elements, row by row. Throws Error where the elements of a row, known
+// at run time only, are no neighbours; column-major matrices and expressions do not compile.
+template <class Matrix> auto view_of(Matrix&& matrix) {
+  using M = std::remove_cvref_t<Matrix>;
+  static_assert((M::Flags & Eigen::DirectAccessBit) != 0, "view_of: an expression has no elements yet; evaluate it into a RowMajorMatrix");
+  static_assert(std::is_lvalue_reference_v<Matrix> || !std::is_base_of_v<Eigen::PlainObjectBase<M>, M>,
+                "view_of: a temporary matrix ends before its view does; give it a name");
+  static_assert(M::IsRowMajor || M::IsVectorAtCompileTime,
+                "view_of: the matrix is column-major, Eigen's default; declare it as RowMajorMatrix<T>, or copy it into one");
+  using T = std::remove_pointer_t<decltype(matrix.data())>;
+  detail::check_neighbours(matrix);
+  if constexpr (M::IsVectorAtCompileTime) return View<T, 1>{matrix.data(), {matrix.size()}};
+  else return View<T, 2>{matrix.data(), {matrix.rows(), matrix.cols()}, {matrix.outerStride(), Index{1}}};
+}
+// Throws Error as view_of does, and where the columns are not `heads` equal parts.
+template <class Matrix> auto heads_of(Matrix&& matrix, Index heads) {
+  static_assert(!std::remove_cvref_t<Matrix>::IsVectorAtCompileTime, "heads_of: a vector has no tokens; make it a matrix of one row");
+  auto const rows = view_of(std::forward<Matrix>(matrix));
+  check(heads > 0 && rows.extent(1) % heads == 0, "heads_of: ", rows.extent(1), " columns are not ", heads, " heads of equal size");
+  Index const D = rows.extent(1) / heads;
+  return View<typename decltype(rows)::Element, 3>{rows.data, {rows.extent(0), heads, D}, {rows.stride[0], D, Index{1}}};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif

@@ -1,0 +1,3804 @@
+// <hybridattn/infer/generate.hpp> as one file, written by scripts/single_include: it and all that it needs of hybridattn, a library of
+// language models with hybrid attention. The other files of single_include may stand beside it.
+// SPDX-License-Identifier: MIT
+// Copyright (c) 2026 the hybridattn authors
+
+#include <algorithm>
+#include <array>
+#include <boost/hana/fwd/type.hpp>
+#include <boost/hana/integral_constant.hpp>
+#include <boost/hana/tuple.hpp>
+#include <boost/hana/type.hpp>
+#include <chrono>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <new>
+#include <numbers>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+// ==== hybridattn/core/config.hpp
+// What the compiler is and what it can do. The only header that asks.
+#ifndef HYBRIDATTN_CORE_CONFIG_HPP
+#define HYBRIDATTN_CORE_CONFIG_HPP
+
+#if defined(__FAST_MATH__)
+#error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
+#endif
+
+#if defined(__CUDACC__)
+#define HYBRIDATTN_CUDA 1
+#define HYBRIDATTN_HD __host__ __device__
+#else
+#define HYBRIDATTN_CUDA 0
+#define HYBRIDATTN_HD
+#endif
+
+#define HYBRIDATTN_INLINE inline __attribute__((always_inline))
+// On a lambda: [&](int i) HYBRIDATTN_INLINE_LAMBDA { ... }
+#define HYBRIDATTN_INLINE_LAMBDA __attribute__((always_inline))
+
+#define HYBRIDATTN_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HYBRIDATTN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define HYBRIDATTN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define HYBRIDATTN_UNROLL
+#endif
+
+// Indices are checked in debug builds only: a view is used inside the innermost loops.
+#if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 0
+#elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 1
+#endif
+
+// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+//   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
+// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
+// A function that takes a type of the library links only where the flags are the same.
+#if defined(__AVX512F__)
+#define HYBRIDATTN_ABI_VECTORS v64
+#elif defined(__AVX2__)
+#define HYBRIDATTN_ABI_VECTORS v32i
+#elif defined(__AVX__)
+#define HYBRIDATTN_ABI_VECTORS v32
+#else
+#define HYBRIDATTN_ABI_VECTORS v16
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HYBRIDATTN_ABI_FMA _fma
+#else
+#define HYBRIDATTN_ABI_FMA
+#endif
+#if defined(__AVX512BF16__)
+#define HYBRIDATTN_ABI_BF16 _bf16
+#else
+#define HYBRIDATTN_ABI_BF16
+#endif
+#if defined(_OPENMP)
+#define HYBRIDATTN_ABI_THREADS _openmp
+#else
+#define HYBRIDATTN_ABI_THREADS
+#endif
+#if HYBRIDATTN_BOUNDS_CHECKS
+#define HYBRIDATTN_ABI_CHECKS _checked
+#else
+#define HYBRIDATTN_ABI_CHECKS
+#endif
+#if HYBRIDATTN_CUDA
+#define HYBRIDATTN_ABI_COMPILER _nvcc
+#else
+#define HYBRIDATTN_ABI_COMPILER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#define HYBRIDATTN_ABI                                                                                                                   \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+                         HYBRIDATTN_ABI_COMPILER)
+
+#endif
+
+// ==== hybridattn/core/check.hpp
+// Errors: one clear sentence that names the offending value and the allowed ones.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+namespace hybridattn {
+
+// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/view.hpp
+// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+#ifndef HYBRIDATTN_CORE_VIEW_HPP
+#define HYBRIDATTN_CORE_VIEW_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// Extents, last one fastest. A wrong number of extents does not compile.
+template <int Rank> struct Shape {
+  Index extent[Rank > 0 ? Rank : 1] = {};
+
+  Shape() = default;
+  template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
+  HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
+
+  HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
+  HYBRIDATTN_HD constexpr Index count() const {
+    Index product = 1;
+    for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
+    return product;
+  }
+  friend bool operator==(Shape const&, Shape const&) = default;
+};
+
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
+// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
+// that nobody wants.
+template <class T, int Rank> struct View {
+  using Element = T;
+  T* data = nullptr;
+  Shape<Rank> shape;
+  Shape<Rank> stride;
+
+  View() = default;
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents) : data(elements), shape(extents) {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
+  }
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
+  // What is written can be read.
+  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+
+  HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
+  HYBRIDATTN_HD bool empty() const { return data == nullptr; }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD bool is_contiguous() const {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis])
+      if (shape[axis] > 1 && stride[axis] != step) return false;
+    return true;
+  }
+
+  template <std::integral... Indices> requires(sizeof...(Indices) == Rank) HYBRIDATTN_HD T& operator()(Indices... indices) const {
+    return data[offset(indices...)];
+  }
+
+  // The last axis at the given leading indices.
+  template <std::integral... Indices> requires(sizeof...(Indices) + 1 == Rank) HYBRIDATTN_HD T* row(Indices... indices) const {
+    return data + offset(indices...);
+  }
+
+ private:
+  template <class... Indices> HYBRIDATTN_HD Index offset(Indices... indices) const {
+    Index result = 0;
+    int axis = 0;
+    (add(result, axis, static_cast<Index>(indices)), ...);
+    return result;
+  }
+  HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (index < 0 || index >= shape[axis]) std::abort();
+#endif
+    offset += index * stride[axis++];
+  }
+};
+
+// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
+  if (x.empty()) return {};
+  Index const rows = Rank == 1 ? 1 : x.extent(0);
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+}
+// [N, H, D] as one row for each token and head: [N*H, D].
+template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// All elements in a line.
+template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/allowed.hpp
+// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
+// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
+#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
+#define HYBRIDATTN_CORE_ALLOWED_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
+  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
+}
+inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
+}  // namespace detail
+
+inline void check_number(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
+}
+inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
+}
+// Not below the smallest normal float: a smaller one may be 0 where the model computes.
+inline void check_positive(std::string_view owner, std::string_view name, double value) {
+  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
+  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
+}
+inline void check_share(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
+}
+// A share that is less than the whole.
+inline void check_below_one(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
+}
+inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
+  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/random.hpp
+// Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
+#ifndef HYBRIDATTN_CORE_RANDOM_HPP
+#define HYBRIDATTN_CORE_RANDOM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Seed {
+  std::uint64_t value = 0;
+};
+
+// SplitMix64's finaliser: every bit of the input reaches every bit of the result.
+HYBRIDATTN_HD constexpr std::uint64_t mix(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// Numbers 0, 1, 2, ... of the stream (seed, name). Two names are two independent streams.
+class Random {
+ public:
+  explicit Random(Seed seed, std::string_view name = {}) : key_(mix(seed.value + 0x9e3779b97f4a7c15u)) {
+    for (char letter : name) key_ = mix(key_ ^ static_cast<unsigned char>(letter)) + 0x9e3779b97f4a7c15u;
+  }
+  std::uint64_t bits() { return mix(key_ + 0x9e3779b97f4a7c15u * ++counter_); }
+  // In [0, 1).
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
+  double uniform(double low, double high) { return low + (high - low) * uniform(); }
+  // In 0 .. count - 1; the bias of the remainder is below count * 2^-64.
+  Index below(Index count) { return static_cast<Index>(bits() % static_cast<std::uint64_t>(count)); }
+  // Mean 0, variance 1 (Box-Muller).
+  double normal() {
+    double const radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
+    return radius * std::cos(2.0 * std::numbers::pi * uniform());
+  }
+
+  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
+  // number `drawn`.
+  std::uint64_t drawn() const { return counter_; }
+  void jump_to(std::uint64_t drawn) { counter_ = drawn; }
+
+ private:
+  std::uint64_t key_, counter_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/initial.hpp
+// How a parameter starts.
+#ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
+#define HYBRIDATTN_TENSOR_INITIAL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A distribution with two numbers.
+struct Initial {
+  enum class Kind {
+    constant,             // a
+    normal,               // mean 0, standard deviation a
+    uniform,              // in [a, b)
+    log_uniform_value,    // log x with x uniform in [a, b): GDN's A_log
+    inverse_softplus_of_log_uniform,  // y with softplus(y) = x, log x uniform, x in [a, b): GDN's dt_bias as fla draws it
+  };
+  Kind kind = Kind::constant;
+  double a = 0, b = 0;
+
+  static constexpr Initial constant(double value) { return {Kind::constant, value, 0}; }
+  static constexpr Initial normal(double deviation) { return {Kind::normal, deviation, 0}; }
+  static constexpr Initial uniform(double low, double high) { return {Kind::uniform, low, high}; }
+
+  double draw(Random& random) const {
+    switch (kind) {
+      case Kind::constant:
+        return a;
+      case Kind::normal:
+        return a * random.normal();
+      case Kind::uniform:
+        return random.uniform(a, b);
+      case Kind::log_uniform_value:
+        return std::log(random.uniform(a, b));
+      case Kind::inverse_softplus_of_log_uniform: {
+        double const x = std::exp(random.uniform(std::log(a), std::log(b)));
+        return x + std::log(-std::expm1(-x));
+      }
+    }
+    return 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/nn/initialization.hpp
+// How a model's matrices start. Norms, gates and convolutions say it themselves.
+#ifndef HYBRIDATTN_NN_INITIALIZATION_HPP
+#define HYBRIDATTN_NN_INITIALIZATION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Initialization {
+  double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
+  double embedding_deviation = 0.02;  // N(0, embedding_deviation^2)
+
+  // Throws on a deviation that is no number >= 0.
+  void check_numbers() const {
+    check_not_negative("Initialization", "linear_deviation", linear_deviation);
+    check_not_negative("Initialization", "embedding_deviation", embedding_deviation);
+  }
+  Initial linear(Index fan_in) const {
+    if (linear_deviation != 0) return Initial::normal(linear_deviation);
+    double const bound = fan_in == 0 ? 0 : 1 / std::sqrt(static_cast<double>(fan_in));
+    return Initial::uniform(-bound, bound);
+  }
+  Initial embedding() const { return Initial::normal(embedding_deviation); }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/backend.hpp
+// Machines: where memory lives, and how an operation is computed there.
+#ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
+#define HYBRIDATTN_BACKEND_BACKEND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
+class Pool {
+ public:
+  template <class Allocate> void* take(std::size_t bytes, Allocate allocate) {
+    auto& blocks = free_[bytes];
+    void* block = nullptr;
+    if (blocks.empty()) {
+      block = allocate(bytes);
+      ++allocations_;
+      blocks.reserve(++taken_[bytes]);   // so that giving back never allocates, nor throws
+    } else {
+      block = blocks.back();
+      blocks.pop_back();
+    }
+    in_use_ += bytes;
+    peak_ = in_use_ > peak_ ? in_use_ : peak_;
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    in_use_ -= bytes;
+    free_.find(bytes)->second.push_back(block);
+  }
+  template <class Release> void clear(Release release) {
+    for (auto& [bytes, blocks] : free_)
+      for (void* block : blocks) release(block);
+    free_.clear();
+    taken_.clear();
+  }
+  std::size_t in_use() const { return in_use_; }
+  std::size_t peak() const { return peak_; }
+  std::size_t allocations() const { return allocations_; }
+  // From now on peak() counts afresh.
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  std::map<std::size_t, std::vector<void*>> free_;
+  std::map<std::size_t, std::size_t> taken_;
+  std::size_t in_use_ = 0, peak_ = 0, allocations_ = 0;
+};
+
+// What a machine offers to the layers above: memory, and copies from and to the host.
+template <class B>
+concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
+  { b.take(bytes) } -> std::same_as<void*>;
+  b.give(to, bytes);
+  b.upload(to, from, bytes);
+  b.download(to, from, bytes);
+  { b.pool() } -> std::same_as<Pool&>;
+};
+
+// A backend that wraps another one names it (`using Inner = Cpu;`) and has run(f), which calls f(inner).
+template <class B>
+concept Wrapper = requires { typename B::Inner; };
+
+// How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
+//   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
+//   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
+// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
+// A pair without a specialisation has none of them, unless the backend wraps one that does.
+template <class Op, class B> struct On {};
+template <class Op, Wrapper B> struct On<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/tensor.hpp
+// Owned elements.
+#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
+#define HYBRIDATTN_TENSOR_TENSOR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
+// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+template <class T, int Rank, class B> class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held), view_{nullptr, shape} {
+    if (shape.count() == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes_of(shape)));
+    backend_ = &backend;
+  }
+  Tensor(Tensor&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)),
+        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
+        view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this == &other) return *this;
+    release();
+    backend_ = std::exchange(other.backend_, nullptr);
+    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
+  ~Tensor() { release(); }
+
+  Shape<Rank> shape() const { return view_.shape; }
+  std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
+  explicit operator bool() const { return view_.data != nullptr; }
+
+  // What of the tensor may be read, written: see `in` and `out`.
+  View<T const, Rank> readable() const { return used(); }
+  View<T, Rank> writable() { return used(); }
+
+ private:
+  enum class State : char { empty, held, moved };
+  static std::size_t bytes_of(Shape<Rank> shape) { return static_cast<std::size_t>(shape.count()) * sizeof(T); }
+  void release() noexcept {
+    if (backend_ != nullptr) backend_->give(view_.data, bytes_of(view_.shape));
+    backend_ = nullptr;
+    view_ = {};
+  }
+  View<T, Rank> const& used() const {
+    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    return view_;
+  }
+
+  B* backend_ = nullptr;
+  State state_ = State::empty;
+  View<T, Rank> view_;
+};
+
+template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
+template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
+
+template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
+  std::vector<T> host(tensor.byte_count() / sizeof(T));
+  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
+  return host;
+}
+template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
+  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
+  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
+}
+template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
+  upload(backend, std::span<T const>(host), tensor);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/arithmetic/arithmetic.hpp
+// Element by element: what models need between the larger operations. No backward of their own.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Fill {};          // forward(backend, value, y)      y = value
+struct Add {};           // forward(backend, x, y)          y += x
+struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
+struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
+
+template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
+  Tensor<T, Rank, B> x{backend, shape};
+  On<Fill, B>::forward(backend, T(0), flat(out(x)));
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/cpu.hpp
+// The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
+#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Cpu {
+ public:
+  // 0 threads: as many as OpenMP offers, one without OpenMP.
+  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
+    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+  }
+  Cpu(Cpu const&) = delete;
+  Cpu& operator=(Cpu const&) = delete;
+  ~Cpu() {
+    pool_.clear([](void* block) { ::operator delete(block, alignment); });
+  }
+
+  void* take(std::size_t bytes) {
+    return pool_.take(bytes, [](std::size_t n) { return ::operator new(n, alignment); });
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  Pool& pool() { return pool_; }
+  int threads() const { return threads_; }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  static int available_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+  }
+  int threads_;
+  Pool pool_;
+};
+static_assert(Backend<Cpu>);
+
+namespace cpu {
+
+// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
+// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
+// task is open, so a result must depend on the task alone. f must not throw.
+template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f) {
+#if defined(_OPENMP)
+  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
+    for (Index task = 0; task < count; ++task) f(task, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (Index task = 0; task < count; ++task) f(task, 0);
+}
+
+// f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
+template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
+  parallel_for(cpu, (count + grain - 1) / grain, [&](Index block, int) {
+    Index const first = block * grain;
+    f(first, first + grain < count ? first + grain : count);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/simd.hpp
+// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
+#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+inline constexpr int tile_rows = 8;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+inline constexpr int tile_rows = 4;
+#else
+inline constexpr int vector_bytes = 16;
+inline constexpr int tile_rows = 4;
+#endif
+
+template <class T> struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T> struct BitsOf;
+template <> struct BitsOf<float> {
+  using type = std::int32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::int64_t;
+};
+// The integers in which a vector of T is compared and masked.
+template <class T> using Mask = Vec<typename BitsOf<T>::type>;
+
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
+template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
+  alignas(vector_bytes) T buffer[lanes<T>] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
+  alignas(vector_bytes) T buffer[lanes<T>];
+  store(buffer, x);
+  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
+template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
+// 0, 1, 2, ...
+template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
+  Mask<T> numbers;
+  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
+  return numbers;
+}
+template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
+  auto some = mask[0];
+  for (int i = 1; i < lanes<T>; ++i) some |= mask[i];
+  return some != 0;
+}
+
+// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
+template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
+#if defined(__clang__)
+  return __builtin_elementwise_sqrt(x);
+#else
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
+  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
+  else return __builtin_ia32_sqrtpd256(x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+#endif
+}
+
+// One fixed tree, whatever the lanes hold.
+template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) {
+  T result = x[0];
+  for (int i = 1; i < lanes<T>; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+namespace detail {
+// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
+template <class T> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float magic = 12582912.f, least = -126.f;   // 1.5 * 2^23
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
+};
+template <> struct Exp2<double> {
+  static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
+                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
+                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
+                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
+                                 6.9314718055994530942e-1,  1.0};
+};
+}  // namespace detail
+
+// 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  using E = detail::Exp2<T>;
+  x = cpu::max<T>(broadcast<T>(E::least), x);   // in this order a NaN stays
+  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
+  Vec<T> p = broadcast<T>(E::c[0]);
+  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;   // a masked entry may be far too large: let it wrap
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << E::mantissa));
+}
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+
+// log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
+  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
+  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
+  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
+  HYBRIDATTN_UNROLL
+  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
+  return __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+}
+
+// to[c][r] = from[r][c] for the square of one vector's lanes.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
+
+namespace detail {
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
+  constexpr int n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i % 2 == 0 ? static_cast<int>(i) / 2 : n + static_cast<int>(i) / 2)...);
+}
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  return __builtin_shufflevector(a, b, (i % 2 == 0 ? (n + static_cast<int>(i)) / 2 : n + (n + static_cast<int>(i)) / 2)...);
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+  Vec<T> rows[n];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
+// A register is made of parts of 16 bytes. A shuffle inside parts is cheap, one across them is dear: sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <int size, bool upper, int m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
+  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
+}
+// Every second part of m elements, of a, then of b.
+template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
+}
+// Count vectors hold sums that are still spread over `left` places of each vector.
+template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
+  if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
+    halve<(Count + 1) / 2, left / 2, T>(x);
+  }
+}
+}  // namespace detail
+
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2): one fixed tree each. x is used up.
+template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
+  detail::halve<N, lanes<T>, T>(x);
+  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/vectors.hpp
+// Loops over the elements of a row, a vector at a time. The last, shorter vector runs through the same arithmetic, padded
+// with zeros, so that an element's value does not depend on where its row ends.
+#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// `count` elements from i on: all lanes, or the last ones of a row.
+template <class T> struct Slot {
+  Index i, count;
+
+  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
+  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
+    if (count == lanes<T>) store(row + i, x);
+    else store_first(row + i, x, count);
+  }
+};
+
+template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
+  Index i = first;
+  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
+  if (i < last) f(Slot<T>{i, last - i});
+}
+// sum over the row of f(slot), where f is zero for the padding.
+template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
+  Vec<T> total{};
+  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
+  return sum<T>(total);
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
+
+// One square root a row.
+template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
+
+// Elements a thread takes at a time, and rows whose sum is formed by one thread: sums over tokens run over these blocks
+// and combine them in order, whatever the threads.
+inline constexpr Index element_grain = 16384, sum_rows = 32;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/arithmetic/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Fill, Cpu> {
+  template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) { std::fill(y.data + first, y.data + last, value); });
+  }
+};
+
+template <> struct On<Add, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
+    });
+  }
+};
+
+template <> struct On<Scale, Cpu> {
+  template <class T> static void forward(Cpu& cpu, T factor, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) y.data[i] *= factor;
+    });
+  }
+};
+
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+  }
+};
+
+template <> struct On<SumOfSquares, Cpu> {
+  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
+    Index const blocks = ceil_div(x.count(), cpu::element_grain);
+    if (blocks == 0) return 0;
+    Tensor<double, 1, Cpu> partial{cpu, {blocks}};
+    auto const sums = out(partial);
+    parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
+      double lane[8] = {};   // a vector of doubles: squares of floats do not overflow
+      Index i = first;
+      for (; i + 8 <= last; i += 8)
+        for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x.data[i + j]) * static_cast<double>(x.data[i + j]);
+      for (; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
+      double sum = 0;
+      for (double value : lane) sum += value;
+      sums(first / cpu::element_grain) = sum;
+    });
+    double total = 0;
+    for (Index i = 0; i < blocks; ++i) total += sums(i);
+    return total;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/gate/gate.hpp
+// One tensor opens or closes another, element by element.
+//   Swiglu (arXiv 2002.05202):  y = silu(gate) up, or silu(gate) without up
+//       d_gate = d_y up silu'(gate)      d_up = d_y silu(gate)
+//   SigmoidGate:  y = x sigmoid(z)
+//       d_x = d_y sigmoid(z)             d_z = d_y x sigmoid(z) (1 - sigmoid(z))
+#ifndef HYBRIDATTN_OPS_GATE_GATE_HPP
+#define HYBRIDATTN_OPS_GATE_GATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, gate, up, y);   backward(backend, gate, up, d_y, d_gate, d_up)     up and d_up may be empty
+struct Swiglu {};
+//   forward(backend, x, z, y);       backward(backend, x, z, d_y, d_x, d_z)
+struct SigmoidGate {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/gate/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GATE_CPU_HPP
+#define HYBRIDATTN_OPS_GATE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Swiglu, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
+        s.put(y.data, up.empty() ? silu : silu * s.get(up.data));
+      });
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
+    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const x = s.get(gate.data), dy = s.get(d_y.data), open = cpu::sigmoid<T>(x);
+        cpu::Vec<T> const slope = open * (T(1) + x * (T(1) - open));
+        if (up.empty()) {
+          s.put(d_gate.data, dy * slope);
+        } else {
+          s.put(d_gate.data, dy * s.get(up.data) * slope);
+          s.put(d_up.data, dy * x * open);
+        }
+      });
+    });
+  }
+};
+
+template <> struct On<SigmoidGate, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(
+          first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
+    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const open = cpu::sigmoid<T>(s.get(z.data)), dy = s.get(d_y.data);
+        s.put(d_x.data, dy * open);
+        s.put(d_z.data, dy * s.get(x.data) * open * (T(1) - open));
+      });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/linear/linear.hpp
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w): adds to d_x, since several projections may read x; overwrites d_w. An empty
+//   d_x or d_w is not wanted.
+struct Linear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/tile.hpp
+// The register tile: the one loop in which the library multiplies matrices on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
+#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
+// exchanged by exchanging the strides, so a transposed operand costs nothing.
+template <class T> struct Broadcast {
+  T const* data;
+  Index row, depth;
+};
+// A matrix read by vectors: row k of the columns starts at data + k * depth.
+template <class T> struct Columns {
+  T const* data;
+  Index depth;
+};
+
+// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
+// order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
+// using a smaller one.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+  Vec<T> sum[MR][NV];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> column[NV];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/gemm.hpp
+// Matrix products on the CPU, over the register tile. One row of a result is a function of that row of `a` and of `b`
+// alone: summed over the depth in one fixed order, whatever the number of rows and threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  Operand transposed() const { return {data, columns, rows, column, row}; }
+};
+template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
+
+enum class Into { overwrite, add };
+
+namespace detail {
+
+inline constexpr int panel_vectors = 2;
+template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
+inline constexpr Index depth_block = 256, row_block = 64;
+
+// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
+template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
+  constexpr Index width = panel_columns<T>;
+  Index const here = std::min(width, b.columns - first);
+  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
+  if (b.column == 1) {
+    for (Index k = k0; k < k1; ++k)
+      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
+    return;
+  }
+  Index j = 0;
+  for (; j + lanes<T> <= here; j += lanes<T>) {
+    T const* from = b.data + (first + j) * b.column;
+    Index k = k0;
+    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
+    for (; k < k1; ++k)
+      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
+  }
+  for (; j < here; ++j)
+    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+}
+
+// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
+template <class T> void write_tile(Index depth, Broadcast<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tile_rows, NV = panel_vectors;
+  if (rows == MR && columns == panel_columns<T>) {
+    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
+    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+    Columns<T> const b{panel, panel_columns<T>};
+    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+    return;
+  }
+  // At an edge the same whole tile runs on copies: rows of zeros, columns that nobody reads.
+  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
+  for (Index r = 0; r < rows; ++r) {
+    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
+    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
+  }
+  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
+  for (Index r = 0; r < rows; ++r)
+    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
+}
+
+// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+template <class T>
+void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
+  Index const columns = std::min(panel_columns<T>, b.columns - first);
+  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
+    Index const k1 = std::min(a.columns, k0 + depth_block);
+    pack_panel(b, first, k0, k1, panel);
+    for (Index r = r0; r < r1; r += tile_rows)
+      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
+                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+  }
+}
+
+}  // namespace detail
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  if (c.count() == 0) return;
+  if (a.columns == 0) {
+    if (into == Into::overwrite)
+      for (Index r = 0; r < a.rows; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+    return;
+  }
+  using detail::panel_columns;
+  Index const panels = ceil_div(b.columns, panel_columns<T>);
+  // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
+  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
+  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
+    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
+    if (r0 < r1)
+      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Linear, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w) {
+    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, cpu::Into::add);
+    if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/moe/moe.hpp
+// Mixture of experts, dropless: every token goes to its top_k experts (arXiv 2101.03961, 2401.04088).
+//   p = softmax(router logits)      the top_k largest, ties to the smaller index
+//   weight of a chosen expert: p_e; or p_e / sum of the chosen (renormalised), which is the softmax over the chosen logits
+//   y = sum over the chosen of weight * expert(x)
+// Load balancing: E sum_e f_e P_e, with f_e = chosen_e / tokens (sum f = top_k) and P_e = mean p_e.
+// Experts receive their tokens in token order, so a later token never changes an earlier one's place among the sums.
+#ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
+#define HYBRIDATTN_OPS_MOE_MOE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, options, logits, probabilities, weights, experts)      [N, E] [N, E] [N, k] [N, k]; highest first
+//   backward(backend, options, probabilities, weights, experts, d_weights, d_probability, d_logits)
+//     d_probability [E], the same for every token, is what a balancing loss adds; overwrites d_logits
+struct Route {
+  struct Options {
+    bool renormalise = true;
+  };
+};
+//   forward(backend, experts, offsets, places)     experts [N, k] -> rows offsets[e] .. offsets[e + 1] belong to expert e
+//   offsets [E + 1], places [N, k]: the row of each choice
+struct Permute {};
+//   forward (backend, x, places, rows)             rows[places[n, j]] = x[n]
+//   backward(backend, places, d_rows, d_x)         adds to d_x
+struct Distribute {};
+//   forward (backend, rows, weights, places, y)    y[n] = sum_j weights[n, j] rows[places[n, j]]
+//   backward(backend, rows, weights, places, d_y, d_rows, d_weights)   overwrites both
+struct Combine {};
+//   y[n] += sigmoid(logit[n]) x[n]: how a shared expert joins
+//   forward (backend, x, logit, y)                 x, y [N, C], logit [N, 1]
+//   backward(backend, x, logit, d_y, d_x, d_logit) overwrites both
+struct AddGated {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/moe/cpu.hpp
+#ifndef HYBRIDATTN_OPS_MOE_CPU_HPP
+#define HYBRIDATTN_OPS_MOE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Route, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
+                      View<std::int32_t, 2> experts) {
+    parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        choose(logits.row(n), logits.extent(1), experts.row(n), experts.extent(1));
+        softmax(logits.row(n), logits.extent(1), logits(n, experts(n, 0)), probabilities.row(n));
+        T sum = 0;
+        for (Index j = 0; j < experts.extent(1); ++j) sum += weights(n, j) = probabilities(n, experts(n, j));
+        if (o.renormalise)
+          for (Index j = 0; j < experts.extent(1); ++j) weights(n, j) /= sum;
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
+                       View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
+                       View<T, 2> d_logits) {
+    Index const E = probabilities.extent(1), k = experts.extent(1);
+    parallel_blocks(cpu, probabilities.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const* p = probabilities.row(n);
+        T along = 0, along_chosen = 0;   // of the softmax over all, over the chosen
+        for (Index e = 0; e < E && !d_probability.empty(); ++e) along += p[e] * d_probability(e);
+        for (Index j = 0; j < k; ++j) (o.renormalise ? along_chosen : along) += weights(n, j) * d_weights(n, j);
+        for (Index e = 0; e < E; ++e) d_logits(n, e) = p[e] * ((d_probability.empty() ? T(0) : d_probability(e)) - along);
+        for (Index j = 0; j < k; ++j) d_logits(n, experts(n, j)) += weights(n, j) * (d_weights(n, j) - along_chosen);
+      }
+    });
+  }
+
+ private:
+  // Highest first, the smaller index of equal ones first.
+  template <class T> static void choose(T const* logits, Index E, std::int32_t* chosen, Index k) {
+    for (Index j = 0; j < k; ++j) {
+      Index best = -1;
+      for (Index e = 0; e < E; ++e)
+        if (std::find(chosen, chosen + j, e) == chosen + j && (best < 0 || logits[e] > logits[best])) best = e;
+      chosen[j] = static_cast<std::int32_t>(best);
+    }
+  }
+  template <class T> static void softmax(T const* logits, Index E, T peak, T* probabilities) {
+    T sum = 0;
+    for (Index e = 0; e < E; ++e) sum += probabilities[e] = std::exp(logits[e] - peak);
+    for (Index e = 0; e < E; ++e) probabilities[e] /= sum;
+  }
+};
+
+template <> struct On<Permute, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 2> experts, View<std::int32_t, 1> offsets, View<std::int32_t, 2> places) {
+    std::fill_n(offsets.data, offsets.count(), 0);
+    for (Index i = 0; i < experts.count(); ++i) ++offsets(experts.data[i] + 1);
+    for (Index e = 1; e < offsets.extent(0); ++e) offsets(e) += offsets(e - 1);
+    for (Index i = 0; i < experts.count(); ++i) places.data[i] = offsets(experts.data[i])++;
+    for (Index e = offsets.extent(0) - 1; e > 0; --e) offsets(e) = offsets(e - 1);
+    offsets(0) = 0;
+  }
+};
+
+template <> struct On<Distribute, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
+    });
+  }
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x) {
+    parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) axpy(T(1), d_rows.row(places(n, j)), d_x.row(n), d_x.extent(1));
+    });
+  }
+};
+
+template <> struct On<Combine, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+    parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        std::fill_n(y.row(n), y.extent(1), T(0));
+        for (Index j = 0; j < places.extent(1); ++j) axpy(weights(n, j), rows.row(places(n, j)), y.row(n), y.extent(1));
+      }
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, View<T, 2> d_weights) {
+    Index const C = d_y.extent(1);
+    parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) {
+          T const *d_yn = d_y.row(n), *row = rows.row(places(n, j));
+          T* const d_row = d_rows.row(places(n, j));
+          for (Index c = 0; c < C; ++c) d_row[c] = weights(n, j) * d_yn[c];
+          d_weights(n, j) = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * s.get(row); });
+        }
+    });
+  }
+};
+
+template <> struct On<AddGated, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+    parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
+    Index const C = d_y.extent(1);
+    parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const open = sigmoid(logit(n, 0)), *xn = x.row(n), *d_yn = d_y.row(n);
+        for (Index c = 0; c < C; ++c) d_x(n, c) = open * d_yn[c];
+        d_logit(n, 0) =
+            open * (T(1) - open) * cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); });
+      }
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/tensor/roles.hpp
+// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
+//
+//   template <class S> struct Inputs {
+//     Held<S, 3> q, k, v;                       // [N, H, D]
+//     Wide<S, 2> g;                             // [N, H], never narrower than float
+//     HYBRIDATTN_FIELDS(q, k, v, g)
+//   };
+//
+//   Inputs<Shapes>              how big each one is
+//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
+//   Inputs<In<float>>           what forward reads
+//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//
+// A gradient has the type of the thing it is a gradient of.
+#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
+#define HYBRIDATTN_TENSOR_ROLES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> struct WideOf {
+  using type = T;
+};
+// What a sum of Ts is kept in.
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+struct Absent {
+  Absent() = default;
+  template <class... Anything> constexpr Absent(Anything const&...) {}
+};
+
+struct Shapes {
+  template <int Rank> using Held = Shape<Rank>;
+  template <int Rank> using Wide = Shape<Rank>;
+  template <int Rank> using Whole = Shape<Rank>;
+  template <int Rank> using State = Shape<Rank>;
+};
+template <class T> struct In {
+  template <int Rank> using Held = View<T const, Rank>;
+  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
+  template <int Rank> using Whole = View<std::int32_t const, Rank>;
+  template <int Rank> using State = View<wide_t<T> const, Rank>;
+};
+template <class T> struct Out {
+  template <int Rank> using Held = View<T, Rank>;
+  template <int Rank> using Wide = View<wide_t<T>, Rank>;
+  template <int Rank> using Whole = View<std::int32_t, Rank>;
+  template <int Rank> using State = View<wide_t<T>, Rank>;
+};
+template <class T, class B> struct Owned {
+  template <int Rank> using Held = Tensor<T, Rank, B>;
+  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
+  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
+  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// How each tensor of a group of parameters starts.
+struct Starts {
+  template <int Rank> using Held = Initial;
+  template <int Rank> using Wide = Initial;
+};
+// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+template <class S> struct Matrix {
+  template <int Rank> using Held = typename S::template Held<2>;
+  template <int Rank> using Wide = typename S::template Held<2>;
+  template <int Rank> using State = Absent;
+};
+// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+template <class S> struct Narrow {
+  template <int Rank> using Held = typename S::template Held<Rank>;
+  template <int Rank> using Wide = typename S::template Held<Rank>;
+  template <int Rank> using State = Absent;
+};
+
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
+template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
+
+// Names the members of a group, in order. The library's one code-generating macro.
+#define HYBRIDATTN_FIELDS(...)                          \
+  auto fields() { return std::tie(__VA_ARGS__); }       \
+  auto fields() const { return std::tie(__VA_ARGS__); } \
+  static constexpr std::string_view field_list = #__VA_ARGS__;
+
+// A group without tensors.
+template <class S> struct Nothing {
+  HYBRIDATTN_FIELDS()
+};
+
+namespace detail {
+
+template <class G> using fields_t = decltype(std::declval<G&>().fields());
+template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
+
+// "q, k, v" -> {"q", "k", "v"}
+template <std::size_t N> constexpr auto split(std::string_view list) {
+  std::array<std::string_view, N> names{};
+  for (auto& name : names) {
+    auto const length = list.find(',');
+    name = list.substr(0, length);
+    list.remove_prefix(length == list.npos ? list.size() : length + 2);
+  }
+  return names;
+}
+template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
+
+// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
+  std::size_t end = 0, alignment = 1;
+  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
+    end = (end + align - 1) / align * align + size;
+    alignment = align > alignment ? align : alignment;
+  };
+  (place(sizeof(Fields), alignof(Fields)), ...);
+  end = (end + alignment - 1) / alignment * alignment;
+  return end == 0 ? 1 : end;
+}
+template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
+
+}  // namespace detail
+
+template <class G>
+concept FieldGroup = requires(G g) { g.fields(); };
+template <class G>
+concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+
+// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+struct Path {
+  Path const* parent = nullptr;
+  std::string_view name = {};
+  int index = -1;
+
+  std::string str() const {
+    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
+    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
+  }
+};
+
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
+
+template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
+  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
+  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
+}
+
+// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
+  using Group = std::remove_cvref_t<G>;
+  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
+    return;
+  } else if constexpr (LayerGroup<Group>) {
+    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
+  } else if constexpr (FieldGroup<Group>) {
+    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (zip_field<I>(path, f, first, rest...), ...);
+    }(std::make_index_sequence<detail::field_count<Group>>{});
+  } else {
+    f(path, first, rest...);
+  }
+}
+template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
+
+// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+namespace detail {
+struct ToIn {
+  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
+};
+struct ToOut {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
+};
+struct ToRead {
+  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
+};
+template <class B> struct Allocate {
+  B& backend;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
+};
+}  // namespace detail
+
+// The same group in another role.
+template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
+  G<In<T>> views;
+  zip(detail::ToIn{}, owned, views);
+  return views;
+}
+template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
+  G<Out<T>> views;
+  zip(detail::ToOut{}, owned, views);
+  return views;
+}
+template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
+  G<In<T>> views;
+  zip(detail::ToRead{}, written, views);
+  return views;
+}
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// Announced before a byte is taken.
+template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
+  std::size_t total = 0;
+  G<In<T>> const types;
+  zip([&](Path const&, auto const& shape, auto const& view) { total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data); },
+      shapes, types);
+  return total;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/nn/feed_forward.hpp
+// Feed-forward layers: one dense SwiGLU, or a mixture of experts; one type, chosen by value layer by layer. Tensors that a
+// layer has no use for have extent 0.
+#ifndef HYBRIDATTN_NN_FEED_FORWARD_HPP
+#define HYBRIDATTN_NN_FEED_FORWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// down(silu(gate x) * up x), or down(silu(gate x)) without up.
+struct Mlp {
+  template <class S> struct Params {
+    Held<S, 2> gate, up;  // [F, C]
+    Held<S, 2> down;      // [C, F]
+    HYBRIDATTN_FIELDS(gate, up, down)
+  };
+  template <class S> struct Saved {
+    Held<S, 2> gate, up, hidden;  // [N, F]
+    HYBRIDATTN_FIELDS(gate, up, hidden)
+  };
+  static Params<Shapes> params(Index C, Index F, bool gated) {
+    return {.gate = {F, C}, .up = {gated ? F : 0, gated ? C : 0}, .down = {C, F}};
+  }
+  static Params<Starts> starts(Index C, Index F, Initialization const& init) {
+    return {.gate = init.linear(C), .up = init.linear(C), .down = init.linear(F)};
+  }
+  static Saved<Shapes> saved(Index N, Index F, bool gated) {
+    return {.gate = {N, F}, .up = {gated ? N : 0, gated ? F : 0}, .hidden = {N, F}};
+  }
+
+  template <class B, class T>
+  static void forward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y) {
+    On<Linear, B>::forward(backend, x, p.gate, saved.gate);
+    if (!p.up.empty()) On<Linear, B>::forward(backend, x, p.up, saved.up);
+    On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
+    On<Linear, B>::forward(backend, View<T const, 2>(saved.hidden), p.down, y);
+  }
+  // Adds to d_x. `d` is scratch of Saved's shape.
+  template <class B, class T>
+  static void backward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
+                       Saved<Out<T>> const& d, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+    On<Fill, B>::forward(backend, T(0), flat(d.hidden));
+    On<Linear, B>::backward(backend, saved.hidden, p.down, d_y, d.hidden, d_p.down);
+    On<Swiglu, B>::backward(backend, flat(saved.gate), flat(saved.up), flat(View<T const, 2>(d.hidden)), flat(d.gate), flat(d.up));
+    if (!p.up.empty()) On<Linear, B>::backward(backend, x, p.up, View<T const, 2>(d.up), d_x, d_p.up);
+    On<Linear, B>::backward(backend, x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate);
+  }
+};
+
+// The sum of a load-balancing loss over several layers, or of one over the tokens of all of them together.
+enum class Balance { per_layer, pooled };
+
+struct FeedForwardConfig {
+  Index hidden_dim = 0;              // F of a dense layer; 0: 4 model_dim
+  bool gated = true;                 // SwiGLU; false: silu without a second branch
+  Index num_experts = 0;             // E; 0: every layer is dense
+  Index top_k = 2;                   // experts of a token
+  Index expert_dim = 0;              // F of an expert; 0: hidden_dim
+  Index shared_dim = -1;             // F of the shared expert; -1: there is none; 0: only its gate is there
+  bool renormalise = true;           // weights of the chosen sum to 1
+  Index decoder_sparse_step = 1;     // layer i is a mixture when (i + 1) % decoder_sparse_step == 0 ...
+  std::vector<Index> mlp_only_layers = {};  // ... and i is not among these
+  double balance_coefficient = 0;    // of the load-balancing loss
+  Balance balance = Balance::per_layer;
+
+  bool is_mixture(Index layer) const {
+    return num_experts > 0 && (layer + 1) % decoder_sparse_step == 0 &&
+           std::find(mlp_only_layers.begin(), mlp_only_layers.end(), layer) == mlp_only_layers.end();
+  }
+  // With every 0 filled in; throws on sizes that do not fit.
+  FeedForwardConfig completed(Index model_dim) const {
+    check_numbers();
+    FeedForwardConfig c = *this;
+    if (c.hidden_dim == 0) c.hidden_dim = 4 * model_dim;
+    if (c.expert_dim == 0) c.expert_dim = c.hidden_dim;
+    check(c.num_experts == 0 || (0 < c.top_k && c.top_k <= c.num_experts), "feed-forward: top_k ", c.top_k, " of ", c.num_experts,
+          " experts; allowed: 1 .. ", c.num_experts);
+    return c;
+  }
+
+ private:
+  void check_numbers() const {
+    constexpr char const* where = "feed-forward";
+    check_at_least(where, "hidden_dim", hidden_dim, 0, ", where 0 stands for 4 model_dim");
+    check_at_least(where, "num_experts", num_experts, 0, ", where 0 stands for no mixture");
+    check_at_least(where, "top_k", top_k, 0);
+    check_at_least(where, "expert_dim", expert_dim, 0, ", where 0 stands for hidden_dim");
+    check_at_least(where, "shared_dim", shared_dim, -1, ", where -1 stands for no shared expert");
+    check_at_least(where, "decoder_sparse_step", decoder_sparse_step, 1);
+    for (Index layer : mlp_only_layers) check_at_least(where, "mlp_only_layers: layer", layer, 0);
+    check_not_negative(where, "balance_coefficient", balance_coefficient);
+  }
+};
+
+struct FeedForward {
+  template <class S> struct Experts {
+    Held<S, 3> gate, up;  // [E, F, C]
+    Held<S, 3> down;      // [E, C, F]
+    HYBRIDATTN_FIELDS(gate, up, down)
+  };
+  template <class S> struct Params {
+    Mlp::Params<S> dense;
+    Held<S, 2> router;       // [E, C]
+    Experts<S> experts;
+    Mlp::Params<S> shared;
+    Held<S, 2> shared_gate;  // [1, C]
+    HYBRIDATTN_FIELDS(dense, router, experts, shared, shared_gate)
+  };
+  template <class S> struct Saved {
+    Mlp::Saved<S> dense;
+    Wide<S, 2> probabilities;  // [N, E]
+    Wide<S, 2> weights;        // [N, k]
+    Whole<S, 2> chosen;        // [N, k], highest first
+    Whole<S, 1> offsets;       // [E + 1]
+    Whole<S, 2> places;        // [N, k]
+    Held<S, 2> rows, made;     // [N k, C]: what the experts read and make
+    Mlp::Saved<S> experts;     // [N k, F]
+    Mlp::Saved<S> shared;
+    Held<S, 2> shared_made;    // [N, C]
+    Held<S, 2> shared_logit;   // [N, 1]
+    Wide<S, 1> d_probability;  // [E]: what the balancing loss adds to every token's, written between the passes
+    HYBRIDATTN_FIELDS(dense, probabilities, weights, chosen, offsets, places, rows, made, experts, shared, shared_made, shared_logit,
+                      d_probability)
+  };
+
+  static Params<Shapes> params(FeedForwardConfig const& c, Index layer, Index C) {
+    Params<Shapes> shapes{};
+    if (!c.is_mixture(layer)) {
+      shapes.dense = Mlp::params(C, c.hidden_dim, c.gated);
+      return shapes;
+    }
+    Shape<3> const branch{c.num_experts, c.expert_dim, C};
+    shapes.router = {c.num_experts, C};
+    shapes.experts = {.gate = branch, .up = c.gated ? branch : Shape<3>{}, .down = {c.num_experts, C, c.expert_dim}};
+    if (c.shared_dim >= 0) {
+      shapes.shared = Mlp::params(C, c.shared_dim, c.gated);
+      shapes.shared_gate = {1, C};
+    }
+    return shapes;
+  }
+  static Params<Starts> starts(FeedForwardConfig const& c, Index C, Initialization const& init) {
+    auto const wide = init.linear(C);
+    return {.dense = Mlp::starts(C, c.hidden_dim, init),
+            .router = wide,
+            .experts = {.gate = wide, .up = wide, .down = init.linear(c.expert_dim)},
+            .shared = Mlp::starts(C, std::max<Index>(c.shared_dim, 1), init),
+            .shared_gate = wide};
+  }
+  static Saved<Shapes> saved(FeedForwardConfig const& c, Index layer, Index C, Index N) {
+    Saved<Shapes> shapes{};
+    if (!c.is_mixture(layer)) {
+      shapes.dense = Mlp::saved(N, c.hidden_dim, c.gated);
+      return shapes;
+    }
+    Shape<2> const choices{N, c.top_k}, rows{N * c.top_k, C};
+    shapes.probabilities = {N, c.num_experts};
+    shapes.weights = shapes.chosen = shapes.places = choices;
+    shapes.offsets = {c.num_experts + 1};
+    shapes.rows = shapes.made = rows;
+    shapes.experts = Mlp::saved(N * c.top_k, c.expert_dim, c.gated);
+    shapes.d_probability = {c.num_experts};
+    if (c.shared_dim >= 0) {
+      shapes.shared = Mlp::saved(N, c.shared_dim, c.gated);
+      shapes.shared_made = {N, C};
+      shapes.shared_logit = {N, 1};
+    }
+    return shapes;
+  }
+
+  template <class B, class T>
+  static Tensor<T, 2, B> forward(B& backend, FeedForwardConfig const& c, Index layer, Params<In<T>> const& p, View<T const, 2> x,
+                                 Saved<Owned<T, B>>& saved) {
+    saved = allocate<T>(backend, FeedForward::saved(c, layer, x.extent(1), x.extent(0)));
+    Tensor<T, 2, B> y{backend, x.shape};
+    if (c.is_mixture(layer)) mix(backend, c, p, x, saved, out(y));
+    else Mlp::forward(backend, p.dense, x, out(saved.dense), out(y));
+    return y;
+  }
+
+  template <class B, class T>
+  static Tensor<T, 2, B> backward(B& backend, FeedForwardConfig const& c, Index layer, Params<In<T>> const& p, View<T const, 2> x,
+                                  Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
+    auto d_x = zeros<T>(backend, x.shape);
+    if (c.is_mixture(layer)) mix_backward(backend, c, p, x, saved, d_y, out(d_x), d_p);
+    else mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), d_p.dense);
+    return d_x;
+  }
+
+ private:
+  // What of a group of all experts belongs to one of them, and to the rows it was given.
+  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
+    if (all.empty()) return {};
+    return {all.row(e, 0), {all.extent(1), all.extent(2)}};
+  }
+  template <class S> static Mlp::Params<S> of_expert(Experts<S> const& all, Index e) {
+    return {.gate = of_expert(all.gate, e), .up = of_expert(all.up, e), .down = of_expert(all.down, e)};
+  }
+  template <class T> static View<T, 2> part(View<T, 2> rows, Index first, Index count) {
+    if (rows.empty()) return {};
+    return {rows.data + first * rows.extent(1), {count, rows.extent(1)}};
+  }
+  template <class S> static Mlp::Saved<S> part(Mlp::Saved<S> const& rows, Index first, Index count) {
+    return {.gate = part(rows.gate, first, count), .up = part(rows.up, first, count), .hidden = part(rows.hidden, first, count)};
+  }
+  // f(expert, first row, number of rows) for experts that were given any.
+  template <class B, class F> static void for_each_expert(B& backend, Tensor<std::int32_t, 1, B> const& offsets, F f) {
+    std::int32_t bounds[2];
+    for (Index e = 0; e + 1 < offsets.shape()[0]; ++e) {
+      backend.download(bounds, in(offsets).data + e, sizeof bounds);
+      f(e, Index{bounds[0]}, Index{bounds[1] - bounds[0]});
+    }
+  }
+
+  template <class B, class T>
+  static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
+                  View<T, 2> y) {
+    Tensor<T, 2, B> logits{backend, saved.probabilities.shape()};
+    On<Linear, B>::forward(backend, x, p.router, out(logits));
+    On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights),
+                          out(saved.chosen));
+    On<Permute, B>::forward(backend, in(saved.chosen), out(saved.offsets), out(saved.places));
+    On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
+    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
+      if (count == 0) return;
+      Mlp::forward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(out(saved.experts), first, count),
+                   part(out(saved.made), first, count));
+    });
+    On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
+    On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
+    if (c.shared_dim < 0) return;
+    Mlp::forward(backend, p.shared, x, out(saved.shared), out(saved.shared_made));
+    On<Linear, B>::forward(backend, x, p.shared_gate, out(saved.shared_logit));
+    On<AddGated, B>::forward(backend, in(saved.shared_made), in(saved.shared_logit), y);
+  }
+
+  template <class B, class T>
+  static void mlp_backward(B& backend, Mlp::Params<In<T>> const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
+                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Mlp::Params<Out<T>> const& d_p) {
+    auto d = allocate<T>(backend, shapes);
+    Mlp::backward(backend, p, x, in(saved), d_y, out(d), d_x, d_p);
+  }
+
+  template <class B, class T>
+  static void mix_backward(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
+                           View<T const, 2> d_y, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
+        d_logits{backend, saved.probabilities.shape()};
+    On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
+    auto d_rows = zeros<T>(backend, saved.rows.shape());
+    auto d_experts = allocate<T>(backend, Mlp::saved(x.extent(0) * c.top_k, c.expert_dim, c.gated));
+    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
+      Mlp::backward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(in(saved.experts), first, count),
+                    part(in(d_made), first, count), part(out(d_experts), first, count), part(out(d_rows), first, count),
+                    of_expert(d_p.experts, e));
+    });
+    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x);
+    On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen),
+                           in(d_weights), in(saved.d_probability), out(d_logits));
+    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router);
+    if (c.shared_dim < 0) return;
+    Tensor<T, 2, B> d_shared{backend, saved.shared_made.shape()}, d_logit{backend, saved.shared_logit.shape()};
+    On<AddGated, B>::backward(backend, in(saved.shared_made), in(saved.shared_logit), d_y, out(d_shared), out(d_logit));
+    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, d_p.shared);
+    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/nn/balance_loss.hpp
+// Load balancing over mixture layers: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
+// (sum f = top_k) and P_e its mean probability.
+//   per layer: the sum of the layers' losses         pooled: f and P over the tokens of all layers, then one product
+//   d loss / d p_ne = coefficient E f_e / tokens
+#ifndef HYBRIDATTN_NN_BALANCE_LOSS_HPP
+#define HYBRIDATTN_NN_BALANCE_LOSS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class BalanceLoss {
+ public:
+  explicit BalanceLoss(FeedForwardConfig const& c) : c_(c), pooled_(static_cast<std::size_t>(c.num_experts)) {}
+
+  // First every layer is counted, in order; then each is told its part.
+  template <class B, class T> void count(B& backend, FeedForward::Saved<Owned<T, B>> const& saved) {
+    if (!saved.probabilities) return;
+    auto const layer = use(backend, saved);
+    for (std::size_t e = 0; e < layer.size(); ++e) {
+      pooled_[e].chosen += layer[e].chosen;
+      pooled_[e].probability += layer[e].probability;
+    }
+    Index const tokens = saved.probabilities.shape()[0];
+    pooled_tokens_ += tokens;
+    sum_of_layers_ += loss(layer, tokens);
+  }
+  template <class T, class B> void write(B& backend, double scale, FeedForward::Saved<Owned<T, B>>& saved) const {
+    if (!saved.probabilities) return;
+    bool const pool = c_.balance == Balance::pooled;
+    auto const layer = pool ? pooled_ : use(backend, saved);
+    double const tokens = static_cast<double>(pool ? pooled_tokens_ : saved.probabilities.shape()[0]);
+    std::vector<T> d_probability;
+    for (Use const& expert : layer)
+      d_probability.push_back(
+          static_cast<T>(scale * c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
+    upload(backend, d_probability, saved.d_probability);
+  }
+  double value() const { return c_.balance == Balance::pooled ? loss(pooled_, pooled_tokens_) : sum_of_layers_; }
+
+ private:
+  struct Use {
+    double chosen = 0, probability = 0;   // sums over tokens
+  };
+
+  template <class B, class T> std::vector<Use> use(B& backend, FeedForward::Saved<Owned<T, B>> const& saved) const {
+    auto const offsets = download(backend, saved.offsets);
+    auto const probabilities = download(backend, saved.probabilities);
+    std::vector<Use> result(pooled_.size());
+    for (std::size_t e = 0; e < result.size(); ++e) result[e].chosen = offsets[e + 1] - offsets[e];
+    for (std::size_t i = 0; i < probabilities.size(); ++i) result[i % result.size()].probability += static_cast<double>(probabilities[i]);
+    return result;
+  }
+  double loss(std::vector<Use> const& layer, Index count) const {
+    double const tokens = static_cast<double>(count);
+    double sum = 0;
+    for (Use const& expert : layer) sum += expert.chosen / tokens * (expert.probability / tokens);
+    return count == 0 ? 0 : c_.balance_coefficient * static_cast<double>(c_.num_experts) * sum;
+  }
+
+  FeedForwardConfig const& c_;
+  std::vector<Use> pooled_;
+  Index pooled_tokens_ = 0;
+  double sum_of_layers_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
+// Nothing in one sequence ever meets another.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
+
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
+  // are allowed.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    Sequences result;
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+      result.append(offsets[i + 1] - offsets[i]);
+    }
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same, in the memory that is there.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      append(lengths[i], past[i]);
+    }
+  }
+  // Those that follow nothing; the others count as empty here.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/policy.hpp
+// What every attention policy says about itself, and what it may leave to these defaults.
+//
+// A policy P declares
+//   P::Config                                   its sizes, as values; 0 stands for a default
+//   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
+//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read; each tensor of tokens is one projection of x
+//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
+//   On<P, Backend>                              forward and backward, see backend.hpp
+// and, to decode, declares too
+//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
+//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
+//   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
+//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
+//                                               any number of each sequence, 0 included; then they stand there too. What the
+//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
+// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
+// A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
+// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+#ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
+#define HYBRIDATTN_ATTENTION_POLICY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
+// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params); a Finish has
+// forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
+// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
+// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
+struct NoStep {
+  static constexpr bool gated = false;
+  template <class S> using Params = Nothing<S>;
+  template <class Config> static Params<Shapes> params(Config const&) { return {}; }
+  template <class Config> static Params<Starts> starts(Config const&) { return {}; }
+  // Inputs that the step makes from a projection of their own; the others are the projections.
+  static constexpr bool makes(std::string_view) { return false; }
+};
+
+// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
+enum class Stage {
+  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
+  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
+  sparse           // both, each by its own loss
+};
+inline constexpr bool trains(Stage stage, bool detached) {
+  return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
+}
+
+struct PolicyDefaults {
+  static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
+  using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
+  using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
+  // Inputs, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  static constexpr bool detached(std::string_view) { return false; }
+  // What a batch's auxiliary loss counts in training.
+  template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
+};
+
+template <class P>
+concept HasAuxiliaryLoss = requires(typename P::template Outputs<Shapes> y) { y.auxiliary_loss; };
+template <class P>
+concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Index n) {
+  { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
+  { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
+  { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
+  { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
+  typename P::Prepare;
+  typename P::Finish;
+};
+
+template <class P, class B, class T>
+concept HasForward =
+    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
+             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+template <class P, class B, class T>
+concept HasBackward =
+    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
+             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+             typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
+template <class P>
+concept HasCache = requires(typename P::Config c, Index n) {
+  { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
+};
+template <class P, class B, class T>
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+                                            typename P::template Cache<Out<T>> cache,
+                                            typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
+// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
+struct OtherExtend {
+  void extend();
+};
+template <class Step> struct WithOtherExtend : Step, OtherExtend {};
+template <class Step>
+concept NamesExtend = !std::is_final_v<Step> && !requires { &WithOtherExtend<Step>::extend; };
+template <class P, class B, class T>
+concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
+template <class P, class B, class T>
+concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
+
+// head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
+inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
+  if (head_dim != 0) return head_dim;
+  check(num_heads > 0 && model_dim > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ",
+        num_heads, "; set head_dim, or a num_heads that divides it");
+  return model_dim / num_heads;
+}
+// A size that is left at 0 has a default.
+inline void check_size(char const* policy, char const* name, Index size) {
+  check_at_least(policy, name, size, 0, ", where 0 stands for the default");
+}
+inline void check_groups(char const* policy, Index heads, Index kv_heads) {
+  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
+        " key/value heads; the first must be a positive multiple of the second");
+}
+
+// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
+inline void check_fits(Sequences const& s, Index batch, Index capacity) {
+  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
+  for (Index i = 0; i < batch; ++i) {
+    auto const [start, length, past] = s[static_cast<std::size_t>(i)];
+    check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/nn/attention.hpp
+// An attention layer: x -> project -> prepare -> the policy -> finish -> w_o. Each input of the policy is one projection of x.
+#ifndef HYBRIDATTN_NN_ATTENTION_HPP
+#define HYBRIDATTN_NN_ATTENTION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <AttentionPolicy Policy> struct Attention {
+  using Config = typename Policy::Config;
+  using Prepare = typename Policy::Prepare;
+  using Finish = typename Policy::Finish;
+  static constexpr bool finishes = !std::is_same_v<Finish, NoStep>;
+
+  template <class S> using Inputs = typename Policy::template Inputs<S>;
+  template <class S> struct Params {
+    Inputs<Matrix<S>> w;  // [H*D, C] or [H, C], one for each input
+    Held<S, 2> w_gate;    // [H*D, C], or nothing without an output gate
+    Held<S, 2> w_o;       // [C, H*D]
+    typename Prepare::template Params<S> prepare;
+    typename Finish::template Params<S> finish;
+    HYBRIDATTN_FIELDS(w, w_gate, w_o, prepare, finish)
+  };
+  template <class S> struct Saved {
+    Inputs<Narrow<S>> raw;  // the projections that Prepare makes something of; the others are inputs at once
+    Inputs<S> inputs;
+    typename Policy::template Outputs<S> outputs;
+    Held<S, 3> z, finished;  // [N, H, D], or nothing
+    typename Policy::template Saved<S> policy;
+    State<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
+    HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
+  };
+
+  static Params<Shapes> params(Config const& c, Index model_dim) {
+    auto const one_token = Sequences::equal(1, 1);
+    Index const width = Policy::outputs(c, one_token).o.count();
+    Params<Shapes> shapes{.w = {},
+                          .w_gate = {Finish::gated ? width : 0, Finish::gated ? model_dim : 0},
+                          .w_o = {model_dim, width},
+                          .prepare = Prepare::params(c),
+                          .finish = Finish::params(c)};
+    zip([&](Path const&, auto const& input, auto& w) { w = {input.count(), model_dim}; }, Policy::inputs(c, one_token), shapes.w);
+    return shapes;
+  }
+  // What a stage does not train has no gradient at all, not even a zero one.
+  static Params<Shapes> gradients(Config const& c, Index model_dim, Stage stage) {
+    auto shapes = params(c, model_dim);
+    zip(
+        [&](Path const& path, auto& shape) {
+          if (!trains(stage, Policy::detached(path.name))) shape = {};
+        },
+        shapes);
+    return shapes;
+  }
+  static Params<Starts> starts(Config const& c, Index model_dim, Initialization const& init) {
+    Index const width = Policy::outputs(c, Sequences::equal(1, 1)).o.count();
+    Params<Starts> result{
+        .w = {}, .w_gate = init.linear(model_dim), .w_o = init.linear(width), .prepare = Prepare::starts(c), .finish = Finish::starts(c)};
+    zip([&](Path const&, Initial& start) { start = init.linear(model_dim); }, result.w);
+    return result;
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) {
+    auto const outputs = Policy::outputs(c, s);
+    Saved<Shapes> shapes{.raw = raw(c, s),
+                         .inputs = Policy::inputs(c, s),
+                         .outputs = outputs,
+                         .z = {},
+                         .finished = {},
+                         .policy = Policy::saved(c, s),
+                         .d_auxiliary_loss = {}};
+    if constexpr (HasAuxiliaryLoss<Policy>) shapes.d_auxiliary_loss = outputs.auxiliary_loss;
+    if constexpr (Finish::gated) shapes.z = outputs.o;
+    if constexpr (finishes) shapes.finished = outputs.o;
+    return shapes;
+  }
+
+  template <class B, class T>
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+                                 Saved<Owned<T, B>>& saved) {
+    static_assert(HasForward<Policy, B, T>,
+                  "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
+                  "Sequences const&, Inputs<In<T>>, Outputs<Out<T>>, Saved<Out<T>>)");
+    static_assert(HasBackward<Policy, B, T>,
+                  "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
+                  "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
+    saved = allocate<T>(backend, Attention::saved(c, s));
+    if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
+    zip(
+        [&](Path const& path, auto const& w, auto& raw, auto& input) {
+          auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));
+          On<Linear, B>::forward(backend, x, w, made);
+        },
+        p.w, saved.raw, saved.inputs);
+    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, out(saved.inputs));
+    On<Policy, B>::forward(backend, c, s, in(saved.inputs), out(saved.outputs), out(saved.policy));
+    if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(saved.z)));
+    if constexpr (finishes) Finish::forward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, out(saved.finished));
+    Tensor<T, 2, B> y{backend, x.shape};
+    On<Linear, B>::forward(backend, as_rows(in(finished(saved))), p.w_o, out(y));
+    return y;
+  }
+
+  template <class B, class T>
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+                                  Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
+    auto d_x = zeros<T>(backend, x.shape);
+    Tensor<T, 3, B> d_o = zeros<T>(backend, saved.outputs.o.shape());
+    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o);
+    if constexpr (finishes) {
+      auto const d_finished = std::move(d_o);
+      Tensor<T, 3, B> d_z{backend, saved.z.shape()};
+      d_o = {backend, saved.outputs.o.shape()};
+      Finish::backward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, in(d_finished), out(d_o), out(d_z), d_p.finish);
+      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate);
+    }
+    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), d_p);
+    return d_x;
+  }
+  // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
+  template <class B, class T>
+  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
+    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, d_p);
+  }
+
+ private:
+  static Inputs<Narrow<Shapes>> raw(Config const& c, Sequences const& s) {
+    Inputs<Narrow<Shapes>> shapes{};
+    zip(
+        [](Path const& path, auto const& input, auto& raw) {
+          if (Prepare::makes(path.name)) raw = input;
+        },
+        Policy::inputs(c, s), shapes);
+    return shapes;
+  }
+  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
+  // detached is wanted where its matrix has a gradient.
+  template <class B, class T>
+  static void project_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+    Inputs<Owned<T, B>> d_inputs;
+    Inputs<Narrow<Owned<T, B>>> d_raw;
+    zip(
+        [&](Path const& path, auto const& d_w, auto const& raw, auto const& input, auto& d_r, auto& d_input) {
+          if (Policy::detached(path.name) ? d_w.empty() : d_o == nullptr) return;
+          d_r = {backend, raw.shape()};
+          d_input = {backend, input.shape()};
+        },
+        d_p.w, saved.raw, saved.inputs, d_raw, d_inputs);
+    typename Policy::template Outputs<In<T>> d_outputs{};
+    if (d_o != nullptr) d_outputs.o = in(*d_o);
+    if constexpr (HasAuxiliaryLoss<Policy>) d_outputs.auxiliary_loss = in(saved.d_auxiliary_loss);
+    On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
+    if constexpr (!std::is_same_v<Prepare, NoStep>)
+      Prepare::backward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out_narrow<T>(d_raw),
+                        d_p.prepare);
+    zip(
+        [&](Path const& path, auto const& w, auto& d_w, auto const& d_made, auto const& d_input) {
+          bool const detached = Policy::detached(path.name);
+          if (detached ? d_w.empty() : d_o == nullptr) return;
+          auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
+          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w);
+        },
+        p.w, d_p.w, d_raw, d_inputs);
+  }
+  // `in` and `out` for a group whose role is composed.
+  template <class T, class B> static Inputs<Narrow<In<T>>> in_narrow(Inputs<Narrow<Owned<T, B>>> const& raw) {
+    Inputs<Narrow<In<T>>> views;
+    zip(detail::ToIn{}, raw, views);
+    return views;
+  }
+  template <class T, class B> static Inputs<Narrow<Out<T>>> out_narrow(Inputs<Narrow<Owned<T, B>>>& raw) {
+    Inputs<Narrow<Out<T>>> views;
+    zip(detail::ToOut{}, raw, views);
+    return views;
+  }
+  static auto const& finished(auto const& saved) {
+    if constexpr (finishes) return saved.finished;
+    else return saved.outputs.o;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/rms_norm/rms_norm.hpp
+// RMSNorm over the last axis (arXiv 1910.07467), one row at a time:
+//   y = x rstd w (plain) or x rstd (1 + w) (zero-centred),   rstd = (mean x^2 + eps)^-1/2
+//   with g = d_y w (or d_y (1 + w)) and xh = x rstd:   d_x = rstd (g - xh mean(g xh))      d_w = sum d_y xh
+// and its gated form, norm before gate, as in Gated DeltaNet:   y = x rstd w silu(z)
+#ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class NormWeight { plain, zero_centred };
+
+//   forward (backend, options, x, w, y)              x, y [N, C], w [C]
+//   backward(backend, options, x, w, d_y, d_x, d_w)  adds to d_x, overwrites d_w; rstd is formed again
+struct RmsNorm {
+  struct Options {
+    NormWeight weight = NormWeight::zero_centred;
+    double eps = 1e-6;
+  };
+};
+
+//   forward (backend, eps, x, z, w, y)                     an empty z: no gate
+//   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
+struct GatedRmsNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/sum_rows.hpp
+// Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+#define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
+template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
+  Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
+  Scratch<T> const partial{cpu, blocks * C};
+  View<T, 2> const sums{partial.data(), {blocks, C}};
+  parallel_for(cpu, blocks, [&](Index block, int) {
+    std::fill_n(sums.row(block), C, T(0));
+    for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
+  });
+  std::fill_n(total.data, C, T(0));
+  for (Index block = 0; block < blocks; ++block)
+    for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+template <class T> T row_rstd(T const* x, Index C, double eps) {
+  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> const v = s.get(x);
+    return v * v;
+  });
+  return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
+}
+
+}  // namespace cpu::detail
+
+template <> struct On<RmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 1> d_w) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
+      T const along = cpu::sum_vectors<T>(
+                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
+                      rstd / static_cast<T>(C);
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
+        s.put(sum, s.get(sum) + dy * xh);
+        s.put(d_x.row(n), s.get(d_x.row(n)) + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+      });
+    });
+  }
+};
+
+template <> struct On<GatedRmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, eps);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+          cpu::Vec<T> normed = s.get(row) * rstd * s.get(w.data);
+          if (!z.empty()) {
+            cpu::Vec<T> const gate = s.get(z.row(n));
+            normed *= gate * cpu::sigmoid<T>(gate);
+          }
+          s.put(y.row(n), normed);
+        });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
+      T* const d_xn = d_x.row(n);
+      // First d_xn holds d of the normed row: d_y w silu(z).
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, wide = s.get(w.data);
+        cpu::Vec<T> dy = s.get(d_yn);
+        if (!z.empty()) {
+          cpu::Vec<T> const gate = s.get(z.row(n)), open = cpu::sigmoid<T>(gate);
+          s.put(d_z.row(n), dy * xh * wide * (open * (T(1) + gate * (T(1) - open))));
+          dy *= gate * open;
+        }
+        s.put(sum, s.get(sum) + dy * xh);
+        s.put(d_xn, dy * wide);
+      });
+      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
+                      static_cast<T>(C);
+      cpu::for_each_vector<T>(
+          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/nn/block.hpp
+// A block, residual pre-norm: h = x + Attention(norm(x)); y = h + FeedForward(norm(h)).
+#ifndef HYBRIDATTN_NN_BLOCK_HPP
+#define HYBRIDATTN_NN_BLOCK_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What all blocks of a model have in common.
+struct BlockConfig {
+  Index model_dim = 128;   // C
+  RmsNorm::Options norm;
+  FeedForwardConfig feed_forward;
+  Initialization initialization;
+  Stage stage = Stage::language_model;
+
+  // With every 0 filled in; throws on numbers that no block can have.
+  BlockConfig completed() const {
+    check_at_least("model", "model_dim", model_dim, 1);
+    check_positive("model", "norm.eps", norm.eps);
+    initialization.check_numbers();
+    BlockConfig c = *this;
+    c.feed_forward = feed_forward.completed(model_dim);
+    return c;
+  }
+};
+
+template <AttentionPolicy P> struct Block {
+  using Policy = P;
+  using Mixer = Attention<P>;
+
+  template <class S> struct Params {
+    Wide<S, 1> attention_norm;  // [C]
+    typename Mixer::template Params<S> attention;
+    Wide<S, 1> feed_forward_norm;  // [C]
+    FeedForward::Params<S> feed_forward;
+    HYBRIDATTN_FIELDS(attention_norm, attention, feed_forward_norm, feed_forward)
+  };
+  template <class S> struct Saved {
+    Held<S, 2> x, x_normed;  // [N, C]
+    typename Mixer::template Saved<S> attention;
+    Held<S, 2> h, h_normed;  // [N, C]
+    FeedForward::Saved<S> feed_forward;
+    HYBRIDATTN_FIELDS(x, x_normed, attention, h, h_normed, feed_forward)
+  };
+
+  static Params<Shapes> params(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
+    return {.attention_norm = {c.model_dim},
+            .attention = Mixer::params(mixer, c.model_dim),
+            .feed_forward_norm = {c.model_dim},
+            .feed_forward = FeedForward::params(c.feed_forward, layer, c.model_dim)};
+  }
+  static Params<Shapes> gradients(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
+    auto shapes = c.stage == Stage::dense_warm_up ? Params<Shapes>{} : params(c, mixer, layer);
+    shapes.attention = Mixer::gradients(mixer, c.model_dim, c.stage);
+    return shapes;
+  }
+  static Params<Starts> starts(BlockConfig const& c, typename P::Config const& mixer) {
+    auto const neutral = Initial::constant(c.norm.weight == NormWeight::plain ? 1 : 0);
+    return {.attention_norm = neutral,
+            .attention = Mixer::starts(mixer, c.model_dim, c.initialization),
+            .feed_forward_norm = neutral,
+            .feed_forward = FeedForward::starts(c.feed_forward, c.model_dim, c.initialization)};
+  }
+  static Saved<Shapes> saved(BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s) {
+    Shape<2> const x{s.tokens(), c.model_dim};
+    return {.x = x,
+            .x_normed = x,
+            .attention = Mixer::saved(mixer, s),
+            .h = x,
+            .h_normed = x,
+            .feed_forward = FeedForward::saved(c.feed_forward, layer, c.model_dim, s.tokens())};
+  }
+
+  // x moves into Saved.
+  template <class B, class T>
+  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+                                 Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved) {
+    saved.x = std::move(x);
+    saved.x_normed = {backend, saved.x.shape()};
+    On<RmsNorm, B>::forward(backend, c.norm, in(saved.x), p.attention_norm, out(saved.x_normed));
+    saved.h = Mixer::forward(backend, mixer, s, p.attention, in(saved.x_normed), saved.attention);
+    On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
+    saved.h_normed = {backend, saved.h.shape()};
+    On<RmsNorm, B>::forward(backend, c.norm, in(saved.h), p.feed_forward_norm, out(saved.h_normed));
+    auto y = FeedForward::forward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed), saved.feed_forward);
+    On<Add, B>::forward(backend, flat(in(saved.h)), flat(out(y)));
+    return y;
+  }
+
+  // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
+  template <class B, class T>
+  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+                                  Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
+    {
+      auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
+                                                  std::move(saved.feed_forward), in(d_y), d_p.feed_forward);
+      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm);
+    }
+    auto const d_normed =
+        Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
+    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm);
+    return d_y;
+  }
+  // Of the policy's auxiliary loss alone.
+  template <class B, class T>
+  static void auxiliary_backward(B& backend, typename P::Config const& mixer, Sequences const& s, Params<In<T>> const& p,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
+    Mixer::auxiliary_backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), d_p.attention);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/nn/layers.hpp
+// A list of layers in which the compiler meets each type once, however deep the list is. The one header with Boost.Hana.
+#ifndef HYBRIDATTN_NN_LAYERS_HPP
+#define HYBRIDATTN_NN_LAYERS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace hana = boost::hana;
+
+template <class... Ts> struct Types {};
+
+// Types<A, B> + type_c<A> = Types<A, B>;  Types<A, B> + type_c<C> = Types<A, B, C>
+template <class... Ts, class T> constexpr auto operator+(Types<Ts...>, hana::basic_type<T>) {
+  if constexpr ((std::is_same_v<Ts, T> || ...)) return Types<Ts...>{};
+  else return Types<Ts..., T>{};
+}
+// Each type once, in order of first appearance.
+template <class... Ts> using Distinct = decltype((Types<>{} + ... + hana::type_c<Ts>));
+
+namespace detail {
+template <class T, class... Ts> constexpr std::size_t position(Types<Ts...>) {
+  std::size_t n = 0;
+  (void)((std::is_same_v<Ts, T> || (++n, false)) || ...);
+  return n;
+}
+}  // namespace detail
+
+// Where the layers of a list live: layer i is element slots[i].index of the array of its type, number slots[i].type.
+template <class... Layers_> struct Plan {
+  struct Slot {
+    std::size_t type, index;
+  };
+  static constexpr std::size_t depth = sizeof...(Layers_);
+  using Kinds = Distinct<Layers_...>;
+
+  static constexpr std::array<Slot, depth> slots = [] {
+    std::array<Slot, depth> result{};
+    std::size_t layer = 0, used[depth] = {};
+    auto const place = [&](std::size_t type) { result[layer++] = {type, used[type]++}; };
+    (place(detail::position<Layers_>(Kinds{})), ...);
+    return result;
+  }();
+  static constexpr std::size_t count(std::size_t type) {
+    std::size_t n = 0;
+    for (Slot slot : slots) n += slot.type == type;
+    return n;
+  }
+};
+
+// One element Of<Layer> per layer. Equal layers share an array; visiting a layer is one comparison per distinct type.
+template <class Plan, template <class> class Of, class Kinds = typename Plan::Kinds> struct Layers;
+template <class Plan, template <class> class Of, class... Kinds> struct Layers<Plan, Of, Types<Kinds...>> {
+  static constexpr std::size_t depth = Plan::depth;
+
+  template <class Numbers> struct Storage;
+  template <std::size_t... types> struct Storage<std::index_sequence<types...>> {
+    using type = hana::tuple<std::array<Of<Kinds>, Plan::count(types)>...>;
+  };
+  typename Storage<std::make_index_sequence<sizeof...(Kinds)>>::type arrays;
+
+  // f(type_c<Layer>, layer's number, its elements in several lists of this plan...)
+  template <class F, class... Lists> static void visit(std::size_t i, F&& f, Lists&... lists) { (visit_if<Kinds>(i, f, lists...), ...); }
+  template <class F, class... Lists> static void for_each(F&& f, Lists&... lists) {
+    for (std::size_t i = 0; i < depth; ++i) visit(i, f, lists...);
+  }
+  template <class F, class... Lists> static void for_each_reversed(F&& f, Lists&... lists) {
+    for (std::size_t i = depth; i-- > 0;) visit(i, f, lists...);
+  }
+  // For loops over fields: f(layer's number, elements...).
+  template <class F, class... Lists> static void for_each_layer(F&& f, Lists&... lists) {
+    for_each([&](auto, std::size_t i, auto&... elements) { f(static_cast<int>(i), elements...); }, lists...);
+  }
+
+ private:
+  template <class Kind, class F, class... Lists> static void visit_if(std::size_t i, F& f, Lists&... lists) {
+    constexpr auto type = detail::position<Kind>(Types<Kinds...>{});
+    auto const slot = Plan::slots[i];
+    if (slot.type == type) f(hana::type_c<Kind>, i, hana::at_c<type>(lists.arrays)[slot.index]...);
+  }
+};
+
+// One value for each of several types, reached by type.
+template <class Key, class Value> struct Keyed {
+  Value value{};
+};
+template <template <class> class Of, class Kinds> struct ByType;
+template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
+  template <class Key> auto& get() {
+    check_key<Key>();
+    return static_cast<Keyed<Key, Of<Key>>&>(*this).value;
+  }
+  template <class Key> auto const& get() const {
+    check_key<Key>();
+    return static_cast<Keyed<Key, Of<Key>> const&>(*this).value;
+  }
+
+ private:
+  template <class Key> static constexpr void check_key() {
+    static_assert((std::is_same_v<Key, Kinds> || ...),
+                  "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/nn/stack.hpp
+// A Stack is a list of policies; its parameters, saved activations and gradients are lists computed from it.
+#ifndef HYBRIDATTN_NN_STACK_HPP
+#define HYBRIDATTN_NN_STACK_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <AttentionPolicy... Policies> struct Stack {
+  static_assert(sizeof...(Policies) > 0, "a Stack has at least one layer: Stack<GDN, Full>");
+  using Blocks = Plan<Block<Policies>...>;
+  static constexpr std::size_t depth = sizeof...(Policies);
+
+  template <class S> struct OfRole {
+    template <class Block> using Params = typename Block::template Params<S>;
+    template <class Block> using Saved = typename Block::template Saved<S>;
+  };
+  template <class S> struct Params : Layers<Blocks, OfRole<S>::template Params> {};
+  template <class S> struct Saved : Layers<Blocks, OfRole<S>::template Saved> {};
+
+  // Each policy once.
+  using Kinds = Distinct<Policies...>;
+  // The sizes of every policy of the stack, reached by type: mixers.get<GDN>().
+  template <class Policy> using ConfigOf = typename Policy::Config;
+  using Mixers = ByType<ConfigOf, Kinds>;
+  struct Config {
+    BlockConfig block;
+    Mixers mixers;
+  };
+  // With every 0 filled in from the model's width and heads.
+  static Config completed(Config c, Index num_heads) {
+    c.block = c.block.completed();
+    complete(Kinds{}, c, num_heads);
+    return c;
+  }
+
+  // With another stage of training.
+  static Config at(Config c, Stage stage) {
+    c.block.stage = stage;
+    set_stage(Kinds{}, c, stage);
+    return c;
+  }
+
+  static Params<Shapes> params(Config const& c) {
+    return filled<Params<Shapes>>(
+        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
+  }
+  static Params<Shapes> gradients(Config const& c) {
+    return filled<Params<Shapes>>(
+        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::gradients(c.block, mixer, layer); });
+  }
+  static Params<Starts> starts(Config const& c) {
+    return filled<Params<Starts>>(c, [&](auto block, auto const& mixer, Index) { return decltype(block)::type::starts(c.block, mixer); });
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) {
+    return filled<Saved<Shapes>>(
+        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::saved(c.block, mixer, layer, s); });
+  }
+
+  template <class B, class T>
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+                                 Saved<Owned<T, B>>& saved) {
+    params.for_each(
+        [&](auto block, std::size_t layer, auto& p, auto& kept) {
+          using Block = typename decltype(block)::type;
+          x = Block::forward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
+        },
+        params, saved);
+    return x;
+  }
+  template <class B, class T>
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
+                                  Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
+    params.for_each_reversed(
+        [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
+          using Block = typename decltype(block)::type;
+          d_y = Block::backward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y), d_p);
+        },
+        params, saved, d_params);
+    return d_y;
+  }
+
+  // Of the policies' auxiliary losses alone: no layer sends anything to another.
+  template <class B, class T>
+  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
+                                 Params<Out<T>> const& d_params) {
+    params.for_each(
+        [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
+          using Block = typename decltype(block)::type;
+          Block::auxiliary_backward(backend, mixer<Block>(c), s, p, std::move(kept), d_p);
+        },
+        params, saved, d_params);
+  }
+
+  template <class Block> static auto const& mixer(Config const& c) { return c.mixers.template get<typename Block::Policy>(); }
+
+ private:
+  template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
+    ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
+  }
+  template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
+    auto const set = [&](auto& mixer) {
+      if constexpr (requires { mixer.stage; }) mixer.stage = stage;
+    };
+    (set(c.mixers.template get<Ps>()), ...);
+  }
+  // A list whose elements are f(block, its mixer's config, layer's number).
+  template <class List, class F> static List filled(Config const& c, F f) {
+    List list;
+    list.for_each([&](auto block, std::size_t layer,
+                      auto& element) { element = f(block, mixer<typename decltype(block)::type>(c), static_cast<Index>(layer)); },
+                  list);
+    return list;
+  }
+};
+
+namespace detail {
+template <class... Ps> struct PolicyList {
+  template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
+  template <class Indices> struct Repeated;
+  template <std::size_t... i> struct Repeated<std::index_sequence<i...>> {
+    using type = Stack<At<i % sizeof...(Ps)>...>;
+  };
+};
+}  // namespace detail
+
+// Repeat<3, GDN, GDN, GDN, Full> has 12 layers.
+template <int times, AttentionPolicy... Policies>
+using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
+// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
+//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
+// A target below 0 is not counted. With nothing to count, loss and gradients are 0.
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a batch lost, as sums over its counted tokens.
+struct LossSum {
+  double loss = 0;     // nats
+  Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
+
+  double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
+  LossSum& operator+=(LossSum const& other) {
+    loss += other.loss;
+    count += other.count;
+    correct += other.correct;
+    return *this;
+  }
+};
+
+//   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
+//   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
+struct CrossEntropy {
+  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+};
+//   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
+struct SoftmaxLoss {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/cross_entropy/cpu.hpp
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<SoftmaxLoss, Cpu> {
+  template <class T>
+  static LossSum forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits) {
+    Index const N = logits.extent(0);
+    Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
+    Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
+    auto const losses = out(losses_storage);
+    auto const hits = out(hits_storage);
+    parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        Row const row =
+            one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
+        losses(n) = row.loss;
+        hits(n) = row.correct;
+      }
+    });
+    LossSum total;
+    for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
+    return total;
+  }
+
+ private:
+  struct Row {
+    double loss;
+    bool correct;
+  };
+  template <class T> static Row one_row(T const* logits, Index V, std::int32_t target, T scale, T* d_logits) {
+    check_target(target, V);
+    if (target < 0) {
+      if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
+      return {0, false};
+    }
+    Index best = 0;
+    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
+    T const peak = logits[best], own = logits[target];
+    cpu::Vec<T> sums{};
+    cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
+      if (s.count < cpu::lanes<T>)
+        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      sums += e;
+      if (d_logits != nullptr) s.put(d_logits, e);
+    });
+    T const sum = cpu::sum<T>(sums);
+    if (d_logits != nullptr) {
+      for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
+      d_logits[target] -= scale;
+    }
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+  }
+  // Targets are checked before the threads start; here a wrong one would be a fault of the library.
+  static void check_target(std::int32_t target, Index V) {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (target >= V) std::abort();
+#else
+    (void)target, (void)V;
+#endif
+  }
+};
+
+template <> struct On<CrossEntropy, Cpu> {
+  template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
+    return in_blocks(cpu, x, w, targets, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index) {
+      return On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {});
+    });
+  }
+
+  template <class T>
+  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
+                          View<T, 2> d_x, View<T, 2> d_w) {
+    return in_blocks(cpu, x, w, targets, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first) {
+      LossSum const loss = On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits);
+      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
+      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
+      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
+      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
+      return loss;
+    });
+  }
+
+ private:
+  // f(logits, targets, first row) gives the loss of a block of rows; one block after the other.
+  template <class T, class F>
+  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, F f) {
+    Index const N = x.extent(0), V = w.extent(0);
+    for (Index n = 0; n < N; ++n)
+      check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1,
+            ", or < 0 for none");
+    Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
+    LossSum total;
+    for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
+      Index const rows = std::min(N - first, CrossEntropy::block_rows);
+      View<T, 2> const logits{out(storage).data, {rows, V}};
+      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
+      total += f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first);
+    }
+    return total;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/embedding/embedding.hpp
+// One row of a table for each token: y[n] = table[tokens[n]].   d_table[v] = sum of d_y[n] over the tokens that are v
+#ifndef HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
+//   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
+struct Embedding {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/embedding/cpu.hpp
+#ifndef HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Embedding, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+    for (Index n = 0; n < tokens.extent(0); ++n)
+      check(0 <= tokens(n) && tokens(n) < table.extent(0), "token ", tokens(n), " at place ", n,
+            " is not in the vocabulary; allowed: 0 .. ", table.extent(0) - 1);
+    parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
+    });
+  }
+  // Threads share out the columns, so that each sum runs over the tokens in order.
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table) {
+    parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/nn/language_model.hpp
+// tokens -> embedding -> Stack -> norm -> logits -> loss, and back. The model holds configuration only: parameters,
+// activations and gradients are values in the caller's hands.
+#ifndef HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
+#define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
+template <class B> struct TokenBatch {
+  Sequences sequences;
+  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
+};
+
+template <class S_> class LanguageModel {
+ public:
+  using Stack = S_;
+
+  struct Config {
+    Index vocab_size = 256;   // V
+    Index model_dim = 128;    // C
+    Index num_heads = 4;      // the default of every policy's heads
+    FeedForwardConfig feed_forward = {};
+    RmsNorm::Options norm = {};
+    bool tie_embedding = false;   // the head is the embedding
+    Initialization initialization = {};
+    typename Stack::Mixers mixers = {};
+
+    // The sizes of one policy of the stack: config.mixer<GDN>().num_value_heads = 8.
+    template <class Policy> auto& mixer() { return mixers.template get<Policy>(); }
+    template <class Policy> auto const& mixer() const { return mixers.template get<Policy>(); }
+  };
+
+  template <class S> struct Params {
+    Held<S, 2> embedding;  // [V, C]
+    typename Stack::template Params<S> blocks;
+    Wide<S, 1> norm;       // [C]
+    Held<S, 2> head;       // [V, C], or nothing when it is the embedding
+    HYBRIDATTN_FIELDS(embedding, blocks, norm, head)
+  };
+  template <class S> struct Saved {
+    typename Stack::template Saved<S> blocks;
+    Held<S, 2> x, x_normed;  // [N, C]
+    HYBRIDATTN_FIELDS(blocks, x, x_normed)
+  };
+  // What a batch gave: the loss over its counted tokens, the weighted auxiliary losses, and the gradient of their sum.
+  template <class T, class B> struct Gradients {
+    LossSum loss;
+    double auxiliary_loss = 0;  // load balancing and policies
+    double policy_loss = 0;     // the policies' part of it
+    Params<Owned<T, B>> params;
+  };
+
+  explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
+    check_at_least("model", "vocab_size", config_.vocab_size, 1);
+    check_at_least("model", "num_heads", config_.num_heads, 1);
+    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
+                              config_.num_heads);
+    gradients_ = shapes(Stack::gradients(stack_));
+  }
+  // The same model in another stage of training: other gradients, the same parameters.
+  LanguageModel at(Stage stage) const {
+    LanguageModel model = *this;
+    model.stack_ = Stack::at(stack_, stage);
+    model.gradients_ = model.shapes(Stack::gradients(model.stack_));
+    if (stage == Stage::dense_warm_up) model.gradients_.embedding = {}, model.gradients_.norm = {}, model.gradients_.head = {};
+    return model;
+  }
+  Stage stage() const { return stack_.block.stage; }
+  Config const& config() const { return config_; }
+  typename Stack::Config const& stack_config() const { return stack_; }
+
+  Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
+  // The same without what nothing trains.
+  Params<Shapes> const& gradients() const { return gradients_; }
+  // One word for each tensor, in the order of the parameters: whether it is the policies' auxiliary losses that train it.
+  std::vector<bool> detached() const {
+    std::vector<bool> list;
+    zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());
+    return list;
+  }
+  Saved<Shapes> saved(Sequences const& s) const {
+    Shape<2> const x{s.tokens(), config_.model_dim};
+    return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
+  }
+  Index parameter_count() const {
+    Index count = 0;
+    zip([&](Path const&, auto const& shape) { count += shape.count(); }, params());
+    return count;
+  }
+
+  // Each tensor is drawn by a generator of its own, seeded by the seed and the tensor's path: what two models share starts equal.
+  template <class T, class B> Params<Owned<T, B>> initialize(B& backend, Seed seed) const {
+    Params<Starts> const starts{.embedding = config_.initialization.embedding(),
+                                .blocks = Stack::starts(stack_),
+                                .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
+                                .head = config_.initialization.linear(config_.model_dim)};
+    auto params = allocate<T>(backend, this->params());
+    zip(
+        [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
+          Random random{seed, path.str()};
+          std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
+          for (E& element : host) element = static_cast<E>(start.draw(random));
+          upload(backend, host, tensor);
+        },
+        params, starts);
+    return params;
+  }
+
+  // The final normed activations stand in the result: hidden() and logits() read them.
+  template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
+    check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
+    auto const p = in(params);
+    Saved<Owned<T, B>> saved;
+    Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
+    On<Embedding, B>::forward(backend, in(batch.tokens), p.embedding, out(x));
+    saved.x = Stack::forward(backend, stack_, batch.sequences, p.blocks, std::move(x), saved.blocks);
+    saved.x_normed = {backend, saved.x.shape()};
+    On<RmsNorm, B>::forward(backend, config_.norm, in(saved.x), p.norm, out(saved.x_normed));
+    return saved;
+  }
+
+  template <class B, class Other> auto forward(B&, Other const&, TokenBatch<B> const&) const {
+    static_assert(sizeof(Other) == 0, "forward reads parameters that own their memory: pass what initialize() returned");
+    return Saved<Owned<float, B>>{};
+  }
+
+  // [N, V], whole: for reading and for tests. Training never forms them.
+  template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
+    Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
+    On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
+    return result;
+  }
+  template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
+    auto const saved = forward(backend, params, batch);
+    return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
+  }
+
+  // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
+  // auxiliary losses), as far as the stage trains by them. `saved` is consumed.
+  template <class B, class T>
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
+                           double scale, double auxiliary_scale = 1) const {
+    auto const p = in(params);
+    Gradients<T, B> result{.loss = {},
+                           .auxiliary_loss = 0,
+                           .policy_loss = policy_loss<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks),
+                           .params = allocate<T>(backend, gradients())};
+    auto const d_p = out(result.params);
+    result.auxiliary_loss = result.policy_loss;
+    if (stage() == Stage::dense_warm_up) {
+      result.loss = On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets));
+      Stack::auxiliary_backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), d_p.blocks);
+      return result;
+    }
+    result.auxiliary_loss += balance(backend, auxiliary_scale, saved.blocks);
+    View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
+    On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
+    On<Fill, B>::forward(backend, T(0), flat(d_p.head));
+    Tensor<T, 2, B> d_normed{backend, saved.x_normed.shape()};
+    result.loss = On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head);
+    auto d_x = zeros<T>(backend, saved.x.shape());
+    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm);
+    d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
+    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding);
+    return result;
+  }
+
+  template <class B, class T>
+  auto backward(B&, Params<Owned<T, B>> const&, TokenBatch<B> const&, Saved<Owned<T, B>>&, double, double = 1) const {
+    static_assert(sizeof(T) == 0, "backward consumes what forward saved: pass std::move(saved)");
+    return Gradients<T, B>{};
+  }
+
+ private:
+  Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
+    Shape<2> const table{config_.vocab_size, config_.model_dim};
+    return {
+        .embedding = table, .blocks = std::move(blocks), .norm = {config_.model_dim}, .head = config_.tie_embedding ? Shape<2>{} : table};
+  }
+  template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
+
+  // The load-balancing loss of all mixture layers; writes its part of each router's gradient into Saved.
+  template <class B, class T>
+  double balance(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+    auto const& c = stack_.block.feed_forward;
+    if (c.balance_coefficient == 0) return 0;
+    BalanceLoss loss{c};
+    blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
+    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, scale, block.feed_forward); }, blocks);
+    return loss.value();
+  }
+  // The weighted auxiliary losses of all policies that have one; writes each one's own gradient into Saved.
+  template <class T, class B>
+  double policy_loss(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+    double sum = 0;
+    blocks.for_each(
+        [&](auto block, std::size_t, auto& kept) {
+          using Block = typename decltype(block)::type;
+          if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
+            if (!kept.attention.outputs.auxiliary_loss) return;
+            double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
+            wide_t<T> value, d_value = static_cast<wide_t<T>>(scale * weight);
+            backend.download(&value, in(kept.attention.outputs.auxiliary_loss).data, sizeof value);
+            backend.upload(out(kept.attention.d_auxiliary_loss).data, &d_value, sizeof d_value);
+            sum += weight * static_cast<double>(value);
+          }
+        },
+        blocks);
+    return sum;
+  }
+
+  Config config_;
+  typename Stack::Config stack_;
+  Params<Shapes> gradients_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/infer/cache.hpp
+// What a model remembers of the tokens it has seen, so that the next one costs one token: for each layer its policy's cache,
+// and how many tokens of each sequence stand there. A value in the caller's hands; the model holds none of it.
+#ifndef HYBRIDATTN_INFER_CACHE_HPP
+#define HYBRIDATTN_INFER_CACHE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using TokenLists = std::vector<std::vector<std::int32_t>>;   // one list for each sequence
+
+struct CacheSize {
+  Index batch = 1;      // sequences
+  Index capacity = 0;   // tokens of each
+};
+
+namespace infer {
+template <class... Ps> constexpr bool all_have_caches(Types<Ps...>) { return (HasCache<Ps> && ...); }
+template <class B, class T, class... Ps> constexpr bool all_decode(Types<Ps...>) { return (Decodes<Ps, B, T> && ...); }
+}  // namespace infer
+
+// The caches of a stack's layers.
+template <class Stack> struct LayerCaches {
+  static_assert(infer::all_have_caches(typename Stack::Kinds{}),
+                "this policy cannot decode: give it Cache<S> and cache(config, batch, capacity), see attention/policy.hpp");
+  template <class S> struct OfRole {
+    template <class Block> using Type = typename Block::Policy::template Cache<S>;
+  };
+  template <class S> struct Group : Layers<typename Stack::Blocks, OfRole<S>::template Type> {};
+};
+
+// bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
+template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
+  check_at_least("cache", "batch", size.batch, 1);
+  check(1 <= size.capacity && size.capacity <= std::numeric_limits<std::int32_t>::max(), "cache: capacity ", size.capacity,
+        " is not allowed; it must be in 1 .. ", std::numeric_limits<std::int32_t>::max());
+  typename LayerCaches<Stack>::template Group<Shapes> shapes;
+  shapes.for_each(
+      [&](auto block, std::size_t, auto& layer) {
+        using Block = typename decltype(block)::type;
+        layer = Block::Policy::cache(Stack::template mixer<Block>(model.stack_config()), size.batch, size.capacity);
+      },
+      shapes);
+  return shapes;
+}
+
+template <class Stack, class T, class B> class Cache {
+ public:
+  using Group = typename LayerCaches<Stack>::template Group<Owned<T, B>>;
+  static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
+                "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
+
+  Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
+      : layers_(allocate<T>(backend, cache_shapes(model, size))), capacity_(size.capacity), lengths_(static_cast<std::size_t>(size.batch)) {
+  }
+
+  Group const& layers() const { return layers_; }
+  Group& layers() { return layers_; }
+  Index capacity() const { return capacity_; }
+  Index batch() const { return std::ssize(lengths_); }
+  // How many tokens of each sequence stand here.
+  std::span<Index const> lengths() const { return lengths_; }
+
+  // Sequence i, or all of them, begin anew.
+  void forget(Index i) { lengths_.at(static_cast<std::size_t>(i)) = 0; }
+  void forget() { std::fill(lengths_.begin(), lengths_.end(), 0); }
+
+  // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
+  struct Call {
+    Sequences sequences;
+    std::vector<std::int32_t> tokens;
+  };
+  Call const& next(TokenLists const& tokens) {
+    check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
+    new_lengths_.clear();
+    call_.tokens.clear();
+    for (auto const& of_sequence : tokens) {
+      new_lengths_.push_back(std::ssize(of_sequence));
+      call_.tokens.insert(call_.tokens.end(), of_sequence.begin(), of_sequence.end());
+    }
+    call_.sequences.assign(lengths_, new_lengths_);
+    check_fits(call_.sequences, batch(), capacity_);
+    return call_;
+  }
+  void commit() {
+    for (std::size_t i = 0; i < lengths_.size(); ++i) lengths_[i] += new_lengths_[i];
+  }
+
+ private:
+  Group layers_;
+  Index capacity_;
+  std::vector<Index> lengths_, new_lengths_;
+  Call call_;   // whose memory serves one call after the other
+};
+
+template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backend, LanguageModel<Stack> const& model, CacheSize size) {
+  return {backend, model, size};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/infer/extend.hpp
+// The model over tokens that follow those of a cache: the forward of nn/, layer by layer, with nothing kept but the cache.
+#ifndef HYBRIDATTN_INFER_EXTEND_HPP
+#define HYBRIDATTN_INFER_EXTEND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace infer {
+
+// x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
+template <AttentionPolicy P, class B, class T>
+Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequences const& s,
+                                typename Attention<P>::template Params<In<T>> const& p, View<T const, 2> x,
+                                typename P::template Cache<Out<T>> const& cache) {
+  using Prepare = typename P::Prepare;
+  using Finish = typename P::Finish;
+  auto shapes = Attention<P>::saved(c, s);
+  shapes.policy = {};   // what only backward reads
+  auto kept = allocate<T>(backend, shapes);
+  zip([&](Path const& path, auto const& w, auto& raw,
+          auto& input) { On<Linear, B>::forward(backend, x, w, Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input))); },
+      p.w, kept.raw, kept.inputs);
+  typename P::template Inputs<Narrow<In<T>>> raw;
+  zip(detail::ToIn{}, kept.raw, raw);
+  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); }) {
+    Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs));
+  } else {
+    static_assert(!NamesExtend<Prepare>,
+                  "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
+                  "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
+  }
+  On<P, B>::extend(backend, c, s, in(kept.inputs), cache, out(kept.outputs));
+  if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(kept.z)));
+  if constexpr (Attention<P>::finishes) Finish::forward(backend, c, in(kept.outputs.o), in(kept.z), p.finish, out(kept.finished));
+  Tensor<T, 2, B> y{backend, x.shape};
+  On<Linear, B>::forward(backend, as_rows(in(Attention<P>::finishes ? kept.finished : kept.outputs.o)), p.w_o, out(y));
+  return y;
+}
+
+// As in nn/block.hpp.
+template <AttentionPolicy P, class B, class T>
+Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+                      typename Block<P>::template Params<In<T>> const& p, Tensor<T, 2, B> x,
+                      typename P::template Cache<Out<T>> const& cache) {
+  Tensor<T, 2, B> normed{backend, x.shape()};
+  On<RmsNorm, B>::forward(backend, c.norm, in(x), p.attention_norm, out(normed));
+  auto h = attention_layer<P>(backend, mixer, s, p.attention, in(normed), cache);
+  On<Add, B>::forward(backend, flat(in(x)), flat(out(h)));
+  On<RmsNorm, B>::forward(backend, c.norm, in(h), p.feed_forward_norm, out(normed));
+  FeedForward::Saved<Owned<T, B>> kept;
+  auto y = FeedForward::forward(backend, c.feed_forward, layer, p.feed_forward, in(normed), kept);
+  On<Add, B>::forward(backend, flat(in(h)), flat(out(y)));
+  return y;
+}
+
+// As in nn/stack.hpp.
+template <class Stack, class B, class T>
+Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, Sequences const& s, typename Stack::template Params<In<T>> const& params,
+                      Tensor<T, 2, B> x, typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
+  params.for_each(
+      [&](auto type, std::size_t layer, auto& p, auto& cache) {
+        using Block = typename decltype(type)::type;
+        x = block<typename Block::Policy>(backend, c.block, Stack::template mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x),
+                                          cache);
+      },
+      params, caches);
+  return x;
+}
+
+// Which rows of logits are wanted.
+enum class Rows { all, last };
+
+// [N, V], or a row for the last token of each sequence that has new ones.
+template <class Stack, class T, class B>
+Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
+                       Sequences const& s, Rows rows, Tensor<T, 2, B> x) {
+  if (rows == Rows::last && s.longest() > 1) {
+    std::vector<std::int32_t> ends;
+    for (Sequence const sequence : s)
+      if (sequence.length > 0) ends.push_back(static_cast<std::int32_t>(sequence.start + sequence.length - 1));
+    Tensor<std::int32_t, 1, B> places{backend, {std::ssize(ends)}};
+    upload(backend, ends, places);
+    Tensor<T, 2, B> picked{backend, {std::ssize(ends), x.shape()[1]}};
+    On<Embedding, B>::forward(backend, in(places), in(x), out(picked));   // rows of a table, by number
+    x = std::move(picked);
+  }
+  Tensor<T, 2, B> normed{backend, x.shape()}, result{backend, {x.shape()[0], model.config().vocab_size}};
+  On<RmsNorm, B>::forward(backend, model.config().norm, in(x), p.norm, out(normed));
+  On<Linear, B>::forward(backend, in(normed), model.config().tie_embedding ? p.embedding : p.head, out(result));
+  return result;
+}
+
+// A cache of another model's sizes would be read past its end.
+template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> const& model, Cache<Stack, T, B> const& cache) {
+  zip(
+      [](Path const& path, auto const& expected, auto const& layer) {
+        check(layer.shape() == expected, "cache: it was made for a model of other sizes, as ", path.str(), " shows");
+      },
+      cache_shapes(model, {cache.batch(), cache.capacity()}), cache.layers());
+}
+
+template <class Stack, class T, class B>
+Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                       Cache<Stack, T, B>& cache, Rows rows) {
+  check_sizes(model, cache);
+  auto const& call = cache.next(tokens);
+  if (call.tokens.empty()) return {};
+  auto const p = in(params);
+  Tensor<std::int32_t, 1, B> numbers{backend, {std::ssize(call.tokens)}};
+  upload(backend, call.tokens, numbers);
+  Tensor<T, 2, B> x{backend, {std::ssize(call.tokens), model.config().model_dim}};
+  On<Embedding, B>::forward(backend, in(numbers), p.embedding, out(x));
+  x = stack<Stack>(backend, model.stack_config(), call.sequences, p.blocks, std::move(x), out(cache.layers()));
+  cache.commit();
+  return logits(backend, model, p, call.sequences, rows, std::move(x));
+}
+
+}  // namespace infer
+
+// The logits [N, V] of new tokens, tokens[i] of sequence i of the cache, none of some if so wished; N are all of them, one
+// sequence after the other. The cache then holds them. Throws, before the cache is touched, if a sequence would outgrow the
+// cache's capacity or a token is not in the vocabulary.
+template <class Stack, class T, class B>
+Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                       Cache<Stack, T, B>& cache) {
+  return infer::extend(backend, model, params, tokens, cache, infer::Rows::all);
+}
+// The same, with the logits of the last token of each sequence only: one row for each that has new tokens, in order.
+template <class Stack, class T, class B>
+Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache) {
+  return infer::extend(backend, model, params, tokens, cache, infer::Rows::last);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/infer/sampling.hpp
+// The next token from one row of logits: the likeliest one, or one drawn from the likelier ones. Host memory only.
+#ifndef HYBRIDATTN_INFER_SAMPLING_HPP
+#define HYBRIDATTN_INFER_SAMPLING_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct SamplingOptions {
+  double temperature = 1;   // logits are divided by it; 0: always the likeliest token
+  Index top_k = 0;          // only the top_k likeliest tokens; 0: all
+  double top_p = 1;         // then only the fewest, likeliest first, whose probabilities sum to top_p; 1: all
+
+  // Throws on numbers that mean nothing.
+  void check_numbers() const {
+    check(std::isfinite(temperature) && temperature >= 0, "sampling: temperature ", temperature,
+          " is not allowed; it must be >= 0, and 0 takes the likeliest token");
+    check(top_k >= 0, "sampling: top_k ", top_k, " is not allowed; it must be >= 0, and 0 keeps all tokens");
+    check(top_p > 0 && top_p <= 1, "sampling: top_p ", top_p, " is not allowed; it must be in (0, 1]");
+  }
+};
+
+// Draws tokens; the same seed and the same logits give the same ones. Equally likely tokens are ordered by number, smaller first.
+class Sampler {
+ public:
+  explicit Sampler(SamplingOptions options = {}, Seed seed = {}) : options_(options), random_(seed, "sampling") {
+    options_.check_numbers();
+  }
+
+  // logits [V] of one position. -inf excludes a token; throws on NaN, on +inf, and where no token is left.
+  template <class T> std::int32_t operator()(std::span<T const> logits) {
+    fill_candidates(logits);
+    if (options_.temperature == 0) return best_->token;
+    keep_top_k();
+    double total = weigh();
+    if (options_.top_p < 1) total = keep_top_p(total);
+    return draw(total);
+  }
+
+ private:
+  struct Candidate {
+    double logit, weight;
+    std::int32_t token;
+  };
+  static bool likelier(Candidate const& a, Candidate const& b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
+
+  template <class T> void fill_candidates(std::span<T const> logits) {
+    check(!logits.empty(), "sampling: there are no logits");
+    candidates_.clear();
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      double const logit = static_cast<double>(logits[i]);
+      check(logit < std::numeric_limits<double>::infinity(), "sampling: the logit of token ", i, " is ", logit);
+      if (std::isfinite(logit)) candidates_.push_back({logit, 0, static_cast<std::int32_t>(i)});
+    }
+    check(!candidates_.empty(), "sampling: all ", logits.size(), " logits are -inf");
+    best_ = std::min_element(candidates_.begin(), candidates_.end(), likelier);
+    largest_ = best_->logit;
+  }
+  void keep_top_k() {
+    if (options_.top_k == 0 || options_.top_k >= std::ssize(candidates_)) return;
+    std::nth_element(candidates_.begin(), candidates_.begin() + options_.top_k, candidates_.end(), likelier);
+    candidates_.resize(static_cast<std::size_t>(options_.top_k));
+    std::sort(candidates_.begin(), candidates_.end(), [](auto const& a, auto const& b) { return a.token < b.token; });
+  }
+  double weigh() {
+    double total = 0;
+    for (Candidate& c : candidates_) total += c.weight = std::exp((c.logit - largest_) / options_.temperature);
+    return total;
+  }
+  // What is left of the total.
+  double keep_top_p(double total) {
+    std::sort(candidates_.begin(), candidates_.end(), likelier);
+    double kept = 0;
+    std::size_t count = 0;
+    while (count < candidates_.size() && kept < options_.top_p * total) kept += candidates_[count++].weight;
+    candidates_.resize(count);
+    return kept;
+  }
+  std::int32_t draw(double total) {
+    double left = random_.uniform() * total;
+    for (Candidate const& c : candidates_)
+      if ((left -= c.weight) < 0) return c.token;
+    return candidates_.back().token;   // rounding ate the last one's share
+  }
+
+  SamplingOptions options_;
+  Random random_;
+  std::vector<Candidate> candidates_;
+  std::vector<Candidate>::iterator best_;
+  double largest_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/infer/generate.hpp
+// Text goes on: the prompts at once, then one token of each sequence a step.
+#ifndef HYBRIDATTN_INFER_GENERATE_HPP
+#define HYBRIDATTN_INFER_GENERATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct GenerateOptions {
+  Index max_new_tokens = 128;                    // of each sequence
+  SamplingOptions sampling = {};
+  Seed seed = {};                                // sequence i draws what it would draw alone with seed + i
+  std::vector<std::int32_t> stop_tokens = {};    // each ends a sequence, and is its last token
+
+  // Throws on numbers that mean nothing.
+  void check_numbers() const {
+    constexpr Index most = std::numeric_limits<std::int32_t>::max();
+    check(0 <= max_new_tokens && max_new_tokens <= most, "generate: max_new_tokens ", max_new_tokens,
+          " is not allowed; it must be in 0 .. ", most);
+    sampling.check_numbers();
+  }
+};
+
+// What is new of each sequence, and what it took.
+struct Generated {
+  TokenLists tokens;
+  Index prefill_tokens = 0, decode_tokens = 0;   // that went through the model, in the first call and in the steps after it
+  double prefill_seconds = 0, decode_seconds = 0;
+};
+
+// Goes on with every sequence to its end.
+struct KeepGoing {
+  bool operator()(Index, std::int32_t) const { return true; }
+};
+
+namespace infer {
+
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// The tokens that each sequence gives to the model next; a sequence without any has ended.
+template <class OnToken> class Generation {
+ public:
+  // No sequence has room for more than `capacity` tokens.
+  Generation(TokenLists const& prompts, GenerateOptions const& options, Index capacity, OnToken& on_token)
+      : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
+    options.check_numbers();
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      tokens_[i].reserve(static_cast<std::size_t>(std::min(options.max_new_tokens, capacity + 1)));   // the last one needs no room
+      samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
+    }
+  }
+  TokenLists const& next() const { return next_; }
+  TokenLists& tokens() { return tokens_; }
+  Index count() const {
+    Index sum = 0;
+    for (auto const& of_sequence : next_) sum += std::ssize(of_sequence);
+    return sum;
+  }
+  // A row of logits [V] for each sequence that has not ended.
+  template <class T> void draw(std::span<T const> logits, std::size_t vocab_size) {
+    std::size_t row = 0;
+    for (std::size_t i = 0; i < next_.size(); ++i) {
+      if (next_[i].empty()) continue;
+      std::int32_t const token = samplers_[i](logits.subspan(row++ * vocab_size, vocab_size));
+      tokens_[i].push_back(token);
+      bool const wanted = on_token_(static_cast<Index>(i), token), stops = std::ranges::count(options_.stop_tokens, token) > 0;
+      next_[i].assign(std::size_t{wanted && !stops}, token);
+    }
+  }
+
+ private:
+  GenerateOptions const& options_;
+  OnToken& on_token_;
+  TokenLists next_, tokens_;
+  std::vector<Sampler> samplers_;
+};
+
+}  // namespace infer
+
+// Continues the sequences of a cache: prompts[i] is new to sequence i, which rests if it is empty. on_token(sequence, token)
+// sees every token as it is drawn, and returns whether that sequence goes on. The last token of each is not yet in the cache.
+// Throws on options and logits that make no sense, and where a sequence outgrows the cache.
+template <class Stack, class T, class B, class OnToken = KeepGoing>
+Generated generate(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params,
+                   Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
+  infer::Generation<OnToken> generation{prompts, options, cache.capacity(), on_token};
+  Generated result;
+  std::vector<T> host;
+  for (Index step = 0; step < options.max_new_tokens && generation.count() > 0; ++step) {
+    infer::Stopwatch const watch;
+    Index const count = generation.count();
+    auto const logits = extend_to_last(backend, model, params, generation.next(), cache);
+    host.resize(static_cast<std::size_t>(logits.shape().count()));
+    backend.download(host.data(), in(logits).data, logits.byte_count());
+    generation.draw(std::span<T const>(host), static_cast<std::size_t>(logits.shape()[1]));
+    (step == 0 ? result.prefill_tokens : result.decode_tokens) += count;
+    (step == 0 ? result.prefill_seconds : result.decode_seconds) += watch.seconds();
+  }
+  result.tokens = std::move(generation.tokens());
+  return result;
+}
+
+// From the beginning, with a cache of its own that has room for all.
+template <class Stack, class B, class Params, class OnToken = KeepGoing>
+Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& params, TokenLists const& prompts,
+                   GenerateOptions const& options = {}, OnToken on_token = {}) {
+  using T = std::remove_const_t<typename decltype(in(params.embedding))::Element>;
+  options.check_numbers();
+  check(!prompts.empty(), "generate: there are no prompts");
+  Index longest = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a model goes on from at least one token");
+    longest = std::max(longest, static_cast<Index>(std::ssize(prompts[i])));
+  }
+  auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = longest + options.max_new_tokens});
+  return generate(backend, model, params, cache, prompts, options, on_token);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif

@@ -1,0 +1,323 @@
+// <hybridattn/io/text.hpp> as one file, written by scripts/single_include: it and all that it needs of hybridattn, a library of
+// language models with hybrid attention. The other files of single_include may stand beside it.
+// SPDX-License-Identifier: MIT
+// Copyright (c) 2026 the hybridattn authors
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+// ==== hybridattn/core/config.hpp
+// What the compiler is and what it can do. The only header that asks.
+#ifndef HYBRIDATTN_CORE_CONFIG_HPP
+#define HYBRIDATTN_CORE_CONFIG_HPP
+
+#if defined(__FAST_MATH__)
+#error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
+#endif
+
+#if defined(__CUDACC__)
+#define HYBRIDATTN_CUDA 1
+#define HYBRIDATTN_HD __host__ __device__
+#else
+#define HYBRIDATTN_CUDA 0
+#define HYBRIDATTN_HD
+#endif
+
+#define HYBRIDATTN_INLINE inline __attribute__((always_inline))
+// On a lambda: [&](int i) HYBRIDATTN_INLINE_LAMBDA { ... }
+#define HYBRIDATTN_INLINE_LAMBDA __attribute__((always_inline))
+
+#define HYBRIDATTN_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HYBRIDATTN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define HYBRIDATTN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define HYBRIDATTN_UNROLL
+#endif
+
+// Indices are checked in debug builds only: a view is used inside the innermost loops.
+#if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 0
+#elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 1
+#endif
+
+// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+//   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
+// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
+// A function that takes a type of the library links only where the flags are the same.
+#if defined(__AVX512F__)
+#define HYBRIDATTN_ABI_VECTORS v64
+#elif defined(__AVX2__)
+#define HYBRIDATTN_ABI_VECTORS v32i
+#elif defined(__AVX__)
+#define HYBRIDATTN_ABI_VECTORS v32
+#else
+#define HYBRIDATTN_ABI_VECTORS v16
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HYBRIDATTN_ABI_FMA _fma
+#else
+#define HYBRIDATTN_ABI_FMA
+#endif
+#if defined(__AVX512BF16__)
+#define HYBRIDATTN_ABI_BF16 _bf16
+#else
+#define HYBRIDATTN_ABI_BF16
+#endif
+#if defined(_OPENMP)
+#define HYBRIDATTN_ABI_THREADS _openmp
+#else
+#define HYBRIDATTN_ABI_THREADS
+#endif
+#if HYBRIDATTN_BOUNDS_CHECKS
+#define HYBRIDATTN_ABI_CHECKS _checked
+#else
+#define HYBRIDATTN_ABI_CHECKS
+#endif
+#if HYBRIDATTN_CUDA
+#define HYBRIDATTN_ABI_COMPILER _nvcc
+#else
+#define HYBRIDATTN_ABI_COMPILER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#define HYBRIDATTN_ABI                                                                                                                   \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+                         HYBRIDATTN_ABI_COMPILER)
+
+#endif
+
+// ==== hybridattn/core/check.hpp
+// Errors: one clear sentence that names the offending value and the allowed ones.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+namespace hybridattn {
+
+// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/io/text.hpp
+// Text as it lies in files, and the text of an HTML page.
+#ifndef HYBRIDATTN_IO_TEXT_HPP
+#define HYBRIDATTN_IO_TEXT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// All bytes of a file that is not empty.
+inline std::string read_text(std::filesystem::path const& path) {
+  std::error_code error;
+  check(std::filesystem::exists(path, error), "cannot read ", path, ": there is no such file");
+  check(!std::filesystem::is_directory(path, error), "cannot read ", path, ": it is a folder; name the files in it");
+  std::ifstream file{path, std::ios::binary};
+  check(file.is_open(), "cannot read ", path, ": no permission");
+  std::string text{std::istreambuf_iterator<char>{file}, {}};
+  check(!file.bad(), "cannot read ", path, ": the device failed");
+  check(!text.empty(), "cannot use ", path, ": it is empty");
+  return text;
+}
+// Several files, one after the other.
+inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
+  check(!paths.empty(), "cannot read a text: no file is named");
+  std::string text;
+  for (auto const& path : paths) text += read_text(path);
+  return text;
+}
+
+namespace html {
+
+inline bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == '\f'; }
+inline bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
+inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
+inline std::string lower(std::string_view word) {
+  std::string result{word};
+  for (char& c : result) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + ('a' - 'A')) : c;
+  return result;
+}
+
+// One code point as UTF-8; what is none (0, a surrogate, too large) becomes the replacement character.
+inline void append_utf8(std::string& text, std::uint32_t point) {
+  if (point == 0 || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) point = 0xfffd;
+  auto const byte = [&](std::uint32_t value) { text += static_cast<char>(value); };
+  auto const tail = [&](int shift) { byte(0x80 | (point >> shift & 0x3f)); };
+  if (point < 0x80) return byte(point);
+  if (point < 0x800) return byte(0xc0 | point >> 6), tail(0);
+  if (point < 0x10000) return byte(0xe0 | point >> 12), tail(6), tail(0);
+  byte(0xf0 | point >> 18), tail(12), tail(6), tail(0);
+}
+
+// Code points 160 to 255, in order.
+inline constexpr std::array<std::string_view, 96> latin1 = {
+    "nbsp",   "iexcl",  "cent",   "pound",  "curren", "yen",    "brvbar", "sect",   "uml",    "copy",   "ordf",   "laquo",
+    "not",    "shy",    "reg",    "macr",   "deg",    "plusmn", "sup2",   "sup3",   "acute",  "micro",  "para",   "middot",
+    "cedil",  "sup1",   "ordm",   "raquo",  "frac14", "frac12", "frac34", "iquest", "Agrave", "Aacute", "Acirc",  "Atilde",
+    "Auml",   "Aring",  "AElig",  "Ccedil", "Egrave", "Eacute", "Ecirc",  "Euml",   "Igrave", "Iacute", "Icirc",  "Iuml",
+    "ETH",    "Ntilde", "Ograve", "Oacute", "Ocirc",  "Otilde", "Ouml",   "times",  "Oslash", "Ugrave", "Uacute", "Ucirc",
+    "Uuml",   "Yacute", "THORN",  "szlig",  "agrave", "aacute", "acirc",  "atilde", "auml",   "aring",  "aelig",  "ccedil",
+    "egrave", "eacute", "ecirc",  "euml",   "igrave", "iacute", "icirc",  "iuml",   "eth",    "ntilde", "ograve", "oacute",
+    "ocirc",  "otilde", "ouml",   "divide", "oslash", "ugrave", "uacute", "ucirc",  "uuml",   "yacute", "thorn",  "yuml"};
+
+struct Named {
+  std::string_view name;
+  std::uint32_t point;
+};
+inline constexpr std::array punctuation = {
+    Named{"amp", '&'},       Named{"lt", '<'},       Named{"gt", '>'},        Named{"quot", '"'},      Named{"apos", '\''},
+    Named{"ndash", 0x2013},  Named{"mdash", 0x2014}, Named{"lsquo", 0x2018},  Named{"rsquo", 0x2019},  Named{"sbquo", 0x201a},
+    Named{"ldquo", 0x201c},  Named{"rdquo", 0x201d}, Named{"bdquo", 0x201e},  Named{"dagger", 0x2020}, Named{"bull", 0x2022},
+    Named{"hellip", 0x2026}, Named{"prime", 0x2032}, Named{"lsaquo", 0x2039}, Named{"rsaquo", 0x203a}, Named{"euro", 0x20ac},
+    Named{"trade", 0x2122},  Named{"larr", 0x2190},  Named{"rarr", 0x2192},   Named{"minus", 0x2212},  Named{"OElig", 0x152},
+    Named{"oelig", 0x153},   Named{"Scaron", 0x160}, Named{"scaron", 0x161},  Named{"ensp", 0x2002},   Named{"emsp", 0x2003},
+    Named{"thinsp", 0x2009}};
+
+// The code point of `name` in &name; -1 when it is none.
+inline std::int64_t code_point(std::string_view name) {
+  if (name.starts_with('#')) {
+    bool const hex = name.size() > 1 && (name[1] == 'x' || name[1] == 'X');
+    auto const digits = name.substr(hex ? 2 : 1);
+    std::int64_t point = 0;
+    for (char c : digits) {
+      int const digit = is_digit(c) ? c - '0' : hex && is_letter(c) && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+      if (digit < 0) return -1;
+      point = std::min<std::int64_t>(point * (hex ? 16 : 10) + digit, 0x110000);
+    }
+    return digits.empty() ? -1 : point;
+  }
+  if (auto const found = std::ranges::find(punctuation, name, &Named::name); found != punctuation.end()) return found->point;
+  if (auto const found = std::ranges::find(latin1, name); found != latin1.end()) return 160 + (found - latin1.begin());
+  return -1;
+}
+
+// How far a tag parts the text before it from the text after it.
+enum class Gap { none, space, line, paragraph };
+
+inline Gap gap_of(std::string_view tag) {
+  static constexpr std::array<std::string_view, 9> lines = {"br", "dd", "dt", "hr", "li", "option", "tr", "caption", "legend"};
+  static constexpr std::array<std::string_view, 27> paragraphs = {
+      "address", "article", "aside", "blockquote", "body", "center", "div", "dl", "fieldset", "figure", "footer",  "form",  "h1", "h2",
+      "h3",      "h4",      "h5",    "h6",         "head", "header", "nav", "ol", "p",        "pre",    "section", "table", "ul"};
+  if (std::ranges::find(paragraphs, tag) != paragraphs.end()) return Gap::paragraph;
+  if (std::ranges::find(lines, tag) != lines.end()) return Gap::line;
+  return tag == "td" || tag == "th" ? Gap::space : Gap::none;
+}
+
+class Reader {
+ public:
+  explicit Reader(std::string_view page) : page_(page) {}
+
+  std::string text() {
+    while (at_ < page_.size()) {
+      if (page_[at_] == '<' && markup()) continue;
+      if (page_[at_] == '&' && entity()) continue;
+      if (is_space(page_[at_])) widen(Gap::space);
+      else put(page_.substr(at_, 1));
+      ++at_;
+    }
+    if (!text_.empty()) text_ += '\n';
+    return std::move(text_);
+  }
+
+ private:
+  void widen(Gap gap) { gap_ = std::max(gap_, gap); }
+  // The gap before it is written only once there is something after it.
+  void put(std::string_view visible) {
+    static constexpr std::string_view gaps[] = {"", " ", "\n", "\n\n"};
+    if (!text_.empty()) text_ += gaps[static_cast<int>(gap_)];
+    gap_ = Gap::none;
+    text_ += visible;
+  }
+
+  // Each of these passes over what stands at at_ and returns true, or leaves it alone: then it is text.
+  bool entity() {
+    auto const end = page_.substr(0, at_ + 32).find(';', at_);   // no entity is longer
+    if (end == page_.npos) return false;
+    auto const point = code_point(page_.substr(at_ + 1, end - at_ - 1));
+    if (point < 0) return false;
+    std::string letter;
+    append_utf8(letter, static_cast<std::uint32_t>(point));
+    put(letter);
+    at_ = end + 1;
+    return true;
+  }
+  bool markup() {
+    auto const rest = page_.substr(at_);
+    if (rest.starts_with("<!--")) return skip_past("-->", 4);
+    if (rest.starts_with("<!") || rest.starts_with("<?")) return skip_past(">", 2);
+    bool const closing = rest.starts_with("</");
+    auto const start = at_ + (closing ? 2 : 1);
+    if (start >= page_.size() || !is_letter(page_[start])) return false;
+    auto end = start;
+    while (end < page_.size() && (is_letter(page_[end]) || is_digit(page_[end]))) ++end;
+    auto const tag = lower(page_.substr(start, end - start));
+    at_ = end_of_tag(end);
+    widen(gap_of(tag));
+    if (!closing && (tag == "script" || tag == "style" || tag == "title")) skip_element(tag);
+    return true;
+  }
+  bool skip_past(std::string_view mark, std::size_t from) {
+    auto const found = page_.find(mark, at_ + from);
+    at_ = found == page_.npos ? page_.size() : found + mark.size();
+    return true;
+  }
+  // Behind the '>' that is not inside a quoted attribute; behind the first one when a quote is never closed.
+  std::size_t end_of_tag(std::size_t from) const {
+    char quote = 0;
+    for (auto i = from; i < page_.size(); ++i) {
+      char const c = page_[i];
+      if (quote == 0 && c == '>') return i + 1;
+      if (quote == 0 && (c == '"' || c == '\'')) quote = c;
+      else if (c == quote) quote = 0;
+    }
+    auto const first = page_.find('>', from);
+    return first == page_.npos ? page_.size() : first + 1;
+  }
+  // What stands inside is no text: up to its own end tag.
+  void skip_element(std::string const& tag) {
+    for (; at_ < page_.size(); ++at_)
+      if (page_[at_] == '<' && lower(page_.substr(at_, tag.size() + 2)) == "</" + tag) return;
+  }
+
+  std::string_view page_;
+  std::size_t at_ = 0;
+  std::string text_;
+  Gap gap_ = Gap::none;
+};
+
+}  // namespace html
+
+// What a reader sees of a page: tags, comments, scripts, styles and the title are gone, entities are UTF-8, white space
+// is a single space, and blocks are paragraphs with an empty line between.
+inline std::string html_to_text(std::string_view page) { return html::Reader{page}.text(); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
