@@ -8,6 +8,8 @@
 #include <hybridattn/core/sequences.hpp>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <limits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::attention {
@@ -57,9 +59,33 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim
   if (d < D) f(ShortPiece<T>{{d, D - d}});
 }
 
+// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
+// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE bool is_moderate() const {
+    return !cpu::any<T>(largest_ > std::bit_cast<Bits>(std::numeric_limits<T>::max() * T(0x1p-20)));
+  }
+
+ private:
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
 // products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
 template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
   constexpr int n = cpu::lanes<T>;
+  Range<T> range;
   for (Index j = 0; j < keys.count; j += n) {
     T const* row[n];
     HYBRIDATTN_UNROLL
@@ -73,7 +99,10 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
       }
     });
     cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
   }
+  if (range.is_moderate()) return;
+  for (Index j = 0; j < round_up(keys.count, n); ++j) products[j] = dot<T>(x, rows[keys[std::min(j, keys.count - 1)]], D);
 }
 // x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
@@ -84,8 +113,33 @@ template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T c
   });
   T result;
   cpu::sum_each<1, T>(&sum, &result);
-  return result;
+  return is_moderate(1, &result) ? result : dot<T>(x, y, D);
 }
+
+// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all else would be NaN too
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
 
 // p = exp(scale p - largest), largest being that of scale p, and total the sum of p. Room behind the last of `count` numbers,
 // up to a whole vector, is written too.
@@ -95,7 +149,7 @@ template <class T> struct Exponentials {
 template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  std::fill(p + count, p + round_up(count, lanes<T>), -infinity);   // whose exponential a sum of 1 or more does not feel
+  std::fill(p + count, p + round_up(count, lanes<T>), -infinity);   // whose exponential is 0
   cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
   for (Index j = 0; j < count; j += lanes<T>) {
     cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
@@ -104,7 +158,7 @@ template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index
   }
   T const largest = cpu::largest<T>(most);
   for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::load(p + j) - largest);
+    cpu::Vec<T> const e = cpu::exp_below_most<T>(cpu::load(p + j) - largest);
     sum += e;
     cpu::store<T>(p + j, e);
   }

@@ -47,6 +47,8 @@ HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<
   auto const [largest, total] = attention::exponentials(scale, keys.count, p);
   weighted_rows<T>(D, p, v, keys, T(1) / total, o);
   lse = static_cast<wide_t<T>>(largest + std::log(total));
+  if (!attention::is_moderate<T>(D, o))
+    lse = attention::attend_in_order<T>(D, scale, q, keys.count, [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; }, o);
 }
 
 // One query and one head in backward.
@@ -63,7 +65,7 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
   dot_rows<T>(D, x.d_o, v, keys, d_s);
   T const delta = dot_row<T>(D, x.d_o, x.o), lse = static_cast<T>(x.lse);
   for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(scale * cpu::load(p + j) - lse);
+    cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p + j)) - lse);   // a score rounded like lse
     cpu::store<T>(p + j, e);
     cpu::store<T>(d_s + j, scale * e * (cpu::load(d_s + j) - delta));
   }

@@ -18,7 +18,7 @@ template <class T> class KlQuery {
     for (Index j = 0; j < c_.index_heads; ++j) dot_rows<T>(c_.index_dim, x_.index_q.row(n_, j), index_keys(), keys_, products + j * room);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> sum{};
-      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::load(products + j * room + i), cpu::Vec<T>{});
+      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::Vec<T>{}, cpu::load(products + j * room + i));
       cpu::store<T>(scores + i, sum);
     });
   }
@@ -67,7 +67,7 @@ template <class T> class KlQuery {
       cpu::Vec<T> sum{};
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const d_score = cpu::load(scores + i), z = cpu::load(product + i);
-        sum += real(i, d_score * cpu::max<T>(z, cpu::Vec<T>{}));
+        sum += real(i, cpu::select<T>(z > T(0), d_score * z, cpu::Vec<T>{}));
         cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
       });
       if (!d_x.index_w.empty()) d_x.index_w(n_, j) = static_cast<T>(c_.index_scale) * cpu::sum<T>(sum);

@@ -78,10 +78,10 @@ void attend(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int3
   T const scale = static_cast<T>(c.scale);
   for_each_head(c, s, indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (Index key : keys) largest = std::max(largest, scale * dot(x.q.row(n, h), x.k.row(key, hk), D));
+    for (Index key : keys) largest = std::max(largest, scaled_dot(scale, x.q.row(n, h), x.k.row(key, hk), D));
     std::fill_n(y.o.row(n, h), D, T(0));
     for (Index key : keys) {
-      T const p = std::exp(scale * dot(x.q.row(n, h), x.k.row(key, hk), D) - largest);
+      T const p = std::exp(scaled_dot(scale, x.q.row(n, h), x.k.row(key, hk), D) - largest);
       sum += p;
       axpy(p, x.v.row(key, hk), y.o.row(n, h), D);
     }
@@ -102,8 +102,8 @@ std::vector<T> shares_of(Config const& c, Inputs<In<T>> x, Wide<In<T>, 2> lse, I
   for (Index key : keys) {
     T sum = 0;
     for (Index h = 0; h < c.num_heads; ++h) {
-      T const product = dot(x.q.row(n, h), x.k.row(key, h / (c.num_heads / c.num_kv_heads)), c.head_dim);
-      sum += std::exp(static_cast<T>(c.scale) * product - lse(n, h));
+      T const *q = x.q.row(n, h), *k = x.k.row(key, h / (c.num_heads / c.num_kv_heads));
+      sum += std::exp(scaled_dot(static_cast<T>(c.scale), q, k, c.head_dim) - lse(n, h));
     }
     p.push_back(sum / static_cast<T>(c.num_heads));                                                                 // (5)
   }
@@ -154,7 +154,7 @@ void attend_backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outpu
   for_each_head(c, s, saved.indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
     T const *q = x.q.row(n, h), delta = dot(d_o.row(n, h), y.o.row(n, h), D);
     for (Index key : keys) {
-      T const p = std::exp(scale * dot(q, x.k.row(key, hk), D) - saved.lse(n, h));
+      T const p = std::exp(scaled_dot(scale, q, x.k.row(key, hk), D) - saved.lse(n, h));
       T const d_s = scale * p * (dot(d_o.row(n, h), x.v.row(key, hk), D) - delta);
       axpy(d_s, x.k.row(key, hk), d_x.q.row(n, h), D);
       axpy(d_s, q, d_x.k.row(key, hk), D);

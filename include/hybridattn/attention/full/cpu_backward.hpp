@@ -96,13 +96,8 @@ template <class T, class Dim> class BackwardHead {
                                                    scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
                                    });
   }
-  // exp(scale s - lse). lse holds a rounded score; the maximum, which changes nothing else, keeps a compiler from fusing the
-  // product with the difference, so that this score is rounded as well: where one key takes all, P is 1 exactly. The smallest
-  // number that cpu::exp gives stands for all below it: 0.
-  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const {
-    Vec const score = cpu::max<T>(cpu::broadcast<T>(std::numeric_limits<T>::lowest()), scale_ * s);
-    return cpu::exp<T>(score - lse) - std::numeric_limits<T>::min();
-  }
+  // exp(scale s - lse). lse holds a rounded score, so this one is rounded as well: where one key takes all, P is 1 exactly.
+  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.
   HYBRIDATTN_INLINE void add_product(Band band, cpu::Broadcast<T> a, Rows<T const> b, Rows<T> to, Index rows) {

@@ -39,6 +39,11 @@ template <class T> class SequenceKeys {
       seen += count;
     });
   }
+  // Of those rows, number j.
+  attention::KeyRows<T> at(Index t, Index j) const {
+    Index const position = past_ + t + 1 - count(t) + j, row = position < past_ ? position % ring_ : position - past_;
+    return position < past_ ? attention::KeyRows<T>{cached_k_[row], cached_v_[row]} : attention::KeyRows<T>{k_[row], v_[row]};
+  }
   Index count(Index t) const { return window_ == 0 ? past_ + t + 1 : std::min<Index>(past_ + t + 1, window_); }
 
  private:
@@ -65,6 +70,9 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
     for (Index g = 0; g < group; ++g) attention::add_weighted_rows<T>(D, p + g * room + first, v, all, o[g]);        // (3)
   });
+  for (Index g = 0; g < group; ++g)
+    if (!attention::is_moderate<T>(D, o[g]))
+      attention::attend_in_order<T>(D, scale, q[g], keys.count(t), [&](Index j) { return keys.at(t, j); }, o[g]);
 }
 
 // The sequences that continue. Tasks are some queries of a group of heads.

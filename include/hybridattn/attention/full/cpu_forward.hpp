@@ -3,7 +3,8 @@
 //
 // The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
 // are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
-// than e^40 is replaced, for that query alone.
+// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Scores are rounded before they are
+// compared, so that the largest one is its own reference exactly, however large it is, and one replacement is enough.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
@@ -36,12 +37,12 @@ template <class T, class Dim> class ForwardBlock {
       if (key > first + queries - 1 - reach_) earlier<false>(key, count);
       else earlier<true>(key, count);
     }
-    finish(o, lse);
+    finish(q, o, lse);
   }
 
  private:
   static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  static constexpr T limit = 40;
+  static constexpr T limit = 10, far = 80;   // in exponents: what a weight may be, and what it may be and be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
 
@@ -61,7 +62,7 @@ template <class T, class Dim> class ForwardBlock {
         D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
         [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
         [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-          s *= scale_;
+          s = cpu::in_register<T>(scale_ * s);
           Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
           largest[from + v] = cpu::max<T>(largest[from + v], seen);
           cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
@@ -104,10 +105,10 @@ template <class T, class Dim> class ForwardBlock {
       cpu::tile<MR, NV, T>(
           D_, {k_[key + j], k_.stride, 1}, {q_t_, queries}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
           [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-            s = scale_ * s - reference[v];
+            s = cpu::in_register<T>(scale_ * s);
             if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
             largest[v] = cpu::max<T>(largest[v], s);
-            Vec e = cpu::exp<T>(s);
+            Vec e = cpu::exp_below_most<T>(s - reference[v]);
             if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
             sum[v] += e;
             cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
@@ -118,21 +119,31 @@ template <class T, class Dim> class ForwardBlock {
   template <bool masked> void earlier(Index key, Index count) {
     Vec largest[NV], sum[NV];
     weights<masked>(key, count, largest, sum);
-    while (cpu::any<T>((largest[0] > limit) | (largest[1] > limit))) {
-      for (int v = 0; v < NV; ++v) raise_reference(v, cpu::select<T>(largest[v] > limit, largest[v], Vec{}));
+    if (is_beaten(largest, far)) {   // their exponentials may be infinite
+      for (int v = 0; v < NV; ++v) raise_reference(v, largest[v], far);
       weights<masked>(key, count, largest, sum);
     }
+    if (is_beaten(largest, limit))
+      for (int v = 0; v < NV; ++v) {
+        Vec const shrink = raise_reference(v, largest[v], limit);
+        sum[v] *= shrink;
+        for (T* p = p_ + v * cpu::lanes<T>; p < p_ + count * queries; p += queries) cpu::store<T>(p, shrink * cpu::load(p));
+      }
     for (int v = 0; v < NV; ++v) sum_[v] += sum[v];
     add_values<false>(key, count);
   }
 
-  // A query whose `by` is 0 keeps every bit.
-  void raise_reference(int v, Vec by) {
-    Vec const shrink = cpu::exp<T>(-by);
-    reference_[v] += by;
+  bool is_beaten(Vec const (&largest)[NV], T by) const {
+    return cpu::any<T>((largest[0] - reference_[0] > by) | (largest[1] - reference_[1] > by));
+  }
+  // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
+  Vec raise_reference(int v, Vec largest, T by) {
+    Vec const raised = cpu::select<T>(largest - reference_[v] > by, largest, reference_[v]), shrink = cpu::exp<T>(reference_[v] - raised);
+    reference_[v] = raised;
     sum_[v] *= shrink;
     for (int lane = 0; lane < cpu::lanes<T>; ++lane)
       for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
+    return shrink;
   }
 
   // (3) o (+)= P v
@@ -150,16 +161,30 @@ template <class T, class Dim> class ForwardBlock {
   }
 
   // (2), (3)
-  void finish(Rows<T> o, Rows<wide_t<T>> lse) {
+  void finish(Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     alignas(cpu::vector_bytes) T inverse[queries], logarithm[queries];
     for (int v = 0; v < NV; ++v) {
       cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
       cpu::store<T>(logarithm + v * cpu::lanes<T>, reference_[v] + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
     }
-    for (Index i = 0, count = std::min(queries, length_ - first_); i < count; ++i) {
+    Index const count = std::min(queries, length_ - first_);
+    attention::Range<T> range;
+    for (Index i = 0; i < count; ++i) {
       *lse[first_ + i] = logarithm[i];
-      for (Index d = 0; d < D_; d += cpu::lanes<T>) cpu::store<T>(o[first_ + i] + d, inverse[i] * cpu::load(o_ + i * D_ + d));
+      for (Index d = 0; d < D_; d += cpu::lanes<T>) {
+        Vec const x = cpu::load(o_ + i * D_ + d);
+        range.add(x);
+        cpu::store<T>(o[first_ + i] + d, inverse[i] * x);
+      }
     }
+    if (range.is_moderate()) return;
+    for (Index i = 0; i < count; ++i)
+      if (!attention::is_moderate<T>(D_, o_ + i * D_)) *lse[first_ + i] = in_order(first_ + i, q, o);
+  }
+  wide_t<T> in_order(Index query, Rows<T const> q, Rows<T> o) const {
+    Index const oldest = std::max<Index>(0, query - reach_ + 1);
+    auto const key_at = [&](Index j) { return attention::KeyRows<T>{k_[oldest + j], v_[oldest + j]}; };
+    return attention::attend_in_order<T>(D_, scale_, q[query], query - oldest + 1, key_at, o[query]);
   }
 
   Dim D_;

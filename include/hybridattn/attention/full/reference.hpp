@@ -25,10 +25,10 @@ void forward(FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x
   T const scale = static_cast<T>(c.scale);
   for_each_query(o, c, s, [&](Index h, Index hk, Index i, Index first) {
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (Index j = first; j <= i; ++j) largest = std::max(largest, scale * dot(x.q.row(i, h), x.k.row(j, hk), D));
+    for (Index j = first; j <= i; ++j) largest = std::max(largest, scaled_dot(scale, x.q.row(i, h), x.k.row(j, hk), D));
     std::fill_n(y.o.row(i, h), D, T(0));
     for (Index j = first; j <= i; ++j) {
-      T const p = std::exp(scale * dot(x.q.row(i, h), x.k.row(j, hk), D) - largest);
+      T const p = std::exp(scaled_dot(scale, x.q.row(i, h), x.k.row(j, hk), D) - largest);
       sum += p;
       axpy(p, x.v.row(j, hk), y.o.row(i, h), D);                                            // (3)
     }
@@ -51,7 +51,7 @@ void backward(FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> 
     T const *q = x.q.row(i, h), *d_o = d_y.o.row(i, h), delta = dot(d_o, y.o.row(i, h), D);
     std::fill_n(d_x.q.row(i, h), D, T(0));
     for (Index j = first; j <= i; ++j) {
-      T const p = std::exp(scale * dot(q, x.k.row(j, hk), D) - saved.lse(i, h));
+      T const p = std::exp(scaled_dot(scale, q, x.k.row(j, hk), D) - saved.lse(i, h));
       T const d_s = scale * p * (dot(d_o, x.v.row(j, hk), D) - delta);                      // (4)
       axpy(d_s, x.k.row(j, hk), d_x.q.row(i, h), D);                                        // (5)
       axpy(d_s, q, d_x.k.row(j, hk), D);

@@ -45,13 +45,15 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
 // loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
   asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
 #endif
   return x;
 }
@@ -114,15 +116,15 @@ namespace detail {
 // 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
 template <class T> struct Exp2;
 template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -126.f;   // 1.5 * 2^23
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
   static constexpr int mantissa = 23;
   static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
 };
 template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
-                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 4.4455382738708114976e-10, 7.0549116208011233299e-9,
                                  1.0178086009239699728e-7,  1.3215486790144309488e-6,
                                  1.5252733804059840280e-5,  1.5403530393381609954e-4,
                                  1.3333558146428443423e-3,  9.6181291076284771620e-3,
@@ -131,18 +133,27 @@ template <> struct Exp2<double> {
 };
 }  // namespace detail
 
-// 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
-  x = cpu::max<T>(broadcast<T>(E::least), x);   // in this order a NaN stays
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;   // a masked entry may be far too large: let it wrap
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << E::mantissa));
+  // The product, and not a sum of exponents: that would make a number of a NaN.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
 }
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+// e^x for x < 88 (double: < 709); above that, any number.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp_below_most(Vec<T> x) { return cpu::exp2_below_most<T>(x * log2_e<T>); }
 
 // log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
@@ -210,7 +221,7 @@ template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V ever
 // Count vectors hold sums that are still spread over `left` places of each vector.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {

@@ -39,7 +39,7 @@ template <class T> class RowTopK {
     Index const tied = end_of_ties(bound);
     Index chosen = 0, i = 0;
     for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
-    for (; chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
+    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
   }
 
  private:
@@ -66,7 +66,7 @@ template <class T> class RowTopK {
   // Behind the last tie that is chosen.
   Index end_of_ties(Bound bound) const {
     Index i = 0;
-    for (Index left = bound.ties; left > 0; ++i) left -= keys_[i] == bound.key;
+    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
     return i;
   }
   Index count_above(Key bound) const {
