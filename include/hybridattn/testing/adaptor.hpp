@@ -73,6 +73,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
   bool saved_is_linear() const override { return Samples<P>::saved_is_linear; }
   bool detached(std::string_view input) const override { return P::detached(input); }
+  bool by_head(std::string_view input) const override { return Samples<P>::by_head(input); }
   bool has_states() const override {
     HostGroup const group = empty_group(Samples<P>::inputs(config_, Sequences::equal(1, 1)), inputs_of);
     return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.name.starts_with("initial_"); });

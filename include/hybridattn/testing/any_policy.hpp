@@ -58,6 +58,7 @@ class AnyPolicy {
   virtual bool has_states() const = 0;        // an input initial_x for an output final_x
   virtual bool saved_is_linear() const = 0;   // in the number of tokens
   virtual bool detached(std::string_view input) const = 0;
+  virtual bool by_head(std::string_view input) const = 0;   // its gradient is judged head by head
 
   // Two seeds differ in every value.
   virtual Case sample(std::string const& kind, Sequences const& sequences, std::uint64_t seed, bool carried) const = 0;

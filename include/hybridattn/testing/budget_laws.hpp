@@ -54,17 +54,52 @@ struct Values {
   Sequences sequences;
   bool carried = true;
 };
+// Column h of a tensor [N, H].
+inline HostTensor head_of(HostTensor const& x, Index h) {
+  HostTensor head = x;
+  head.values.clear();
+  for (Index n = 0; n < x.row_count(); ++n) head.values.push_back(x.row(n)[h]);
+  return head;
+}
+// The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
+inline double budget_of_head(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
+  double const least = policy.in_double() ? std::numeric_limits<double>::min() : double{std::numeric_limits<float>::min()};
+  double const largest = max_abs(truth);
+  return least + (naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest);
+}
+// The first head of those gradients that are judged head by head which is further from the truth than `times` its budget.
+inline std::string beyond_budget_of_head(AnyPolicy const& policy, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
+                                         double times) {
+  for (std::size_t i = 0; i < x.size(); ++i)
+    for (Index h = 0; policy.by_head(x[i].name) && h < x[i].row_size(); ++h) {
+      HostTensor const result = head_of(x[i], h), true_head = head_of(truth[i], h);
+      HostTensor const by_loops = naive.empty() ? HostTensor{} : head_of(naive[i], h);
+      double const allowed = times * budget_of_head(policy, true_head, naive.empty() ? nullptr : &by_loops);
+      Difference const worst = max_difference(result, true_head);
+      auto const at = static_cast<std::size_t>(worst.element);
+      if (!(worst.size <= allowed))
+        return sentence("head ", h, " of ", x[i].name, " is ", number(result.values[at]), " instead of ", number(true_head.values[at]),
+                        " at token ", worst.element, ", off by ", worst.size, " where ", allowed, " is allowed in this head");
+    }
+  return {};
+}
 // Outputs, what is saved and gradients, with `times` the budget.
 inline std::string wrong_values(AnyPolicy const& policy, Values const& of, std::uint64_t seed, double times) {
   Case const x = policy.sample(of.kind, of.sequences, seed, of.carried);
   Result const result = policy.run(x, {});
   Judges const judges = judges_of(policy, x, result);
-  auto const group = [&](char const* name, HostGroup Result::* part) {
-    return told(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times),
+  auto const say = [&](std::string const& why, char const* name) {
+    return told(why,
                 sentence(name, ", kind ", of.kind, ", longest sequence ", of.sequences.longest(), of.carried ? "" : ", without states"));
   };
+  auto const group = [&](char const* name, HostGroup Result::* part) {
+    return say(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times), name);
+  };
+  auto const heads = [&] {
+    return say(beyond_budget_of_head(policy, result.gradients, judges.truth.gradients, judges.naive.gradients, times), "gradient");
+  };
   return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
-                  [&] { return group("gradient", &Result::gradients); });
+                  [&] { return group("gradient", &Result::gradients); }, heads);
 }
 // Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
 // result in less than double that misses the budget, but not by far, is drawn again.
@@ -77,7 +112,7 @@ inline std::string wrong_values(AnyPolicy const& policy, Values const& of) {
 
 }  // namespace detail
 
-// 8. Outputs and gradients are those of the reference.
+// 8. Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
 inline Verdict true_values(AnyPolicy const& policy) {
   std::vector<detail::Values> all;
   for (std::string const& kind : policy.kinds()) all.push_back({kind, detail::all_lengths()});

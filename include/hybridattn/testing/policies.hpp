@@ -7,26 +7,12 @@
 #include <hybridattn/attention/dsa/reference.hpp>
 #include <hybridattn/attention/full/reference.hpp>
 #include <hybridattn/attention/gdn/reference.hpp>
+#include <hybridattn/testing/gates.hpp>
 #include <hybridattn/testing/traits.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
-
-// Every row of the last axis gets length 1.
-inline void normalise(HostTensor& tensor) {
-  Index const D = tensor.shape.back();
-  for (auto row = tensor.values.begin(); row != tensor.values.end(); row += D) {
-    double sum = 0;
-    for (Index d = 0; d < D; ++d) sum += row[d] * row[d];
-    for (Index d = 0; d < D; ++d) row[d] /= std::sqrt(sum);
-  }
-}
-// All rows become `share` of the first one and the rest of their own.
-inline void correlate(HostTensor& tensor, double share) {
-  for (Index n = 0; n < tensor.row_count(); ++n)
-    for (Index e = 0; e < tensor.row_size(); ++e) tensor.row(n)[e] = share * tensor.row(0)[e] + (1 - share) * tensor.row(n)[e];
-}
 
 // q, k and v of a softmax.
 inline std::vector<std::string> softmax_kinds() { return {"noise", "near one-hot", "one key for all", "early keys stand out"}; }
@@ -40,49 +26,6 @@ inline void draw_softmax(std::string_view kind, Random& random, HostGroup& x) {
   if (kind == "early keys stand out")   // by more than e^40: what was summed before has to be scaled
     for (Index n = 0; n < k.row_count(); n += 5)
       for (Index e = 0; e < k.row_size(); ++e) k.row(n)[e] *= 30.0 / static_cast<double>(1 + n % 30);
-}
-
-enum class Decay { none, mild, strong, total, mixed };
-enum class Beta { zero, one, two, between, mixed };
-struct GdnKind {
-  char const* name;
-  Decay decay;
-  Beta beta;
-  double shared;   // of a key's direction with all others
-};
-inline constexpr GdnKind gdn_kinds[] = {
-    {"mild", Decay::mild, Beta::between, 0},
-    {"nothing forgotten, one key", Decay::none, Beta::one, 1},
-    {"strong gates, correlated keys", Decay::strong, Beta::between, 0.8},
-    {"all forgotten", Decay::total, Beta::mixed, 0},
-    {"reflections", Decay::none, Beta::two, 0.3},
-    {"nothing written", Decay::mild, Beta::zero, 0},
-    {"everything mixed", Decay::mixed, Beta::mixed, 0.5},
-};
-inline double draw_decay(Decay decay, double strength, Random& random) {
-  if (decay == Decay::mixed) decay = static_cast<Decay>(random.below(4));
-  if (decay == Decay::none) return 0;
-  if (decay == Decay::total) return -120;
-  return decay == Decay::mild ? -0.1 * random.uniform() : -strength * std::log1p(std::exp(random.normal()));
-}
-inline double draw_beta(Beta beta, Random& random) {
-  if (beta == Beta::mixed) beta = static_cast<Beta>(random.below(4));
-  return beta == Beta::zero ? 0 : beta == Beta::one ? 1 : beta == Beta::two ? 2 : random.uniform();
-}
-inline void draw_gdn(std::string_view name, Random& random, HostGroup& x) {
-  GdnKind const& kind = *std::find_if(std::begin(gdn_kinds), std::end(gdn_kinds), [&](GdnKind const& one) { return one.name == name; });
-  for (HostTensor& tensor : x) set_normal(tensor, random);
-  correlate(x.at("k"), kind.shared);
-  normalise(x.at("q"));
-  normalise(x.at("k"));
-  HostTensor &g = x.at("g"), &beta = x.at("beta");
-  std::vector<double> strengths;   // exp(A_log) of each head
-  for (Index h = 0; h < g.shape[1]; ++h) strengths.push_back(random.uniform(0.01, 16));
-  for (Index n = 0; n < g.row_count(); ++n)
-    for (Index h = 0; h < g.row_size(); ++h) {
-      g.row(n)[h] = draw_decay(kind.decay, strengths[static_cast<std::size_t>(h)], random);
-      beta.row(n)[h] = draw_beta(kind.beta, random);
-    }
 }
 
 // The indexer's inputs: in whole numbers scores are exact and full of ties.
@@ -181,7 +124,7 @@ template <GdnOptions O> struct Reference<GatedDeltaNet<O>> {
   template <class... Args> static void forward(Args const&... args) { gdn::reference::forward(args...); }
   template <class... Args> static void backward(Args const&... args) { gdn::reference::backward(args...); }
 };
-template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : PlainSamples<GatedDeltaNet<O>> {
+template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : GatedSamples<GatedDeltaNet<O>> {
   using P = GatedDeltaNet<O>;
   static std::vector<gdn::Config> sizes() {
     return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 8, .value_dim = 16},
@@ -200,12 +143,6 @@ template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : PlainSamples<GatedDel
     shapes.final_state = gdn::state_shape(c, s);
     return shapes;
   }
-  static std::vector<std::string> kinds() {
-    std::vector<std::string> names;
-    for (detail::GdnKind const& kind : detail::gdn_kinds) names.push_back(kind.name);
-    return names;
-  }
-  static void draw(std::string_view kind, Random& random, HostGroup& inputs) { detail::draw_gdn(kind, random, inputs); }
 };
 
 template <SparseOptions O> struct Reference<SparseAttention<O>> {

@@ -25,6 +25,8 @@ template <class P> struct PlainSamples {
   static void draw(std::string_view, Random& random, HostGroup& inputs) {
     for (HostTensor& tensor : inputs) set_normal(tensor, random);
   }
+  // Whether the gradient of an input [N, H] is judged head by head, each against its own largest element.
+  static bool by_head(std::string_view) { return false; }
 };
 template <class P> struct Samples : PlainSamples<P> {};
 

@@ -78,14 +78,17 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows.
+// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
+// by square: sums of few terms round less.
 template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
   Vec<T> sum{};
   for (Index v = 0; v < V; v += panel_width<T>) {
     alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
     cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
+    Vec<T> square{};
     HYBRIDATTN_UNROLL
-    for (Index r = 0; r < panel_width<T>; ++r) sum += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    sum += square;
   }
   return sum;
 }
