@@ -16,12 +16,15 @@ enum class QkNorm { none, plain, zero_centred };
 // Which entries of a head turn together: (i, i + rotary_dim/2), or (2i, 2i + 1).
 enum class Rotary { half_split, interleaved };
 
+// Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
+constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
+
 // Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
 // continue others, of each token's own.
 template <class T, class B> class Rotation {
  public:
   Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
-      : options_{head_dim * percent / 200 * 2, theta, pairs == Rotary::interleaved} {
+      : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     bool const of_tokens = s.any_continue();
     if (!of_tokens) positions_ = s.positions();
     angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};

@@ -2,60 +2,20 @@
 #ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
 #define HYBRIDATTN_BACKEND_BACKEND_HPP
 
-#include <hybridattn/core/config.hpp>
+#include <hybridattn/backend/pool.hpp>
 
 #include <concepts>
-#include <cstddef>
-#include <map>
-#include <vector>
+#include <utility>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
-class Pool {
- public:
-  template <class Allocate> void* take(std::size_t bytes, Allocate allocate) {
-    auto& blocks = free_[bytes];
-    void* block = nullptr;
-    if (blocks.empty()) {
-      block = allocate(bytes);
-      ++allocations_;
-      blocks.reserve(++taken_[bytes]);   // so that giving back never allocates, nor throws
-    } else {
-      block = blocks.back();
-      blocks.pop_back();
-    }
-    in_use_ += bytes;
-    peak_ = in_use_ > peak_ ? in_use_ : peak_;
-    return block;
-  }
-  void give(void* block, std::size_t bytes) noexcept {
-    in_use_ -= bytes;
-    free_.find(bytes)->second.push_back(block);
-  }
-  template <class Release> void clear(Release release) {
-    for (auto& [bytes, blocks] : free_)
-      for (void* block : blocks) release(block);
-    free_.clear();
-    taken_.clear();
-  }
-  std::size_t in_use() const { return in_use_; }
-  std::size_t peak() const { return peak_; }
-  std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
-  void reset_peak() { peak_ = in_use_; }
-
- private:
-  std::map<std::size_t, std::vector<void*>> free_;
-  std::map<std::size_t, std::size_t> taken_;
-  std::size_t in_use_ = 0, peak_ = 0, allocations_ = 0;
-};
-
-// What a machine offers to the layers above: memory, and copies from and to the host.
+// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
+// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
-  b.give(to, bytes);
+  { b.give(to, bytes) } noexcept;
+  b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
   { b.pool() } -> std::same_as<Pool&>;

@@ -34,7 +34,8 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
   for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
 }
 
-constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

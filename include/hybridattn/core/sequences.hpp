@@ -2,7 +2,7 @@
 #ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
 #define HYBRIDATTN_CORE_SEQUENCES_HPP
 
-#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/view.hpp>
 
 #include <algorithm>
@@ -17,12 +17,15 @@ struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
   static Sequences equal(Index count, Index length) {
     check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
     Sequences result;
+    result.make_room(count, size_product(count, length));
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
@@ -30,11 +33,11 @@ class Sequences {
   // are allowed.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    Sequences result;
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
       check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-      result.append(offsets[i + 1] - offsets[i]);
-    }
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
   // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
@@ -46,13 +49,18 @@ class Sequences {
   // The same, in the memory that is there.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
     check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
     list_.clear();
     positions_.clear();
     owners_.clear();
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      append(lengths[i], past[i]);
-    }
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
   // Those that follow nothing; the others count as empty here.
   Sequences beginnings() const {
@@ -85,6 +93,13 @@ class Sequences {
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
  private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
   void append(Index length, Index past = 0) {
     for (Index position = past; position < past + length; ++position) {
       positions_.push_back(static_cast<std::int32_t>(position));

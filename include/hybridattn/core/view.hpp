@@ -2,17 +2,12 @@
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
 #define HYBRIDATTN_CORE_VIEW_HPP
 
-#include <hybridattn/core/config.hpp>
+#include <hybridattn/core/sizes.hpp>
 
-#include <concepts>
-#include <cstddef>
-#include <cstdint>
 #include <cstdlib>
 #include <type_traits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-using Index = std::ptrdiff_t;
 
 // Extents, last one fastest. A wrong number of extents does not compile.
 template <int Rank> struct Shape {
@@ -23,7 +18,10 @@ template <int Rank> struct Shape {
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  HYBRIDATTN_HD constexpr Index count() const {
+  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  constexpr Index count() const { return detail::product(extent, Rank); }
+  // The same of sizes that stand in memory already.
+  HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
     return product;
@@ -51,7 +49,7 @@ template <class T, int Rank> struct View {
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
-  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.counted(); }
   HYBRIDATTN_HD bool is_contiguous() const {
     Index step = 1;
     for (int axis = Rank; axis-- > 0; step *= shape[axis])
@@ -87,7 +85,7 @@ template <class T, int Rank> struct View {
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
-  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.counted() / rows}};
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }

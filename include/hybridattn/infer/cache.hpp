@@ -34,9 +34,9 @@ template <class Stack> struct LayerCaches {
 
 // bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
 template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
-  check_at_least("cache", "batch", size.batch, 1);
-  check(1 <= size.capacity && size.capacity <= std::numeric_limits<std::int32_t>::max(), "cache: capacity ", size.capacity,
-        " is not allowed; it must be in 1 .. ", std::numeric_limits<std::int32_t>::max());
+  check(1 <= size.batch && size.batch <= largest_int32, "cache: batch ", size.batch, " is not allowed; it must be in 1 .. ", largest_int32);
+  check(1 <= size.capacity && size.capacity <= largest_int32, "cache: capacity ", size.capacity, " is not allowed; it must be in 1 .. ",
+        largest_int32);
   typename LayerCaches<Stack>::template Group<Shapes> shapes;
   shapes.for_each(
       [&](auto block, std::size_t, auto& layer) {
@@ -53,8 +53,10 @@ template <class Stack, class T, class B> class Cache {
   static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
                 "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
 
+  // Throws Error, and says how much was asked, where there is no memory for it.
   Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
-      : layers_(allocate<T>(backend, cache_shapes(model, size))), capacity_(size.capacity), lengths_(static_cast<std::size_t>(size.batch)) {
+      : layers_(allocated(backend, cache_shapes(model, size), size)), capacity_(size.capacity) {
+    resize(lengths_, size.batch, "the lengths of sequences");
   }
 
   Group const& layers() const { return layers_; }
@@ -90,6 +92,14 @@ template <class Stack, class T, class B> class Cache {
   }
 
  private:
+  static Group allocated(B& backend, typename LayerCaches<Stack>::template Group<Shapes> const& shapes, CacheSize size) {
+    try {
+      return allocate<T>(backend, shapes);
+    } catch (Error const& error) {
+      fail("cache: capacity ", size.capacity, " for ", size.batch, " sequences is ", bytes<T>(shapes), " bytes: ", error.what());
+    }
+  }
+
   Group layers_;
   Index capacity_;
   std::vector<Index> lengths_, new_lengths_;

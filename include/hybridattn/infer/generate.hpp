@@ -54,7 +54,7 @@ template <class OnToken> class Generation {
       : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
     options.check_numbers();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-      tokens_[i].reserve(static_cast<std::size_t>(std::min(options.max_new_tokens, capacity + 1)));   // the last one needs no room
+      reserve(tokens_[i], std::min(options.max_new_tokens, capacity + 1), "max_new_tokens");   // the last one needs no room
       samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
     }
   }
@@ -99,7 +99,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
     infer::Stopwatch const watch;
     Index const count = generation.count();
     auto const logits = extend_to_last(backend, model, params, generation.next(), cache);
-    host.resize(static_cast<std::size_t>(logits.shape().count()));
+    resize(host, logits.shape().count(), "a copy of the logits");
     backend.download(host.data(), in(logits).data, logits.byte_count());
     generation.draw(std::span<T const>(host), static_cast<std::size_t>(logits.shape()[1]));
     (step == 0 ? result.prefill_tokens : result.decode_tokens) += count;

@@ -30,11 +30,8 @@ struct TensorInfo {
   std::vector<Index> shape;     // [] is one number
   std::size_t begin = 0, end = 0;   // bytes of the data
 
-  Index count() const {
-    Index product = 1;
-    for (Index extent : shape) product *= extent;
-    return product;
-  }
+  // Throws Error where it cannot be counted.
+  Index count() const { return detail::product(shape.data(), static_cast<int>(shape.size())); }
 };
 
 namespace safetensors {

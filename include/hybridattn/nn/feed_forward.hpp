@@ -79,10 +79,12 @@ struct FeedForwardConfig {
   FeedForwardConfig completed(Index model_dim) const {
     check_numbers();
     FeedForwardConfig c = *this;
-    if (c.hidden_dim == 0) c.hidden_dim = 4 * model_dim;
+    if (c.hidden_dim == 0) c.hidden_dim = size_product(4, model_dim);
     if (c.expert_dim == 0) c.expert_dim = c.hidden_dim;
     check(c.num_experts == 0 || (0 < c.top_k && c.top_k <= c.num_experts), "feed-forward: top_k ", c.top_k, " of ", c.num_experts,
           " experts; allowed: 1 .. ", c.num_experts);
+    check(c.num_experts <= largest_int32, "feed-forward: num_experts ", c.num_experts, " is not allowed; it must be at most ",
+          largest_int32);
     return c;
   }
 
@@ -160,12 +162,15 @@ struct FeedForward {
       shapes.dense = Mlp::saved(N, c.hidden_dim, c.gated);
       return shapes;
     }
-    Shape<2> const choices{N, c.top_k}, rows{N * c.top_k, C};
+    Index const chosen = size_product(N, c.top_k);
+    check(chosen <= largest_int32, "feed-forward: ", N, " tokens to ", c.top_k, " experts each; a batch has at most ", largest_int32,
+          " choices");
+    Shape<2> const choices{N, c.top_k}, rows{chosen, C};
     shapes.probabilities = {N, c.num_experts};
     shapes.weights = shapes.chosen = shapes.places = choices;
     shapes.offsets = {c.num_experts + 1};
     shapes.rows = shapes.made = rows;
-    shapes.experts = Mlp::saved(N * c.top_k, c.expert_dim, c.gated);
+    shapes.experts = Mlp::saved(chosen, c.expert_dim, c.gated);
     shapes.d_probability = {c.num_experts};
     if (c.shared_dim >= 0) {
       shapes.shared = Mlp::saved(N, c.shared_dim, c.gated);

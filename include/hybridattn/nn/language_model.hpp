@@ -58,9 +58,12 @@ template <class S_> class LanguageModel {
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
     check_at_least("model", "vocab_size", config_.vocab_size, 1);
     check_at_least("model", "num_heads", config_.num_heads, 1);
+    check(config_.vocab_size <= largest_int32, "model: vocab_size ", config_.vocab_size, " is not allowed; it must be at most ",
+          largest_int32, ", since a token is an int32");
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
+    bytes<double>(params());   // can be counted, whatever the scalar
   }
   // The same model in another stage of training: other gradients, the same parameters.
   LanguageModel at(Stage stage) const {
@@ -89,7 +92,7 @@ template <class S_> class LanguageModel {
   }
   Index parameter_count() const {
     Index count = 0;
-    zip([&](Path const&, auto const& shape) { count += shape.count(); }, params());
+    zip([&](Path const&, auto const& shape) { count = size_sum(count, shape.count()); }, params());
     return count;
   }
 
@@ -103,7 +106,8 @@ template <class S_> class LanguageModel {
     zip(
         [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
           Random random{seed, path.str()};
-          std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
+          std::vector<E> host;
+          resize(host, tensor.shape().count(), "a parameter's first values");
           for (E& element : host) element = static_cast<E>(start.draw(random));
           upload(backend, host, tensor);
         },

@@ -208,13 +208,20 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// Announced before a byte is taken.
+// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  std::size_t total = 0;
+  Index total = 0;
   G<In<T>> const types;
-  zip([&](Path const&, auto const& shape, auto const& view) { total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data); },
+  zip(
+      [&](Path const& path, auto const& shape, auto const& view) {
+        try {
+          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
+        } catch (Error const& error) {
+          fail(path.str(), ": ", error.what());
+        }
+      },
       shapes, types);
-  return total;
+  return static_cast<std::size_t>(total);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

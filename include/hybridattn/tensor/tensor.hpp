@@ -3,7 +3,7 @@
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
 #include <hybridattn/backend/backend.hpp>
-#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/view.hpp>
 
 #include <span>
@@ -14,12 +14,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+// Throws Error where the elements cannot be counted, or where there is no memory for them.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held), view_{nullptr, shape} {
-    if (shape.count() == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes_of(shape)));
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
   Tensor(Tensor&& other) noexcept
@@ -37,7 +40,7 @@ template <class T, int Rank, class B> class Tensor {
   ~Tensor() { release(); }
 
   Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
   // What of the tensor may be read, written: see `in` and `out`.
@@ -46,9 +49,8 @@ template <class T, int Rank, class B> class Tensor {
 
  private:
   enum class State : char { empty, held, moved };
-  static std::size_t bytes_of(Shape<Rank> shape) { return static_cast<std::size_t>(shape.count()) * sizeof(T); }
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, bytes_of(view_.shape));
+    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
     view_ = {};
   }
@@ -66,7 +68,8 @@ template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> 
 template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
 
 template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host(tensor.byte_count() / sizeof(T));
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
   if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
   return host;
 }

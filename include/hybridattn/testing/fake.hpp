@@ -26,13 +26,11 @@ class Fake {
   ~Fake() { munmap(memory_, capacity); }
 
   void* take(std::size_t bytes) {
-    return pool_.take(bytes, [this](std::size_t n) {
-      std::size_t const aligned = (n + 63) / 64 * 64;
-      check(aligned <= capacity - used_, "Fake: ", n, " bytes wanted, ", capacity - used_, " of ", capacity, " left");
-      return memory_ + std::exchange(used_, used_ + aligned);
-    });
+    return pool_.take(
+        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  void trim() noexcept { pool_.trim(forget); }
   void upload(void* to, void const* from, std::size_t bytes) {
     Unlocked const unlocked{*this};
     std::memcpy(to, from, bytes);
@@ -61,6 +59,7 @@ class Fake {
       if (--fake.open_ == 0) fake.protect(PROT_NONE);
     }
   };
+  static void forget(void*) noexcept {}   // its addresses stay used until the end
   void protect(int access) { mprotect(memory_, capacity, access); }
 
   Cpu cpu_;

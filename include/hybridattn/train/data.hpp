@@ -3,6 +3,7 @@
 #define HYBRIDATTN_TRAIN_DATA_HPP
 
 #include <hybridattn/core/allowed.hpp>
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/random.hpp>
 
 #include <algorithm>
@@ -24,11 +25,13 @@ struct Batch {
   Index batch = 0, seq_len = 0;
   std::vector<std::int32_t> tokens, targets;   // [batch * seq_len]
 
+  // Throws Error where there is no memory for so many.
   void resize(Index windows, Index length) {
+    Index const count = size_product(windows, length);
+    hybridattn::resize(tokens, count, "a batch's tokens");
+    hybridattn::resize(targets, count, "a batch's targets");
     batch = windows;
     seq_len = length;
-    tokens.resize(static_cast<std::size_t>(windows * length));
-    targets.resize(tokens.size());
   }
   std::span<std::int32_t> tokens_of(Index window) { return part(std::span(tokens), window); }
   std::span<std::int32_t> targets_of(Index window) { return part(std::span(targets), window); }
@@ -97,7 +100,7 @@ class ByteText {
   static constexpr Index vocab_size = 256;
 
   explicit ByteText(std::string_view text) {
-    tokens_.reserve(text.size());
+    reserve(tokens_, std::ssize(text), "a text's tokens");
     for (char c : text) {
       tokens_.push_back(static_cast<unsigned char>(c));
       hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
@@ -148,6 +151,7 @@ class Windows final : public DataSource {
     auto const length = std::ssize(tokens);
     check(length >= seq_len, name_, " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
     Index const count = std::min(windows, length / seq_len);
+    check_memory(byte_count(size_product(count, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     std::vector<Batch> batches;
     for (Index first = 0; first < count; first += batch) {
       auto& into = batches.emplace_back();
@@ -159,7 +163,11 @@ class Windows final : public DataSource {
 
  private:
   // Window i of `count` between the first one at 0 and the last one at `last`.
-  static Index start(Index i, Index count, Index last) { return count == 1 ? 0 : i * last / (count - 1); }
+  static Index start(Index i, Index count, Index last) {
+    if (count == 1) return 0;
+    Index const gaps = count - 1;
+    return i * (last / gaps) + i * (last % gaps) / gaps;   // i * last / gaps, which a long text's last may overflow
+  }
   static void copy(std::span<std::int32_t const> text, Index start, Batch& into, Index window) {
     auto const source = text.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(into.seq_len));
     auto const targets = into.targets_of(window);
@@ -210,6 +218,7 @@ class RecallTask final : public DataSource {
   }
   std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const override {
     check_validation(batch, seq_len, windows);
+    check_memory(byte_count(size_product(windows, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     Stream stream{Random{seed_, "data.validation"}};
     std::vector<Batch> batches;
     for (Index left = windows; left > 0; left -= batch) fill(stream, std::min(batch, left), seq_len, batches.emplace_back());
@@ -233,7 +242,7 @@ class RecallTask final : public DataSource {
     check(seq_len >= 4 * options_.pairs, "seq_len ", seq_len, " is too short to ask for ", options_.pairs, " pairs; it must be at least ",
           4 * options_.pairs);
     into.resize(batch, seq_len);
-    stream.slots.resize(static_cast<std::size_t>((seq_len - 2 * options_.pairs) / 2));
+    hybridattn::resize(stream.slots, (seq_len - 2 * options_.pairs) / 2, "the places of queries");
     Index const half = options_.vocab_size / 2;
     for (Index window = 0; window < batch; ++window) {
       draw_distinct(stream.random, 1, half, stream.keys);

@@ -16,11 +16,12 @@ template <class T> class CachedIndexer {
       : cpu_(cpu), c_(c), s_(s), x_(x), index_keys_(index_keys), indices_(indices), depth_(round_up(c.index_dim, cpu::lanes<T>)),
         scores_(cpu, {queries, round_up(index_keys.extent(1), panel_keys<T>)}),
         panels_(cpu, {Index{cpu.threads()}, depth_ * panel_keys<T> + c.index_heads}),
-        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}) {}
+        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}), score_rows_(out(scores_)), panel_rows_(out(panels_)),
+        key_rows_(out(keys_)) {}
 
   // (2) for every token of the sequences that continue.
   void run() {
-    Index const parts = ceil_div(out(scores_).extent(1), part_keys);
+    Index const parts = ceil_div(score_rows_.extent(1), part_keys);
     for (Index first = 0; first < s_.tokens(); first += queries) {
       Index const count = std::min(queries, s_.tokens() - first);
       parallel_for(cpu_, count * parts, [&](Index task, int thread) { score(first + task / parts, task / parts, task % parts, thread); });
@@ -41,18 +42,18 @@ template <class T> class CachedIndexer {
     if (sequence_of(n).past == 0 || chosen_by(n) == seen_by(n)) return;
     Index const owner = s_.owners()(n), last = std::min((part + 1) * part_keys, seen_by(n));
     View<T const, 2> const keys{index_keys_.row(owner, 0), {seen_by(n), c_.index_dim}, {index_keys_.stride[1], 1}};
-    T *const panel = out(panels_).row(thread), *const weights = panel + depth_ * panel_keys<T>;
+    T *const panel = panel_rows_.row(thread), *const weights = panel + depth_ * panel_keys<T>;
     for (Index j = 0; j < c_.index_heads; ++j) weights[j] = static_cast<T>(c_.index_scale) * x_.index_w(n, j);
     for (Index p = part * part_keys / panel_keys<T>; p * panel_keys<T> < last; ++p) {
       pack_panel<T>(c_.index_dim, keys, {0, seen_by(n)}, p, panel);
-      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, out(scores_).row(query) + p * panel_keys<T>);
+      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, score_rows_.row(query) + p * panel_keys<T>);
     }
   }
   void choose(Index n, Index query, int thread) {
     if (sequence_of(n).past == 0) return;
     std::int32_t* const indices = indices_.row(n);
     if (chosen_by(n) == seen_by(n)) std::iota(indices, indices + chosen_by(n), 0);
-    else Row{out(scores_).row(query), seen_by(n), out(keys_).row(thread)}.select(chosen_by(n), indices);
+    else Row{score_rows_.row(query), seen_by(n), key_rows_.row(thread)}.select(chosen_by(n), indices);
   }
 
   Cpu& cpu_;
@@ -64,6 +65,8 @@ template <class T> class CachedIndexer {
   Index depth_;
   Tensor<T, 2, Cpu> scores_, panels_;   // [queries, capacity], [threads, a panel and weights]
   Tensor<typename Row::Key, 2, Cpu> keys_;
+  View<T, 2> score_rows_, panel_rows_;
+  View<typename Row::Key, 2> key_rows_;
 };
 
 // (3) for every token of the sequences that continue; without indices over all keys. Tasks are groups of heads.

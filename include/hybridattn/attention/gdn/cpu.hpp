@@ -20,7 +20,9 @@ template <class T> struct ForwardScratch {
   T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
   Rows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
 
-  static Index size(Index K, Index V) { return K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V); }
+  static Index size(Index K, Index V) {
+    return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
+  }
   ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
     auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
@@ -70,8 +72,9 @@ template <class T> struct BackwardScratch {
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    return 2 * K * V + (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
-           round_up(longest, group_tokens) * K + ceil_div(longest, block_tokens) * K * V;
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
+    return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+                                round_up(longest, group_tokens) * K);
   }
   BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
@@ -159,9 +162,10 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
 template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
   Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
   parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
     Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
-    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{out(memory).row(thread), K, V});
+    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{scratch.row(thread), K, V});
   });
 }
 
@@ -173,11 +177,13 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
   Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
   Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
   Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
+  View<T, 2> const rows = out(memory);
+  View<detail::Handover<T>, 2> const blocks = out(handover);
   detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
   parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
     Index const i = task / c.num_heads, hk = task % c.num_heads;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V, longest};
+    detail::BackwardScratch<T> const scratch{rows.row(thread), blocks.row(thread), K, V, longest};
     for (Index h = hk * group; h < (hk + 1) * group; ++h) {
       auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
       double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);

@@ -112,10 +112,10 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
   static Cache<Shapes> cache(Config const& c, Index batch, Index) {
     Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
-    Shape<3> const keys{batch, rows, c.num_heads * c.key_dim};
+    Shape<3> const keys{batch, rows, size_product(c.num_heads, c.key_dim)};
     return {.conv_q = keys,
             .conv_k = keys,
-            .conv_v = {batch, rows, c.num_value_heads * c.value_dim},
+            .conv_v = {batch, rows, size_product(c.num_value_heads, c.value_dim)},
             .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
   }
 

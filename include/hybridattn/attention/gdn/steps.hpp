@@ -26,9 +26,10 @@ template <GdnOptions O> struct Prepare {
   static constexpr bool makes(std::string_view) { return true; }
 
   static Params<Shapes> params(Config const& c) {
-    return {.conv_q = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_k = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_v = {c.num_value_heads * c.value_dim, O.conv_width},
+    Shape<2> const keys{size_product(c.num_heads, c.key_dim), O.conv_width};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {size_product(c.num_value_heads, c.value_dim), O.conv_width},
             .a_log = {c.num_value_heads},
             .dt_bias = {c.num_value_heads}};
   }

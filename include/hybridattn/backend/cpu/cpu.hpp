@@ -3,10 +3,12 @@
 #define HYBRIDATTN_BACKEND_CPU_CPU_HPP
 
 #include <hybridattn/backend/backend.hpp>
-#include <hybridattn/core/check.hpp>
-#include <hybridattn/core/view.hpp>
+#include <hybridattn/core/math.hpp>
 
+#include <algorithm>
 #include <cstring>
+#include <exception>
+#include <mutex>
 #include <new>
 
 #if defined(_OPENMP)
@@ -17,27 +19,62 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP.
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
+  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
   }
   Cpu(Cpu const&) = delete;
   Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() {
-    pool_.clear([](void* block) { ::operator delete(block, alignment); });
-  }
+  ~Cpu() { trim(); }
 
+  // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
-    return pool_.take(bytes, [](std::size_t n) { return ::operator new(n, alignment); });
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Gives memory that nobody uses back to the system.
+  void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
+  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nothing in a loop inside a loop
+  };
 
  private:
   static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     return omp_get_max_threads();
@@ -45,7 +82,9 @@ class Cpu {
     return 1;
 #endif
   }
+
   int threads_;
+  bool in_loop_ = false;
   Pool pool_;
 };
 static_assert(Backend<Cpu>);
@@ -55,7 +94,7 @@ namespace cpu {
 // Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
 template <class T> class Scratch {
  public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
     if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
   }
   Scratch(Scratch const&) = delete;
@@ -73,13 +112,47 @@ template <class T> class Scratch {
 
 }  // namespace cpu
 
+namespace detail {
+
+// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+    std::lock_guard const lock{mutex_};
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+
+}  // namespace detail
+
 // f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. f must not throw.
-template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f) {
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    detail::Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) f(task, omp_get_thread_num());
+    for (Index task = 0; task < count; ++task) {
+      try {
+        f(task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
     return;
   }
 #endif
@@ -88,9 +161,9 @@ template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, (count + grain - 1) / grain, [&](Index block, int) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;
-    f(first, first + grain < count ? first + grain : count);
+    f(first, std::min(first + grain, count));
   });
 }
 

@@ -22,7 +22,7 @@ inline void check_options(GdnOptions const& o, Settings const& s) {
         "negative_eigenvalues = true");
 }
 inline void check_options(FullOptions const& o, Settings const& s) {
-  Index const dim = rotary_dim(s), ours = s.full.head_dim * o.rotary_percent / 200 * 2;
+  Index const dim = rotary_dim(s), ours = rotary_size(s.full.head_dim, o.rotary_percent);
   check(dim == ours, s.where, "partial_rotary_factor ", s.rotary_share, " turns ", dim, " of head_dim ", s.full.head_dim,
         ", but the model's FullOptions have rotary_percent = ", o.rotary_percent, ", which turns ", ours);
   check(o.window == 0, s.where, "no sliding_window is in use, but the model's FullOptions have window = ", o.window);
@@ -42,7 +42,7 @@ template <FullOptions O> struct Released<FullAttention<O>> {
   static constexpr char letter = 'F';
   static auto& config(auto& settings) { return settings.full; }
   static void set_options(Settings& s) {
-    Index const dim = s.full.head_dim * O.rotary_percent / 200 * 2;
+    Index const dim = rotary_size(s.full.head_dim, O.rotary_percent);
     s.rotary_share = O.rotary_percent / 100.0;
     if (rotary_dim(s) != dim) s.rotary_share = static_cast<double>(dim) / static_cast<double>(s.full.head_dim);
   }

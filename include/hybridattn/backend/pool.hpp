@@ -1,0 +1,138 @@
+// Memory that was given back, for those who ask next.
+#ifndef HYBRIDATTN_BACKEND_POOL_HPP
+#define HYBRIDATTN_BACKEND_POOL_HPP
+
+#include <hybridattn/core/memory.hpp>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <vector>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
+struct BlockSize {
+  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
+
+  std::size_t bytes, number;
+
+  explicit constexpr BlockSize(std::size_t wanted) {
+    std::size_t const least = std::max<std::size_t>(wanted, 1);
+    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
+    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
+    bytes = steps * step;
+    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
+  }
+};
+
+// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+//
+// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
+// most that was in use of late, as far as nobody used it of late.
+//
+// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
+// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// million: no block of a step waits longer.
+class Pool {
+ public:
+  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
+  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    BlockSize const size{bytes};
+    Blocks& blocks = blocks_[size.number];
+    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
+    void* block = nullptr;
+    if (blocks.waiting.empty()) {
+      block = allocate_block(bytes, size, allocate, release);
+    } else {
+      block = blocks.waiting.back().block;
+      blocks.waiting.pop_back();
+    }
+    in_use_ += bytes;
+    used_ += size.bytes;
+    peak_ = std::max(peak_, in_use_);
+    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    BlockSize const size{bytes};
+    in_use_ -= bytes;
+    used_ -= size.bytes;
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+  }
+  // Gives all blocks that wait back to the system.
+  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
+  std::size_t in_use() const { return in_use_; }   // as it was asked for
+  std::size_t peak() const { return peak_; }       // the most of it
+  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t allocations() const { return allocations_; }
+  // From now on peak() counts afresh.
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  struct Waiting {
+    void* block;
+    std::size_t period;   // in which it was given back
+  };
+  struct Blocks {
+    std::vector<Waiting> waiting;   // the one given back last at the end
+    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+  };
+  static constexpr std::size_t period_takes = 25, periods = 4;
+
+  template <class Allocate, class Release>
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+    last_allocation_ = takes_;
+    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
+    else release_unused(size.bytes, release);
+    Blocks& blocks = blocks_[size.number];
+    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
+    void* block = allocate(size.bytes);
+    if (block == nullptr) {
+      trim(release);
+      block = allocate(size.bytes);
+    }
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    blocks.bytes = size.bytes;
+    ++blocks.count;
+    ++allocations_;
+    held_ += size.bytes;
+    return block;
+  }
+  template <class Release> void next_period(Release release) {
+    takes_before_ = takes_;
+    allocations_before_ = allocations_;
+    peaks_[++period_ % peaks_.size()] = used_;
+    release_unused(0, release);
+  }
+  // For `more` bytes to come.
+  template <class Release> void release_unused(std::size_t more, Release release) {
+    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
+    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
+  }
+  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
+    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
+      auto const first = blocks->waiting.begin();
+      auto last = first;
+      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
+        release(last->block);
+        held_ -= blocks->bytes;
+        --blocks->count;
+      }
+      blocks->waiting.erase(first, last);
+    }
+  }
+
+  std::array<Blocks, BlockSize::classes> blocks_;
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
+  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif

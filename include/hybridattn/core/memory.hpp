@@ -1,0 +1,72 @@
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#include <hybridattn/core/sizes.hpp>
+
+#include <algorithm>
+#include <cstdio>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
