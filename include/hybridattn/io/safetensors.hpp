@@ -7,6 +7,7 @@
 #ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
 #define HYBRIDATTN_IO_SAFETENSORS_HPP
 
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/view.hpp>
 #include <hybridattn/io/atomic_file.hpp>
 
@@ -229,13 +230,15 @@ class Safetensors {
     }
   }
   template <class Stored> std::vector<Stored> stored(TensorInfo const& info) const {
-    std::vector<Stored> elements((info.end - info.begin) / sizeof(Stored));
+    std::vector<Stored> elements;
+    resize(elements, static_cast<Index>((info.end - info.begin) / sizeof(Stored)), "a tensor of a file");
     read_at(data_start_ + info.begin, elements.data(), info.end - info.begin);
     return elements;
   }
   template <class T, class Stored, class Convert> std::vector<T> converted(TensorInfo const& info, Convert convert) const {
     auto const elements = stored<Stored>(info);
-    std::vector<T> result(elements.size());
+    std::vector<T> result;
+    resize(result, std::ssize(elements), "a tensor of a file");
     std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
     return result;
   }
