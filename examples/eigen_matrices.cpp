@@ -1,5 +1,7 @@
 // Matrices of Eigen go through a projection and an attention of the library where they stand, and come back; the same computed
 // by Eigen alone gives the same numbers.
+#include "program.hpp"
+
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/eigen.hpp>
 #include <hybridattn/ops/linear/linear.hpp>
@@ -22,7 +24,7 @@ Matrix causal_softmax(Matrix const& q, Matrix const& k) {
   return P;
 }
 
-int main() try {
+int run() {
   Index const N = 50, C = 64, H = 4, D = 16;
   Eigen::MatrixXf const yours = Eigen::MatrixXf::Random(N, C);   // column-major: a copy makes rows of it
   Matrix const x = yours, w_qkv = Matrix::Random(3 * H * D, C) / 8, d_o = Matrix::Random(N, H * D);
@@ -51,7 +53,6 @@ int main() try {
   }
   std::printf("largest difference between hybridattn and Eigen, in qkv, o and d_v: %.1e\n", static_cast<double>(worst));
   return worst < 1e-5f ? 0 : 1;
-} catch (ha::Error const& error) {
-  std::fprintf(stderr, "eigen_matrices: %s\n", error.what());
-  return 2;
 }
+
+int main(int argc, char** argv) { return program::run_without_options("eigen_matrices", argc, argv, run); }

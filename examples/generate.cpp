@@ -1,54 +1,57 @@
 // Continues a text: generate MODEL --prompt "Once upon" --temperature 0.8 --top-p 0.95
 // MODEL is a checkpoint that `train` left (its tokens are bytes), or a folder with a released Qwen3-Next or Qwen3.5 text model
 // (its tokens are numbers: --tokens 5,17,3; the library has no tokenizer).
+#include "generate_options.hpp"
 #include "models.hpp"
 
 #include <hybridattn/infer/generate.hpp>
 #include <hybridattn/io.hpp>
 
-#include <CLI/CLI.hpp>
-
 #include <cmath>
-#include <cstdio>
 
+namespace generate {
 namespace {
 
-namespace ha = hybridattn;
-
-struct Settings {
-  std::string model, prompt;
-  std::vector<std::int32_t> tokens;
-  ha::GenerateOptions options{.max_new_tokens = 200};
-  std::uint64_t seed = 1;
-
-  bool as_bytes() const { return tokens.empty(); }
-};
-
 std::vector<std::int32_t> prompt_tokens(Settings const& s, ha::Index vocab_size) {
-  if (!s.as_bytes()) return s.tokens;
+  if (!s.as_bytes()) {
+    for (auto const token : s.tokens)
+      ha::check(token < vocab_size, "--tokens ", token, " is not allowed; ", s.model, " has tokens 0 .. ", vocab_size - 1);
+    return s.tokens;
+  }
   ha::check(vocab_size == ha::ByteText::vocab_size, s.model, ": its ", vocab_size,
             " tokens are not bytes; give the prompt as --tokens 5,17,3");
-  ha::check(!s.prompt.empty(), "there is nothing to continue: give --prompt or --tokens");
   auto const text = ha::ByteText(s.prompt);
   return {text.all().begin(), text.all().end()};
 }
 
-// Streams to stdout; what it took to stderr.
-template <class Model, class Params> void generate(ha::Cpu& cpu, Settings const& s, Model const& model, Params const& params) {
+// Throws where the cache for all tokens is larger than memory. It grows evenly with them.
+template <class Model> void check_length(Model const& model, std::vector<std::int32_t> const& prompt, ha::Index max_new_tokens) {
+  auto const cache_of = [&](ha::Index tokens) {
+    return static_cast<double>(ha::bytes<float>(ha::cache_shapes(model, {.batch = 1, .capacity = tokens})));
+  };
+  double const tokens = static_cast<double>(prompt.size()) + static_cast<double>(max_new_tokens);
+  double const each = cache_of(2) - cache_of(1) + sizeof(std::int32_t);
+  program::check_memory(cache_of(1) + each * tokens, program::formatted("a cache of %.0f tokens (prompt and --max-new-tokens)", tokens));
+}
+
+// Streams to stdout; what it took to stderr. load() reads the parameters, once it is clear that they can be used.
+template <class Model, class Load> void run(ha::Cpu& cpu, Settings const& s, Model const& model, Load load) {
   auto const prompt = prompt_tokens(s, model.config().vocab_size);
-  if (s.as_bytes()) std::fputs(s.prompt.c_str(), stdout);
+  check_length(model, prompt, s.max_new_tokens);
+  auto const params = load();
+  if (s.as_bytes()) program::say_text(s.prompt);
   auto const show = [&](ha::Index, std::int32_t token) {
-    if (s.as_bytes()) std::fputc(token, stdout);
-    else std::printf("%d ", token);
-    std::fflush(stdout);
+    program::say_text(s.as_bytes() ? std::string(1, static_cast<char>(token)) : std::to_string(token) + " ");
     return true;
   };
-  auto const result = ha::generate(cpu, model, params, {prompt}, s.options, show);
-  std::puts("");
+  ha::GenerateOptions const options{
+      .max_new_tokens = s.max_new_tokens, .sampling = s.sampling, .seed = ha::Seed{s.seed}, .stop_tokens = {}};
+  auto const result = ha::generate(cpu, model, params, {prompt}, options, show);
+  program::say_text("\n");
   auto const speed = [](ha::Index tokens, double seconds) { return tokens == 0 ? 0 : static_cast<double>(tokens) / seconds; };
-  std::fprintf(stderr, "%td tokens of prompt at %.0f tokens/s, then %td at %.0f tokens/s on %d threads\n", result.prefill_tokens,
-               speed(result.prefill_tokens, result.prefill_seconds), result.decode_tokens,
-               speed(result.decode_tokens, result.decode_seconds), cpu.threads());
+  program::note(program::formatted("%td tokens of prompt at %.0f tokens/s, then %td at %.0f tokens/s on %d threads\n",
+                                   result.prefill_tokens, speed(result.prefill_tokens, result.prefill_seconds), result.decode_tokens,
+                                   speed(result.decode_tokens, result.decode_seconds), cpu.threads()));
 }
 
 void from_folder(ha::Cpu& cpu, Settings const& s) {
@@ -58,7 +61,7 @@ void from_folder(ha::Cpu& cpu, Settings const& s) {
     using Model = ha::LanguageModel<typename decltype(choice)::Stack>;
     if (decltype(choice)::rotary_percent != percent) return false;
     Model const model{hf::config<Model>(s.model)};
-    generate(cpu, s, model, hf::load<float>(cpu, model, s.model));
+    run(cpu, s, model, [&] { return hf::load<float>(cpu, model, s.model); });
     return true;
   });
 }
@@ -68,32 +71,21 @@ void from_checkpoint(ha::Cpu& cpu, Settings const& s) {
   models::with_pattern(models::Trained{}, models::letters_of(header.pattern), [&](auto choice) {
     using Model = ha::LanguageModel<typename decltype(choice)::Stack>;
     Model const model{ha::checkpoint_config<Model>(header)};
-    generate(cpu, s, model, ha::load_parameters<float>(cpu, s.model, model));
+    run(cpu, s, model, [&] { return ha::load_parameters<float>(cpu, s.model, model); });
     return true;
   });
 }
 
 }  // namespace
+}  // namespace generate
 
-int main(int argc, char** argv) try {
-  Settings s;
-  CLI::App app{"Continues a text with a trained model"};
-  app.add_option("model", s.model, "a checkpoint of `train`, or a folder with config.json and model.safetensors")->required();
-  app.add_option("--prompt", s.prompt, "a text to continue, for models whose tokens are bytes");
-  app.add_option("--tokens", s.tokens, "numbers of tokens to continue: 5,17,3")->delimiter(',')->excludes("--prompt");
-  app.add_option("--max-new-tokens", s.options.max_new_tokens)->capture_default_str();
-  app.add_option("--temperature", s.options.sampling.temperature, "0: always the likeliest token")->capture_default_str();
-  app.add_option("--top-k", s.options.sampling.top_k, "only the k likeliest tokens; 0: all")->capture_default_str();
-  app.add_option("--top-p", s.options.sampling.top_p, "only the likeliest tokens that together have this probability")
-      ->capture_default_str();
-  app.add_option("--seed", s.seed)->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  s.options.seed = ha::Seed{s.seed};
-  ha::check(std::filesystem::exists(s.model), s.model, ": there is no such file or folder");
-  ha::Cpu cpu;
-  if (std::filesystem::is_directory(s.model)) from_folder(cpu, s);
-  else from_checkpoint(cpu, s);
-} catch (std::exception const& error) {
-  std::fprintf(stderr, "generate: %s\n", error.what());
-  return 2;
+int main(int argc, char** argv) {
+  return program::run("generate", argc, argv, [&] {
+    auto const settings = generate::parse(argc, argv);
+    hybridattn::check(std::filesystem::exists(settings.model), settings.model, ": there is no such file or folder");
+    hybridattn::Cpu cpu{settings.threads};
+    if (std::filesystem::is_directory(settings.model)) generate::from_folder(cpu, settings);
+    else generate::from_checkpoint(cpu, settings);
+    return 0;
+  });
 }

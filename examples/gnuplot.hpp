@@ -61,6 +61,18 @@ inline bool is_complete(std::filesystem::path const& path, std::string_view mark
   return content.find(mark, content.size() - std::min<std::size_t>(content.size(), 16)) != content.npos;
 }
 
+// Deletes the folders in which a process that was killed drew NAME. Only one process at a time works in `folder`.
+inline void remove_abandoned(std::filesystem::path const& folder, std::string const& name) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  std::vector<fs::path> abandoned;
+  for (fs::directory_iterator it{folder, error}, end; !error && it != end; it.increment(error)) {
+    std::string const file = it->path().filename().string();
+    if (file.starts_with(".") && hybridattn::is_partial_of(file.substr(1), name)) abandoned.push_back(it->path());
+  }
+  for (auto const& path : abandoned) fs::remove_all(path, error);
+}
+
 // NAME.tsv and NAME.gp, and the NAME.png and NAME.svg that the script makes. Draws in a folder of its own and moves what is
 // complete: no picture is ever half-written, or older than the data beside it. Returns what went wrong, in a line; nothing
 // when all went well.
@@ -70,19 +82,20 @@ inline std::string draw(std::filesystem::path const& folder, std::string const& 
   hybridattn::write_file_atomically(folder / (name + ".gp"), script);
   std::error_code error;
   for (auto const* extension : {".png", ".svg"}) fs::remove(folder / (name + extension), error);
+  remove_abandoned(folder, name);
   fs::path const partial = folder / ("." + name + "." + std::to_string(::getpid()) + ".partial");
   fs::create_directory(partial, error);
   for (auto const* extension : {".tsv", ".gp"}) fs::copy_file(folder / (name + extension), partial / (name + extension), error);
   int const status = sweep::run_program({"gnuplot", name + ".gp"}, partial);
   fs::path const png = partial / (name + ".png"), svg = partial / (name + ".svg");
   bool const complete = status == 0 && is_complete(png, "IEND\xae\x42\x60\x82") && is_complete(svg, "</svg>");
-  if (complete) {
-    fs::rename(png, folder / png.filename(), error);
-    fs::rename(svg, folder / svg.filename(), error);
-  }
+  std::error_code moved;
+  for (auto const& picture : {png, svg})
+    if (complete && !moved) fs::rename(picture, folder / picture.filename(), moved);
   fs::remove_all(partial, error);
   if (status == sweep::no_such_program)
     return "no pictures: gnuplot is not installed (Debian: gnuplot-nox); once it is, `gnuplot " + name + ".gp` draws them";
+  if (moved) return "no picture " + name + ": " + moved.message();
   return complete ? "" : "no picture " + name + ": gnuplot failed with status " + std::to_string(status);
 }
 

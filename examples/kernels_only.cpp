@@ -1,4 +1,6 @@
 // One attention, forward and backward, on plain arrays: no model, no tensors of the library.
+#include "program.hpp"
+
 #include <hybridattn/attention/full/full.hpp>
 
 #include <cmath>
@@ -23,7 +25,7 @@ double dot(Array const& x, Array const& y) {
   return sum;
 }
 
-int main() try {
+int run() {
   // Two sequences, one after the other: tokens 0 .. 99 and 100 .. 159. Four query heads share two key/value heads.
   Index const N = 160, H = 4, HK = 2, D = 32;
   auto const sequences = ha::Sequences::packed(std::vector<Index>{0, 100, N});
@@ -59,7 +61,6 @@ int main() try {
   double const slope = (loss_at(step) - loss_at(-step)) / (2 * static_cast<double>(step)), expected = dot(d_q, d_q);
   std::printf("slope along d_q: %.4f by backward, %.4f by finite differences\n", expected, slope);
   return std::abs(slope - expected) <= 1e-3 * expected ? 0 : 1;
-} catch (ha::Error const& error) {
-  std::fprintf(stderr, "kernels_only: %s\n", error.what());
-  return 2;
 }
+
+int main(int argc, char** argv) { return program::run_without_options("kernels_only", argc, argv, run); }

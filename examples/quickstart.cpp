@@ -11,6 +11,7 @@ using Sandwich = ha::Stack<ha::GDN, ha::Full, ha::Full, ha::GDN>;   // one polic
 int main(int argc, char** argv) try {
   ha::check(argc == 2, "usage: quickstart TEXT_FILE");
   ha::Windows text{ha::ByteText(ha::read_text(argv[1])), ha::Seed{1}, argv[1]};
+  auto const held_out = text.validation_batches(4, 128);   // complains at once of a text that is too short
   std::printf("%s\n", text.description().c_str());
 
   ha::Cpu cpu;
@@ -26,8 +27,9 @@ int main(int argc, char** argv) try {
   }
 
   ha::LossSum total;
-  for (auto const& windows : text.validation_batches(4, 128)) total += model.loss(cpu, params, make_batch(cpu, windows));
+  for (auto const& windows : held_out) total += model.loss(cpu, params, make_batch(cpu, windows));
   std::printf("validation loss %.3f over %td bytes\n", total.mean(), total.count);
+  ha::check(std::fflush(stdout) == 0 && std::ferror(stdout) == 0, "cannot write to stdout");
 } catch (ha::Error const& error) {
   std::fprintf(stderr, "quickstart: %s\n", error.what());
   return 2;

@@ -3,15 +3,15 @@
 // dense warm-up trains the indexers alone, and sparse training goes on with everything. On the way recall is measured: the
 // share of the dense attention's mass that k selected keys carry.
 #include "gnuplot.hpp"
+#include "options.hpp"
 #include "sweep/anarchism.hpp"
+#include "sweep/report.hpp"
 
 #include <hybridattn/attention/dsa/reference.hpp>
 #include <hybridattn/hybridattn.hpp>
 
-#include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include <cstdio>
 #include <map>
 #include <numeric>
 
@@ -76,14 +76,20 @@ void add_recall(ha::dsa::Config const& c, ha::Sequences const& s, ha::dsa::Input
 class Study {
  public:
   explicit Study(Settings const& s)
-      : s_(s), cpu_(s.threads), text_(open_text(s)), validation_(text_.validation_batches(s.batch, s.seq_len, s.windows)) {}
+      : s_(s), text_(open_text(s)), validation_(text_.validation_batches(s.batch, s.seq_len, s.windows)), cpu_(s.threads) {
+    text_.next_batch(s.batch, s.seq_len);   // complains of a text that is too short
+    text_.restart();
+    auto const parameters = model_.parameter_count();
+    program::check_memory(4.0 * 4 * static_cast<double>(parameters), "training " + std::to_string(parameters) + " parameters");
+  }
 
   void run() {
-    std::printf("%s\n%d threads, windows of %td bytes, %d keys selected\n", text_.description().c_str(), cpu_.threads(), s_.seq_len, top_k);
+    program::say("%s\n%d threads, windows of %td bytes, %d keys selected\n", text_.description().c_str(), cpu_.threads(), s_.seq_len,
+                 top_k);
     start_from(train_dense());
     ha::AdamW optimizer{cpu_, params_, {.learning_rate = s_.learning_rate}};
-    std::printf("\n%-8s %5s | %s | %6s | loss: %6s %6s %9s\n", "stage", "step", "recall: indexer untrained random  local   best", "KL",
-                "dense", "sparse", "untrained");
+    program::say("\n%-8s %5s | %s | %6s | loss: %6s %6s %9s\n", "stage", "step", "recall: indexer untrained random  local   best", "KL",
+                 "dense", "sparse", "untrained");
     measure(0, Stage::dense_warm_up);
     Index const all = s_.warm_up_steps + s_.sparse_steps;
     for (Index step = 1; step <= all; ++step) {
@@ -98,7 +104,7 @@ class Study {
  private:
   static ha::Windows open_text(Settings const& s) {
     auto const windows = [&](std::string_view text, std::string name) { return ha::Windows{ha::ByteText(text), ha::Seed{s.seed}, name}; };
-    if (!s.text.empty()) return windows(ha::read_text(s.text), s.text);
+    if (!s.text.empty()) return windows(ha::read_text(s.text), program::text_name(s.text));
     auto const text = sweep::anarchism_text(HYBRIDATTN_TEXT_DIR);
     ha::check(text.has_value(), "Debian's package `anarchism` cannot be had here: name a text file");
     return windows(*text, "anarchism");
@@ -124,10 +130,9 @@ class Study {
     ha::Schedule const schedule{.warmup_steps = s_.dense_steps / 20, .total_steps = s_.dense_steps, .min_rate = 0.1};
     for (Index step = 0; step < s_.dense_steps; ++step) {
       auto const result = train_step(cpu_, model, params, optimizer, next_batch(), {.rate = schedule(step)});
-      if ((step + 1) % 100 == 0) std::printf("dense    %5td | training loss %.3f\n", step + 1, result.loss.mean());
-      std::fflush(stdout);
+      if ((step + 1) % 100 == 0) program::say("dense    %5td | training loss %.3f\n", step + 1, result.loss.mean());
     }
-    std::printf("validation loss %.4f with full attention\n", validation_loss(model, params));
+    program::say("validation loss %.4f with full attention\n", validation_loss(model, params));
     return params;
   }
   // What both models have goes by its path; the indexers start fresh.
@@ -193,18 +198,17 @@ class Study {
     m.dense_loss = validation_loss(model_.at(Stage::dense_warm_up), params_);
     m.sparse_loss = validation_loss(model_, params_);
     m.sparse_loss_untrained = validation_loss(model_, fresh_);
-    std::printf("%-8s %5td |         %6.3f    %6.3f  %6.3f %6.3f %6.3f | %6.3f |       %6.4f %6.4f    %6.4f\n",
-                stage == Stage::sparse ? "sparse" : "warm-up", step, m.trained.indexer, m.untrained.indexer, m.trained.random,
-                m.trained.local, m.trained.best, m.divergence, m.dense_loss, m.sparse_loss, m.sparse_loss_untrained);
-    std::fflush(stdout);
+    program::say("%-8s %5td |         %6.3f    %6.3f  %6.3f %6.3f %6.3f | %6.3f |       %6.4f %6.4f    %6.4f\n",
+                 stage == Stage::sparse ? "sparse" : "warm-up", step, m.trained.indexer, m.untrained.indexer, m.trained.random,
+                 m.trained.local, m.trained.best, m.divergence, m.dense_loss, m.sparse_loss, m.sparse_loss_untrained);
     measured_.push_back(m);
   }
   void report() const;
 
   Settings const& s_;
-  ha::Cpu cpu_;
   ha::Windows text_;
   std::vector<ha::Batch> validation_;
+  ha::Cpu cpu_;
   SparseModel model_ = configured<SparseModel>();
   Params params_, fresh_;
   std::vector<Measurement> measured_;
@@ -265,48 +269,47 @@ void Study::report() const {
   gnuplot::put(script, "@LAST@", std::to_string(std::max<Index>(1, s_.warm_up_steps + s_.sparse_steps)));
   gnuplot::put(script, "@BOUNDARY@", std::to_string(s_.warm_up_steps));
   auto const trouble = gnuplot::draw(s_.out, "recall", gnuplot::data_file(columns, steps), script);
-  std::printf("\n%s%srecall.json, recall.tsv and the pictures are in %s\n", trouble.c_str(), trouble.empty() ? "" : "\n", s_.out.c_str());
+  program::say("\n%s%srecall.json, recall.tsv and the pictures are in %s\n", trouble.c_str(), trouble.empty() ? "" : "\n",
+               program::one_line(s_.out.string()).c_str());
 }
 
-void check_settings(Settings const& s) {
-  ha::check(s.dense_steps >= 0 && s.warm_up_steps >= 0 && s.sparse_steps >= 0, "--dense-steps ", s.dense_steps, ", --warm-up-steps ",
-            s.warm_up_steps, " and --sparse-steps ", s.sparse_steps, " must be at least 0");
-  ha::check(s.seq_len > top_k, "--seq-len ", s.seq_len, " leaves nothing to select; it must be above ", top_k);
-  ha::check(s.measure_every >= 1, "--measure-every ", s.measure_every, " must be at least 1");
-  ha::check(s.learning_rate > 0 && s.warm_up_rate >= 0 && s.sparse_rate >= 0, "--learning-rate ", s.learning_rate, " must be above 0, ",
-            "--warm-up-rate ", s.warm_up_rate, " and --sparse-rate ", s.sparse_rate, " at least 0");
-  std::error_code error;
-  std::filesystem::create_directories(s.out, error);
-  ha::check(std::filesystem::is_directory(s.out), "cannot make the folder ", s.out, ": ", error.message());
+Settings parse(int argc, char const* const* argv) {
+  Settings s;
+  ha::Index const any = std::numeric_limits<Index>::max();
+  program::Options options{
+      "train_indexer", "Trains the indexers of sparse attention: dense model, dense warm-up, sparse training; measures what they find."};
+  options.app().add_option("text", s.text, "a text file or a pipe; Debian's `anarchism` without it");
+  options.out(s.out, "folder of the results");
+  options.size("--dense-steps", s.dense_steps, "training steps of the model with full attention", 0);
+  options.size("--warm-up-steps", s.warm_up_steps, "steps that train the indexers alone", 0);
+  options.size("--sparse-steps", s.sparse_steps, "steps that train everything", 0);
+  options.size("--measure-every", s.measure_every, "steps between two measurements", 1, any);
+  options.size("--seq-len", s.seq_len, "bytes of a window, more than are selected", top_k + 1);
+  options.size("--batch", s.batch, "windows of a step");
+  options.size("--windows", s.windows, "held-out windows that are measured");
+  options.size("--model-dim", s.model_dim, "width of the model");
+  options.size("--heads", s.num_heads, "heads of each layer");
+  options.real("--learning-rate", s.learning_rate, "the largest one", true);
+  options.real("--warm-up-rate", s.warm_up_rate, "times the learning rate, in the dense warm-up");
+  options.real("--sparse-rate", s.sparse_rate, "times the learning rate, in sparse training");
+  options.seed(s.seed);
+  options.threads(s.threads);
+  options.parse(argc, argv);
+  return s;
+}
+
+int run(Settings const& s) {
+  sweep::prepare_folder(s.out);
+  for (auto const* file : {"recall.json", "recall.tsv", "recall.gp", "recall.png", "recall.svg"}) program::check_writable(s.out / file);
+  Study study{s};
+  program::InUse const lock{s.out};
+  if (!sweep::is_installed("gnuplot")) program::say("gnuplot is not installed (Debian: gnuplot-nox): there will be no pictures\n");
+  study.run();
+  return 0;
 }
 
 }  // namespace
 
-int main(int argc, char** argv) try {
-  Settings s;
-  CLI::App app{"Trains the indexers of sparse attention: dense model, dense warm-up, sparse training; measures what they find."};
-  app.add_option("text", s.text, "a text file; Debian's `anarchism` without it");
-  app.add_option("--out", s.out, "folder of the results")->capture_default_str();
-  app.add_option("--dense-steps", s.dense_steps, "training steps of the model with full attention")->capture_default_str();
-  app.add_option("--warm-up-steps", s.warm_up_steps, "steps that train the indexers alone")->capture_default_str();
-  app.add_option("--sparse-steps", s.sparse_steps, "steps that train everything")->capture_default_str();
-  app.add_option("--measure-every", s.measure_every, "steps between two measurements")->capture_default_str();
-  app.add_option("--seq-len", s.seq_len, "bytes of a window")->capture_default_str();
-  app.add_option("--batch", s.batch, "windows of a step")->capture_default_str();
-  app.add_option("--windows", s.windows, "held-out windows that are measured")->capture_default_str();
-  app.add_option("--model-dim", s.model_dim)->capture_default_str();
-  app.add_option("--heads", s.num_heads)->capture_default_str();
-  app.add_option("--learning-rate", s.learning_rate)->capture_default_str();
-  app.add_option("--warm-up-rate", s.warm_up_rate, "times the learning rate, in the dense warm-up")->capture_default_str();
-  app.add_option("--sparse-rate", s.sparse_rate, "times the learning rate, in sparse training")->capture_default_str();
-  app.add_option("--seed", s.seed)->capture_default_str();
-  app.add_option("--threads", s.threads, "0: all cores")->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
-  ha::ignore_file_size_signal();   // a full disk becomes an error with a name
-  check_settings(s);
-  Study{s}.run();
-  return 0;
-} catch (std::exception const& error) {
-  std::fprintf(stderr, "train_indexer: %s\n", error.what());
-  return 2;
+int main(int argc, char** argv) {
+  return program::run("train_indexer", argc, argv, [&] { return run(parse(argc, argv)); });
 }

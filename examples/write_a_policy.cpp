@@ -3,6 +3,8 @@
 //   (1) h_t = h_{t-1} + z_t (v_t - h_{t-1})    z_t = sigmoid(f_t), o_t = h_t; before the first token h is 0
 //   (2) X_t = d_o_t + (1 - z_{t+1}) X_{t+1}    d_v_t = z_t X_t    d_f_t = z_t (1 - z_t) (v_t - h_{t-1}) X_t
 // where X is the gradient of h.
+#include "program.hpp"
+
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/testing.hpp>
 
@@ -76,7 +78,7 @@ template <class T> int judge(char const* scalar) {
   return broken;
 }
 
-int main() try {
+int run() {
   int const broken = judge<float>("float") + judge<double>("double");
   if (broken > 0) return 1;
 
@@ -91,7 +93,7 @@ int main() try {
     auto const result = train_step(cpu, model, params, optimizer, make_batch(cpu, text.next_batch(4, 64)));
     if (step % 20 == 0) std::printf("step %3d  loss %.3f\n", step, result.loss.mean());
   }
-} catch (ha::Error const& error) {
-  std::fprintf(stderr, "write_a_policy: %s\n", error.what());
-  return 2;
+  return 0;
 }
+
+int main(int argc, char** argv) { return program::run_without_options("write_a_policy", argc, argv, run); }

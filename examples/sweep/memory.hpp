@@ -1,11 +1,13 @@
 // What a results folder remembers from one start of the program to the next:
 //   1_sandwich.checkpoint.safetensors   a pattern that is not finished yet
 //   1_sandwich.result.safetensors       one that is
-// Each carries the arguments that it was trained with, and is used with these alone.
+// Each carries the arguments that it was trained with. They are compared with this run's whenever one is read: what stood there
+// a moment before may be another's.
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_MEMORY_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_MEMORY_HPP
 
 #include "report.hpp"
+#include "settings.hpp"
 
 #include <hybridattn/train/checkpoint.hpp>
 
@@ -18,15 +20,6 @@
 namespace sweep {
 
 namespace ha = hybridattn;
-
-struct Settings {
-  ha::Index steps = 1000, seq_len = 128, batch = 2;
-  std::uint64_t seed = 1;
-  int threads = 0;
-  std::filesystem::path out = "results";
-  double checkpoint_every = 5;   // seconds
-  bool fresh = false;
-};
 
 // The arguments on which a result depends, a line each. The number of threads is none of them.
 inline std::vector<std::string> arguments(Settings const& s, ha::DataState const& data) {
@@ -58,7 +51,7 @@ class Memory {
  public:
   // Of runs of these patterns; `data` is the state of the source that they are trained on.
   Memory(Settings const& s, std::vector<std::string> patterns, ha::DataState const& data)
-      : folder_(s.out), seq_len_(s.seq_len), patterns_(std::move(patterns)), arguments_(arguments(s, data)) {}
+      : folder_(s.out), steps_(s.steps), seq_len_(s.seq_len), patterns_(std::move(patterns)), arguments_(arguments(s, data)) {}
 
   std::filesystem::path checkpoint(std::string const& name) const { return folder_ / (name + ".checkpoint.safetensors"); }
   std::filesystem::path result(std::string const& name) const { return folder_ / (name + ".result.safetensors"); }
@@ -79,14 +72,31 @@ class Memory {
     with_way_out([&] {
       for (auto const& pattern : patterns_) {
         if (there(checkpoint(pattern))) check_note(ha::read_checkpoint_header(checkpoint(pattern)).note, checkpoint(pattern));
-        if (there(result(pattern))) check_note(ha::Safetensors{result(pattern)}.metadata(note_key), result(pattern));
+        if (there(result(pattern))) (void)read(pattern);
       }
     });
   }
 
   // Steps of a pattern that are done and kept, when it is not finished.
   ha::Index steps_of(std::string const& name) const {
-    return there(checkpoint(name)) ? ha::read_checkpoint_header(checkpoint(name)).step : 0;
+    if (!there(checkpoint(name))) return 0;
+    return with_way_out([&] {
+      auto const header = ha::read_checkpoint_header(checkpoint(name));
+      check_note(header.note, checkpoint(name));
+      return header.step;
+    });
+  }
+  // What was kept of a pattern: load(path) reads it. Throws where it is not of this run.
+  template <class Load> ha::Progress resumed(std::string const& name, Load load) const {
+    return with_way_out([&] {
+      ha::Progress progress = load(checkpoint(name));
+      check_note(progress.note, checkpoint(name));
+      ha::check(progress.step <= steps_, checkpoint(name).string(), ": ", progress.step, " of ", steps_, " steps are done");
+      for (char const* series : {"loss", "training", "elapsed"})
+        ha::check(std::ssize(progress.history[series]) == progress.step, checkpoint(name).string(), ": history.", series, " has ",
+                  progress.history[series].size(), " numbers for ", progress.step, " steps");
+      return progress;
+    });
   }
   // The result takes the checkpoint's place.
   void finish(RunResult const& run) const {
@@ -101,8 +111,9 @@ class Memory {
   }
   std::optional<RunResult> finished(std::string const& name) const {
     if (!there(result(name))) return std::nullopt;
+    auto run = with_way_out([&] { return read(name); });
     remove(checkpoint(name));   // the process died between writing the one and removing the other
-    return with_way_out([&] { return read(result(name)); });
+    return run;
   }
 
  private:
@@ -136,11 +147,15 @@ class Memory {
             run.val_accuracy,
             run.tokens_are_bytes ? 1.0 : 0.0};
   }
-  RunResult read(std::filesystem::path const& path) const {
+  RunResult read(std::string const& name) const {
+    auto const path = result(name);
     ha::Safetensors const file{path};
+    check_note(file.metadata(note_key), path);
     auto const numbers = file.read_doubles("numbers");
-    ha::check(numbers.size() == 7, path.string(), " is not of this program");
     std::string const& letters = file.metadata("letters");
+    ha::check(numbers.size() == 7 && pattern_name(letters) == name, path.string(), " is not of this program");
+    auto losses = file.read_doubles("losses");
+    ha::check(std::ssize(losses) == steps_, path.string(), ": it has the losses of ", losses.size(), " steps, not of ", steps_);
     return {.name = pattern_name(letters),
             .letters = letters,
             .num_parameters = static_cast<ha::Index>(numbers[0]),
@@ -151,11 +166,11 @@ class Memory {
             .val_accuracy = numbers[5],
             .seq_len = seq_len_,
             .tokens_are_bytes = numbers[6] != 0,
-            .losses = file.read_doubles("losses")};
+            .losses = std::move(losses)};
   }
 
   std::filesystem::path folder_;
-  ha::Index seq_len_;
+  ha::Index steps_, seq_len_;
   std::vector<std::string> patterns_, arguments_;
 };
 

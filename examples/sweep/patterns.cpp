@@ -37,6 +37,10 @@ template <class Stack> class RunOf final : public Run {
 
 template <ha::Text... patterns> std::vector<CompiledPattern> compile() {
   return {{std::string_view(patterns.letters, sizeof(patterns.letters) - 1),
+           [](ha::Index vocab_size) {
+             using Stack = ha::Pattern<patterns, study::Study1>;
+             return ha::LanguageModel<Stack>{study::study1_config<Stack>(vocab_size)}.parameter_count();
+           },
            [](ha::Cpu& cpu, ha::Index vocab_size, ha::Seed seed) -> std::unique_ptr<Run> {
              return std::make_unique<RunOf<ha::Pattern<patterns, study::Study1>>>(cpu, vocab_size, seed);
            }}...};

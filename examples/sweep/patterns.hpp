@@ -29,12 +29,12 @@ class Run {
 
 struct CompiledPattern {
   std::string_view letters;
+  ha::Index (*parameter_count)(ha::Index vocab_size);
   std::unique_ptr<Run> (*start)(ha::Cpu&, ha::Index vocab_size, ha::Seed);
 };
 
 // All that patterns.cpp compiles: the study's eight, and the three pure ones.
 std::vector<CompiledPattern> compiled_patterns();
-inline constexpr std::string_view studied = "LFFL,FLFL,LLFF,FFLL,LDDL,DLDL,LLDD,DDLL";
 
 // "LFFL, G**G" -> the compiled patterns, in that order; throws on one that is not there.
 inline std::vector<CompiledPattern> chosen_patterns(std::string const& list) {

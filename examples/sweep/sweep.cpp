@@ -1,13 +1,8 @@
 // Trains layer patterns of the hybrid-patterns study on one text, causally, and compares them: a table, a JSON file, plots.
 #include "anarchism.hpp"
+#include "options.hpp"
 #include "plots.hpp"
 #include "train.hpp"
-
-#include <CLI/CLI.hpp>
-
-#include <cstdio>
-#include <cstdlib>
-#include <iostream>
 
 namespace {
 
@@ -25,29 +20,37 @@ Data open_data(std::vector<std::string> const& names, ha::Seed seed) {
   };
   if (names == std::vector<std::string>{"synthetic"}) return {std::make_unique<ha::RecallTask>(seed), false};
   if (!names.empty()) {
-    std::string const title = names.size() == 1 ? names.front() : std::to_string(names.size()) + " files";
+    std::string const title = names.size() == 1 ? program::text_name(names.front()) : std::to_string(names.size()) + " files";
     return windows(ha::read_text(std::vector<std::filesystem::path>(names.begin(), names.end())), title);
   }
   if (auto const text = sweep::anarchism_text(HYBRIDATTN_TEXT_DIR)) return windows(*text, "anarchism");
-  std::puts("Debian's package `anarchism` cannot be had here: training on the synthetic recall task instead (--data FILE takes any text)");
+  program::say_text(
+      "Debian's package `anarchism` cannot be had here: training on the synthetic recall task instead (--data FILE takes any text)\n");
   return {std::make_unique<ha::RecallTask>(seed), false};
 }
 
-void check_settings(sweep::Settings const& s) {
-  ha::check(s.steps >= 1, "--steps ", s.steps, " is not allowed; it must be at least 1");
-  ha::check(s.seq_len >= 2, "--seq-len ", s.seq_len, " is not allowed; it must be at least 2, a token and its target");
-  ha::check(s.batch >= 1, "--batch ", s.batch, " is not allowed; it must be at least 1");
-  ha::check(s.checkpoint_every >= 0, "--checkpoint-every ", s.checkpoint_every, " is not allowed; it must be at least 0");
-  ha::check(s.threads >= 0, "--threads ", s.threads, " is not allowed; it must be at least 1, or 0 for all cores");
+// Throws unless every file of the results can be written, the largest checkpoint too.
+void check_outputs(sweep::Settings const& s, sweep::Memory const& memory, std::vector<sweep::CompiledPattern> const& chosen,
+                   ha::Index vocab_size) {
+  for (auto const* file :
+       {"comprehensive_comparison.json", "loss_comparison.tsv", "loss_comparison.gp", "loss_comparison.png", "loss_comparison.svg",
+        "loss_comparison_average.tsv", "loss_comparison_average.gp", "loss_comparison_average.png", "loss_comparison_average.svg"})
+    program::check_writable(s.out / file);
+  for (auto const& pattern : chosen) {
+    auto const name = sweep::pattern_name(pattern.letters);
+    double const numbers = 8.0 * static_cast<double>(s.steps);
+    program::check_writable(s.out / (name + ".jsonl"), numbers);
+    program::check_writable(memory.result(name), numbers);
+    program::check_writable(memory.checkpoint(name), 12.0 * static_cast<double>(pattern.parameter_count(vocab_size)) + 3 * numbers);
+  }
 }
 
 // Leaves the table, the JSON file and the plots of what is finished.
 void report(sweep::Settings const& s, std::vector<sweep::RunResult> const& results) {
-  std::printf("\n%s\n%s\n", sweep::ranking_table(results).c_str(), sweep::category_averages(results).c_str());
   sweep::write_comparison(s.out, results);
+  program::say_text("\n" + sweep::ranking_table(results) + "\n" + sweep::category_averages(results) + "\n");
   auto const trouble = sweep::draw_plots(s.out, results);
-  if (!trouble.empty()) std::puts(trouble.c_str());
-  std::printf("results are in %s\n", s.out.string().c_str());
+  program::say_text((trouble.empty() ? "" : trouble + "\n") + "results are in " + program::one_line(s.out.string()) + "\n");
 }
 
 // Of each chosen pattern what an earlier run has finished; says so.
@@ -62,79 +65,58 @@ std::vector<std::optional<sweep::RunResult>> remembered(sweep::Memory const& mem
     ha::Index const steps = results.back() ? 0 : memory.steps_of(name);
     if (steps > 0) begun += ", " + name + " goes on after step " + std::to_string(steps);
   }
-  if (finished == chosen.size()) std::puts("all of them are finished already; --fresh trains them again");
+  if (finished == chosen.size()) program::say_text("all of them are finished already; --fresh trains them again\n");
   else if (finished > 0 || !begun.empty())
-    std::printf("resuming: %zu of %zu patterns are finished%s; --fresh starts anew\n", finished, chosen.size(), begun.c_str());
-  std::fflush(stdout);
+    program::say("resuming: %zu of %zu patterns are finished%s; --fresh starts anew\n", finished, chosen.size(), begun.c_str());
   return results;
 }
 
-int run(sweep::Settings const& s, std::string const& patterns, std::vector<std::string> const& files) {
-  check_settings(s);
-  auto const chosen = sweep::chosen_patterns(patterns);
+int run(sweep::Settings const& s) {
+  auto const chosen = sweep::chosen_patterns(s.patterns);
   sweep::prepare_folder(s.out);
-  auto const [data, tokens_are_bytes] = open_data(files, ha::Seed{s.seed});
+  program::check_writable(s.out / "comprehensive_comparison.json");
+  auto const [data, tokens_are_bytes] = open_data(s.data, ha::Seed{s.seed});
+  // A token has at least an activation of each layer.
+  program::check_memory(4.0 * 4 * 128 * static_cast<double>(s.batch) * static_cast<double>(s.seq_len),
+                        "a step of " + std::to_string(s.batch) + " windows of " + std::to_string(s.seq_len) + " tokens");
   ha::Batch first;
   data->next_batch(s.batch, s.seq_len, first);   // complains of a text that is too short before any work is done
   auto const validation = data->validation_batches(s.batch, s.seq_len);
+
+  program::watch_for_interrupt();
+  program::InUse const lock{s.out};
   sweep::Memory const memory{s, sweep::compiled_names(), data->state()};
+  if (!s.fresh) memory.check();
+  check_outputs(s, memory, chosen, data->vocab_size());
   if (s.fresh) memory.forget();
-  else memory.check();
   ha::Cpu cpu{s.threads};
-  std::printf("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(),
-              chosen.size(), s.steps, s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
+  program::say("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(),
+               chosen.size(), s.steps, s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
+  if (!sweep::is_installed("gnuplot")) program::say_text("gnuplot is not installed (Debian: gnuplot-nox): there will be no pictures\n");
   auto earlier = remembered(memory, chosen);
 
-  sweep::watch_for_interrupt();
   sweep::Progress progress{chosen.size(), s.steps};
   std::vector<sweep::RunResult> results;
   for (std::size_t i = 0; i < chosen.size(); ++i) {
     auto& result = earlier[i];
     if (result) {
       progress.skip(s.steps);
-    } else if (!sweep::interrupted && (result = sweep::train(cpu, chosen[i], s, *data, validation, memory, progress))) {
+    } else if (!program::interrupted() && (result = sweep::train(cpu, chosen[i], s, *data, validation, memory, progress))) {
       result->tokens_are_bytes = tokens_are_bytes;
       memory.finish(*result);
     }
     if (result) results.push_back(std::move(*result));
   }
-  if (sweep::interrupted)
-    std::printf("\ninterrupted: %zu of %zu patterns are finished and kept; the same command goes on from here\n", results.size(),
-                chosen.size());
+  bool const stopped = results.size() < chosen.size();
+  if (stopped)
+    program::say("\ninterrupted: %zu of %zu patterns are finished and kept; the same command goes on from here\n", results.size(),
+                 chosen.size());
   if (!results.empty()) report(s, results);
-  return sweep::interrupted ? 130 : 0;
+  return stopped ? program::interrupted_code() : 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Trains layer patterns of Gated DeltaNet (L or G), full (F or *) and sparse (D) attention on one text and ranks them."};
-  sweep::Settings s;
-  std::string patterns{sweep::studied};
-  std::vector<std::string> files;
-  app.add_option("--steps", s.steps, "training steps of each pattern")->capture_default_str();
-  app.add_option("--patterns", patterns, "which of the compiled patterns, e.g. 'LFFL,LDDL'")->capture_default_str();
-  app.add_option("--data", files, "text files, or the word synthetic; Debian's `anarchism` without it");
-  app.add_option("--seq-len", s.seq_len, "tokens of a window")->capture_default_str();
-  app.add_option("--batch", s.batch, "windows of a step")->capture_default_str();
-  app.add_option("--seed", s.seed, "of parameters and data")->capture_default_str();
-  app.add_option("--threads", s.threads, "0: all cores")->capture_default_str();
-  app.add_option("--out", s.out, "folder of the results; a run that stopped there goes on")->capture_default_str();
-  app.add_option("--checkpoint-every", s.checkpoint_every, "seconds between checkpoints; 0: after every step")->capture_default_str();
-  app.add_flag("--fresh", s.fresh, "forget what an earlier run left in the folder");
-  try {
-    app.parse(argc, argv);
-  } catch (CLI::CallForHelp const& help) {
-    return app.exit(help);
-  } catch (CLI::ParseError const& error) {
-    std::fprintf(stderr, "sweep: %s\n", error.what());
-    return 2;
-  }
-  hybridattn::ignore_file_size_signal();   // a full disk becomes an error with a name
-  try {
-    return run(s, patterns, files);
-  } catch (std::exception const& error) {
-    std::fprintf(stderr, "sweep: %s\n", error.what());
-    return 2;
-  }
+  return program::run("sweep", argc, argv, [&] { return run(sweep::parse(argc, argv)); });
 }

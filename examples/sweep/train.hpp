@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_TRAIN_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_TRAIN_HPP
 
+#include "../program.hpp"
 #include "memory.hpp"
 #include "patterns.hpp"
 #include "report.hpp"
@@ -10,18 +11,10 @@
 
 #include <unistd.h>
 
-#include <atomic>
 #include <chrono>
-#include <csignal>
 #include <optional>
 
 namespace sweep {
-
-// Set by Ctrl-C or a polite kill, read between steps.
-inline std::atomic<bool> interrupted = false;
-inline void watch_for_interrupt() {
-  for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { interrupted = true; });
-}
 
 class Clock {
  public:
@@ -45,9 +38,8 @@ class Progress {
     if (step != steps_ && clock_.seconds() - shown_ < every) return;
     shown_ = clock_.seconds();
     double const left = shown_ / done_ * (total_ - done_);
-    std::fprintf(stderr, "%s%-19s step %5td/%td  loss %.4f  %7.0f tokens/s  %4.0f s left%s", terminal_ ? "\r" : "", name.c_str(), step,
-                 steps_, loss, tokens_per_second, left, terminal_ && step != steps_ ? "" : "\n");
-    std::fflush(stderr);
+    program::note(program::formatted("%s%-19s step %5td/%td  loss %.4f  %7.0f tokens/s  %4.0f s left%s", terminal_ ? "\r" : "",
+                                     name.c_str(), step, steps_, loss, tokens_per_second, left, terminal_ && step != steps_ ? "" : "\n"));
   }
 
  private:
@@ -94,7 +86,7 @@ class Training {
         run_(pattern.start(cpu, data.vocab_size(), ha::Seed{s.seed})) {
     data.restart();
     std::error_code ignored;
-    if (std::filesystem::exists(memory.checkpoint(name_), ignored)) with_way_out([&] { resume(); });
+    if (std::filesystem::exists(memory.checkpoint(name_), ignored)) resume();
     kept_.note = memory.note();
     saved_step_ = kept_.step;
     saved_at_ = clock_.seconds();
@@ -131,11 +123,8 @@ class Training {
 
  private:
   void resume() {
-    kept_ = run_->load(memory_.checkpoint(name_));
-    data_.restore(kept_.data);
-    for (char const* series : {"loss", "training", "elapsed"})
-      ha::check(std::ssize(kept_.history[series]) == kept_.step, memory_.checkpoint(name_).string(), ": history.", series, " has ",
-                kept_.history[series].size(), " numbers for ", kept_.step, " steps");
+    kept_ = memory_.resumed(name_, [&](auto const& path) { return run_->load(path); });
+    with_way_out([&] { data_.restore(kept_.data); });
     if (kept_.step > 0) earlier_ = kept_.history["elapsed"].back();
     for (ha::Index step = 1; step <= kept_.step; ++step) log(step);
   }
@@ -174,7 +163,7 @@ inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& patte
   result.num_parameters = training.run().parameter_count();
   progress.skip(training.steps());
   while (training.steps() < s.steps) {
-    if (interrupted) {
+    if (program::interrupted()) {
       training.save();
       return std::nullopt;
     }

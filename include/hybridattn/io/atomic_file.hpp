@@ -23,6 +23,13 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // instead, as on a full disk. It changes the whole process, so it is for main() to call.
 inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
 
+// f(), a call of the system, once more each time that a signal cut it short.
+template <class F> auto uninterrupted(F f) {
+  auto result = f();
+  while (result < 0 && errno == EINTR) result = f();
+  return result;
+}
+
 // An open file of the system, closed at the brace.
 class FileDescriptor {
  public:
@@ -39,8 +46,8 @@ class FileDescriptor {
   int number() const { return number_; }
   explicit operator bool() const { return number_ >= 0; }
 
-  // Closes now; false when the system reports only here that what was written is lost.
-  bool close() { return ::close(std::exchange(number_, -1)) == 0; }
+  // Closes now; false when the system reports only here that what was written is lost. A signal does not keep it open.
+  bool close() { return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR; }
 
  private:
   int number_ = -1;
@@ -70,23 +77,37 @@ inline void remove_abandoned(std::filesystem::path const& path) {
   }
 }
 
+// The file that a write to `path` reaches: a symbolic link stands for its target, whether that is there or not.
+inline std::filesystem::path target_of(std::filesystem::path path) {
+  std::error_code error;
+  for (int links = 0; std::filesystem::is_symlink(std::filesystem::symlink_status(path, error)); ++links) {
+    check(links < 40, "cannot write ", path, ": too many symbolic links, one behind the other");
+    auto const next = std::filesystem::read_symlink(path, error);
+    check(!error, "cannot write ", path, ": ", error.message());
+    path = path.parent_path() / next;   // where the link stands, unless it is absolute
+  }
+  return path;
+}
+
 // A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
-// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. Every
+// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. A file that is
+// replaced hands on its mode and, where that is allowed, its owner; a symbolic link stays, and its target is replaced. Every
 // failure is an Error that names the file.
 class AtomicFile {
  public:
-  explicit AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
-    std::error_code ignored;
-    auto const status = std::filesystem::status(path_, ignored);
-    check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), "cannot write ", path_,
-          ": it is there and is not a file");
+  explicit AtomicFile(std::filesystem::path const& path) : path_(target_of(path)) {
+    check(path_.has_filename(), "cannot write ", path, ": it is not the name of a file");
+    struct stat old;
+    bool const replaces = ::stat(path_.c_str(), &old) == 0;
+    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it is there and is not a file");
     remove_abandoned(path_);
     for (int attempt = 0; !file_; ++attempt) {
       temporary_ = partial_name(path_.string(), ::getpid(), attempt);
-      file_ = FileDescriptor{::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};
+      file_ = FileDescriptor{uninterrupted([&] { return ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666); })};
       if (!file_ && (errno != EEXIST || attempt == 1000)) fail_with(errno);
       if (file_ && !lock()) file_ = FileDescriptor{};
     }
+    if (replaces && !inherit(old)) discard_and_fail(errno);
   }
   AtomicFile(AtomicFile const&) = delete;
   AtomicFile& operator=(AtomicFile const&) = delete;
@@ -95,21 +116,21 @@ class AtomicFile {
   void write(std::string_view contents) {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
     while (!contents.empty()) {
-      auto const written = ::write(file_.number(), contents.data(), contents.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) discard_and_fail(errno);
+      auto const written = uninterrupted([&] { return ::write(file_.number(), contents.data(), contents.size()); });
+      if (written <= 0) discard_and_fail(written < 0 ? errno : EIO);
       contents.remove_prefix(static_cast<std::size_t>(written));
     }
   }
   void commit() {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
-    if (::fsync(file_.number()) != 0 && errno != EINVAL) discard_and_fail(errno);
+    if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0 && errno != EINVAL) discard_and_fail(errno);
     FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
     if (!file_.close()) discard_and_fail(errno);
-    if (::rename(temporary_.c_str(), path_.c_str()) != 0) discard_and_fail(errno);
+    if (uninterrupted([&] { return ::rename(temporary_.c_str(), path_.c_str()); }) != 0) discard_and_fail(errno);
     temporary_.clear();
     sync_folder();
   }
+  // What the name that was given leads to.
   std::filesystem::path const& path() const { return path_; }
 
  private:
@@ -125,16 +146,22 @@ class AtomicFile {
     if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
     return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
   }
+  // Owner first: a new owner takes away some of the mode. Where files may not be given away, it stays ours.
+  bool inherit(struct stat const& old) const {
+    [[maybe_unused]] bool const given = ::fchown(file_.number(), old.st_uid, old.st_gid) == 0;
+    return ::fchmod(file_.number(), old.st_mode & 0777) == 0;
+  }
   void discard() noexcept {
     file_ = FileDescriptor{};
     if (!temporary_.empty()) ::unlink(temporary_.c_str());
     temporary_.clear();
   }
-  // The new name survives a power cut too, where the file system can promise that.
+  // The new name survives a power cut too, where the file system can promise that; one that fails at it says so.
   void sync_folder() const {
     auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
-    FileDescriptor const opened{::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
-    if (opened) ::fsync(opened.number());
+    FileDescriptor const opened{uninterrupted([&] { return ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); })};
+    if (!opened || uninterrupted([&] { return ::fsync(opened.number()); }) == 0) return;
+    if (errno == EIO || errno == ENOSPC || errno == EDQUOT) fail_with(errno);
   }
 
   std::filesystem::path path_, temporary_;

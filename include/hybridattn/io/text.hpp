@@ -3,28 +3,57 @@
 #define HYBRIDATTN_IO_TEXT_HPP
 
 #include <hybridattn/core/check.hpp>
+#include <hybridattn/io/atomic_file.hpp>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
+#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// All bytes of a file that is not empty.
+// How long a text may be: as tokens it takes four bytes a byte.
+inline std::uint64_t longest_text() {
+  auto const pages = static_cast<double>(::sysconf(_SC_PHYS_PAGES)), size = static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+  return pages > 0 && size > 0 ? static_cast<std::uint64_t>(pages * size / 4) : std::uint64_t{1} << 62;
+}
+
+// All bytes of a file that is not empty, or of a pipe up to its end.
 inline std::string read_text(std::filesystem::path const& path) {
-  std::error_code error;
-  check(std::filesystem::exists(path, error), "cannot read ", path, ": there is no such file");
-  check(!std::filesystem::is_directory(path, error), "cannot read ", path, ": it is a folder; name the files in it");
-  std::ifstream file{path, std::ios::binary};
-  check(file.is_open(), "cannot read ", path, ": no permission");
-  std::string text{std::istreambuf_iterator<char>{file}, {}};
-  check(!file.bad(), "cannot read ", path, ": the device failed");
+  FileDescriptor const file{uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY); })};
+  bool const missing = !file && (errno == ENOENT || errno == ENOTDIR);
+  check(static_cast<bool>(file), "cannot read ", path, ": ",
+        missing           ? "there is no such file"
+        : errno == EACCES ? "no permission"
+                          : std::strerror(errno));
+  struct stat status;
+  check(::fstat(file.number(), &status) == 0, "cannot read ", path, ": ", std::strerror(errno));
+  check(!S_ISDIR(status.st_mode), "cannot read ", path, ": it is a folder; name the files in it");
+  auto const check_length = [&](std::uint64_t length) {
+    check(length <= longest_text(), "cannot use ", path, ": it has more than ", longest_text(),
+          " bytes; as tokens they would not fit into this machine's memory");
+  };
+  std::string text;
+  try {
+    if (S_ISREG(status.st_mode)) {
+      check_length(static_cast<std::uint64_t>(status.st_size));
+      text.reserve(static_cast<std::size_t>(status.st_size));
+    }
+    std::vector<char> part(std::size_t{1} << 16);
+    while (true) {
+      auto const got = uninterrupted([&] { return ::read(file.number(), part.data(), part.size()); });
+      check(got >= 0, "cannot read ", path, ": ", std::strerror(errno));
+      if (got == 0) break;
+      text.append(part.data(), static_cast<std::size_t>(got));
+      check_length(text.size());
+    }
+  } catch (std::bad_alloc const&) {
+    fail("cannot use ", path, ": there is no memory for more than ", text.size(), " bytes of it");
+  }
   check(!text.empty(), "cannot use ", path, ": it is empty");
   return text;
 }

@@ -1,0 +1,129 @@
+// Command lines: each wrong word is one sentence. Nothing is done here, so any command line can be tried.
+#ifndef HYBRIDATTN_EXAMPLES_OPTIONS_HPP
+#define HYBRIDATTN_EXAMPLES_OPTIONS_HPP
+
+#include "program.hpp"
+
+#include <hybridattn/core/view.hpp>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <charconv>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <limits>
+#include <thread>
+
+namespace program {
+
+inline constexpr std::int64_t largest_size = std::numeric_limits<std::int32_t>::max();   // of what is multiplied with others
+
+// A word of the command line as it is shown.
+inline std::string shown(std::string const& word) { return word.empty() || word.find(' ') != word.npos ? "'" + word + "'" : word; }
+
+// A whole number, all of the word: no 1e3, no 0x10, nothing before or behind it.
+template <std::integral T> T to_number(std::string const& name, std::string const& word, T least, T most) {
+  T value{};
+  auto const [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+  bool const whole = error == std::errc{} && end == word.data() + word.size();
+  if (whole && value >= least && value <= most) return value;
+  bool const bounded = most != std::numeric_limits<T>::max() || error == std::errc::result_out_of_range;
+  ha::fail(name, " ", shown(word), " is not allowed; it must be a whole number of at least ", least,
+           bounded ? " and at most " + std::to_string(most) : "");
+}
+// A decimal number that is finite.
+inline double to_real(std::string const& name, std::string const& word) {
+  double value = 0;
+  auto const [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+  ha::check(error == std::errc{} && end == word.data() + word.size() && std::isfinite(value), name, " ", shown(word),
+            " is not allowed; it must be a finite number such as 0.001 or 1e-3");
+  return value;
+}
+inline std::string real_text(double value) { return formatted("%.9g", value); }
+
+// Throws unless a text's name can be written into JSON; control characters in it are escaped.
+inline std::string text_name(std::string const& name) {
+  try {
+    (void)nlohmann::json(name).dump();
+  } catch (nlohmann::json::type_error const&) {
+    ha::fail("the text's name '", name, "' is not UTF-8 and cannot be written into the results; give it another name");
+  }
+  return one_line(name);
+}
+
+// The options of one program.
+class Options {
+ public:
+  Options(std::string const& name, std::string const& description) : app_(description, name) {
+    app_.set_version_flag("--version", name + " (hybridattn) " HYBRIDATTN_VERSION);
+  }
+
+  template <std::integral T> void number(std::string const& name, T& value, std::string const& help, T least, T most) {
+    app_.add_option_function<std::string>(
+            name, [&value, name, least, most](std::string const& word) { value = to_number<T>(name, word, least, most); }, help)
+        ->default_str(std::to_string(value))
+        ->type_name("N");
+  }
+  // Sizes and counts.
+  void size(std::string const& name, ha::Index& value, std::string const& help, ha::Index least = 1, ha::Index most = largest_size) {
+    number<ha::Index>(name, value, help, least, most);
+  }
+  void seed(std::uint64_t& value) {
+    number<std::uint64_t>("--seed", value, "of all random numbers", 0, std::numeric_limits<std::uint64_t>::max());
+  }
+  // More threads than the machine can start end a program without a word.
+  void threads(int& value) {
+    int const most = std::max(64, 4 * static_cast<int>(std::thread::hardware_concurrency()));
+    number<int>("--threads", value, "0: all cores", 0, most);
+  }
+  // At least 0, or above it.
+  void real(std::string const& name, double& value, std::string const& help, bool positive = false) {
+    app_.add_option_function<std::string>(
+            name,
+            [&value, name, positive](std::string const& word) {
+              value = to_real(name, word);
+              ha::check(positive ? value > 0 : value >= 0, name, " ", shown(word), " is not allowed; it must be ",
+                        positive ? "above 0" : "at least 0");
+            },
+            help)
+        ->default_str(real_text(value))
+        ->type_name("X");
+  }
+  // A file or a folder that is written.
+  void out(std::filesystem::path& value, std::string const& help) {
+    app_.add_option_function<std::string>(
+            "--out",
+            [&value](std::string const& word) {
+              ha::check(!word.empty(), "--out '' is not allowed; it must be the name of a file or folder");
+              value = word;
+            },
+            help)
+        ->default_str(value.string())
+        ->type_name("PATH");
+  }
+  // Anything else, by CLI11's own means.
+  CLI::App& app() { return app_; }
+
+  // Throws Answer, or ha::Error with one sentence.
+  void parse(int argc, char const* const* argv) {
+    try {
+      app_.parse(argc, argv);
+    } catch (CLI::CallForVersion const& version) {
+      throw Answer{std::string(version.what()) + "\n"};
+    } catch (CLI::CallForHelp const&) {
+      throw Answer{app_.help()};
+    } catch (CLI::CallForAllHelp const&) {
+      throw Answer{app_.help()};
+    } catch (CLI::Error const& error) {
+      ha::fail(error.what());
+    }
+  }
+
+ private:
+  CLI::App app_;
+};
+
+}  // namespace program
+#endif
