@@ -4,8 +4,10 @@
 #include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/attention/gdn/reference.hpp>
 #include <hybridattn/core/random.hpp>
+#include <hybridattn/nn/attention.hpp>
 
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -309,6 +311,112 @@ TEMPLATE_TEST_CASE("gated delta rule: gradients do not depend on earlier d_o, ev
         CHECK(same_bits(changed.gradients(t, 130), before.gradients(t, 130)));
         CHECK_FALSE(same_bits(changed.gradients(0, t), before.gradients(0, t)));
       }
+  }
+}
+
+namespace {
+
+// How far the gradients of one head's decays are from the truth: relative L2 error, and |sum g (d_g - truth)| in sum |g truth|,
+// which is what reaches a_log.
+struct DecayErrors {
+  double length, sum;
+};
+DecayErrors decay_errors(std::vector<double> const& g, std::vector<double> const& d_g, std::vector<double> const& truth, Index heads,
+                         Index h) {
+  double error = 0, size = 0, sum = 0, sizes = 0;
+  for (auto t = static_cast<std::size_t>(h); t < g.size(); t += static_cast<std::size_t>(heads)) {
+    error += std::pow(d_g[t] - truth[t], 2), size += truth[t] * truth[t];
+    sum += g[t] * (d_g[t] - truth[t]), sizes += std::abs(g[t] * truth[t]);
+  }
+  return {std::sqrt(error / size), sizes == 0 ? 0 : std::abs(sum) / sizes};
+}
+struct Gate {
+  char const* name;
+  std::function<double(Index t, ha::Random&)> draw;
+};
+std::vector<Gate> strong_gates() {
+  std::vector<Gate> gates;
+  auto const alike = [&](char const* name, double g) { gates.push_back({name, [g](Index, ha::Random&) { return g; }}); };
+  alike("0", 0), alike("-.05", -0.05), alike("-1", -1), alike("-4", -4), alike("-10", -10), alike("-25", -25), alike("-60", -60);
+  gates.push_back({"-25 or -.05", [](Index, ha::Random& random) { return random.below(2) == 0 ? -25 : -0.05; }});
+  gates.push_back({"runs of 32", [](Index t, ha::Random&) { return t / 32 % 2 == 0 ? -25 : -0.05; }});
+  gates.push_back({"one -80 in 64, else -.05", [](Index t, ha::Random&) { return t % 64 == 37 ? -80 : -0.05; }});
+  gates.push_back({"one -80 in 64, else 0", [](Index t, ha::Random&) { return t % 64 == 37 ? -80 : 0; }});
+  return gates;
+}
+template <class T> std::vector<double> doubles(std::vector<T> const& x) { return {x.begin(), x.end()}; }
+template <class T> Run<T> with_gate(Problem const& problem, Index length, Gate const& gate) {
+  Run<T> run(problem, packed({length}));
+  ha::Random random{ha::Seed{9}, gate.name};
+  run.g.set([&](Index t, Index) { return gate.draw(t, random); });
+  return run;
+}
+template <class T> void check_decays(ha::Cpu& cpu, Problem const& problem, Index length, Gate const& gate, double allowed) {
+  auto result = computed(cpu, with_gate<T>(problem, length, gate));
+  auto truth = with_gate<double>(problem, length, gate);
+  truth.by_reference();
+  for (Index h = 0; h < result.c.num_value_heads; ++h) {
+    auto const errors = decay_errors(doubles(result.g.rows()), doubles(result.d_g.rows()), truth.d_g.rows(), result.c.num_value_heads, h);
+    INFO("g " << gate.name << ", " << length << " tokens, head " << h << ", states " << problem.initial_state);
+    CHECK(errors.length <= allowed);
+    CHECK(errors.sum <= allowed);
+  }
+}
+
+}  // namespace
+
+// Euler's relation in place of (7) is off by 2e-3 at g = -5, and by 1e20 at g = -60.
+TEST_CASE("gated delta rule: the gradient of a decay is right in every head, however strong the decay") {
+  ha::Cpu cpu{2};
+  for (Gate const& gate : strong_gates())
+    for (Index length : {130, 2048})
+      for (bool states : {false, true}) {
+        Problem const problem{.sizes = sizes(32, 32, 1, 2), .initial_state = states, .final_state = states};
+        check_decays<float>(cpu, problem, length, gate, 1e-5);
+        if (length == 130) check_decays<double>(cpu, problem, length, gate, 1e-13);
+      }
+}
+
+namespace {
+
+// d_a_log and d_dt_bias of a layer, for an upstream gradient of size 1.
+template <class T> std::vector<double> gate_gradients(gdn::GateStart start) {
+  using Layer = ha::Attention<ha::GDN>;
+  ha::Cpu cpu{2};
+  gdn::Config const c = ha::GDN::complete({.gate_start = start}, 64, 8);
+  auto const s = ha::Sequences::equal(2, 256);
+  auto p = ha::allocate<T>(cpu, Layer::params(c, 64)), d_p = ha::allocate<T>(cpu, Layer::params(c, 64));
+  ha::zip(
+      [](ha::Path const& path, ha::Initial const& start_of, auto& tensor) {
+        ha::Random random{ha::Seed{1}, path.str()};
+        for (Index i = 0; i < out(tensor).count(); ++i) out(tensor).data[i] = static_cast<T>(static_cast<float>(start_of.draw(random)));
+      },
+      Layer::starts(c, 64, {}), p);
+  auto const noise = [&](char const* name) {
+    ha::Tensor<T, 2, ha::Cpu> tensor{cpu, {s.tokens(), 64}};
+    ha::Random random{ha::Seed{1}, name};
+    for (Index i = 0; i < out(tensor).count(); ++i) out(tensor).data[i] = static_cast<T>(static_cast<float>(random.normal()));
+    return tensor;
+  };
+  auto const x = noise("x"), d_y = noise("d_y");
+  Layer::Saved<ha::Owned<T, ha::Cpu>> saved;
+  Layer::forward(cpu, c, s, in(p), in(x), saved);
+  Layer::backward(cpu, c, s, in(p), in(x), std::move(saved), in(d_y), out(d_p));
+  auto result = doubles(ha::download(cpu, d_p.prepare.a_log));
+  for (T d : ha::download(cpu, d_p.prepare.dt_bias)) result.push_back(static_cast<double>(d));
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("gated delta rule: the gates' parameters in a layer have in float the gradients they have in double") {
+  for (auto start : {gdn::GateStart::fla, gdn::GateStart::transformers}) {
+    auto const exact = gate_gradients<double>(start), rounded = gate_gradients<float>(start);
+    REQUIRE(exact.size() == 16);
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      INFO((i < 8 ? "a_log" : "dt_bias") << " of head " << i % 8 << ", start " << static_cast<int>(start));
+      CHECK(std::abs(rounded[i] - exact[i]) <= 1e-4 * std::abs(exact[i]));
+    }
   }
 }
 
