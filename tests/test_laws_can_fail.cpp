@@ -129,6 +129,26 @@ template <IndexerFlaw F> void spoil_choices(ha::Sequences const& s, ha::View<std
   }
 }
 
+// Gated DeltaNet whose gradient of a decay is Euler's relation, exact on paper: sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) +
+// <S_T, d_final_state>. At mild decays nothing is wrong with it.
+struct EulersDecay : ha::GDN {};
+
+template <class T>
+void spoil_decays(ha::gdn::Config const& c, ha::Sequences const& s, ha::gdn::Inputs<ha::In<T>> const& x,
+                  ha::gdn::Outputs<ha::In<T>> const& y, ha::gdn::Outputs<ha::In<T>> const& d_y, ha::gdn::Inputs<ha::Out<T>> const& d_x) {
+  for (Index i = 0; i < s.count(); ++i)
+    for (Index h = 0; h < c.num_value_heads; ++h) {
+      ha::Sequence const sequence = s[static_cast<std::size_t>(i)];
+      T sum = 0;
+      for (Index k = 0; k < c.key_dim && !y.final_state.empty(); ++k)
+        sum += ha::dot(y.final_state.row(i, h, k), d_y.final_state.row(i, h, k), c.value_dim);
+      for (Index t = sequence.start + sequence.length; t-- > sequence.start;) {
+        sum += ha::dot(x.q.row(t, h), ha::View<T const, 3>(d_x.q).row(t, h), c.key_dim);
+        d_x.g(t, h) = sum -= ha::dot(x.v.row(t, h), ha::View<T const, 3>(d_x.v).row(t, h), c.value_dim);
+      }
+    }
+}
+
 // In decoding alone; forward and backward are sound.
 enum class DecodingFlaw {
   none,
@@ -215,6 +235,17 @@ template <Flaw F> struct ha::On<Flawed<F>, ha::Cpu> {
   }
 };
 template <Flaw F> struct ha::testing::Reference<Flawed<F>> : PlainReference<Retention> {};
+
+template <> struct ha::On<EulersDecay, ha::Cpu> : On<GDN, Cpu> {
+  template <class T>
+  static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    On<GDN, Cpu>::backward(cpu, c, s, x, y, saved, d_y, d_x);
+    spoil_decays<T>(c, s, x, y, d_y, d_x);
+  }
+};
+template <> struct ha::testing::Reference<EulersDecay> : Reference<GDN> {};
+template <> struct ha::testing::Samples<EulersDecay> : Samples<GDN> {};
 
 template <IndexerFlaw F> struct ha::On<FlawedIndexer<F>, ha::Cpu> {
   using Sound = On<FlawlessSparse, Cpu>;
@@ -308,6 +339,10 @@ TEST_CASE("wrong numbers are seen") {
   CHECK(broken<Flaw::clips_gradients>() == about_values + Laws{"linear"});
   CHECK(broken<Flaw::forgets_the_state>() == about_values + Laws{"agrees in parts"});
   CHECK(broken<Flaw::no_gradient_of_the_state>() == about_values + Laws{"agrees in parts"});
+}
+
+TEST_CASE("a gradient that a strong decay leaves nothing of but rounding is seen in its head") {
+  CHECK(broken<EulersDecay>({.num_heads = 2, .key_dim = 8}) == Laws{"true values"});
 }
 
 TEST_CASE("memory that grows, or is kept, is seen") {
