@@ -35,6 +35,33 @@ TEMPLATE_LIST_TEST_CASE("a policy keeps every law in double", "[double]", Polici
   check_all(ha::testing::judge<TestType, ha::Cpu, double>());
 }
 
+namespace {
+
+// One size of each family, with scales below 0.
+template <class P> typename P::Config opposite() {
+  auto size = ha::testing::Samples<P>::sizes().front();
+  size.scale = -0.6;
+  if constexpr (requires { size.index_scale; }) size.index_scale = -size.index_scale;
+  return size;
+}
+
+}  // namespace
+
+using OppositePolicies = std::tuple<ha::Full, Windowed<16>, ha::GDN, Sparse<8>>;
+TEMPLATE_LIST_TEST_CASE("a policy keeps every law with scales below 0 in float", "[float]", OppositePolicies) {
+  check_all(judge(ha::testing::Adaptor<TestType, ha::Cpu, float>{opposite<TestType>()}));
+}
+TEMPLATE_LIST_TEST_CASE("a policy keeps every law with scales below 0 in double", "[double]", OppositePolicies) {
+  check_all(judge(ha::testing::Adaptor<TestType, ha::Cpu, double>{opposite<TestType>()}));
+}
+TEMPLATE_TEST_CASE("the indexer keeps every law with scales below 0 in the stages that train it", "[double]", float, double) {
+  for (ha::Stage stage : {ha::Stage::dense_warm_up, ha::Stage::sparse}) {
+    auto size = opposite<Sparse<8>>();
+    size.stage = stage;
+    check_all(judge(ha::testing::Adaptor<Sparse<8>, ha::Cpu, TestType>{size}));
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("a policy keeps every law on a device that the host cannot read, with the bits of the CPU", "[float]", OnFake) {
   using Fake = ha::testing::Fake;
   auto const size = ha::testing::Samples<TestType>::sizes().front();

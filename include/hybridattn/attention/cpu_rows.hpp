@@ -149,7 +149,8 @@ template <class T> struct Exponentials {
 template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  std::fill(p + count, p + round_up(count, lanes<T>), -infinity);   // whose exponential is 0
+  T* const end = p + round_up(count, lanes<T>);
+  std::fill(p + count, end, p[count - 1]);   // no score is larger for it, whatever the scale's sign
   cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
   for (Index j = 0; j < count; j += lanes<T>) {
     cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
@@ -157,6 +158,7 @@ template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index
     cpu::store<T>(p + j, score);
   }
   T const largest = cpu::largest<T>(most);
+  std::fill(p + count, end, -infinity);   // whose exponential is 0
   for (Index j = 0; j < count; j += lanes<T>) {
     cpu::Vec<T> const e = cpu::exp_below_most<T>(cpu::load(p + j) - largest);
     sum += e;

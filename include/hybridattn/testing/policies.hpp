@@ -49,7 +49,7 @@ inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Input
         size += std::abs(x.index_w(sequence.start + t, j) * x.index_q(sequence.start + t, j, d) * x.index_k(sequence.start + s, d));
     largest = std::max(largest, size);
   }
-  return static_cast<double>(c.index_dim + c.index_heads + 4) * eps * c.index_scale * largest;
+  return static_cast<double>(c.index_dim + c.index_heads + 4) * eps * std::abs(c.index_scale) * largest;
 }
 inline bool all_whole(View<double const, 2> rows) {
   return std::all_of(rows.data, rows.data + rows.count(), [](double x) { return x == std::round(x) && std::abs(x) < 8; });
@@ -57,7 +57,7 @@ inline bool all_whole(View<double const, 2> rows) {
 // Whole numbers times a power of two: no rounding in any scalar, in any order.
 inline bool scores_are_exact(dsa::Config const& c, dsa::Inputs<In<double>> const& x) {
   int exponent;
-  return std::frexp(c.index_scale, &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) && all_whole(x.index_w);
+  return std::frexp(std::abs(c.index_scale), &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) && all_whole(x.index_w);
 }
 // Of query t: keys in ascending order, none unseen, none twice, and none left out that scores more; ties as dsa.hpp (2) says.
 inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t const* keys, Index k, double rounding) {

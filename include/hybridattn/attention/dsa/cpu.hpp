@@ -8,6 +8,10 @@
 #include <hybridattn/attention/dsa/dsa.hpp>
 #include <hybridattn/core/with_constant.hpp>
 
+#include <algorithm>
+#include <functional>
+#include <utility>
+
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
 
@@ -27,8 +31,24 @@ template <class Run> void with_head_dim(Index D, Run run) {
   with_constant<16, 32, 64, 128>(D, run, [&] { run(D); });
 }
 
+template <class T> void negate(View<T const, 3> x, View<T, 3> y) {
+  for (Index n = 0; n < x.extent(0); ++n)
+    for (Index j = 0; j < x.extent(1); ++j) std::transform(x.row(n, j), x.row(n, j) + x.extent(2), y.row(n, j), std::negate<T>());
+}
+// relu(s q . k) = relu(-s (-q) . k): kernels know a positive index_scale s only. f(config, inputs) gets one.
+template <class T, class F> void with_positive_scale(Cpu& cpu, Config c, Inputs<In<T>> x, F f) {
+  Tensor<T, 3, Cpu> opposite{cpu, x.index_q.shape};
+  negate(x.index_q, out(opposite));
+  c.index_scale = -c.index_scale;
+  x.index_q = in(opposite);
+  f(std::as_const(c), x);
+}
+
 template <class T>
 void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { forward<T>(cpu, o, config, s, inputs, y, saved); });
   if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
   if (s.tokens() == 0) return;
   if (c.stage != Stage::dense_warm_up) choose_keys(cpu, o, c, s, x, saved.indices);
@@ -39,6 +59,11 @@ void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inp
 template <class T>
 void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved,
               Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x, [&](Config const& config, auto const& inputs) {
+      backward<T>(cpu, o, config, s, inputs, y, saved, d_y, d_x);
+      if (!d_x.index_q.empty()) negate(View<T const, 3>(d_x.index_q), d_x.index_q);
+    });
   KeySets const sets{cpu, o, c, s, saved.indices};
   if (d_y.o.empty()) set_all_zero(d_x.q, d_x.k, d_x.v);
   else with_head_dim(c.head_dim, [&](auto D) { attend_all_backward<T>(cpu, D, sets, c, s, x, y, saved, d_y, d_x); });
@@ -50,6 +75,9 @@ void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, In
 // Sequences that begin run through forward's kernels. No stage has a loss here.
 template <class T>
 void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { extend<T>(cpu, o, config, s, inputs, cache, y); });
   check_fits(s, cache.keys.extent(0), cache.keys.extent(1));
   remember<T>(cpu, s, x, cache);
   bool const dense = c.stage == Stage::dense_warm_up;

@@ -8,7 +8,7 @@
 //   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
 //       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
 //   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
-//       d_z_tjs = index_scale w_tj d_I_ts where iq_tj . ik_s > 0, else 0
+//       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
 //       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
 // In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
