@@ -46,18 +46,18 @@ template <class S> struct Row {
   std::vector<Setting<S>> legal, defaults, refused;
 };
 
-std::string text(double x) {
+template <class X> std::string text(X x) requires(std::is_arithmetic_v<X>) {
   std::ostringstream out;
   out << x;
   return out.str();
 }
-template <class M> std::string text(std::vector<M> const& list) { return list.empty() ? "nothing" : text(static_cast<double>(list.back())); }
-template <class M> std::string text(M x) requires(std::is_enum_v<M>) { return text(static_cast<double>(x)); }
+template <class M> std::string text(std::vector<M> const& list) { return list.empty() ? "nothing" : text(list.back()); }
+template <class M> std::string text(M x) requires(std::is_enum_v<M>) { return text(static_cast<int>(x)); }
 
 // The row of a member that is a number, a word, a switch or a list of numbers.
 template <class S, class C, class M>
-Row<S> row(char const* name, M C::* member, std::type_identity_t<std::vector<M>> legal, std::type_identity_t<std::vector<Value<M>>> defaults = {},
-           std::type_identity_t<std::vector<M>> refused = {}) {
+Row<S> row(char const* name, M C::* member, std::type_identity_t<std::vector<M>> legal,
+           std::type_identity_t<std::vector<Value<M>>> defaults = {}, std::type_identity_t<std::vector<M>> refused = {}) {
   Row<S> result{name, {}, {}, {}};
   auto const setting = [&](M value, M meaning) {
     return Setting<S>{std::string(name) + " = " + text(value), text(value), [=](S& s) { s.*member = value; },
@@ -130,41 +130,48 @@ template <class P> std::vector<Value<double>> default_scale(double dim) { return
 
 Model::Config small() { return {.vocab_size = 19, .model_dim = 24, .num_heads = 2}; }
 
-}  // namespace
+struct Nothing {
+  ha::Tensor<float, 1, ha::Cpu> w;
+  HYBRIDATTN_FIELDS(w)
+};
 
-TEST_CASE("a policy's sizes and scales") {
+void policies() {
   using F = ha::full::Config;
   judge<F>("full::Config", {},
-           {row<F>("num_heads", &F::num_heads, {1, 2, 4}, {{0, 2}}, negative), row<F>("num_kv_heads", &F::num_kv_heads, {1, 2}, {{0, 2}}, negative),
+           {row<F>("num_heads", &F::num_heads, {1, 2, 4}, {{0, 2}}, negative),
+            row<F>("num_kv_heads", &F::num_kv_heads, {1, 2}, {{0, 2}}, negative),
             row<F>("head_dim", &F::head_dim, {1, 7, 64}, {{0, 12}}, negative),
             row<F>("scale", &F::scale, {1, -1, 1e-30, -3e38}, default_scale<F>(12), no_number),
             row<F>("rope_theta", &F::rope_theta, {1, 0.5, 1e7}, {}, not_positive),
             row<F>("norm_eps", &F::norm_eps, {1e-12, 1}, {}, not_positive)},
            completed<ha::Full>);
   using G = ha::gdn::Config;
-  judge<G>("gdn::Config", {},
-           {row<G>("num_heads", &G::num_heads, {1, 2}, {{0, 2}}, negative),
-            row<G>("num_value_heads", &G::num_value_heads, {2, 6}, {{0, 2}}, negative),
-            row<G>("key_dim", &G::key_dim, {1, 7, 64}, {{0, 12}}, negative), row<G>("value_dim", &G::value_dim, {1, 7, 64}, {{0, 12}}, negative),
-            row<G>("scale", &G::scale, {1, -1, 1e-30, -3e38}, default_scale<G>(12), no_number),
-            row<G>("norm_eps", &G::norm_eps, {1e-12, 1}, {}, not_positive),
-            row<G>("gate_start", &G::gate_start, {ha::gdn::GateStart::fla, ha::gdn::GateStart::transformers})},
-           completed<ha::GDN>);
+  judge<G>(
+      "gdn::Config", {},
+      {row<G>("num_heads", &G::num_heads, {1, 2}, {{0, 2}}, negative),
+       row<G>("num_value_heads", &G::num_value_heads, {2, 6}, {{0, 2}}, negative),
+       row<G>("key_dim", &G::key_dim, {1, 7, 64}, {{0, 12}}, negative), row<G>("value_dim", &G::value_dim, {1, 7, 64}, {{0, 12}}, negative),
+       row<G>("scale", &G::scale, {1, -1, 1e-30, -3e38}, default_scale<G>(12), no_number),
+       row<G>("norm_eps", &G::norm_eps, {1e-12, 1}, {}, not_positive),
+       row<G>("gate_start", &G::gate_start, {ha::gdn::GateStart::fla, ha::gdn::GateStart::transformers})},
+      completed<ha::GDN>);
   using D = ha::dsa::Config;
-  judge<D>("dsa::Config", {},
-           {row<D>("num_heads", &D::num_heads, {1, 2, 4}, {{0, 2}}, negative), row<D>("num_kv_heads", &D::num_kv_heads, {1, 2}, {{0, 2}}, negative),
-            row<D>("head_dim", &D::head_dim, {1, 7, 64}, {{0, 12}}, negative),
-            row<D>("scale", &D::scale, {1, -1, 1e-30, -3e38}, default_scale<D>(12), no_number),
-            row<D>("index_heads", &D::index_heads, {1, 13}, {}, not_one), row<D>("index_dim", &D::index_dim, {1, 7, 64}, {{0, 12}}, negative),
-            row<D>("index_scale", &D::index_scale, {1, -1, 1e-30, -3e38}, default_scale<D>(12), no_number),
-            row<D>("rope_theta", &D::rope_theta, {1, 0.5, 1e7}, {}, not_positive),
-            row<D>("norm_eps", &D::norm_eps, {1e-12, 1}, {}, not_positive),
-            row<D>("index_loss", &D::index_loss, {0, 0.5, 100}, {}, not_above_zero),
-            row<D>("stage", &D::stage, {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})},
-           completed<Sparse>);
+  judge<D>(
+      "dsa::Config", {},
+      {row<D>("num_heads", &D::num_heads, {1, 2, 4}, {{0, 2}}, negative),
+       row<D>("num_kv_heads", &D::num_kv_heads, {1, 2}, {{0, 2}}, negative),
+       row<D>("head_dim", &D::head_dim, {1, 7, 64}, {{0, 12}}, negative),
+       row<D>("scale", &D::scale, {1, -1, 1e-30, -3e38}, default_scale<D>(12), no_number),
+       row<D>("index_heads", &D::index_heads, {1, 13}, {}, not_one), row<D>("index_dim", &D::index_dim, {1, 7, 64}, {{0, 12}}, negative),
+       row<D>("index_scale", &D::index_scale, {1, -1, 1e-30, -3e38}, default_scale<D>(12), no_number),
+       row<D>("rope_theta", &D::rope_theta, {1, 0.5, 1e7}, {}, not_positive),
+       row<D>("norm_eps", &D::norm_eps, {1e-12, 1}, {}, not_positive),
+       row<D>("index_loss", &D::index_loss, {0, 0.5, 100}, {}, not_above_zero),
+       row<D>("stage", &D::stage, {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})},
+      completed<Sparse>);
 }
 
-TEST_CASE("the sizes of a model and of its layers") {
+void layers() {
   using C = Model::Config;
   judge<C>("LanguageModel::Config", small(),
            {row<C>("vocab_size", &C::vocab_size, {1, 2, 50000}, {}, not_one), row<C>("model_dim", &C::model_dim, {2, 26}, {}, not_one),
@@ -173,10 +180,9 @@ TEST_CASE("the sizes of a model and of its layers") {
            [](C const& c) { return Model{c}.config(); });
 
   using S = Layers::Config;
-  judge<S>("Stack::Config", {{.model_dim = 24}, {}}, {elsewhere<S>("block"), elsewhere<S>("mixers")},
-           [](S const& c) { return Layers::completed(c, 2); });
+  judge<S>("Stack::Config", S{}, {elsewhere<S>("block"), elsewhere<S>("mixers")}, [](S const& c) { return Layers::completed(c, 2); });
   using B = ha::BlockConfig;
-  judge<B>("BlockConfig", {},
+  judge<B>("BlockConfig", B{},
            {row<B>("model_dim", &B::model_dim, {2, 24}, {}, not_one), elsewhere<B>("norm"), elsewhere<B>("feed_forward"),
             elsewhere<B>("initialization"),
             row<B>("stage", &B::stage, {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})},
@@ -201,50 +207,48 @@ TEST_CASE("the sizes of a model and of its layers") {
            });
   using F = ha::FeedForwardConfig;
   F const mixture{.hidden_dim = 20, .num_experts = 4};
-  judge<F>("FeedForwardConfig", mixture,
-           {row<F>("hidden_dim", &F::hidden_dim, {1, 7}, {{0, 96}}, negative), row<F>("gated", &F::gated, switches),
-            row<F>("num_experts", &F::num_experts, {0, 2, 64}, {}, negative), row<F>("top_k", &F::top_k, {1, 4}, {}, {0, 5, -1, least, most}),
-            row<F>("expert_dim", &F::expert_dim, {1, 7}, {{0, 20}}, negative),
-            row<F>("shared_dim", &F::shared_dim, {-1, 0, 7}, {}, {-2, least}), row<F>("renormalise", &F::renormalise, switches),
-            row<F>("decoder_sparse_step", &F::decoder_sparse_step, {1, 2, 1000}, {}, not_one),
-            row<F>("mlp_only_layers: layer", &F::mlp_only_layers, {{}, {0, 2}, {99}}, {}, {{-1}, {0, 2, -5}}),
-            row<F>("balance_coefficient", &F::balance_coefficient, {0, 1e-3, 10}, {}, not_above_zero),
-            row<F>("balance", &F::balance, {ha::Balance::per_layer, ha::Balance::pooled})},
-           [](F const& c) {
-             auto config = small();
-             config.feed_forward = c;
-             return Model{config}.stack_config().block.feed_forward;
-           });
+  judge<F>(
+      "FeedForwardConfig", mixture,
+      {row<F>("hidden_dim", &F::hidden_dim, {1, 7}, {{0, 96}}, negative), row<F>("gated", &F::gated, switches),
+       row<F>("num_experts", &F::num_experts, {0, 2, 64}, {}, negative), row<F>("top_k", &F::top_k, {1, 4}, {}, {0, 5, -1, least, most}),
+       row<F>("expert_dim", &F::expert_dim, {1, 7}, {{0, 20}}, negative), row<F>("shared_dim", &F::shared_dim, {-1, 0, 7}, {}, {-2, least}),
+       row<F>("renormalise", &F::renormalise, switches), row<F>("decoder_sparse_step", &F::decoder_sparse_step, {1, 2, 1000}, {}, not_one),
+       row<F>("mlp_only_layers: layer", &F::mlp_only_layers, {{}, {0, 2}, {99}}, {}, {{-1}, {0, 2, -5}}),
+       row<F>("balance_coefficient", &F::balance_coefficient, {0, 1e-3, 10}, {}, not_above_zero),
+       row<F>("balance", &F::balance, {ha::Balance::per_layer, ha::Balance::pooled})},
+      [](F const& c) {
+        auto config = small();
+        config.feed_forward = c;
+        return Model{config}.stack_config().block.feed_forward;
+      });
 }
 
-TEST_CASE("the numbers of training") {
-  struct Nothing {
-    ha::Tensor<float, 1, ha::Cpu> w;
-    HYBRIDATTN_FIELDS(w)
-  };
+void training() {
   ha::Cpu cpu{1};
   Nothing const nothing;
   using A = ha::AdamWOptions;
-  judge<A>("AdamWOptions", {},
-           {row<A>("learning_rate", &A::learning_rate, {0, 1e-3, 100}, {}, not_above_zero),
-            row<A>("beta_1", &A::beta_1, {0, 0.5, 0.9999999}, {}, no_decay), row<A>("beta_2", &A::beta_2, {0, 0.5, 0.9999999}, {}, no_decay),
-            row<A>("epsilon", &A::epsilon, {1e-30, 1e-8, 1}, {}, not_positive),
-            row<A>("weight_decay", &A::weight_decay, {0, 0.1, 1}, {}, not_above_zero),
-            row<A>("max_norm", &A::max_norm, {0, 1e-3, 1e30}, {}, not_above_zero), row<A>("bias_correction", &A::bias_correction, switches),
-            elsewhere<A>("decays")},
-           [&](A const& o) { return ha::AdamW<Nothing>{cpu, nothing, o}.options(); });
+  judge<A>(
+      "AdamWOptions", {},
+      {row<A>("learning_rate", &A::learning_rate, {0, 1e-3, 100}, {}, not_above_zero),
+       row<A>("beta_1", &A::beta_1, {0, 0.5, 0.9999999}, {}, no_decay), row<A>("beta_2", &A::beta_2, {0, 0.5, 0.9999999}, {}, no_decay),
+       row<A>("epsilon", &A::epsilon, {1e-30, 1e-8, 1}, {}, not_positive),
+       row<A>("weight_decay", &A::weight_decay, {0, 0.1, 1}, {}, not_above_zero),
+       row<A>("max_norm", &A::max_norm, {0, 1e-3, 1e30}, {}, not_above_zero), row<A>("bias_correction", &A::bias_correction, switches),
+       elsewhere<A>("decays")},
+      [&](A const& o) { return ha::AdamW<Nothing>{cpu, nothing, o}.options(); });
 
   using S = ha::Schedule;
-  judge<S>("Schedule", {.warmup_steps = 3, .total_steps = 9},
-           {row<S>("warmup_steps", &S::warmup_steps, {0, 9, 10, most}, {}, negative),
-            row<S>("total_steps", &S::total_steps, {0, 1, 3, most}, {}, negative), row<S>("min_rate", &S::min_rate, {0, 0.5, 1}, {}, no_share)},
-           [](S const& s) {
-             for (Index step : {Index{0}, Index{1}, Index{100}, most}) {
-               double const rate = s(step);
-               CHECK((0 <= rate && rate <= 1));
-             }
-             return s;
-           });
+  judge<S>(
+      "Schedule", {.warmup_steps = 3, .total_steps = 9},
+      {row<S>("warmup_steps", &S::warmup_steps, {0, 9, 10, most}, {}, negative),
+       row<S>("total_steps", &S::total_steps, {0, 1, 3, most}, {}, negative), row<S>("min_rate", &S::min_rate, {0, 0.5, 1}, {}, no_share)},
+      [](S const& s) {
+        for (Index step : {Index{0}, Index{1}, Index{100}, most}) {
+          double const rate = s(step);
+          CHECK((0 <= rate && rate <= 1));
+        }
+        return s;
+      });
   CHECK_THROWS_AS(S{}(-1), ha::Error);
 
   using O = ha::StepOptions;
@@ -267,14 +271,15 @@ TEST_CASE("the numbers of training") {
            {row<R>("vocab_size", &R::vocab_size, {18, 256, 0x7fffffff}, {}, {17, 0, -1, least, Index{1} << 31, most}),
             row<R>("pairs", &R::pairs, {1, 127}, {}, {128, 0, -1, least, most})},
            [](R const& o) {
-             CHECK(ha::RecallTask{ha::Seed{1}, o}.vocab_size() == o.vocab_size);
+             ha::RecallTask const task{ha::Seed{1}, o};
+             CHECK(task.vocab_size() == o.vocab_size);
              return o;
            });
   using L = ha::LoadOptions;
   judge<L>("LoadOptions", {}, {row<L>("other_optimizer_options", &L::other_optimizer_options, switches)}, [](L const& o) { return o; });
 }
 
-TEST_CASE("the numbers of generating") {
+void generating() {
   using S = ha::SamplingOptions;
   std::vector<float> const logits{1, 2, 3, 2};
   judge<S>("SamplingOptions", {},
@@ -294,7 +299,8 @@ TEST_CASE("the numbers of generating") {
   Small const model{{.vocab_size = 3, .model_dim = 4, .num_heads = 1}};
   auto const params = model.initialize<float>(cpu, ha::Seed{1});
   auto const run = [&](ha::GenerateOptions const& o) {
-    CHECK(std::ssize(generate(cpu, model, params, {{0, 1}}, o).tokens.at(0)) <= o.max_new_tokens);
+    auto const generated = generate(cpu, model, params, {{0, 1}}, o);
+    CHECK(std::ssize(generated.tokens.at(0)) <= o.max_new_tokens);
     return o;
   };
   using G = ha::GenerateOptions;
@@ -306,7 +312,8 @@ TEST_CASE("the numbers of generating") {
   CHECK_THROWS_WITH(run({.max_new_tokens = 0, .sampling = {.top_p = 0}}), Catch::Matchers::Contains("top_p 0 is not allowed"));
   // As many as there is room for, whatever number was asked.
   auto cache = ha::make_cache<float>(cpu, model, {.batch = 1, .capacity = 4});
-  CHECK_THROWS_WITH(generate(cpu, model, params, cache, {{0, 1}}, {.max_new_tokens = 0x7fffffff}), Catch::Matchers::Contains("its capacity is 4"));
+  CHECK_THROWS_WITH(generate(cpu, model, params, cache, {{0, 1}}, {.max_new_tokens = 0x7fffffff}),
+                    Catch::Matchers::Contains("its capacity is 4"));
 
   using C = ha::CacheSize;
   judge<C>("CacheSize", {.batch = 1, .capacity = 8},
@@ -318,7 +325,7 @@ TEST_CASE("the numbers of generating") {
            });
 }
 
-TEST_CASE("the numbers of operations") {
+void operations() {
   ha::Cpu cpu{1};
   using R = ha::Rope::Options;
   using Op = ha::On<ha::Rope, ha::Cpu>;
@@ -332,7 +339,8 @@ TEST_CASE("the numbers of operations") {
              ha::View<float, 3> const table{angles.data(), {2, 2, half}};
              std::fill(y.begin(), y.end(), std::nanf(""));
              Op::angles(cpu, o, table);
-             Op::forward(cpu, o, ha::View<float const, 3>(table), {}, ha::View<float const, 3>{x.data(), {2, 1, 8}}, ha::View<float, 3>{y.data(), {2, 1, 8}});
+             Op::forward(cpu, o, ha::View<float const, 3>(table), {}, ha::View<float const, 3>{x.data(), {2, 1, 8}},
+                         ha::View<float, 3>{y.data(), {2, 1, 8}});
              CHECK(y == x);   // all is zero, and written
              return o;
            });
@@ -345,5 +353,15 @@ static_assert(member_count<ha::FullOptions>() == 5, "a new option: give it its r
 static_assert(member_count<ha::GdnOptions>() == 3, "a new option: give it its rows in mistakes.sh, if it can be wrong");
 static_assert(member_count<ha::SparseOptions>() == 8, "a new option: give it its rows in mistakes.sh, if it can be wrong");
 
-// The cases above have run.
-TEST_CASE("what the table holds", "[.]") {}
+}  // namespace
+
+TEST_CASE("every number of a configuration is legal, stands for a default, or is refused by name") {
+  policies();
+  layers();
+  training();
+  generating();
+  operations();
+  Count const& all = counted();
+  std::printf("%zu structs, %zu members: %zu legal values, %zu that mean a default, %zu refused\n", all.structs, all.members, all.legal,
+              all.defaults, all.refused);
+}

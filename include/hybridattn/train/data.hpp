@@ -197,8 +197,8 @@ class RecallTask final : public DataSource {
     check_at_least("recall", "vocab_size", options.vocab_size, 4);
     check(options.vocab_size <= std::numeric_limits<std::int32_t>::max(), "recall: vocab_size ", options.vocab_size,
           " is not allowed; it must be at most ", std::numeric_limits<std::int32_t>::max(), ", since a token is a std::int32_t");
-    check(options.pairs <= (options.vocab_size - 2) / 2, "recall: vocab_size ", options.vocab_size, " is too small for pairs ",
-          options.pairs, "; every pair takes 2 tokens, and 2 are left over");
+    check(options.pairs <= (options.vocab_size - 2) / 2, "recall: pairs ", options.pairs, " with vocab_size ", options.vocab_size,
+          " is not allowed; a vocabulary has 2 tokens for each pair, and 2 more");
   }
 
   using DataSource::next_batch;
