@@ -5,18 +5,9 @@
 
 namespace ha = hybridattn;
 
-#if MISTAKE == 1  // no keys to attend to
-using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 0}>;
-#elif MISTAKE == 2  // options that contradict: a count and a share
-using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 8, .top_k_percent = 50}>;
-#else
-using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 50}>;
-#endif
-static_assert(ha::AttentionPolicy<Sparse>);
-
-#if MISTAKE == 3  // a letter that does not exist
+#if MISTAKE == 1  // a letter that does not exist
 using Layers = ha::Pattern<"LXFL">;
-#elif MISTAKE == 4  // no layer
+#elif MISTAKE == 2  // no layer
 using Layers = ha::Stack<>;
 #else
 using Layers = ha::Pattern<"LDFL">;
@@ -38,7 +29,7 @@ struct Mine : ha::PolicyDefaults {
   };
   template <class S> struct Saved {
     ha::Wide<S, 2> sums, norms;  // [N, H]
-#if MISTAKE == 5  // a member that no loop over members would see
+#if MISTAKE == 3  // a member that no loop over members would see
     HYBRIDATTN_FIELDS(sums)
 #else
     HYBRIDATTN_FIELDS(sums, norms)
@@ -53,7 +44,7 @@ struct Mine : ha::PolicyDefaults {
   static Saved<ha::Shapes> saved(Config const&, ha::Sequences const&) { return {}; }
 };
 template <> struct ha::On<Mine, ha::Cpu> {
-#if MISTAKE == 6  // the wrong role: forward would write into what it reads
+#if MISTAKE == 4  // the wrong role: forward would write into what it reads
   template <class T> using Read = Out<T>;
 #else
   template <class T> using Read = In<T>;
@@ -62,7 +53,7 @@ template <> struct ha::On<Mine, ha::Cpu> {
   static void forward(Cpu&, Mine::Config const&, Sequences const&, Mine::Inputs<Read<T>> x, Mine::Outputs<Out<T>> y, Mine::Saved<Out<T>>) {
     std::copy_n(x.v.data, x.v.count(), y.o.data);
   }
-#if MISTAKE != 7  // no backward
+#if MISTAKE != 5  // no backward
   template <class T>
   static void backward(Cpu&, Mine::Config const&, Sequences const&, Mine::Inputs<In<T>>, Mine::Outputs<In<T>>, Mine::Saved<In<T>>,
                        Mine::Outputs<In<T>> d_y, Mine::Inputs<Out<T>> d_x) {
@@ -73,22 +64,31 @@ template <> struct ha::On<Mine, ha::Cpu> {
 
 using Model = ha::LanguageModel<ha::Stack<Mine>>;
 void both_passes(ha::Cpu& cpu, Model const& model, ha::TokenBatch<ha::Cpu> const& batch) {
-#if MISTAKE == 8  // the wrong role: sizes where parameters are wanted
+#if MISTAKE == 6  // the wrong role: sizes where parameters are wanted
   auto const params = model.params();
 #else
   auto const params = model.initialize<float>(cpu, ha::Seed{1});
 #endif
   auto saved = model.forward(cpu, params, batch);
-#if MISTAKE == 9  // saved is not given away
+#if MISTAKE == 7  // saved is not given away
   auto const gradients = model.backward(cpu, params, batch, saved, 1);
 #else
   auto const gradients = model.backward(cpu, params, batch, std::move(saved), 1);
 #endif
 }
 
-#if MISTAKE == 10  // decoding with a policy that has no cache
+#if MISTAKE == 8  // decoding with a policy that has no cache
 using Decoding = Model;
 #else
 using Decoding = ha::LanguageModel<ha::Pattern<"LF">>;
 #endif
 auto decoding(ha::Cpu& cpu, Decoding const& model) { return ha::make_cache<float>(cpu, model, {.batch = 1, .capacity = 8}); }
+
+#if MISTAKE == 9  // sizes of a policy that the stack has not
+using Asked = ha::DSA;
+#elif MISTAKE == 10  // with other options than it has there
+using Asked = ha::FullAttention<ha::FullOptions{.window = 8}>;
+#else
+using Asked = ha::Full;
+#endif
+void sizes(Decoding::Config& config, Decoding const& model) { config.mixer<Asked>().num_heads = model.config().mixer<ha::GDN>().num_heads; }

@@ -90,19 +90,15 @@ template <class Key, class Value> struct Keyed {
 };
 template <template <class> class Of, class Kinds> struct ByType;
 template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
-  template <class Key> auto& get() {
-    check_key<Key>();
-    return static_cast<Keyed<Key, Of<Key>>&>(*this).value;
-  }
-  template <class Key> auto const& get() const {
-    check_key<Key>();
-    return static_cast<Keyed<Key, Of<Key>> const&>(*this).value;
-  }
+  template <class Key> auto& get() { return of<Key>(*this); }
+  template <class Key> auto const& get() const { return of<Key>(*this); }
 
  private:
-  template <class Key> static constexpr void check_key() {
+  template <class Key, class Self> static auto& of(Self& self) {
     static_assert((std::is_same_v<Key, Kinds> || ...),
                   "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+    using Found = Keyed<Key, Of<Key>>;
+    return static_cast<std::conditional_t<std::is_const_v<Self>, Found const, Found>&>(self).value;
   }
 };
 
