@@ -53,10 +53,12 @@ template <class F> std::string error_of(F f) {
 using Model = ha::LanguageModel<ha::Stack<ha::Full>>;
 
 std::set<std::string> errors_of_sizes() {
-  Model::Config groups;
+  Model::Config groups, below_zero;
   groups.mixer<ha::Full>().num_kv_heads = 3;
-  return {error_of([] { Model{{.model_dim = 100, .num_heads = 3}}; }), error_of([&] { Model{groups}; }),
-          error_of([] { Model{{.feed_forward = {.num_experts = 2, .top_k = 3}}}; }), error_of([] { ha::Cpu{-1}; })};
+  below_zero.mixer<ha::Full>().head_dim = -64;
+  return {error_of([&] { Model{below_zero}; }), error_of([] { Model{{.model_dim = 100, .num_heads = 3}}; }),
+          error_of([&] { Model{groups}; }), error_of([] { Model{{.feed_forward = {.num_experts = 2, .top_k = 3}}}; }),
+          error_of([] { ha::Cpu{-1}; })};
 }
 std::set<std::string> errors_of_files() {
   ScratchFolder const folder;
@@ -69,6 +71,14 @@ std::set<std::string> errors_of_files() {
   fs::current_path(before);
   return errors;
 }
+std::set<std::string> errors_of_numbers() {
+  ha::Cpu cpu{1};
+  Model const model{{.model_dim = 8, .num_heads = 1}};
+  auto const params = model.initialize<float>(cpu, {});
+  double const nan = std::numeric_limits<double>::quiet_NaN();
+  return {error_of([&] { ha::AdamW{cpu, params, {.beta_2 = 1}}; }), error_of([&] { ha::DSA::complete({.index_loss = nan}, 8, 1); }),
+          error_of([] { Model{{.norm = {.eps = 0}}}; }), error_of([] { ha::Sampler{{.top_p = 0}}; })};
+}
 std::set<std::string> errors_of_steps() {
   ha::Cpu cpu{1};
   Model const model{{.model_dim = 8, .num_heads = 1}};
@@ -77,11 +87,14 @@ std::set<std::string> errors_of_steps() {
   auto const step = [&](std::vector<std::int32_t> const& tokens, std::vector<std::int32_t> const& targets, ha::Index length) {
     return error_of([&] { train_step(cpu, model, params, optimizer, make_batch(cpu, ha::Sequences::equal(1, length), tokens, targets)); });
   };
-  std::set<std::string> errors{step({1, 2, 300}, {2, 3, 4}, 3), step({1}, {256}, 1), step({1, 2, 3}, {2, 3, 4}, 4)};
+  std::set<std::string> errors{step({1, 2, 300}, {2, 3, 4}, 3), step({1}, {256}, 1), step({1, 2, 3}, {2, 3, 4}, 4), step({}, {}, 0)};
   auto const nan = std::numeric_limits<float>::quiet_NaN();
   auto gradients = ha::allocate<float>(cpu, model.params());
-  ha::On<ha::Fill, ha::Cpu>::forward(cpu, nan, flat(out(gradients.embedding)));
-  errors.insert(error_of([&] { optimizer.step(cpu, params, gradients); }));
+  ha::AdamW unclipped{cpu, params, {.max_norm = 0}};
+  for (float const value : {nan, std::numeric_limits<float>::max()}) {
+    ha::zip([&](ha::Path const&, auto& g) { ha::On<ha::Fill, ha::Cpu>::forward(cpu, value, flat(out(g))); }, gradients);
+    errors.insert(error_of([&] { unclipped.step(cpu, params, gradients); }));
+  }
   ha::On<ha::Fill, ha::Cpu>::forward(cpu, nan, flat(out(params.embedding)));
   errors.insert(step({1}, {2}, 1));
   auto const moved = std::move(gradients.embedding);
@@ -131,6 +144,7 @@ std::vector<std::string> const none;
 
 TEST_CASE("errors.md quotes the sentences that are thrown, and no other") {
   std::set<std::string> thrown = errors_of_sizes();
+  thrown.merge(errors_of_numbers());
   thrown.merge(errors_of_files());
   thrown.merge(errors_of_steps());
   CHECK(thrown == quoted(root / "docs/errors.md"));
