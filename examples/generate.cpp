@@ -7,8 +7,6 @@
 #include <hybridattn/infer/generate.hpp>
 #include <hybridattn/io.hpp>
 
-#include <cmath>
-
 namespace generate {
 namespace {
 
@@ -56,14 +54,21 @@ template <class Model, class Load> void run(ha::Cpu& cpu, Settings const& s, Mod
 
 void from_folder(ha::Cpu& cpu, Settings const& s) {
   namespace hf = ha::hugging_face;
-  int const percent = static_cast<int>(std::lround(100 * hf::read_settings(s.model).rotary_share));
-  models::with_pattern(models::Released{}, hf::pattern(s.model), [&](auto choice) {
+  auto const settings = hf::read_settings(s.model, s.reading);
+  std::string differs;
+  auto const use = [&](auto choice) {
     using Model = ha::LanguageModel<typename decltype(choice)::Stack>;
-    if (decltype(choice)::rotary_percent != percent) return false;
-    Model const model{hf::config<Model>(s.model)};
-    run(cpu, s, model, [&] { return hf::load<float>(cpu, model, s.model); });
+    try {
+      hf::check_types<typename Model::Stack>(settings);
+    } catch (ha::Error const& error) {
+      differs = error.what();
+      return false;
+    }
+    Model const model{hf::config<Model>(s.model, s.reading)};
+    run(cpu, s, model, [&] { return hf::load<float>(cpu, model, s.model, s.reading); });
     return true;
-  });
+  };
+  models::with_pattern(models::Released{}, settings.pattern, use, differs);
 }
 
 void from_checkpoint(ha::Cpu& cpu, Settings const& s) {

@@ -5,6 +5,7 @@
 #include "options.hpp"
 
 #include <hybridattn/infer/sampling.hpp>
+#include <hybridattn/train/hugging_face/fields.hpp>
 
 namespace generate {
 
@@ -17,6 +18,7 @@ struct Settings {
   ha::SamplingOptions sampling;
   std::uint64_t seed = 1;
   int threads = 0;
+  ha::hugging_face::ReadOptions reading;
 
   bool as_bytes() const { return tokens.empty(); }
 };
@@ -50,6 +52,10 @@ inline Settings parse(int argc, char const* const* argv) {
   options.real("--top-p", s.sampling.top_p, "only the likeliest tokens that together have this probability");
   options.seed(s.seed);
   options.threads(s.threads);
+  options.app()
+      .add_option("--ignore-field", s.reading.ignore, "a field of config.json to read as if it were not there; may be given again")
+      ->allow_extra_args(false)
+      ->type_name("NAME");
   options.parse(argc, argv);
   ha::Sampler{s.sampling};   // complains of what no sampler can do
   ha::check(!s.prompt.empty() || !s.as_bytes(), "there is nothing to continue: give --prompt or --tokens");

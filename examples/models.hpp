@@ -34,12 +34,17 @@ inline std::string letters_of(std::vector<std::string> const& policies) {
   return letters;
 }
 
-// f(choice) for those whose letters are wanted, until one returns true; throws, naming all patterns, when none did.
-template <class... Choices, class F> void with_pattern(List<Choices...>, std::string_view wanted, F f) {
+// f(choice) for those whose letters are wanted, until one returns true; throws, naming all patterns, when none did. `differs`
+// says why those with these letters were not taken.
+template <class... Choices, class F>
+void with_pattern(List<Choices...>, std::string_view wanted, F f, std::string const& differs = "") {
   if (((Choices::letters == wanted && f(Choices{})) || ...)) return;
+  auto const shown = wanted.substr(0, 100);
+  ha::check(differs.empty(), "pattern '", shown, "' is compiled in with other options. ", differs,
+            ". To add it, write one more line in examples/models.hpp");
   std::string known;
   ((known += (known.empty() ? "" : ", ") + std::string(Choices::letters)), ...);
-  ha::fail("pattern '", wanted, "' is not compiled in; there are ", known,
+  ha::fail("pattern '", shown, "' is not compiled in; there are ", known,
            " (L Gated DeltaNet, F full, D sparse attention). To add it, write one more line in examples/models.hpp");
 }
 

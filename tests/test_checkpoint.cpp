@@ -6,12 +6,24 @@
 #include <hybridattn/train/checkpoint.hpp>
 
 #include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <poll.h>
 
 #include <cstdio>
 #include <optional>
 #include <thread>
+
+namespace {
+int reads = 0, failing_read = -1;   // calls of pread, and which of them fails
+}
+// In place of the system's.
+extern "C" ssize_t pread(int file, void* into, size_t count, off_t offset) {
+  if (reads++ != failing_read) return ::syscall(SYS_pread64, file, into, count, offset);
+  errno = EIO;
+  return -1;
+}
 
 namespace ha = hybridattn;
 using Catch::Matchers::Contains;
@@ -239,8 +251,19 @@ TEST_CASE("a configuration that makes no sense is refused by the member's name")
     changed.json[Json::json_pointer(pointer)] = value;
     CHECK_THROWS_WITH(ha::checkpoint_config<Model>(changed), Contains(said));
   };
-  refused("/model/model_dim", "wide", "'model_dim' is of another kind");
-  refused("/model/vocab_size", 1e15, "'vocab_size' is 1000000000000000");
+  refused("/model/model_dim", "wide", "'model_dim' is of another kind; it must be an integer");
+  refused("/model/vocab_size", 1'000'000'000'000'000, "'vocab_size' is 1000000000000000; allowed are sizes up to 1048576");
+  refused("/model/vocab_size", 18446744073709551615u, "'vocab_size' is 18446744073709551615; allowed are sizes up to");
+  for (Json const& value : {Json(64.0), Json(1e15), Json(true), Json("64"), Json(nullptr), Json::array({64})})
+    refused("/model/vocab_size", value, "; it must be an integer");
+  refused("/model/vocab_size", -2, "'vocab_size' is -2; allowed are");
+  refused("/layers/1/sizes/head_dim", 8.0, "'head_dim' is 8.0; it must be an integer");
+  refused("/model/feed_forward/mlp_only_layers", Json::array({1.0}), "'mlp_only_layers' is 1.0; it must be an integer");
+  refused("/model/feed_forward/mlp_only_layers", 1, "'mlp_only_layers' is of another kind; it must be a list of integers");
+  refused("/model/tie_embedding", 1, "'tie_embedding' is of another kind; it must be true or false");
+  refused("/model/norm/eps", "small", "'eps' is of another kind; it must be a number");
+  refused("/model/norm/weight", 1, "'weight' is of another kind; it must be a word");
+  refused("/model/norm/weight", "\x1b[2J", "unknown word '\\x1b[2J'");
   refused("/model/norm/weight", "heavy", "unknown word 'heavy'");
   refused("/layers", Json::array(), "'layers' does not fit the pattern");
   refused("/layers/0/sizes", Json::object(), "no 'num_heads'");
@@ -309,7 +332,7 @@ TEST_CASE("a file that is damaged, of another version or no checkpoint is refuse
            {R"({"format_version": "one"})", "format_version must hold integers"},
            {R"({"pattern": ["GDN", 7]})", "'pattern' must be a list of names"},
            {R"({"pattern": 7})", "'pattern' must be a list of names"},
-           {R"({"pattern": ["GDN", "\n\u007f"]})", "the file holds GDN ??, the model is"},
+           {R"({"pattern": ["GDN", "\n\u007f"]})", "the file holds GDN \\x0a\\x7f, the model is"},
            {R"({"dtype": "F64"})", "dtype: 'F64' in the file, 'F32' in the model"},
            {R"({"layers": [1, 2]})", "'layers' does not fit the pattern"},
            {R"({"layers": 3})", "'layers' does not fit the pattern"},
@@ -318,6 +341,14 @@ TEST_CASE("a file that is damaged, of another version or no checkpoint is refuse
            {R"({"model": {"norm": null}})", "norm: nothing in the file, a group in the model"},
            {R"({"model": {"norm": {"eps": "small"}}})", "norm.eps: 'small' in the file, 1e-06 in the model"},
            {R"({"model": {"more": true}})", "more: true in the file, nothing in the model"},
+           {R"({"model": {"more\u001b[2J\n": true}})", R"(more\x1b[2J\x0a: true in the file, nothing in the model)"},
+           {R"({"model": {"model_dim": 16.0}})", "model_dim: 16.0 in the file, 16 in the model"},
+           {R"({"layers": [{}, {}, {}]})", "layer 0 (GDN).options: nothing in the file"},
+           {R"({"step": 3.0})", "step must hold integers from 0"},
+           {R"({"step": 9223372036854775808})", "step must hold integers from 0 to 2^63 - 1"},
+           {R"({"data": {"seed": 7.0}})", "seed must be an integer from 0"},
+           {R"({"format_version": 1.0})", "format_version must hold integers"},
+           {R"({"dtype": "F\u001b32"})", R"(dtype: 'F\x1b32' in the file)"},
            {R"({"step": -1})", "step must hold integers from 0"},
            {R"({"data": {"seed": "x"}})", "seed must be an integer from 0"},
            {R"({"data": null})", "no 'data'"},
@@ -334,8 +365,13 @@ TEST_CASE("a file that is damaged, of another version or no checkpoint is refuse
            {R"({"embedding": {"dtype": "I32"}})", "tensor 'embedding': dtype I32 in the file, F32 in the model"},
            {R"({"more": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})", "tensor 'more' is in the file, but not in the model"},
            {R"({"__metadata__": null})", "no checkpoint: it has no metadata 'hybridattn'"},
-           {R"({"__metadata__": {"hybridattn": "{"}})", "its description is not JSON"},
-           {R"({"__metadata__": {"hybridattn": "[]"}})", "its description is not a JSON object"},
+           {R"({"__metadata__": {"hybridattn": "{"}})", "its description: line 1, column 2: not JSON: it ends too early"},
+           {R"({"__metadata__": {"hybridattn": "{\"a\": 1,\n\"a\": 2}"}})", "its description: line 2, column 3: the key 'a' stands twice"},
+           {R"({"__metadata__": {"hybridattn": "{\"a\": NaN}"}})", "its description: line 1, column 7: not JSON: it has no NaN"},
+           {R"({"__metadata__": {"hybridattn": "{}\u0000"}})", "its description: line 1, column 3: a NUL byte"},
+           {R"({"e\u001b[2J": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}})", R"(tensor 'e\x1b[2J' is in the file, but not in)"},
+           {R"({"history.loss": {"dtype": "F99"}})", "tensor 'history.loss' of dtype F99 cannot be read as F64"},
+           {R"({"__metadata__": {"hybridattn": "[]"}})", "its description: line 1, column 1: not a JSON object"},
        })
     CHECK_THAT(said(with_tensors(file, Json::parse(patch))), Contains(words));
   Json moved;
@@ -355,9 +391,44 @@ TEST_CASE("a file that ends early, or is nested deeper than the stack is, is ref
       R"({"format_version": 1, "pattern": ["GDN", "Full", "DSA"], "dtype": "F32", "step": 1, "note": "", "model": {"model_dim": )" +
       std::string(200'000, '[') + std::string(200'000, ']') + "}}";
   auto const deep = folder.file("deep.safetensors", with_tensors(file, patch));
-  CHECK_THAT(refusal(run, deep), Contains("deep.safetensors") && Contains("in the file"));
-  CHECK(ha::read_checkpoint_header(deep).step == 1);
-  CHECK_THAT(refusal(run, folder / "nowhere"), Contains("nowhere") && Contains("No such file"));
+  CHECK_THAT(refusal(run, deep),
+             Contains("deep.safetensors: its description: line 1, column ") && Contains("nested deeper than 64 levels"));
+  CHECK_THROWS_WITH(ha::read_checkpoint_header(deep), Contains("nested deeper than 64 levels"));
+  CHECK_THAT(refusal(run, folder / "nowhere"), Contains("nowhere: there is no such file"));
+}
+
+TEST_CASE("what is no checkpoint, or no file, is called what it is") {
+  ScratchFolder const folder;
+  Run run;
+  auto const said = [&](std::string const& content) { return refusal(run, folder.file("bad.safetensors", content)); };
+  CHECK_THAT(said("version https://git-lfs.github.com/spec/v1\n"), Contains("it is no safetensors file, but a git-lfs pointer"));
+  CHECK_THAT(said(std::string("PK\x03\x04\0\0\0\0\0\0", 10)), Contains("but a zip archive"));
+  CHECK_THAT(said("Once upon a time"), Contains("but a text that begins 'Once upon a time'"));
+  REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  CHECK_THAT(refusal(run, folder / "pipe"), Contains("it is a pipe, not a regular file"));
+  CHECK_THAT(refusal(run, "/dev/zero"), Contains("it is a device, not a regular file"));
+  std::filesystem::create_symlink("loop", folder / "loop");
+  CHECK_THAT(refusal(run, folder / "loop"), Contains("it is a loop of symbolic links"));
+}
+
+TEST_CASE("a file that cannot be read to its end leaves the run as it was, wherever it fails") {
+  ScratchFolder const folder;
+  saved_run(folder);
+  Run run{5};
+  failing_read = -1;
+  reads = 0;
+  CHECK(refusal(run, folder / "run.safetensors") == "accepted");
+  int const needed = reads;
+  CHECK(needed > 100);
+  Run other{5};
+  for (int read = 0; read < needed; ++read) {
+    failing_read = read;
+    reads = 0;
+    CHECK_THAT(refusal(other, folder / "run.safetensors"), Contains("run.safetensors: ") && Contains("Input/output error"));
+  }
+  failing_read = -1;
+  CHECK(refusal(other, folder / "run.safetensors") == "accepted");
+  CHECK((bits_of(other) == bits_of(run)));
 }
 
 TEST_CASE("a checkpoint that cannot be written leaves the one before") {

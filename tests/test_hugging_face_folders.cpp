@@ -1,11 +1,14 @@
 // What may lie in a folder of the Hugging Face layout, and what a folder that is not quite one gets to hear.
 #include "catch.hpp"
 
+#include "peak_memory.hpp"
 #include "released.hpp"
 #include "scratch_folder.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/io.hpp>
+
+#include <sys/stat.h>
 
 #include <cstring>
 #include <map>
@@ -111,32 +114,247 @@ TEST_CASE("a config.json that says what the library cannot compute is refused, f
   };
   Case const cases[] = {
       {R"({"conv_window": 3})", "the field conv_window (3) is unknown"},
-      {R"({"hidden_act": "gelu"})", R"(hidden_act is "gelu"; supported is "silu")"},
       {R"({"attention_bias": true})", "attention_bias is true; supported is false"},
-      {R"({"attention_dropout": 0.1})", "attention_dropout is 0.1"},
-      {R"({"attn_output_gate": false})", "attn_output_gate is false"},
-      {R"({"use_sliding_window": true})", "use_sliding_window is true"},
-      {R"({"sliding_window": 128})", "sliding_window is 128"},
-      {R"({"quantization_config": {"bits": 8}})", R"(quantization_config is {"bits":8})"},
+      {R"({"mlp_bias": true})", "mlp_bias is true; supported is false"},
+      {R"({"attention_dropout": 0.1})", "attention_dropout is 0.1; supported is 0"},
+      {R"({"hidden_dropout_prob": 0.1})", "hidden_dropout_prob is 0.1; supported is 0"},
+      {R"({"attn_output_gate": false})", "attn_output_gate is false; supported is true"},
+      {R"({"output_gate_type": "sigmoid"})", R"(output_gate_type is "sigmoid"; supported is "swish", "silu")"},
+      {R"({"hidden_act": "gelu"})", R"(hidden_act is "gelu"; supported is "silu", "swish")"},
+      {R"({"is_encoder_decoder": true})", "is_encoder_decoder is true; supported is false"},
+      {R"({"use_sliding_window": true})", "use_sliding_window is true; supported is false"},
+      {R"({"use_sliding_window": true, "sliding_window": 128})", "sliding_window is 128; it is not supported"},
+      {R"({"sliding_window": 128})", "sliding_window is 128; it is not supported"},
+      {R"({"quantization_config": {"bits": 8}})", R"(quantization_config is {"bits":8}; it is not supported)"},
+      {R"({"quantization": {"bits": 4, "group_size": 64}})", R"(quantization is {"bits":4,"group_size":64}; it is not supported)"},
+      {R"({"compression_config": {"format": "pack"}})", "compression_config is"},
+      {R"({"load_in_4bit": true})", "load_in_4bit is true; supported is false"},
+      {R"({"pretraining_tp": 2})", "pretraining_tp is 2; supported is 1"},
+      {R"({"residual_multiplier": 0.5})", "residual_multiplier is 0.5; supported is 1"},
+      {R"({"pruned_heads": {"1": [0]}})", "pruned_heads is {\"1\":[0]}; supported is {}"},
+      {R"({"final_logit_softcapping": 30})", "the field final_logit_softcapping (30) is unknown"},
+      {R"({"num_local_experts": 5})", "num_local_experts is 5"},
+      {R"({"d_model": 31})", "the field d_model (31) is unknown"},
       {R"({"rope_parameters": {"rope_type": "yarn"}})", R"(rope_parameters: rope_type is "yarn"; supported is "default")"},
-      {R"({"rope_parameters": {"factor": 2}})", "rope_parameters: the field factor (2) is unknown"},
-      {R"({"rope_scaling": {"type": "linear", "factor": 2}})", R"(rope_scaling: type is "linear")"},
+      {R"({"rope_parameters": {"factor": 2}})", "rope_parameters: factor is 2; supported is 1"},
+      {R"({"rope_parameters": {"beta_fast": 32}})", "rope_parameters: the field beta_fast (32) is unknown"},
+      {R"({"rope_scaling": {"type": "linear", "factor": 2}})", R"(rope_scaling: factor is 2)"},
+      {R"({"rope_scaling": {"type": "linear"}})", R"(rope_scaling: type is "linear")"},
+      {R"({"rope_scaling": "linear"})", "rope_scaling: not a JSON object"},
+      {R"({"rope_scaling": {"rope_theta": 500}})", "rope_parameters: rope_theta is 10000, but 500 outside"},
       {R"({"rope_theta": 500})", "rope_parameters: rope_theta is 10000, but 500 outside"},
       {R"({"hidden_size": null})", "the field hidden_size is missing"},
-      {R"({"hidden_size": "32"})", R"(hidden_size is "32"; it must be an integer)"},
-      {R"({"vocab_size": 0})", "vocab_size is 0; it must be an integer, at least 1"},
-      {R"({"rms_norm_eps": "small"})", R"(rms_norm_eps is "small"; it must be a number)"},
-      {R"({"norm_topk_prob": 1})", "norm_topk_prob is 1; it must be true or false"},
-      {R"({"mlp_only_layers": [0.5]})", "mlp_only_layers is [0.5]"},
+      {R"({"model_type": null})", "the field model_type is missing"},
+      {R"({"mlp_only_layers": [0.5]})", "an element of mlp_only_layers is 0.5; it must be an integer from 0"},
+      {R"({"mlp_only_layers": {}})", "mlp_only_layers is {}; it must be a list"},
+      {R"({"mlp_only_layers": "0"})", R"(mlp_only_layers is "0"; it must be a list)"},
       {R"({"layer_types": ["sliding_attention", "full_attention", "full_attention", "linear_attention"]})",
        R"(layer_types has "sliding_attention"; supported are linear_attention and full_attention)"},
+      {R"({"layer_types": "LFFL"})", "it must name num_hidden_layers = 4 layers"},
       {R"({"num_hidden_layers": 5})", "it must name num_hidden_layers = 5 layers"},
       {R"({"model_type": "llama"})", R"(model_type is "llama"; supported are qwen3_next)"},
+      {R"({"model_type": "qwen3_5"})", "the field text_config is missing"},
+      {R"({"text_config": {"hidden_size": 7}})", "the field text_config ({\"hidden_size\":7}) is unknown"},
   };
-  for (Case const& c : cases) check_says(config_message<Tiny>(config_with(c.changes)), {c.named, "config.json"});
-  check_says(config_message<Tiny>("[1]"), {"not a JSON object"});
-  check_says(config_message<Tiny>("{"), {"not a JSON object"});
-  check_says(config_message<TinySplit>(config_with(R"({"num_experts": 4})", tiny_split)), {"num_experts (4) is unknown"});
+  for (Case const& c : cases) check_says(config_message<Tiny>(config_with(c.changes)), {c.named, "config.json: "});
+  check_says(config_message<TinySplit>(config_with(R"({"num_experts": 4})", tiny_split)), {"num_experts is 4; supported is 0"});
+}
+
+TEST_CASE("a number of a config.json that no model has is refused, whatever it is written as") {
+  // Sizes: integers from 1, or 0, to what no model comes near.
+  for (char const* size : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                           "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+                           "linear_conv_kernel_dim", "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                           "shared_expert_intermediate_size", "decoder_sparse_step", "full_attention_interval"})
+    for (char const* value : {"2.0", "2.5", "1e9", "-1", "\"32\"", "true", "[2]", "{}", "1000000000", "2305843009213693951",
+                              "9223372036854775807", "9223372036854775808", "18446744073709551615", "99999999999999999999"})
+      check_says(config_message<Tiny>(config_with(("{\"" + std::string(size) + "\": " + value + "}").c_str())),
+                 {std::string("config.json: ") + size + " is ", "; it must be an integer from "});
+  check_says(config_message<Tiny>(config_with(R"({"vocab_size": 0})")), {"vocab_size is 0; it must be an integer from 1 to 1048576"});
+  check_says(config_message<Tiny>(config_with(R"({"mlp_only_layers": [18446744073709551615]})")), {"an element of mlp_only_layers is"});
+  struct Real {
+    char const *name, *range;
+  };
+  for (auto const& [name, range] : {Real{"rms_norm_eps", "from 0 to 1"},
+                                    {"initializer_range", "from 0 to 1e+06"},
+                                    {"rope_theta", "from 1e-06 to 1e+30"},
+                                    {"partial_rotary_factor", "from 0 to 1"},
+                                    {"router_aux_loss_coef", "from 0 to 1e+06"}})
+    for (char const* value : {"-1", "1e300", "\"small\"", "true", "[]"})
+      check_says(config_message<Tiny>(config_with(("{\"rope_parameters\": null, \"" + std::string(name) + "\": " + value + "}").c_str())),
+                 {std::string(name) + " is ", std::string("it must be a number ") + range});
+  for (char const* flag : {"tie_word_embeddings", "norm_topk_prob", "output_router_logits"})
+    for (char const* value : {"1", "0", "\"true\"", "[]"})
+      check_says(config_message<Tiny>(config_with(("{\"" + std::string(flag) + "\": " + value + "}").c_str())),
+                 {std::string(flag) + " is ", "; it must be true or false"});
+}
+
+TEST_CASE("a config.json that is no JSON is refused with the place") {
+  auto const says = [](std::string_view config, char const* words) {
+    check_says(config_message<Tiny>(std::string(config)), {words, "config.json: "});
+  };
+  says("", "it is empty");
+  says("[1]", "line 1, column 1: not a JSON object");
+  says("\"text\"", "line 1, column 1: not a JSON object");
+  says("  \n ", "line 2, column 2: not a JSON object");
+  says("{", "line 1, column 2: not JSON: it ends too early");
+  says("{\n  \"a\": 1,\n}", "line 3, column 1: not JSON: a comma before '}'");
+  says("{\n  \"a\": 1, // why\n}", "line 2, column 11: not JSON: it has no comments");
+  says("{\"a\": NaN}", "it has no NaN and no Infinity");
+  says("{\"a\": -Infinity}", "it has no NaN and no Infinity");
+  says("{\"a\": 1e999}", "a number that is too large");
+  says("{\"a\": 01}", "not JSON");
+  says("{\"a\": .5}", "unexpected '.'");
+  says("{'a': 1}", "line 1, column 2: not JSON");
+  says("{\"a\": 1, \"b\": {\"c\": 2,\n \"c\": 3}}", "line 2, column 4: the key 'c' stands twice in one object");
+  says("{\"model_type\": 1, \"model_type\": 2}", "the key 'model_type' stands twice");
+  says("{\"a\": \"\xff\"}", "unexpected '\\xff'");
+  says("\xef\xbb\xbf{}", "line 1, column 1: it begins with a byte order mark");
+  says(std::string_view("{\"a\": 1}\0{}", 11), "line 1, column 9: a NUL byte");
+  says("{\"a\": " + std::string(100'000, '['), "line 1, column 70: nested deeper than 64 levels");
+  says("{\"a\": 1} {}", "line 1, column 10: not JSON: unexpected '{'");
+  says("version https://git-lfs.github.com/spec/v1\noid", "it is no JSON, but a git-lfs pointer");
+  says("<!doctype html><p>Not found", "it is no JSON, but an HTML page");
+  says(std::string(5'000'000, ' '), "it has 5000000 bytes or more; at most 4194304 are allowed");
+}
+
+TEST_CASE("names out of a config.json reach no terminal") {
+  auto message = config_message<Tiny>(config_with(R"({"a\u001b[2J\n\u009b1m\u202e": "\u001b]0;"})"));
+  check_says(message, {R"(the field a\x1b[2J\x0a\u{9b}1m\u{202e} ("\u001b]0;") is unknown)"});
+  CHECK(std::ranges::none_of(message, [](char c) { return c < 32; }));
+  message = config_message<Tiny>(config_with(("{\"" + std::string(100'000, 'x') + "\": \"" + std::string(100'000, 'y') + "\"}").c_str()));
+  CHECK(message.size() < 1000);
+  message = config_message<Tiny>(config_with(R"({"model_type": "\u001b[2J"})"));
+  CHECK(message.find('\x1b') == message.npos);
+}
+
+TEST_CASE("a config.json must be a regular file, if behind a link") {
+  ScratchFolder const scratch;
+  auto const path = scratch / "config.json";
+  auto const message = [&] { return message_of([&] { hf::pattern(scratch.path()); }); };
+  check_says(message(), {"config.json: there is no such file"});
+  REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
+  check_says(message(), {"config.json: it is a pipe, not a regular file"});
+  fs::remove(path);
+  fs::create_directory(path);
+  check_says(message(), {"config.json: it is a folder, not a regular file"});
+  fs::remove(path);
+  fs::create_symlink("/dev/zero", path);
+  check_says(message(), {"config.json: it is a device, not a regular file"});
+  fs::remove(path);
+  fs::create_symlink("other.json", path);
+  fs::create_symlink("config.json", scratch / "other.json");
+  check_says(message(), {"config.json: it is a loop of symbolic links"});
+  fs::remove(path);
+  fs::create_symlink(tiny / "config.json", path);
+  CHECK(message() == "no error");
+}
+
+TEST_CASE("fields that change nothing are passed over") {
+  auto const accepts = [](char const* changes) {
+    INFO(changes);
+    CHECK(config_message<Tiny>(config_with(changes)) == "no error");
+    CHECK(config_message<TinySplit>(config_with(changes, tiny_split)) == "no error");
+  };
+  // As fine-tuning, quantising and publishing programs write them.
+  accepts(R"({"_name_or_path": "x", "_attn_implementation": "sdpa", "_attn_implementation_autoset": true, "_commit_hash": "0",
+    "_experts_implementation": "grouped_mm", "_from_model_config": true, "_pre_quantization_dtype": "bfloat16", "_anything": {"a": [1]}})");
+  accepts(R"({"unsloth_version": "2026.1", "unsloth_fixed": true, "unsloth_tiled_mlp": true, "model_name": "unsloth/x", "dtype": "bfloat16",
+    "torch_dtype": "bfloat16", "mamba_ssm_dtype": "float32", "transformers_version": "4.57.1", "trl_version": "0.20", "peft_version": "0.17",
+    "axolotl_version": "0.9", "transformers.js_config": {"dtype": "q4"}, "auto_map": {"AutoModel": "x.Y"}, "library_name": "transformers"})");
+  accepts(
+      R"({"tokenizer_class": "Qwen2Tokenizer", "tokenizer_config": {}, "processor_class": null, "bos_token_id": 1, "eos_token_id": [2, 3],
+    "pad_token_id": 0, "decoder_start_token_id": null, "forced_eos_token_id": 1, "image_token_id": 5, "model_max_length": 1000000000000000019884624838656,
+    "max_position_embeddings": 262144, "padding_side": "left", "chat_template": "{{x}}", "add_bos_token": false})");
+  accepts(R"({"use_cache": false, "output_attentions": true, "output_hidden_states": false, "return_dict": true, "id2label": {"0": "A"},
+    "label2id": {"A": 0}, "problem_type": null, "torchscript": false, "use_bfloat16": false, "chunk_size_feed_forward": 0, "is_decoder": true,
+    "do_sample": true, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_length": 20, "num_beams": 1, "repetition_penalty": 1.0,
+    "task_specific_params": {}, "gradient_checkpointing": true, "attn_implementation": "flash_attention_2", "cache_implementation": null,
+    "base_model_tp_plan": {"layers.*": "colwise"}, "keys_to_ignore_at_inference": ["past_key_values"]})");
+  // Null, whatever the name.
+  accepts(
+      R"({"rope_scaling": null, "sliding_window": null, "quantization_config": null, "conv_window": null, "final_logit_softcapping": null})");
+  // merge_patch takes null for "not there", so this one is written by hand.
+  auto text = config_with("{}");
+  text.insert(1, R"("quantization_config": null, "conv_window": null, "sliding_window": null, "rope_scaling": null, )");
+  CHECK(config_message<Tiny>(text) == "no error");
+  // What is computed anyway.
+  accepts(
+      R"({"attention_bias": false, "mlp_bias": false, "qkv_bias": false, "attention_dropout": 0.0, "hidden_dropout": 0, "embd_pdrop": 0.0,
+    "hidden_act": "silu", "hidden_activation": "swish", "attn_output_gate": true, "output_gate_type": "swish", "is_encoder_decoder": false,
+    "add_cross_attention": false, "tie_encoder_decoder": false, "pruned_heads": {}, "pretraining_tp": 1, "use_sliding_window": false,
+    "sliding_window": 4096, "max_window_layers": 28, "use_qk_norm": true, "rope_interleaved": false, "router_jitter_noise": 0.0,
+    "embedding_multiplier": 1.0, "load_in_8bit": false})");
+  accepts(
+      R"({"d_model": 32, "num_layers": null, "vision_config": {"depth": 3}, "mtp_num_hidden_layers": 1, "num_nextn_predict_layers": 1})");
+  accepts(R"({"rope_parameters": {"mrope_section": [2, 1, 1], "factor": 1.0, "original_max_position_embeddings": 4096}})");
+  CHECK(config_message<Tiny>(config_with(R"({"num_local_experts": 4, "n_layers": 4})")) == "no error");
+  // What only experts read.
+  CHECK(config_message<TinySplit>(config_with(R"({"num_experts": 0, "num_experts_per_tok": 2, "output_router_logits": true,
+    "router_aux_loss_coef": 0.001, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "norm_topk_prob": true,
+    "decoder_sparse_step": 1, "mlp_only_layers": [0], "num_local_experts": 0})",
+                                              tiny_split)) == "no error");
+}
+
+TEST_CASE("no pattern of a harmless name takes in one that changes what is computed") {
+  for (char const* name : {"layer_types",
+                           "hidden_size",
+                           "num_experts_per_tok",
+                           "rope_theta",
+                           "partial_rotary_factor",
+                           "rope_scaling",
+                           "logit_softcapping",
+                           "use_rope_scaling",
+                           "norm_topk_prob",
+                           "scoring_func",
+                           "n_group",
+                           "topk_group",
+                           "routed_scaling_factor",
+                           "attention_sink",
+                           "use_mla",
+                           "kv_lora_rank",
+                           "embedding_scale",
+                           "normalize_before",
+                           "post_norm",
+                           "conv_kernel",
+                           "state_size",
+                           "a_log",
+                           "attn_scale",
+                           "query_pre_attn_scalar",
+                           "layer_scale",
+                           "alibi",
+                           "no_rope_layers",
+                           "attention_chunk_size",
+                           "parallel_attn"}) {
+    INFO(name);
+    for (auto const& row : hf::detail::harmless) CHECK((row.values != "any" || !hf::detail::matches_any(row.names, name)));
+  }
+  CHECK(hf::detail::matches("*_token_id", "bos_token_id"));
+  CHECK(!hf::detail::matches("*_token_id", "bos_token_ids"));
+  CHECK(hf::detail::matches("a*b*c", "a1b2b3c"));
+  CHECK(!hf::detail::matches("a*b*c", "a1b2b3"));
+  CHECK(hf::detail::matches("_*", "_"));
+  CHECK(!hf::detail::matches("", "a"));
+}
+
+TEST_CASE("a field may be ignored by name, and the error says how") {
+  auto const message = [](char const* changes, std::vector<std::string> ignore) {
+    ScratchFolder const scratch;
+    scratch.file("config.json", config_with(changes));
+    return message_of([&] { hf::config<Tiny>(scratch.path(), {.ignore = std::move(ignore)}); });
+  };
+  char const* const unknown = R"({"conv_window": 3})";
+  check_says(message(unknown, {}), {R"(ReadOptions{.ignore = {"conv_window"}}, or generate --ignore-field conv_window)"});
+  CHECK(message(unknown, {"conv_window"}) == "no error");
+  check_says(message(unknown, {"window"}), {"conv_window (3) is unknown"});
+  char const* const nested = R"({"rope_parameters": {"beta_fast": 32}})";
+  check_says(message(nested, {}), {"generate --ignore-field rope_parameters.beta_fast"});
+  check_says(message(nested, {"beta_fast"}), {"beta_fast (32) is unknown"});
+  CHECK(message(nested, {"rope_parameters.beta_fast"}) == "no error");
+  char const* const unsupported = R"({"attention_bias": true})";
+  check_says(message(unsupported, {}), {"generate --ignore-field attention_bias"});
+  CHECK(message(unsupported, {"attention_bias"}) == "no error");
+  check_says(message("{}", {"hidden_size"}), {"the field hidden_size is missing"});
 }
 
 TEST_CASE("a folder of other types than the model's is refused, both named") {
@@ -209,23 +427,221 @@ TEST_CASE("a released model may lie in several files, in bfloat16 or float16") {
   CHECK(checkpoint_of(written.path()).size() == whole.size());
   for (auto const& [name, tensor] : checkpoint_of(written.path())) CHECK(floats_of(tensor) == floats_of(whole.at(name)));
 
+  std::string const one = "model-00001-of-00002.safetensors", two = "model-00002-of-00002.safetensors";
+  auto const write_index = [&](Json const& map) { scratch.file("model.safetensors.index.json", Json{{"weight_map", map}}.dump()); };
+  auto const message = [&] { return load_message<Tiny>(scratch.path()); };
+  // A tensor of each file.
+  std::string const in_one = first.begin()->first, in_two = second.begin()->first;
+
   SECTION("of which none may be missing") {
-    fs::remove(scratch / "model-00002-of-00002.safetensors");
-    check_says(load_message<Tiny>(scratch.path()), {"model-00002-of-00002.safetensors"});
+    fs::remove(scratch / two);
+    check_says(message(), {"index.json: it names the file '" + two + "', which is not there"});
+    write(scratch, "model.safetensors", whole);
+    check_says(message(), {"which is not there; it does not name model.safetensors, which is there"});
+    fs::create_symlink(two, scratch / two);
+    check_says(message(), {two + ": it is a loop of symbolic links"});
   }
   SECTION("each with what the index says it has") {
-    weight_map["model.norm.weights"] = "model-00001-of-00002.safetensors";
-    scratch.file("model.safetensors.index.json", Json{{"weight_map", weight_map}}.dump());
-    check_says(load_message<Tiny>(scratch.path()), {"the tensor model.norm.weights is not in \"model-00001-of-00002.safetensors\""});
+    weight_map["model.norm.weights"] = one;
+    write_index(weight_map);
+    check_says(message(), {"the tensor model.norm.weights is not in '" + one + "' as it says; no file has it"});
+  }
+  SECTION("not in another file than the index says") {
+    weight_map[in_one] = two;
+    write_index(weight_map);
+    check_says(message(), {"the tensor " + in_one + " is not in '" + two + "' as it says; it is in '" + one + "'"});
+  }
+  SECTION("all of it named by the index") {
+    weight_map.erase(in_two);
+    write_index(weight_map);
+    check_says(message(), {"it does not name the tensor " + in_two + ", which is in '" + two + "'"});
+    second["mtp.norm.weight"] = second.at(in_two);
+    second.erase(in_two);
+    write(scratch, two, second);
+    check_says(message(), {"the tensor " + in_two + " is missing"});
+  }
+  SECTION("and of a tensor that is in two files, the index says which is read") {
+    second[in_one] = first.at(in_one);
+    second[in_one].bytes.assign(second[in_one].bytes.size(), '\0');
+    write(scratch, two, second);
+    load_and_save<Tiny>(scratch.path(), written.path(), hf::Family::qwen3_next);
+    CHECK(floats_of(checkpoint_of(written.path()).at(in_one)) == floats_of(whole.at(in_one)));
+    weight_map[in_one] = two;
+    write_index(weight_map);
+    load_and_save<Tiny>(scratch.path(), written.path(), hf::Family::qwen3_next);
+    CHECK(floats_of(checkpoint_of(written.path()).at(in_one)) != floats_of(whole.at(in_one)));
+  }
+  SECTION("and model.safetensors beside an index is not read") {
+    auto other = whole;
+    for (auto& [name, tensor] : other) tensor.bytes.assign(tensor.bytes.size(), '\0');
+    write(scratch, "model.safetensors", other);
+    load_and_save<Tiny>(scratch.path(), written.path(), hf::Family::qwen3_next);
+    CHECK(floats_of(checkpoint_of(written.path()).at(in_one)) == floats_of(whole.at(in_one)));
+    Json all = Json::object();
+    for (auto const& [name, tensor] : whole) all[name] = "model.safetensors";
+    write_index(all);   // unless the index names it
+    load_and_save<Tiny>(scratch.path(), written.path(), hf::Family::qwen3_next);
+    CHECK(floats_of(checkpoint_of(written.path()).at(in_one)) != floats_of(whole.at(in_one)));
   }
   SECTION("all beside the index") {
-    weight_map["lm_head.weight"] = "../model.safetensors";
-    scratch.file("model.safetensors.index.json", Json{{"weight_map", weight_map}}.dump());
-    check_says(load_message<Tiny>(scratch.path()), {"lm_head.weight is said to be in \"../model.safetensors\""});
+    struct Place {
+      Json file;
+      char const* shown;
+    };
+    for (auto const& [file, shown] : {Place{"../model.safetensors", R"("../model.safetensors")"},
+                                      {"/etc/passwd", R"("/etc/passwd")"},
+                                      {"a/../" + one, R"("a/../model)"},
+                                      {"..\\model.safetensors", R"("..\\model.safetensors")"},
+                                      {"..", R"("..")"},
+                                      {"", R"("")"},
+                                      {std::string("x\0y", 3), R"("x\u0000y")"},
+                                      {7, "7"},
+                                      {nullptr, "null"},
+                                      {Json::array({one}), R"(["model)"},
+                                      {"\x1b[2J/", R"("\u001b[2J/")"}}) {
+      weight_map[in_one] = file;
+      write_index(weight_map);
+      check_says(message(), {in_one + " is said to be in " + shown, "which is not the name of a file beside it"});
+    }
+    weight_map[in_one] = "e\x1b[2J";
+    write_index(weight_map);
+    check_says(message(), {R"(it names the file 'e\x1b[2J', which is not there)"});
+  }
+  SECTION("or links to files anywhere, as the hub's cache has them") {
+    ScratchFolder const blobs;
+    for (auto const& name : {one, two}) {
+      fs::rename(scratch / name, blobs / name);
+      fs::create_symlink(blobs / name, scratch / name);
+    }
+    CHECK(message() == "no error");
+  }
+  SECTION("but nothing else than files") {
+    fs::remove(scratch / one);
+    REQUIRE(::mkfifo((scratch / one).c_str(), 0600) == 0);
+    check_says(message(), {one + ": it is a pipe, not a regular file"});
+    fs::remove(scratch / one);
+    scratch.file(one, "version https://git-lfs.github.com/spec/v1\n");
+    check_says(message(), {one + ": it is no safetensors file, but a git-lfs pointer"});
+    fs::remove(scratch / "model.safetensors.index.json");
+    REQUIRE(::mkfifo((scratch / "model.safetensors.index.json").c_str(), 0600) == 0);
+    check_says(message(), {"index.json: it is a pipe, not a regular file"});
+  }
+  SECTION("whatever else the index says") {
+    Json const index = {
+        {"metadata", {{"total_size", "nonsense"}, {"total_parameters", -1e300}}}, {"weight_map", weight_map}, {"more", {1}}};
+    scratch.file("model.safetensors.index.json", index.dump());
+    CHECK(message() == "no error");
+  }
+  SECTION("and the index is JSON") {
+    auto const says = [&](std::string const& index, char const* words) {
+      scratch.file("model.safetensors.index.json", index);
+      check_says(message(), {"index.json: ", words});
+    };
+    says("{", "line 1, column 2: not JSON: it ends too early");
+    says("{}", "there is no weight_map");
+    says(R"({"weight_map": []})", "weight_map is not a JSON object");
+    says(R"({"weight_map": {"a": "x", "a": "y"}})", "the key 'a' stands twice");
+    says(R"({"weight_map": {}, "weight_map": {}})", "the key 'weight_map' stands twice");
+    says("{\"metadata\": " + std::string(100'000, '['), "nested deeper than 64 levels");
+    says("version https://git-lfs.github.com/spec/v1\n", "it is no JSON, but a git-lfs pointer");
+    says("<html>", "it is no JSON, but an HTML page");
   }
   SECTION("and there must be an index") {
     fs::remove(scratch / "model.safetensors.index.json");
-    check_says(load_message<Tiny>(scratch.path()), {"neither model.safetensors nor model.safetensors.index.json"});
+    check_says(message(), {"neither model.safetensors nor model.safetensors.index.json; there is ", "'" + one + "'"});
+  }
+}
+
+TEST_CASE("a tied model may hold its head too, when it is the embedding") {
+  ScratchFolder const scratch, written;
+  scratch.file("config.json", content_of(tiny_split / "config.json"));
+  auto tied = checkpoint_of(tiny_split);
+  auto const message = [&] {
+    write(scratch, "model.safetensors", tied);
+    return load_message<TinySplit>(scratch.path());
+  };
+  std::string const head = "lm_head.weight", embedding = "model.embed_tokens.weight";
+  tied[head] = tied.at(embedding);
+  CHECK(message() == "no error");
+  load_and_save<TinySplit>(scratch.path(), written.path(), hf::Family::qwen3_5_text);
+  CHECK(differing_tensor(written.path(), tiny_split) == "");
+
+  auto doubles = floats_of(tied[head]);
+  tied[head] = {"F64", tied[head].shape, bytes_of(std::vector<double>(doubles.begin(), doubles.end()))};
+  CHECK(message() == "no error");   // equal as numbers
+  tied[head] = tied.at(embedding);
+  tied[head].bytes[4 * 77 + 3] ^= 1;
+  check_says(message(), {"tie_word_embeddings", "lm_head.weight is not model.embed_tokens.weight: they differ at element 77"});
+  tied[head].shape = {32, 64};
+  check_says(message(), {"the tensor lm_head.weight has the shape [32, 64]; the model's is [64, 32]"});
+  tied[head] = {"F8_E4M3", {64, 32}, std::string(64 * 32, '\0')};
+  check_says(message(), {"the tensor lm_head.weight is of dtype F8_E4M3"});
+  tied.erase(head);
+  tied["lm_head.bias"] = tied.at("model.norm.weight");
+  check_says(message(), {"the tensor lm_head.bias of shape [32] belongs to nothing"});
+}
+
+TEST_CASE("a tensor of a dtype that is not read is an error only where it is needed") {
+  auto changed = checkpoint_of(tiny);
+  changed["mtp.scale"] = {"F8_E8M0", {4}, std::string(4, '\0')};
+  changed["mtp.more"] = {"F4_OF_2031", {4, 2}, std::string(4, '\0')};
+  changed["model.visual.mask"] = {"BOOL", {3}, std::string(3, '\0')};
+  changed["model.rotary_emb.inv_freq"] = {"F32", {1}, std::string(4, '\0')};
+  CHECK(load_message(changed) == "no error");
+  for (char const* dtype : {"F8_E4M3", "F8_E5M2", "BOOL", "U8", "I8"}) {
+    auto& norm = changed["model.norm.weight"];
+    norm = {dtype, {32}, std::string(32, '\0')};
+    check_says(load_message(changed), {"the tensor model.norm.weight is of dtype " + std::string(dtype) + "; supported are F32"});
+  }
+  changed["e\x1b[2J"] = changed["mtp.scale"];
+  changed["model.norm.weight"] = checkpoint_of(tiny).at("model.norm.weight");
+  check_says(load_message(changed), {R"(the tensor e\x1b[2J of shape [4] belongs to nothing)"});
+}
+
+// Calls of the allocator and bytes at once are bounds that hold on every machine, of memory and of time.
+TEST_CASE("numbers in the billions cost nothing before they are refused") {
+  auto const repeated = [](std::string const& part, std::size_t count) {
+    std::string text;
+    for (std::size_t i = 0; i < count; ++i) text += part;
+    return text;
+  };
+  std::string fields, maps;
+  for (int i = 0; i < 100'000; ++i) fields += "\"_" + std::to_string(i) + "\": [], ";
+  auto with_fields = config_with(R"({"num_hidden_layers": 1000000000})");
+  with_fields.insert(1, fields);
+  std::string const configs[] = {config_with(R"({"num_hidden_layers": 1000000000, "layer_types": null})"),
+                                 config_with(R"({"num_hidden_layers": 1048576, "layer_types": null})"),
+                                 config_with(R"({"num_hidden_layers": 10000, "layer_types": null})"),
+                                 config_with(R"({"full_attention_interval": 1000000000})"),
+                                 config_with(R"({"num_experts": 1000000000000})"),
+                                 config_with(R"({"vocab_size": 1000000000000000000})"),
+                                 "{\"a\": [" + repeated("[],", 1'300'000) + "0]}",
+                                 "{\"a\": [" + repeated("0,", 2'000'000) + "0]}",
+                                 "{\"mlp_only_layers\": [" + repeated("0,", 20'000) + "0], " + config_with("{}").substr(1),
+                                 with_fields};
+  for (auto const& config : configs) {
+    INFO(config.substr(0, 100));
+    std::string error;
+    auto const use = memory::of([&] { error = config_message<Tiny>(config); });
+    INFO(error);
+    CHECK(error != "no error");
+    CHECK(error.size() < 1000);
+    auto const size = static_cast<std::ptrdiff_t>(config.size());
+    CHECK(use.bytes < 40 * size + 1'000'000);
+    CHECK(use.takes < 10 * size + 10'000);
+  }
+  // A config.json that is right, and of another size than the weights are.
+  for (char const* changes : {R"({"num_experts": 1048576})", R"({"vocab_size": 1048576, "hidden_size": 1048576})",
+                              R"({"moe_intermediate_size": 1048576, "intermediate_size": 1048576})"}) {
+    ScratchFolder const scratch;
+    scratch.file("config.json", config_with(changes));
+    fs::copy(tiny / "model.safetensors", scratch / "model.safetensors");
+    std::string error;
+    auto const use = memory::of([&] { error = load_message<Tiny>(scratch.path()); });
+    INFO(changes << ": " << error);
+    CHECK(error != "no error");
+    CHECK(use.bytes < 10'000'000);
+    CHECK(use.takes < 100'000);
   }
 }
 
@@ -265,7 +681,33 @@ TEST_CASE("the text model is read out of a multimodal folder") {
 
   config["projector"] = "wide";
   scratch.file("config.json", config.dump());
-  check_says(load_message<TinySplit>(scratch.path()), {"the field projector (\"wide\") is unknown"});
+  check_says(load_message<TinySplit>(scratch.path()), {"the field projector (\"wide\") is unknown", "--ignore-field projector"});
+
+  // As Qwen3.5 is released; what stands outside may also stand inside.
+  config.erase("projector");
+  config.update({{"architectures", {"Qwen3_5ForConditionalGeneration"}},
+                 {"image_token_id", 1},
+                 {"video_token_id", 2},
+                 {"vision_start_token_id", 3},
+                 {"vision_end_token_id", 4},
+                 {"language_model_only", false},
+                 {"transformers_version", "4.57.1"},
+                 {"hidden_size", 32}});
+  config["text_config"].update({{"output_gate_type", "swish"},
+                                {"mtp_num_hidden_layers", 1},
+                                {"mtp_use_dedicated_embeddings", false},
+                                {"attn_output_gate", true},
+                                {"full_attention_interval", 2},
+                                {"mamba_ssm_dtype", "float32"}});
+  scratch.file("config.json", config.dump());
+  CHECK(load_message<TinySplit>(scratch.path()) == "no error");
+  config["hidden_size"] = 33;
+  scratch.file("config.json", config.dump());
+  check_says(load_message<TinySplit>(scratch.path()), {"the field hidden_size (33) is unknown"});
+  config["hidden_size"] = 32;
+  config["text_config"]["conv_window"] = 3;
+  scratch.file("config.json", config.dump());
+  check_says(load_message<TinySplit>(scratch.path()), {"text_config: the field conv_window (3)", "--ignore-field text_config.conv_window"});
 }
 
 TEST_CASE("a config.json names its layers, or every how many are full attention") {
@@ -326,6 +768,12 @@ TEST_CASE("a model of one's own is saved as a released one, and comes back bit f
       params, loaded);
   CHECK(hf::config_text(hf::settings_of(again, hf::Family::qwen3_next)) == content_of(scratch / "new/config.json"));
 
+  SECTION("but not into a folder with the shards of another one") {
+    scratch.file("model.safetensors.index.json", "{}");
+    check_says(message_of([&] { hf::save(cpu, model, params, scratch.path()); }), {"it holds the shards of another one"});
+    CHECK(!fs::exists(scratch / "model.safetensors"));
+    CHECK(!fs::exists(scratch / "config.json"));
+  }
   SECTION("a disk that is full leaves what was there") {
     ha::ignore_file_size_signal();
     auto const before = content_of(scratch / "new/model.safetensors");

@@ -1,7 +1,11 @@
 #include "catch.hpp"
+#include "peak_memory.hpp"
 #include "scratch_folder.hpp"
 
 #include <hybridattn/io/safetensors.hpp>
+
+#include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <limits>
 
@@ -124,10 +128,11 @@ TEST_CASE("half precision and bfloat16 read as the numbers they are") {
 }
 
 TEST_CASE("truncated files and lying lengths are refused") {
-  check_each({{"", "only 0 bytes"},
-              {"1234567", "only 7 bytes"},
+  check_each({{"", "it is empty"},
+              {std::string("\2\0\0\0\0\0\0", 7), "only 7 bytes"},
               {with_length("{}", "", 3), "a header of 3 bytes, but only 2 follow"},
               {with_length("{}", "", 100'000'001), "a header of 100000001 bytes; at most 100000000"},
+              {with_length("{}", "", std::uint64_t{1} << 63), "a header of 9223372036854775808 bytes; at most 100000000"},
               {with_length("{}", "", ~std::uint64_t{0}), "a header of 18446744073709551615 bytes; at most 100000000"}});
   CHECK(refusal(with_length("{}", "")) == "accepted");
   std::string const golden = content_of(std::string(HYBRIDATTN_GOLDEN_DIR) + "/policies/l2_norm.safetensors");
@@ -135,49 +140,228 @@ TEST_CASE("truncated files and lying lengths are refused") {
   CHECK_THAT(refusal(golden + "x"), Contains("of the data, which has"));
 }
 
-TEST_CASE("a header that is not what the format says is refused with one clear line") {
-  check_each({{with_length("", ""), "not a JSON object"},
-              {with_length("[1]", ""), "not a JSON object"},
-              {with_length("{\"w\":", ""), "not JSON (at its byte"},
-              {with_length("{\"\xff\":1}", ""), "not JSON"},
-              {with_length("{\"w\":" + std::string(200'000, '['), ""), "not JSON"},
+TEST_CASE("a header that is not what the format says is refused with one clear line, and the place") {
+  std::string nested = "{\"w\":";
+  for (int i = 0; i < 100'000; ++i) nested += "{\"a\":";
+  check_each({{with_length("", ""), "the header: not a JSON object"},
+              {with_length("[1]", ""), "the header: not a JSON object"},
+              {with_length(" {}", ""), "the header: not a JSON object"},
+              {with_length("\xef\xbb\xbf{}", ""), "the header: not a JSON object"},
+              {with_length("{\"w\":", ""), "line 1, column 6: not JSON: it ends too early"},
+              {with_length("{\"\xff\":1}", ""), "line 1, column 3: not JSON: unexpected '\\xff'"},
+              {with_length("{\"\xc0\xaf\":1}", ""), "unexpected '\\xc0'"},
+              {with_length("{\"\xed\xa0\x80\":1}", ""), "unexpected '\\xa0'"},
+              {with_length("{\"\\ud800\":1}", ""), "not JSON"},
+              {with_length("{\"w\":" + std::string(200'000, '['), ""), "line 1, column 69: nested deeper than 64 levels"},
+              {with_length(nested, ""), "nested deeper than 64 levels"},
+              {with_length("{\"__metadata__\":{}} // why", ""), "column 21: not JSON: it has no comments"},
+              {with_length("{\"__metadata__\":{} /* why */}", ""), "it has no comments"},
+              {with_length("{\"__metadata__\":{},\n }", ""), "line 2, column 2: not JSON: a comma before '}'"},
+              {with_length("{\"w\":[1,]}", ""), "a comma before ']'"},
+              {with_length("{\"w\":NaN}", ""), "it has no NaN and no Infinity"},
+              {with_length("{\"w\":-Infinity}", ""), "it has no NaN and no Infinity"},
+              {with_length("{'w':1}", ""), "column 2: not JSON: unexpected '"},
+              {with_length("{}{}", ""), "column 3: not JSON: unexpected '{'"},
+              {with_length("{\"a\tb\":1}", ""), "unexpected '\\x09'"},
+              {with_length(std::string("{}\0junk", 7), ""), "column 3: a NUL byte"},
+              {with_length(std::string("{\"a\0b\":1}", 9), ""), "column 4: a NUL byte"},
               {with_length(R"({"__metadata__":{"a":1}})", ""), "__metadata__ 'a' is not text"},
               {with_length(R"({"__metadata__":[]})", ""), "must map text to text"},
-              {with_length(R"({"w":{},"w":{}})", ""), "the key 'w' twice"},
-              {with_length(R"({"__metadata__":{"a":"1","a":"2"}})", ""), "the key 'a' twice"},
-              {with_length(R"({"a\nb":7})", ""), "tensor 'a?b'"}});
+              {with_length(R"({"__metadata__":{},"__metadata__":{}})", ""), "column 33: the key '__metadata__' stands twice in one object"},
+              {with_length(R"({"__metadata__":{"a":"1","a":"2"}})", ""), "the key 'a' stands twice"},
+              {with_length(R"({"a\nb":7})", ""), "tensor 'a\\x0ab'"}});
 }
 
 TEST_CASE("a tensor whose entry lies is refused with its name") {
   CHECK(refusal(one_tensor(R"("F32","shape":[2],"data_offsets":[0,8])")) == "accepted");
+  std::string many = "1";
+  for (int i = 0; i < 100; ++i) many += ",1";
   check_each({
       {with_length(R"({"w":7})", ""), "tensor 'w': no 'dtype'"},
-      {one_tensor(R"("F99","shape":[2],"data_offsets":[0,8])"), "tensor 'w': unknown dtype 'F99'"},
       {one_tensor(R"(4,"shape":[2],"data_offsets":[0,8])"), "dtype must be a word"},
+      {one_tensor(R"("","shape":[2],"data_offsets":[0,8])"), "dtype must be a word"},
+      {one_tensor(R"("F\u001b32","shape":[2],"data_offsets":[0,8])"), "dtype must be a word"},
+      {one_tensor("\"" + std::string(1000, 'F') + R"(","shape":[2],"data_offsets":[0,8])"), "dtype must be a word of at most 32"},
       {one_tensor(R"("F32","data_offsets":[0,8])"), "no 'shape'"},
       {one_tensor(R"("F32","shape":2,"data_offsets":[0,8])"), "shape must be a list"},
+      {one_tensor(R"("F32","shape":{"a":2},"data_offsets":[0,8])"), "shape must be a list"},
+      {one_tensor(R"("F32","shape":[2,)" + many + R"(],"data_offsets":[0,8])"), "shape must be a list of at most 32 extents"},
       {one_tensor(R"("F32","shape":[-2],"data_offsets":[0,8])"), "shape must hold integers from 0"},
       {one_tensor(R"("F32","shape":[2.0],"data_offsets":[0,8])"), "shape must hold integers from 0"},
+      {one_tensor(R"("F32","shape":["2"],"data_offsets":[0,8])"), "shape must hold integers from 0"},
+      {one_tensor(R"("F32","shape":[true],"data_offsets":[0,8])"), "shape must hold integers from 0"},
+      {one_tensor(R"("F32","shape":[2],"data_offsets":[0,8.0])"), "data_offsets must hold integers from 0"},
+      {one_tensor(R"("F32","shape":[9223372036854775808],"data_offsets":[0,8])"), "shape must hold integers from 0"},
       {one_tensor(R"("F32","shape":[99999999999999999999],"data_offsets":[0,8])"), "shape must hold integers from 0"},
       {one_tensor(R"("F32","shape":[1e999],"data_offsets":[0,8])"), "a number that is too large"},
       {one_tensor(R"("F32","shape":[4611686018427387904,4],"data_offsets":[0,8])"), "more bytes than can be counted"},
       {one_tensor(R"("F32","shape":[2147483648,2147483648,4],"data_offsets":[0,8])"), "more bytes than can be counted"},
+      {one_tensor(R"("F99","shape":[4294967296,4294967296],"data_offsets":[0,8])"), "more bytes than can be counted"},
       {one_tensor(R"("F32","shape":[3],"data_offsets":[0,8])"), "[0, 8] do not hold the 12 bytes"},
-      {one_tensor(R"("F32","shape":[2],"data_offsets":[8,0])"), "[8, 0] do not hold the 8 bytes"},
+      {one_tensor(R"("F32","shape":[2],"data_offsets":[8,0])"), "[8, 0] end before they begin"},
+      {one_tensor(R"("F99","shape":[2],"data_offsets":[8,0])"), "[8, 0] end before they begin"},
       {one_tensor(R"("F32","shape":[2],"data_offsets":[0])"), "must be a list of two"},
       {one_tensor(R"("F32","shape":[2],"data_offsets":[-8,0])"), "data_offsets must hold integers from 0"},
       {one_tensor(R"("F32","shape":[4],"data_offsets":[0,16])"), "ends at byte 16 of the data, which has 8"},
+      {one_tensor(R"("F99","shape":[4],"data_offsets":[0,9223372036854775807])"), "ends at byte 9223372036854775807 of the data"},
       {one_tensor(R"("F32","shape":[1],"data_offsets":[4,8])"), "bytes 0 to 4 of the data belong to no tensor"},
       {one_tensor(R"("F32","shape":[1],"data_offsets":[0,4])"), "the tensors end at byte 4 of the data, which has 8"},
       {one_tensor(R"("I32","shape":[2],"data_offsets":[0,8]},"v":{"dtype":"I8","shape":[4],"data_offsets":[4,8])"),
        "tensor 'v' starts at byte 4 inside another one"},
+      {one_tensor(R"("I32","shape":[2],"data_offsets":[0,8]},"v":{"dtype":"F99","shape":[2],"data_offsets":[0,8])"),
+       "starts at byte 0 inside another one"},
   });
 }
 
-TEST_CASE("what is no file cannot be read as one") {
+TEST_CASE("a tensor of a dtype that is not known is an error only for who reads it") {
   ScratchFolder const folder;
-  CHECK_THROWS_WITH(ha::Safetensors{folder / "missing"}, Contains("missing") && Contains("No such file"));
-  CHECK_THROWS_WITH(ha::Safetensors{folder.path()}, Contains("not a regular file"));
+  auto const open = [&](char const* dtype) {
+    auto const entry =
+        std::string("\"") + dtype + R"(","shape":[4],"data_offsets":[0,4]},"v":{"dtype":"F32","shape":[1],"data_offsets":[4,8])";
+    return ha::Safetensors{folder.file("x.safetensors", one_tensor(entry))};
+  };
+  for (char const* dtype : {"F8_E8M0", "F8_E4M3", "F8_E4M3FNUZ", "BOOL", "F6_E3M2", "F99", "U8"}) {
+    INFO(dtype);
+    auto const file = open(dtype);
+    CHECK(file.read_floats("v").size() == 1);
+    CHECK(file.info("w").dtype == dtype);
+    CHECK(file.read_bytes("w") == std::vector<char>{'1', '2', '3', '4'});
+    CHECK_THROWS_WITH(file.read_floats("w"), Contains("tensor 'w' of dtype " + std::string(dtype) + " cannot be read as F32"));
+  }
+}
+
+TEST_CASE("what lies there in place of weights is called what it is") {
+  std::string const zip("PK\x03\x04\x00\x00\x08\x08\x00\x00", 10), gzip("\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", 10);
+  std::string tar(512, '\0');
+  tar.replace(0, 4, "file").replace(257, 5, "ustar");
+  check_each({{"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "it is no safetensors file, but a git-lfs pointer"},
+              {"<!DOCTYPE html>\n<html>", "but an HTML page"},
+              {"\xef\xbb\xbf \n<HTML lang=en>", "but an HTML page"},
+              {"<?xml version=\"1.0\"?><Error>AccessDenied</Error>", "but an XML file"},
+              {R"({"error":"Repository not found"})", R"(but a JSON text that begins '{"error":"Repository not found"}')"},
+              {"Entry not found", "but a text that begins 'Entry not found'"},
+              {"Invalid \x1b[31m", "a header of"},
+              {"Pas trouv\xc3\xa9\n" + std::string(600, ' '), "but a text that begins 'Pas trouv\xc3\xa9\\x0a"},
+              {"1234567", "but a text that begins '1234567'"},
+              {zip, "but a zip archive, as PyTorch's .bin"},
+              {std::string("\x80\x02}q\x00X", 6), "but a Python pickle"},
+              {"GGUF\3", "but a GGUF file"},
+              {gzip, "but a gzip file"},
+              {std::string("\x89HDF\r\n\x1a\n\0\0", 10), "but an HDF5 file"},
+              {tar, "but a tar archive"},
+              {std::string(4096, '\0'), "but a file that begins with zeros only"}});
+}
+
+TEST_CASE("what is no regular file is refused at once, and called what it is") {
+  ScratchFolder const folder;
+  REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  std::filesystem::create_symlink("pipe", folder / "to pipe");
+  std::filesystem::create_symlink("loop", folder / "loop");
+  std::filesystem::create_symlink("nowhere", folder / "to nowhere");
+  auto const file = folder.file("file", with_length("{}", ""));
+  std::filesystem::create_symlink("file", folder / "to file");
+  CHECK_THROWS_WITH(ha::Safetensors{folder / "missing"}, Contains("missing: there is no such file"));
+  CHECK_THROWS_WITH(ha::Safetensors{file / "below"}, Contains("there is no such file"));
+  CHECK_THROWS_WITH(ha::Safetensors{folder.path()}, Contains("it is a folder, not a regular file"));
+  CHECK_THROWS_WITH(ha::Safetensors{folder / "pipe"}, Contains("it is a pipe, not a regular file"));
+  CHECK_THROWS_WITH(ha::Safetensors{folder / "to pipe"}, Contains("it is a pipe, not a regular file"));
+  CHECK_THROWS_WITH(ha::Safetensors{folder / "loop"}, Contains("it is a loop of symbolic links"));
+  CHECK_THROWS_WITH(ha::Safetensors{folder / "to nowhere"}, Contains("there is no such file"));
+  CHECK_THROWS_WITH(ha::Safetensors{"/dev/zero"}, Contains("it is a device, not a regular file"));
+  CHECK_THROWS_WITH(ha::Safetensors{folder / "e\x1b[2Jvil\n\xff"}, Contains("e\\x1b[2Jvil\\x0a\\xff: there is no such file"));
+  CHECK_NOTHROW(ha::Safetensors{folder / "to file"});
+  CHECK_THROWS_WITH(ha::read_regular_file(folder / "pipe", 100, "x: "), Contains("x: it is a pipe"));
+  CHECK_THROWS_WITH(ha::read_regular_file("/dev/zero", 100, "x: "), Contains("x: it is a device"));
+  CHECK_THROWS_WITH(ha::read_regular_file(file, 9, "x: "), Contains("it has 10 bytes or more; at most 9 are allowed"));
+  CHECK(ha::read_regular_file(file, 10, "x: ").size() == 10);
+  CHECK_THROWS_WITH(ha::read_regular_file("/proc/self/maps", 9, "x: "), Contains("at most 9 are allowed"));   // which has no size
+  CHECK(ha::read_regular_file("/proc/self/maps", 1 << 24, "x: ").size() > 100);
+}
+
+TEST_CASE("names out of files are shown on one line, and nothing in them reaches the terminal") {
+  CHECK(ha::escaped("model.norm.weight") == "'model.norm.weight'");
+  std::string const words = "Gr\xc3\xb6\xc3\x9f \xe6\xa8\xa1 \xf0\x9f\x98\x80";
+  CHECK(ha::escaped(words) == "'" + words + "'");
+  CHECK(ha::escaped("a\n\r\t\x1b[31m\x7f") == "'a\\x0a\\x0d\\x09\\x1b[31m\\x7f'");
+  CHECK(ha::escaped(std::string_view("a\0b", 3)) == "'a\\x00b'");
+  CHECK(ha::escaped("\\x1b") == "'\\\\x1b'");   // not to be taken for the byte
+  // CSI; from right to left; invisible
+  CHECK(ha::escaped("\xc2\x9b"
+                    "31m \xe2\x80\xae \xef\xbb\xbf") == "'\\u{9b}31m \\u{202e} \\u{feff}'");
+  CHECK(ha::escaped("\xff\xc3( \xc0\x80 \xed\xa0\x80 \xf4\x90\x80\x80 \xe2\x82") ==
+        "'\\xff\\xc3( \\xc0\\x80 \\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 \\xe2\\x82'");
+  CHECK(ha::escaped(std::string(1'000'000, 'a')) == "'" + std::string(80, 'a') + "...'");
+  CHECK(ha::escaped(std::string(79, 'a') + "\xc3\xb6") == "'" + std::string(79, 'a') + "...'");   // whole letters only
+}
+
+// Bounds that hold on every machine: bytes at once and calls of the allocator, as multiples of the file's size.
+TEST_CASE("hostile headers are refused in memory and time that follow the size of the file") {
+  auto const repeated = [](std::string const& part, std::size_t bytes) {
+    std::string text;
+    while (text.size() < bytes) text += part;
+    return text;
+  };
+  std::size_t const bytes = 1'000'000;
+  std::string keys = "{", tensors = "{";
+  for (int i = 0; keys.size() < bytes; ++i) keys += "\"" + std::to_string(i) + "\":0,";
+  for (int i = 0; tensors.size() < bytes; ++i)
+    tensors += "\"" + std::to_string(i) + R"(":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},)";
+  std::string const cases[] = {with_length("{\"w\":" + std::string(bytes, '['), ""),
+                               with_length("{\"w\":" + repeated("{\"a\":", bytes), ""),
+                               with_length("{\"w\":[" + repeated("[],", bytes) + "0]}", ""),
+                               with_length("{\"w\":[" + repeated("0,", bytes) + "0]}", ""),
+                               with_length("{\"w\":[" + repeated("0,", 2'100'000) + "0]}", ""),
+                               with_length("{\"w\":{\"shape\":[" + repeated("9,", bytes) + "0]}}", ""),
+                               with_length("{\"__metadata__\":" + keys + "\"\":0}}", ""),
+                               with_length(keys + "\"w\":0}", ""),
+                               with_length(tensors + "\"w\":0}", ""),
+                               with_length("{\"" + std::string(bytes, 'a') + "\":0}", ""),
+                               with_length("{\"" + std::string(bytes, 'a'), ""),
+                               with_length("{" + std::string(bytes, ' ') + "]", ""),
+                               with_length("{\"w\":1" + std::string(bytes, '0') + "}", ""),
+                               with_length("{\"w\":\"" + repeated("\\u0000", bytes) + "\"}", ""),
+                               std::string(bytes, '{'),
+                               std::string(bytes, 'a')};
+  ScratchFolder const folder;
+  for (auto const& content : cases) {
+    INFO(content.substr(8, 60));
+    auto const path = folder.file("bad.safetensors", content);
+    std::string error;
+    auto const use = memory::of([&] {
+      try {
+        ha::Safetensors{path};
+      } catch (ha::Error const& refused) {
+        error = refused.what();
+      }
+    });
+    INFO(error);
+    CHECK(!error.empty());
+    CHECK(error.size() < 500);
+    auto const size = static_cast<std::ptrdiff_t>(content.size());
+    CHECK(use.bytes < 40 * size);
+    CHECK(use.takes < size);
+  }
+}
+
+TEST_CASE("a tensor that is larger than the memory is an error of its reader") {
+  ScratchFolder const folder;
+  std::string const header = R"({"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}})";
+  auto const path = folder.file("sparse.safetensors", with_length(header, ""));
+  std::error_code error;
+  std::filesystem::resize_file(path, 8 + header.size() + (std::uintmax_t{1} << 42), error);
+  if (error) return;   // a file system without such files
+  ha::Safetensors const file{path};
+  rlimit before, limited;
+  ::getrlimit(RLIMIT_AS, &before);
+  limited = before;
+  limited.rlim_cur = rlim_t{1} << 41;   // also where memory is promised freely
+  ::setrlimit(RLIMIT_AS, &limited);
+  CHECK_THROWS_WITH(file.read_floats("w"), Contains("out of memory: 4398046511104 bytes for a tensor of a file did not fit"));
+  CHECK_THROWS_WITH(file.read_doubles("w"), Contains("out of memory"));
+  ::setrlimit(RLIMIT_AS, &before);
+  CHECK(file.read_doubles("w", 1'000'000'000, 3) == std::vector<double>(3));
+  CHECK_THROWS_WITH(file.read_doubles("w", 1099511627775, 2), Contains("of 1099511627776"));
+  CHECK_THROWS_WITH(file.read_doubles("w", -1, 2), Contains("elements -1"));
 }
 
 TEST_CASE("the writer refuses what it could not read back") {
@@ -187,6 +371,7 @@ TEST_CASE("the writer refuses what it could not read back") {
   writer.add("w", {3}, three);
   CHECK_THROWS_WITH(writer.add("w", {3}, three), Contains("'w' is taken"));
   CHECK_THROWS_WITH(writer.add("__metadata__", {3}, three), Contains("is taken"));
+  CHECK_THROWS_WITH(writer.add_elsewhere("v", {"F99", {1}}, "1"), Contains("unknown dtype 'F99'"));
   writer.add_metadata("bad", "\xff");
   ScratchFolder const folder;
   CHECK_THROWS_WITH(writer.write(folder / "x"), Contains("not UTF-8"));

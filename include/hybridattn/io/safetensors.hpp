@@ -3,13 +3,17 @@
 //   {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"policy": "gdn"}}
 //
 // A file comes from anywhere: the reader believes nothing. The tensors must cover the data exactly, without overlap or
-// hole, and every count is checked before a byte is taken for it.
+// hole, and every count is checked before a byte is taken for it. A tensor may be of a dtype that is not known here; only
+// whoever reads it gets an error.
 #ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
 #define HYBRIDATTN_IO_SAFETENSORS_HPP
 
 #include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/view.hpp>
 #include <hybridattn/io/atomic_file.hpp>
+#include <hybridattn/io/escaped.hpp>
+#include <hybridattn/io/json.hpp>
+#include <hybridattn/io/regular_file.hpp>
 
 #include <nlohmann/json.hpp>
 
@@ -17,7 +21,7 @@
 #include <array>
 #include <bit>
 #include <map>
-#include <set>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -44,21 +48,15 @@ struct DType {
   std::string_view name;
   std::size_t size;
 };
-inline constexpr std::array dtypes = {DType{"F64", 8}, DType{"F32", 4}, DType{"F16", 2},  DType{"BF16", 2},    DType{"I64", 8},
-                                      DType{"I32", 4}, DType{"I16", 2}, DType{"I8", 1},   DType{"U64", 8},     DType{"U32", 4},
-                                      DType{"U16", 2}, DType{"U8", 1},  DType{"BOOL", 1}, DType{"F8_E4M3", 1}, DType{"F8_E5M2", 1}};
+inline constexpr std::array dtypes = {DType{"F64", 8},     DType{"F32", 4}, DType{"F16", 2},  DType{"BF16", 2},    DType{"I64", 8},
+                                      DType{"I32", 4},     DType{"I16", 2}, DType{"I8", 1},   DType{"U64", 8},     DType{"U32", 4},
+                                      DType{"U16", 2},     DType{"U8", 1},  DType{"BOOL", 1}, DType{"F8_E4M3", 1}, DType{"F8_E5M2", 1},
+                                      DType{"F8_E8M0", 1}, DType{"C64", 8}};
 
 template <class T> constexpr std::string_view dtype_of() {
   constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
   static_assert(is_int32 || is_int64 || std::is_same_v<T, double> || std::is_same_v<T, float>, "double, float, int64 or int32");
   return is_int32 ? "I32" : is_int64 ? "I64" : std::is_same_v<T, double> ? "F64" : "F32";
-}
-
-// A name out of a file, fit for an error message: one line, not too long.
-inline std::string shown(std::string_view name) {
-  std::string text = "'";
-  for (char letter : name.substr(0, 80)) text += static_cast<unsigned char>(letter) < 32 || letter == 127 ? '?' : letter;
-  return text + (name.size() > 80 ? "...'" : "'");
 }
 
 // Bits of IEEE half precision: 1 sign, 5 exponent, 10 fraction.
@@ -74,35 +72,10 @@ inline float from_f16(std::uint16_t bits) {
 }
 inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
-// JSON text as a value; `what` it is for errors: "the header". Objects that have a key twice are refused: readers differ in
-// which of the two they believe.
-inline nlohmann::json parse_json(std::string_view text, std::string const& where, char const* what) {
-  std::vector<std::set<std::string>> keys;
-  auto const watch = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    using Event = nlohmann::json::parse_event_t;
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key) {
-      auto const& key = value.get_ref<std::string const&>();
-      check(keys.back().insert(key).second, where, what, " has the key ", shown(key), " twice");
-    }
-    return true;
-  };
-  check(text.starts_with('{'), where, what, " is not a JSON object");
-  try {
-    return nlohmann::json::parse(text, watch);
-  } catch (nlohmann::json::parse_error const& error) {
-    fail(where, what, " is not JSON (at its byte ", error.byte, ")");
-  } catch (nlohmann::json::out_of_range const&) {
-    fail(where, what, " has a number that is too large");
-  }
-}
-
-inline std::size_t size_of(std::string_view dtype, std::string const& where) {
+// Bytes of an element; nothing for a dtype that is not known.
+inline std::optional<std::size_t> size_of(std::string_view dtype) {
   auto const found = std::ranges::find(dtypes, dtype, &DType::name);
-  check(found != dtypes.end(), where, "unknown dtype ", shown(dtype),
-        "; known are F64 F32 F16 BF16 F8_E4M3 F8_E5M2, I8 to I64, U8 to U64, BOOL");
-  return found->size;
+  return found == dtypes.end() ? std::nullopt : std::optional(found->size);
 }
 
 // A count in the header: an integer >= 0 that fits.
@@ -117,23 +90,43 @@ inline nlohmann::json const& member(nlohmann::json const& entry, char const* key
   return entry[key];
 }
 
+// A dtype is a word: F32, F8_E4M3, or one that will be invented.
+inline std::string parse_dtype(nlohmann::json const& value, std::string const& where) {
+  auto const is_word = [](std::string_view text) {
+    return !text.empty() && text.size() <= 32 && std::ranges::all_of(text, [](char c) {
+      return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
+    });
+  };
+  check(value.is_string() && is_word(value.get_ref<std::string const&>()), where, "dtype must be a word of at most 32 letters and digits");
+  return value.get<std::string>();
+}
+
+inline Index size_product_of(std::vector<Index> const& sizes, std::string const& where) {
+  try {
+    return detail::product(sizes.data(), static_cast<int>(sizes.size()));
+  } catch (Error const& error) {
+    fail(where, "shape has more bytes than can be counted: ", error.what());
+  }
+}
+
 inline TensorInfo parse_tensor(nlohmann::json const& entry, std::string const& where) {
+  constexpr std::size_t max_rank = 32;
   TensorInfo info;
-  auto const& dtype = member(entry, "dtype", where);
-  check(dtype.is_string(), where, "dtype must be a word");
-  info.dtype = dtype.get<std::string>();
-  Index bytes = static_cast<Index>(size_of(info.dtype, where));
+  info.dtype = parse_dtype(member(entry, "dtype", where), where);
+  auto const size = size_of(info.dtype);
+  std::vector<Index> factors{static_cast<Index>(size.value_or(1))};
   auto const& shape = member(entry, "shape", where);
-  check(shape.is_array(), where, "shape must be a list");
+  check(shape.is_array() && shape.size() <= max_rank, where, "shape must be a list of at most ", max_rank, " extents");
   for (auto const& extent : shape) {
     info.shape.push_back(to_count(extent, where, "shape"));
-    check(!__builtin_mul_overflow(bytes, info.shape.back(), &bytes), where, "shape has more bytes than can be counted");
+    factors.push_back(info.shape.back());
   }
+  Index const bytes = size_product_of(factors, where);
   auto const& offsets = member(entry, "data_offsets", where);
   check(offsets.is_array() && offsets.size() == 2, where, "data_offsets must be a list of two");
   Index const begin = to_count(offsets[0], where, "data_offsets"), end = to_count(offsets[1], where, "data_offsets");
-  check(begin <= end && end - begin == bytes, where, "data_offsets [", begin, ", ", end, "] do not hold the ", bytes,
-        " bytes of dtype and shape");
+  check(begin <= end, where, "data_offsets [", begin, ", ", end, "] end before they begin");
+  check(!size || end - begin == bytes, where, "data_offsets [", begin, ", ", end, "] do not hold the ", bytes, " bytes of dtype and shape");
   info.begin = static_cast<std::size_t>(begin);
   info.end = static_cast<std::size_t>(end);
   return info;
@@ -147,8 +140,8 @@ inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std
   std::size_t covered = 0;
   for (auto const* tensor : order) {
     auto const& [name, info] = *tensor;
-    check(info.end <= data_bytes, where, "tensor ", shown(name), " ends at byte ", info.end, " of the data, which has ", data_bytes);
-    check(info.begin >= covered, where, "tensor ", shown(name), " starts at byte ", info.begin, " inside another one");
+    check(info.end <= data_bytes, where, "tensor ", escaped(name), " ends at byte ", info.end, " of the data, which has ", data_bytes);
+    check(info.begin >= covered, where, "tensor ", escaped(name), " starts at byte ", info.begin, " inside another one");
     check(info.begin == covered, where, "bytes ", covered, " to ", info.begin, " of the data belong to no tensor");
     covered = info.end;
   }
@@ -160,37 +153,46 @@ inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std
 // A file's names, shapes and metadata; the tensors are read when they are asked for.
 class Safetensors {
  public:
-  explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + path.string() + ": ") { open(path); }
+  explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + one_line(path.string()) + ": ") { open(path); }
 
   std::map<std::string, TensorInfo> const& tensors() const { return tensors_; }
   std::map<std::string, std::string> const& metadata() const { return metadata_; }
   bool contains(std::string const& name) const { return tensors_.contains(name); }
   TensorInfo const& info(std::string const& name) const {
     auto const found = tensors_.find(name);
-    check(found != tensors_.end(), where_, "no tensor ", safetensors::shown(name));
+    check(found != tensors_.end(), where_, "no tensor ", escaped(name));
     return found->second;
   }
   std::string const& metadata(std::string const& key) const {
     auto const found = metadata_.find(key);
-    check(found != metadata_.end(), where_, "no metadata ", safetensors::shown(key));
+    check(found != metadata_.end(), where_, "no metadata ", escaped(key));
     return found->second;
   }
 
   // The elements in the file's order, last axis fastest. Any of F64 F32 F16 BF16 I64 I32, rounded where T is narrower.
   std::vector<double> read_doubles(std::string const& name) const { return read<double>(name); }
+  // `count` of them from the one numbered `first` on.
+  std::vector<double> read_doubles(std::string const& name, Index first, Index count) const {
+    Index const all = info(name).count();
+    check(0 <= first && 0 <= count && first <= all && count <= all - first, where_, "tensor ", escaped(name), ": elements ", first, " to ",
+          first, " + ", count, " of ", all);
+    return read<double>(name, first, count);
+  }
   std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
   // I64 and I32 only.
   std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
   // The bytes as they lie in the file, whatever they are.
-  std::vector<char> read_bytes(std::string const& name) const { return stored<char>(info(name)); }
+  std::vector<char> read_bytes(std::string const& name) const {
+    auto const& tensor = info(name);
+    return stored<char>(tensor, 0, static_cast<Index>(tensor.end - tensor.begin));
+  }
 
  private:
   void open(std::filesystem::path const& path) {
-    file_ = FileDescriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    check(static_cast<bool>(file_), where_, std::strerror(errno));
-    struct stat status;
-    check(::fstat(file_.number(), &status) == 0 && S_ISREG(status.st_mode), where_, "not a regular file");
-    auto const size = static_cast<std::uint64_t>(status.st_size);
+    file_ = open_regular_file(path, where_);
+    auto const size = size_of_file(file_, where_);
+    check(size > 0, where_, "it is empty");
+    check_beginning(size);
     check(size >= 8, where_, "only ", size, " bytes, too short for the header's length");
     std::uint64_t length = 0;
     read_at(0, &length, sizeof length);
@@ -200,61 +202,66 @@ class Safetensors {
     std::string text(length, '\0');
     read_at(8, text.data(), text.size());
     data_start_ = 8 + static_cast<std::size_t>(length);
-    parse(safetensors::parse_json(text, where_, "the header"));
-    safetensors::check_coverage(tensors_, static_cast<std::size_t>(size) - data_start_, where_);
+    parse(text);
+    safetensors::check_coverage(tensors_, size - data_start_, where_);
   }
-  void parse(nlohmann::json const& header) {
-    for (auto const& [name, entry] : header.items()) {
+  // Calls what is no safetensors file by its name. The length of a real header has zeros at its end, and '{' behind it.
+  void check_beginning(std::size_t size) const {
+    std::string head(std::min<std::size_t>(size, 512), '\0');
+    read_at(0, head.data(), head.size());
+    if (head.size() > 8 && head.substr(4, 5) == std::string_view("\0\0\0\0{", 5)) return;
+    if (auto const kind = kind_of_file_or_text(head); !kind.empty()) fail(where_, "it is no safetensors file, but ", kind);
+  }
+  void parse(std::string const& header) {
+    std::string const where = where_ + "the header: ";
+    check(header.starts_with('{'), where, "not a JSON object");
+    for_each_json_member(header, where, [&](std::string const& name, nlohmann::json&& entry) {
       if (name == safetensors::metadata_key) parse_metadata(entry);
-      else tensors_[name] = safetensors::parse_tensor(entry, where_ + "tensor " + safetensors::shown(name) + ": ");
-    }
+      else tensors_[name] = safetensors::parse_tensor(entry, where_ + "tensor " + escaped(name) + ": ");
+    });
   }
   void parse_metadata(nlohmann::json const& entries) {
     check(entries.is_object(), where_, "__metadata__ must map text to text");
     for (auto const& [key, value] : entries.items()) {
-      check(value.is_string(), where_, "__metadata__ ", safetensors::shown(key), " is not text");
+      check(value.is_string(), where_, "__metadata__ ", escaped(key), " is not text");
       metadata_[key] = value.get<std::string>();
     }
   }
 
   void read_at(std::size_t offset, void* into, std::size_t count) const {
-    auto* next = static_cast<char*>(into);
-    while (count > 0) {
-      auto const got = ::pread(file_.number(), next, count, static_cast<off_t>(offset));
-      if (got < 0 && errno == EINTR) continue;
-      check(got >= 0, where_, std::strerror(errno));
-      check(got > 0, where_, "it became shorter while being read");
-      next += got;
-      offset += static_cast<std::size_t>(got);
-      count -= static_cast<std::size_t>(got);
-    }
+    check(read_some(file_, offset, static_cast<char*>(into), count, where_) == count, where_, "it became shorter while being read");
   }
-  template <class Stored> std::vector<Stored> stored(TensorInfo const& info) const {
-    std::vector<Stored> elements;
-    resize(elements, static_cast<Index>((info.end - info.begin) / sizeof(Stored)), "a tensor of a file");
-    read_at(data_start_ + info.begin, elements.data(), info.end - info.begin);
+  // A file may be large and have nothing in it.
+  template <class T> static std::vector<T> make(Index count) {
+    std::vector<T> elements;
+    resize(elements, count, "a tensor of a file");
     return elements;
   }
-  template <class T, class Stored, class Convert> std::vector<T> converted(TensorInfo const& info, Convert convert) const {
-    auto const elements = stored<Stored>(info);
-    std::vector<T> result;
-    resize(result, std::ssize(elements), "a tensor of a file");
-    std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
-    return result;
+  template <class Stored> std::vector<Stored> stored(TensorInfo const& info, Index first, Index count) const {
+    auto elements = make<Stored>(count);
+    read_at(data_start_ + info.begin + static_cast<std::size_t>(first) * sizeof(Stored), elements.data(), elements.size() * sizeof(Stored));
+    return elements;
   }
-  template <class T> std::vector<T> read(std::string const& name) const {
+  template <class T> std::vector<T> read(std::string const& name) const { return read<T>(name, 0, info(name).count()); }
+  template <class T> std::vector<T> read(std::string const& name, Index first, Index count) const {
     auto const& tensor = info(name);
+    auto const converted = [&]<class Stored>(Stored, auto convert) {
+      auto const elements = stored<Stored>(tensor, first, count);
+      auto result = make<T>(count);
+      std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
+      return result;
+    };
     auto const same = [](auto element) { return element; };
-    if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor);
-    if (tensor.dtype == "I64") return converted<T, std::int64_t>(tensor, same);
-    if (tensor.dtype == "I32") return converted<T, std::int32_t>(tensor, same);
+    if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor, first, count);
+    if (tensor.dtype == "I64") return converted(std::int64_t{}, same);
+    if (tensor.dtype == "I32") return converted(std::int32_t{}, same);
     if constexpr (std::is_floating_point_v<T>) {
-      if (tensor.dtype == "F64") return converted<T, double>(tensor, same);
-      if (tensor.dtype == "F32") return converted<T, float>(tensor, same);
-      if (tensor.dtype == "F16") return converted<T, std::uint16_t>(tensor, safetensors::from_f16);
-      if (tensor.dtype == "BF16") return converted<T, std::uint16_t>(tensor, safetensors::from_bf16);
+      if (tensor.dtype == "F64") return converted(double{}, same);
+      if (tensor.dtype == "F32") return converted(float{}, same);
+      if (tensor.dtype == "F16") return converted(std::uint16_t{}, safetensors::from_f16);
+      if (tensor.dtype == "BF16") return converted(std::uint16_t{}, safetensors::from_bf16);
     }
-    fail(where_, "tensor ", safetensors::shown(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
+    fail(where_, "tensor ", escaped(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
   }
 
   std::string where_;   // how an error begins
@@ -269,7 +276,7 @@ class SafetensorsWriter {
  public:
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
     TensorInfo info{std::string(safetensors::dtype_of<T>()), std::move(shape)};
-    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", safetensors::shown(name),
+    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", escaped(name),
           ", whose shape has ", info.count());
     auto const bytes = std::as_bytes(elements);
     insert(name, {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}});
@@ -305,16 +312,18 @@ class SafetensorsWriter {
     bool elsewhere = false;
   };
   void insert(std::string const& name, Entry entry) {
-    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name), " is taken");
+    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", escaped(name), " is taken");
+    check(safetensors::size_of(entry.info.dtype).has_value(), "safetensors: ", escaped(name), " is of the unknown dtype ",
+          escaped(entry.info.dtype));
     entries_[name] = std::move(entry);
   }
   // Wide elements first, so that every tensor lies aligned to its own.
   std::vector<Entry const*> lay_out() {
     std::vector<Entry const*> order;
     std::size_t offset = 0;
-    for (std::size_t const size : {8u, 4u})
+    for (std::size_t const size : {8u, 4u, 2u, 1u})
       for (auto& [name, entry] : entries_) {
-        if (safetensors::size_of(entry.info.dtype, "") != size) continue;
+        if (safetensors::size_of(entry.info.dtype) != size) continue;
         entry.info.begin = offset;
         entry.info.end = offset += entry.bytes.size();
         order.push_back(&entry);

@@ -63,7 +63,7 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
 }
 
 // Takes parameters, moments and step count out of a file. Throws Error where the file is damaged, or of another pattern,
-// size, dtype, optimizer or version, and names both; then nothing was touched.
+// size, dtype, optimizer or version, and names both, or cannot be read to its end; then nothing was touched.
 template <class B, class Model, class Params>
 Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, AdamW<Params>& optimizer,
                          LoadOptions options = {}) {
@@ -74,7 +74,7 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   file.check_tensors(tensors, true);
   auto progress = file.progress();
   auto const [steps, updates] = file.optimizer_steps(std::span(tensors).first(optimizer.decays().size()));
-  file.read(backend, tensors);
+  file.read_all_or_none(backend, tensors);
   optimizer.state().steps = steps;
   optimizer.state().updates = updates;
   return progress;
@@ -85,7 +85,8 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
 template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
   checkpoint::File const file{path};
   auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path));
-  check(needed <= there, "checkpoint ", path.string(), ": the model's parameters take ", needed, " bytes, the whole file has ", there);
+  check(needed <= there, "checkpoint ", one_line(path.string()), ": the model's parameters take ", needed, " bytes, the whole file has ",
+        there);
   auto params = allocate<T>(backend, model.params());
   auto const tensors = checkpoint::tensors_of(params);
   file.check_model(checkpoint::describe(model), tensors.front().info.dtype, true);

@@ -23,7 +23,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
 // otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
-inline std::string pattern(std::filesystem::path const& folder) { return read_settings(folder).pattern; }
+// `options` may name fields that are read as if they were not there.
+inline std::string pattern(std::filesystem::path const& folder, ReadOptions const& options = {}) {
+  return read_settings(folder, options).pattern;
+}
 
 namespace detail {
 inline Format format_of(Settings const& settings, Weights const& weights) {
@@ -35,14 +38,16 @@ inline Format format_of(Settings const& settings, Weights const& weights) {
 }  // namespace detail
 
 // How the folder's parameters are named, for writing others in the same way.
-inline Format format(std::filesystem::path const& folder) { return detail::format_of(read_settings(folder), Weights{folder}); }
+inline Format format(std::filesystem::path const& folder, ReadOptions const& options = {}) {
+  return detail::format_of(read_settings(folder, options), Weights{folder});
+}
 
 // The folder's sizes for a model of this type. Throws, naming field, value and what is supported, when the types are those of
 // another model: other layers, convolution width, rotary share, norms or gates.
 // The load-balancing loss counts, pooled over the layers, when the folder says output_router_logits; set
 // feed_forward.balance_coefficient to train with it otherwise.
-template <class Model> typename Model::Config config(std::filesystem::path const& folder) {
-  Settings const s = read_settings(folder);
+template <class Model> typename Model::Config config(std::filesystem::path const& folder, ReadOptions const& options = {}) {
+  Settings const s = read_settings(folder, options);
   check_types<typename Model::Stack>(s);
   typename Model::Config c{.vocab_size = s.vocab_size,
                            .model_dim = s.model_dim,
@@ -99,15 +104,23 @@ template <class B, class T> void load_entry(B& backend, Entry const& entry, Weig
 }  // namespace detail
 
 // The folder's parameters for this model, in float or double; their tensors may be F32, BF16, F16 or F64, in one file or in
-// several. Throws before anything is read at a tensor that is missing, superfluous or of another shape, naming it and both
-// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over.
-template <class T, class B, class Model> auto load(B& backend, Model const& model, std::filesystem::path const& folder) {
+// several. Throws before memory is taken at a tensor that is missing, superfluous or of another shape, naming it and both
+// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over, and a head that a tied model does not need must
+// be its embedding.
+template <class T, class B, class Model>
+auto load(B& backend, Model const& model, std::filesystem::path const& folder, ReadOptions const& options = {}) {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
-  Settings const settings = read_settings(folder);
+  Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
   Weights const weights{folder};
-  auto const entries = table(outline(model), detail::format_of(settings, weights));
-  weights.check_against(entries);
+  Format const format = detail::format_of(settings, weights);
+  Outline const wanted = outline(model);
+  bool const is_apart =
+      detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;   // a name for each expert
+  check(!is_apart || wanted.experts <= weights.count(), settings.where, "num_experts is ", wanted.experts, ", but the folder has ",
+        weights.count(), " tensors");
+  auto const entries = table(wanted, format);
+  weights.check_against(entries, model.config().tie_embedding ? format.prefix + "embed_tokens.weight" : "");
   auto params = allocate<T>(backend, model.params());
   auto const memory = detail::memory_of<T>(params);
   for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
@@ -134,10 +147,13 @@ void for_each_tensor(B& backend, Model const& model, Params const& params, F f, 
 }
 
 // Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws,
-// naming it, at an option that no released model of the family has.
+// naming it, at an option that no released model of the family has, and at a folder with shards.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
   std::string const config = config_text(settings_of(model, format.family));
+  std::error_code ignored;
+  check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
+        ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");
   SafetensorsWriter writer;
   std::deque<std::vector<float>> kept;   // the writer holds no elements
   for_each_tensor(

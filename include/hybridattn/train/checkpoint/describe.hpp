@@ -140,28 +140,44 @@ struct Write {
 // No model comes near it, and products of three do not overflow.
 inline constexpr Index largest_size = 1 << 20;
 
-// Throws at a member that is not there or of another kind.
+// Throws at a member that is not there, of another kind, or beyond every model.
 struct Read {
   Json const& json;
   std::string const& where;
 
   template <class Member> void operator()(char const* name, Member& member) const {
     Json const& value = safetensors::member(json, name, where);
-    try {
-      if constexpr (std::is_enum_v<Member>) member = enumerator<Member>(value.get_ref<std::string const&>());
-      else value.get_to(member);
-    } catch (Json::exception const&) {
-      fail(where, "'", name, "' is of another kind");
+    if constexpr (std::is_enum_v<Member>) {
+      member = enumerator<Member>(name, value);
+    } else if constexpr (std::is_same_v<Member, bool>) {
+      check(value.is_boolean(), where, "'", name, "' is of another kind; it must be true or false");
+      member = value.get<bool>();
+    } else if constexpr (std::is_integral_v<Member>) {
+      member = static_cast<Member>(size(name, value));
+    } else if constexpr (std::is_floating_point_v<Member>) {
+      check(value.is_number(), where, "'", name, "' is of another kind; it must be a number");
+      member = value.get<Member>();
+    } else {   // a list of layers
+      check(value.is_array(), where, "'", name, "' is of another kind; it must be a list of integers");
+      member.clear();
+      for (Json const& element : value) member.push_back(size(name, element));
     }
-    if constexpr (std::is_same_v<Member, Index>)
-      check(-1 <= member && member <= largest_size, where, "'", name, "' is ", member, "; allowed are sizes up to ", largest_size);
   }
 
  private:
-  template <class E> E enumerator(std::string const& word) const {
+  Index size(char const* name, Json const& value) const {
+    check(value.is_number_integer(), where, "'", name, "' is ", value.is_number() ? value.dump() : "of another kind",
+          "; it must be an integer");
+    bool const fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= largest_size
+                                                 : -1 <= value.get<std::int64_t>() && value.get<std::int64_t>() <= largest_size;
+    check(fits, where, "'", name, "' is ", value.dump(), "; allowed are sizes up to ", largest_size);
+    return value.get<Index>();
+  }
+  template <class E> E enumerator(char const* name, Json const& value) const {
+    check(value.is_string(), where, "'", name, "' is of another kind; it must be a word");
     auto const& words = words_of<E>;
-    auto const found = std::ranges::find(words, std::string_view(word));
-    check(found != words.end(), where, "unknown word ", safetensors::shown(word));
+    auto const found = std::ranges::find(words, std::string_view(value.get_ref<std::string const&>()));
+    check(found != words.end(), where, "unknown word ", escaped(value.get_ref<std::string const&>()));
     return static_cast<E>(found - words.begin());
   }
 };

@@ -82,9 +82,7 @@ template <class Group> void collect(std::string_view prefix, Group const& group,
 inline std::string words(std::vector<std::string> const& list) {
   std::string text;
   for (auto const& word : list) text += (text.empty() ? "" : " ") + word;
-  for (char& letter : text)
-    if (static_cast<unsigned char>(letter) < 32 || letter == 127) letter = '?';
-  return text.size() > 1000 ? text.substr(0, 1000) + "..." : text;
+  return one_line(text, 1000);
 }
 inline std::vector<std::string> names_in(Json const& list, std::string const& where) {
   check(list.is_array(), where, "'pattern' must be a list of names");
@@ -103,7 +101,7 @@ inline std::string shape_text(std::vector<Index> const& shape) {
 
 // A value out of a file, fit for an error message.
 inline std::string shown(Json const& value) {
-  if (value.is_string()) return safetensors::shown(value.get_ref<std::string const&>());
+  if (value.is_string()) return escaped(value.get_ref<std::string const&>());
   if (value.is_null()) return "nothing";
   if (value.is_array()) return "a list of " + std::to_string(value.size());
   return value.is_object() ? "a group" : value.dump();
@@ -123,13 +121,14 @@ struct Comparison {
     } else if (file.is_array() && model.is_array() && file.size() == model.size()) {
       for (std::size_t i = 0; i < model.size(); ++i) inner(file[i], model[i], name, std::to_string(i));
     } else {
-      check(file == model, where, name, ": ", shown(file), " in the file, ", shown(model), " in the ", ours);
+      check(is_same(file, model), where, one_line(name, 200), ": ", shown(file), " in the file, ", shown(model), " in the ", ours);
     }
   }
 
  private:
   inline static Json const nothing = {};
-  // Never a copy: a value may be nested deeper than the stack is.
+  // 2.0 is no 2 where an integer belongs.
+  static bool is_same(Json const& file, Json const& model) { return file == model && (file.is_number_float() <= model.is_number_float()); }
   static Json const& found(Json const& json, std::string const& key) { return json.contains(key) ? json[key] : nothing; }
   void inner(Json const& file, Json const& model, std::string const& name, std::string const& key) const {
     if (std::ranges::find(ignored, key) == ignored.end()) (*this)(file, model, name.empty() ? key : name + "." + key);
@@ -178,10 +177,10 @@ void write(B& backend, std::filesystem::path const& path, Json json, std::vector
 // something else. They come before anything is written to anybody.
 class File {
  public:
-  explicit File(std::filesystem::path const& path) : where_("checkpoint " + path.string() + ": "), file_(path) {
+  explicit File(std::filesystem::path const& path) : where_("checkpoint " + one_line(path.string()) + ": "), file_(path) {
     check(file_.metadata().contains(metadata_key), where_, "a safetensors file, but no checkpoint: it has no metadata '", metadata_key,
           "'");
-    json_ = safetensors::parse_json(file_.metadata(metadata_key), where_, "its description");
+    json_ = parse_json(file_.metadata(metadata_key), where_ + "its description: ");
     Index const theirs = count(json_, "format_version");
     check(theirs == version, where_, "its format is version ", theirs, "; this library reads version ", version);
   }
@@ -211,10 +210,9 @@ class File {
 
   // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
-    std::string const theirs = words(pattern()), ours = words(names_in(model["pattern"], where_));
-    check(theirs == ours, where_, "the file holds ", theirs, ", the model is ", ours);
-    check(text(json_, "dtype") == dtype, where_, "dtype: ", safetensors::shown(text(json_, "dtype")), " in the file, '", dtype,
-          "' in the model");
+    auto const theirs = pattern(), ours = names_in(model["pattern"], where_);
+    if (theirs != ours) fail(where_, "the file holds ", words(theirs), ", the model is ", words(ours));
+    check(text(json_, "dtype") == dtype, where_, "dtype: ", escaped(text(json_, "dtype")), " in the file, '", dtype, "' in the model");
     // How parameters once started, and what only training reads.
     static constexpr std::string_view ignored[] = {"initialization", "gate_start", "balance", "balance_coefficient", "index_loss"};
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
@@ -237,13 +235,20 @@ class File {
       if (tensor.bytes > 0) check_tensor(tensor), ours.insert(tensor.name);
     for (auto const& [name, info] : file_.tensors()) {
       if (name.starts_with(history_prefix) || (!training && name.starts_with("optimizer."))) continue;
-      check(ours.contains(name), where_, "tensor ", safetensors::shown(name), " is in the file, but not in the model");
+      check(ours.contains(name), where_, "tensor ", escaped(name), " is in the file, but not in the model");
     }
   }
-  // Into the tensors, which must be writable. Throws in the middle only when the file cannot be read any more.
+  // Into the tensors, which must be writable. Throws in the middle when the file cannot be read to its end.
   template <class B> void read(B& backend, std::vector<StoredTensor> const& tensors) const {
     for (auto const& tensor : tensors)
-      if (tensor.bytes > 0) backend.upload(const_cast<void*>(tensor.data), file_.read_bytes(tensor.name).data(), tensor.bytes);
+      if (tensor.bytes > 0) upload(backend, file_.read_bytes(tensor.name), tensor);
+  }
+  // The same for tensors that hold a run already: all of them are written, or none. It takes as much memory again.
+  template <class B> void read_all_or_none(B& backend, std::vector<StoredTensor> const& tensors) const {
+    std::vector<std::vector<char>> host;
+    for (auto const& tensor : tensors) host.push_back(tensor.bytes > 0 ? file_.read_bytes(tensor.name) : std::vector<char>{});
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      if (tensors[i].bytes > 0) upload(backend, host[i], tensors[i]);
   }
 
   Progress progress() const {
@@ -258,6 +263,9 @@ class File {
   }
 
  private:
+  template <class B> static void upload(B& backend, std::vector<char> const& bytes, StoredTensor const& tensor) {
+    backend.upload(const_cast<void*>(tensor.data), bytes.data(), tensor.bytes);
+  }
   Json const& member(char const* key) const { return safetensors::member(json_, key, where_); }
   Index count(Json const& json, char const* key) const {
     return safetensors::to_count(safetensors::member(json, key, where_), where_, key);
@@ -274,11 +282,11 @@ class File {
   }
   std::vector<std::string> pattern() const { return names_in(member("pattern"), where_); }
   void check_tensor(StoredTensor const& tensor) const {
-    check(file_.contains(tensor.name), where_, "tensor ", safetensors::shown(tensor.name), " is in the model, but not in the file");
+    check(file_.contains(tensor.name), where_, "tensor ", escaped(tensor.name), " is in the model, but not in the file");
     auto const& theirs = file_.info(tensor.name);
-    check(theirs.dtype == tensor.info.dtype, where_, "tensor ", safetensors::shown(tensor.name), ": dtype ", theirs.dtype, " in the file, ",
+    check(theirs.dtype == tensor.info.dtype, where_, "tensor ", escaped(tensor.name), ": dtype ", theirs.dtype, " in the file, ",
           tensor.info.dtype, " in the model");
-    check(theirs.shape == tensor.info.shape, where_, "tensor ", safetensors::shown(tensor.name), ": shape ", shape_text(theirs.shape),
+    check(theirs.shape == tensor.info.shape, where_, "tensor ", escaped(tensor.name), ": shape ", shape_text(theirs.shape),
           " in the file, ", shape_text(tensor.info.shape), " in the model");
   }
 

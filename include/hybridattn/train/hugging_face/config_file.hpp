@@ -1,19 +1,17 @@
-// config.json of a released model, read and written. Every field is read, or known to be harmless, or an error.
+// config.json of a released model, read and written.
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
 
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/attention/gdn/gdn.hpp>
-#include <hybridattn/io/atomic_file.hpp>
-#include <hybridattn/io/text.hpp>
 #include <hybridattn/nn/feed_forward.hpp>
+#include <hybridattn/train/hugging_face/fields.hpp>
 #include <hybridattn/train/hugging_face/table.hpp>
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <filesystem>
-#include <set>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
@@ -39,84 +37,12 @@ inline constexpr std::string_view model_type(Family family) { return family == F
 
 namespace detail {
 
-using Json = nlohmann::json;
-
-// Nothing a text model computes depends on these.
-inline constexpr std::string_view harmless =
-    "architectures model_type name_or_path _name_or_path transformers_version dtype torch_dtype mamba_ssm_dtype use_cache "
-    "bos_token_id eos_token_id pad_token_id max_position_embeddings max_window_layers output_attentions output_hidden_states "
-    "return_dict mtp_num_hidden_layers mtp_use_dedicated_embeddings mrope_interleaved mrope_section text_config vision_config "
-    "image_token_id video_token_id vision_start_token_id vision_end_token_id id2label label2id problem_type "
-    "chunk_size_feed_forward";
-
-inline std::string shown(Json const& value) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  return text.size() > 80 ? text.substr(0, 80) + "..." : text;
-}
-
-// The fields of a JSON object; each one that is asked for counts as known.
-class Fields {
- public:
-  Fields(Json const& object, std::string where) : object_(object), where_(std::move(where)) {
-    check(object.is_object(), where_, "not a JSON object");
-  }
-
-  bool has(std::string const& name) {
-    known_.insert(name);
-    return object_.contains(name) && !object_[name].is_null();
-  }
-  Json const& at(std::string const& name) {
-    check(has(name), where_, "the field ", name, " is missing");
-    return object_[name];
-  }
-  Index size(std::string const& name, Index smallest = 1) {
-    auto const& value = at(name);
-    check(value.is_number_integer() && value.get<Index>() >= smallest, where_, name, " is ", shown(value),
-          "; it must be an integer, at least ", smallest);
-    return value.get<Index>();
-  }
-  Index size_or(std::string const& name, Index otherwise, Index smallest = 1) { return has(name) ? size(name, smallest) : otherwise; }
-  double real_or(std::string const& name, double otherwise) {
-    if (!has(name)) return otherwise;
-    check(at(name).is_number(), where_, name, " is ", shown(at(name)), "; it must be a number");
-    return at(name).get<double>();
-  }
-  bool flag_or(std::string const& name, bool otherwise) {
-    if (!has(name)) return otherwise;
-    check(at(name).is_boolean(), where_, name, " is ", shown(at(name)), "; it must be true or false");
-    return at(name).get<bool>();
-  }
-  // A field that is not there, or has the one value that is supported.
-  void expect(std::string const& name, Json const& supported) {
-    if (has(name)) check(at(name) == supported, where_, name, " is ", shown(at(name)), "; supported is ", shown(supported));
-  }
-  void expect_none(std::string const& name) {
-    if (has(name)) fail(where_, name, " is ", shown(at(name)), "; it is not supported");
-  }
-  // Every field was read, or is harmless.
-  void check_all_known() const {
-    auto const others = words(harmless);
-    for (auto const& [name, value] : object_.items())
-      check(known_.contains(name) || std::ranges::find(others, name) != others.end(), where_, "the field ", name, " (", shown(value),
-            ") is unknown; it may change what the model computes, which would not be the model that was released");
-  }
-  std::string const& where() const { return where_; }
-
- private:
-  Json const& object_;
-  std::string where_;
-  std::set<std::string> known_;
-};
-
-inline Json parse_json(std::filesystem::path const& path) {
-  auto json = Json::parse(read_text(path), nullptr, false);
-  check(json.is_object(), path.string(), " is not a JSON object");
-  return json;
-}
+inline constexpr std::size_t max_config_bytes = 4 << 20;
+inline constexpr Index max_layers = 10'000;
 
 inline std::string pattern_of(Fields& fields) {
   static constexpr std::string_view linear = "linear_attention", full = "full_attention";
-  Index const depth = fields.size("num_hidden_layers"), interval = fields.size_or("full_attention_interval", 4);
+  Index const depth = fields.size("num_hidden_layers", 1, max_layers), interval = fields.size_or("full_attention_interval", 4);
   std::string letters;
   if (!fields.has("layer_types")) {
     for (Index i = 1; i <= depth; ++i) letters += i % interval == 0 ? 'F' : 'L';
@@ -132,40 +58,45 @@ inline std::string pattern_of(Fields& fields) {
   return letters;
 }
 
-// Beside other fields as in the first releases, or an object of their own; where both stand they must agree.
+// Beside other fields as in the first releases, or an object of their own; where they stand twice they must agree.
 inline void read_rotary(Fields& fields, Settings& s) {
-  s.full.rope_theta = fields.real_or("rope_theta", 10000);
-  s.rotary_share = fields.real_or("partial_rotary_factor", 0.25);
-  for (auto const* name : {"rope_scaling", "rope_parameters"}) {
-    if (!fields.has(name)) continue;
-    Fields inner{fields.at(name), fields.where() + name + ": "};
-    inner.expect("rope_type", "default");
-    inner.expect("type", "default");
-    for (auto [key, value] : {std::pair{"rope_theta", &s.full.rope_theta}, std::pair{"partial_rotary_factor", &s.rotary_share}}) {
-      double const here = inner.real_or(key, *value);
-      check(!fields.has(key) || here == *value, inner.where(), key, " is ", here, ", but ", *value, " outside");
-      *value = here;
+  struct Rotary {
+    char const* name;
+    double& value;
+    double smallest, largest;
+    bool is_given = false;
+  };
+  Rotary values[] = {{"rope_theta", s.full.rope_theta, 1e-6, 1e30}, {"partial_rotary_factor", s.rotary_share, 0, 1}};
+  auto const read = [&](Fields& from) {
+    for (auto& [name, value, smallest, largest, is_given] : values) {
+      double const here = from.real_or(name, value, smallest, largest);
+      check(!is_given || here == value, from.where(), name, " is ", here, ", but ", value, " outside");
+      value = here;
+      is_given = is_given || from.has(name);
     }
+  };
+  read(fields);
+  for (auto const* object : {"rope_scaling", "rope_parameters"}) {
+    if (!fields.has(object)) continue;
+    Fields inner = fields.inside(object);
+    read(inner);
     inner.check_all_known();
   }
 }
 
 inline FeedForwardConfig read_mixture(Fields& fields, FeedForwardConfig c) {
   c.num_experts = fields.size("num_experts", 0);
+  if (c.num_experts == 0) {
+    fields.pass_over(of_experts);
+    return c;
+  }
   c.top_k = fields.size("num_experts_per_tok");
   c.expert_dim = fields.size("moe_intermediate_size");
   c.shared_dim = fields.size("shared_expert_intermediate_size", 0);
   c.renormalise = fields.flag_or("norm_topk_prob", true);
   c.decoder_sparse_step = fields.size_or("decoder_sparse_step", 1);
-  if (fields.has("mlp_only_layers")) {
-    auto const& layers = fields.at("mlp_only_layers");
-    for (auto const& layer : layers) {
-      check(layers.is_array() && layer.is_number_integer(), fields.where(), "mlp_only_layers is ", shown(layers),
-            "; it must be a list of layers' numbers");
-      c.mlp_only_layers.push_back(layer.get<Index>());
-    }
-  }
-  double const coefficient = fields.real_or("router_aux_loss_coef", 0.001);
+  c.mlp_only_layers = fields.sizes_or_none("mlp_only_layers", max_layers);
+  double const coefficient = fields.real_or("router_aux_loss_coef", 0.001, 0, 1e6);
   c.balance = Balance::pooled;
   c.balance_coefficient = fields.flag_or("output_router_logits", false) ? coefficient : 0;
   return c;
@@ -182,36 +113,26 @@ inline void read_layers(Fields& fields, Settings& s) {
             .num_kv_heads = fields.size("num_key_value_heads"),
             .head_dim = fields.size("head_dim"),
             .norm_eps = s.norm_eps};
+  s.full.rope_theta = 10000;
   read_rotary(fields, s);
+  if (fields.says("use_sliding_window", false)) fields.pass_over("sliding_window");
   s.feed_forward.hidden_dim = fields.size("intermediate_size");
   if (s.family == Family::qwen3_next) s.feed_forward = read_mixture(fields, s.feed_forward);
-  else fields.expect("mlp_only_layers", Json::array());
-}
-
-inline void check_supported(Fields& fields) {
-  fields.expect("hidden_act", "silu");
-  fields.expect("attention_bias", false);
-  fields.expect("attention_dropout", 0);
-  fields.expect("attn_output_gate", true);
-  fields.expect("is_encoder_decoder", false);
-  fields.expect("use_sliding_window", false);
-  if (fields.has("sliding_window") && !fields.has("use_sliding_window")) fields.expect_none("sliding_window");
-  fields.expect_none("quantization_config");
-  fields.check_all_known();
+  else fields.pass_over(of_experts);
 }
 
 }  // namespace detail
 
 // The folder's config.json; throws, naming it, at a field that is unknown, missing, or has a value that is not supported.
-inline Settings read_settings(std::filesystem::path const& folder) {
+inline Settings read_settings(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   auto const path = folder / "config.json";
-  auto const json = detail::parse_json(path);
-  std::string const where = path.string() + ": ";
-  detail::Fields outer{json, where};
+  std::string const where = one_line(path.string()) + ": ";
+  auto const json = parse_json(detail::read_json_text(path, detail::max_config_bytes), where);
+  detail::Fields outer{json, where, options};
   auto const& type = outer.at("model_type");
   bool const multimodal = type == "qwen3_5";   // its text model alone
-  detail::Fields fields{multimodal ? outer.at("text_config") : json, multimodal ? where + "text_config: " : where};
-  auto const& text_type = multimodal ? fields.at("model_type") : type;
+  detail::Fields fields = multimodal ? outer.inside("text_config") : outer;
+  auto const& text_type = fields.at("model_type");
   check(text_type == "qwen3_next" || text_type == "qwen3_5_text", where, "model_type is ", detail::shown(text_type),
         "; supported are qwen3_next, qwen3_5_text, and qwen3_5 for its text model");
   Settings s;
@@ -220,13 +141,13 @@ inline Settings read_settings(std::filesystem::path const& folder) {
   s.pattern = detail::pattern_of(fields);
   s.vocab_size = fields.size("vocab_size");
   s.model_dim = fields.size("hidden_size");
-  s.norm_eps = fields.real_or("rms_norm_eps", 1e-6);
-  s.initializer_range = fields.real_or("initializer_range", 0.02);
+  s.norm_eps = fields.real_or("rms_norm_eps", 1e-6, 0, 1);
+  s.initializer_range = fields.real_or("initializer_range", 0.02, 0, 1e6);
   s.tie_embedding = fields.flag_or("tie_word_embeddings", false);
   if (multimodal) s.tie_embedding = outer.flag_or("tie_word_embeddings", s.tie_embedding);
   detail::read_layers(fields, s);
-  detail::check_supported(fields);
-  if (multimodal) detail::check_supported(outer);
+  fields.check_all_known();
+  if (multimodal) outer.check_all_known(&json["text_config"]);
   return s;
 }
 

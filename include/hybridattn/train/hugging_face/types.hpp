@@ -56,7 +56,7 @@ template <class... Policies> struct TypesOf<hybridattn::Stack<Policies...>> {
 // Throws when a config.json is that of other types than the stack's.
 template <class Stack> void check_types(Settings const& s) {
   std::string const ours = TypesOf<Stack>::pattern();
-  check(s.pattern == ours, s.where, "layer_types are ", s.pattern, ", but the model's layers are ", ours,
+  check(s.pattern == ours, s.where, "layer_types are ", one_line(s.pattern, 200), ", but the model's layers are ", ours,
         " (L linear_attention, F full_attention)");
   TypesOf<Stack>::check_options(s);
 }
@@ -84,11 +84,16 @@ template <class Stack> Outline outline(LanguageModel<Stack> const& model) {
 
 namespace detail {
 
+inline bool is_mixed(FeedForwardConfig const& c, Index layers) {
+  for (Index layer = 0; layer < layers; ++layer)
+    if (c.is_mixture(layer)) return true;
+  return false;
+}
+
 // Throws at what no released model of the family has, besides the types.
 inline void check_feed_forward(Settings const& s) {
   auto const& c = s.feed_forward;
-  bool mixes = false;
-  for (Index layer = 0; layer < std::ssize(s.pattern); ++layer) mixes = mixes || c.is_mixture(layer);
+  bool const mixes = is_mixed(c, std::ssize(s.pattern));
   check(c.gated, s.where, "its feed-forward layers have no gate");
   check(!mixes || s.family == Family::qwen3_next, s.where, "it has mixtures of experts; only qwen3_next has them");
   check(!mixes || c.shared_dim >= 0, s.where, "its mixtures have no shared expert; shared_dim = 0 computes the same and can be saved");

@@ -3,25 +3,33 @@
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
 
 #include <hybridattn/io/safetensors.hpp>
-#include <hybridattn/train/hugging_face/config_file.hpp>
+#include <hybridattn/train/hugging_face/fields.hpp>
 #include <hybridattn/train/hugging_face/table.hpp>
 
+#include <algorithm>
 #include <array>
+#include <filesystem>
 #include <map>
 #include <set>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
+// Which file a tensor is in, is what the index says where there is one. It names every tensor of its files, and each is where it says;
+// what stands in a second file beside that, or is model.safetensors and not in the index, is not read.
 class Weights {
  public:
-  explicit Weights(std::filesystem::path const& folder) : where_(folder.string() + ": ") {
+  explicit Weights(std::filesystem::path const& folder) : where_(one_line(folder.string()) + ": ") {
     auto const single = folder / "model.safetensors", index = folder / "model.safetensors.index.json";
-    bool const whole = std::filesystem::exists(single);
-    check(whole || std::filesystem::exists(index), where_, "there is neither model.safetensors nor model.safetensors.index.json");
-    if (whole) open(single);
-    else open_all(folder, index);
+    if (is_there(index)) {
+      open_all(folder, index);
+    } else {
+      check(is_there(single), where_, "there is neither model.safetensors nor model.safetensors.index.json", other_weights(folder));
+      files_.emplace_back(single);
+      for (auto const& [name, info] : files_.back().tensors()) places_[name] = 0;
+    }
   }
 
+  Index count() const { return std::ssize(places_); }
   bool contains(std::string const& name) const { return places_.contains(name); }
   bool contains_part(std::string_view part) const {
     for (auto const& [name, file] : places_)
@@ -32,7 +40,7 @@ class Weights {
   template <class T> std::vector<T> read(Entry const& entry) const {
     std::vector<T> elements;
     for (auto const& name : entry.names) {
-      auto const& file = files_[places_.at(name)];
+      auto const& file = file_of(name);
       auto const part = [&] {
         if constexpr (sizeof(T) == 8) return file.read_doubles(name);
         else return file.read_floats(name);
@@ -43,8 +51,9 @@ class Weights {
     return elements;
   }
 
-  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing.
-  void check_against(std::vector<Entry> const& table) const {
+  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing. `embedding` is
+  // the tensor that a tied model has for its head too; else it is empty.
+  void check_against(std::vector<Entry> const& table, std::string const& embedding) const {
     std::set<std::string_view> expected;
     for (Entry const& entry : table)
       for (auto const& name : entry.names) {
@@ -52,45 +61,105 @@ class Weights {
         expected.insert(name);
       }
     for (auto const& [name, file] : places_)
-      check(expected.contains(name) || is_ignored(name), where_, "the tensor ", name, " of shape ", text(files_[file].info(name).shape),
-            " belongs to nothing in the model");
+      if (!expected.contains(name) && !is_ignored(name)) check_other(name, embedding);
   }
 
  private:
-  // Draft heads and image encoders: no logit of the text model depends on them.
-  static bool is_ignored(std::string_view name) { return name.starts_with("mtp.") || name.starts_with("model.visual."); }
+  static constexpr char const* head = "lm_head.weight";
+  // Draft heads and image encoders: no logit of the text model depends on them. And what follows from config.json.
+  static bool is_ignored(std::string_view name) {
+    return name.starts_with("mtp.") || name.starts_with("model.visual.") || name.ends_with(".rotary_emb.inv_freq");
+  }
+  static bool is_there(std::filesystem::path const& path) {   // if only as a link to nothing
+    std::error_code ignored;
+    return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
+  }
+  // Up to three files of other kinds.
+  static std::string other_weights(std::filesystem::path const& folder) {
+    static constexpr std::array<std::string_view, 7> kinds = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"};
+    std::string found;
+    int count = 0;
+    std::error_code error;
+    for (std::filesystem::directory_iterator it{folder, error}, end; !error && it != end && count < 3; it.increment(error)) {
+      if (std::ranges::find(kinds, it->path().extension().string()) == kinds.end()) continue;
+      found += (count++ == 0 ? "; there is " : ", ") + escaped(it->path().filename().string());
+    }
+    return found;
+  }
 
   static std::string text(Extents const& shape) {
     std::string result = "[";
     for (Index extent : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(extent);
     return result + "]";
   }
+  Safetensors const& file_of(std::string const& name) const { return files_[places_.at(name)]; }
+
   void check_tensor(std::string const& name, Extents const& shape) const {
     static constexpr std::array<std::string_view, 4> reals = {"F32", "BF16", "F16", "F64"};
     check(contains(name), where_, "the tensor ", name, " is missing; its shape would be ", text(shape));
-    auto const& info = files_[places_.at(name)].info(name);
+    auto const& info = file_of(name).info(name);
     check(info.shape == shape, where_, "the tensor ", name, " has the shape ", text(info.shape), "; the model's is ", text(shape));
     check(std::ranges::find(reals, info.dtype) != reals.end(), where_, "the tensor ", name, " is of dtype ", info.dtype,
           "; supported are F32, BF16, F16 and F64");
   }
-
-  void open(std::filesystem::path const& path) {
-    files_.emplace_back(path);
-    for (auto const& [name, info] : files_.back().tensors())
-      check(places_.emplace(name, files_.size() - 1).second, where_, "the tensor ", name, " stands in two files");
-  }
-  void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
-    auto const json = detail::parse_json(index);
-    check(json.contains("weight_map") && json["weight_map"].is_object(), index.string(), ": there is no weight_map");
-    std::set<std::string> names;
-    for (auto const& [tensor, file] : json["weight_map"].items()) {
-      bool const plain = file.is_string() && file.get<std::string>().find('/') == std::string::npos;
-      check(plain, index.string(), ": ", tensor, " is said to be in ", detail::shown(file), ", which is not the name of a file beside it");
-      names.insert(file.get<std::string>());
+  void check_other(std::string const& name, std::string const& embedding) const {
+    auto const& info = file_of(name).info(name);
+    bool const is_head = name == head && !embedding.empty();
+    check(is_head, where_, "the tensor ", one_line(name, 200), " of shape ", text(info.shape), " belongs to nothing in the model");
+    check_tensor(head, file_of(embedding).info(embedding).shape);
+    for (Index first = 0, all = info.count(), piece; first < all; first += piece) {
+      piece = std::min<Index>(all - first, 1 << 20);
+      auto const a = file_of(head).read_doubles(head, first, piece), b = file_of(embedding).read_doubles(embedding, first, piece);
+      auto const differs = std::ranges::mismatch(a, b, [](double x, double y) { return x == y || (x != x && y != y); }).in1;
+      check(differs == a.end(), where_, "the head is tied to the embedding (tie_word_embeddings), but ", head, " is not ", embedding,
+            ": they differ at element ", first + (differs - a.begin()));
     }
-    for (auto const& name : names) open(folder / name);
-    for (auto const& [tensor, file] : json["weight_map"].items())
-      check(contains(tensor), index.string(), ": the tensor ", tensor, " is not in ", detail::shown(file));
+  }
+
+  // Everything in the index is bounded by its size; what else a file says is not kept.
+  void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
+    constexpr std::size_t max_index_bytes = 100'000'000;
+    std::string const where = one_line(index.string()) + ": ";
+    std::map<std::string, std::size_t> numbers;   // of the files
+    bool has_map = false;
+    for_each_json_member(detail::read_json_text(index, max_index_bytes), where, [&](std::string const& key, nlohmann::json&& map) {
+      if (key != "weight_map") return;
+      check(map.is_object(), where, "weight_map is not a JSON object");
+      has_map = true;
+      for (auto const& [tensor, file] : map.items())
+        places_[tensor] = numbers.emplace(file_name(tensor, file, where), numbers.size()).first->second;
+    });
+    check(has_map, where, "there is no weight_map");
+    std::vector<std::string> names(numbers.size());
+    for (auto const& [name, number] : numbers) names[number] = name;
+    for (auto const& name : names) {
+      check(is_there(folder / name), where, "it names the file ", escaped(name), ", which is not there",
+            is_there(folder / "model.safetensors") ? "; it does not name model.safetensors, which is there" : "");
+      files_.emplace_back(folder / name);
+    }
+    check_index(names, where);
+  }
+  static std::string file_name(std::string const& tensor, nlohmann::json const& file, std::string const& where) {
+    auto const is_plain = [](std::string const& name) {
+      return !name.empty() && name != "." && name != ".." && name.find_first_of(std::string_view("/\\\0", 3)) == name.npos;
+    };
+    check(file.is_string() && is_plain(file.get_ref<std::string const&>()), where, one_line(tensor, 200), " is said to be in ",
+          detail::shown(file), ", which is not the name of a file beside it");
+    return file.get<std::string>();
+  }
+  void check_index(std::vector<std::string> const& names, std::string const& where) const {
+    auto const also_in = [&](std::string const& tensor) {
+      for (std::size_t i = 0; i < files_.size(); ++i)
+        if (files_[i].contains(tensor)) return "it is in " + escaped(names[i]);
+      return std::string("no file has it");
+    };
+    for (auto const& [tensor, number] : places_)
+      if (!files_[number].contains(tensor))
+        fail(where, "the tensor ", one_line(tensor, 200), " is not in ", escaped(names[number]), " as it says; ", also_in(tensor));
+    for (std::size_t i = 0; i < files_.size(); ++i)
+      for (auto const& [tensor, info] : files_[i].tensors())
+        check(contains(tensor) || is_ignored(tensor), where, "it does not name the tensor ", one_line(tensor, 200), ", which is in ",
+              escaped(names[i]));
   }
 
   std::string where_;   // how an error begins
