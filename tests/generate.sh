@@ -45,4 +45,19 @@ says 'top_p 2 is not allowed' "$generate" "$folder/whole" --prompt x --top-p 2
 says 'there is no such file' "$generate" "$folder/nothing" --prompt x
 head -c 5000 "$folder/whole" >"$folder/torn"
 says 'safetensors file' "$generate" "$folder/torn" --prompt x
+
+# released FIELD VALUE: a released folder of pattern LF, with a field of its config.json changed.
+released() {
+  rm -rf "$folder/released"
+  cp -r "$models/qwen3_5_text_tiny" "$folder/released"
+  sed -i "s/\"$1\": [^,]*/\"$1\": $2/" "$folder/released/config.json"
+}
+continues=("$generate" "$folder/released" --tokens 1,2,3 --temperature 0 --max-new-tokens 5)
+released partial_rotary_factor 0.25
+says "pattern 'LF' is compiled in with other options" "${continues[@]}"
+says 'partial_rotary_factor 0.25 turns 4 of head_dim 16' "${continues[@]}"
+released use_cache 'true, "conv_window": 3'
+says '--ignore-field conv_window' "${continues[@]}"
+"${continues[@]}" --ignore-field conv_window 2>/dev/null | grep -qE '^([0-9]+ ){5}$' || fail "an ignored field"
+"$generate" --ignore-field conv_window "${continues[@]:1}" >/dev/null 2>&1 || fail "an ignored field before the folder"
 exit $((failures > 0))

@@ -6,6 +6,7 @@
 #include <hybridattn/io/safetensors.hpp>
 #include <hybridattn/io/text.hpp>
 #include <hybridattn/testing/judge.hpp>
+#include <hybridattn/train/hugging_face.hpp>
 
 #include <regex>
 #include <set>
@@ -63,7 +64,7 @@ std::set<std::string> errors_of_sizes() {
 std::set<std::string> errors_of_files() {
   ScratchFolder const folder;
   fs::path const before = fs::current_path();
-  folder.file("model.safetensors", "abc");
+  folder.file("model.safetensors", "version https://git-lfs.github.com/spec/v1\n");
   fs::current_path(folder.path());
   std::set<std::string> const errors{error_of([] { ha::read_text("missing.txt"); }),
                                      error_of([] { ha::Windows{ha::ByteText(std::string(1000, 'a')), {}, "book.txt"}.next_batch(8, 128); }),
@@ -78,6 +79,27 @@ std::set<std::string> errors_of_numbers() {
   double const nan = std::numeric_limits<double>::quiet_NaN();
   return {error_of([&] { ha::AdamW{cpu, params, {.beta_2 = 1}}; }), error_of([&] { ha::DSA::complete({.index_loss = nan}, 8, 1); }),
           error_of([] { Model{{.norm = {.eps = 0}}}; }), error_of([] { ha::Sampler{{.top_p = 0}}; })};
+}
+std::set<std::string> errors_of_folders() {
+  namespace hf = ha::hugging_face;
+  ScratchFolder const folder;
+  fs::path const before = fs::current_path();
+  auto const right = nlohmann::json::parse(content_of(root / "tests/golden/models/qwen3_5_text_tiny/config.json"));
+  fs::current_path(folder.path());
+  auto const error_with = [&](char const* field, nlohmann::json const& value) {
+    auto config = right;
+    config[field] = value;
+    folder.file("config.json", config.dump());
+    return error_of([] { hf::read_settings(""); });
+  };
+  std::set<std::string> errors{error_with("hidden_size", 32.0), error_with("conv_window", 3), error_with("attention_bias", true)};
+  folder.file("config.json", "{\n  \"tokenizer_class\": \"X\", }");
+  errors.insert(error_of([] { hf::read_settings(""); }));
+  folder.file("model.safetensors", "");
+  folder.file("model.safetensors.index.json", R"({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}})");
+  errors.insert(error_of([] { hf::Weights{""}; }));
+  fs::current_path(before);
+  return errors;
 }
 std::set<std::string> errors_of_steps() {
   ha::Cpu cpu{1};
@@ -146,6 +168,7 @@ TEST_CASE("errors.md quotes the sentences that are thrown, and no other") {
   std::set<std::string> thrown = errors_of_sizes();
   thrown.merge(errors_of_numbers());
   thrown.merge(errors_of_files());
+  thrown.merge(errors_of_folders());
   thrown.merge(errors_of_steps());
   CHECK(thrown == quoted(root / "docs/errors.md"));
 }

@@ -87,7 +87,7 @@ class Reader final : public nlohmann::json_sax<Json> {
   }
   bool end_object() override { return close(); }
   bool end_array() override { return close(); }
-  bool parse_error(std::size_t read, std::string const&, nlohmann::detail::exception const& error) override {
+  bool parse_error(std::size_t read, std::string const&, Json::exception const& error) override {
     constexpr int number_overflow = 406;
     if (error.id == number_overflow) fail_here("a number that is too large");
     fail_at(read - 1, "not JSON: ", what_is_wrong(read - 1));
