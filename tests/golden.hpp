@@ -98,13 +98,6 @@ class Case {
   bool contains(std::string const& tensor) const { return file_.contains(tensor); }
   std::vector<double> doubles(std::string const& tensor) const { return used_.insert(tensor), file_.read_doubles(tensor); }
   std::vector<std::int64_t> integers(std::string const& tensor) const { return used_.insert(tensor), file_.read_int64s(tensor); }
-  double largest_gradient() const {
-    double largest = 0;
-    for (auto const& [name, info] : file_.tensors())
-      if (name.starts_with("d_"))
-        for (double element : file_.read_doubles(name)) largest = std::max(largest, std::abs(element));
-    return largest;
-  }
   // Nothing of ours corresponds to this tensor.
   void pass_over(std::string const& tensor) const { used_.insert(tensor); }
   std::string unused() const {
@@ -124,7 +117,6 @@ template <class T> struct Fused {
   std::string name;
   Index groups;
   std::vector<View<T, 1>> parts;
-  bool of_differences = false;   // a gradient that is what differences of larger numbers leave
 };
 template <class T, int... Ranks> Fused<T> fused(std::string name, Index groups, View<T, Ranks>... parts) {
   return {.name = std::move(name), .groups = groups, .parts = {ha::flat(parts)...}};
@@ -147,8 +139,7 @@ struct Worst {
 
 // The error of a tensor is max|a - b| / max(max|b|, smallest): what is zero on paper may be rounding, 1e-14 in double.
 // In float the inputs are the same numbers, since all of them are exact there, and only rounding is left: 170 eps, for sums of
-// some hundred terms and some ten roundings in a row, of 0.1 at least, since inputs are of size one. What differences leave
-// has the rounding of what was subtracted: there it is 170 eps of the case's largest gradient.
+// some hundred terms and some ten roundings in a row, of 0.1 at least, since inputs are of size one.
 template <class T> inline constexpr double smallest = sizeof(T) == 4 ? 0.1 : 1e-3;
 inline constexpr double float_tolerance = 2e-5;
 
@@ -199,11 +190,11 @@ template <class T> class Run {
     compare(name, ha::download(cpu_, result));
   }
   void compare(std::string const& name, std::vector<T> const& result) { compare(name, result, c_.doubles(name)); }
-  void compare(std::string const& name, std::vector<T> const& result, std::vector<double> const& truth, bool of_differences = false) {
+  void compare(std::string const& name, std::vector<T> const& result, std::vector<double> const& truth) {
     double const tolerance = sizeof(T) == 4 ? float_tolerance_ : c_.tolerance();
     INFO(c_.name() << ": " << name << (sizeof(T) == 4 ? " in float" : " in double"));
     REQUIRE(result.size() == truth.size());
-    double difference = 0, largest = of_differences && sizeof(T) == 4 ? c_.largest_gradient() : 0;
+    double difference = 0, largest = 0;
     for (std::size_t i = 0; i < truth.size(); ++i) {
       double const d = std::abs(static_cast<double>(result[i]) - truth[i]);
       difference = std::isnan(difference) || d <= difference ? difference : d;   // a NaN stays
@@ -222,7 +213,7 @@ template <class T> class Run {
     for (auto const& tensor : tensors) {
       std::vector<T> gradient;
       for_each_element(tensor, [&](std::size_t, T element) { gradient.push_back(element); });
-      compare("d_" + tensor.name, gradient, c_.doubles("d_" + tensor.name), tensor.of_differences);
+      compare("d_" + tensor.name, gradient, c_.doubles("d_" + tensor.name));
     }
   }
 

@@ -488,6 +488,103 @@ TEMPLATE_TEST_CASE("gated delta rule: steps give what the whole sequence gives, 
   }
 }
 
+namespace {
+
+// One number of head 3 (q, k: head 1) at token t of the second sequence, or of its states.
+enum class Place { q, k, v, g, beta, initial, d_o, d_last };
+constexpr Place all_places[] = {Place::q, Place::k, Place::v, Place::g, Place::beta, Place::initial, Place::d_o, Place::d_last};
+template <class T> Run<T> with_bad_value(Run<T> run, Place place, Index t, T value) {
+  Index const K = run.c.key_dim, V = run.c.value_dim;
+  if (place == Place::q) run.q.row(t)[K + K / 2] = value;
+  if (place == Place::k) run.k.row(t)[K + K / 2] = value;
+  if (place == Place::v) run.v.row(t)[3 * V + V / 2] = value;
+  if (place == Place::g) run.g.row(t)[3] = value;
+  if (place == Place::beta) run.beta.row(t)[3] = value;
+  if (place == Place::initial) run.initial.row(1)[3 * K * V + V / 2] = value;
+  if (place == Place::d_o) run.d_o.row(t)[3 * V + V / 2] = value;
+  if (place == Place::d_last) run.d_last.row(1)[3 * K * V + V / 2] = value;
+  return run;
+}
+template <class T> bool same_number(T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; }
+// Of a run without and with the value, and the same by loops: where the loops are NaN or infinite so is the kernel, and nowhere
+// else; what the value leaves alone in the loops, `keeps_bits(tensor)`, keeps its bits.
+template <class T> struct WithAndWithout {
+  std::vector<std::vector<T>> without, with;
+};
+template <class T, class Keeps>
+void check_spread(WithAndWithout<T> const& kernel, WithAndWithout<T> const& loops, bool same_places, Keeps keeps_bits) {
+  for (std::size_t i = 0; i < kernel.with.size(); ++i) {
+    Index other_place = 0, changed = 0;
+    for (std::size_t e = 0; e < kernel.with[i].size(); ++e) {
+      other_place += std::isfinite(kernel.with[i][e]) != std::isfinite(loops.with[i][e]);
+      changed += same_number(loops.with[i][e], loops.without[i][e]) && !same_number(kernel.with[i][e], kernel.without[i][e]);
+    }
+    INFO("result " << i);
+    if (same_places) CHECK(other_place == 0);
+    if (keeps_bits(i)) CHECK(changed == 0);
+  }
+}
+template <class T> struct BadValue {
+  T value;
+  bool same_places = true;   // not where a result may overflow in one order of its sums and not in another
+  bool keeps_bits = true;    // not where the value is so small that the loops do not notice it by luck
+};
+template <class T> std::vector<BadValue<T>> bad_values(Place place) {
+  using Limits = std::numeric_limits<T>;
+  bool const meets_itself = place == Place::k || place == Place::beta;
+  return {{Limits::quiet_NaN()},
+          {Limits::infinity()},
+          {-Limits::infinity()},
+          {Limits::max() / 64, !meets_itself},
+          {-Limits::max() / 64, !meets_itself},
+          {Limits::max() / 3, false},
+          {Limits::denorm_min(), true, false}};
+}
+
+}  // namespace
+
+// d_g of a token is a difference of what its later tokens up to the next fresh start leave: v there costs it the last bits.
+TEMPLATE_TEST_CASE("gated delta rule: NaN, infinite and huge numbers reach what they reach in the loops, and nothing else", "", float,
+                   double) {
+  ha::Cpu cpu{1};
+  constexpr std::size_t d_g = 5;
+  Run<TestType> const clean({.sizes = sizes(12, 20, 2, 4), .decay = Decay::mild}, packed({5, 70, 3}));
+  auto const by_loops = [](Run<TestType> run) { return run.by_reference(), run.everything(); };
+  auto const kernel = computed(cpu, clean).everything(), loops = by_loops(clean);
+  for (Place place : all_places)
+    for (BadValue<TestType> const& bad : bad_values<TestType>(place))
+      for (Index t : {5, 7, 40, 71, 74}) {
+        INFO("place " << static_cast<int>(place) << ", value " << bad.value << ", token " << t);
+        auto const run = with_bad_value(clean, place, t, bad.value);
+        check_spread<TestType>({kernel, computed(cpu, run).everything()}, {loops, by_loops(run)}, bad.same_places,
+                               [&](std::size_t result) { return bad.keeps_bits && (result != d_g || place != Place::v); });
+      }
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: decoding spreads NaN, infinite and huge numbers as the loops do", "", float, double) {
+  ha::Cpu cpu{1};
+  for (Index length : {1, 7}) {   // a step, and a forward on the state
+    Run<TestType> const clean({.sizes = sizes(12, 20, 2, 4), .decay = Decay::mild}, packed(std::vector<Index>(3, length)));
+    std::vector<Index> const past(3, 1), lengths(3, length);
+    auto const s = ha::Sequences::continuing(past, lengths);
+    auto const extended = [&](Run<TestType> run) {
+      gdn::extend<TestType>(cpu, run.c, s, run.x(), run.initial.view(), run.o.view());
+      return std::vector{run.o.rows(), run.initial.rows()};
+    };
+    auto const by_loops = [](Run<TestType> run) {
+      gdn::reference::forward<TestType>(run.c, run.s, run.x(), run.y(), {.error = run.error.view()});
+      return std::vector{run.o.rows(), run.last.rows()};
+    };
+    for (Place place : {Place::q, Place::k, Place::v, Place::g, Place::beta, Place::initial})
+      for (BadValue<TestType> const& bad : bad_values<TestType>(place)) {
+        INFO("place " << static_cast<int>(place) << ", value " << bad.value << ", tokens " << length);
+        auto const run = with_bad_value(clean, place, length + length / 2, bad.value);
+        check_spread<TestType>({extended(clean), extended(run)}, {by_loops(clean), by_loops(run)}, bad.same_places,
+                               [&](std::size_t) { return bad.keeps_bits; });
+      }
+  }
+}
+
 TEST_CASE("gated delta rule: after the first step nothing is allocated") {
   ha::Cpu cpu{2};
   Run<float> run({.sizes = sizes(32, 32, 2, 4)}, packed(all_lengths));

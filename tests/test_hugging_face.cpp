@@ -307,21 +307,9 @@ void compare_written(Released const& truth, AnyModel& model, Errors& e) {
   CHECK(hf::config_text(hf::read_settings(scratch.path())) == hf::config_text(hf::read_settings(truth.folder())));
 }
 
-// Gradients of decay are sums of what differences of larger numbers leave, see (7) of gdn.hpp: they have the rounding of what
-// was subtracted, and are judged by the model's largest gradient.
-bool is_of_differences(std::string const& name) { return name.ends_with("A_log") || name.ends_with("dt_bias"); }
-double largest_of(ha::Safetensors const& gradients) {
-  double largest = 0;
-  for (auto const& [name, info] : gradients.tensors()) largest = std::max(largest, max_abs(gradients.read_doubles(name)));
-  return largest;
-}
 void compare_gradients_in_float(Values const& ours, ha::Safetensors const& gradients, Errors& e) {
-  double const largest = largest_of(gradients);
-  for (auto const& [name, info] : gradients.tensors()) {
-    auto const theirs = gradients.read_doubles(name);
-    double const scale = is_of_differences(name) ? max_abs(theirs) / largest : 1;
-    e.float_gradients.add(scale * difference(ours.at(name).elements, theirs), name);
-  }
+  for (auto const& [name, info] : gradients.tensors())
+    e.float_gradients.add(difference(ours.at(name).elements, gradients.read_doubles(name)), name);
 }
 // The published code in float32 is up to 5e-6 (logits) and 4e-5 (gradients) away from double; where a folder has what it gave,
 // twice its own error is allowed too.

@@ -35,7 +35,7 @@ template <class T>
 void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
                   Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
   Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
-  T carry = 1;
+  T carry = Carry<T>::start;
   Gates<T> gates;
   ForwardTerms<T> terms;
   read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
@@ -113,7 +113,7 @@ template <class T> struct BackwardCall {
 // Returns <S_0, X_0>, as a function.
 template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
-  T carry = 1, since_fresh = 1;
+  T carry = Carry<T>::start, since_fresh = 1;
   Gates<T> gates;
   ReverseTerms<T> terms;
   read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
@@ -138,7 +138,7 @@ template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequ
 // Returns <S_T, d_final_state>.
 template <class T>
 double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
-  T carry = 1;
+  T carry = Carry<T>::start;
   Gates<T> gates;
   RebuildTerms<T> terms;
   read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);

@@ -37,7 +37,8 @@ template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& 
   return fresh;
 }
 
-// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are w_l . e_j and d_o_l . e_j.
+// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are dot_share times w_l . e_j
+// and d_o_l . e_j.
 template <class T>
 void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
                   DecayPaths<T>& paths) {
@@ -47,7 +48,7 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
       for (int j = 0; j < l; ++j) {
         Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
         Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
-        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) * (read - erased);
+        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) / dot_share<T> * (read - erased);
       }
     for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
   });

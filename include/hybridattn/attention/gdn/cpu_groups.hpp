@@ -148,8 +148,11 @@ template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, Bl
 }
 
 // A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
-// When the carry falls below 1e-6 it is folded back.
+// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
+// When the carry leaves its range it is folded back.
 template <class T> struct Carry {
+  static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
+
   PerGroup<T> before;   // the carry when the group comes
   PerGroup<T> inverse;  // 1 / the carry after the group
   PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
@@ -158,21 +161,23 @@ template <class T> struct Carry {
   HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
     before.group[g] = carry;
     carry *= decay;
-    bool const small = carry < T(1e-6);
-    fold.group[g] = small ? carry : T(1);
-    inverse.group[g] = small ? T(1) : 1 / carry;
-    return small ? T(1) : carry;
+    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
+    fold.group[g] = in_range ? T(1) : carry / start;
+    carry = in_range ? carry : start;
+    inverse.group[g] = 1 / carry;
+    return carry;
   }
 };
 
-// products[below(i, j)] = a_i . c_j, products[upto(i, j)] = b_i . c_j for the four tokens of each group. A token never meets
-// a later one.
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
+// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
+template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, T* dots) {
   Vec<T> sum[pairs] = {};
   for (Index d = 0; d < width; d += lanes<T>) {
     Vec<T> x[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j) x[j] = load(c[j] + d);
+    for (int j = 0; j < group_tokens; ++j) x[j] = dot_share<T> * load(c[j] + d);
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
       Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
@@ -202,7 +207,8 @@ template <class T>
 void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K, Index groups, T scale, PerGroup<T> (&pair)[pairs]) {
   pair_dots(k, q, k, K, groups, pair);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int p = 0; p < pairs; ++p) pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) * gates.between[p].get(g) * pair[p].get(g));
+    for (int p = 0; p < pairs; ++p)
+      pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) / dot_share<T> * gates.between[p].get(g) * pair[p].get(g));
   });
 }
 
@@ -216,13 +222,15 @@ template <class T> HYBRIDATTN_INLINE void token_dots(Rows<T const> a, Rows<T con
   cpu::sum_each<group_tokens>(sum, dots);
 }
 
-// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel.
+// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
+// Carry::start * stored.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
   std::fill_n(state, rows * columns, T(0));
   if (states.empty()) return;
   for (Index k = 0; k < states.extent(2); ++k)
     for (Index v = 0; v < states.extent(3); v += panel_width<T>)
-      std::copy_n(states.row(i, h, k) + v, std::min<Index>(panel_width<T>, states.extent(3) - v), state + v * rows + k * panel_width<T>);
+      std::transform(states.row(i, h, k) + v, states.row(i, h, k) + std::min<Index>(v + panel_width<T>, states.extent(3)),
+                     state + v * rows + k * panel_width<T>, [](T x) { return x / Carry<T>::start; });
 }
 template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
   if (states.empty()) return;

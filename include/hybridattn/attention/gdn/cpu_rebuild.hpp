@@ -139,7 +139,7 @@ template <class T> void read_transposed(View<T const, 4> states, Index i, Index 
   std::fill_n(state, K * V, T(0));
   if (states.empty()) return;
   for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v);
+    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v) / Carry<T>::start;
 }
 template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
   double sum = 0;

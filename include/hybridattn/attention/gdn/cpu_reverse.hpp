@@ -186,7 +186,7 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
     for (int i = 0; i < group_tokens; ++i) {
       handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
       for (int j = 0; j <= i; ++j) {
-        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g);
+        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g) / dot_share<T>;
         handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
         if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
       }
