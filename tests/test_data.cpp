@@ -169,8 +169,8 @@ TEST_CASE("a text that is too short and sizes that cannot be are refused with th
     CHECK_THROWS_WITH(source->validation_batches(1, 64, 0), Contains("0 windows"));
   }
   CHECK_THROWS_WITH(recall.next_batch(1, 31), Contains("seq_len 31") && Contains("8 pairs") && Contains("at least 32"));
-  CHECK_THROWS_WITH((ha::RecallTask{{}, {.vocab_size = 17}}), Contains("vocabulary of 17") && Contains("at least 18"));
-  CHECK_THROWS_WITH((ha::RecallTask{{}, {.pairs = 0}}), Contains("0 pairs"));
+  CHECK_THROWS_WITH((ha::RecallTask{{}, {.vocab_size = 17}}), Contains("vocab_size 17") && Contains("pairs 8"));
+  CHECK_THROWS_WITH((ha::RecallTask{{}, {.pairs = 0}}), Contains("pairs 0 is not allowed"));
 }
 
 TEST_CASE("recall asks for each key once, and the target is the value that stood behind it") {

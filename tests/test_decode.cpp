@@ -224,7 +224,7 @@ TEST_CASE("what does not fit is refused before the cache is touched, with both n
   ha::LanguageModel<Mixed> const other{config};
   auto const other_params = other.initialize<float>(f.cpu, ha::Seed{1});
   CHECK_THROWS_WITH(extend(f.cpu, other, other_params, more, cache), Contains("other sizes") && Contains("2.index_keys"));
-  CHECK_THROWS_WITH(f.cache(0, 10), Contains("0 sequences"));
+  CHECK_THROWS_WITH(f.cache(0, 10), Contains("batch 0 is not allowed"));
   CHECK_THROWS_WITH(f.cache(1, 0), Contains("capacity 0"));
 }
 

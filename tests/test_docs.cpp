@@ -3,6 +3,7 @@
 #include "scratch_folder.hpp"
 
 #include <hybridattn/hybridattn.hpp>
+#include <hybridattn/infer/generate.hpp>
 #include <hybridattn/io/safetensors.hpp>
 #include <hybridattn/io/text.hpp>
 #include <hybridattn/testing/judge.hpp>
@@ -60,6 +61,20 @@ std::set<std::string> errors_of_sizes() {
   return {error_of([&] { Model{below_zero}; }), error_of([] { Model{{.model_dim = 100, .num_heads = 3}}; }),
           error_of([&] { Model{groups}; }), error_of([] { Model{{.feed_forward = {.num_experts = 2, .top_k = 3}}}; }),
           error_of([] { ha::Cpu{-1}; })};
+}
+std::set<std::string> errors_of_memory() {
+  ha::Cpu cpu{1};
+  Model const model{{.vocab_size = 2, .model_dim = 64, .num_heads = 1}};
+  Model::Config wide{.vocab_size = 2, .model_dim = 8, .num_heads = 1};
+  wide.mixer<ha::Full>().head_dim = ha::Index{1} << 62;
+  ha::Index const terabytes = ha::Index{1} << 43;
+  return {error_of([&] { ha::Tensor<float, 1, ha::Cpu>{cpu, {terabytes}}; }),
+          error_of([&] { ha::make_cache<float>(cpu, model, {.batch = 1 << 16, .capacity = 1 << 20}); }),
+          error_of([&] { ha::Batch{}.resize(2, terabytes / 2); }),
+          error_of([] { ha::GenerateOptions{.max_new_tokens = 1'000'000'000'000}.check_numbers(); }),
+          error_of([&] { Model{wide}; }),
+          error_of([] { ha::Sequences::equal(1 << 20, 1 << 11); }),
+          error_of([&] { ha::parallel_for(cpu, 2, [&](ha::Index, int) { ha::Tensor<float, 1, ha::Cpu>{cpu, {1000}}; }); })};
 }
 std::set<std::string> errors_of_files() {
   ScratchFolder const folder;
@@ -167,6 +182,7 @@ std::vector<std::string> const none;
 TEST_CASE("errors.md quotes the sentences that are thrown, and no other") {
   std::set<std::string> thrown = errors_of_sizes();
   thrown.merge(errors_of_numbers());
+  thrown.merge(errors_of_memory());
   thrown.merge(errors_of_files());
   thrown.merge(errors_of_folders());
   thrown.merge(errors_of_steps());
