@@ -376,7 +376,8 @@ template <class P> std::string unwritten(ha::Cpu& cpu, typename P::Config const&
   auto x = filled<P::template Inputs>(cpu, input_shapes, scale), d_x = filled<P::template Inputs>(cpu, input_shapes, not_a_number);
   if constexpr (requires { x.g; })
     for (float& g : std::span(out(x.g).data, static_cast<std::size_t>(out(x.g).count()))) g = -std::abs(g);
-  auto y = filled<P::template Outputs>(cpu, output_shapes, not_a_number), d_y = filled<P::template Outputs>(cpu, output_shapes, up.scale * scale);
+  auto y = filled<P::template Outputs>(cpu, output_shapes, not_a_number),
+       d_y = filled<P::template Outputs>(cpu, output_shapes, up.scale * scale);
   auto saved = filled<P::template Saved>(cpu, P::saved(c, s), not_a_number);
   ha::On<P, ha::Cpu>::forward(cpu, c, s, in(x), out(y), out(saved));
   auto upstream = in(d_y);
