@@ -9,6 +9,10 @@ namespace ha = hybridattn;
 using Layers = ha::Pattern<"LXFL">;
 #elif MISTAKE == 2  // no layer
 using Layers = ha::Stack<>;
+#elif MISTAKE == 11  // fewer layers than none
+using Layers = ha::Repeat<-1, ha::GDN>;
+#elif MISTAKE == 12  // no layer, by another way
+using Layers = ha::Repeat<0, ha::GDN>;
 #else
 using Layers = ha::Pattern<"LDFL">;
 #endif

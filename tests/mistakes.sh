@@ -28,6 +28,8 @@ done <<'MISTAKES'
 8|this policy cannot decode: give it Cache<S> and cache(config, batch, capacity)
 9|the stack has no layer of this policy: ask for one of its policies, with the very options it has there
 10|the stack has no layer of this policy: ask for one of its policies, with the very options it has there
+11|Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>
+12|Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>
 MISTAKES
 
 # Options that no policy can have, and those at the edge of what it can have.

@@ -117,6 +117,10 @@ template <AttentionPolicy... Policies> struct Stack {
 
 namespace detail {
 template <class... Ps> struct PolicyList {
+  template <int times> static constexpr std::size_t depth() {
+    static_assert(times > 0, "Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>");
+    return times > 0 ? static_cast<std::size_t>(times) * sizeof...(Ps) : 0;
+  }
   template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
   template <class Indices> struct Repeated;
   template <std::size_t... i> struct Repeated<std::index_sequence<i...>> {
@@ -127,7 +131,8 @@ template <class... Ps> struct PolicyList {
 
 // Repeat<3, GDN, GDN, GDN, Full> has 12 layers.
 template <int times, AttentionPolicy... Policies>
-using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
+using Repeat = typename detail::PolicyList<Policies...>::template Repeated<
+    std::make_index_sequence<detail::PolicyList<Policies...>::template depth<times>()>>::type;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
