@@ -40,12 +40,14 @@ template <class Model, class Load> void run(ha::Cpu& cpu, Settings const& s, Mod
   if (s.as_bytes()) program::say_text(s.prompt);
   auto const show = [&](ha::Index, std::int32_t token) {
     program::say_text(s.as_bytes() ? std::string(1, static_cast<char>(token)) : std::to_string(token) + " ");
+    program::flush_stdout();
     return true;
   };
   ha::GenerateOptions const options{
       .max_new_tokens = s.max_new_tokens, .sampling = s.sampling, .seed = ha::Seed{s.seed}, .stop_tokens = {}};
   auto const result = ha::generate(cpu, model, params, {prompt}, options, show);
   program::say_text("\n");
+  program::flush_stdout();
   auto const speed = [](ha::Index tokens, double seconds) { return tokens == 0 ? 0 : static_cast<double>(tokens) / seconds; };
   program::note(program::formatted("%td tokens of prompt at %.0f tokens/s, then %td at %.0f tokens/s on %d threads\n",
                                    result.prefill_tokens, speed(result.prefill_tokens, result.prefill_seconds), result.decode_tokens,

@@ -39,7 +39,7 @@ inline Settings parse(int argc, char const* const* argv) {
   Settings s;
   ha::Index const any = std::numeric_limits<ha::Index>::max();
   program::Options options{"generate", "Continues a text with a trained model"};
-  options.app().add_option("model", s.model, "a checkpoint of `train`, or a folder with config.json and model.safetensors")->required();
+  options.app().add_option("model", s.model, "a checkpoint of `train`, or a folder with config.json and model.safetensors");
   options.app().add_option("--prompt", s.prompt, "a text to continue, for models whose tokens are bytes");
   options.app()
       .add_option_function<std::string>(
@@ -57,6 +57,7 @@ inline Settings parse(int argc, char const* const* argv) {
       ->allow_extra_args(false)
       ->type_name("NAME");
   options.parse(argc, argv);
+  ha::check(!s.model.empty(), "no model is named: give a checkpoint or a folder");
   ha::Sampler{s.sampling};   // complains of what no sampler can do
   ha::check(!s.prompt.empty() || !s.as_bytes(), "there is nothing to continue: give --prompt or --tokens");
   return s;

@@ -11,7 +11,6 @@
 #include <hybridattn/io/atomic_file.hpp>
 
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -60,33 +59,14 @@ inline std::string one_line(std::string_view text) {
   return line;
 }
 
-// All of the text, even where the reader is slow or a signal comes. 0, or the system's error.
-inline int write_all(int descriptor, std::string_view text) {
-  while (!text.empty()) {
-    auto const written = ha::uninterrupted([&] { return ::write(descriptor, text.data(), text.size()); });
-    if (written >= 0) {
-      text.remove_prefix(static_cast<std::size_t>(written));
-    } else if (errno == EAGAIN) {
-      pollfd room{descriptor, POLLOUT, 0};
-      ::poll(&room, 1, -1);
-    } else {
-      return errno;
-    }
-  }
-  return 0;
-}
-// To stdout, at once. Throws ha::Error where that fails: a result that nobody gets is none.
-inline void say_text(std::string_view text) {
-  int const error = write_all(STDOUT_FILENO, text);
-  if (error == EPIPE) throw ClosedPipe{};
-  ha::check(error == 0, "cannot write to stdout: ", std::strerror(error));
-}
-// The same for what std::printf has kept back.
-inline void flush_stdout() {
-  bool const written = std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
+// Throws unless all that was said so far could be written.
+inline void check_stdout(bool written) {
   if (!written && errno == EPIPE) throw ClosedPipe{};
   ha::check(written, "cannot write to stdout: ", std::strerror(errno));
 }
+// To stdout: at once on a terminal, else with the next flush. A result that nobody gets is none: throws ha::Error.
+inline void say_text(std::string_view text) { check_stdout(std::fwrite(text.data(), 1, text.size(), stdout) == text.size()); }
+inline void flush_stdout() { check_stdout(std::fflush(stdout) == 0 && std::ferror(stdout) == 0); }
 [[gnu::format(printf, 1, 2)]] inline std::string formatted(char const* format, ...) {
   std::va_list values, again;
   va_start(values, format);
@@ -100,14 +80,15 @@ inline void flush_stdout() {
 template <class... Values> void say(char const* format, Values... values) { say_text(formatted(format, values...)); }
 // To stderr: how it goes. Only a reader who went away ends the program.
 inline void note(std::string_view text) {
-  if (write_all(STDERR_FILENO, text) == EPIPE) throw ClosedPipe{};
+  if (std::fwrite(text.data(), 1, text.size(), stderr) != text.size() && errno == EPIPE) throw ClosedPipe{};
 }
 
 // What went wrong, in one line with the program's name before it, once.
 inline void complain(std::string_view name, std::string_view sentence) {
   std::string const prefix = std::string(name) + ": ";
   std::string const line = one_line(sentence);
-  write_all(STDERR_FILENO, (line.starts_with(prefix) ? "" : prefix) + line + "\n");
+  std::fflush(stdout);
+  std::fputs(((line.starts_with(prefix) ? "" : prefix) + line + "\n").c_str(), stderr);
 }
 
 // A file that is opened gets the lowest number that is free. Were one of 0 to 2 free, what is meant for the terminal would
@@ -177,6 +158,7 @@ template <class F> int run(char const* name, int argc, char const* const* argv, 
       return code;
     } catch (Answer const& answer) {
       say_text(answer.text);
+      flush_stdout();
       return 0;
     }
   });
@@ -262,7 +244,12 @@ class InUse {
     std::tm utc{};
     if (::gmtime_r(&now, &utc) != nullptr) std::strftime(start, sizeof start, "%Y-%m-%d %H:%M:%S UTC", &utc);
     std::string const text = "process " + std::to_string(::getpid()) + " on " + host + " since " + start + " (" + one_line(command) + ")";
-    int const error = ::ftruncate(lock_.number(), 0) != 0 ? errno : write_all(lock_.number(), text);
+    int error = ::ftruncate(lock_.number(), 0) == 0 ? 0 : errno;
+    for (std::string_view left = text; error == 0 && !left.empty();) {
+      auto const written = ha::uninterrupted([&] { return ::write(lock_.number(), left.data(), left.size()); });
+      if (written < 0) error = errno;
+      else left.remove_prefix(static_cast<std::size_t>(written));
+    }
     if (error == 0) return;
     ::unlink(path_.c_str());
     ha::fail("cannot write ", path_, ": ", std::strerror(error));

@@ -26,10 +26,6 @@ std::string note(Settings const& s) { return "--batch " + std::to_string(s.batch
 template <class Stack> int train(Settings const& s) {
   program::check_writable(s.out);
   ha::Windows text{ha::ByteText(ha::read_text(s.text)), ha::Seed{s.seed}, program::text_name(s.text)};
-  text.next_batch(s.batch, s.seq_len);   // complains of a text that is too short
-  text.restart();
-  auto const validation = text.validation_batches(s.batch, s.seq_len);
-
   ha::LanguageModel<Stack> const model{
       {.vocab_size = text.vocab_size(), .model_dim = s.model_dim, .num_heads = s.num_heads, .feed_forward = {}, .mixers = {}}};
   double const bytes = static_cast<double>(model.parameter_count()) * sizeof(float);
@@ -49,7 +45,13 @@ template <class Stack> int train(Settings const& s) {
     text.restore(done.data);
     program::say("%s: going on after step %td\n", program::one_line(s.out.string()).c_str(), done.step);
   }
+  auto const begin = text.state();
+  text.next_batch(s.batch, s.seq_len);   // complains of a text that is too short
+  text.restore(begin);
+  auto const validation = text.validation_batches(s.batch, s.seq_len);
   program::say("%s\n%td parameters, %d threads\n", text.description().c_str(), model.parameter_count(), cpu.threads());
+
+  if (done.step < s.steps) program::flush_stdout();   // before work that would be lost where nobody can be told
 
   double const start = seconds();
   ha::Index const first = done.step;
@@ -61,6 +63,7 @@ template <class Stack> int train(Settings const& s) {
       double const speed = static_cast<double>((done.step - first) * s.batch * s.seq_len) / (seconds() - start);
       save_checkpoint(cpu, s.out, model, params, optimizer, {.step = done.step, .data = text.state(), .note = note(s)});
       program::say("step %td/%td  loss %.3f  %.0f tokens/s, saved\n", done.step, s.steps, result.loss.mean(), speed);
+      program::flush_stdout();
     }
   }
   if (done.step < s.steps) {

@@ -86,6 +86,7 @@ class Study {
   void run() {
     program::say("%s\n%d threads, windows of %td bytes, %d keys selected\n", text_.description().c_str(), cpu_.threads(), s_.seq_len,
                  top_k);
+    program::flush_stdout();
     start_from(train_dense());
     ha::AdamW optimizer{cpu_, params_, {.learning_rate = s_.learning_rate}};
     program::say("\n%-8s %5s | %s | %6s | loss: %6s %6s %9s\n", "stage", "step", "recall: indexer untrained random  local   best", "KL",
@@ -130,7 +131,9 @@ class Study {
     ha::Schedule const schedule{.warmup_steps = s_.dense_steps / 20, .total_steps = s_.dense_steps, .min_rate = 0.1};
     for (Index step = 0; step < s_.dense_steps; ++step) {
       auto const result = train_step(cpu_, model, params, optimizer, next_batch(), {.rate = schedule(step)});
-      if ((step + 1) % 100 == 0) program::say("dense    %5td | training loss %.3f\n", step + 1, result.loss.mean());
+      if ((step + 1) % 100 != 0) continue;
+      program::say("dense    %5td | training loss %.3f\n", step + 1, result.loss.mean());
+      program::flush_stdout();
     }
     program::say("validation loss %.4f with full attention\n", validation_loss(model, params));
     return params;
@@ -201,6 +204,7 @@ class Study {
     program::say("%-8s %5td |         %6.3f    %6.3f  %6.3f %6.3f %6.3f | %6.3f |       %6.4f %6.4f    %6.4f\n",
                  stage == Stage::sparse ? "sparse" : "warm-up", step, m.trained.indexer, m.untrained.indexer, m.trained.random,
                  m.trained.local, m.trained.best, m.divergence, m.dense_loss, m.sparse_loss, m.sparse_loss_untrained);
+    program::flush_stdout();
     measured_.push_back(m);
   }
   void report() const;

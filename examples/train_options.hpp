@@ -20,7 +20,7 @@ struct Settings {
 inline Settings parse(int argc, char const* const* argv) {
   Settings s;
   program::Options options{"train", "Trains a language model on the bytes of a text, with checkpoints"};
-  options.app().add_option("text", s.text, "a text file or a pipe")->required();
+  options.app().add_option("text", s.text, "a text file or a pipe");
   options.app().add_option("--pattern", s.pattern, "layers: L Gated DeltaNet, F full, D sparse attention")->capture_default_str();
   options.out(s.out, "the checkpoint; an unfinished one is continued");
   options.size("--steps", s.steps, "training steps", 1, std::numeric_limits<ha::Index>::max());
@@ -33,6 +33,7 @@ inline Settings parse(int argc, char const* const* argv) {
   options.seed(s.seed);
   options.threads(s.threads);
   options.parse(argc, argv);
+  ha::check(!s.text.empty(), "no text is named: give a file or a pipe");
   return s;
 }
 

@@ -33,6 +33,68 @@ cp "$folder/log" "$folder/other"
 says 'the data is not the same' "$train" "$folder/other" "${small[@]:1}" --out "$folder/stopped"
 says "pattern 'XX' is not compiled in" "$train" "${small[@]}" --pattern XX
 
+# Refused before anything is trained or written.
+says '--steps 1e3 is not allowed' "$train" "${small[@]}" --steps 1e3
+says '--learning-rate nan is not allowed' "$train" "${small[@]}" --learning-rate nan
+says '--batch 0 is not allowed' "$train" "$folder/text" --batch 0
+says '--seed -1 is not allowed' "$train" "${small[@]}" --seed -1
+says 'No such file or directory' "$train" "${small[@]}" --out "$folder/nowhere/model"
+says 'not a file' "$train" "${small[@]}" --out "$folder"
+says 'not the name of a file' "$train" "${small[@]}" --out "$folder/"
+says "--out '' is not allowed" "$train" "${small[@]}" --out ''
+says 'it is a folder' "$train" "$folder" "${small[@]:1}"
+says 'there is memory for' "$train" "$folder/text" --model-dim 1000000 --heads 2 --batch 2 --seq-len 32 --out "$folder/refused"
+head -c 300 "$folder/text" >"$folder/tenth"
+says 'to validate on' "$train" "$folder/tenth" "${small[@]:1}" --out "$folder/refused"
+cp "$folder/text" "$folder"/$'bad\xff'
+says 'not UTF-8' "$train" "$folder"/$'bad\xff' "${small[@]:1}" --out "$folder/refused"
+(ulimit -f 4; says 'too large' "$train" "${small[@]}" --out "$folder/refused"; exit $failures) || fail "a full disk"
+"$train" "${small[@]}" --steps 40 --out "$folder/refused" >/dev/full 2>"$folder/error"
+[[ $? == 2 ]] && grep -q 'cannot write to stdout' "$folder/error" || fail "a full stdout: $(cat "$folder/error")"
+compgen -G "$folder/refused*" >/dev/null && fail "something was written"
+
+# What is taken up is what was asked for.
+says 'it was trained with --batch 2' "$train" "$folder/text" --model-dim 32 --heads 2 --batch 4 --seq-len 32 --out "$folder/whole" --steps 50
+says 'the file holds' "$train" "${small[@]}" --pattern FFFF --steps 50 --out "$folder/whole"
+says 'optimizer.learning_rate' "$train" "${small[@]}" --learning-rate 0.5 --steps 50 --out "$folder/whole"
+
+# A checkpoint in use is refused, by whom, also under another name; a dead process uses nothing.
+ln -s used "$folder/alias"
+"$train" "${small[@]}" --steps 100000000 --out "$folder/used" >"$folder/log" 2>&1 &
+train_pid=$!
+until grep -q saved "$folder/log" || ! kill -0 $train_pid 2>/dev/null; do sleep 0.01; done
+says "in use by process $train_pid on" "$train" "${small[@]}" --steps 100000000 --out "$folder/used"
+says "in use by process $train_pid on" "$train" "${small[@]}" --steps 10 --out "$folder/alias"
+kill -KILL $train_pid
+wait $train_pid 2>/dev/null
+"$train" "${small[@]}" --steps 20 --out "$folder/alias" >"$folder/log" || fail "a checkpoint of a dead process"
+grep -q 'going on after step' "$folder/log" || fail "a checkpoint of a dead process is not taken up"
+[[ -L $folder/alias && ! -e $folder/used.lock ]] || fail "a link is replaced, or a lock stays"
+
+# A text may be a pipe; a signal ends the wait for it.
+"$train" <(cat "$folder/text") "${small[@]:1}" --steps 40 --out "$folder/piped" >/dev/null || fail "a pipe"
+"$train" /dev/stdin "${small[@]:1}" --steps 40 --out "$folder/piped" <"$folder/text" | grep -q 'going on after step 40' || fail "stdin"
+mkfifo "$folder/fifo"
+exec 8<>"$folder/fifo"
+for signal in INT TERM; do
+  "$train" "$folder/fifo" "${small[@]:1}" --out "$folder/waiting" 8>&- &
+  train_pid=$!
+  until [[ $(cat /proc/$train_pid/comm) == "$(basename "$train")" ]] && ls -l /proc/$train_pid/fd | grep -q "$folder/fifo" || ! kill -0 $train_pid; do sleep 0.01; done 2>/dev/null   # it reads
+  kill -$signal $train_pid
+  for _ in {1..500}; do kill -0 $train_pid 2>/dev/null && sleep 0.01; done
+  kill -KILL $train_pid 2>/dev/null && fail "SIG$signal does not end the wait for a text"
+  wait $train_pid 2>/dev/null
+  [[ $? == $((128 + $(kill -l $signal))) ]] || fail "SIG$signal does not end the wait for a text"
+done
+exec 8>&-
+
+# Closed descriptors: nothing lands in a checkpoint that was meant for the terminal.
+for closed in '<&-' '>&-' '2>&-' '<&- >&- 2>&-'; do
+  rm -f "$folder/closed"
+  (eval 'exec "$train" "${small[@]}" --steps 40 --out "$folder/closed" '"$closed") >/dev/null 2>&1 || fail "training with $closed"
+  cmp -s "$folder/closed" "$folder/whole" || fail "$closed changes the checkpoint"
+done
+
 "$generate" "$folder/whole" --prompt 'the quick' --seed 3 --max-new-tokens 30 >"$folder/a" 2>"$folder/speed" || fail "generating"
 "$generate" "$folder/whole" --prompt 'the quick' --seed 3 --max-new-tokens 30 >"$folder/b" 2>/dev/null
 cmp -s "$folder/a" "$folder/b" || fail "the same seed gives another text"
@@ -45,6 +107,15 @@ says 'top_p 2 is not allowed' "$generate" "$folder/whole" --prompt x --top-p 2
 says 'there is no such file' "$generate" "$folder/nothing" --prompt x
 head -c 5000 "$folder/whole" >"$folder/torn"
 says 'safetensors file' "$generate" "$folder/torn" --prompt x
+says 'there is memory for' "$generate" "$folder/whole" --prompt x --max-new-tokens 9223372036854775807
+says '--max-new-tokens -1 is not allowed' "$generate" "$folder/whole" --prompt x --max-new-tokens -1
+says '--temperature nan is not allowed' "$generate" "$folder/whole" --prompt x --temperature nan
+says "--tokens '' is not allowed" "$generate" "$folder/whole" --tokens 1,,2
+says '--tokens 300 is not allowed' "$generate" "$folder/whole" --tokens 300
+says 'there is nothing to continue' "$generate" "$folder/whole" --prompt ''
+says 'cannot write to stdout' bash -c '"$1" "$2" --prompt x >/dev/full' - "$generate" "$folder/whole"
+"$generate" "$folder/whole" --prompt x --max-new-tokens 100000 2>"$folder/error" | head -c 1 >/dev/null
+[[ ${PIPESTATUS[0]} == 141 && ! -s $folder/error ]] || fail "a closed pipe: $(cat "$folder/error")"
 
 # released FIELD VALUE: a released folder of pattern LF, with a field of its config.json changed.
 released() {

@@ -68,6 +68,7 @@ std::vector<std::optional<sweep::RunResult>> remembered(sweep::Memory const& mem
   if (finished == chosen.size()) program::say_text("all of them are finished already; --fresh trains them again\n");
   else if (finished > 0 || !begun.empty())
     program::say("resuming: %zu of %zu patterns are finished%s; --fresh starts anew\n", finished, chosen.size(), begun.c_str());
+  if (finished < chosen.size()) program::flush_stdout();   // before work that would be lost where nobody can be told
   return results;
 }
 
