@@ -2,6 +2,8 @@
 #include "catch.hpp"
 #include "scratch_folder.hpp"
 
+#include "../examples/sweep/memory.hpp"
+
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/train/checkpoint.hpp>
 
@@ -589,4 +591,41 @@ TEST_CASE("writes a checkpoint and what is in it", "[.writes]") {
   add("optimizer.mean.", run.optimizer.state().mean);
   add("optimizer.square.", run.optimizer.state().square);
   std::ofstream(folder / "expected.json") << expected.dump();
+}
+
+TEST_CASE("a sweep refuses what another one put into its folder after it looked") {
+  ScratchFolder const folder;
+  sweep::Settings ours{.steps = 2, .seq_len = 16, .batch = 2, .data = {}, .out = folder.path()}, other = ours;
+  other.steps = 3;
+  auto const state = ha::RecallTask{}.state();
+  sweep::Memory const memory{ours, {"linear_only"}, state}, theirs{other, {"linear_only"}, state};
+  memory.check();
+
+  // A checkpoint. `load` is what reads it.
+  Run run;
+  run.train(1);
+  for (auto const* series : {"training", "elapsed"}) run.progress.history[series] = {1};
+  auto const load = [&](auto const& path) { return load_checkpoint(run.cpu, path, run.model, run.params, run.optimizer); };
+  run.progress.note = theirs.note();
+  run.save(memory.checkpoint("linear_only"));
+  auto const refused = Contains("--steps 3") && Contains("--steps 2") && Contains("another --out");
+  CHECK_THROWS_WITH(memory.steps_of("linear_only"), refused);
+  CHECK_THROWS_WITH(memory.resumed("linear_only", load), refused);
+  CHECK(theirs.resumed("linear_only", load).step == 1);
+  run.progress.note = memory.note();
+  run.progress.history["elapsed"] = {};
+  run.save(memory.checkpoint("linear_only"));
+  CHECK_THROWS_WITH(memory.resumed("linear_only", load), Contains("history.elapsed has 0 numbers for 1 steps"));
+  run.progress.history = {};
+  run.progress.step = 3;
+  run.save(memory.checkpoint("linear_only"));
+  CHECK_THROWS_WITH(memory.resumed("linear_only", load), Contains("3 of 2 steps"));
+
+  // A result: of other arguments, of another pattern, of too few steps.
+  theirs.finish({.name = "linear_only", .letters = "LLLL", .losses = {1, 2, 3}});
+  CHECK_THROWS_WITH(memory.finished("linear_only"), refused);
+  memory.finish({.name = "linear_only", .letters = "FFFF", .losses = {1, 2}});
+  CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("is not of this program"));
+  memory.finish({.name = "linear_only", .letters = "LLLL", .losses = {1}});
+  CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("the losses of 1 steps, not of 2"));
 }

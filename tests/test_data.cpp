@@ -4,8 +4,13 @@
 #include <hybridattn/io/text.hpp>
 #include <hybridattn/train/data.hpp>
 
+#include <sys/stat.h>
+
+#include <chrono>
+#include <csignal>
 #include <map>
 #include <set>
+#include <thread>
 
 namespace ha = hybridattn;
 using Catch::Matchers::Contains;
@@ -228,11 +233,42 @@ TEST_CASE("a text is read whole, several one after the other") {
   CHECK(ha::read_text(std::vector{two, one, two}) == std::string("ca\0b\r\nc", 7));
 }
 
+TEST_CASE("a pipe is read to its end, however it arrives and whatever signals come") {
+  ScratchFolder const folder;
+  auto const pipe = folder / "pipe";
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  struct sigaction nothing{};   // no SA_RESTART: a wait in the system ends
+  nothing.sa_handler = [](int) {};
+  ::sigaction(SIGUSR1, &nothing, nullptr);
+  std::string text;
+  for (int i = 0; i < 30000; ++i) text += std::to_string(i) + " ";
+  auto const reader = ::pthread_self();
+  std::thread writer([&] {
+    ::pthread_kill(reader, SIGUSR1);   // while it opens
+    std::ofstream out{pipe, std::ios::binary};
+    for (std::size_t from = 0; from < text.size(); from += 40000) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      ::pthread_kill(reader, SIGUSR1);   // while it reads
+      out << text.substr(from, 40000) << std::flush;
+    }
+  });
+  std::string const read = ha::read_text(pipe);
+  writer.join();
+  CHECK(read.size() == text.size());
+  CHECK((read == text));
+}
+
 TEST_CASE("a text that cannot be used is named") {
   ScratchFolder const folder;
   CHECK_THROWS_WITH(ha::read_text(folder / "missing.txt"), Contains("missing.txt") && Contains("no such file"));
   CHECK_THROWS_WITH(ha::read_text(folder.file("empty.txt", "")), Contains("empty.txt") && Contains("is empty"));
   CHECK_THROWS_WITH(ha::read_text(folder.path()), Contains("it is a folder"));
+  CHECK_THROWS_WITH(ha::read_text(folder.file("file", "a") / "below"), Contains("no such file"));
+  std::filesystem::create_symlink("loop", folder / "loop");
+  CHECK_THROWS_WITH(ha::read_text(folder / "loop"), Contains("symbolic links"));
+  folder.file("sparse", "a");
+  std::filesystem::resize_file(folder / "sparse", std::uintmax_t{1} << 42);
+  CHECK_THROWS_WITH(ha::read_text(folder / "sparse"), Contains("it has more than") && Contains("memory"));
   CHECK_THROWS_WITH(ha::read_text(std::vector<std::filesystem::path>{}), Contains("no file is named"));
 }
 

@@ -1,6 +1,7 @@
 #include "catch.hpp"
 #include "scratch_folder.hpp"
 
+#include "../examples/program.hpp"
 #include "../examples/sweep/anarchism.hpp"
 #include "../examples/sweep/plots.hpp"
 
@@ -134,6 +135,66 @@ TEST_CASE("a results folder that cannot be is refused before any work") {
   sweep::prepare_folder(folder / "deep/results");
   sweep::prepare_folder(folder / "deep/results");
   CHECK(std::filesystem::is_directory(folder / "deep/results"));
+}
+
+TEST_CASE("a file that is replaced keeps its mode, a link its target") {
+  namespace fs = std::filesystem;
+  ScratchFolder const folder;
+  auto const mode = [](fs::path const& path) { return static_cast<int>(fs::status(path).permissions()); };
+  mode_t const before = ::umask(027);
+  hybridattn::write_file_atomically(folder / "new", "1");
+  ::umask(before);
+  CHECK(mode(folder / "new") == 0640);   // a new one has what the umask leaves
+  for (int const bits : {0600, 0444, 0777, 0604}) {
+    fs::permissions(folder / "new", static_cast<fs::perms>(bits));
+    hybridattn::write_file_atomically(folder / "new", "2");
+    CHECK(mode(folder / "new") == bits);
+  }
+
+  // Relative, absolute and through each other; a target that is not there yet is made.
+  fs::create_directory(folder / "far");
+  fs::create_symlink("far/target", folder / "link");
+  fs::create_symlink(folder / "link", folder / "outer");
+  for (auto const* name : {"link", "outer"}) {
+    hybridattn::write_file_atomically(folder / name, name);
+    CHECK(fs::is_symlink(folder / name));
+    CHECK(content_of(folder / "far/target") == name);
+  }
+  CHECK(files_in(folder / "far") == 1);
+  fs::create_symlink("round", folder / "about");
+  fs::create_symlink("about", folder / "round");
+  CHECK_THROWS_WITH(hybridattn::write_file_atomically(folder / "round", "x"), Contains("too many symbolic links"));
+  for (auto const* name : {"", "far", "far/", "far/.", ".."})
+    CHECK_THROWS_WITH(hybridattn::write_file_atomically(*name == 0 ? fs::path{} : folder / name, "x"), Contains("cannot write"));
+  CHECK(files_in(folder.path()) == 6);
+}
+
+TEST_CASE("what is in use is refused, by whom, until it is not") {
+  namespace fs = std::filesystem;
+  ScratchFolder const folder;
+  program::command = "sweep --out a\nb";
+  fs::create_directory(folder / "results");
+  fs::create_symlink("model", folder / "alias");
+  std::string const user = "in use by process " + std::to_string(::getpid()) + " on ";
+  for (auto const& [one, other] : {std::pair{"results", "results/"}, std::pair{"model", "alias"}, std::pair{"alias", "model"}}) {
+    {
+      program::InUse const lock{folder / one};
+      CHECK_THROWS_WITH((program::InUse{folder / other}),
+                        Contains(user) && Contains(" since 2") && Contains("(sweep --out a\\x0ab)") && Contains("another --out"));
+      CHECK_NOTHROW(program::InUse{folder / "unrelated"});
+    }
+    CHECK_NOTHROW(program::InUse{folder / other});
+  }
+  folder.file("model.lock", "process 1 on another, which died");
+  CHECK_NOTHROW(program::InUse{folder / "model"});
+  CHECK(files_in(folder.path()) == 2);
+  CHECK(files_in(folder / "results") == 0);
+  CHECK_THROWS_WITH((program::InUse{folder / "missing/model"}), Contains("cannot write"));
+}
+
+TEST_CASE("a name is shown in one line") {
+  CHECK(program::one_line("a\nb\x1b[2J\x7f\xc3\xa4") == "a\\x0ab\\x1b[2J\\x7f\xc3\xa4");
+  CHECK(program::formatted("%s %d", std::string(1000, 'x').c_str(), 7) == std::string(1000, 'x') + " 7");
 }
 
 TEST_CASE("a full disk leaves no comparison, no log and no half of either") {
