@@ -6,6 +6,7 @@
 #include <fstream>
 #include <map>
 #include <regex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -37,6 +38,11 @@ std::vector<Line> header_lines() {
     for (std::string line; std::getline(text, line);) lines.push_back({fs::relative(entry.path(), include).string(), ++number, line});
   }
   return lines;
+}
+std::map<std::string, std::string> headers() {
+  std::map<std::string, std::string> texts;
+  for (Line const& line : header_lines()) texts[line.file] += line.text + "\n";
+  return texts;
 }
 std::string at(Line const& line) { return line.file + ":" + std::to_string(line.number) + ": " + line.text; }
 
@@ -118,6 +124,42 @@ TEST_CASE("headers open no namespace for others, and define no macro without the
   CHECK(offenders("^using namespace", [](std::string const&) { return false; }) == none);
   CHECK(offenders("^\\s*#\\s*define\\s+(?!HYBRIDATTN_)", [](std::string const&) { return false; }) == none);
   CHECK(offenders("#pragma once", [](std::string const&) { return false; }) == none);
+}
+
+TEST_CASE("every header opens the namespace that carries the compiler's flags") {
+  auto const none = std::vector<std::string>{};
+  CHECK(offenders("^namespace hybridattn(?!::inline HYBRIDATTN_ABI\\b)",
+                  [](std::string const& file) { return file == "core/check.hpp" || file == "core/config.hpp"; }) == none);
+  std::vector<std::string> without;
+  std::size_t with = 0;
+  for (auto const& [file, text] : headers()) {
+    bool const is_door = !std::regex_search(text, std::regex("(^|\n)(template|struct|class|inline|constexpr|namespace) "));
+    bool const opens = text.find("\nnamespace hybridattn::inline HYBRIDATTN_ABI") != text.npos;
+    if (file != "core/config.hpp" && !is_door && !opens) without.push_back(file);
+    with += opens;
+  }
+  CHECK(without == none);
+  CHECK(with > 80);
+}
+
+TEST_CASE("what headers ask the compiler stands in the name of that namespace") {
+  std::string const config = headers().at("core/config.hpp");
+  std::string const in_the_name = config.substr(config.find("// What the meaning of an inline function depends on"));
+  std::regex const condition("^\\s*#\\s*(if|ifdef|ifndef|elif)\\b(.*)"), macro("\\b(?!defined\\b)[A-Z_][A-Z_0-9a-z]*");
+  std::set<std::string> const of_every_part = {"__GNUC__", "__SSE2__"};   // one answer in a program, or told apart by another name
+  std::set<std::string> asked;
+  for (Line const& line : header_lines()) {
+    std::smatch match;
+    if (line.file == "core/config.hpp" || !std::regex_search(line.text, match, condition)) continue;
+    std::string const rest = match[2].str().substr(0, match[2].str().find("//"));
+    for (std::sregex_iterator name(rest.begin(), rest.end(), macro), end; name != end; ++name)
+      if (!name->str().ends_with("_HPP") && !of_every_part.contains(name->str())) asked.insert(name->str());
+  }
+  CHECK(asked.size() > 3);
+  for (std::string const& name : asked) {
+    INFO(name);
+    CHECK(in_the_name.find(name) != in_the_name.npos);
+  }
 }
 
 TEST_CASE("README's first C++ block is the quickstart, in under 60 lines") {
