@@ -14,7 +14,7 @@ memory=/dev/shm
 TMPDIR=$(mktemp -d -p "$memory" hybridattn-fuzz-XXXXXX)
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
-export ASAN_OPTIONS=quarantine_size_mb=16
+export ASAN_OPTIONS=quarantine_size_mb=16:malloc_context_size=6
 
 options=(-max_total_time="$seconds" -timeout=60 -rss_limit_mb=1024 -max_len=8192 -print_final_stats=1 -artifact_prefix="$findings/")
 [[ -f tests/fuzz/$target.dict ]] && options+=(-dict="tests/fuzz/$target.dict")
