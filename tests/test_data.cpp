@@ -293,5 +293,6 @@ TEST_CASE("entities become UTF-8, and what is none stays") {
   CHECK(ha::html_to_text("&eacute;&Eacute;&yuml;&nbsp;&copy;&mdash;&rsquo;&euro;") == "éÉÿ\u00a0©—’€\n");
   CHECK(ha::html_to_text("&#65;&#x42;&#X1F600;&#8217;") == "AB😀’\n");
   CHECK(ha::html_to_text("&#0;&#xD800;&#99999999999;") == "\ufffd\ufffd\ufffd\n");
+  CHECK(ha::html_to_text("&#32; a &#32; b&#10;&#x9;c &#32;") == "a b c\n");
   CHECK(ha::html_to_text("AT&T & &unknown; &#; &#x; &#12a; &amp") == "AT&T & &unknown; &#; &#x; &#12a; &amp\n");
 }

@@ -44,11 +44,11 @@ void check_sweep(sweep::Settings const& s) {
 void check_train(train::Settings const& s) {
   for (Index const size : {s.batch, s.model_dim, s.num_heads}) demand_size(size);
   demand_size(s.seq_len, 2);
-  demand(s.steps >= 1 && s.save_every >= 1 && s.threads >= 0 && s.learning_rate > 0 && !s.out.empty() && !s.text.empty(),
+  demand(s.steps >= 1 && s.save_every >= 1 && s.threads >= 0 && s.learning_rate > 0 && !s.out.empty(),
          "settings of train that nobody can want are accepted");
 }
 void check_generate(generate::Settings const& s) {
-  demand(s.max_new_tokens >= 0 && s.threads >= 0 && !s.model.empty(), "settings of generate that nobody can want are accepted");
+  demand(s.max_new_tokens >= 0 && s.threads >= 0, "settings of generate that nobody can want are accepted");
   demand(s.prompt.empty() != s.tokens.empty(), "one of prompt and tokens must be there");
   for (std::int32_t const token : s.tokens) demand(token >= 0, "token ", token, " is accepted");
 }

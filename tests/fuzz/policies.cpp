@@ -17,7 +17,8 @@ SomePolicy some_policy(FuzzedDataProvider& data) {
 ha::Sequences some_sequences(FuzzedDataProvider& data) {
   std::vector<Index> lengths(data.ConsumeIntegralInRange<std::size_t>(1, 5));
   Index left = 200;
-  for (Index& length : lengths) left -= length = std::min(left, data.ConsumeIntegralInRange<Index>(0, data.ConsumeBool() ? 140 : 9));
+  for (Index& length : lengths)
+    left -= length = std::min(left, data.ConsumeIntegralInRange<Index>(0, data.ConsumeIntegralInRange<int>(0, 3) == 0 ? 140 : 9));
   return laws::packed(lengths);
 }
 laws::Surroundings some_surroundings(FuzzedDataProvider& data) {

@@ -176,7 +176,8 @@ class Reader {
     if (point < 0) return false;
     std::string letter;
     append_utf8(letter, static_cast<std::uint32_t>(point));
-    put(letter);
+    if (is_space(letter.front())) widen(Gap::space);
+    else put(letter);
     at_ = end + 1;
     return true;
   }
