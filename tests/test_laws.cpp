@@ -8,6 +8,8 @@
 
 namespace {
 
+namespace detail = ha::testing::detail;
+
 template <int window> using Windowed = ha::FullAttention<ha::FullOptions{.window = window}>;
 template <int top_k> using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = top_k}>;
 template <int percent> using SparseShare = ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = percent}>;
@@ -68,4 +70,74 @@ TEMPLATE_LIST_TEST_CASE("a policy keeps every law on a device that the host cann
   ha::testing::Adaptor<TestType, Fake, float> const policy{size};
   check_all(judge(policy));
   check_all({same_on_both(policy, ha::testing::Adaptor<TestType, ha::Cpu, float>{size})});
+}
+
+namespace {
+
+using Softmax = std::tuple<ha::Full, Windowed<16>, ha::DSA, Sparse<8>>;
+
+// Two heads that share their keys and values, and any indexer.
+template <class P> typename P::Config with_head_dim(ha::Index D) {
+  typename P::Config config{.num_heads = 2, .num_kv_heads = 1, .head_dim = D};
+  if constexpr (requires { config.index_dim; }) config.index_dim = 4;
+  return config;
+}
+
+template <class P, class T> void check_bad_values_for_odd_head_dims() {
+  for (ha::Index const D : {5, 33, 80}) check_all({bears_bad_values(ha::testing::Adaptor<P, ha::Cpu, T>{with_head_dim<P>(D)})});
+}
+
+// One early key ahead of all others by `lead`, values of about `size`.
+ha::testing::Case with_a_leading_key(ha::testing::AnyPolicy const& policy, double lead, double size) {
+  auto x = detail::sample_to_decode(policy, policy.kinds().front(), ha::testing::packed({150, 40}), 1);
+  auto const set_first = [](ha::testing::HostTensor& tensor, ha::Index row, double value) {
+    std::fill_n(tensor.row(row), tensor.row_size(), 0);
+    for (ha::Index e = 0; e < tensor.row_size(); e += tensor.shape.back()) tensor.row(row)[e] = value;
+  };
+  for (ha::Index n = 0; n < 190; ++n) {
+    set_first(x.inputs.at("q"), n, 1);
+    set_first(x.inputs.at("k"), n, n == 3 || n == 153 ? lead * std::sqrt(static_cast<double>(x.inputs.at("k").shape.back())) : 0);
+  }
+  for (double& v : x.inputs.at("v").values) v *= size;
+  ha::testing::round_to_float(x.inputs);
+  return x;
+}
+template <class P> void check_large_values(double lead, double size) {
+  ha::testing::Adaptor<P, ha::Cpu, float> const policy{with_head_dim<P>(16)};
+  auto const x = with_a_leading_key(policy, lead, size);
+  auto const result = policy.run(x, {});
+  auto const truth = detail::judges_of(policy, x, result).truth.outputs.front();
+  auto const decoded = policy.decode(x, detail::in_pieces(x.sequences, 1).calls, {}).outputs.front();
+  INFO(policy.name() << ", a lead of " << lead);
+  CHECK(max_difference(result.outputs.front(), truth).size < 1e-5 * size);
+  CHECK(max_difference(decoded, truth).size < 1e-5 * size);
+}
+template <class P> void check_overflow(double value) {
+  ha::testing::Adaptor<P, ha::Cpu, float> const policy{with_head_dim<P>(16)};
+  for (double const lead : {0., 2., 9., 39., 1e5}) {
+    auto x = with_a_leading_key(policy, lead, 1);
+    for (double& v : x.inputs.at("v").values) v = value;
+    auto const result = policy.run(x, {});
+    auto const loops = policy.loops(x, detail::choices_in(result.saved), false).outputs;
+    INFO(policy.name() << ", values of " << value << ", a lead of " << lead);
+    CHECK(detail::first_other_kind(result.outputs, loops, true).empty());
+    CHECK(detail::first_other_kind({policy.decode(x, detail::in_pieces(x.sequences, 1).calls, {}).outputs.front()}, {loops.front()}, true)
+              .empty());
+  }
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("heads that fill no vector bear bad values in float", "[float]", Softmax) {
+  check_bad_values_for_odd_head_dims<TestType, float>();
+}
+TEMPLATE_LIST_TEST_CASE("heads that fill no vector bear bad values in double", "[double]", Softmax) {
+  check_bad_values_for_odd_head_dims<TestType, double>();
+}
+
+TEMPLATE_LIST_TEST_CASE("values of 1e30 do not overflow, whatever an early key is ahead by", "[float]", Softmax) {
+  for (double const lead : {0., 5., 9.9, 10.1, 20., 39., 41., 79., 81., 100., 1e4, 0x1p31}) check_large_values<TestType>(lead, 1e30);
+}
+TEMPLATE_LIST_TEST_CASE("values that overflow in the loops are infinite with their sign, others are finite", "[float]", Softmax) {
+  for (double const value : {3e38, -3e38, 1e37, -1e36}) check_overflow<TestType>(value);
 }

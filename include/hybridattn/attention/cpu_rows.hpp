@@ -67,11 +67,11 @@ template <class T> class Range {
     Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
     largest_ = size > largest_ ? size : largest_;
   }
-  HYBRIDATTN_INLINE bool is_moderate() const {
-    return !cpu::any<T>(largest_ > std::bit_cast<Bits>(std::numeric_limits<T>::max() * T(0x1p-20)));
-  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
 
  private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
   using Mask = cpu::Mask<T>;
   using Bits = typename cpu::BitsOf<T>::type;
   Mask largest_{};
@@ -80,6 +80,10 @@ template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const*
   Range<T> range;
   cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
   return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
 }
 
 // products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
@@ -101,8 +105,7 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
     cpu::sum_each<n, T>(sums, products + j);
     range.add(cpu::load(products + j));
   }
-  if (range.is_moderate()) return;
-  for (Index j = 0; j < round_up(keys.count, n); ++j) products[j] = dot<T>(x, rows[keys[std::min(j, keys.count - 1)]], D);
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
 }
 // x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
@@ -113,7 +116,7 @@ template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T c
   });
   T result;
   cpu::sum_each<1, T>(&sum, &result);
-  return is_moderate(1, &result) ? result : dot<T>(x, y, D);
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
 }
 
 // One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
@@ -142,29 +145,24 @@ template <class T> struct KeyRows {
 };
 
 // p = exp(scale p - largest), largest being that of scale p, and total the sum of p. Room behind the last of `count` numbers,
-// up to a whole vector, is written too.
+// up to a whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
 template <class T> struct Exponentials {
   T largest, total;
 };
 template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  T* const end = p + round_up(count, lanes<T>);
-  std::fill(p + count, end, p[count - 1]);   // no score is larger for it, whatever the scale's sign
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
   cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
-  for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
-    most = cpu::max<T>(most, score);
-    cpu::store<T>(p + j, score);
-  }
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
   T const largest = cpu::largest<T>(most);
-  std::fill(p + count, end, -infinity);   // whose exponential is 0
   for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp_below_most<T>(cpu::load(p + j) - largest);
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
     sum += e;
     cpu::store<T>(p + j, e);
   }
-  return {largest, cpu::sum<T>(sum)};
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
 // total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.

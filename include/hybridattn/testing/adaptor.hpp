@@ -72,6 +72,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   double tolerance() const override { return Reference<P>::tolerance; }
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
   bool saved_is_linear() const override { return Samples<P>::saved_is_linear; }
+  bool overflows_like_loops() const override { return Samples<P>::overflows_like_loops; }
   bool detached(std::string_view input) const override { return P::detached(input); }
   bool by_head(std::string_view input) const override { return Samples<P>::by_head(input); }
   bool has_states() const override {

@@ -57,6 +57,7 @@ class AnyPolicy {
   virtual std::vector<std::string> kinds() const = 0;
   virtual bool has_states() const = 0;        // an input initial_x for an output final_x
   virtual bool saved_is_linear() const = 0;   // in the number of tokens
+  virtual bool overflows_like_loops() const = 0;   // NaN and infinite results are so, with their sign, where the reference's are
   virtual bool detached(std::string_view input) const = 0;
   virtual bool by_head(std::string_view input) const = 0;   // its gradient is judged head by head
 

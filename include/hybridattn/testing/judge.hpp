@@ -5,6 +5,7 @@
 #define HYBRIDATTN_TESTING_JUDGE_HPP
 
 #include <hybridattn/testing/adaptor.hpp>
+#include <hybridattn/testing/bad_value_laws.hpp>
 #include <hybridattn/testing/bitwise_laws.hpp>
 #include <hybridattn/testing/budget_laws.hpp>
 #include <hybridattn/testing/decoding_laws.hpp>
@@ -31,6 +32,7 @@ inline constexpr Law all_laws[] = {
     {"decodes the whole", decodes_the_whole},
     {"decodes cleanly", decodes_cleanly},
     {"memory as announced", memory_as_announced},
+    {"bears bad values", bears_bad_values},
 };
 
 // All verdicts on one policy at one size. A policy that throws breaks the law under which it did.

@@ -105,6 +105,7 @@ template <FullOptions O> struct Reference<FullAttention<O>> {
   template <class... Args> static void backward(Args const&... args) { full::reference::backward(O, args...); }
 };
 template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
+  static constexpr bool overflows_like_loops = true;
   // The options are values to the kernels: other windows need not see every head dim again.
   static std::vector<full::Config> sizes() {
     std::vector<full::Config> list{
@@ -181,7 +182,7 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
     c.stage = stage;
     return c;
   }
-  static constexpr bool saved_is_linear = O.top_k_percent == 0;
+  static constexpr bool saved_is_linear = O.top_k_percent == 0, overflows_like_loops = true;
   static std::vector<std::string> kinds() {
     return {"noise", "ties", "every score 0", "one index key", "near one-hot", "early keys stand out"};
   }

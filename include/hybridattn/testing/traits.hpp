@@ -19,6 +19,8 @@ template <class P> struct PlainSamples {
   static auto outputs(Config const& c, Sequences const& s) { return P::outputs(c, s); }
   // False where Saved grows faster than the number of tokens, as the policy's options demand.
   static constexpr bool saved_is_linear = true;
+  // True where a kernel sums large numbers in the order of the reference: it is NaN and infinite where that is, sign included.
+  static constexpr bool overflows_like_loops = false;
 
   // Kinds of inputs; the first one is ordinary and smooth.
   static std::vector<std::string> kinds() { return {"noise"}; }

@@ -47,8 +47,10 @@ HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<
   auto const [largest, total] = attention::exponentials(scale, keys.count, p);
   weighted_rows<T>(D, p, v, keys, T(1) / total, o);
   lse = static_cast<wide_t<T>>(largest + std::log(total));
-  if (!attention::is_moderate<T>(D, o))
-    lse = attention::attend_in_order<T>(D, scale, q, keys.count, [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; }, o);
+  if (attention::is_moderate<T>(D, o)) return;
+  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
+  T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
+  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise values are all that is large
 }
 
 // One query and one head in backward.

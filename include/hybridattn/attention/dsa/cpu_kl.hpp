@@ -62,15 +62,16 @@ template <class T> class KlQuery {
       cpu::Vec<T> const r = cpu::exp<T>(cpu::load(scores + i) - index_lse);
       cpu::store<T>(scores + i, d_loss * (r - cpu::load(target + i)));
     });
+    T const scale = static_cast<T>(c_.index_scale);
     for (Index j = 0; j < c_.index_heads; ++j) {
       T* const product = products + j * room;
       cpu::Vec<T> sum{};
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const d_score = cpu::load(scores + i), z = cpu::load(product + i);
-        sum += real(i, cpu::select<T>(z > T(0), d_score * z, cpu::Vec<T>{}));
+        sum += real(i, d_score * cpu::max<T>(cpu::Vec<T>{}, scale * z));
         cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
       });
-      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = static_cast<T>(c_.index_scale) * cpu::sum<T>(sum);
+      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = cpu::sum<T>(sum);
       if (!d_x.index_q.empty()) weighted_rows<T>(c_.index_dim, product, index_keys(), keys_, T(1), d_x.index_q.row(n_, j));
     }
   }

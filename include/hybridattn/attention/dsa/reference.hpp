@@ -173,11 +173,10 @@ void index_loss_backward(Config const& c, Sequences const& s, Inputs<In<T>> x, S
       T const d_score = d_loss * (std::exp(scores[i] - saved.index_lse(n)) - p[i]), *k = x.index_k.row(keys[i]);
       for (Index j = 0; j < c.index_heads; ++j) {
         T const *q = x.index_q.row(n, j), z = scale * dot(q, k, DI);
-        if (!(z > 0)) continue;
-        T const d_z = scale * x.index_w(n, j) * d_score;
+        T const d_z = z > 0 ? scale * x.index_w(n, j) * d_score : T(0);
         axpy(d_z, k, d_x.index_q.row(n, j), DI);
         axpy(d_z, q, d_x.index_k.row(keys[i]), DI);
-        d_x.index_w(n, j) += d_score * z;
+        d_x.index_w(n, j) += d_score * (z < 0 ? T(0) : z);
       }
     }
   });

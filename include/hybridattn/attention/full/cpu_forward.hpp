@@ -3,8 +3,8 @@
 //
 // The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
 // are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
-// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Scores are rounded before they are
-// compared, so that the largest one is its own reference exactly, however large it is, and one replacement is enough.
+// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Products q . k are compared, and scaled
+// afterwards: the largest one is its own reference exactly, however large it is, so one replacement is enough.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
@@ -24,13 +24,15 @@ template <class T, class Dim> class ForwardBlock {
   static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
 
   ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
-      : D_(D), length_(s.length), reach_(window), scale_(scale), k_(k), v_(v), q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D),
-        pad_(p_ + forward_keys * queries) {}
+      : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
+        q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
 
   // o and lse of the queries first .. first + queries, as far as they exist.
   void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     first_ = first;
     transpose_rows(D_, q, first, length_, queries, q_t_);
+    if (scale_ < 0)   // so that the largest product has the largest score
+      for (Index i = 0; i < D_ * queries; ++i) q_t_[i] = -q_t_[i];
     diagonal();
     for (Index key = std::max<Index>(0, first - reach_ + 1) / MR * MR; key < first; key += forward_keys) {
       Index const count = std::min(forward_keys, first - key);
@@ -42,7 +44,7 @@ template <class T, class Dim> class ForwardBlock {
 
  private:
   static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  static constexpr T limit = 10, far = 80;   // in exponents: what a weight may be, and what it may be and be scaled afterwards
+  static constexpr T limit = 10, far = 80;   // exponents: what a weight may be, and what it may be and be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
 
@@ -55,21 +57,23 @@ template <class T, class Dim> class ForwardBlock {
   // Vectors of queries that are older than every key of the tile have nothing to do there.
   static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
 
-  // p = (1) of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
+  // p = q . k of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
   template <int from> HYBRIDATTN_INLINE void diagonal_scores(Index key, Vec (&largest)[NV]) {
     T* const p = p_ + (key - first_) * queries + from * cpu::lanes<T>;
     cpu::tile<MR, NV - from, T>(
         D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
         [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
         [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-          s = cpu::in_register<T>(scale_ * s);
           Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
           largest[from + v] = cpu::max<T>(largest[from + v], seen);
           cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
         });
   }
 
-  // The largest score that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
+  // e^(score - reference), of products; more than e^88 may be any number.
+  HYBRIDATTN_INLINE Vec exponential(Vec s, Vec reference) const { return cpu::exp2_below_most<T>((s - reference) * slope_); }
+
+  // The largest product that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
   void diagonal() {
     Index const count = std::min(queries, length_ - first_);
     Vec largest[NV], sum[NV] = {};
@@ -81,7 +85,7 @@ template <class T, class Dim> class ForwardBlock {
     for (Index j = 0; j < count; ++j)
       for (int v = first_vector(j / MR * MR); v < NV; ++v) {
         T* const p = p_ + j * queries + v * cpu::lanes<T>;
-        Vec const e = cpu::exp<T>(cpu::load(p) - largest[v]);
+        Vec const e = exponential(cpu::load(p), largest[v]);
         sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
         cpu::store<T>(p, e);
       }
@@ -105,10 +109,9 @@ template <class T, class Dim> class ForwardBlock {
       cpu::tile<MR, NV, T>(
           D_, {k_[key + j], k_.stride, 1}, {q_t_, queries}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
           [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-            s = cpu::in_register<T>(scale_ * s);
             if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
             largest[v] = cpu::max<T>(largest[v], s);
-            Vec e = cpu::exp_below_most<T>(s - reference[v]);
+            Vec e = exponential(s, reference[v]);
             if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
             sum[v] += e;
             cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
@@ -133,12 +136,11 @@ template <class T, class Dim> class ForwardBlock {
     add_values<false>(key, count);
   }
 
-  bool is_beaten(Vec const (&largest)[NV], T by) const {
-    return cpu::any<T>((largest[0] - reference_[0] > by) | (largest[1] - reference_[1] > by));
-  }
+  bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
+  Mask beaten(int v, Vec largest, T by) const { return (largest - reference_[v]) * size_ > by; }
   // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
   Vec raise_reference(int v, Vec largest, T by) {
-    Vec const raised = cpu::select<T>(largest - reference_[v] > by, largest, reference_[v]), shrink = cpu::exp<T>(reference_[v] - raised);
+    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, reference_[v]), shrink = exponential(reference_[v], raised);
     reference_[v] = raised;
     sum_[v] *= shrink;
     for (int lane = 0; lane < cpu::lanes<T>; ++lane)
@@ -163,12 +165,14 @@ template <class T, class Dim> class ForwardBlock {
   // (2), (3)
   void finish(Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     alignas(cpu::vector_bytes) T inverse[queries], logarithm[queries];
+    attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
+      Vec const score = cpu::in_register<T>(size_ * reference_[v]);   // rounded, as backward rounds it
+      range.add(score);
       cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
-      cpu::store<T>(logarithm + v * cpu::lanes<T>, reference_[v] + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
     }
     Index const count = std::min(queries, length_ - first_);
-    attention::Range<T> range;
     for (Index i = 0; i < count; ++i) {
       *lse[first_ + i] = logarithm[i];
       for (Index d = 0; d < D_; d += cpu::lanes<T>) {
@@ -178,10 +182,14 @@ template <class T, class Dim> class ForwardBlock {
       }
     }
     if (range.is_moderate()) return;
-    for (Index i = 0; i < count; ++i)
-      if (!attention::is_moderate<T>(D_, o_ + i * D_)) *lse[first_ + i] = in_order(first_ + i, q, o);
+    for (Index i = 0; i < count; ++i) {
+      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then values are all that is large
+      if (keeps_lse && attention::is_moderate<T>(D_, o_ + i * D_)) continue;
+      T const exact = in_order(first_ + i, q, o);
+      if (!keeps_lse) *lse[first_ + i] = exact;
+    }
   }
-  wide_t<T> in_order(Index query, Rows<T const> q, Rows<T> o) const {
+  T in_order(Index query, Rows<T const> q, Rows<T> o) const {
     Index const oldest = std::max<Index>(0, query - reach_ + 1);
     auto const key_at = [&](Index j) { return attention::KeyRows<T>{k_[oldest + j], v_[oldest + j]}; };
     return attention::attend_in_order<T>(D_, scale_, q[query], query - oldest + 1, key_at, o[query]);
@@ -189,7 +197,7 @@ template <class T, class Dim> class ForwardBlock {
 
   Dim D_;
   Index length_, reach_, first_ = 0;
-  T scale_;
+  T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
   Vec reference_[NV], sum_[NV];

@@ -76,10 +76,20 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
   for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
   return numbers;
 }
+
+namespace detail {
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+}
+// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
 template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  auto some = mask[0];
-  for (int i = 1; i < lanes<T>; ++i) some |= mask[i];
-  return some != 0;
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
 }
 
 // Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
@@ -102,15 +112,9 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 
 // One fixed tree, whatever the lanes hold.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) {
-  T result = x[0];
-  for (int i = 1; i < lanes<T>; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
 
 namespace detail {
 // 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
@@ -152,10 +156,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
   return cpu::exp2_below_most<T>(x > most ? most : x);
 }
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
-// e^x for x < 88 (double: < 709); above that, any number.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp_below_most(Vec<T> x) { return cpu::exp2_below_most<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -164,7 +166,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
   HYBRIDATTN_UNROLL
   for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  return __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
 // to[c][r] = from[r][c] for the square of one vector's lanes.
