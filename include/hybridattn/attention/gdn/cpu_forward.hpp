@@ -90,7 +90,7 @@ HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T f
                             [[maybe_unused]] Rows<T const> next_q) {
   Vec<T> update[group_tokens], products[2 * group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
+  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
     Vec<T> s = load(row);

@@ -42,7 +42,7 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
   for (Index r = 0; r < V; ++r) {
     T* const row = state + r * panel_width<T>;
-    Vec<T> s = load(row);
+    Vec<T> s = cpu::in_register<T>(load(row));
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
       by_d_o[i] += d_o[i][r] * s;

@@ -95,7 +95,7 @@ HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T f
                             [[maybe_unused]] Rows<T const> next_k) {
   Vec<T> update[2 * group_tokens], products[group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
     Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
