@@ -4,7 +4,7 @@
 
 #include "program.hpp"
 
-#include <hybridattn/core/view.hpp>
+#include <hybridattn/backend/cpu/cpu.hpp>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -14,7 +14,6 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
-#include <thread>
 
 namespace program {
 
@@ -75,8 +74,7 @@ class Options {
   }
   // More threads than the machine can start end a program without a word.
   void threads(int& value) {
-    int const most = std::max(64, 4 * static_cast<int>(std::thread::hardware_concurrency()));
-    number<int>("--threads", value, "0: all cores", 0, most);
+    number<int>("--threads", value, "0: all cores", 0, ha::Cpu::thread_limit());
   }
   // At least 0, or above it.
   void real(std::string const& name, double& value, std::string const& help, bool positive = false) {
