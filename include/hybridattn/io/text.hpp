@@ -2,7 +2,7 @@
 #ifndef HYBRIDATTN_IO_TEXT_HPP
 #define HYBRIDATTN_IO_TEXT_HPP
 
-#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/io/atomic_file.hpp>
 
 #include <algorithm>
@@ -61,7 +61,10 @@ inline std::string read_text(std::filesystem::path const& path) {
 inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
   check(!paths.empty(), "cannot read a text: no file is named");
   std::string text;
-  for (auto const& path : paths) text += read_text(path);
+  for (auto const& path : paths) {
+    std::string const next = read_text(path);
+    within_memory(text.size() + next.size(), "texts", [&] { text += next; });
+  }
   return text;
 }
 

@@ -83,7 +83,8 @@ template <class B, class T> std::vector<std::vector<T>> download_fields(B& backe
   std::vector<std::vector<T>> fields;
   for (auto const& path : entry.fields) {
     auto const elements = memory.at(path);
-    auto& field = fields.emplace_back(elements.size());
+    auto& field = fields.emplace_back();
+    resize(field, std::ssize(elements), "a copy of a tensor");
     if (!field.empty()) backend.download(field.data(), elements.data(), elements.size_bytes());
   }
   return fields;
@@ -91,7 +92,7 @@ template <class B, class T> std::vector<std::vector<T>> download_fields(B& backe
 template <class B, class T> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory<T> const& memory) {
   auto const released = weights.read<T>(entry);
   std::vector<std::vector<T>> fields;
-  for (auto const& path : entry.fields) fields.emplace_back(memory.at(path).size());
+  for (auto const& path : entry.fields) resize(fields.emplace_back(), std::ssize(memory.at(path)), "a copy of a tensor");
   auto next = released.begin();
   for_each_share(entry.groups, fields, [&](std::span<T> share) {
     std::copy_n(next, share.size(), share.begin());
@@ -159,7 +160,10 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
   for_each_tensor(
       backend, model, params,
       [&](std::string const& name, Extents const& shape, auto const& elements) {
-        writer.add(name, shape, kept.emplace_back(elements.begin(), elements.end()));
+        auto& copy = kept.emplace_back();
+        resize(copy, std::ssize(elements), "a copy of a tensor");
+        std::ranges::transform(elements, copy.begin(), [](auto element) { return static_cast<float>(element); });
+        writer.add(name, shape, copy);
       },
       format);
   writer.add_metadata("format", "pt");   // how the layout's readers know the file

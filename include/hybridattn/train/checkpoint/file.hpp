@@ -167,7 +167,7 @@ void write(B& backend, std::filesystem::path const& path, Json json, std::vector
   writer.add_metadata(metadata_key, std::move(text));
   std::vector<char> host;
   writer.write(path, [&](std::string_view bytes) {
-    host.resize(bytes.size());
+    resize(host, std::ssize(bytes), "a copy of a tensor");
     backend.download(host.data(), bytes.data(), bytes.size());
     return std::string_view(host.data(), host.size());
   });
