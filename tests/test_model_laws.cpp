@@ -455,6 +455,12 @@ TEST_CASE("a learning rate that takes a parameter out of the numbers is refused 
           std::string("step 2: the update of ") + first + " would make the parameter itself a NaN or an infinity");
   }
   BadStep<One, float> bad;
+  std::vector<std::int32_t> const tokens{4, 5}, targets{1, 2};
+  bad.batch = make_batch(bad.f.cpu, ha::Sequences::equal(1, 2), tokens, targets);
+  float& unused = out(bad.f.params.embedding).data[18 * 24];   // of a token that the batch has not
+  float const before = std::exchange(unused, std::nanf(""));
+  CHECK(bad.refused() == "step 2: the update of embedding would make the parameter itself a NaN or an infinity");
+  unused = before;
   for (double rate : {-1.0, std::nan(""), std::numeric_limits<double>::infinity()})
     CHECK_THAT(bad.refused({.rate = rate}), Contains("rate") && Contains("it must be a number >= 0"));
 }
@@ -521,7 +527,7 @@ TEST_CASE("a step on a batch without targets changes nothing but the count of st
   CHECK(optimizer.steps() == 1);
 }
 
-TEST_CASE("a batch without tokens is refused, made or put together by hand") {
+TEST_CASE("a batch without tokens, or of sequences without their beginning, is refused") {
   using Catch::Matchers::Contains;
   Fixture<One, float> f;
   std::vector<std::int32_t> const none;
@@ -530,4 +536,6 @@ TEST_CASE("a batch without tokens is refused, made or put together by hand") {
   CHECK_THROWS_WITH(make_batch(f.cpu, ha::Batch{}), Contains("batch: it has no tokens"));
   ha::AdamW optimizer{f.cpu, f.params};
   CHECK_THROWS_WITH(train_step(f.cpu, f.model, f.params, optimizer, ha::TokenBatch<ha::Cpu>{}), Contains("batch: it has no tokens"));
+  std::vector<Index> const past{2}, length{3};
+  CHECK_THROWS_WITH(f.logits(ha::Sequences::continuing(past, length), {1, 2, 3}), Contains("batch: a sequence follows tokens"));
 }

@@ -187,6 +187,13 @@ void layers() {
             elsewhere<B>("initialization"),
             row<B>("stage", &B::stage, {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})},
            [](B const& c) { return Layers::completed({c, {}}, 2).block; });
+  // The layers' stage is the block's.
+  B staged;
+  staged.stage = ha::Stage::sparse;
+  CHECK(Layers::completed({staged, {}}, 2).mixers.get<Sparse>().stage == ha::Stage::sparse);
+  auto alone = small();
+  alone.mixer<Sparse>().stage = ha::Stage::sparse;
+  CHECK_THROWS_WITH(Model{alone}, Catch::Matchers::Contains("DSA: the stage of its config is not that of the model"));
   using N = ha::RmsNorm::Options;
   judge<N>("RmsNorm::Options", {},
            {row<N>("weight", &N::weight, {ha::NormWeight::plain, ha::NormWeight::zero_centred}),

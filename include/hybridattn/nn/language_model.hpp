@@ -118,6 +118,7 @@ template <class S_> class LanguageModel {
   // The final normed activations stand in the result: hidden() and logits() read them.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
+    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};

@@ -32,7 +32,7 @@ template <AttentionPolicy... Policies> struct Stack {
   static Config completed(Config c, Index num_heads) {
     c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
-    return c;
+    return at(c, c.block.stage);
   }
 
   // With another stage of training.
@@ -98,6 +98,13 @@ template <AttentionPolicy... Policies> struct Stack {
  private:
   template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
     ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
+    (check_stage(Ps::name, c.mixers.template get<Ps>(), c.block.stage), ...);
+  }
+  // One stage for all layers: a policy alone in another one would compute something else than it trains.
+  static void check_stage(std::string_view policy, auto const& mixer, Stage stage) {
+    if constexpr (requires { mixer.stage; })
+      check(mixer.stage == Stage::language_model || mixer.stage == stage, policy, ": the stage of its config is not that of the model; ",
+            "leave it as it is, and give a step its stage: StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& mixer) {
