@@ -13,8 +13,10 @@
 namespace memory {
 
 inline std::atomic<std::ptrdiff_t> in_use = 0, peak = 0, takes = 0;
+inline std::size_t largest = ~std::size_t{0};   // block that can be had
 
 inline void* take(std::size_t bytes, std::size_t alignment) {
+  if (bytes > largest) throw std::bad_alloc();
   void* const block = std::aligned_alloc(alignment, (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment);
   if (block == nullptr) throw std::bad_alloc();
   ++takes;

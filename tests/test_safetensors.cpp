@@ -343,6 +343,29 @@ TEST_CASE("hostile headers are refused in memory and time that follow the size o
   }
 }
 
+TEST_CASE("a header that memory does not hold is an error") {
+  ScratchFolder const folder;
+  auto const path = folder.file("x.safetensors", with_length("{\"" + std::string(300'000, 'a') + "\":0}", ""));
+  auto const config = folder.file("config.json", "{\"a\": [" + std::string(300'000, ' ') + "]}");
+  for (std::size_t const largest : {100'000u, 400'000u}) {
+    std::string error, config_error = "no error";
+    memory::largest = largest;
+    try {
+      ha::Safetensors{path};
+    } catch (ha::Error const& refused) {
+      error = refused.what();
+    }
+    try {
+      ha::read_regular_file(config, 1'000'000, "x: ");
+    } catch (ha::Error const& refused) {
+      config_error = refused.what();
+    }
+    memory::largest = ~std::size_t{0};
+    CHECK_THAT(error, Contains("out of memory"));
+    CHECK_THAT(config_error, Contains(largest == 100'000 ? "out of memory: 300010 bytes for a file" : "no error"));
+  }
+}
+
 TEST_CASE("a tensor that is larger than the memory is an error of its reader") {
   ScratchFolder const folder;
   std::string const header = R"({"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}})";

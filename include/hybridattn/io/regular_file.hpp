@@ -3,7 +3,7 @@
 #ifndef HYBRIDATTN_IO_REGULAR_FILE_HPP
 #define HYBRIDATTN_IO_REGULAR_FILE_HPP
 
-#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/io/atomic_file.hpp>
 #include <hybridattn/io/escaped.hpp>
 
@@ -66,13 +66,14 @@ inline std::string read_regular_file(std::filesystem::path const& path, std::siz
   auto const check_size = [&](std::size_t size) {
     check(size <= largest, where, "it has ", size, " bytes or more; at most ", largest, " are allowed");
   };
-  std::size_t piece = size_of_file(file, where), read = 0;
-  check_size(piece);
+  std::size_t const size = size_of_file(file, where);
+  check_size(size);
   std::string text;
+  std::size_t read = 0;
   do {   // it may grow while it is read, and files of the system do not say their size
-    piece = std::max<std::size_t>(piece, 1 << 16);
-    text.resize(read + piece);
-    read += read_some(file, read, text.data() + read, piece, where);
+    std::size_t const room = std::max(size + 1, read + (1 << 16));
+    within_memory(room, "a file", [&] { text.resize(room); });
+    read += read_some(file, read, text.data() + read, room - read, where);
     check_size(read);
   } while (read == text.size());
   check(read > 0, where, "it is empty");

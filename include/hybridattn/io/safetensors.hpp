@@ -199,7 +199,8 @@ class Safetensors {
     check(length <= safetensors::max_header_bytes, where_, "a header of ", length, " bytes; at most ", safetensors::max_header_bytes,
           " are allowed");
     check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
-    std::string text(length, '\0');
+    std::string text;
+    within_memory(length, "the header of a file", [&] { text.resize(length); });
     read_at(8, text.data(), text.size());
     data_start_ = 8 + static_cast<std::size_t>(length);
     parse(text);
