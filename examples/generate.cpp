@@ -35,6 +35,8 @@ template <class Model> void check_length(Model const& model, std::vector<std::in
 // Streams to stdout; what it took to stderr. load() reads the parameters, once it is clear that they can be used.
 template <class Model, class Load> void run(ha::Cpu& cpu, Settings const& s, Model const& model, Load load) {
   auto const prompt = prompt_tokens(s, model.config().vocab_size);
+  program::check_memory(static_cast<double>(model.parameter_count()) * sizeof(float),
+                        "a model of " + std::to_string(model.parameter_count()) + " parameters");
   check_length(model, prompt, s.max_new_tokens);
   auto const params = load();
   if (s.as_bytes()) program::say_text(s.prompt);

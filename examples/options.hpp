@@ -114,6 +114,9 @@ class Options {
       throw Answer{app_.help()};
     } catch (CLI::CallForAllHelp const&) {
       throw Answer{app_.help()};
+    } catch (CLI::ArgumentMismatch const& error) {   // "At Most 1 required but received 2"
+      std::string const sentence = error.what();
+      ha::fail(sentence.find("At Most 1") == sentence.npos ? sentence : sentence.substr(0, sentence.find(':')) + " may be given only once");
     } catch (CLI::Error const& error) {
       ha::fail(error.what());
     }

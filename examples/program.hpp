@@ -24,6 +24,7 @@
 #include <ctime>
 #include <filesystem>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -138,6 +139,8 @@ template <class F> int exit_code_of(char const* name, F body) {
   } catch (ClosedPipe const&) {
     return closed_pipe_code;
   } catch (std::bad_alloc const&) {
+    complain(name, "there is not enough memory");
+  } catch (std::length_error const&) {   // more than memory has addresses
     complain(name, "there is not enough memory");
   } catch (std::exception const& error) {
     complain(name, error.what());

@@ -51,6 +51,10 @@ says 'not UTF-8' "$train" "$folder"/$'bad\xff' "${small[@]:1}" --out "$folder/re
 (ulimit -f 4; says 'too large' "$train" "${small[@]}" --out "$folder/refused"; exit $failures) || fail "a full disk"
 "$train" "${small[@]}" --steps 40 --out "$folder/refused" >/dev/full 2>"$folder/error"
 [[ $? == 2 ]] && grep -q 'cannot write to stdout' "$folder/error" || fail "a full stdout: $(cat "$folder/error")"
+cp "$folder/text" "$folder/both"
+says 'both' "$train" "$folder/both" "${small[@]:1}" --out "$folder/both"
+cmp -s "$folder/both" "$folder/text" || fail "a text is overwritten"
+says '--steps may be given only once' "$train" "${small[@]}" --steps 1 --steps 2
 compgen -G "$folder/refused*" >/dev/null && fail "something was written"
 
 # What is taken up is what was asked for.
