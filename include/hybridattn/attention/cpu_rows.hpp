@@ -91,10 +91,10 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
   constexpr int n = cpu::lanes<T>;
   Range<T> range;
   for (Index j = 0; j < keys.count; j += n) {
-    T const* row[n];
+    T const* row[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[n] = {};
+    cpu::Vec<T> sums[std::size_t{n}] = {};
     for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
       HYBRIDATTN_UNROLL
       for (int i = 0; i < n; ++i) {
@@ -166,10 +166,11 @@ template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index
 }
 
 // total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
-template <class T, class Piece, class Keys, int V = Piece::vectors>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T> (&total)[V]) {
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
   constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[chains][V] = {};
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
   auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
     T const* const row = rows[keys[j]];
     HYBRIDATTN_UNROLL
@@ -193,7 +194,7 @@ template <class T, class Dim, class Keys>
 HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[V];
+    cpu::Vec<T> total[std::size_t{V}];
     sum_piece<T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
@@ -204,7 +205,7 @@ template <class T, class Dim, class Keys>
 HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[V];
+    cpu::Vec<T> total[std::size_t{V}];
     sum_piece<T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);

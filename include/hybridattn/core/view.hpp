@@ -11,7 +11,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Extents, last one fastest. A wrong number of extents does not compile.
 template <int Rank> struct Shape {
-  Index extent[Rank > 0 ? Rank : 1] = {};
+  Index extent[std::size_t{Rank > 0 ? Rank : 1}] = {};
 
   Shape() = default;
   template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)

@@ -63,7 +63,7 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
 }
 // The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
 inline double budget_of_head(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
-  double const least = policy.in_double() ? std::numeric_limits<double>::min() : double{std::numeric_limits<float>::min()};
+  double const least = policy.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
   return least + (naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest);
 }

@@ -73,7 +73,7 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
   }
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> d_q[V] = {}, q[V], d_o[V];
+    cpu::Vec<T> d_q[std::size_t{V}] = {}, q[std::size_t{V}], d_o[std::size_t{V}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < V; ++i) {
       q[i] = piece.get(x.q, i);

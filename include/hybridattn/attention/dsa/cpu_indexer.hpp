@@ -24,7 +24,7 @@ template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence seq
         cpu::transpose<T>(keys.row(sequence.start + first) + d, keys.stride[0], to, panel_keys<T>);
         continue;
       }
-      alignas(cpu::vector_bytes) T square[n * n] = {};
+      alignas(cpu::vector_bytes) T square[std::size_t{n * n}] = {};
       for (Index i = first, row = 0; row < n && i < sequence.length; ++i, ++row)
         std::copy_n(keys.row(sequence.start + i) + d, std::min(n, DI - d), square + row * n);
       cpu::transpose<T>(square, n, to, panel_keys<T>);
@@ -54,7 +54,7 @@ template <int MR, class T>
 HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
   constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
-    cpu::Vec<T> sum[NV];
+    cpu::Vec<T> sum[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[v] = first_heads ? cpu::Vec<T>{} : cpu::load(scores + column + v * cpu::lanes<T>);
     cpu::tile<MR, NV, T>(

@@ -194,7 +194,7 @@ template <class T> class KlBackward {
       constexpr int V = piece.vectors;
       for (Index e = 0; e < keys.count; ++e) {
         T* const row = d_x_.index_k.row(sequence.start + keys.indices[e]);
-        cpu::Vec<T> sum[V];
+        cpu::Vec<T> sum[std::size_t{V}];
         HYBRIDATTN_UNROLL
         for (int v = 0; v < V; ++v) sum[v] = piece.get(row, v);
         for (Index j = 0; j < c_.index_heads; ++j) {

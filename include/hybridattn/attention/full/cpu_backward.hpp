@@ -61,7 +61,7 @@ template <class T, class Dim> class BackwardHead {
   // delta of one vector of queries, in the order in which a tile sums d_o . v: where one key takes all, their difference is 0.
   void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
     constexpr int n = cpu::lanes<T>;
-    alignas(cpu::vector_bytes) T o_t[n * n];
+    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
     Vec delta{};
     for (Index d = 0; d < D_; d += n) {
       transpose_square(o, first, length_, d, o_t, n);

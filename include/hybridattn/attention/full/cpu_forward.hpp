@@ -164,7 +164,7 @@ template <class T, class Dim> class ForwardBlock {
 
   // (2), (3)
   void finish(Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
-    alignas(cpu::vector_bytes) T inverse[queries], logarithm[queries];
+    alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
     attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
       Vec const score = cpu::in_register<T>(size_ * reference_[v]);   // rounded, as backward rounds it

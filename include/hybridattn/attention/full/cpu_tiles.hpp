@@ -35,7 +35,7 @@ template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Inde
     cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
     return;
   }
-  alignas(cpu::vector_bytes) T rows[n * n] = {};
+  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
   for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
   cpu::transpose<T>(rows, n, to, to_stride);
 }
@@ -54,7 +54,7 @@ struct Band {
 // cpu::tile over a band. Every sum runs over k in order.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
-  cpu::Vec<T> sum[MR][NV];
+  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
@@ -62,7 +62,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T>
   }
   auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
     if (k < 0 || k >= band.depth) return;
-    cpu::Vec<T> column[NV];
+    cpu::Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
     HYBRIDATTN_UNROLL

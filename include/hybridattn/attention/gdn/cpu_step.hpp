@@ -20,7 +20,7 @@ template <class T> struct Token {
 // `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
 template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
   auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
-  Vec<T> with_k[N] = {}, with_q[N] = {}, delta[N];
+  Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
   for (Index a = 0; a < t.K; ++a) {
     HYBRIDATTN_UNROLL
     for (int n = 0; n < N; ++n) {

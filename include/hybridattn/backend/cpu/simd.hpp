@@ -189,12 +189,12 @@ HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
 template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
   constexpr int n = lanes<T>;
   using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[n];
+  Vec<T> rows[std::size_t{n}];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
   // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
   for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[n];
+    Vec<T> next[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n / 2; ++i) {
       next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});

@@ -23,14 +23,14 @@ template <class T> struct Columns {
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[MR][NV];
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
   }
   for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[NV];
+    Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
     HYBRIDATTN_UNROLL
