@@ -86,7 +86,7 @@ for signal in INT TERM; do
   pid=$!
   until [[ $(cat /proc/$pid/comm) == "$(basename "$sweep")" ]] && ls -l /proc/$pid/fd | grep -q "$folder/fifo" || ! kill -0 $pid; do sleep 0.01; done 2>/dev/null   # it reads
   kill -$signal $pid
-  for _ in {1..500}; do kill -0 $pid 2>/dev/null && sleep 0.01; done
+  for _ in {1..60000}; do kill -0 $pid 2>/dev/null && sleep 0.01; done
   kill -KILL $pid 2>/dev/null && complain "SIG$signal does not end the wait for a text"
   wait $pid 2>/dev/null
   (($? == 128 + $(kill -l $signal))) || complain "SIG$signal does not end the wait for a text"

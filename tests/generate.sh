@@ -85,7 +85,7 @@ for signal in INT TERM; do
   train_pid=$!
   until [[ $(cat /proc/$train_pid/comm) == "$(basename "$train")" ]] && ls -l /proc/$train_pid/fd | grep -q "$folder/fifo" || ! kill -0 $train_pid; do sleep 0.01; done 2>/dev/null   # it reads
   kill -$signal $train_pid
-  for _ in {1..500}; do kill -0 $train_pid 2>/dev/null && sleep 0.01; done
+  for _ in {1..60000}; do kill -0 $train_pid 2>/dev/null && sleep 0.01; done
   kill -KILL $train_pid 2>/dev/null && fail "SIG$signal does not end the wait for a text"
   wait $train_pid 2>/dev/null
   [[ $? == $((128 + $(kill -l $signal))) ]] || fail "SIG$signal does not end the wait for a text"

@@ -92,7 +92,7 @@ template <class Model> void train(ha::Cpu& cpu, Model const& model, auto& params
 template <class F> int in_child(F f) {
   pid_t const child = fork();
   if (child == 0) {
-    alarm(20);
+    alarm(1800);   // a hang, on the slowest machine too
     int code = 99;
     try {
       code = f();
