@@ -8,11 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <version>
 
 // ==== hybridattn/core/config.hpp
 // What the compiler is and what it can do. The only header that asks.
@@ -54,7 +56,7 @@
 // What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
 // Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes a type of the library links only where the flags are the same.
+// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -84,16 +86,35 @@
 #else
 #define HYBRIDATTN_ABI_CHECKS
 #endif
+#if defined(__OPTIMIZE__)   // compilers form FMAs, and round less, only when they optimise
+#define HYBRIDATTN_ABI_OPTIMIZED
+#else
+#define HYBRIDATTN_ABI_OPTIMIZED _O0
+#endif
 #if HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
+#elif defined(__clang__)
+#define HYBRIDATTN_ABI_COMPILER _clang
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#define HYBRIDATTN_ABI_STD _libcxx
+#elif defined(_GLIBCXX_DEBUG)
+#define HYBRIDATTN_ABI_STD _std_debug
+#else
+#define HYBRIDATTN_ABI_STD
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_COMPILER)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+
+// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+namespace hybridattn {
+inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
+}  // namespace hybridattn
 
 #endif
 
@@ -126,6 +147,68 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/sizes.hpp
+// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+#ifndef HYBRIDATTN_CORE_SIZES_HPP
+#define HYBRIDATTN_CORE_SIZES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// What counts tokens, positions, sequences and experts in tables of int32.
+inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
+
+namespace detail {
+
+[[noreturn]] inline void fail_sizes(Index const* sizes, int number) {
+  std::ostringstream list;
+  bool negative = false;
+  for (int i = 0; i < number; ++i) {
+    list << (i == 0 ? "" : ", ") << sizes[i];
+    negative = negative || sizes[i] < 0;
+  }
+  if (negative) fail("sizes [", list.str(), "]: none may be below 0");
+  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+}
+// A 0 makes the product 0, but excuses no size beside it.
+constexpr Index product(Index const* sizes, int number) {
+  Index all = 1;
+  bool empty = false, counts = true;
+  for (int i = 0; i < number; ++i) {
+    counts = counts && sizes[i] >= 0 && !__builtin_mul_overflow(all, sizes[i] == 0 ? 1 : sizes[i], &all);
+    empty = empty || sizes[i] == 0;
+  }
+  if (!counts) fail_sizes(sizes, number);
+  return empty ? 0 : all;
+}
+
+}  // namespace detail
+
+// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
+  Index const list[] = {static_cast<Index>(sizes)...};
+  return detail::product(list, sizeof...(Sizes));
+}
+// The sum of two sizes. Throws Error as size_product does.
+inline Index size_sum(Index a, Index b) {
+  Index total = 0;
+  bool const counts = a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, &total);
+  check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
+  return total;
+}
+// How many bytes `count` elements take. Throws Error as size_product does.
+inline std::size_t byte_count(Index count, std::size_t element) {
+  Index bytes = 0;
+  bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
+  check(counts, count, " elements of ", element, " bytes: their number must be 0 or more, and their bytes at most ",
+        std::numeric_limits<Index>::max());
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/view.hpp
 // Extents and views: somebody else's elements, small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
@@ -133,18 +216,19 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-using Index = std::ptrdiff_t;
-
 // Extents, last one fastest. A wrong number of extents does not compile.
 template <int Rank> struct Shape {
-  Index extent[Rank > 0 ? Rank : 1] = {};
+  Index extent[std::size_t{Rank > 0 ? Rank : 1}] = {};
 
   Shape() = default;
   template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  HYBRIDATTN_HD constexpr Index count() const {
+  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  constexpr Index count() const { return detail::product(extent, Rank); }
+  // The same of sizes that stand in memory already.
+  HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
     return product;
@@ -172,7 +256,7 @@ template <class T, int Rank> struct View {
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
-  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.counted(); }
   HYBRIDATTN_HD bool is_contiguous() const {
     Index step = 1;
     for (int axis = Rank; axis-- > 0; step *= shape[axis])
@@ -208,7 +292,7 @@ template <class T, int Rank> struct View {
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
-  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.counted() / rows}};
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }

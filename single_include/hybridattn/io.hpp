@@ -16,20 +16,23 @@
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <fcntl.h>
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <iterator>
 #include <limits>
 #include <map>
+#include <mutex>
 #include <new>
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <span>
 #include <sstream>
@@ -43,6 +46,7 @@
 #include <unistd.h>
 #include <utility>
 #include <vector>
+#include <version>
 
 // ==== hybridattn/core/config.hpp
 // What the compiler is and what it can do. The only header that asks.
@@ -84,7 +88,7 @@
 // What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
 // Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes a type of the library links only where the flags are the same.
+// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -114,16 +118,35 @@
 #else
 #define HYBRIDATTN_ABI_CHECKS
 #endif
+#if defined(__OPTIMIZE__)   // compilers form FMAs, and round less, only when they optimise
+#define HYBRIDATTN_ABI_OPTIMIZED
+#else
+#define HYBRIDATTN_ABI_OPTIMIZED _O0
+#endif
 #if HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
+#elif defined(__clang__)
+#define HYBRIDATTN_ABI_COMPILER _clang
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#define HYBRIDATTN_ABI_STD _libcxx
+#elif defined(_GLIBCXX_DEBUG)
+#define HYBRIDATTN_ABI_STD _std_debug
+#else
+#define HYBRIDATTN_ABI_STD
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_COMPILER)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+
+// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+namespace hybridattn {
+inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
+}  // namespace hybridattn
 
 #endif
 
@@ -167,6 +190,13 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // instead, as on a full disk. It changes the whole process, so it is for main() to call.
 inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
 
+// f(), a call of the system, once more each time that a signal cut it short.
+template <class F> auto uninterrupted(F f) {
+  auto result = f();
+  while (result < 0 && errno == EINTR) result = f();
+  return result;
+}
+
 // An open file of the system, closed at the brace.
 class FileDescriptor {
  public:
@@ -183,8 +213,8 @@ class FileDescriptor {
   int number() const { return number_; }
   explicit operator bool() const { return number_ >= 0; }
 
-  // Closes now; false when the system reports only here that what was written is lost.
-  bool close() { return ::close(std::exchange(number_, -1)) == 0; }
+  // Closes now; false when the system reports only here that what was written is lost. A signal does not keep it open.
+  bool close() { return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR; }
 
  private:
   int number_ = -1;
@@ -214,23 +244,37 @@ inline void remove_abandoned(std::filesystem::path const& path) {
   }
 }
 
+// The file that a write to `path` reaches: a symbolic link stands for its target, whether that is there or not.
+inline std::filesystem::path target_of(std::filesystem::path path) {
+  std::error_code error;
+  for (int links = 0; std::filesystem::is_symlink(std::filesystem::symlink_status(path, error)); ++links) {
+    check(links < 40, "cannot write ", path, ": too many symbolic links, one behind the other");
+    auto const next = std::filesystem::read_symlink(path, error);
+    check(!error, "cannot write ", path, ": ", error.message());
+    path = path.parent_path() / next;   // where the link stands, unless it is absolute
+  }
+  return path;
+}
+
 // A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
-// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. Every
+// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. A file that is
+// replaced hands on its mode and, where that is allowed, its owner; a symbolic link stays, and its target is replaced. Every
 // failure is an Error that names the file.
 class AtomicFile {
  public:
-  explicit AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
-    std::error_code ignored;
-    auto const status = std::filesystem::status(path_, ignored);
-    check(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status), "cannot write ", path_,
-          ": it is there and is not a file");
+  explicit AtomicFile(std::filesystem::path const& path) : path_(target_of(path)) {
+    check(path_.has_filename(), "cannot write ", path, ": it is not the name of a file");
+    struct stat old;
+    bool const replaces = ::stat(path_.c_str(), &old) == 0;
+    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it is there and is not a file");
     remove_abandoned(path_);
     for (int attempt = 0; !file_; ++attempt) {
       temporary_ = partial_name(path_.string(), ::getpid(), attempt);
-      file_ = FileDescriptor{::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)};
+      file_ = FileDescriptor{uninterrupted([&] { return ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666); })};
       if (!file_ && (errno != EEXIST || attempt == 1000)) fail_with(errno);
       if (file_ && !lock()) file_ = FileDescriptor{};
     }
+    if (replaces && !inherit(old)) discard_and_fail(errno);
   }
   AtomicFile(AtomicFile const&) = delete;
   AtomicFile& operator=(AtomicFile const&) = delete;
@@ -239,21 +283,21 @@ class AtomicFile {
   void write(std::string_view contents) {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
     while (!contents.empty()) {
-      auto const written = ::write(file_.number(), contents.data(), contents.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) discard_and_fail(errno);
+      auto const written = uninterrupted([&] { return ::write(file_.number(), contents.data(), contents.size()); });
+      if (written <= 0) discard_and_fail(written < 0 ? errno : EIO);
       contents.remove_prefix(static_cast<std::size_t>(written));
     }
   }
   void commit() {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
-    if (::fsync(file_.number()) != 0 && errno != EINVAL) discard_and_fail(errno);
+    if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0 && errno != EINVAL) discard_and_fail(errno);
     FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
     if (!file_.close()) discard_and_fail(errno);
-    if (::rename(temporary_.c_str(), path_.c_str()) != 0) discard_and_fail(errno);
+    if (uninterrupted([&] { return ::rename(temporary_.c_str(), path_.c_str()); }) != 0) discard_and_fail(errno);
     temporary_.clear();
     sync_folder();
   }
+  // What the name that was given leads to.
   std::filesystem::path const& path() const { return path_; }
 
  private:
@@ -269,16 +313,22 @@ class AtomicFile {
     if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
     return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
   }
+  // Owner first: a new owner takes away some of the mode. Where files may not be given away, it stays ours.
+  bool inherit(struct stat const& old) const {
+    [[maybe_unused]] bool const given = ::fchown(file_.number(), old.st_uid, old.st_gid) == 0;
+    return ::fchmod(file_.number(), old.st_mode & 0777) == 0;
+  }
   void discard() noexcept {
     file_ = FileDescriptor{};
     if (!temporary_.empty()) ::unlink(temporary_.c_str());
     temporary_.clear();
   }
-  // The new name survives a power cut too, where the file system can promise that.
+  // The new name survives a power cut too, where the file system can promise that; one that fails at it says so.
   void sync_folder() const {
     auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
-    FileDescriptor const opened{::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
-    if (opened) ::fsync(opened.number());
+    FileDescriptor const opened{uninterrupted([&] { return ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); })};
+    if (!opened || uninterrupted([&] { return ::fsync(opened.number()); }) == 0) return;
+    if (errno == EIO || errno == ENOSPC || errno == EDQUOT) fail_with(errno);
   }
 
   std::filesystem::path path_, temporary_;
@@ -294,6 +344,134 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/sizes.hpp
+// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+#ifndef HYBRIDATTN_CORE_SIZES_HPP
+#define HYBRIDATTN_CORE_SIZES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// What counts tokens, positions, sequences and experts in tables of int32.
+inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
+
+namespace detail {
+
+[[noreturn]] inline void fail_sizes(Index const* sizes, int number) {
+  std::ostringstream list;
+  bool negative = false;
+  for (int i = 0; i < number; ++i) {
+    list << (i == 0 ? "" : ", ") << sizes[i];
+    negative = negative || sizes[i] < 0;
+  }
+  if (negative) fail("sizes [", list.str(), "]: none may be below 0");
+  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+}
+// A 0 makes the product 0, but excuses no size beside it.
+constexpr Index product(Index const* sizes, int number) {
+  Index all = 1;
+  bool empty = false, counts = true;
+  for (int i = 0; i < number; ++i) {
+    counts = counts && sizes[i] >= 0 && !__builtin_mul_overflow(all, sizes[i] == 0 ? 1 : sizes[i], &all);
+    empty = empty || sizes[i] == 0;
+  }
+  if (!counts) fail_sizes(sizes, number);
+  return empty ? 0 : all;
+}
+
+}  // namespace detail
+
+// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
+  Index const list[] = {static_cast<Index>(sizes)...};
+  return detail::product(list, sizeof...(Sizes));
+}
+// The sum of two sizes. Throws Error as size_product does.
+inline Index size_sum(Index a, Index b) {
+  Index total = 0;
+  bool const counts = a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, &total);
+  check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
+  return total;
+}
+// How many bytes `count` elements take. Throws Error as size_product does.
+inline std::size_t byte_count(Index count, std::size_t element) {
+  Index bytes = 0;
+  bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
+  check(counts, count, " elements of ", element, " bytes: their number must be 0 or more, and their bytes at most ",
+        std::numeric_limits<Index>::max());
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/view.hpp
 // Extents and views: somebody else's elements, small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
@@ -301,18 +479,19 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-using Index = std::ptrdiff_t;
-
 // Extents, last one fastest. A wrong number of extents does not compile.
 template <int Rank> struct Shape {
-  Index extent[Rank > 0 ? Rank : 1] = {};
+  Index extent[std::size_t{Rank > 0 ? Rank : 1}] = {};
 
   Shape() = default;
   template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  HYBRIDATTN_HD constexpr Index count() const {
+  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  constexpr Index count() const { return detail::product(extent, Rank); }
+  // The same of sizes that stand in memory already.
+  HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
     return product;
@@ -340,7 +519,7 @@ template <class T, int Rank> struct View {
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
-  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.counted(); }
   HYBRIDATTN_HD bool is_contiguous() const {
     Index step = 1;
     for (int axis = Rank; axis-- > 0; step *= shape[axis])
@@ -376,12 +555,402 @@ template <class T, int Rank> struct View {
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
-  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.counted() / rows}};
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
 // All elements in a line.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/io/escaped.hpp
+// Words out of files that came from anywhere, fit for an error message.
+#ifndef HYBRIDATTN_IO_ESCAPED_HPP
+#define HYBRIDATTN_IO_ESCAPED_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace utf8 {
+
+struct Character {
+  std::size_t bytes = 0;   // 0: the text does not start with a character
+  std::uint32_t point = 0;
+};
+
+// The first character of a text that is not empty. Overlong forms and surrogates are none.
+inline Character first_character(std::string_view text) {
+  auto const byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  std::uint32_t const lead = byte(0);
+  if (lead < 0x80) return {1, lead};
+  std::size_t const bytes = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+  static constexpr std::uint32_t smallest[] = {0, 0, 0x80, 0x800, 0x10000};
+  if (lead < 0xc2 || lead > 0xf4 || text.size() < bytes) return {};
+  std::uint32_t point = lead & (0x7fu >> bytes);
+  for (std::size_t i = 1; i < bytes; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) return {};
+    point = point << 6 | (byte(i) & 0x3fu);
+  }
+  bool const exists = point >= smallest[bytes] && point <= 0x10ffff && (point < 0xd800 || point > 0xdfff);
+  return exists ? Character{bytes, point} : Character{};
+}
+
+// What a terminal obeys, or shows as nothing, in place of a letter: control characters, directions, invisible marks.
+inline bool is_plain(std::uint32_t point) {
+  struct Range {
+    std::uint32_t first, last;
+  };
+  static constexpr Range hidden[] = {{0, 0x1f},        {0x7f, 0x9f},     {0xad, 0xad},       {0x61c, 0x61c},
+                                     {0x180e, 0x180e}, {0x200b, 0x200f}, {0x2028, 0x202e},   {0x2060, 0x206f},
+                                     {0xfeff, 0xfeff}, {0xfff9, 0xfffb}, {0xe0000, 0xe0fff}, {0xf0000, 0x10ffff}};
+  return std::ranges::none_of(hidden, [&](Range range) { return range.first <= point && point <= range.last; });
+}
+
+inline void append_hex(std::string& text, std::uint32_t number, int digits) {
+  while (digits < 6 && number >> (4 * digits) != 0) ++digits;
+  while (digits-- > 0) text += "0123456789abcdef"[number >> (4 * digits) & 15];
+}
+
+}  // namespace utf8
+
+// A text on one line, of at most `longest` bytes before it is cut. What is no plain character is written \x1b, \u{202e}.
+inline std::string one_line(std::string_view text, std::size_t longest = 4096) {
+  std::string line;
+  while (!text.empty()) {
+    auto const [bytes, point] = utf8::first_character(text);
+    std::string next{text.substr(0, std::max<std::size_t>(bytes, 1))};
+    if (bytes == 0 || point < 0x20 || point == 0x7f) {
+      std::uint32_t const byte = static_cast<unsigned char>(text[0]);
+      next = "\\x";
+      utf8::append_hex(next, byte, 2);
+    } else if (!utf8::is_plain(point)) {
+      next = "\\u{";
+      utf8::append_hex(next, point, 2);
+      next += '}';
+    } else if (point == '\\') {
+      next = "\\\\";
+    }
+    if (line.size() + next.size() > longest) return line + "...";
+    line += next;
+    text.remove_prefix(std::max<std::size_t>(bytes, 1));
+  }
+  return line;
+}
+
+// A name, in quotes.
+inline std::string escaped(std::string_view name) { return "'" + one_line(name, 80) + "'"; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/io/json.hpp
+// JSON out of files that came from anywhere. Parsing takes bounded memory and stack, and every error names its place.
+#ifndef HYBRIDATTN_IO_JSON_HPP
+#define HYBRIDATTN_IO_JSON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace strict_json {
+
+using Json = nlohmann::json;
+
+// Real files stay far below both. A value takes some 50 bytes beside its text.
+inline constexpr std::size_t max_depth = 64, max_values = 1'000'000;
+
+enum class Bound { whole, members };   // whether max_values is for all of the object, or for each of its members
+
+// Where the parser is in a text: it reads through this iterator, which leaves its place behind.
+struct Characters {
+  using iterator_category = std::forward_iterator_tag;
+  using value_type = char;
+  using difference_type = std::ptrdiff_t;
+  using pointer = char const*;
+  using reference = char const&;
+
+  char const* here = nullptr;
+  char const** furthest = nullptr;
+
+  reference operator*() const { return *here; }
+  Characters& operator++() {
+    *furthest = ++here;
+    return *this;
+  }
+  Characters operator++(int) {
+    auto before = *this;
+    ++*this;
+    return before;
+  }
+  friend bool operator==(Characters const& a, Characters const& b) { return a.here == b.here; }
+};
+
+// Hands out the members of the outermost object, one at a time. It throws at whatever is no JSON, at a key that an object has
+// twice (readers differ in which of the two they believe), and at more depth or values than any real file has.
+class Reader final : public nlohmann::json_sax<Json> {
+ public:
+  using Take = std::function<void(std::string const& key, Json&& value)>;
+
+  Reader(std::string_view text, std::string const& where, Bound bound, Take take)
+      : text_(text), where_(where), bound_(bound), take_(std::move(take)) {}
+
+  void read() {
+    constexpr std::string_view mark = "\xef\xbb\xbf";
+    if (text_.starts_with(mark)) fail_at(0, "it begins with a byte order mark");
+    if (auto const nul = text_.find('\0'); nul != text_.npos) fail_at(nul, "a NUL byte");
+    auto const start = text_.find_first_not_of(" \t\r\n");
+    if (start == text_.npos || text_[start] != '{') fail_at(start == text_.npos ? text_.size() : start, "not a JSON object");
+    furthest_ = text_.data();
+    Json::sax_parse(Characters{text_.data(), &furthest_}, Characters{text_.data() + text_.size(), &furthest_}, this);
+  }
+
+  bool null() override { return add(Json{}); }
+  bool boolean(bool value) override { return add(Json(value)); }
+  bool number_integer(Json::number_integer_t value) override { return add(Json(value)); }
+  bool number_unsigned(Json::number_unsigned_t value) override { return add(Json(value)); }
+  bool number_float(Json::number_float_t value, Json::string_t const&) override { return add(Json(value)); }
+  bool string(Json::string_t& value) override { return add(Json(std::move(value))); }
+  bool binary(Json::binary_t&) override { fail_here("binary data"); }
+  bool start_object(std::size_t) override { return open(Json::object()); }
+  bool start_array(std::size_t) override { return open(Json::array()); }
+  bool key(Json::string_t& value) override {
+    bool const is_new = open_.empty() ? keys_.insert(value).second : !open_.back()->contains(value);
+    if (!is_new) fail_here("the key ", escaped(value), " stands twice in one object");
+    (open_.empty() ? member_key_ : key_) = std::move(value);
+    return true;
+  }
+  bool end_object() override { return close(); }
+  bool end_array() override { return close(); }
+  bool parse_error(std::size_t read, std::string const&, Json::exception const& error) override {
+    constexpr int number_overflow = 406;
+    if (error.id == number_overflow) fail_here("a number that is too large");
+    fail_at(read - 1, "not JSON: ", what_is_wrong(read - 1));
+  }
+
+ private:
+  template <class... Parts> [[noreturn]] void fail_at(std::size_t place, Parts const&... parts) const {
+    auto const before = text_.substr(0, place);
+    auto const line = std::ranges::count(before, '\n') + 1;
+    auto const column = place - (before.find_last_of('\n') + 1) + 1;   // npos + 1 is 0
+    fail(where_, "line ", line, ", column ", column, ": ", parts...);
+  }
+  // At the last character that the parser has read.
+  template <class... Parts> [[noreturn]] void fail_here(Parts const&... parts) const {
+    fail_at(static_cast<std::size_t>(std::max<std::ptrdiff_t>(furthest_ - text_.data(), 1)) - 1, parts...);
+  }
+
+  std::string what_is_wrong(std::size_t place) const {
+    if (place >= text_.size()) return "it ends too early";
+    char const found = text_[place];
+    auto const before = text_.substr(0, place).find_last_not_of(" \t\r\n");
+    if (found == '/' || found == '#') return "it has no comments";
+    if ((found == '}' || found == ']') && before != text_.npos && text_[before] == ',') return "a comma before " + escaped({&found, 1});
+    if (found == 'N' || found == 'I') return "it has no NaN and no Infinity";
+    return "unexpected " + escaped({&found, 1});
+  }
+
+  bool add(Json value) {
+    place_value(std::move(value));
+    if (open_.empty()) hand_out();
+    return true;
+  }
+  bool open(Json value) {
+    if (!started_) return started_ = true;   // the outermost object
+    if (open_.size() + 2 > max_depth) fail_here("nested deeper than ", max_depth, " levels");
+    open_.push_back(&place_value(std::move(value)));
+    return true;
+  }
+  bool close() {
+    if (open_.empty()) return true;
+    open_.pop_back();
+    if (open_.empty()) hand_out();
+    return true;
+  }
+  Json& place_value(Json value) {
+    if (++values_ > max_values) fail_here("more than ", max_values, " values");
+    if (open_.empty()) return member_ = std::move(value);
+    Json& parent = *open_.back();
+    if (!parent.is_array()) return parent[key_] = std::move(value);
+    parent.push_back(std::move(value));
+    return parent.back();
+  }
+  void hand_out() {
+    take_(member_key_, std::move(member_));
+    member_ = Json{};
+    if (bound_ == Bound::members) values_ = 0;
+  }
+
+  std::string_view text_;
+  std::string const& where_;
+  Bound bound_;
+  Take take_;
+  char const* furthest_ = nullptr;
+  bool started_ = false;
+  std::size_t values_ = 0;
+  std::set<std::string> keys_;   // of the outermost object
+  std::string member_key_, key_;
+  Json member_;
+  std::vector<Json*> open_;   // inside the member
+};
+
+}  // namespace strict_json
+
+// take(key, value) for the members of the object that a text is, in order; none is kept. `where` is how an error begins.
+inline void for_each_json_member(std::string_view text, std::string const& where, strict_json::Reader::Take const& take) {
+  within_memory(text.size(), "the JSON of a file", [&] { strict_json::Reader(text, where, strict_json::Bound::members, take).read(); });
+}
+// The object that a text is.
+inline nlohmann::json parse_json(std::string_view text, std::string const& where) {
+  auto object = nlohmann::json::object();
+  auto const keep = [&](std::string const& key, nlohmann::json&& value) { object[key] = std::move(value); };
+  within_memory(text.size(), "the JSON of a file", [&] { strict_json::Reader(text, where, strict_json::Bound::whole, keep).read(); });
+  return object;
+}
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/io/regular_file.hpp
+// Files that cannot be pipes or devices: configurations and weights. They are opened without waiting, or the error says what
+// stands there, and what lies in a file that is not what its name says.
+#ifndef HYBRIDATTN_IO_REGULAR_FILE_HPP
+#define HYBRIDATTN_IO_REGULAR_FILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace regular_file {
+
+inline std::string reason(int error) {
+  if (error == ENOENT || error == ENOTDIR) return "there is no such file";
+  if (error == ELOOP) return "it is a loop of symbolic links";
+  return error == EACCES ? "no permission" : std::strerror(error);
+}
+inline char const* kind(mode_t mode) {
+  if (S_ISDIR(mode)) return "a folder";
+  if (S_ISFIFO(mode)) return "a pipe";
+  if (S_ISSOCK(mode)) return "a socket";
+  return S_ISCHR(mode) || S_ISBLK(mode) ? "a device" : "something else";
+}
+
+}  // namespace regular_file
+
+// The file for reading; `where` is how an error begins. A pipe is refused before it is opened, as opening one may wait for
+// ever; symbolic links are followed.
+inline FileDescriptor open_regular_file(std::filesystem::path const& path, std::string const& where) {
+  struct stat status;
+  auto const check_regular = [&](bool known) {
+    check(known, where, regular_file::reason(errno));
+    check(S_ISREG(status.st_mode), where, "it is ", regular_file::kind(status.st_mode), ", not a regular file");
+  };
+  check_regular(::stat(path.c_str(), &status) == 0);
+  FileDescriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
+  check_regular(static_cast<bool>(file) && ::fstat(file.number(), &status) == 0);
+  return file;
+}
+
+inline std::size_t size_of_file(FileDescriptor const& file, std::string const& where) {
+  struct stat status;
+  check(::fstat(file.number(), &status) == 0, where, std::strerror(errno));
+  return static_cast<std::size_t>(status.st_size);
+}
+
+// Up to `count` bytes from `offset` on; fewer only at the end of the file.
+inline std::size_t read_some(FileDescriptor const& file, std::size_t offset, char* into, std::size_t count, std::string const& where) {
+  std::size_t done = 0;
+  while (done < count) {
+    auto const got = ::pread(file.number(), into + done, count - done, static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    check(got >= 0, where, std::strerror(errno));
+    if (got == 0) break;
+    done += static_cast<std::size_t>(got);
+  }
+  return done;
+}
+
+// All of a file that is not empty and has at most `largest` bytes.
+inline std::string read_regular_file(std::filesystem::path const& path, std::size_t largest, std::string const& where) {
+  auto const file = open_regular_file(path, where);
+  auto const check_size = [&](std::size_t size) {
+    check(size <= largest, where, "it has ", size, " bytes or more; at most ", largest, " are allowed");
+  };
+  std::size_t const size = size_of_file(file, where);
+  check_size(size);
+  std::string text;
+  std::size_t read = 0;
+  do {   // it may grow while it is read, and files of the system do not say their size
+    std::size_t const room = std::max(size + 1, read + (1 << 16));
+    within_memory(room, "a file", [&] { text.resize(room); });
+    read += read_some(file, read, text.data() + read, room - read, where);
+    check_size(read);
+  } while (read == text.size());
+  check(read > 0, where, "it is empty");
+  text.resize(read);
+  return text;
+}
+
+namespace regular_file {
+
+struct Beginning {
+  std::string_view bytes, kind;
+};
+inline constexpr std::array beginnings = {Beginning{"version https://git-lfs.github.com/spec/",
+                                                    "a git-lfs pointer: the file itself was not downloaded (git lfs pull fetches it)"},
+                                          Beginning{"PK\x03\x04", "a zip archive, as PyTorch's .bin and .pt files are"},
+                                          Beginning{"\x80\x02", "a Python pickle, as PyTorch's older files are"},
+                                          Beginning{"\x80\x03", "a Python pickle"},
+                                          Beginning{"\x80\x04", "a Python pickle"},
+                                          Beginning{"\x80\x05", "a Python pickle"},
+                                          Beginning{"GGUF", "a GGUF file"},
+                                          Beginning{"\x93NUMPY", "a NumPy file"},
+                                          Beginning{"\x89HDF\r\n", "an HDF5 file"},
+                                          Beginning{"\x1f\x8b", "a gzip file"},
+                                          Beginning{"\xfd"
+                                                    "7zXZ",
+                                                    "an xz file"},
+                                          Beginning{"\x28\xb5\x2f\xfd", "a zstd file"},
+                                          Beginning{"BZh", "a bzip2 file"},
+                                          Beginning{"%PDF-", "a PDF file"},
+                                          Beginning{"\x89PNG", "an image"},
+                                          Beginning{"\x7f"
+                                                    "ELF",
+                                                    "a program"}};
+
+inline std::string_view without_space(std::string_view text) {
+  if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
+  return text.substr(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
+}
+inline bool starts_like(std::string_view text, std::string_view lower) {
+  return text.size() >= lower.size() && std::ranges::equal(text.substr(0, lower.size()), lower, [](char a, char b) {
+           return (a >= 'A' && a <= 'Z' ? static_cast<char>(a + ('a' - 'A')) : a) == b;
+         });
+}
+
+}  // namespace regular_file
+
+// What a file is that begins with these bytes (512 are enough), where that is easily told; else nothing.
+inline std::string kind_of_file(std::string_view head) {
+  for (auto const& [bytes, kind] : regular_file::beginnings)
+    if (head.starts_with(bytes)) return std::string(kind);
+  auto const text = regular_file::without_space(head);
+  for (std::string_view const tag : {"<!doctype html", "<html", "<head", "<body"})
+    if (regular_file::starts_like(text, tag)) return "an HTML page";
+  if (text.starts_with("<?xml")) return "an XML file";
+  if (head.size() > 262 && head.substr(257, 5) == "ustar") return "a tar archive";
+  if (head.size() > 8 && head.find_first_not_of('\0') == head.npos)
+    return "a file that begins with zeros only, as an unfinished download does";
+  return "";
+}
+// The same, and whether it is a text.
+inline std::string kind_of_file_or_text(std::string_view head) {
+  if (auto kind = kind_of_file(head); !kind.empty()) return kind;
+  auto const begins = " that begins " + escaped(head);
+  if (auto const text = regular_file::without_space(head); text.starts_with('{') || text.starts_with('[')) return "a JSON text" + begins;
+  for (auto rest = head; !rest.empty();) {
+    auto const [bytes, point] = utf8::first_character(rest);
+    bool const cut = rest.size() < 4 && head.size() > 500;   // in the middle of a character
+    if (!cut && (bytes == 0 || (point < 32 && point != '\t' && point != '\n' && point != '\r'))) return "";
+    rest.remove_prefix(std::max<std::size_t>(bytes, 1));
+  }
+  return head.empty() ? "" : "a text" + begins;
+}
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -392,7 +961,8 @@ template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { re
 //   {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"policy": "gdn"}}
 //
 // A file comes from anywhere: the reader believes nothing. The tensors must cover the data exactly, without overlap or
-// hole, and every count is checked before a byte is taken for it.
+// hole, and every count is checked before a byte is taken for it. A tensor may be of a dtype that is not known here; only
+// whoever reads it gets an error.
 #ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
 #define HYBRIDATTN_IO_SAFETENSORS_HPP
 
@@ -405,11 +975,8 @@ struct TensorInfo {
   std::vector<Index> shape;     // [] is one number
   std::size_t begin = 0, end = 0;   // bytes of the data
 
-  Index count() const {
-    Index product = 1;
-    for (Index extent : shape) product *= extent;
-    return product;
-  }
+  // Throws Error where it cannot be counted.
+  Index count() const { return detail::product(shape.data(), static_cast<int>(shape.size())); }
 };
 
 namespace safetensors {
@@ -421,21 +988,15 @@ struct DType {
   std::string_view name;
   std::size_t size;
 };
-inline constexpr std::array dtypes = {DType{"F64", 8}, DType{"F32", 4}, DType{"F16", 2},  DType{"BF16", 2},    DType{"I64", 8},
-                                      DType{"I32", 4}, DType{"I16", 2}, DType{"I8", 1},   DType{"U64", 8},     DType{"U32", 4},
-                                      DType{"U16", 2}, DType{"U8", 1},  DType{"BOOL", 1}, DType{"F8_E4M3", 1}, DType{"F8_E5M2", 1}};
+inline constexpr std::array dtypes = {DType{"F64", 8},     DType{"F32", 4}, DType{"F16", 2},  DType{"BF16", 2},    DType{"I64", 8},
+                                      DType{"I32", 4},     DType{"I16", 2}, DType{"I8", 1},   DType{"U64", 8},     DType{"U32", 4},
+                                      DType{"U16", 2},     DType{"U8", 1},  DType{"BOOL", 1}, DType{"F8_E4M3", 1}, DType{"F8_E5M2", 1},
+                                      DType{"F8_E8M0", 1}, DType{"C64", 8}};
 
 template <class T> constexpr std::string_view dtype_of() {
   constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
   static_assert(is_int32 || is_int64 || std::is_same_v<T, double> || std::is_same_v<T, float>, "double, float, int64 or int32");
   return is_int32 ? "I32" : is_int64 ? "I64" : std::is_same_v<T, double> ? "F64" : "F32";
-}
-
-// A name out of a file, fit for an error message: one line, not too long.
-inline std::string shown(std::string_view name) {
-  std::string text = "'";
-  for (char letter : name.substr(0, 80)) text += static_cast<unsigned char>(letter) < 32 || letter == 127 ? '?' : letter;
-  return text + (name.size() > 80 ? "...'" : "'");
 }
 
 // Bits of IEEE half precision: 1 sign, 5 exponent, 10 fraction.
@@ -451,35 +1012,10 @@ inline float from_f16(std::uint16_t bits) {
 }
 inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
-// JSON text as a value; `what` it is for errors: "the header". Objects that have a key twice are refused: readers differ in
-// which of the two they believe.
-inline nlohmann::json parse_json(std::string_view text, std::string const& where, char const* what) {
-  std::vector<std::set<std::string>> keys;
-  auto const watch = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    using Event = nlohmann::json::parse_event_t;
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key) {
-      auto const& key = value.get_ref<std::string const&>();
-      check(keys.back().insert(key).second, where, what, " has the key ", shown(key), " twice");
-    }
-    return true;
-  };
-  check(text.starts_with('{'), where, what, " is not a JSON object");
-  try {
-    return nlohmann::json::parse(text, watch);
-  } catch (nlohmann::json::parse_error const& error) {
-    fail(where, what, " is not JSON (at its byte ", error.byte, ")");
-  } catch (nlohmann::json::out_of_range const&) {
-    fail(where, what, " has a number that is too large");
-  }
-}
-
-inline std::size_t size_of(std::string_view dtype, std::string const& where) {
+// Bytes of an element; nothing for a dtype that is not known.
+inline std::optional<std::size_t> size_of(std::string_view dtype) {
   auto const found = std::ranges::find(dtypes, dtype, &DType::name);
-  check(found != dtypes.end(), where, "unknown dtype ", shown(dtype),
-        "; known are F64 F32 F16 BF16 F8_E4M3 F8_E5M2, I8 to I64, U8 to U64, BOOL");
-  return found->size;
+  return found == dtypes.end() ? std::nullopt : std::optional(found->size);
 }
 
 // A count in the header: an integer >= 0 that fits.
@@ -494,23 +1030,43 @@ inline nlohmann::json const& member(nlohmann::json const& entry, char const* key
   return entry[key];
 }
 
+// A dtype is a word: F32, F8_E4M3, or one that will be invented.
+inline std::string parse_dtype(nlohmann::json const& value, std::string const& where) {
+  auto const is_word = [](std::string_view text) {
+    return !text.empty() && text.size() <= 32 && std::ranges::all_of(text, [](char c) {
+      return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
+    });
+  };
+  check(value.is_string() && is_word(value.get_ref<std::string const&>()), where, "dtype must be a word of at most 32 letters and digits");
+  return value.get<std::string>();
+}
+
+inline Index size_product_of(std::vector<Index> const& sizes, std::string const& where) {
+  try {
+    return detail::product(sizes.data(), static_cast<int>(sizes.size()));
+  } catch (Error const& error) {
+    fail(where, "shape has more bytes than can be counted: ", error.what());
+  }
+}
+
 inline TensorInfo parse_tensor(nlohmann::json const& entry, std::string const& where) {
+  constexpr std::size_t max_rank = 32;
   TensorInfo info;
-  auto const& dtype = member(entry, "dtype", where);
-  check(dtype.is_string(), where, "dtype must be a word");
-  info.dtype = dtype.get<std::string>();
-  Index bytes = static_cast<Index>(size_of(info.dtype, where));
+  info.dtype = parse_dtype(member(entry, "dtype", where), where);
+  auto const size = size_of(info.dtype);
+  std::vector<Index> factors{static_cast<Index>(size.value_or(1))};
   auto const& shape = member(entry, "shape", where);
-  check(shape.is_array(), where, "shape must be a list");
+  check(shape.is_array() && shape.size() <= max_rank, where, "shape must be a list of at most ", max_rank, " extents");
   for (auto const& extent : shape) {
     info.shape.push_back(to_count(extent, where, "shape"));
-    check(!__builtin_mul_overflow(bytes, info.shape.back(), &bytes), where, "shape has more bytes than can be counted");
+    factors.push_back(info.shape.back());
   }
+  Index const bytes = size_product_of(factors, where);
   auto const& offsets = member(entry, "data_offsets", where);
   check(offsets.is_array() && offsets.size() == 2, where, "data_offsets must be a list of two");
   Index const begin = to_count(offsets[0], where, "data_offsets"), end = to_count(offsets[1], where, "data_offsets");
-  check(begin <= end && end - begin == bytes, where, "data_offsets [", begin, ", ", end, "] do not hold the ", bytes,
-        " bytes of dtype and shape");
+  check(begin <= end, where, "data_offsets [", begin, ", ", end, "] end before they begin");
+  check(!size || end - begin == bytes, where, "data_offsets [", begin, ", ", end, "] do not hold the ", bytes, " bytes of dtype and shape");
   info.begin = static_cast<std::size_t>(begin);
   info.end = static_cast<std::size_t>(end);
   return info;
@@ -524,8 +1080,8 @@ inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std
   std::size_t covered = 0;
   for (auto const* tensor : order) {
     auto const& [name, info] = *tensor;
-    check(info.end <= data_bytes, where, "tensor ", shown(name), " ends at byte ", info.end, " of the data, which has ", data_bytes);
-    check(info.begin >= covered, where, "tensor ", shown(name), " starts at byte ", info.begin, " inside another one");
+    check(info.end <= data_bytes, where, "tensor ", escaped(name), " ends at byte ", info.end, " of the data, which has ", data_bytes);
+    check(info.begin >= covered, where, "tensor ", escaped(name), " starts at byte ", info.begin, " inside another one");
     check(info.begin == covered, where, "bytes ", covered, " to ", info.begin, " of the data belong to no tensor");
     covered = info.end;
   }
@@ -537,99 +1093,116 @@ inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std
 // A file's names, shapes and metadata; the tensors are read when they are asked for.
 class Safetensors {
  public:
-  explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + path.string() + ": ") { open(path); }
+  explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + one_line(path.string()) + ": ") { open(path); }
 
   std::map<std::string, TensorInfo> const& tensors() const { return tensors_; }
   std::map<std::string, std::string> const& metadata() const { return metadata_; }
   bool contains(std::string const& name) const { return tensors_.contains(name); }
   TensorInfo const& info(std::string const& name) const {
     auto const found = tensors_.find(name);
-    check(found != tensors_.end(), where_, "no tensor ", safetensors::shown(name));
+    check(found != tensors_.end(), where_, "no tensor ", escaped(name));
     return found->second;
   }
   std::string const& metadata(std::string const& key) const {
     auto const found = metadata_.find(key);
-    check(found != metadata_.end(), where_, "no metadata ", safetensors::shown(key));
+    check(found != metadata_.end(), where_, "no metadata ", escaped(key));
     return found->second;
   }
 
   // The elements in the file's order, last axis fastest. Any of F64 F32 F16 BF16 I64 I32, rounded where T is narrower.
   std::vector<double> read_doubles(std::string const& name) const { return read<double>(name); }
+  // `count` of them from the one numbered `first` on.
+  std::vector<double> read_doubles(std::string const& name, Index first, Index count) const {
+    Index const all = info(name).count();
+    check(0 <= first && 0 <= count && first <= all && count <= all - first, where_, "tensor ", escaped(name), ": elements ", first, " to ",
+          first, " + ", count, " of ", all);
+    return read<double>(name, first, count);
+  }
   std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
   // I64 and I32 only.
   std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
   // The bytes as they lie in the file, whatever they are.
-  std::vector<char> read_bytes(std::string const& name) const { return stored<char>(info(name)); }
+  std::vector<char> read_bytes(std::string const& name) const {
+    auto const& tensor = info(name);
+    return stored<char>(tensor, 0, static_cast<Index>(tensor.end - tensor.begin));
+  }
 
  private:
   void open(std::filesystem::path const& path) {
-    file_ = FileDescriptor{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    check(static_cast<bool>(file_), where_, std::strerror(errno));
-    struct stat status;
-    check(::fstat(file_.number(), &status) == 0 && S_ISREG(status.st_mode), where_, "not a regular file");
-    auto const size = static_cast<std::uint64_t>(status.st_size);
+    file_ = open_regular_file(path, where_);
+    auto const size = size_of_file(file_, where_);
+    check(size > 0, where_, "it is empty");
+    check_beginning(size);
     check(size >= 8, where_, "only ", size, " bytes, too short for the header's length");
     std::uint64_t length = 0;
     read_at(0, &length, sizeof length);
     check(length <= safetensors::max_header_bytes, where_, "a header of ", length, " bytes; at most ", safetensors::max_header_bytes,
           " are allowed");
     check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
-    std::string text(length, '\0');
+    std::string text;
+    within_memory(length, "the header of a file", [&] { text.resize(length); });
     read_at(8, text.data(), text.size());
     data_start_ = 8 + static_cast<std::size_t>(length);
-    parse(safetensors::parse_json(text, where_, "the header"));
-    safetensors::check_coverage(tensors_, static_cast<std::size_t>(size) - data_start_, where_);
+    parse(text);
+    safetensors::check_coverage(tensors_, size - data_start_, where_);
   }
-  void parse(nlohmann::json const& header) {
-    for (auto const& [name, entry] : header.items()) {
+  // Calls what is no safetensors file by its name. The length of a real header has zeros at its end, and '{' behind it.
+  void check_beginning(std::size_t size) const {
+    std::string head(std::min<std::size_t>(size, 512), '\0');
+    read_at(0, head.data(), head.size());
+    if (head.size() > 8 && head.substr(4, 5) == std::string_view("\0\0\0\0{", 5)) return;
+    if (auto const kind = kind_of_file_or_text(head); !kind.empty()) fail(where_, "it is no safetensors file, but ", kind);
+  }
+  void parse(std::string const& header) {
+    std::string const where = where_ + "the header: ";
+    check(header.starts_with('{'), where, "not a JSON object");
+    for_each_json_member(header, where, [&](std::string const& name, nlohmann::json&& entry) {
       if (name == safetensors::metadata_key) parse_metadata(entry);
-      else tensors_[name] = safetensors::parse_tensor(entry, where_ + "tensor " + safetensors::shown(name) + ": ");
-    }
+      else tensors_[name] = safetensors::parse_tensor(entry, where_ + "tensor " + escaped(name) + ": ");
+    });
   }
   void parse_metadata(nlohmann::json const& entries) {
     check(entries.is_object(), where_, "__metadata__ must map text to text");
     for (auto const& [key, value] : entries.items()) {
-      check(value.is_string(), where_, "__metadata__ ", safetensors::shown(key), " is not text");
+      check(value.is_string(), where_, "__metadata__ ", escaped(key), " is not text");
       metadata_[key] = value.get<std::string>();
     }
   }
 
   void read_at(std::size_t offset, void* into, std::size_t count) const {
-    auto* next = static_cast<char*>(into);
-    while (count > 0) {
-      auto const got = ::pread(file_.number(), next, count, static_cast<off_t>(offset));
-      if (got < 0 && errno == EINTR) continue;
-      check(got >= 0, where_, std::strerror(errno));
-      check(got > 0, where_, "it became shorter while being read");
-      next += got;
-      offset += static_cast<std::size_t>(got);
-      count -= static_cast<std::size_t>(got);
-    }
+    check(read_some(file_, offset, static_cast<char*>(into), count, where_) == count, where_, "it became shorter while being read");
   }
-  template <class Stored> std::vector<Stored> stored(TensorInfo const& info) const {
-    std::vector<Stored> elements((info.end - info.begin) / sizeof(Stored));
-    read_at(data_start_ + info.begin, elements.data(), info.end - info.begin);
+  // A file may be large and have nothing in it.
+  template <class T> static std::vector<T> make(Index count) {
+    std::vector<T> elements;
+    resize(elements, count, "a tensor of a file");
     return elements;
   }
-  template <class T, class Stored, class Convert> std::vector<T> converted(TensorInfo const& info, Convert convert) const {
-    auto const elements = stored<Stored>(info);
-    std::vector<T> result(elements.size());
-    std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
-    return result;
+  template <class Stored> std::vector<Stored> stored(TensorInfo const& info, Index first, Index count) const {
+    auto elements = make<Stored>(count);
+    read_at(data_start_ + info.begin + static_cast<std::size_t>(first) * sizeof(Stored), elements.data(), elements.size() * sizeof(Stored));
+    return elements;
   }
-  template <class T> std::vector<T> read(std::string const& name) const {
+  template <class T> std::vector<T> read(std::string const& name) const { return read<T>(name, 0, info(name).count()); }
+  template <class T> std::vector<T> read(std::string const& name, Index first, Index count) const {
     auto const& tensor = info(name);
+    auto const converted = [&]<class Stored>(Stored, auto convert) {
+      auto const elements = stored<Stored>(tensor, first, count);
+      auto result = make<T>(count);
+      std::ranges::transform(elements, result.begin(), [&](Stored element) { return static_cast<T>(convert(element)); });
+      return result;
+    };
     auto const same = [](auto element) { return element; };
-    if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor);
-    if (tensor.dtype == "I64") return converted<T, std::int64_t>(tensor, same);
-    if (tensor.dtype == "I32") return converted<T, std::int32_t>(tensor, same);
+    if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor, first, count);
+    if (tensor.dtype == "I64") return converted(std::int64_t{}, same);
+    if (tensor.dtype == "I32") return converted(std::int32_t{}, same);
     if constexpr (std::is_floating_point_v<T>) {
-      if (tensor.dtype == "F64") return converted<T, double>(tensor, same);
-      if (tensor.dtype == "F32") return converted<T, float>(tensor, same);
-      if (tensor.dtype == "F16") return converted<T, std::uint16_t>(tensor, safetensors::from_f16);
-      if (tensor.dtype == "BF16") return converted<T, std::uint16_t>(tensor, safetensors::from_bf16);
+      if (tensor.dtype == "F64") return converted(double{}, same);
+      if (tensor.dtype == "F32") return converted(float{}, same);
+      if (tensor.dtype == "F16") return converted(std::uint16_t{}, safetensors::from_f16);
+      if (tensor.dtype == "BF16") return converted(std::uint16_t{}, safetensors::from_bf16);
     }
-    fail(where_, "tensor ", safetensors::shown(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
+    fail(where_, "tensor ", escaped(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
   }
 
   std::string where_;   // how an error begins
@@ -644,7 +1217,7 @@ class SafetensorsWriter {
  public:
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
     TensorInfo info{std::string(safetensors::dtype_of<T>()), std::move(shape)};
-    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", safetensors::shown(name),
+    check(info.count() == static_cast<Index>(elements.size()), "safetensors: ", elements.size(), " elements for ", escaped(name),
           ", whose shape has ", info.count());
     auto const bytes = std::as_bytes(elements);
     insert(name, {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}});
@@ -680,16 +1253,18 @@ class SafetensorsWriter {
     bool elsewhere = false;
   };
   void insert(std::string const& name, Entry entry) {
-    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", safetensors::shown(name), " is taken");
+    check(name != safetensors::metadata_key && !entries_.contains(name), "safetensors: the name ", escaped(name), " is taken");
+    check(safetensors::size_of(entry.info.dtype).has_value(), "safetensors: ", escaped(name), " is of the unknown dtype ",
+          escaped(entry.info.dtype));
     entries_[name] = std::move(entry);
   }
   // Wide elements first, so that every tensor lies aligned to its own.
   std::vector<Entry const*> lay_out() {
     std::vector<Entry const*> order;
     std::size_t offset = 0;
-    for (std::size_t const size : {8u, 4u})
+    for (std::size_t const size : {8u, 4u, 2u, 1u})
       for (auto& [name, entry] : entries_) {
-        if (safetensors::size_of(entry.info.dtype, "") != size) continue;
+        if (safetensors::size_of(entry.info.dtype) != size) continue;
         entry.info.begin = offset;
         entry.info.end = offset += entry.bytes.size();
         order.push_back(&entry);
@@ -725,15 +1300,44 @@ class SafetensorsWriter {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// All bytes of a file that is not empty.
+// How long a text may be: as tokens it takes four bytes a byte.
+inline std::uint64_t longest_text() {
+  auto const pages = static_cast<double>(::sysconf(_SC_PHYS_PAGES)), size = static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+  return pages > 0 && size > 0 ? static_cast<std::uint64_t>(pages * size / 4) : std::uint64_t{1} << 62;
+}
+
+// All bytes of a file that is not empty, or of a pipe up to its end.
 inline std::string read_text(std::filesystem::path const& path) {
-  std::error_code error;
-  check(std::filesystem::exists(path, error), "cannot read ", path, ": there is no such file");
-  check(!std::filesystem::is_directory(path, error), "cannot read ", path, ": it is a folder; name the files in it");
-  std::ifstream file{path, std::ios::binary};
-  check(file.is_open(), "cannot read ", path, ": no permission");
-  std::string text{std::istreambuf_iterator<char>{file}, {}};
-  check(!file.bad(), "cannot read ", path, ": the device failed");
+  FileDescriptor const file{uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY); })};
+  bool const missing = !file && (errno == ENOENT || errno == ENOTDIR);
+  check(static_cast<bool>(file), "cannot read ", path, ": ",
+        missing           ? "there is no such file"
+        : errno == EACCES ? "no permission"
+                          : std::strerror(errno));
+  struct stat status;
+  check(::fstat(file.number(), &status) == 0, "cannot read ", path, ": ", std::strerror(errno));
+  check(!S_ISDIR(status.st_mode), "cannot read ", path, ": it is a folder; name the files in it");
+  auto const check_length = [&](std::uint64_t length) {
+    check(length <= longest_text(), "cannot use ", path, ": it has more than ", longest_text(),
+          " bytes; as tokens they would not fit into this machine's memory");
+  };
+  std::string text;
+  try {
+    if (S_ISREG(status.st_mode)) {
+      check_length(static_cast<std::uint64_t>(status.st_size));
+      text.reserve(static_cast<std::size_t>(status.st_size));
+    }
+    std::vector<char> part(std::size_t{1} << 16);
+    while (true) {
+      auto const got = uninterrupted([&] { return ::read(file.number(), part.data(), part.size()); });
+      check(got >= 0, "cannot read ", path, ": ", std::strerror(errno));
+      if (got == 0) break;
+      text.append(part.data(), static_cast<std::size_t>(got));
+      check_length(text.size());
+    }
+  } catch (std::bad_alloc const&) {
+    fail("cannot use ", path, ": there is no memory for more than ", text.size(), " bytes of it");
+  }
   check(!text.empty(), "cannot use ", path, ": it is empty");
   return text;
 }
@@ -741,7 +1345,10 @@ inline std::string read_text(std::filesystem::path const& path) {
 inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
   check(!paths.empty(), "cannot read a text: no file is named");
   std::string text;
-  for (auto const& path : paths) text += read_text(path);
+  for (auto const& path : paths) {
+    std::string const next = read_text(path);
+    within_memory(text.size() + next.size(), "texts", [&] { text += next; });
+  }
   return text;
 }
 
@@ -856,7 +1463,8 @@ class Reader {
     if (point < 0) return false;
     std::string letter;
     append_utf8(letter, static_cast<std::uint32_t>(point));
-    put(letter);
+    if (is_space(letter.front())) widen(Gap::space);
+    else put(letter);
     at_ = end + 1;
     return true;
   }
@@ -966,12 +1574,15 @@ struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
   static Sequences equal(Index count, Index length) {
     check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
     Sequences result;
+    result.make_room(count, size_product(count, length));
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
@@ -979,11 +1590,11 @@ class Sequences {
   // are allowed.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    Sequences result;
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
       check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-      result.append(offsets[i + 1] - offsets[i]);
-    }
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
   // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
@@ -995,13 +1606,18 @@ class Sequences {
   // The same, in the memory that is there.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
     check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
     list_.clear();
     positions_.clear();
     owners_.clear();
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      append(lengths[i], past[i]);
-    }
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
   // Those that follow nothing; the others count as empty here.
   Sequences beginnings() const {
@@ -1034,6 +1650,13 @@ class Sequences {
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
  private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
   void append(Index length, Index past = 0) {
     for (Index position = past; position < past + length; ++position) {
       positions_.push_back(static_cast<std::int32_t>(position));
@@ -1142,6 +1765,139 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/pool.hpp
+// Memory that was given back, for those who ask next.
+#ifndef HYBRIDATTN_BACKEND_POOL_HPP
+#define HYBRIDATTN_BACKEND_POOL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
+struct BlockSize {
+  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
+
+  std::size_t bytes, number;
+
+  explicit constexpr BlockSize(std::size_t wanted) {
+    std::size_t const least = std::max<std::size_t>(wanted, 1);
+    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
+    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
+    bytes = steps * step;
+    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
+  }
+};
+
+// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+//
+// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
+// most that was in use of late, as far as nobody used it of late.
+//
+// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
+// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// million: no block of a step waits longer.
+class Pool {
+ public:
+  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
+  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    BlockSize const size{bytes};
+    Blocks& blocks = blocks_[size.number];
+    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
+    void* block = nullptr;
+    if (blocks.waiting.empty()) {
+      block = allocate_block(bytes, size, allocate, release);
+    } else {
+      block = blocks.waiting.back().block;
+      blocks.waiting.pop_back();
+    }
+    in_use_ += bytes;
+    used_ += size.bytes;
+    peak_ = std::max(peak_, in_use_);
+    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    BlockSize const size{bytes};
+    in_use_ -= bytes;
+    used_ -= size.bytes;
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+  }
+  // Gives all blocks that wait back to the system.
+  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
+  std::size_t in_use() const { return in_use_; }   // as it was asked for
+  std::size_t peak() const { return peak_; }       // the most of it
+  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t allocations() const { return allocations_; }
+  // From now on peak() counts afresh.
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  struct Waiting {
+    void* block;
+    std::size_t period;   // in which it was given back
+  };
+  struct Blocks {
+    std::vector<Waiting> waiting;   // the one given back last at the end
+    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+  };
+  static constexpr std::size_t period_takes = 25, periods = 4;
+
+  template <class Allocate, class Release>
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+    last_allocation_ = takes_;
+    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
+    else release_unused(size.bytes, release);
+    Blocks& blocks = blocks_[size.number];
+    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
+    void* block = allocate(size.bytes);
+    if (block == nullptr) {
+      trim(release);
+      block = allocate(size.bytes);
+    }
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    blocks.bytes = size.bytes;
+    ++blocks.count;
+    ++allocations_;
+    held_ += size.bytes;
+    return block;
+  }
+  template <class Release> void next_period(Release release) {
+    takes_before_ = takes_;
+    allocations_before_ = allocations_;
+    peaks_[++period_ % peaks_.size()] = used_;
+    release_unused(0, release);
+  }
+  // For `more` bytes to come.
+  template <class Release> void release_unused(std::size_t more, Release release) {
+    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
+    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
+  }
+  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
+    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
+      auto const first = blocks->waiting.begin();
+      auto last = first;
+      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
+        release(last->block);
+        held_ -= blocks->bytes;
+        --blocks->count;
+      }
+      blocks->waiting.erase(first, last);
+    }
+  }
+
+  std::array<Blocks, BlockSize::classes> blocks_;
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
+  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/backend.hpp
 // Machines: where memory lives, and how an operation is computed there.
 #ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
@@ -1149,51 +1905,13 @@ struct Initial {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
-class Pool {
- public:
-  template <class Allocate> void* take(std::size_t bytes, Allocate allocate) {
-    auto& blocks = free_[bytes];
-    void* block = nullptr;
-    if (blocks.empty()) {
-      block = allocate(bytes);
-      ++allocations_;
-      blocks.reserve(++taken_[bytes]);   // so that giving back never allocates, nor throws
-    } else {
-      block = blocks.back();
-      blocks.pop_back();
-    }
-    in_use_ += bytes;
-    peak_ = in_use_ > peak_ ? in_use_ : peak_;
-    return block;
-  }
-  void give(void* block, std::size_t bytes) noexcept {
-    in_use_ -= bytes;
-    free_.find(bytes)->second.push_back(block);
-  }
-  template <class Release> void clear(Release release) {
-    for (auto& [bytes, blocks] : free_)
-      for (void* block : blocks) release(block);
-    free_.clear();
-    taken_.clear();
-  }
-  std::size_t in_use() const { return in_use_; }
-  std::size_t peak() const { return peak_; }
-  std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
-  void reset_peak() { peak_ = in_use_; }
-
- private:
-  std::map<std::size_t, std::vector<void*>> free_;
-  std::map<std::size_t, std::size_t> taken_;
-  std::size_t in_use_ = 0, peak_ = 0, allocations_ = 0;
-};
-
-// What a machine offers to the layers above: memory, and copies from and to the host.
+// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
+// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
-  b.give(to, bytes);
+  { b.give(to, bytes) } noexcept;
+  b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
   { b.pool() } -> std::same_as<Pool&>;
@@ -1236,12 +1954,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+// Throws Error where the elements cannot be counted, or where there is no memory for them.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held), view_{nullptr, shape} {
-    if (shape.count() == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes_of(shape)));
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
   Tensor(Tensor&& other) noexcept
@@ -1259,7 +1980,7 @@ template <class T, int Rank, class B> class Tensor {
   ~Tensor() { release(); }
 
   Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
   // What of the tensor may be read, written: see `in` and `out`.
@@ -1268,9 +1989,8 @@ template <class T, int Rank, class B> class Tensor {
 
  private:
   enum class State : char { empty, held, moved };
-  static std::size_t bytes_of(Shape<Rank> shape) { return static_cast<std::size_t>(shape.count()) * sizeof(T); }
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, bytes_of(view_.shape));
+    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
     view_ = {};
   }
@@ -1288,7 +2008,8 @@ template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> 
 template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
 
 template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host(tensor.byte_count() / sizeof(T));
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
   if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
   return host;
 }
@@ -1506,13 +2227,20 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// Announced before a byte is taken.
+// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  std::size_t total = 0;
+  Index total = 0;
   G<In<T>> const types;
-  zip([&](Path const&, auto const& shape, auto const& view) { total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data); },
+  zip(
+      [&](Path const& path, auto const& shape, auto const& view) {
+        try {
+          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
+        } catch (Error const& error) {
+          fail(path.str(), ": ", error.what());
+        }
+      },
       shapes, types);
-  return total;
+  return static_cast<std::size_t>(total);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -1668,6 +2396,46 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
+// elsewhere: for scores of 2^30 that is e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/cpu/cpu.hpp
 // The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
@@ -1681,27 +2449,62 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP.
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
+  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
   }
   Cpu(Cpu const&) = delete;
   Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() {
-    pool_.clear([](void* block) { ::operator delete(block, alignment); });
-  }
+  ~Cpu() { trim(); }
 
+  // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
-    return pool_.take(bytes, [](std::size_t n) { return ::operator new(n, alignment); });
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Gives memory that nobody uses back to the system.
+  void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
+  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nothing in a loop inside a loop
+  };
 
  private:
   static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     return omp_get_max_threads();
@@ -1709,7 +2512,9 @@ class Cpu {
     return 1;
 #endif
   }
+
   int threads_;
+  bool in_loop_ = false;
   Pool pool_;
 };
 static_assert(Backend<Cpu>);
@@ -1719,7 +2524,7 @@ namespace cpu {
 // Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
 template <class T> class Scratch {
  public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
     if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
   }
   Scratch(Scratch const&) = delete;
@@ -1737,13 +2542,47 @@ template <class T> class Scratch {
 
 }  // namespace cpu
 
+namespace detail {
+
+// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+    std::lock_guard const lock{mutex_};
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+
+}  // namespace detail
+
 // f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. f must not throw.
-template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f) {
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    detail::Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) f(task, omp_get_thread_num());
+    for (Index task = 0; task < count; ++task) {
+      try {
+        f(task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
     return;
   }
 #endif
@@ -1752,9 +2591,9 @@ template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, (count + grain - 1) / grain, [&](Index block, int) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;
-    f(first, first + grain < count ? first + grain : count);
+    f(first, std::min(first + grain, count));
   });
 }
 
@@ -1800,13 +2639,15 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
 // loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
   asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
 #endif
   return x;
 }
@@ -1829,10 +2670,20 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
   for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
   return numbers;
 }
+
+namespace detail {
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+}
+// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
 template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  auto some = mask[0];
-  for (int i = 1; i < lanes<T>; ++i) some |= mask[i];
-  return some != 0;
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
 }
 
 // Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
@@ -1855,26 +2706,20 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 
 // One fixed tree, whatever the lanes hold.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) {
-  T result = x[0];
-  for (int i = 1; i < lanes<T>; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
 
 namespace detail {
 // 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
 template <class T> struct Exp2;
 template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -126.f;   // 1.5 * 2^23
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
   static constexpr int mantissa = 23;
   static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
 };
 template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
                                  4.4455382718708114976e-10, 7.0549116208011233299e-9,
@@ -1886,20 +2731,27 @@ template <> struct Exp2<double> {
 };
 }  // namespace detail
 
-// 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
-  x = cpu::max<T>(broadcast<T>(E::least), x);   // in this order a NaN stays
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;   // a masked entry may be far too large: let it wrap
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << E::mantissa));
+  // The product, and not a sum of exponents: that would make a number of a NaN.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
 }
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -1908,7 +2760,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
   HYBRIDATTN_UNROLL
   for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  return __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
 // to[c][r] = from[r][c] for the square of one vector's lanes.
@@ -1930,12 +2783,12 @@ HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
 template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
   constexpr int n = lanes<T>;
   using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[n];
+  Vec<T> rows[std::size_t{n}];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
   // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
   for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[n];
+    Vec<T> next[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n / 2; ++i) {
       next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
@@ -1965,7 +2818,7 @@ template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V ever
 // Count vectors hold sums that are still spread over `left` places of each vector.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {
@@ -2030,42 +2883,6 @@ template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sq
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/core/math.hpp
-// The scalar functions equations are written in.
-#ifndef HYBRIDATTN_CORE_MATH_HPP
-#define HYBRIDATTN_CORE_MATH_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
-template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
-// d silu / dx = s (1 + x (1 - s))
-template <class T> HYBRIDATTN_HD T silu_slope(T x) {
-  T const s = sigmoid(x);
-  return s * (T(1) + x * (T(1) - s));
-}
-// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
-template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-// y += a x
-template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
-  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
-}
-template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
-  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
-}
-
-constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/arithmetic/cpu.hpp
@@ -2452,12 +3269,15 @@ enum class QkNorm { none, plain, zero_centred };
 // Which entries of a head turn together: (i, i + rotary_dim/2), or (2i, 2i + 1).
 enum class Rotary { half_split, interleaved };
 
+// Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
+constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
+
 // Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
 // continue others, of each token's own.
 template <class T, class B> class Rotation {
  public:
   Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
-      : options_{head_dim * percent / 200 * 2, theta, pairs == Rotary::interleaved} {
+      : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     bool const of_tokens = s.any_continue();
     if (!of_tokens) positions_ = s.positions();
     angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
@@ -2618,7 +3438,7 @@ inline Index selection_size(SparseOptions o, Index length) {
 //   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
 //       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
 //   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
-//       d_z_tjs = index_scale w_tj d_I_ts where iq_tj . ik_s > 0, else 0
+//       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
 //       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
 // In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
@@ -2919,14 +3739,42 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim
   if (d < D) f(ShortPiece<T>{{d, D - d}});
 }
 
+// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
+// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
+
+ private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
+}
+
 // products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
 template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
   constexpr int n = cpu::lanes<T>;
+  Range<T> range;
   for (Index j = 0; j < keys.count; j += n) {
-    T const* row[n];
+    T const* row[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[n] = {};
+    cpu::Vec<T> sums[std::size_t{n}] = {};
     for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
       HYBRIDATTN_UNROLL
       for (int i = 0; i < n; ++i) {
@@ -2935,7 +3783,9 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
       }
     });
     cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
   }
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
 }
 // x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
@@ -2946,38 +3796,61 @@ template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T c
   });
   T result;
   cpu::sum_each<1, T>(&sum, &result);
-  return result;
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
 }
 
+// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all else would be NaN too
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
+
 // p = exp(scale p - largest), largest being that of scale p, and total the sum of p. Room behind the last of `count` numbers,
-// up to a whole vector, is written too.
+// up to a whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
 template <class T> struct Exponentials {
   T largest, total;
 };
 template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  std::fill(p + count, p + round_up(count, lanes<T>), -infinity);   // whose exponential a sum of 1 or more does not feel
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
   cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
-  for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
-    most = cpu::max<T>(most, score);
-    cpu::store<T>(p + j, score);
-  }
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
   T const largest = cpu::largest<T>(most);
   for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::load(p + j) - largest);
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
     sum += e;
     cpu::store<T>(p + j, e);
   }
-  return {largest, cpu::sum<T>(sum)};
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
 // total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
-template <class T, class Piece, class Keys, int V = Piece::vectors>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T> (&total)[V]) {
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
   constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[chains][V] = {};
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
   auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
     T const* const row = rows[keys[j]];
     HYBRIDATTN_UNROLL
@@ -3001,7 +3874,7 @@ template <class T, class Dim, class Keys>
 HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[V];
+    cpu::Vec<T> total[std::size_t{V}];
     sum_piece<T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
@@ -3012,7 +3885,7 @@ template <class T, class Dim, class Keys>
 HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[V];
+    cpu::Vec<T> total[std::size_t{V}];
     sum_piece<T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
@@ -3087,6 +3960,10 @@ HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<
   auto const [largest, total] = attention::exponentials(scale, keys.count, p);
   weighted_rows<T>(D, p, v, keys, T(1) / total, o);
   lse = static_cast<wide_t<T>>(largest + std::log(total));
+  if (attention::is_moderate<T>(D, o)) return;
+  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
+  T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
+  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise values are all that is large
 }
 
 // One query and one head in backward.
@@ -3103,13 +3980,13 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
   dot_rows<T>(D, x.d_o, v, keys, d_s);
   T const delta = dot_row<T>(D, x.d_o, x.o), lse = static_cast<T>(x.lse);
   for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(scale * cpu::load(p + j) - lse);
+    cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p + j)) - lse);   // a score rounded like lse
     cpu::store<T>(p + j, e);
     cpu::store<T>(d_s + j, scale * e * (cpu::load(d_s + j) - delta));
   }
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> d_q[V] = {}, q[V], d_o[V];
+    cpu::Vec<T> d_q[std::size_t{V}] = {}, q[std::size_t{V}], d_o[std::size_t{V}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < V; ++i) {
       q[i] = piece.get(x.q, i);
@@ -3206,14 +4083,14 @@ template <class T> struct Columns {
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[MR][NV];
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
   }
   for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[NV];
+    Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
     HYBRIDATTN_UNROLL
@@ -3280,7 +4157,7 @@ template <class T> class RowTopK {
     Index const tied = end_of_ties(bound);
     Index chosen = 0, i = 0;
     for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
-    for (; chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
+    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
   }
 
  private:
@@ -3307,7 +4184,7 @@ template <class T> class RowTopK {
   // Behind the last tie that is chosen.
   Index end_of_ties(Bound bound) const {
     Index i = 0;
-    for (Index left = bound.ties; left > 0; ++i) left -= keys_[i] == bound.key;
+    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
     return i;
   }
   Index count_above(Key bound) const {
@@ -3376,7 +4253,7 @@ template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence seq
         cpu::transpose<T>(keys.row(sequence.start + first) + d, keys.stride[0], to, panel_keys<T>);
         continue;
       }
-      alignas(cpu::vector_bytes) T square[n * n] = {};
+      alignas(cpu::vector_bytes) T square[std::size_t{n * n}] = {};
       for (Index i = first, row = 0; row < n && i < sequence.length; ++i, ++row)
         std::copy_n(keys.row(sequence.start + i) + d, std::min(n, DI - d), square + row * n);
       cpu::transpose<T>(square, n, to, panel_keys<T>);
@@ -3406,7 +4283,7 @@ template <int MR, class T>
 HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
   constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
-    cpu::Vec<T> sum[NV];
+    cpu::Vec<T> sum[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[v] = first_heads ? cpu::Vec<T>{} : cpu::load(scores + column + v * cpu::lanes<T>);
     cpu::tile<MR, NV, T>(
@@ -3518,11 +4395,12 @@ template <class T> class CachedIndexer {
       : cpu_(cpu), c_(c), s_(s), x_(x), index_keys_(index_keys), indices_(indices), depth_(round_up(c.index_dim, cpu::lanes<T>)),
         scores_(cpu, {queries, round_up(index_keys.extent(1), panel_keys<T>)}),
         panels_(cpu, {Index{cpu.threads()}, depth_ * panel_keys<T> + c.index_heads}),
-        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}) {}
+        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}), score_rows_(out(scores_)), panel_rows_(out(panels_)),
+        key_rows_(out(keys_)) {}
 
   // (2) for every token of the sequences that continue.
   void run() {
-    Index const parts = ceil_div(out(scores_).extent(1), part_keys);
+    Index const parts = ceil_div(score_rows_.extent(1), part_keys);
     for (Index first = 0; first < s_.tokens(); first += queries) {
       Index const count = std::min(queries, s_.tokens() - first);
       parallel_for(cpu_, count * parts, [&](Index task, int thread) { score(first + task / parts, task / parts, task % parts, thread); });
@@ -3543,18 +4421,18 @@ template <class T> class CachedIndexer {
     if (sequence_of(n).past == 0 || chosen_by(n) == seen_by(n)) return;
     Index const owner = s_.owners()(n), last = std::min((part + 1) * part_keys, seen_by(n));
     View<T const, 2> const keys{index_keys_.row(owner, 0), {seen_by(n), c_.index_dim}, {index_keys_.stride[1], 1}};
-    T *const panel = out(panels_).row(thread), *const weights = panel + depth_ * panel_keys<T>;
+    T *const panel = panel_rows_.row(thread), *const weights = panel + depth_ * panel_keys<T>;
     for (Index j = 0; j < c_.index_heads; ++j) weights[j] = static_cast<T>(c_.index_scale) * x_.index_w(n, j);
     for (Index p = part * part_keys / panel_keys<T>; p * panel_keys<T> < last; ++p) {
       pack_panel<T>(c_.index_dim, keys, {0, seen_by(n)}, p, panel);
-      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, out(scores_).row(query) + p * panel_keys<T>);
+      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, score_rows_.row(query) + p * panel_keys<T>);
     }
   }
   void choose(Index n, Index query, int thread) {
     if (sequence_of(n).past == 0) return;
     std::int32_t* const indices = indices_.row(n);
     if (chosen_by(n) == seen_by(n)) std::iota(indices, indices + chosen_by(n), 0);
-    else Row{out(scores_).row(query), seen_by(n), out(keys_).row(thread)}.select(chosen_by(n), indices);
+    else Row{score_rows_.row(query), seen_by(n), key_rows_.row(thread)}.select(chosen_by(n), indices);
   }
 
   Cpu& cpu_;
@@ -3566,6 +4444,8 @@ template <class T> class CachedIndexer {
   Index depth_;
   Tensor<T, 2, Cpu> scores_, panels_;   // [queries, capacity], [threads, a panel and weights]
   Tensor<typename Row::Key, 2, Cpu> keys_;
+  View<T, 2> score_rows_, panel_rows_;
+  View<typename Row::Key, 2> key_rows_;
 };
 
 // (3) for every token of the sequences that continue; without indices over all keys. Tasks are groups of heads.
@@ -3623,7 +4503,7 @@ template <class T> class KlQuery {
     for (Index j = 0; j < c_.index_heads; ++j) dot_rows<T>(c_.index_dim, x_.index_q.row(n_, j), index_keys(), keys_, products + j * room);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> sum{};
-      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::load(products + j * room + i), cpu::Vec<T>{});
+      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::Vec<T>{}, cpu::load(products + j * room + i));
       cpu::store<T>(scores + i, sum);
     });
   }
@@ -3667,15 +4547,16 @@ template <class T> class KlQuery {
       cpu::Vec<T> const r = cpu::exp<T>(cpu::load(scores + i) - index_lse);
       cpu::store<T>(scores + i, d_loss * (r - cpu::load(target + i)));
     });
+    T const scale = static_cast<T>(c_.index_scale);
     for (Index j = 0; j < c_.index_heads; ++j) {
       T* const product = products + j * room;
       cpu::Vec<T> sum{};
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const d_score = cpu::load(scores + i), z = cpu::load(product + i);
-        sum += real(i, d_score * cpu::max<T>(z, cpu::Vec<T>{}));
+        sum += real(i, d_score * cpu::max<T>(cpu::Vec<T>{}, scale * z));
         cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
       });
-      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = static_cast<T>(c_.index_scale) * cpu::sum<T>(sum);
+      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = cpu::sum<T>(sum);
       if (!d_x.index_q.empty()) weighted_rows<T>(c_.index_dim, product, index_keys(), keys_, T(1), d_x.index_q.row(n_, j));
     }
   }
@@ -3798,7 +4679,7 @@ template <class T> class KlBackward {
       constexpr int V = piece.vectors;
       for (Index e = 0; e < keys.count; ++e) {
         T* const row = d_x_.index_k.row(sequence.start + keys.indices[e]);
-        cpu::Vec<T> sum[V];
+        cpu::Vec<T> sum[std::size_t{V}];
         HYBRIDATTN_UNROLL
         for (int v = 0; v < V; ++v) sum[v] = piece.get(row, v);
         for (Index j = 0; j < c_.index_heads; ++j) {
@@ -3871,8 +4752,24 @@ template <class Run> void with_head_dim(Index D, Run run) {
   with_constant<16, 32, 64, 128>(D, run, [&] { run(D); });
 }
 
+template <class T> void negate(View<T const, 3> x, View<T, 3> y) {
+  for (Index n = 0; n < x.extent(0); ++n)
+    for (Index j = 0; j < x.extent(1); ++j) std::transform(x.row(n, j), x.row(n, j) + x.extent(2), y.row(n, j), std::negate<T>());
+}
+// relu(s q . k) = relu(-s (-q) . k): kernels know a positive index_scale s only. f(config, inputs) gets one.
+template <class T, class F> void with_positive_scale(Cpu& cpu, Config c, Inputs<In<T>> x, F f) {
+  Tensor<T, 3, Cpu> opposite{cpu, x.index_q.shape};
+  negate(x.index_q, out(opposite));
+  c.index_scale = -c.index_scale;
+  x.index_q = in(opposite);
+  f(std::as_const(c), x);
+}
+
 template <class T>
 void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { forward<T>(cpu, o, config, s, inputs, y, saved); });
   if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
   if (s.tokens() == 0) return;
   if (c.stage != Stage::dense_warm_up) choose_keys(cpu, o, c, s, x, saved.indices);
@@ -3883,6 +4780,11 @@ void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inp
 template <class T>
 void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved,
               Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x, [&](Config const& config, auto const& inputs) {
+      backward<T>(cpu, o, config, s, inputs, y, saved, d_y, d_x);
+      if (!d_x.index_q.empty()) negate(View<T const, 3>(d_x.index_q), d_x.index_q);
+    });
   KeySets const sets{cpu, o, c, s, saved.indices};
   if (d_y.o.empty()) set_all_zero(d_x.q, d_x.k, d_x.v);
   else with_head_dim(c.head_dim, [&](auto D) { attend_all_backward<T>(cpu, D, sets, c, s, x, y, saved, d_y, d_x); });
@@ -3894,6 +4796,9 @@ void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, In
 // Sequences that begin run through forward's kernels. No stage has a loss here.
 template <class T>
 void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { extend<T>(cpu, o, config, s, inputs, cache, y); });
   check_fits(s, cache.keys.extent(0), cache.keys.extent(1));
   remember<T>(cpu, s, x, cache);
   bool const dense = c.stage == Stage::dense_warm_up;
@@ -4121,7 +5026,7 @@ template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Inde
     cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
     return;
   }
-  alignas(cpu::vector_bytes) T rows[n * n] = {};
+  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
   for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
   cpu::transpose<T>(rows, n, to, to_stride);
 }
@@ -4140,7 +5045,7 @@ struct Band {
 // cpu::tile over a band. Every sum runs over k in order.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
-  cpu::Vec<T> sum[MR][NV];
+  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
@@ -4148,7 +5053,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T>
   }
   auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
     if (k < 0 || k >= band.depth) return;
-    cpu::Vec<T> column[NV];
+    cpu::Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
     HYBRIDATTN_UNROLL
@@ -4247,7 +5152,7 @@ template <class T, class Dim> class BackwardHead {
   // delta of one vector of queries, in the order in which a tile sums d_o . v: where one key takes all, their difference is 0.
   void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
     constexpr int n = cpu::lanes<T>;
-    alignas(cpu::vector_bytes) T o_t[n * n];
+    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
     Vec delta{};
     for (Index d = 0; d < D_; d += n) {
       transpose_square(o, first, length_, d, o_t, n);
@@ -4282,13 +5187,8 @@ template <class T, class Dim> class BackwardHead {
                                                    scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
                                    });
   }
-  // exp(scale s - lse). lse holds a rounded score; the maximum, which changes nothing else, keeps a compiler from fusing the
-  // product with the difference, so that this score is rounded as well: where one key takes all, P is 1 exactly. The smallest
-  // number that cpu::exp gives stands for all below it: 0.
-  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const {
-    Vec const score = cpu::max<T>(cpu::broadcast<T>(std::numeric_limits<T>::lowest()), scale_ * s);
-    return cpu::exp<T>(score - lse) - std::numeric_limits<T>::min();
-  }
+  // exp(scale s - lse). lse holds a rounded score, so this one is rounded as well: where one key takes all, P is 1 exactly.
+  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.
   HYBRIDATTN_INLINE void add_product(Band band, cpu::Broadcast<T> a, Rows<T const> b, Rows<T> to, Index rows) {
@@ -4369,6 +5269,11 @@ template <class T> class SequenceKeys {
       seen += count;
     });
   }
+  // Of those rows, number j.
+  attention::KeyRows<T> at(Index t, Index j) const {
+    Index const position = past_ + t + 1 - count(t) + j, row = position < past_ ? position % ring_ : position - past_;
+    return position < past_ ? attention::KeyRows<T>{cached_k_[row], cached_v_[row]} : attention::KeyRows<T>{k_[row], v_[row]};
+  }
   Index count(Index t) const { return window_ == 0 ? past_ + t + 1 : std::min<Index>(past_ + t + 1, window_); }
 
  private:
@@ -4395,6 +5300,9 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
     for (Index g = 0; g < group; ++g) attention::add_weighted_rows<T>(D, p + g * room + first, v, all, o[g]);        // (3)
   });
+  for (Index g = 0; g < group; ++g)
+    if (!attention::is_moderate<T>(D, o[g]))
+      attention::attend_in_order<T>(D, scale, q[g], keys.count(t), [&](Index j) { return keys.at(t, j); }, o[g]);
 }
 
 // The sequences that continue. Tasks are some queries of a group of heads.
@@ -4443,7 +5351,8 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
 //
 // The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
 // are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
-// than e^40 is replaced, for that query alone.
+// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Products q . k are compared, and scaled
+// afterwards: the largest one is its own reference exactly, however large it is, so one replacement is enough.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
@@ -4457,25 +5366,27 @@ template <class T, class Dim> class ForwardBlock {
   static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
 
   ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
-      : D_(D), length_(s.length), reach_(window), scale_(scale), k_(k), v_(v), q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D),
-        pad_(p_ + forward_keys * queries) {}
+      : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
+        q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
 
   // o and lse of the queries first .. first + queries, as far as they exist.
   void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     first_ = first;
     transpose_rows(D_, q, first, length_, queries, q_t_);
+    if (scale_ < 0)   // so that the largest product has the largest score
+      for (Index i = 0; i < D_ * queries; ++i) q_t_[i] = -q_t_[i];
     diagonal();
     for (Index key = std::max<Index>(0, first - reach_ + 1) / MR * MR; key < first; key += forward_keys) {
       Index const count = std::min(forward_keys, first - key);
       if (key > first + queries - 1 - reach_) earlier<false>(key, count);
       else earlier<true>(key, count);
     }
-    finish(o, lse);
+    finish(q, o, lse);
   }
 
  private:
   static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  static constexpr T limit = 40;
+  static constexpr T limit = 10, far = 80;   // exponents: what a weight may be, and what it may be and be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
 
@@ -4488,21 +5399,23 @@ template <class T, class Dim> class ForwardBlock {
   // Vectors of queries that are older than every key of the tile have nothing to do there.
   static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
 
-  // p = (1) of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
+  // p = q . k of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
   template <int from> HYBRIDATTN_INLINE void diagonal_scores(Index key, Vec (&largest)[NV]) {
     T* const p = p_ + (key - first_) * queries + from * cpu::lanes<T>;
     cpu::tile<MR, NV - from, T>(
         D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
         [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
         [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-          s *= scale_;
           Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
           largest[from + v] = cpu::max<T>(largest[from + v], seen);
           cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
         });
   }
 
-  // The largest score that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
+  // e^(score - reference), of products; more than e^88 may be any number.
+  HYBRIDATTN_INLINE Vec exponential(Vec s, Vec reference) const { return cpu::exp2_below_most<T>((s - reference) * slope_); }
+
+  // The largest product that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
   void diagonal() {
     Index const count = std::min(queries, length_ - first_);
     Vec largest[NV], sum[NV] = {};
@@ -4514,7 +5427,7 @@ template <class T, class Dim> class ForwardBlock {
     for (Index j = 0; j < count; ++j)
       for (int v = first_vector(j / MR * MR); v < NV; ++v) {
         T* const p = p_ + j * queries + v * cpu::lanes<T>;
-        Vec const e = cpu::exp<T>(cpu::load(p) - largest[v]);
+        Vec const e = exponential(cpu::load(p), largest[v]);
         sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
         cpu::store<T>(p, e);
       }
@@ -4538,10 +5451,9 @@ template <class T, class Dim> class ForwardBlock {
       cpu::tile<MR, NV, T>(
           D_, {k_[key + j], k_.stride, 1}, {q_t_, queries}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
           [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-            s = scale_ * s - reference[v];
             if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
             largest[v] = cpu::max<T>(largest[v], s);
-            Vec e = cpu::exp<T>(s);
+            Vec e = exponential(s, reference[v]);
             if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
             sum[v] += e;
             cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
@@ -4552,21 +5464,30 @@ template <class T, class Dim> class ForwardBlock {
   template <bool masked> void earlier(Index key, Index count) {
     Vec largest[NV], sum[NV];
     weights<masked>(key, count, largest, sum);
-    while (cpu::any<T>((largest[0] > limit) | (largest[1] > limit))) {
-      for (int v = 0; v < NV; ++v) raise_reference(v, cpu::select<T>(largest[v] > limit, largest[v], Vec{}));
+    if (is_beaten(largest, far)) {   // their exponentials may be infinite
+      for (int v = 0; v < NV; ++v) raise_reference(v, largest[v], far);
       weights<masked>(key, count, largest, sum);
     }
+    if (is_beaten(largest, limit))
+      for (int v = 0; v < NV; ++v) {
+        Vec const shrink = raise_reference(v, largest[v], limit);
+        sum[v] *= shrink;
+        for (T* p = p_ + v * cpu::lanes<T>; p < p_ + count * queries; p += queries) cpu::store<T>(p, shrink * cpu::load(p));
+      }
     for (int v = 0; v < NV; ++v) sum_[v] += sum[v];
     add_values<false>(key, count);
   }
 
-  // A query whose `by` is 0 keeps every bit.
-  void raise_reference(int v, Vec by) {
-    Vec const shrink = cpu::exp<T>(-by);
-    reference_[v] += by;
+  bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
+  Mask beaten(int v, Vec largest, T by) const { return (largest - reference_[v]) * size_ > by; }
+  // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
+  Vec raise_reference(int v, Vec largest, T by) {
+    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, reference_[v]), shrink = exponential(reference_[v], raised);
+    reference_[v] = raised;
     sum_[v] *= shrink;
     for (int lane = 0; lane < cpu::lanes<T>; ++lane)
       for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
+    return shrink;
   }
 
   // (3) o (+)= P v
@@ -4584,21 +5505,41 @@ template <class T, class Dim> class ForwardBlock {
   }
 
   // (2), (3)
-  void finish(Rows<T> o, Rows<wide_t<T>> lse) {
-    alignas(cpu::vector_bytes) T inverse[queries], logarithm[queries];
+  void finish(Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
+    alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
+    attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
+      Vec const score = cpu::in_register<T>(size_ * reference_[v]);   // rounded, as backward rounds it
+      range.add(score);
       cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
-      cpu::store<T>(logarithm + v * cpu::lanes<T>, reference_[v] + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
     }
-    for (Index i = 0, count = std::min(queries, length_ - first_); i < count; ++i) {
+    Index const count = std::min(queries, length_ - first_);
+    for (Index i = 0; i < count; ++i) {
       *lse[first_ + i] = logarithm[i];
-      for (Index d = 0; d < D_; d += cpu::lanes<T>) cpu::store<T>(o[first_ + i] + d, inverse[i] * cpu::load(o_ + i * D_ + d));
+      for (Index d = 0; d < D_; d += cpu::lanes<T>) {
+        Vec const x = cpu::load(o_ + i * D_ + d);
+        range.add(x);
+        cpu::store<T>(o[first_ + i] + d, inverse[i] * x);
+      }
     }
+    if (range.is_moderate()) return;
+    for (Index i = 0; i < count; ++i) {
+      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then values are all that is large
+      if (keeps_lse && attention::is_moderate<T>(D_, o_ + i * D_)) continue;
+      T const exact = in_order(first_ + i, q, o);
+      if (!keeps_lse) *lse[first_ + i] = exact;
+    }
+  }
+  T in_order(Index query, Rows<T const> q, Rows<T> o) const {
+    Index const oldest = std::max<Index>(0, query - reach_ + 1);
+    auto const key_at = [&](Index j) { return attention::KeyRows<T>{k_[oldest + j], v_[oldest + j]}; };
+    return attention::attend_in_order<T>(D_, scale_, q[query], query - oldest + 1, key_at, o[query]);
   }
 
   Dim D_;
   Index length_, reach_, first_ = 0;
-  T scale_;
+  T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
   Vec reference_[NV], sum_[NV];
@@ -4872,10 +5813,10 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
   static Cache<Shapes> cache(Config const& c, Index batch, Index) {
     Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
-    Shape<3> const keys{batch, rows, c.num_heads * c.key_dim};
+    Shape<3> const keys{batch, rows, size_product(c.num_heads, c.key_dim)};
     return {.conv_q = keys,
             .conv_k = keys,
-            .conv_v = {batch, rows, c.num_value_heads * c.value_dim},
+            .conv_v = {batch, rows, size_product(c.num_value_heads, c.value_dim)},
             .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
   }
 
@@ -5200,9 +6141,10 @@ template <GdnOptions O> struct Prepare {
   static constexpr bool makes(std::string_view) { return true; }
 
   static Params<Shapes> params(Config const& c) {
-    return {.conv_q = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_k = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_v = {c.num_value_heads * c.value_dim, O.conv_width},
+    Shape<2> const keys{size_product(c.num_heads, c.key_dim), O.conv_width};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {size_product(c.num_value_heads, c.value_dim), O.conv_width},
             .a_log = {c.num_value_heads},
             .dt_bias = {c.num_value_heads}};
   }
@@ -5451,8 +6393,11 @@ template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, Bl
 }
 
 // A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
-// When the carry falls below 1e-6 it is folded back.
+// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
+// When the carry leaves its range it is folded back.
 template <class T> struct Carry {
+  static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
+
   PerGroup<T> before;   // the carry when the group comes
   PerGroup<T> inverse;  // 1 / the carry after the group
   PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
@@ -5461,21 +6406,23 @@ template <class T> struct Carry {
   HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
     before.group[g] = carry;
     carry *= decay;
-    bool const small = carry < T(1e-6);
-    fold.group[g] = small ? carry : T(1);
-    inverse.group[g] = small ? T(1) : 1 / carry;
-    return small ? T(1) : carry;
+    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
+    fold.group[g] = in_range ? T(1) : carry / start;
+    carry = in_range ? carry : start;
+    inverse.group[g] = 1 / carry;
+    return carry;
   }
 };
 
-// products[below(i, j)] = a_i . c_j, products[upto(i, j)] = b_i . c_j for the four tokens of each group. A token never meets
-// a later one.
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
+// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
+template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, T* dots) {
   Vec<T> sum[pairs] = {};
   for (Index d = 0; d < width; d += lanes<T>) {
     Vec<T> x[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j) x[j] = load(c[j] + d);
+    for (int j = 0; j < group_tokens; ++j) x[j] = dot_share<T> * load(c[j] + d);
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
       Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
@@ -5505,7 +6452,8 @@ template <class T>
 void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K, Index groups, T scale, PerGroup<T> (&pair)[pairs]) {
   pair_dots(k, q, k, K, groups, pair);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int p = 0; p < pairs; ++p) pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) * gates.between[p].get(g) * pair[p].get(g));
+    for (int p = 0; p < pairs; ++p)
+      pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) / dot_share<T> * gates.between[p].get(g) * pair[p].get(g));
   });
 }
 
@@ -5519,13 +6467,15 @@ template <class T> HYBRIDATTN_INLINE void token_dots(Rows<T const> a, Rows<T con
   cpu::sum_each<group_tokens>(sum, dots);
 }
 
-// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel.
+// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
+// Carry::start * stored.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
   std::fill_n(state, rows * columns, T(0));
   if (states.empty()) return;
   for (Index k = 0; k < states.extent(2); ++k)
     for (Index v = 0; v < states.extent(3); v += panel_width<T>)
-      std::copy_n(states.row(i, h, k) + v, std::min<Index>(panel_width<T>, states.extent(3) - v), state + v * rows + k * panel_width<T>);
+      std::transform(states.row(i, h, k) + v, states.row(i, h, k) + std::min<Index>(v + panel_width<T>, states.extent(3)),
+                     state + v * rows + k * panel_width<T>, [](T x) { return x / Carry<T>::start; });
 }
 template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
   if (states.empty()) return;
@@ -5585,7 +6535,8 @@ template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& 
   return fresh;
 }
 
-// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are w_l . e_j and d_o_l . e_j.
+// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are dot_share times w_l . e_j
+// and d_o_l . e_j.
 template <class T>
 void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
                   DecayPaths<T>& paths) {
@@ -5595,7 +6546,7 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
       for (int j = 0; j < l; ++j) {
         Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
         Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
-        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) * (read - erased);
+        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) / dot_share<T> * (read - erased);
       }
     for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
   });
@@ -5626,14 +6577,17 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows.
+// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
+// by square: sums of few terms round less.
 template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
   Vec<T> sum{};
   for (Index v = 0; v < V; v += panel_width<T>) {
     alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
     cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
+    Vec<T> square{};
     HYBRIDATTN_UNROLL
-    for (Index r = 0; r < panel_width<T>; ++r) sum += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    sum += square;
   }
   return sum;
 }
@@ -5772,7 +6726,7 @@ HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T f
                             [[maybe_unused]] Rows<T const> next_q) {
   Vec<T> update[group_tokens], products[2 * group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
+  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
     Vec<T> s = load(row);
@@ -5920,7 +6874,7 @@ HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T f
                             [[maybe_unused]] Rows<T const> next_k) {
   Vec<T> update[2 * group_tokens], products[group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
     Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
@@ -6011,7 +6965,7 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
     for (int i = 0; i < group_tokens; ++i) {
       handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
       for (int j = 0; j <= i; ++j) {
-        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g);
+        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g) / dot_share<T>;
         handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
         if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
       }
@@ -6074,7 +7028,7 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
   for (Index r = 0; r < V; ++r) {
     T* const row = state + r * panel_width<T>;
-    Vec<T> s = load(row);
+    Vec<T> s = cpu::in_register<T>(load(row));
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
       by_d_o[i] += d_o[i][r] * s;
@@ -6171,7 +7125,7 @@ template <class T> void read_transposed(View<T const, 4> states, Index i, Index 
   std::fill_n(state, K * V, T(0));
   if (states.empty()) return;
   for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v);
+    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v) / Carry<T>::start;
 }
 template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
   double sum = 0;
@@ -6205,7 +7159,7 @@ template <class T> struct Token {
 // `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
 template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
   auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
-  Vec<T> with_k[N] = {}, with_q[N] = {}, delta[N];
+  Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
   for (Index a = 0; a < t.K; ++a) {
     HYBRIDATTN_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -6252,7 +7206,9 @@ template <class T> struct ForwardScratch {
   T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
   Rows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
 
-  static Index size(Index K, Index V) { return K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V); }
+  static Index size(Index K, Index V) {
+    return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
+  }
   ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
     auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
@@ -6265,7 +7221,7 @@ template <class T>
 void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
                   Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
   Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
-  T carry = 1;
+  T carry = Carry<T>::start;
   Gates<T> gates;
   ForwardTerms<T> terms;
   read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
@@ -6302,8 +7258,9 @@ template <class T> struct BackwardScratch {
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    return 2 * K * V + (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
-           round_up(longest, group_tokens) * K + ceil_div(longest, block_tokens) * K * V;
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
+    return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+                                round_up(longest, group_tokens) * K);
   }
   BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
@@ -6342,7 +7299,7 @@ template <class T> struct BackwardCall {
 // Returns <S_0, X_0>, as a function.
 template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
-  T carry = 1, since_fresh = 1;
+  T carry = Carry<T>::start, since_fresh = 1;
   Gates<T> gates;
   ReverseTerms<T> terms;
   read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
@@ -6367,7 +7324,7 @@ template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequ
 // Returns <S_T, d_final_state>.
 template <class T>
 double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
-  T carry = 1;
+  T carry = Carry<T>::start;
   Gates<T> gates;
   RebuildTerms<T> terms;
   read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
@@ -6391,9 +7348,10 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
 template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
   Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
   parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
     Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
-    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{out(memory).row(thread), K, V});
+    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{scratch.row(thread), K, V});
   });
 }
 
@@ -6405,11 +7363,13 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
   Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
   Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
   Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
+  View<T, 2> const rows = out(memory);
+  View<detail::Handover<T>, 2> const blocks = out(handover);
   detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
   parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
     Index const i = task / c.num_heads, hk = task % c.num_heads;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V, longest};
+    detail::BackwardScratch<T> const scratch{rows.row(thread), blocks.row(thread), K, V, longest};
     for (Index h = hk * group; h < (hk + 1) * group; ++h) {
       auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
       double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
@@ -6908,10 +7868,12 @@ struct FeedForwardConfig {
   FeedForwardConfig completed(Index model_dim) const {
     check_numbers();
     FeedForwardConfig c = *this;
-    if (c.hidden_dim == 0) c.hidden_dim = 4 * model_dim;
+    if (c.hidden_dim == 0) c.hidden_dim = size_product(4, model_dim);
     if (c.expert_dim == 0) c.expert_dim = c.hidden_dim;
     check(c.num_experts == 0 || (0 < c.top_k && c.top_k <= c.num_experts), "feed-forward: top_k ", c.top_k, " of ", c.num_experts,
           " experts; allowed: 1 .. ", c.num_experts);
+    check(c.num_experts <= largest_int32, "feed-forward: num_experts ", c.num_experts, " is not allowed; it must be at most ",
+          largest_int32);
     return c;
   }
 
@@ -6989,12 +7951,15 @@ struct FeedForward {
       shapes.dense = Mlp::saved(N, c.hidden_dim, c.gated);
       return shapes;
     }
-    Shape<2> const choices{N, c.top_k}, rows{N * c.top_k, C};
+    Index const chosen = size_product(N, c.top_k);
+    check(chosen <= largest_int32, "feed-forward: ", N, " tokens to ", c.top_k, " experts each; a batch has at most ", largest_int32,
+          " choices");
+    Shape<2> const choices{N, c.top_k}, rows{chosen, C};
     shapes.probabilities = {N, c.num_experts};
     shapes.weights = shapes.chosen = shapes.places = choices;
     shapes.offsets = {c.num_experts + 1};
     shapes.rows = shapes.made = rows;
-    shapes.experts = Mlp::saved(N * c.top_k, c.expert_dim, c.gated);
+    shapes.experts = Mlp::saved(chosen, c.expert_dim, c.gated);
     shapes.d_probability = {c.num_experts};
     if (c.shared_dim >= 0) {
       shapes.shared = Mlp::saved(N, c.shared_dim, c.gated);
@@ -7557,19 +8522,15 @@ template <class Key, class Value> struct Keyed {
 };
 template <template <class> class Of, class Kinds> struct ByType;
 template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
-  template <class Key> auto& get() {
-    check_key<Key>();
-    return static_cast<Keyed<Key, Of<Key>>&>(*this).value;
-  }
-  template <class Key> auto const& get() const {
-    check_key<Key>();
-    return static_cast<Keyed<Key, Of<Key>> const&>(*this).value;
-  }
+  template <class Key> auto& get() { return of<Key>(*this); }
+  template <class Key> auto const& get() const { return of<Key>(*this); }
 
  private:
-  template <class Key> static constexpr void check_key() {
+  template <class Key, class Self> static auto& of(Self& self) {
     static_assert((std::is_same_v<Key, Kinds> || ...),
                   "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+    using Found = Keyed<Key, Of<Key>>;
+    return static_cast<std::conditional_t<std::is_const_v<Self>, Found const, Found>&>(self).value;
   }
 };
 
@@ -7608,7 +8569,7 @@ template <AttentionPolicy... Policies> struct Stack {
   static Config completed(Config c, Index num_heads) {
     c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
-    return c;
+    return at(c, c.block.stage);
   }
 
   // With another stage of training.
@@ -7674,6 +8635,13 @@ template <AttentionPolicy... Policies> struct Stack {
  private:
   template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
     ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
+    (check_stage(Ps::name, c.mixers.template get<Ps>(), c.block.stage), ...);
+  }
+  // One stage for all layers: a policy alone in another one would compute something else than it trains.
+  static void check_stage(std::string_view policy, auto const& mixer, Stage stage) {
+    if constexpr (requires { mixer.stage; })
+      check(mixer.stage == Stage::language_model || mixer.stage == stage, policy, ": the stage of its config is not that of the model; ",
+            "leave it as it is, and give a step its stage: StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& mixer) {
@@ -7693,6 +8661,10 @@ template <AttentionPolicy... Policies> struct Stack {
 
 namespace detail {
 template <class... Ps> struct PolicyList {
+  template <int times> static constexpr std::size_t depth() {
+    static_assert(times > 0, "Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>");
+    return times > 0 ? static_cast<std::size_t>(times) * sizeof...(Ps) : 0;
+  }
   template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
   template <class Indices> struct Repeated;
   template <std::size_t... i> struct Repeated<std::index_sequence<i...>> {
@@ -7703,7 +8675,8 @@ template <class... Ps> struct PolicyList {
 
 // Repeat<3, GDN, GDN, GDN, Full> has 12 layers.
 template <int times, AttentionPolicy... Policies>
-using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
+using Repeat = typename detail::PolicyList<Policies...>::template Repeated<
+    std::make_index_sequence<detail::PolicyList<Policies...>::template depth<times>()>>::type;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -7949,9 +8922,12 @@ template <class S_> class LanguageModel {
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
     check_at_least("model", "vocab_size", config_.vocab_size, 1);
     check_at_least("model", "num_heads", config_.num_heads, 1);
+    check(config_.vocab_size <= largest_int32, "model: vocab_size ", config_.vocab_size, " is not allowed; it must be at most ",
+          largest_int32, ", since a token is an int32");
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
+    bytes<double>(params());   // can be counted, whatever the scalar
   }
   // The same model in another stage of training: other gradients, the same parameters.
   LanguageModel at(Stage stage) const {
@@ -7980,7 +8956,7 @@ template <class S_> class LanguageModel {
   }
   Index parameter_count() const {
     Index count = 0;
-    zip([&](Path const&, auto const& shape) { count += shape.count(); }, params());
+    zip([&](Path const&, auto const& shape) { count = size_sum(count, shape.count()); }, params());
     return count;
   }
 
@@ -7994,7 +8970,8 @@ template <class S_> class LanguageModel {
     zip(
         [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
           Random random{seed, path.str()};
-          std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
+          std::vector<E> host;
+          resize(host, tensor.shape().count(), "a parameter's first values");
           for (E& element : host) element = static_cast<E>(start.draw(random));
           upload(backend, host, tensor);
         },
@@ -8005,6 +8982,7 @@ template <class S_> class LanguageModel {
   // The final normed activations stand in the result: hidden() and logits() read them.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
+    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
@@ -8481,28 +9459,44 @@ struct Write {
 // No model comes near it, and products of three do not overflow.
 inline constexpr Index largest_size = 1 << 20;
 
-// Throws at a member that is not there or of another kind.
+// Throws at a member that is not there, of another kind, or beyond every model.
 struct Read {
   Json const& json;
   std::string const& where;
 
   template <class Member> void operator()(char const* name, Member& member) const {
     Json const& value = safetensors::member(json, name, where);
-    try {
-      if constexpr (std::is_enum_v<Member>) member = enumerator<Member>(value.get_ref<std::string const&>());
-      else value.get_to(member);
-    } catch (Json::exception const&) {
-      fail(where, "'", name, "' is of another kind");
+    if constexpr (std::is_enum_v<Member>) {
+      member = enumerator<Member>(name, value);
+    } else if constexpr (std::is_same_v<Member, bool>) {
+      check(value.is_boolean(), where, "'", name, "' is of another kind; it must be true or false");
+      member = value.get<bool>();
+    } else if constexpr (std::is_integral_v<Member>) {
+      member = static_cast<Member>(size(name, value));
+    } else if constexpr (std::is_floating_point_v<Member>) {
+      check(value.is_number(), where, "'", name, "' is of another kind; it must be a number");
+      member = value.get<Member>();
+    } else {   // a list of layers
+      check(value.is_array(), where, "'", name, "' is of another kind; it must be a list of integers");
+      member.clear();
+      for (Json const& element : value) member.push_back(size(name, element));
     }
-    if constexpr (std::is_same_v<Member, Index>)
-      check(-1 <= member && member <= largest_size, where, "'", name, "' is ", member, "; allowed are sizes up to ", largest_size);
   }
 
  private:
-  template <class E> E enumerator(std::string const& word) const {
+  Index size(char const* name, Json const& value) const {
+    check(value.is_number_integer(), where, "'", name, "' is ", value.is_number() ? value.dump() : "of another kind",
+          "; it must be an integer");
+    bool const fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= largest_size
+                                                 : -1 <= value.get<std::int64_t>() && value.get<std::int64_t>() <= largest_size;
+    check(fits, where, "'", name, "' is ", value.dump(), "; allowed are sizes up to ", largest_size);
+    return value.get<Index>();
+  }
+  template <class E> E enumerator(char const* name, Json const& value) const {
+    check(value.is_string(), where, "'", name, "' is of another kind; it must be a word");
     auto const& words = words_of<E>;
-    auto const found = std::ranges::find(words, std::string_view(word));
-    check(found != words.end(), where, "unknown word ", safetensors::shown(word));
+    auto const found = std::ranges::find(words, std::string_view(value.get_ref<std::string const&>()));
+    check(found != words.end(), where, "unknown word ", escaped(value.get_ref<std::string const&>()));
     return static_cast<E>(found - words.begin());
   }
 };
@@ -8598,11 +9592,13 @@ struct Batch {
   Index batch = 0, seq_len = 0;
   std::vector<std::int32_t> tokens, targets;   // [batch * seq_len]
 
+  // Throws Error where there is no memory for so many.
   void resize(Index windows, Index length) {
+    Index const count = size_product(windows, length);
+    hybridattn::resize(tokens, count, "a batch's tokens");
+    hybridattn::resize(targets, count, "a batch's targets");
     batch = windows;
     seq_len = length;
-    tokens.resize(static_cast<std::size_t>(windows * length));
-    targets.resize(tokens.size());
   }
   std::span<std::int32_t> tokens_of(Index window) { return part(std::span(tokens), window); }
   std::span<std::int32_t> targets_of(Index window) { return part(std::span(targets), window); }
@@ -8671,7 +9667,7 @@ class ByteText {
   static constexpr Index vocab_size = 256;
 
   explicit ByteText(std::string_view text) {
-    tokens_.reserve(text.size());
+    reserve(tokens_, std::ssize(text), "a text's tokens");
     for (char c : text) {
       tokens_.push_back(static_cast<unsigned char>(c));
       hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
@@ -8722,6 +9718,7 @@ class Windows final : public DataSource {
     auto const length = std::ssize(tokens);
     check(length >= seq_len, name_, " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
     Index const count = std::min(windows, length / seq_len);
+    check_memory(byte_count(size_product(count, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     std::vector<Batch> batches;
     for (Index first = 0; first < count; first += batch) {
       auto& into = batches.emplace_back();
@@ -8733,7 +9730,11 @@ class Windows final : public DataSource {
 
  private:
   // Window i of `count` between the first one at 0 and the last one at `last`.
-  static Index start(Index i, Index count, Index last) { return count == 1 ? 0 : i * last / (count - 1); }
+  static Index start(Index i, Index count, Index last) {
+    if (count == 1) return 0;
+    Index const gaps = count - 1;
+    return i * (last / gaps) + i * (last % gaps) / gaps;   // i * last / gaps, which a long text's last may overflow
+  }
   static void copy(std::span<std::int32_t const> text, Index start, Batch& into, Index window) {
     auto const source = text.subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(into.seq_len));
     auto const targets = into.targets_of(window);
@@ -8763,8 +9764,8 @@ class RecallTask final : public DataSource {
     check_at_least("recall", "vocab_size", options.vocab_size, 4);
     check(options.vocab_size <= std::numeric_limits<std::int32_t>::max(), "recall: vocab_size ", options.vocab_size,
           " is not allowed; it must be at most ", std::numeric_limits<std::int32_t>::max(), ", since a token is a std::int32_t");
-    check(options.pairs <= (options.vocab_size - 2) / 2, "recall: vocab_size ", options.vocab_size, " is too small for pairs ",
-          options.pairs, "; every pair takes 2 tokens, and 2 are left over");
+    check(options.pairs <= (options.vocab_size - 2) / 2, "recall: pairs ", options.pairs, " with vocab_size ", options.vocab_size,
+          " is not allowed; a vocabulary has 2 tokens for each pair, and 2 more");
   }
 
   using DataSource::next_batch;
@@ -8784,6 +9785,7 @@ class RecallTask final : public DataSource {
   }
   std::vector<Batch> validation_batches(Index batch, Index seq_len, Index windows = 200) const override {
     check_validation(batch, seq_len, windows);
+    check_memory(byte_count(size_product(windows, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     Stream stream{Random{seed_, "data.validation"}};
     std::vector<Batch> batches;
     for (Index left = windows; left > 0; left -= batch) fill(stream, std::min(batch, left), seq_len, batches.emplace_back());
@@ -8807,7 +9809,7 @@ class RecallTask final : public DataSource {
     check(seq_len >= 4 * options_.pairs, "seq_len ", seq_len, " is too short to ask for ", options_.pairs, " pairs; it must be at least ",
           4 * options_.pairs);
     into.resize(batch, seq_len);
-    stream.slots.resize(static_cast<std::size_t>((seq_len - 2 * options_.pairs) / 2));
+    hybridattn::resize(stream.slots, (seq_len - 2 * options_.pairs) / 2, "the places of queries");
     Index const half = options_.vocab_size / 2;
     for (Index window = 0; window < batch; ++window) {
       draw_distinct(stream.random, 1, half, stream.keys);
@@ -8927,9 +9929,7 @@ template <class Group> void collect(std::string_view prefix, Group const& group,
 inline std::string words(std::vector<std::string> const& list) {
   std::string text;
   for (auto const& word : list) text += (text.empty() ? "" : " ") + word;
-  for (char& letter : text)
-    if (static_cast<unsigned char>(letter) < 32 || letter == 127) letter = '?';
-  return text.size() > 1000 ? text.substr(0, 1000) + "..." : text;
+  return one_line(text, 1000);
 }
 inline std::vector<std::string> names_in(Json const& list, std::string const& where) {
   check(list.is_array(), where, "'pattern' must be a list of names");
@@ -8948,7 +9948,7 @@ inline std::string shape_text(std::vector<Index> const& shape) {
 
 // A value out of a file, fit for an error message.
 inline std::string shown(Json const& value) {
-  if (value.is_string()) return safetensors::shown(value.get_ref<std::string const&>());
+  if (value.is_string()) return escaped(value.get_ref<std::string const&>());
   if (value.is_null()) return "nothing";
   if (value.is_array()) return "a list of " + std::to_string(value.size());
   return value.is_object() ? "a group" : value.dump();
@@ -8968,13 +9968,14 @@ struct Comparison {
     } else if (file.is_array() && model.is_array() && file.size() == model.size()) {
       for (std::size_t i = 0; i < model.size(); ++i) inner(file[i], model[i], name, std::to_string(i));
     } else {
-      check(file == model, where, name, ": ", shown(file), " in the file, ", shown(model), " in the ", ours);
+      check(is_same(file, model), where, one_line(name, 200), ": ", shown(file), " in the file, ", shown(model), " in the ", ours);
     }
   }
 
  private:
   inline static Json const nothing = {};
-  // Never a copy: a value may be nested deeper than the stack is.
+  // 2.0 is no 2 where an integer belongs.
+  static bool is_same(Json const& file, Json const& model) { return file == model && (file.is_number_float() <= model.is_number_float()); }
   static Json const& found(Json const& json, std::string const& key) { return json.contains(key) ? json[key] : nothing; }
   void inner(Json const& file, Json const& model, std::string const& name, std::string const& key) const {
     if (std::ranges::find(ignored, key) == ignored.end()) (*this)(file, model, name.empty() ? key : name + "." + key);
@@ -9013,7 +10014,7 @@ void write(B& backend, std::filesystem::path const& path, Json json, std::vector
   writer.add_metadata(metadata_key, std::move(text));
   std::vector<char> host;
   writer.write(path, [&](std::string_view bytes) {
-    host.resize(bytes.size());
+    resize(host, std::ssize(bytes), "a copy of a tensor");
     backend.download(host.data(), bytes.data(), bytes.size());
     return std::string_view(host.data(), host.size());
   });
@@ -9023,10 +10024,10 @@ void write(B& backend, std::filesystem::path const& path, Json json, std::vector
 // something else. They come before anything is written to anybody.
 class File {
  public:
-  explicit File(std::filesystem::path const& path) : where_("checkpoint " + path.string() + ": "), file_(path) {
+  explicit File(std::filesystem::path const& path) : where_("checkpoint " + one_line(path.string()) + ": "), file_(path) {
     check(file_.metadata().contains(metadata_key), where_, "a safetensors file, but no checkpoint: it has no metadata '", metadata_key,
           "'");
-    json_ = safetensors::parse_json(file_.metadata(metadata_key), where_, "its description");
+    json_ = parse_json(file_.metadata(metadata_key), where_ + "its description: ");
     Index const theirs = count(json_, "format_version");
     check(theirs == version, where_, "its format is version ", theirs, "; this library reads version ", version);
   }
@@ -9056,10 +10057,9 @@ class File {
 
   // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
-    std::string const theirs = words(pattern()), ours = words(names_in(model["pattern"], where_));
-    check(theirs == ours, where_, "the file holds ", theirs, ", the model is ", ours);
-    check(text(json_, "dtype") == dtype, where_, "dtype: ", safetensors::shown(text(json_, "dtype")), " in the file, '", dtype,
-          "' in the model");
+    auto const theirs = pattern(), ours = names_in(model["pattern"], where_);
+    if (theirs != ours) fail(where_, "the file holds ", words(theirs), ", the model is ", words(ours));
+    check(text(json_, "dtype") == dtype, where_, "dtype: ", escaped(text(json_, "dtype")), " in the file, '", dtype, "' in the model");
     // How parameters once started, and what only training reads.
     static constexpr std::string_view ignored[] = {"initialization", "gate_start", "balance", "balance_coefficient", "index_loss"};
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
@@ -9082,13 +10082,20 @@ class File {
       if (tensor.bytes > 0) check_tensor(tensor), ours.insert(tensor.name);
     for (auto const& [name, info] : file_.tensors()) {
       if (name.starts_with(history_prefix) || (!training && name.starts_with("optimizer."))) continue;
-      check(ours.contains(name), where_, "tensor ", safetensors::shown(name), " is in the file, but not in the model");
+      check(ours.contains(name), where_, "tensor ", escaped(name), " is in the file, but not in the model");
     }
   }
-  // Into the tensors, which must be writable. Throws in the middle only when the file cannot be read any more.
+  // Into the tensors, which must be writable. Throws in the middle when the file cannot be read to its end.
   template <class B> void read(B& backend, std::vector<StoredTensor> const& tensors) const {
     for (auto const& tensor : tensors)
-      if (tensor.bytes > 0) backend.upload(const_cast<void*>(tensor.data), file_.read_bytes(tensor.name).data(), tensor.bytes);
+      if (tensor.bytes > 0) upload(backend, file_.read_bytes(tensor.name), tensor);
+  }
+  // The same for tensors that hold a run already: all of them are written, or none. It takes as much memory again.
+  template <class B> void read_all_or_none(B& backend, std::vector<StoredTensor> const& tensors) const {
+    std::vector<std::vector<char>> host;
+    for (auto const& tensor : tensors) host.push_back(tensor.bytes > 0 ? file_.read_bytes(tensor.name) : std::vector<char>{});
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      if (tensors[i].bytes > 0) upload(backend, host[i], tensors[i]);
   }
 
   Progress progress() const {
@@ -9103,6 +10110,9 @@ class File {
   }
 
  private:
+  template <class B> static void upload(B& backend, std::vector<char> const& bytes, StoredTensor const& tensor) {
+    backend.upload(const_cast<void*>(tensor.data), bytes.data(), tensor.bytes);
+  }
   Json const& member(char const* key) const { return safetensors::member(json_, key, where_); }
   Index count(Json const& json, char const* key) const {
     return safetensors::to_count(safetensors::member(json, key, where_), where_, key);
@@ -9119,11 +10129,11 @@ class File {
   }
   std::vector<std::string> pattern() const { return names_in(member("pattern"), where_); }
   void check_tensor(StoredTensor const& tensor) const {
-    check(file_.contains(tensor.name), where_, "tensor ", safetensors::shown(tensor.name), " is in the model, but not in the file");
+    check(file_.contains(tensor.name), where_, "tensor ", escaped(tensor.name), " is in the model, but not in the file");
     auto const& theirs = file_.info(tensor.name);
-    check(theirs.dtype == tensor.info.dtype, where_, "tensor ", safetensors::shown(tensor.name), ": dtype ", theirs.dtype, " in the file, ",
+    check(theirs.dtype == tensor.info.dtype, where_, "tensor ", escaped(tensor.name), ": dtype ", theirs.dtype, " in the file, ",
           tensor.info.dtype, " in the model");
-    check(theirs.shape == tensor.info.shape, where_, "tensor ", safetensors::shown(tensor.name), ": shape ", shape_text(theirs.shape),
+    check(theirs.shape == tensor.info.shape, where_, "tensor ", escaped(tensor.name), ": shape ", shape_text(theirs.shape),
           " in the file, ", shape_text(tensor.info.shape), " in the model");
   }
 
@@ -9199,7 +10209,7 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
 }
 
 // Takes parameters, moments and step count out of a file. Throws Error where the file is damaged, or of another pattern,
-// size, dtype, optimizer or version, and names both; then nothing was touched.
+// size, dtype, optimizer or version, and names both, or cannot be read to its end; then nothing was touched.
 template <class B, class Model, class Params>
 Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, AdamW<Params>& optimizer,
                          LoadOptions options = {}) {
@@ -9210,7 +10220,7 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   file.check_tensors(tensors, true);
   auto progress = file.progress();
   auto const [steps, updates] = file.optimizer_steps(std::span(tensors).first(optimizer.decays().size()));
-  file.read(backend, tensors);
+  file.read_all_or_none(backend, tensors);
   optimizer.state().steps = steps;
   optimizer.state().updates = updates;
   return progress;
@@ -9220,8 +10230,10 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
 //   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
 template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
   checkpoint::File const file{path};
-  auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path));
-  check(needed <= there, "checkpoint ", path.string(), ": the model's parameters take ", needed, " bytes, the whole file has ", there);
+  std::error_code ignored;   // then reading will fail
+  auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path, ignored));
+  check(needed <= there, "checkpoint ", one_line(path.string()), ": the model's parameters take ", needed, " bytes, the whole file has ",
+        there);
   auto params = allocate<T>(backend, model.params());
   auto const tensors = checkpoint::tensors_of(params);
   file.check_model(checkpoint::describe(model), tensors.front().info.dtype, true);
@@ -9448,8 +10460,223 @@ template <class T, class F> void for_each_share(Index groups, std::vector<std::v
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
 #endif
 
+// ==== hybridattn/train/hugging_face/fields.hpp
+// The fields of a config.json. Each one is read, or known to change nothing, or an error.
+#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_FIELDS_HPP
+#define HYBRIDATTN_TRAIN_HUGGING_FACE_FIELDS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
+
+struct ReadOptions {
+  // Fields of config.json that are read as if they were not there: "conv_window", "rope_parameters.factor".
+  std::vector<std::string> ignore = {};
+};
+
+namespace detail {
+
+using Json = nlohmann::json;
+
+// Fields that change nothing a text model computes. A * stands for any letters.
+struct Harmless {
+  std::string_view names;
+  std::string_view values = "any";   // those that change nothing, as JSON: what is computed anyway. Empty: null alone
+  std::string_view same_as = "";     // or that of this field
+};
+
+inline constexpr Harmless harmless[] = {
+    // Who made the file, from what, and with which library.
+    {"_* architectures auto_map name_or_path model_name base_model* finetuning_task library_name license* author* tags datasets "
+     "pipeline_tag language version *_version transformers* unsloth* commit_hash *_commit_hash push_to_hub hub_* run_name wandb_*"},
+    // How numbers are stored and computed with.
+    {"dtype *_dtype use_bfloat16 bf16 fp16 attn_implementation experts_implementation use_flash_attn use_flash_attention* flash_attn* "
+     "use_kernels device_map trust_remote_code low_cpu_mem_usage torchscript *_tp_plan *_pp_plan *_ep_plan tensor_parallel_size fuse_norm "
+     "fuse_swiglu fuse_cross_entropy use_cache cache_implementation chunk_size_feed_forward tf_legacy_loss"},
+    // Tokens, and the length of the texts that a model was trained with.
+    {"tokenizer* processor_class *_token_id *_token_ids *_token_index bos_token eos_token pad_token unk_token sep_token cls_token "
+     "mask_token "
+     "special_tokens* added_tokens* additional_special_tokens add_bos_token add_eos_token add_prefix_space padding_side truncation_side "
+     "chat_template* vocab_file merges_file model_max_length max_position_embeddings original_max_position_embeddings max_window_layers "
+     "max_seq_len max_seq_length max_sequence_length seq_length n_positions n_ctx context_length"},
+    // What a model is asked to return, and how texts are generated.
+    {"output_attentions output_hidden_states output_scores return_dict return_dict_in_generate use_return_dict id2label label2id "
+     "num_labels "
+     "problem_type task_specific_params keys_to_ignore_at_inference remove_invalid_values is_decoder generation_config do_sample "
+     "temperature top_k top_p min_p typical_p num_beams num_beam_groups num_return_sequences max_length min_length max_new_tokens "
+     "min_new_tokens repetition_penalty length_penalty diversity_penalty early_stopping no_repeat_ngram_size encoder_no_repeat_ngram_size "
+     "bad_words_ids suppress_tokens begin_suppress_tokens exponential_decay_length_penalty prefix"},
+    // How it was started and trained.
+    {"initializer_* init_std init_method embedding_initializer_range train_* trained_* training_* trainer_* gradient_checkpointing* "
+     "use_reentrant neftune_noise_alpha seed *_seed"},
+    // Draft heads, and eyes and ears, which are passed over; positions on several axes, which a text has in common.
+    {"mtp_* num_nextn_predict_layers mrope_* vision_config audio_config vision_* image_* video_* audio_* language_model_only"},
+    // What is computed anyway.
+    {"hidden_act hidden_activation activation_function", R"("silu", "swish")"},
+    {"output_gate_type", R"("swish", "silu")"},
+    {"attn_output_gate qk_norm use_qk_norm qk_layernorm use_qk_layernorm is_causal causal use_rope", "true"},
+    {"bias *_bias is_encoder_decoder add_cross_attention tie_encoder_decoder use_sliding_window rope_interleave* load_in_*bit", "false"},
+    {"*dropout* *_pdrop router_jitter_noise router_z_loss_coef z_loss* label_smoothing*", "0"},
+    {"pretraining_tp factor attention_factor *_multiplier logit_scale logits_scaling", "1"},
+    {"rope_type type", R"("default")"},
+    {"pruned_heads", "{}"},
+    {"num_experts num_local_experts n_routed_experts", "0"},
+    // Other libraries' names for what stands there already.
+    {"num_local_experts n_routed_experts", "", "num_experts"},
+    {"moe_topk num_experts_per_token", "", "num_experts_per_tok"},
+    {"d_model n_embd dim", "", "hidden_size"},
+    {"n_layer n_layers num_layers", "", "num_hidden_layers"},
+    {"n_head n_heads num_heads", "", "num_attention_heads"},
+    {"num_kv_heads n_kv_heads", "", "num_key_value_heads"},
+    {"ffn_dim n_inner ffn_hidden_size", "", "intermediate_size"},
+    {"layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon", "", "rms_norm_eps"},
+    {"padded_vocab_size", "", "vocab_size"},
+    // What is not supported at all.
+    {"quantization* compression_config sliding_window", ""}};
+
+// What only a model with experts reads.
+inline constexpr std::string_view of_experts =
+    "output_router_logits router_* num_experts_per_tok moe_* shared_expert_intermediate_size norm_topk_prob decoder_sparse_step "
+    "mlp_only_layers";
+
+inline bool matches(std::string_view pattern, std::string_view name) {
+  std::size_t p = 0, n = 0, star = pattern.npos, from = 0;   // the last star, and where its letters end
+  while (n < name.size()) {
+    if (p < pattern.size() && pattern[p] == '*') star = p++, from = n;
+    else if (p < pattern.size() && pattern[p] == name[n]) ++p, ++n;
+    else if (star != pattern.npos) p = star + 1, n = ++from;
+    else return false;
+  }
+  return pattern.find_first_not_of('*', p) == pattern.npos;
+}
+inline bool matches_any(std::string_view patterns, std::string_view name) {
+  while (!patterns.empty()) {
+    auto const end = std::min(patterns.find(' '), patterns.size());
+    if (matches(patterns.substr(0, end), name)) return true;
+    patterns.remove_prefix(std::min(end + 1, patterns.size()));
+  }
+  return false;
+}
+
+inline std::string shown(Json const& value) {   // in letters of ASCII
+  std::string const text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  return text.size() > 80 ? text.substr(0, 80) + "..." : text;
+}
+
+// No model comes near it, and products of three do not overflow.
+inline constexpr Index largest_size = 1 << 20;
+
+// An object of a config.json; each field that is asked for counts as known.
+class Fields {
+ public:
+  Fields(Json const& object, std::string where, ReadOptions const& options, std::string path = "")
+      : object_(object), where_(std::move(where)), path_(std::move(path)), options_(options) {
+    check(object.is_object(), where_, "not a JSON object");
+  }
+  // An object in there.
+  Fields inside(std::string const& name) { return {at(name), where_ + name + ": ", options_, path_ + name + "."}; }
+
+  // Null is as if the field were not there.
+  bool has(std::string const& name) {
+    known_.insert(name);
+    return object_.contains(name) && !object_[name].is_null() && !is_ignored(name);
+  }
+  Json const& at(std::string const& name) {
+    check(has(name), where_, "the field ", name, " is missing");
+    return object_[name];
+  }
+  Index size(std::string const& name, Index smallest = 1, Index largest = largest_size) {
+    return integer(name, at(name), smallest, largest);
+  }
+  Index size_or(std::string const& name, Index otherwise) { return has(name) ? size(name) : otherwise; }
+  std::vector<Index> sizes_or_none(std::string const& name, std::size_t most) {
+    std::vector<Index> result;
+    if (!has(name)) return result;
+    check(at(name).is_array() && at(name).size() <= most, where_, name, " is ", shown(at(name)), "; it must be a list of at most ", most,
+          " integers");
+    for (auto const& element : at(name)) result.push_back(integer("an element of " + name, element, 0, largest_size));
+    return result;
+  }
+  double real_or(std::string const& name, double otherwise, double smallest, double largest) {
+    if (!has(name)) return otherwise;
+    bool const fits = at(name).is_number() && smallest <= at(name).get<double>() && at(name).get<double>() <= largest;
+    check(fits, where_, name, " is ", shown(at(name)), "; it must be a number from ", smallest, " to ", largest);
+    return at(name).get<double>();
+  }
+  bool flag_or(std::string const& name, bool otherwise) {
+    if (!has(name)) return otherwise;
+    check(at(name).is_boolean(), where_, name, " is ", shown(at(name)), "; it must be true or false");
+    return at(name).get<bool>();
+  }
+  // Whether it has this value; it is not read by that.
+  bool says(std::string const& name, Json const& value) const { return object_.contains(name) && object_[name] == value; }
+  // Fields of these names change nothing here.
+  void pass_over(std::string_view patterns) { passed_over_ += std::string(patterns) + " "; }
+
+  // Every field was read, or changes nothing. `inner` is an object whose fields may be repeated here.
+  void check_all_known(Json const* inner = nullptr) const {
+    for (auto const& [name, value] : object_.items()) {
+      bool const repeated = inner != nullptr && inner->contains(name) && (*inner)[name] == value;
+      if (known_.contains(name) || value.is_null() || is_ignored(name) || repeated || matches_any(passed_over_, name)) continue;
+      check_harmless(name, value);
+    }
+  }
+  std::string const& where() const { return where_; }
+
+ private:
+  bool is_ignored(std::string const& name) const { return std::ranges::find(options_.ignore, path_ + name) != options_.ignore.end(); }
+  Index integer(std::string const& name, Json const& value, Index smallest, Index largest) const {
+    bool const fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= static_cast<std::uint64_t>(largest)
+                                                 : value.is_number_integer() && value.get<std::int64_t>() <= largest;
+    check(fits && value.get<Index>() >= smallest, where_, name, " is ", shown(value), "; it must be an integer from ", smallest, " to ",
+          largest);
+    return value.get<Index>();
+  }
+
+  void check_harmless(std::string const& name, Json const& value) const {
+    std::string supported;
+    bool is_named = false;
+    for (Harmless const& row : harmless) {
+      if (!matches_any(row.names, name)) continue;
+      if (row.values == "any" || has_value(row, value)) return;
+      is_named = is_named || row.same_as.empty();
+      if (supported.empty()) supported = row.values;
+    }
+    std::string const field = one_line(name, 80), hint = to_ignore(one_line(path_ + name, 200));
+    check(is_named, where_, "the field ", field, " (", shown(value),
+          ") is unknown; it may change what the model computes, which would not be the model that was released. ", hint);
+    fail(where_, field, " is ", shown(value), supported.empty() ? "; it is not supported. " : "; supported is " + supported + ". ", hint);
+  }
+  bool has_value(Harmless const& row, Json const& value) const {
+    std::string const other{row.same_as};
+    if (!other.empty()) return object_.contains(other) && object_[other] == value;
+    auto const values = Json::parse("[" + std::string(row.values) + "]");
+    return std::ranges::find(values, value) != values.end();
+  }
+  static std::string to_ignore(std::string const& field) {
+    return "To read the folder as if the field were not there: ReadOptions{.ignore = {\"" + field + "\"}}, or generate --ignore-field " +
+           field;
+  }
+
+  Json const& object_;
+  std::string where_, path_;   // how an error begins, and the name of a field in there
+  ReadOptions const& options_;
+  std::set<std::string> known_;
+  std::string passed_over_;
+};
+
+// A JSON file of a folder. Real ones have a few kilobytes; an index of many tensors has some megabytes.
+inline std::string read_json_text(std::filesystem::path const& path, std::size_t largest) {
+  std::string const where = one_line(path.string()) + ": ";
+  std::string text = read_regular_file(path, largest, where);
+  if (auto const kind = kind_of_file(std::string_view(text).substr(0, 512)); !kind.empty()) fail(where, "it is no JSON, but ", kind);
+  return text;
+}
+
+}  // namespace detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
+#endif
+
 // ==== hybridattn/train/hugging_face/config_file.hpp
-// config.json of a released model, read and written. Every field is read, or known to be harmless, or an error.
+// config.json of a released model, read and written.
 #ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
 #define HYBRIDATTN_TRAIN_HUGGING_FACE_CONFIG_FILE_HPP
 
@@ -9477,84 +10704,12 @@ inline constexpr std::string_view model_type(Family family) { return family == F
 
 namespace detail {
 
-using Json = nlohmann::json;
-
-// Nothing a text model computes depends on these.
-inline constexpr std::string_view harmless =
-    "architectures model_type name_or_path _name_or_path transformers_version dtype torch_dtype mamba_ssm_dtype use_cache "
-    "bos_token_id eos_token_id pad_token_id max_position_embeddings max_window_layers output_attentions output_hidden_states "
-    "return_dict mtp_num_hidden_layers mtp_use_dedicated_embeddings mrope_interleaved mrope_section text_config vision_config "
-    "image_token_id video_token_id vision_start_token_id vision_end_token_id id2label label2id problem_type "
-    "chunk_size_feed_forward";
-
-inline std::string shown(Json const& value) {
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  return text.size() > 80 ? text.substr(0, 80) + "..." : text;
-}
-
-// The fields of a JSON object; each one that is asked for counts as known.
-class Fields {
- public:
-  Fields(Json const& object, std::string where) : object_(object), where_(std::move(where)) {
-    check(object.is_object(), where_, "not a JSON object");
-  }
-
-  bool has(std::string const& name) {
-    known_.insert(name);
-    return object_.contains(name) && !object_[name].is_null();
-  }
-  Json const& at(std::string const& name) {
-    check(has(name), where_, "the field ", name, " is missing");
-    return object_[name];
-  }
-  Index size(std::string const& name, Index smallest = 1) {
-    auto const& value = at(name);
-    check(value.is_number_integer() && value.get<Index>() >= smallest, where_, name, " is ", shown(value),
-          "; it must be an integer, at least ", smallest);
-    return value.get<Index>();
-  }
-  Index size_or(std::string const& name, Index otherwise, Index smallest = 1) { return has(name) ? size(name, smallest) : otherwise; }
-  double real_or(std::string const& name, double otherwise) {
-    if (!has(name)) return otherwise;
-    check(at(name).is_number(), where_, name, " is ", shown(at(name)), "; it must be a number");
-    return at(name).get<double>();
-  }
-  bool flag_or(std::string const& name, bool otherwise) {
-    if (!has(name)) return otherwise;
-    check(at(name).is_boolean(), where_, name, " is ", shown(at(name)), "; it must be true or false");
-    return at(name).get<bool>();
-  }
-  // A field that is not there, or has the one value that is supported.
-  void expect(std::string const& name, Json const& supported) {
-    if (has(name)) check(at(name) == supported, where_, name, " is ", shown(at(name)), "; supported is ", shown(supported));
-  }
-  void expect_none(std::string const& name) {
-    if (has(name)) fail(where_, name, " is ", shown(at(name)), "; it is not supported");
-  }
-  // Every field was read, or is harmless.
-  void check_all_known() const {
-    auto const others = words(harmless);
-    for (auto const& [name, value] : object_.items())
-      check(known_.contains(name) || std::ranges::find(others, name) != others.end(), where_, "the field ", name, " (", shown(value),
-            ") is unknown; it may change what the model computes, which would not be the model that was released");
-  }
-  std::string const& where() const { return where_; }
-
- private:
-  Json const& object_;
-  std::string where_;
-  std::set<std::string> known_;
-};
-
-inline Json parse_json(std::filesystem::path const& path) {
-  auto json = Json::parse(read_text(path), nullptr, false);
-  check(json.is_object(), path.string(), " is not a JSON object");
-  return json;
-}
+inline constexpr std::size_t max_config_bytes = 4 << 20;
+inline constexpr Index max_layers = 10'000;
 
 inline std::string pattern_of(Fields& fields) {
   static constexpr std::string_view linear = "linear_attention", full = "full_attention";
-  Index const depth = fields.size("num_hidden_layers"), interval = fields.size_or("full_attention_interval", 4);
+  Index const depth = fields.size("num_hidden_layers", 1, max_layers), interval = fields.size_or("full_attention_interval", 4);
   std::string letters;
   if (!fields.has("layer_types")) {
     for (Index i = 1; i <= depth; ++i) letters += i % interval == 0 ? 'F' : 'L';
@@ -9570,40 +10725,45 @@ inline std::string pattern_of(Fields& fields) {
   return letters;
 }
 
-// Beside other fields as in the first releases, or an object of their own; where both stand they must agree.
+// Beside other fields as in the first releases, or an object of their own; where they stand twice they must agree.
 inline void read_rotary(Fields& fields, Settings& s) {
-  s.full.rope_theta = fields.real_or("rope_theta", 10000);
-  s.rotary_share = fields.real_or("partial_rotary_factor", 0.25);
-  for (auto const* name : {"rope_scaling", "rope_parameters"}) {
-    if (!fields.has(name)) continue;
-    Fields inner{fields.at(name), fields.where() + name + ": "};
-    inner.expect("rope_type", "default");
-    inner.expect("type", "default");
-    for (auto [key, value] : {std::pair{"rope_theta", &s.full.rope_theta}, std::pair{"partial_rotary_factor", &s.rotary_share}}) {
-      double const here = inner.real_or(key, *value);
-      check(!fields.has(key) || here == *value, inner.where(), key, " is ", here, ", but ", *value, " outside");
-      *value = here;
+  struct Rotary {
+    char const* name;
+    double& value;
+    double smallest, largest;
+    bool is_given = false;
+  };
+  Rotary values[] = {{"rope_theta", s.full.rope_theta, 1e-6, 1e30}, {"partial_rotary_factor", s.rotary_share, 0, 1}};
+  auto const read = [&](Fields& from) {
+    for (auto& [name, value, smallest, largest, is_given] : values) {
+      double const here = from.real_or(name, value, smallest, largest);
+      check(!is_given || here == value, from.where(), name, " is ", here, ", but ", value, " outside");
+      value = here;
+      is_given = is_given || from.has(name);
     }
+  };
+  read(fields);
+  for (auto const* object : {"rope_scaling", "rope_parameters"}) {
+    if (!fields.has(object)) continue;
+    Fields inner = fields.inside(object);
+    read(inner);
     inner.check_all_known();
   }
 }
 
 inline FeedForwardConfig read_mixture(Fields& fields, FeedForwardConfig c) {
   c.num_experts = fields.size("num_experts", 0);
+  if (c.num_experts == 0) {
+    fields.pass_over(of_experts);
+    return c;
+  }
   c.top_k = fields.size("num_experts_per_tok");
   c.expert_dim = fields.size("moe_intermediate_size");
   c.shared_dim = fields.size("shared_expert_intermediate_size", 0);
   c.renormalise = fields.flag_or("norm_topk_prob", true);
   c.decoder_sparse_step = fields.size_or("decoder_sparse_step", 1);
-  if (fields.has("mlp_only_layers")) {
-    auto const& layers = fields.at("mlp_only_layers");
-    for (auto const& layer : layers) {
-      check(layers.is_array() && layer.is_number_integer(), fields.where(), "mlp_only_layers is ", shown(layers),
-            "; it must be a list of layers' numbers");
-      c.mlp_only_layers.push_back(layer.get<Index>());
-    }
-  }
-  double const coefficient = fields.real_or("router_aux_loss_coef", 0.001);
+  c.mlp_only_layers = fields.sizes_or_none("mlp_only_layers", max_layers);
+  double const coefficient = fields.real_or("router_aux_loss_coef", 0.001, 0, 1e6);
   c.balance = Balance::pooled;
   c.balance_coefficient = fields.flag_or("output_router_logits", false) ? coefficient : 0;
   return c;
@@ -9620,36 +10780,26 @@ inline void read_layers(Fields& fields, Settings& s) {
             .num_kv_heads = fields.size("num_key_value_heads"),
             .head_dim = fields.size("head_dim"),
             .norm_eps = s.norm_eps};
+  s.full.rope_theta = 10000;
   read_rotary(fields, s);
+  if (fields.says("use_sliding_window", false)) fields.pass_over("sliding_window");
   s.feed_forward.hidden_dim = fields.size("intermediate_size");
   if (s.family == Family::qwen3_next) s.feed_forward = read_mixture(fields, s.feed_forward);
-  else fields.expect("mlp_only_layers", Json::array());
-}
-
-inline void check_supported(Fields& fields) {
-  fields.expect("hidden_act", "silu");
-  fields.expect("attention_bias", false);
-  fields.expect("attention_dropout", 0);
-  fields.expect("attn_output_gate", true);
-  fields.expect("is_encoder_decoder", false);
-  fields.expect("use_sliding_window", false);
-  if (fields.has("sliding_window") && !fields.has("use_sliding_window")) fields.expect_none("sliding_window");
-  fields.expect_none("quantization_config");
-  fields.check_all_known();
+  else fields.pass_over(of_experts);
 }
 
 }  // namespace detail
 
 // The folder's config.json; throws, naming it, at a field that is unknown, missing, or has a value that is not supported.
-inline Settings read_settings(std::filesystem::path const& folder) {
+inline Settings read_settings(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   auto const path = folder / "config.json";
-  auto const json = detail::parse_json(path);
-  std::string const where = path.string() + ": ";
-  detail::Fields outer{json, where};
+  std::string const where = one_line(path.string()) + ": ";
+  auto const json = parse_json(detail::read_json_text(path, detail::max_config_bytes), where);
+  detail::Fields outer{json, where, options};
   auto const& type = outer.at("model_type");
   bool const multimodal = type == "qwen3_5";   // its text model alone
-  detail::Fields fields{multimodal ? outer.at("text_config") : json, multimodal ? where + "text_config: " : where};
-  auto const& text_type = multimodal ? fields.at("model_type") : type;
+  detail::Fields fields = multimodal ? outer.inside("text_config") : outer;
+  auto const& text_type = fields.at("model_type");
   check(text_type == "qwen3_next" || text_type == "qwen3_5_text", where, "model_type is ", detail::shown(text_type),
         "; supported are qwen3_next, qwen3_5_text, and qwen3_5 for its text model");
   Settings s;
@@ -9658,13 +10808,13 @@ inline Settings read_settings(std::filesystem::path const& folder) {
   s.pattern = detail::pattern_of(fields);
   s.vocab_size = fields.size("vocab_size");
   s.model_dim = fields.size("hidden_size");
-  s.norm_eps = fields.real_or("rms_norm_eps", 1e-6);
-  s.initializer_range = fields.real_or("initializer_range", 0.02);
+  s.norm_eps = fields.real_or("rms_norm_eps", 1e-6, 0, 1);
+  s.initializer_range = fields.real_or("initializer_range", 0.02, 0, 1e6);
   s.tie_embedding = fields.flag_or("tie_word_embeddings", false);
   if (multimodal) s.tie_embedding = outer.flag_or("tie_word_embeddings", s.tie_embedding);
   detail::read_layers(fields, s);
-  detail::check_supported(fields);
-  if (multimodal) detail::check_supported(outer);
+  fields.check_all_known();
+  if (multimodal) outer.check_all_known(&json["text_config"]);
   return s;
 }
 
@@ -9747,7 +10897,7 @@ inline void check_options(GdnOptions const& o, Settings const& s) {
         "negative_eigenvalues = true");
 }
 inline void check_options(FullOptions const& o, Settings const& s) {
-  Index const dim = rotary_dim(s), ours = s.full.head_dim * o.rotary_percent / 200 * 2;
+  Index const dim = rotary_dim(s), ours = rotary_size(s.full.head_dim, o.rotary_percent);
   check(dim == ours, s.where, "partial_rotary_factor ", s.rotary_share, " turns ", dim, " of head_dim ", s.full.head_dim,
         ", but the model's FullOptions have rotary_percent = ", o.rotary_percent, ", which turns ", ours);
   check(o.window == 0, s.where, "no sliding_window is in use, but the model's FullOptions have window = ", o.window);
@@ -9767,7 +10917,7 @@ template <FullOptions O> struct Released<FullAttention<O>> {
   static constexpr char letter = 'F';
   static auto& config(auto& settings) { return settings.full; }
   static void set_options(Settings& s) {
-    Index const dim = s.full.head_dim * O.rotary_percent / 200 * 2;
+    Index const dim = rotary_size(s.full.head_dim, O.rotary_percent);
     s.rotary_share = O.rotary_percent / 100.0;
     if (rotary_dim(s) != dim) s.rotary_share = static_cast<double>(dim) / static_cast<double>(s.full.head_dim);
   }
@@ -9781,7 +10931,7 @@ template <class... Policies> struct TypesOf<hybridattn::Stack<Policies...>> {
 // Throws when a config.json is that of other types than the stack's.
 template <class Stack> void check_types(Settings const& s) {
   std::string const ours = TypesOf<Stack>::pattern();
-  check(s.pattern == ours, s.where, "layer_types are ", s.pattern, ", but the model's layers are ", ours,
+  check(s.pattern == ours, s.where, "layer_types are ", one_line(s.pattern, 200), ", but the model's layers are ", ours,
         " (L linear_attention, F full_attention)");
   TypesOf<Stack>::check_options(s);
 }
@@ -9809,11 +10959,16 @@ template <class Stack> Outline outline(LanguageModel<Stack> const& model) {
 
 namespace detail {
 
+inline bool is_mixed(FeedForwardConfig const& c, Index layers) {
+  for (Index layer = 0; layer < layers; ++layer)
+    if (c.is_mixture(layer)) return true;
+  return false;
+}
+
 // Throws at what no released model of the family has, besides the types.
 inline void check_feed_forward(Settings const& s) {
   auto const& c = s.feed_forward;
-  bool mixes = false;
-  for (Index layer = 0; layer < std::ssize(s.pattern); ++layer) mixes = mixes || c.is_mixture(layer);
+  bool const mixes = is_mixed(c, std::ssize(s.pattern));
   check(c.gated, s.where, "its feed-forward layers have no gate");
   check(!mixes || s.family == Family::qwen3_next, s.where, "it has mixtures of experts; only qwen3_next has them");
   check(!mixes || c.shared_dim >= 0, s.where, "its mixtures have no shared expert; shared_dim = 0 computes the same and can be saved");
@@ -9869,16 +11024,22 @@ template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, F
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
+// Which file a tensor is in, is what the index says where there is one. It names every tensor of its files, and each is where it says;
+// what stands in a second file beside that, or is model.safetensors and not in the index, is not read.
 class Weights {
  public:
-  explicit Weights(std::filesystem::path const& folder) : where_(folder.string() + ": ") {
+  explicit Weights(std::filesystem::path const& folder) : where_(one_line(folder.string()) + ": ") {
     auto const single = folder / "model.safetensors", index = folder / "model.safetensors.index.json";
-    bool const whole = std::filesystem::exists(single);
-    check(whole || std::filesystem::exists(index), where_, "there is neither model.safetensors nor model.safetensors.index.json");
-    if (whole) open(single);
-    else open_all(folder, index);
+    if (is_there(index)) {
+      open_all(folder, index);
+    } else {
+      check(is_there(single), where_, "there is neither model.safetensors nor model.safetensors.index.json", other_weights(folder));
+      files_.emplace_back(single);
+      for (auto const& [name, info] : files_.back().tensors()) places_[name] = 0;
+    }
   }
 
+  Index count() const { return std::ssize(places_); }
   bool contains(std::string const& name) const { return places_.contains(name); }
   bool contains_part(std::string_view part) const {
     for (auto const& [name, file] : places_)
@@ -9889,7 +11050,7 @@ class Weights {
   template <class T> std::vector<T> read(Entry const& entry) const {
     std::vector<T> elements;
     for (auto const& name : entry.names) {
-      auto const& file = files_[places_.at(name)];
+      auto const& file = file_of(name);
       auto const part = [&] {
         if constexpr (sizeof(T) == 8) return file.read_doubles(name);
         else return file.read_floats(name);
@@ -9900,8 +11061,9 @@ class Weights {
     return elements;
   }
 
-  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing.
-  void check_against(std::vector<Entry> const& table) const {
+  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing. `embedding` is
+  // the tensor that a tied model has for its head too; else it is empty.
+  void check_against(std::vector<Entry> const& table, std::string const& embedding) const {
     std::set<std::string_view> expected;
     for (Entry const& entry : table)
       for (auto const& name : entry.names) {
@@ -9909,45 +11071,105 @@ class Weights {
         expected.insert(name);
       }
     for (auto const& [name, file] : places_)
-      check(expected.contains(name) || is_ignored(name), where_, "the tensor ", name, " of shape ", text(files_[file].info(name).shape),
-            " belongs to nothing in the model");
+      if (!expected.contains(name) && !is_ignored(name)) check_other(name, embedding);
   }
 
  private:
-  // Draft heads and image encoders: no logit of the text model depends on them.
-  static bool is_ignored(std::string_view name) { return name.starts_with("mtp.") || name.starts_with("model.visual."); }
+  static constexpr char const* head = "lm_head.weight";
+  // Draft heads and image encoders: no logit of the text model depends on them. And what follows from config.json.
+  static bool is_ignored(std::string_view name) {
+    return name.starts_with("mtp.") || name.starts_with("model.visual.") || name.ends_with(".rotary_emb.inv_freq");
+  }
+  static bool is_there(std::filesystem::path const& path) {   // if only as a link to nothing
+    std::error_code ignored;
+    return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
+  }
+  // Up to three files of other kinds.
+  static std::string other_weights(std::filesystem::path const& folder) {
+    static constexpr std::array<std::string_view, 7> kinds = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"};
+    std::string found;
+    int count = 0;
+    std::error_code error;
+    for (std::filesystem::directory_iterator it{folder, error}, end; !error && it != end && count < 3; it.increment(error)) {
+      if (std::ranges::find(kinds, it->path().extension().string()) == kinds.end()) continue;
+      found += (count++ == 0 ? "; there is " : ", ") + escaped(it->path().filename().string());
+    }
+    return found;
+  }
 
   static std::string text(Extents const& shape) {
     std::string result = "[";
     for (Index extent : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(extent);
     return result + "]";
   }
+  Safetensors const& file_of(std::string const& name) const { return files_[places_.at(name)]; }
+
   void check_tensor(std::string const& name, Extents const& shape) const {
     static constexpr std::array<std::string_view, 4> reals = {"F32", "BF16", "F16", "F64"};
     check(contains(name), where_, "the tensor ", name, " is missing; its shape would be ", text(shape));
-    auto const& info = files_[places_.at(name)].info(name);
+    auto const& info = file_of(name).info(name);
     check(info.shape == shape, where_, "the tensor ", name, " has the shape ", text(info.shape), "; the model's is ", text(shape));
     check(std::ranges::find(reals, info.dtype) != reals.end(), where_, "the tensor ", name, " is of dtype ", info.dtype,
           "; supported are F32, BF16, F16 and F64");
   }
-
-  void open(std::filesystem::path const& path) {
-    files_.emplace_back(path);
-    for (auto const& [name, info] : files_.back().tensors())
-      check(places_.emplace(name, files_.size() - 1).second, where_, "the tensor ", name, " stands in two files");
-  }
-  void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
-    auto const json = detail::parse_json(index);
-    check(json.contains("weight_map") && json["weight_map"].is_object(), index.string(), ": there is no weight_map");
-    std::set<std::string> names;
-    for (auto const& [tensor, file] : json["weight_map"].items()) {
-      bool const plain = file.is_string() && file.get<std::string>().find('/') == std::string::npos;
-      check(plain, index.string(), ": ", tensor, " is said to be in ", detail::shown(file), ", which is not the name of a file beside it");
-      names.insert(file.get<std::string>());
+  void check_other(std::string const& name, std::string const& embedding) const {
+    auto const& info = file_of(name).info(name);
+    bool const is_head = name == head && !embedding.empty();
+    check(is_head, where_, "the tensor ", one_line(name, 200), " of shape ", text(info.shape), " belongs to nothing in the model");
+    check_tensor(head, file_of(embedding).info(embedding).shape);
+    for (Index first = 0, all = info.count(), piece; first < all; first += piece) {
+      piece = std::min<Index>(all - first, 1 << 20);
+      auto const a = file_of(head).read_doubles(head, first, piece), b = file_of(embedding).read_doubles(embedding, first, piece);
+      auto const differs = std::ranges::mismatch(a, b, [](double x, double y) { return x == y || (x != x && y != y); }).in1;
+      check(differs == a.end(), where_, "the head is tied to the embedding (tie_word_embeddings), but ", head, " is not ", embedding,
+            ": they differ at element ", first + (differs - a.begin()));
     }
-    for (auto const& name : names) open(folder / name);
-    for (auto const& [tensor, file] : json["weight_map"].items())
-      check(contains(tensor), index.string(), ": the tensor ", tensor, " is not in ", detail::shown(file));
+  }
+
+  // Everything in the index is bounded by its size; what else a file says is not kept.
+  void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
+    constexpr std::size_t max_index_bytes = 100'000'000;
+    std::string const where = one_line(index.string()) + ": ";
+    std::map<std::string, std::size_t> numbers;   // of the files
+    bool has_map = false;
+    for_each_json_member(detail::read_json_text(index, max_index_bytes), where, [&](std::string const& key, nlohmann::json&& map) {
+      if (key != "weight_map") return;
+      check(map.is_object(), where, "weight_map is not a JSON object");
+      has_map = true;
+      for (auto const& [tensor, file] : map.items())
+        places_[tensor] = numbers.emplace(file_name(tensor, file, where), numbers.size()).first->second;
+    });
+    check(has_map, where, "there is no weight_map");
+    std::vector<std::string> names(numbers.size());
+    for (auto const& [name, number] : numbers) names[number] = name;
+    for (auto const& name : names) {
+      check(is_there(folder / name), where, "it names the file ", escaped(name), ", which is not there",
+            is_there(folder / "model.safetensors") ? "; it does not name model.safetensors, which is there" : "");
+      files_.emplace_back(folder / name);
+    }
+    check_index(names, where);
+  }
+  static std::string file_name(std::string const& tensor, nlohmann::json const& file, std::string const& where) {
+    auto const is_plain = [](std::string const& name) {
+      return !name.empty() && name != "." && name != ".." && name.find_first_of(std::string_view("/\\\0", 3)) == name.npos;
+    };
+    check(file.is_string() && is_plain(file.get_ref<std::string const&>()), where, one_line(tensor, 200), " is said to be in ",
+          detail::shown(file), ", which is not the name of a file beside it");
+    return file.get<std::string>();
+  }
+  void check_index(std::vector<std::string> const& names, std::string const& where) const {
+    auto const also_in = [&](std::string const& tensor) {
+      for (std::size_t i = 0; i < files_.size(); ++i)
+        if (files_[i].contains(tensor)) return "it is in " + escaped(names[i]);
+      return std::string("no file has it");
+    };
+    for (auto const& [tensor, number] : places_)
+      if (!files_[number].contains(tensor))
+        fail(where, "the tensor ", one_line(tensor, 200), " is not in ", escaped(names[number]), " as it says; ", also_in(tensor));
+    for (std::size_t i = 0; i < files_.size(); ++i)
+      for (auto const& [tensor, info] : files_[i].tensors())
+        check(contains(tensor) || is_ignored(tensor), where, "it does not name the tensor ", one_line(tensor, 200), ", which is in ",
+              escaped(names[i]));
   }
 
   std::string where_;   // how an error begins
@@ -9976,7 +11198,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 // The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
 // otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
-inline std::string pattern(std::filesystem::path const& folder) { return read_settings(folder).pattern; }
+// `options` may name fields that are read as if they were not there.
+inline std::string pattern(std::filesystem::path const& folder, ReadOptions const& options = {}) {
+  return read_settings(folder, options).pattern;
+}
 
 namespace detail {
 inline Format format_of(Settings const& settings, Weights const& weights) {
@@ -9988,14 +11213,16 @@ inline Format format_of(Settings const& settings, Weights const& weights) {
 }  // namespace detail
 
 // How the folder's parameters are named, for writing others in the same way.
-inline Format format(std::filesystem::path const& folder) { return detail::format_of(read_settings(folder), Weights{folder}); }
+inline Format format(std::filesystem::path const& folder, ReadOptions const& options = {}) {
+  return detail::format_of(read_settings(folder, options), Weights{folder});
+}
 
 // The folder's sizes for a model of this type. Throws, naming field, value and what is supported, when the types are those of
 // another model: other layers, convolution width, rotary share, norms or gates.
 // The load-balancing loss counts, pooled over the layers, when the folder says output_router_logits; set
 // feed_forward.balance_coefficient to train with it otherwise.
-template <class Model> typename Model::Config config(std::filesystem::path const& folder) {
-  Settings const s = read_settings(folder);
+template <class Model> typename Model::Config config(std::filesystem::path const& folder, ReadOptions const& options = {}) {
+  Settings const s = read_settings(folder, options);
   check_types<typename Model::Stack>(s);
   typename Model::Config c{.vocab_size = s.vocab_size,
                            .model_dim = s.model_dim,
@@ -10031,7 +11258,8 @@ template <class B, class T> std::vector<std::vector<T>> download_fields(B& backe
   std::vector<std::vector<T>> fields;
   for (auto const& path : entry.fields) {
     auto const elements = memory.at(path);
-    auto& field = fields.emplace_back(elements.size());
+    auto& field = fields.emplace_back();
+    resize(field, std::ssize(elements), "a copy of a tensor");
     if (!field.empty()) backend.download(field.data(), elements.data(), elements.size_bytes());
   }
   return fields;
@@ -10039,7 +11267,7 @@ template <class B, class T> std::vector<std::vector<T>> download_fields(B& backe
 template <class B, class T> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory<T> const& memory) {
   auto const released = weights.read<T>(entry);
   std::vector<std::vector<T>> fields;
-  for (auto const& path : entry.fields) fields.emplace_back(memory.at(path).size());
+  for (auto const& path : entry.fields) resize(fields.emplace_back(), std::ssize(memory.at(path)), "a copy of a tensor");
   auto next = released.begin();
   for_each_share(entry.groups, fields, [&](std::span<T> share) {
     std::copy_n(next, share.size(), share.begin());
@@ -10052,15 +11280,23 @@ template <class B, class T> void load_entry(B& backend, Entry const& entry, Weig
 }  // namespace detail
 
 // The folder's parameters for this model, in float or double; their tensors may be F32, BF16, F16 or F64, in one file or in
-// several. Throws before anything is read at a tensor that is missing, superfluous or of another shape, naming it and both
-// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over.
-template <class T, class B, class Model> auto load(B& backend, Model const& model, std::filesystem::path const& folder) {
+// several. Throws before memory is taken at a tensor that is missing, superfluous or of another shape, naming it and both
+// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over, and a head that a tied model does not need must
+// be its embedding.
+template <class T, class B, class Model>
+auto load(B& backend, Model const& model, std::filesystem::path const& folder, ReadOptions const& options = {}) {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
-  Settings const settings = read_settings(folder);
+  Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
   Weights const weights{folder};
-  auto const entries = table(outline(model), detail::format_of(settings, weights));
-  weights.check_against(entries);
+  Format const format = detail::format_of(settings, weights);
+  Outline const wanted = outline(model);
+  bool const is_apart =
+      detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;   // a name for each expert
+  check(!is_apart || wanted.experts <= weights.count(), settings.where, "num_experts is ", wanted.experts, ", but the folder has ",
+        weights.count(), " tensors");
+  auto const entries = table(wanted, format);
+  weights.check_against(entries, model.config().tie_embedding ? format.prefix + "embed_tokens.weight" : "");
   auto params = allocate<T>(backend, model.params());
   auto const memory = detail::memory_of<T>(params);
   for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
@@ -10087,16 +11323,22 @@ void for_each_tensor(B& backend, Model const& model, Params const& params, F f, 
 }
 
 // Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws,
-// naming it, at an option that no released model of the family has.
+// naming it, at an option that no released model of the family has, and at a folder with shards.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
   std::string const config = config_text(settings_of(model, format.family));
+  std::error_code ignored;
+  check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
+        ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");
   SafetensorsWriter writer;
   std::deque<std::vector<float>> kept;   // the writer holds no elements
   for_each_tensor(
       backend, model, params,
       [&](std::string const& name, Extents const& shape, auto const& elements) {
-        writer.add(name, shape, kept.emplace_back(elements.begin(), elements.end()));
+        auto& copy = kept.emplace_back();
+        resize(copy, std::ssize(elements), "a copy of a tensor");
+        std::ranges::transform(elements, copy.begin(), [](auto element) { return static_cast<float>(element); });
+        writer.add(name, shape, copy);
       },
       format);
   writer.add_metadata("format", "pt");   // how the layout's readers know the file

@@ -6,15 +6,20 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <concepts>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <iterator>
 #include <limits>
-#include <map>
+#include <mutex>
 #include <new>
 #include <numbers>
 #include <numeric>
@@ -24,10 +29,12 @@
 #include <string>
 #include <string_view>
 #include <sys/mman.h>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
+#include <version>
 
 // ==== hybridattn/core/config.hpp
 // What the compiler is and what it can do. The only header that asks.
@@ -69,7 +76,7 @@
 // What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
 // Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes a type of the library links only where the flags are the same.
+// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -99,17 +106,326 @@
 #else
 #define HYBRIDATTN_ABI_CHECKS
 #endif
+#if defined(__OPTIMIZE__)   // compilers form FMAs, and round less, only when they optimise
+#define HYBRIDATTN_ABI_OPTIMIZED
+#else
+#define HYBRIDATTN_ABI_OPTIMIZED _O0
+#endif
 #if HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
+#elif defined(__clang__)
+#define HYBRIDATTN_ABI_COMPILER _clang
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#define HYBRIDATTN_ABI_STD _libcxx
+#elif defined(_GLIBCXX_DEBUG)
+#define HYBRIDATTN_ABI_STD _std_debug
+#else
+#define HYBRIDATTN_ABI_STD
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_COMPILER)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
 
+// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+namespace hybridattn {
+inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
+}  // namespace hybridattn
+
+#endif
+
+// ==== hybridattn/core/check.hpp
+// Errors: one clear sentence that names the offending value and the allowed ones.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+namespace hybridattn {
+
+// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw Error(sentence.str());
+}
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/sizes.hpp
+// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+#ifndef HYBRIDATTN_CORE_SIZES_HPP
+#define HYBRIDATTN_CORE_SIZES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// What counts tokens, positions, sequences and experts in tables of int32.
+inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
+
+namespace detail {
+
+[[noreturn]] inline void fail_sizes(Index const* sizes, int number) {
+  std::ostringstream list;
+  bool negative = false;
+  for (int i = 0; i < number; ++i) {
+    list << (i == 0 ? "" : ", ") << sizes[i];
+    negative = negative || sizes[i] < 0;
+  }
+  if (negative) fail("sizes [", list.str(), "]: none may be below 0");
+  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+}
+// A 0 makes the product 0, but excuses no size beside it.
+constexpr Index product(Index const* sizes, int number) {
+  Index all = 1;
+  bool empty = false, counts = true;
+  for (int i = 0; i < number; ++i) {
+    counts = counts && sizes[i] >= 0 && !__builtin_mul_overflow(all, sizes[i] == 0 ? 1 : sizes[i], &all);
+    empty = empty || sizes[i] == 0;
+  }
+  if (!counts) fail_sizes(sizes, number);
+  return empty ? 0 : all;
+}
+
+}  // namespace detail
+
+// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
+  Index const list[] = {static_cast<Index>(sizes)...};
+  return detail::product(list, sizeof...(Sizes));
+}
+// The sum of two sizes. Throws Error as size_product does.
+inline Index size_sum(Index a, Index b) {
+  Index total = 0;
+  bool const counts = a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, &total);
+  check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
+  return total;
+}
+// How many bytes `count` elements take. Throws Error as size_product does.
+inline std::size_t byte_count(Index count, std::size_t element) {
+  Index bytes = 0;
+  bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
+  check(counts, count, " elements of ", element, " bytes: their number must be 0 or more, and their bytes at most ",
+        std::numeric_limits<Index>::max());
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/pool.hpp
+// Memory that was given back, for those who ask next.
+#ifndef HYBRIDATTN_BACKEND_POOL_HPP
+#define HYBRIDATTN_BACKEND_POOL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
+struct BlockSize {
+  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
+
+  std::size_t bytes, number;
+
+  explicit constexpr BlockSize(std::size_t wanted) {
+    std::size_t const least = std::max<std::size_t>(wanted, 1);
+    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
+    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
+    bytes = steps * step;
+    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
+  }
+};
+
+// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+//
+// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
+// most that was in use of late, as far as nobody used it of late.
+//
+// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
+// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// million: no block of a step waits longer.
+class Pool {
+ public:
+  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
+  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    BlockSize const size{bytes};
+    Blocks& blocks = blocks_[size.number];
+    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
+    void* block = nullptr;
+    if (blocks.waiting.empty()) {
+      block = allocate_block(bytes, size, allocate, release);
+    } else {
+      block = blocks.waiting.back().block;
+      blocks.waiting.pop_back();
+    }
+    in_use_ += bytes;
+    used_ += size.bytes;
+    peak_ = std::max(peak_, in_use_);
+    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    BlockSize const size{bytes};
+    in_use_ -= bytes;
+    used_ -= size.bytes;
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+  }
+  // Gives all blocks that wait back to the system.
+  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
+  std::size_t in_use() const { return in_use_; }   // as it was asked for
+  std::size_t peak() const { return peak_; }       // the most of it
+  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t allocations() const { return allocations_; }
+  // From now on peak() counts afresh.
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  struct Waiting {
+    void* block;
+    std::size_t period;   // in which it was given back
+  };
+  struct Blocks {
+    std::vector<Waiting> waiting;   // the one given back last at the end
+    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+  };
+  static constexpr std::size_t period_takes = 25, periods = 4;
+
+  template <class Allocate, class Release>
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+    last_allocation_ = takes_;
+    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
+    else release_unused(size.bytes, release);
+    Blocks& blocks = blocks_[size.number];
+    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
+    void* block = allocate(size.bytes);
+    if (block == nullptr) {
+      trim(release);
+      block = allocate(size.bytes);
+    }
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    blocks.bytes = size.bytes;
+    ++blocks.count;
+    ++allocations_;
+    held_ += size.bytes;
+    return block;
+  }
+  template <class Release> void next_period(Release release) {
+    takes_before_ = takes_;
+    allocations_before_ = allocations_;
+    peaks_[++period_ % peaks_.size()] = used_;
+    release_unused(0, release);
+  }
+  // For `more` bytes to come.
+  template <class Release> void release_unused(std::size_t more, Release release) {
+    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
+    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
+  }
+  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
+    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
+      auto const first = blocks->waiting.begin();
+      auto last = first;
+      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
+        release(last->block);
+        held_ -= blocks->bytes;
+        --blocks->count;
+      }
+      blocks->waiting.erase(first, last);
+    }
+  }
+
+  std::array<Blocks, BlockSize::classes> blocks_;
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
+  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/backend/backend.hpp
@@ -119,51 +435,13 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
-class Pool {
- public:
-  template <class Allocate> void* take(std::size_t bytes, Allocate allocate) {
-    auto& blocks = free_[bytes];
-    void* block = nullptr;
-    if (blocks.empty()) {
-      block = allocate(bytes);
-      ++allocations_;
-      blocks.reserve(++taken_[bytes]);   // so that giving back never allocates, nor throws
-    } else {
-      block = blocks.back();
-      blocks.pop_back();
-    }
-    in_use_ += bytes;
-    peak_ = in_use_ > peak_ ? in_use_ : peak_;
-    return block;
-  }
-  void give(void* block, std::size_t bytes) noexcept {
-    in_use_ -= bytes;
-    free_.find(bytes)->second.push_back(block);
-  }
-  template <class Release> void clear(Release release) {
-    for (auto& [bytes, blocks] : free_)
-      for (void* block : blocks) release(block);
-    free_.clear();
-    taken_.clear();
-  }
-  std::size_t in_use() const { return in_use_; }
-  std::size_t peak() const { return peak_; }
-  std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
-  void reset_peak() { peak_ = in_use_; }
-
- private:
-  std::map<std::size_t, std::vector<void*>> free_;
-  std::map<std::size_t, std::size_t> taken_;
-  std::size_t in_use_ = 0, peak_ = 0, allocations_ = 0;
-};
-
-// What a machine offers to the layers above: memory, and copies from and to the host.
+// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
+// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
-  b.give(to, bytes);
+  { b.give(to, bytes) } noexcept;
+  b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
   { b.pool() } -> std::same_as<Pool&>;
@@ -197,35 +475,6 @@ template <class Op, Wrapper B> struct On<Op, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/core/check.hpp
-// Errors: one clear sentence that names the offending value and the allowed ones.
-#ifndef HYBRIDATTN_CORE_CHECK_HPP
-#define HYBRIDATTN_CORE_CHECK_HPP
-
-namespace hybridattn {
-
-// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-}  // namespace hybridattn
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
-template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
-}
-template <class... Parts> void check(bool holds, Parts const&... parts) {
-  if (!holds) fail(parts...);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/core/view.hpp
 // Extents and views: somebody else's elements, small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
@@ -233,18 +482,19 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-using Index = std::ptrdiff_t;
-
 // Extents, last one fastest. A wrong number of extents does not compile.
 template <int Rank> struct Shape {
-  Index extent[Rank > 0 ? Rank : 1] = {};
+  Index extent[std::size_t{Rank > 0 ? Rank : 1}] = {};
 
   Shape() = default;
   template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  HYBRIDATTN_HD constexpr Index count() const {
+  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  constexpr Index count() const { return detail::product(extent, Rank); }
+  // The same of sizes that stand in memory already.
+  HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
     return product;
@@ -272,7 +522,7 @@ template <class T, int Rank> struct View {
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
-  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.counted(); }
   HYBRIDATTN_HD bool is_contiguous() const {
     Index step = 1;
     for (int axis = Rank; axis-- > 0; step *= shape[axis])
@@ -308,12 +558,52 @@ template <class T, int Rank> struct View {
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
-  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.counted() / rows}};
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
 // All elements in a line.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
+// elsewhere: for scores of 2^30 that is e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -331,27 +621,62 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP.
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
+  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
   }
   Cpu(Cpu const&) = delete;
   Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() {
-    pool_.clear([](void* block) { ::operator delete(block, alignment); });
-  }
+  ~Cpu() { trim(); }
 
+  // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
-    return pool_.take(bytes, [](std::size_t n) { return ::operator new(n, alignment); });
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Gives memory that nobody uses back to the system.
+  void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
+  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nothing in a loop inside a loop
+  };
 
  private:
   static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     return omp_get_max_threads();
@@ -359,7 +684,9 @@ class Cpu {
     return 1;
 #endif
   }
+
   int threads_;
+  bool in_loop_ = false;
   Pool pool_;
 };
 static_assert(Backend<Cpu>);
@@ -369,7 +696,7 @@ namespace cpu {
 // Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
 template <class T> class Scratch {
  public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
     if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
   }
   Scratch(Scratch const&) = delete;
@@ -387,13 +714,47 @@ template <class T> class Scratch {
 
 }  // namespace cpu
 
+namespace detail {
+
+// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+    std::lock_guard const lock{mutex_};
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+
+}  // namespace detail
+
 // f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. f must not throw.
-template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f) {
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    detail::Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) f(task, omp_get_thread_num());
+    for (Index task = 0; task < count; ++task) {
+      try {
+        f(task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
     return;
   }
 #endif
@@ -402,9 +763,9 @@ template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, (count + grain - 1) / grain, [&](Index block, int) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;
-    f(first, first + grain < count ? first + grain : count);
+    f(first, std::min(first + grain, count));
   });
 }
 
@@ -434,13 +795,11 @@ class Fake {
   ~Fake() { munmap(memory_, capacity); }
 
   void* take(std::size_t bytes) {
-    return pool_.take(bytes, [this](std::size_t n) {
-      std::size_t const aligned = (n + 63) / 64 * 64;
-      check(aligned <= capacity - used_, "Fake: ", n, " bytes wanted, ", capacity - used_, " of ", capacity, " left");
-      return memory_ + std::exchange(used_, used_ + aligned);
-    });
+    return pool_.take(
+        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  void trim() noexcept { pool_.trim(forget); }
   void upload(void* to, void const* from, std::size_t bytes) {
     Unlocked const unlocked{*this};
     std::memcpy(to, from, bytes);
@@ -469,6 +828,7 @@ class Fake {
       if (--fake.open_ == 0) fake.protect(PROT_NONE);
     }
   };
+  static void forget(void*) noexcept {}   // its addresses stay used until the end
   void protect(int access) { mprotect(memory_, capacity, access); }
 
   Cpu cpu_;
@@ -543,12 +903,15 @@ struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
   static Sequences equal(Index count, Index length) {
     check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
     Sequences result;
+    result.make_room(count, size_product(count, length));
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
@@ -556,11 +919,11 @@ class Sequences {
   // are allowed.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    Sequences result;
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
       check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-      result.append(offsets[i + 1] - offsets[i]);
-    }
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
   // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
@@ -572,13 +935,18 @@ class Sequences {
   // The same, in the memory that is there.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
     check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
     list_.clear();
     positions_.clear();
     owners_.clear();
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      append(lengths[i], past[i]);
-    }
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
   // Those that follow nothing; the others count as empty here.
   Sequences beginnings() const {
@@ -611,6 +979,13 @@ class Sequences {
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
  private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
   void append(Index length, Index past = 0) {
     for (Index position = past; position < past + length; ++position) {
       positions_.push_back(static_cast<std::int32_t>(position));
@@ -824,7 +1199,9 @@ class AnyPolicy {
   virtual std::vector<std::string> kinds() const = 0;
   virtual bool has_states() const = 0;        // an input initial_x for an output final_x
   virtual bool saved_is_linear() const = 0;   // in the number of tokens
+  virtual bool overflows_like_loops() const = 0;   // NaN and infinite results are so, with their sign, where the reference's are
   virtual bool detached(std::string_view input) const = 0;
+  virtual bool by_head(std::string_view input) const = 0;   // its gradient is judged head by head
 
   // Two seeds differ in every value.
   virtual Case sample(std::string const& kind, Sequences const& sequences, std::uint64_t seed, bool carried) const = 0;
@@ -946,12 +1323,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+// Throws Error where the elements cannot be counted, or where there is no memory for them.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held), view_{nullptr, shape} {
-    if (shape.count() == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes_of(shape)));
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
   Tensor(Tensor&& other) noexcept
@@ -969,7 +1349,7 @@ template <class T, int Rank, class B> class Tensor {
   ~Tensor() { release(); }
 
   Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
   // What of the tensor may be read, written: see `in` and `out`.
@@ -978,9 +1358,8 @@ template <class T, int Rank, class B> class Tensor {
 
  private:
   enum class State : char { empty, held, moved };
-  static std::size_t bytes_of(Shape<Rank> shape) { return static_cast<std::size_t>(shape.count()) * sizeof(T); }
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, bytes_of(view_.shape));
+    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
     view_ = {};
   }
@@ -998,7 +1377,8 @@ template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> 
 template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
 
 template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host(tensor.byte_count() / sizeof(T));
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
   if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
   return host;
 }
@@ -1216,13 +1596,20 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// Announced before a byte is taken.
+// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  std::size_t total = 0;
+  Index total = 0;
   G<In<T>> const types;
-  zip([&](Path const&, auto const& shape, auto const& view) { total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data); },
+  zip(
+      [&](Path const& path, auto const& shape, auto const& view) {
+        try {
+          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
+        } catch (Error const& error) {
+          fail(path.str(), ": ", error.what());
+        }
+      },
       shapes, types);
-  return total;
+  return static_cast<std::size_t>(total);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -1528,12 +1915,16 @@ template <class P> struct PlainSamples {
   static auto outputs(Config const& c, Sequences const& s) { return P::outputs(c, s); }
   // False where Saved grows faster than the number of tokens, as the policy's options demand.
   static constexpr bool saved_is_linear = true;
+  // True where a kernel sums large numbers in the order of the reference: it is NaN and infinite where that is, sign included.
+  static constexpr bool overflows_like_loops = false;
 
   // Kinds of inputs; the first one is ordinary and smooth.
   static std::vector<std::string> kinds() { return {"noise"}; }
   static void draw(std::string_view, Random& random, HostGroup& inputs) {
     for (HostTensor& tensor : inputs) set_normal(tensor, random);
   }
+  // Whether the gradient of an input [N, H] is judged head by head, each against its own largest element.
+  static bool by_head(std::string_view) { return false; }
 };
 template <class P> struct Samples : PlainSamples<P> {};
 
@@ -1639,7 +2030,9 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   double tolerance() const override { return Reference<P>::tolerance; }
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
   bool saved_is_linear() const override { return Samples<P>::saved_is_linear; }
+  bool overflows_like_loops() const override { return Samples<P>::overflows_like_loops; }
   bool detached(std::string_view input) const override { return P::detached(input); }
+  bool by_head(std::string_view input) const override { return Samples<P>::by_head(input); }
   bool has_states() const override {
     HostGroup const group = empty_group(Samples<P>::inputs(config_, Sequences::equal(1, 1)), inputs_of);
     return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.name.starts_with("initial_"); });
@@ -2144,17 +2537,52 @@ struct Values {
   Sequences sequences;
   bool carried = true;
 };
+// Column h of a tensor [N, H].
+inline HostTensor head_of(HostTensor const& x, Index h) {
+  HostTensor head = x;
+  head.values.clear();
+  for (Index n = 0; n < x.row_count(); ++n) head.values.push_back(x.row(n)[h]);
+  return head;
+}
+// The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
+inline double budget_of_head(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
+  double const least = policy.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
+  double const largest = max_abs(truth);
+  return least + (naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest);
+}
+// The first head of those gradients that are judged head by head which is further from the truth than `times` its budget.
+inline std::string beyond_budget_of_head(AnyPolicy const& policy, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
+                                         double times) {
+  for (std::size_t i = 0; i < x.size(); ++i)
+    for (Index h = 0; policy.by_head(x[i].name) && h < x[i].row_size(); ++h) {
+      HostTensor const result = head_of(x[i], h), true_head = head_of(truth[i], h);
+      HostTensor const by_loops = naive.empty() ? HostTensor{} : head_of(naive[i], h);
+      double const allowed = times * budget_of_head(policy, true_head, naive.empty() ? nullptr : &by_loops);
+      Difference const worst = max_difference(result, true_head);
+      auto const at = static_cast<std::size_t>(worst.element);
+      if (!(worst.size <= allowed))
+        return sentence("head ", h, " of ", x[i].name, " is ", number(result.values[at]), " instead of ", number(true_head.values[at]),
+                        " at token ", worst.element, ", off by ", worst.size, " where ", allowed, " is allowed in this head");
+    }
+  return {};
+}
 // Outputs, what is saved and gradients, with `times` the budget.
 inline std::string wrong_values(AnyPolicy const& policy, Values const& of, std::uint64_t seed, double times) {
   Case const x = policy.sample(of.kind, of.sequences, seed, of.carried);
   Result const result = policy.run(x, {});
   Judges const judges = judges_of(policy, x, result);
-  auto const group = [&](char const* name, HostGroup Result::* part) {
-    return told(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times),
+  auto const say = [&](std::string const& why, char const* name) {
+    return told(why,
                 sentence(name, ", kind ", of.kind, ", longest sequence ", of.sequences.longest(), of.carried ? "" : ", without states"));
   };
+  auto const group = [&](char const* name, HostGroup Result::* part) {
+    return say(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times), name);
+  };
+  auto const heads = [&] {
+    return say(beyond_budget_of_head(policy, result.gradients, judges.truth.gradients, judges.naive.gradients, times), "gradient");
+  };
   return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
-                  [&] { return group("gradient", &Result::gradients); });
+                  [&] { return group("gradient", &Result::gradients); }, heads);
 }
 // Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
 // result in less than double that misses the budget, but not by far, is drawn again.
@@ -2167,7 +2595,7 @@ inline std::string wrong_values(AnyPolicy const& policy, Values const& of) {
 
 }  // namespace detail
 
-// 8. Outputs and gradients are those of the reference.
+// 8. Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
 inline Verdict true_values(AnyPolicy const& policy) {
   std::vector<detail::Values> all;
   for (std::string const& kind : policy.kinds()) all.push_back({kind, detail::all_lengths()});
@@ -2545,6 +2973,218 @@ inline Verdict decodes_cleanly(AnyPolicy const& policy) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
+// ==== hybridattn/testing/watchdog.hpp
+// An endless loop is a red test, and not a suite that hangs.
+#ifndef HYBRIDATTN_TESTING_WATCHDOG_HPP
+#define HYBRIDATTN_TESTING_WATCHDOG_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// Watches what runs while it lives. An endless loop cannot be stopped from outside, so by default the program ends, and says why.
+class Watchdog {
+ public:
+  static inline std::chrono::milliseconds patience = std::chrono::minutes(2);   // what it watches takes milliseconds
+  static inline std::function<void(std::string const&)> bark = [](std::string const& what) {
+    std::fprintf(stderr, "%s does not end\n", what.c_str());
+    std::fflush(nullptr);
+    std::_Exit(1);
+  };
+
+  explicit Watchdog(std::string what) : what_(std::move(what)), thread_([this] { watch(); }) {}
+  Watchdog(Watchdog const&) = delete;
+  Watchdog& operator=(Watchdog const&) = delete;
+  ~Watchdog() { stop(); }
+
+  // The end of what it watched: whether that came in time.
+  bool stop() {
+    {
+      std::lock_guard const lock{mutex_};
+      over_ = true;
+    }
+    changed_.notify_one();
+    if (thread_.joinable()) thread_.join();
+    return !barked_;
+  }
+
+ private:
+  void watch() {
+    std::unique_lock lock{mutex_};
+    if (changed_.wait_for(lock, patience, [this] { return over_; })) return;
+    barked_ = true;
+    bark(what_);
+  }
+
+  std::string what_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool over_ = false, barked_ = false;
+  std::thread thread_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/testing/bad_value_laws.hpp
+// What becomes of NaN, of infinity, and of numbers at the ends of the scalar's range: a run that diverges meets them all.
+#ifndef HYBRIDATTN_TESTING_BAD_VALUE_LAWS_HPP
+#define HYBRIDATTN_TESTING_BAD_VALUE_LAWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+namespace detail {
+
+struct BadValue {
+  char const* name;
+  double value;
+};
+inline std::vector<BadValue> bad_values(AnyPolicy const& policy) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  double const huge = policy.in_double() ? 1e308 : 1e38, tiny = policy.in_double() ? 0x1p-1074 : 0x1p-149;
+  return {{"NaN", not_a_number},
+          {"a NaN of all bits", std::bit_cast<double>(~std::uint64_t{0})},
+          {"infinity", infinity},
+          {"-infinity", -infinity},
+          {"a number near the largest", huge},
+          {"a number near the lowest", -huge},
+          {"the smallest number", tiny}};
+}
+
+enum class Kind { finite, nan, infinity, minus_infinity };
+inline Kind kind_of(double x) {
+  return std::isfinite(x) ? Kind::finite : x != x ? Kind::nan : x > 0 ? Kind::infinity : Kind::minus_infinity;
+}
+
+// The first element that is finite for one and not for the other; or, if kinds count, infinite or NaN in another way.
+inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& loops, bool kinds_count) {
+  for (std::size_t i = 0; i < kernel.size(); ++i) {
+    HostTensor const &x = kernel[i], &y = loops[i];
+    for (Index e = 0; e < std::ssize(x.values) && !x.whole; ++e) {
+      double const a = x.values[static_cast<std::size_t>(e)], b = y.values[static_cast<std::size_t>(e)];
+      if (kinds_count ? kind_of(a) != kind_of(b) : std::isfinite(a) != std::isfinite(b))
+        return sentence(x.name, x.place(e), " is ", number(a), "; the loops make it ", number(b));
+    }
+  }
+  return {};
+}
+// The first difference that a NaN makes to a kernel's results, in rows to which it makes none in the loops: they do not read it.
+struct Effect {
+  HostGroup const &without, &with;
+};
+inline std::string first_touched(Effect const& kernel, Effect const& loops) {
+  for (std::size_t i = 0; i < kernel.with.size(); ++i) {
+    HostTensor const &x = loops.without[i], &y = loops.with[i];
+    auto const is_unread = [&](HostTensor const&, Index row) {
+      return std::equal(x.row(row), x.row(row) + x.row_size(), y.row(row), same_bits);
+    };
+    std::string const why = first_difference(HostGroup{kernel.without[i]}, HostGroup{kernel.with[i]}, is_unread);
+    if (!why.empty()) return told(why, "without and with");
+  }
+  return {};
+}
+
+// One policy on one batch, sound but for what a test spoils.
+class BadValues {
+ public:
+  BadValues(AnyPolicy const& policy, Sequences const& s)
+      : policy_(policy), x_(policy.sample(policy.kinds().front(), s, 1, true)),
+        decoded_(sample_to_decode(policy, policy.kinds().front(), s, 1)), sound_(policy.run(x_, {})),
+        sound_loops_(policy.loops(x_, choices_in(sound_.saved), false)) {}
+
+  // `bad` in one element or in all of a row of every input and every output's gradient in turn.
+  std::string spoil(BadValue const& bad, std::size_t turn) const {
+    std::string why;
+    auto const each = [&](Case& x, HostGroup& group, bool decodes) {
+      for (std::size_t i = 0; i < group.size() && why.empty(); ++i) {
+        if (group[i].values.empty() || (decodes && group[i].rows != Rows::tokens)) continue;
+        HostGroup const before = group;
+        Index const row = row_to_spoil(group[i], turn++);
+        if (turn % 3 == 0) std::fill_n(group[i].row(row), group[i].row_size(), bad.value);
+        else group[i].row(row)[static_cast<Index>(turn) % group[i].row_size()] = bad.value;
+        bool const judged = judges(group[i], bad.value);
+        why = told(decodes ? wrong_decoding(x, judged) : wrong(x, bad.value, judged),
+                   sentence(bad.name, " in row ", row, " of ", &group == &x.inputs ? "" : "the gradient of ", group[i].name));
+        group = before;
+      }
+    };
+    Case x = x_, decoded = decoded_;
+    each(x, x.inputs, false);
+    each(x, x.d_outputs, false);
+    if (policy_.decodes()) each(decoded, decoded.inputs, true);
+    return why;
+  }
+  // All inputs of tokens, `times` as large; what is detached has sums of its own.
+  std::string enlarge(double times) const {
+    Case x = x_;
+    for (HostTensor& tensor : x.inputs)
+      if (tensor.rows == Rows::tokens && !policy_.detached(tensor.name))
+        for (double& value : tensor.values) value *= times;
+    return told(wrong(x, times, kinds_count()), sentence("all inputs times ", times));
+  }
+
+ private:
+  // Of a token at the edges of blocks or anywhere, of the last sequence.
+  Index row_to_spoil(HostTensor const& tensor, std::size_t turn) const {
+    Index const last = tensor.row_count() - 1, length = x_.sequences.longest();
+    if (tensor.rows != Rows::tokens) return last;
+    Index const positions[] = {0, length / 2, 31, 32, length - 1, 3, 16};
+    return last + 1 - length + positions[turn % std::size(positions)];
+  }
+  // Whether results must be infinite and NaN as the loops make them. On its way a kernel may overflow where loops do not, unless
+  // its policy says otherwise, of what the main loss reaches.
+  bool kinds_count() const { return policy_.overflows_like_loops(); }
+  bool judges(HostTensor const& spoiled, double bad) const {
+    return !std::isfinite(bad) || (kinds_count() && !policy_.detached(spoiled.name) && spoiled.name != "auxiliary_loss");
+  }
+
+  std::string wrong(Case const& x, double bad, bool judged) const {
+    Result const result = policy_.run(x, {});
+    if (!judged) return {};
+    Result const loops = policy_.loops(x, choices_in(result.saved), false);
+    bool const same_choices = first_difference(choices_in(sound_.saved), choices_in(result.saved)).empty();
+    auto const other_kind = [&](HostGroup Result::* part) { return first_other_kind(result.*part, loops.*part, kinds_count()); };
+    auto const touched = [&](HostGroup Result::* part) {
+      if (bad == bad || !same_choices) return std::string();
+      return first_touched({sound_.*part, result.*part}, {sound_loops_.*part, loops.*part});
+    };
+    return first_of([&] { return told(other_kind(&Result::outputs), "an output"); },
+                    [&] { return told(other_kind(&Result::saved), "saved"); },
+                    [&] { return told(other_kind(&Result::gradients), "a gradient"); }, [&] { return touched(&Result::outputs); },
+                    [&] { return touched(&Result::gradients); });
+  }
+  std::string wrong_decoding(Case const& x, bool judged) const {
+    HostGroup const outputs = policy_.decode(x, in_pieces(x.sequences, 2).calls, {}).outputs;
+    if (!judged) return {};
+    HostGroup loops = policy_.loops(x, choices_in(policy_.run(x, {}).saved), false).outputs;
+    for (std::size_t i = 0; i < loops.size(); ++i)
+      if (outputs[i].values.empty()) loops[i].values.clear();
+    return told(first_other_kind(outputs, loops, kinds_count()), "decoded");
+  }
+
+  AnyPolicy const& policy_;
+  Case x_, decoded_;
+  Result sound_, sound_loops_;
+};
+
+}  // namespace detail
+
+// 14. Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
+// it so, in the policy's scalar and on the kernel's own choices; what does not read a NaN keeps every bit. A policy that
+// overflows like its loops is NaN and infinite, with the sign, where they are, and on large finite inputs too.
+inline Verdict bears_bad_values(AnyPolicy const& policy) {
+  Watchdog watchdog{sentence(policy.name(), ", on bad values,")};
+  std::string why;
+  std::size_t turn = 0;
+  detail::BadValues const long_batch{policy, packed({5, 0, 70})}, short_batch{policy, packed({2, 0, 37})};
+  for (detail::BadValue const& bad : detail::bad_values(policy))
+    if (why.empty()) why = (std::exchange(turn, turn + 1) == 0 ? long_batch : short_batch).spoil(bad, turn);
+  for (double const times : {3e4, 1e10, 1e18})
+    if (why.empty()) why = long_batch.enlarge(times);
+  if (!watchdog.stop()) why = "a run does not end";
+  return detail::verdict("bears bad values", why);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
 // ==== hybridattn/testing/judge.hpp
 // The laws that every attention policy keeps, for the library's policies and for yours: testing::judge<MyPolicy, Cpu, float>()
 // returns a verdict for each law at each size, and a broken one says why. It needs no test framework. traits.hpp says what a
@@ -2574,6 +3214,7 @@ inline constexpr Law all_laws[] = {
     {"decodes the whole", decodes_the_whole},
     {"decodes cleanly", decodes_cleanly},
     {"memory as announced", memory_as_announced},
+    {"bears bad values", bears_bad_values},
 };
 
 // All verdicts on one policy at one size. A policy that throws breaks the law under which it did.
@@ -2666,13 +3307,15 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
 // loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
   asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
 #endif
   return x;
 }
@@ -2695,10 +3338,20 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
   for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
   return numbers;
 }
+
+namespace detail {
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+}
+// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
 template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  auto some = mask[0];
-  for (int i = 1; i < lanes<T>; ++i) some |= mask[i];
-  return some != 0;
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
 }
 
 // Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
@@ -2721,26 +3374,20 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 
 // One fixed tree, whatever the lanes hold.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) {
-  T result = x[0];
-  for (int i = 1; i < lanes<T>; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
 
 namespace detail {
 // 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
 template <class T> struct Exp2;
 template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -126.f;   // 1.5 * 2^23
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
   static constexpr int mantissa = 23;
   static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
 };
 template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
                                  4.4455382718708114976e-10, 7.0549116208011233299e-9,
@@ -2752,20 +3399,27 @@ template <> struct Exp2<double> {
 };
 }  // namespace detail
 
-// 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
-  x = cpu::max<T>(broadcast<T>(E::least), x);   // in this order a NaN stays
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;   // a masked entry may be far too large: let it wrap
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << E::mantissa));
+  // The product, and not a sum of exponents: that would make a number of a NaN.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
 }
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -2774,7 +3428,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
   HYBRIDATTN_UNROLL
   for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  return __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
 // to[c][r] = from[r][c] for the square of one vector's lanes.
@@ -2796,12 +3451,12 @@ HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
 template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
   constexpr int n = lanes<T>;
   using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[n];
+  Vec<T> rows[std::size_t{n}];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
   // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
   for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[n];
+    Vec<T> next[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n / 2; ++i) {
       next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
@@ -2831,7 +3486,7 @@ template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V ever
 // Count vectors hold sums that are still spread over `left` places of each vector.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {
@@ -2896,42 +3551,6 @@ template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sq
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/core/math.hpp
-// The scalar functions equations are written in.
-#ifndef HYBRIDATTN_CORE_MATH_HPP
-#define HYBRIDATTN_CORE_MATH_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
-template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
-// d silu / dx = s (1 + x (1 - s))
-template <class T> HYBRIDATTN_HD T silu_slope(T x) {
-  T const s = sigmoid(x);
-  return s * (T(1) + x * (T(1) - s));
-}
-// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
-template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-// y += a x
-template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
-  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
-}
-template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
-  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
-}
-
-constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/arithmetic/cpu.hpp
@@ -3318,12 +3937,15 @@ enum class QkNorm { none, plain, zero_centred };
 // Which entries of a head turn together: (i, i + rotary_dim/2), or (2i, 2i + 1).
 enum class Rotary { half_split, interleaved };
 
+// Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
+constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
+
 // Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
 // continue others, of each token's own.
 template <class T, class B> class Rotation {
  public:
   Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
-      : options_{head_dim * percent / 200 * 2, theta, pairs == Rotary::interleaved} {
+      : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     bool const of_tokens = s.any_continue();
     if (!of_tokens) positions_ = s.positions();
     angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
@@ -3484,7 +4106,7 @@ inline Index selection_size(SparseOptions o, Index length) {
 //   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
 //       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
 //   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
-//       d_z_tjs = index_scale w_tj d_I_ts where iq_tj . ik_s > 0, else 0
+//       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
 //       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
 // In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
@@ -3785,14 +4407,42 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim
   if (d < D) f(ShortPiece<T>{{d, D - d}});
 }
 
+// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
+// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
+
+ private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
+}
+
 // products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
 template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
   constexpr int n = cpu::lanes<T>;
+  Range<T> range;
   for (Index j = 0; j < keys.count; j += n) {
-    T const* row[n];
+    T const* row[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[n] = {};
+    cpu::Vec<T> sums[std::size_t{n}] = {};
     for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
       HYBRIDATTN_UNROLL
       for (int i = 0; i < n; ++i) {
@@ -3801,7 +4451,9 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
       }
     });
     cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
   }
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
 }
 // x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
@@ -3812,38 +4464,61 @@ template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T c
   });
   T result;
   cpu::sum_each<1, T>(&sum, &result);
-  return result;
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
 }
 
+// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all else would be NaN too
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
+
 // p = exp(scale p - largest), largest being that of scale p, and total the sum of p. Room behind the last of `count` numbers,
-// up to a whole vector, is written too.
+// up to a whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
 template <class T> struct Exponentials {
   T largest, total;
 };
 template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  std::fill(p + count, p + round_up(count, lanes<T>), -infinity);   // whose exponential a sum of 1 or more does not feel
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
   cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
-  for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const score = scale * cpu::load(p + j);   // stored rounded, so that the largest one less itself is 0
-    most = cpu::max<T>(most, score);
-    cpu::store<T>(p + j, score);
-  }
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
   T const largest = cpu::largest<T>(most);
   for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::load(p + j) - largest);
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
     sum += e;
     cpu::store<T>(p + j, e);
   }
-  return {largest, cpu::sum<T>(sum)};
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
 // total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
-template <class T, class Piece, class Keys, int V = Piece::vectors>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T> (&total)[V]) {
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
   constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[chains][V] = {};
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
   auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
     T const* const row = rows[keys[j]];
     HYBRIDATTN_UNROLL
@@ -3867,7 +4542,7 @@ template <class T, class Dim, class Keys>
 HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[V];
+    cpu::Vec<T> total[std::size_t{V}];
     sum_piece<T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
@@ -3878,7 +4553,7 @@ template <class T, class Dim, class Keys>
 HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[V];
+    cpu::Vec<T> total[std::size_t{V}];
     sum_piece<T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
@@ -3953,6 +4628,10 @@ HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<
   auto const [largest, total] = attention::exponentials(scale, keys.count, p);
   weighted_rows<T>(D, p, v, keys, T(1) / total, o);
   lse = static_cast<wide_t<T>>(largest + std::log(total));
+  if (attention::is_moderate<T>(D, o)) return;
+  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
+  T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
+  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise values are all that is large
 }
 
 // One query and one head in backward.
@@ -3969,13 +4648,13 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
   dot_rows<T>(D, x.d_o, v, keys, d_s);
   T const delta = dot_row<T>(D, x.d_o, x.o), lse = static_cast<T>(x.lse);
   for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(scale * cpu::load(p + j) - lse);
+    cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p + j)) - lse);   // a score rounded like lse
     cpu::store<T>(p + j, e);
     cpu::store<T>(d_s + j, scale * e * (cpu::load(d_s + j) - delta));
   }
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> d_q[V] = {}, q[V], d_o[V];
+    cpu::Vec<T> d_q[std::size_t{V}] = {}, q[std::size_t{V}], d_o[std::size_t{V}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < V; ++i) {
       q[i] = piece.get(x.q, i);
@@ -4072,14 +4751,14 @@ template <class T> struct Columns {
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[MR][NV];
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
   }
   for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[NV];
+    Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
     HYBRIDATTN_UNROLL
@@ -4146,7 +4825,7 @@ template <class T> class RowTopK {
     Index const tied = end_of_ties(bound);
     Index chosen = 0, i = 0;
     for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
-    for (; chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
+    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
   }
 
  private:
@@ -4173,7 +4852,7 @@ template <class T> class RowTopK {
   // Behind the last tie that is chosen.
   Index end_of_ties(Bound bound) const {
     Index i = 0;
-    for (Index left = bound.ties; left > 0; ++i) left -= keys_[i] == bound.key;
+    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
     return i;
   }
   Index count_above(Key bound) const {
@@ -4242,7 +4921,7 @@ template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence seq
         cpu::transpose<T>(keys.row(sequence.start + first) + d, keys.stride[0], to, panel_keys<T>);
         continue;
       }
-      alignas(cpu::vector_bytes) T square[n * n] = {};
+      alignas(cpu::vector_bytes) T square[std::size_t{n * n}] = {};
       for (Index i = first, row = 0; row < n && i < sequence.length; ++i, ++row)
         std::copy_n(keys.row(sequence.start + i) + d, std::min(n, DI - d), square + row * n);
       cpu::transpose<T>(square, n, to, panel_keys<T>);
@@ -4272,7 +4951,7 @@ template <int MR, class T>
 HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
   constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
-    cpu::Vec<T> sum[NV];
+    cpu::Vec<T> sum[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[v] = first_heads ? cpu::Vec<T>{} : cpu::load(scores + column + v * cpu::lanes<T>);
     cpu::tile<MR, NV, T>(
@@ -4384,11 +5063,12 @@ template <class T> class CachedIndexer {
       : cpu_(cpu), c_(c), s_(s), x_(x), index_keys_(index_keys), indices_(indices), depth_(round_up(c.index_dim, cpu::lanes<T>)),
         scores_(cpu, {queries, round_up(index_keys.extent(1), panel_keys<T>)}),
         panels_(cpu, {Index{cpu.threads()}, depth_ * panel_keys<T> + c.index_heads}),
-        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}) {}
+        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}), score_rows_(out(scores_)), panel_rows_(out(panels_)),
+        key_rows_(out(keys_)) {}
 
   // (2) for every token of the sequences that continue.
   void run() {
-    Index const parts = ceil_div(out(scores_).extent(1), part_keys);
+    Index const parts = ceil_div(score_rows_.extent(1), part_keys);
     for (Index first = 0; first < s_.tokens(); first += queries) {
       Index const count = std::min(queries, s_.tokens() - first);
       parallel_for(cpu_, count * parts, [&](Index task, int thread) { score(first + task / parts, task / parts, task % parts, thread); });
@@ -4409,18 +5089,18 @@ template <class T> class CachedIndexer {
     if (sequence_of(n).past == 0 || chosen_by(n) == seen_by(n)) return;
     Index const owner = s_.owners()(n), last = std::min((part + 1) * part_keys, seen_by(n));
     View<T const, 2> const keys{index_keys_.row(owner, 0), {seen_by(n), c_.index_dim}, {index_keys_.stride[1], 1}};
-    T *const panel = out(panels_).row(thread), *const weights = panel + depth_ * panel_keys<T>;
+    T *const panel = panel_rows_.row(thread), *const weights = panel + depth_ * panel_keys<T>;
     for (Index j = 0; j < c_.index_heads; ++j) weights[j] = static_cast<T>(c_.index_scale) * x_.index_w(n, j);
     for (Index p = part * part_keys / panel_keys<T>; p * panel_keys<T> < last; ++p) {
       pack_panel<T>(c_.index_dim, keys, {0, seen_by(n)}, p, panel);
-      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, out(scores_).row(query) + p * panel_keys<T>);
+      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, score_rows_.row(query) + p * panel_keys<T>);
     }
   }
   void choose(Index n, Index query, int thread) {
     if (sequence_of(n).past == 0) return;
     std::int32_t* const indices = indices_.row(n);
     if (chosen_by(n) == seen_by(n)) std::iota(indices, indices + chosen_by(n), 0);
-    else Row{out(scores_).row(query), seen_by(n), out(keys_).row(thread)}.select(chosen_by(n), indices);
+    else Row{score_rows_.row(query), seen_by(n), key_rows_.row(thread)}.select(chosen_by(n), indices);
   }
 
   Cpu& cpu_;
@@ -4432,6 +5112,8 @@ template <class T> class CachedIndexer {
   Index depth_;
   Tensor<T, 2, Cpu> scores_, panels_;   // [queries, capacity], [threads, a panel and weights]
   Tensor<typename Row::Key, 2, Cpu> keys_;
+  View<T, 2> score_rows_, panel_rows_;
+  View<typename Row::Key, 2> key_rows_;
 };
 
 // (3) for every token of the sequences that continue; without indices over all keys. Tasks are groups of heads.
@@ -4489,7 +5171,7 @@ template <class T> class KlQuery {
     for (Index j = 0; j < c_.index_heads; ++j) dot_rows<T>(c_.index_dim, x_.index_q.row(n_, j), index_keys(), keys_, products + j * room);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> sum{};
-      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::load(products + j * room + i), cpu::Vec<T>{});
+      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::Vec<T>{}, cpu::load(products + j * room + i));
       cpu::store<T>(scores + i, sum);
     });
   }
@@ -4533,15 +5215,16 @@ template <class T> class KlQuery {
       cpu::Vec<T> const r = cpu::exp<T>(cpu::load(scores + i) - index_lse);
       cpu::store<T>(scores + i, d_loss * (r - cpu::load(target + i)));
     });
+    T const scale = static_cast<T>(c_.index_scale);
     for (Index j = 0; j < c_.index_heads; ++j) {
       T* const product = products + j * room;
       cpu::Vec<T> sum{};
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const d_score = cpu::load(scores + i), z = cpu::load(product + i);
-        sum += real(i, d_score * cpu::max<T>(z, cpu::Vec<T>{}));
+        sum += real(i, d_score * cpu::max<T>(cpu::Vec<T>{}, scale * z));
         cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
       });
-      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = static_cast<T>(c_.index_scale) * cpu::sum<T>(sum);
+      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = cpu::sum<T>(sum);
       if (!d_x.index_q.empty()) weighted_rows<T>(c_.index_dim, product, index_keys(), keys_, T(1), d_x.index_q.row(n_, j));
     }
   }
@@ -4664,7 +5347,7 @@ template <class T> class KlBackward {
       constexpr int V = piece.vectors;
       for (Index e = 0; e < keys.count; ++e) {
         T* const row = d_x_.index_k.row(sequence.start + keys.indices[e]);
-        cpu::Vec<T> sum[V];
+        cpu::Vec<T> sum[std::size_t{V}];
         HYBRIDATTN_UNROLL
         for (int v = 0; v < V; ++v) sum[v] = piece.get(row, v);
         for (Index j = 0; j < c_.index_heads; ++j) {
@@ -4737,8 +5420,24 @@ template <class Run> void with_head_dim(Index D, Run run) {
   with_constant<16, 32, 64, 128>(D, run, [&] { run(D); });
 }
 
+template <class T> void negate(View<T const, 3> x, View<T, 3> y) {
+  for (Index n = 0; n < x.extent(0); ++n)
+    for (Index j = 0; j < x.extent(1); ++j) std::transform(x.row(n, j), x.row(n, j) + x.extent(2), y.row(n, j), std::negate<T>());
+}
+// relu(s q . k) = relu(-s (-q) . k): kernels know a positive index_scale s only. f(config, inputs) gets one.
+template <class T, class F> void with_positive_scale(Cpu& cpu, Config c, Inputs<In<T>> x, F f) {
+  Tensor<T, 3, Cpu> opposite{cpu, x.index_q.shape};
+  negate(x.index_q, out(opposite));
+  c.index_scale = -c.index_scale;
+  x.index_q = in(opposite);
+  f(std::as_const(c), x);
+}
+
 template <class T>
 void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { forward<T>(cpu, o, config, s, inputs, y, saved); });
   if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
   if (s.tokens() == 0) return;
   if (c.stage != Stage::dense_warm_up) choose_keys(cpu, o, c, s, x, saved.indices);
@@ -4749,6 +5448,11 @@ void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inp
 template <class T>
 void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved,
               Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x, [&](Config const& config, auto const& inputs) {
+      backward<T>(cpu, o, config, s, inputs, y, saved, d_y, d_x);
+      if (!d_x.index_q.empty()) negate(View<T const, 3>(d_x.index_q), d_x.index_q);
+    });
   KeySets const sets{cpu, o, c, s, saved.indices};
   if (d_y.o.empty()) set_all_zero(d_x.q, d_x.k, d_x.v);
   else with_head_dim(c.head_dim, [&](auto D) { attend_all_backward<T>(cpu, D, sets, c, s, x, y, saved, d_y, d_x); });
@@ -4760,6 +5464,9 @@ void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, In
 // Sequences that begin run through forward's kernels. No stage has a loss here.
 template <class T>
 void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { extend<T>(cpu, o, config, s, inputs, cache, y); });
   check_fits(s, cache.keys.extent(0), cache.keys.extent(1));
   remember<T>(cpu, s, x, cache);
   bool const dense = c.stage == Stage::dense_warm_up;
@@ -4987,7 +5694,7 @@ template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Inde
     cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
     return;
   }
-  alignas(cpu::vector_bytes) T rows[n * n] = {};
+  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
   for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
   cpu::transpose<T>(rows, n, to, to_stride);
 }
@@ -5006,7 +5713,7 @@ struct Band {
 // cpu::tile over a band. Every sum runs over k in order.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
-  cpu::Vec<T> sum[MR][NV];
+  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
@@ -5014,7 +5721,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T>
   }
   auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
     if (k < 0 || k >= band.depth) return;
-    cpu::Vec<T> column[NV];
+    cpu::Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
     HYBRIDATTN_UNROLL
@@ -5113,7 +5820,7 @@ template <class T, class Dim> class BackwardHead {
   // delta of one vector of queries, in the order in which a tile sums d_o . v: where one key takes all, their difference is 0.
   void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
     constexpr int n = cpu::lanes<T>;
-    alignas(cpu::vector_bytes) T o_t[n * n];
+    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
     Vec delta{};
     for (Index d = 0; d < D_; d += n) {
       transpose_square(o, first, length_, d, o_t, n);
@@ -5148,13 +5855,8 @@ template <class T, class Dim> class BackwardHead {
                                                    scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
                                    });
   }
-  // exp(scale s - lse). lse holds a rounded score; the maximum, which changes nothing else, keeps a compiler from fusing the
-  // product with the difference, so that this score is rounded as well: where one key takes all, P is 1 exactly. The smallest
-  // number that cpu::exp gives stands for all below it: 0.
-  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const {
-    Vec const score = cpu::max<T>(cpu::broadcast<T>(std::numeric_limits<T>::lowest()), scale_ * s);
-    return cpu::exp<T>(score - lse) - std::numeric_limits<T>::min();
-  }
+  // exp(scale s - lse). lse holds a rounded score, so this one is rounded as well: where one key takes all, P is 1 exactly.
+  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.
   HYBRIDATTN_INLINE void add_product(Band band, cpu::Broadcast<T> a, Rows<T const> b, Rows<T> to, Index rows) {
@@ -5235,6 +5937,11 @@ template <class T> class SequenceKeys {
       seen += count;
     });
   }
+  // Of those rows, number j.
+  attention::KeyRows<T> at(Index t, Index j) const {
+    Index const position = past_ + t + 1 - count(t) + j, row = position < past_ ? position % ring_ : position - past_;
+    return position < past_ ? attention::KeyRows<T>{cached_k_[row], cached_v_[row]} : attention::KeyRows<T>{k_[row], v_[row]};
+  }
   Index count(Index t) const { return window_ == 0 ? past_ + t + 1 : std::min<Index>(past_ + t + 1, window_); }
 
  private:
@@ -5261,6 +5968,9 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
     for (Index g = 0; g < group; ++g) attention::add_weighted_rows<T>(D, p + g * room + first, v, all, o[g]);        // (3)
   });
+  for (Index g = 0; g < group; ++g)
+    if (!attention::is_moderate<T>(D, o[g]))
+      attention::attend_in_order<T>(D, scale, q[g], keys.count(t), [&](Index j) { return keys.at(t, j); }, o[g]);
 }
 
 // The sequences that continue. Tasks are some queries of a group of heads.
@@ -5309,7 +6019,8 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
 //
 // The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
 // are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
-// than e^40 is replaced, for that query alone.
+// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Products q . k are compared, and scaled
+// afterwards: the largest one is its own reference exactly, however large it is, so one replacement is enough.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
@@ -5323,25 +6034,27 @@ template <class T, class Dim> class ForwardBlock {
   static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
 
   ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
-      : D_(D), length_(s.length), reach_(window), scale_(scale), k_(k), v_(v), q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D),
-        pad_(p_ + forward_keys * queries) {}
+      : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
+        q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
 
   // o and lse of the queries first .. first + queries, as far as they exist.
   void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     first_ = first;
     transpose_rows(D_, q, first, length_, queries, q_t_);
+    if (scale_ < 0)   // so that the largest product has the largest score
+      for (Index i = 0; i < D_ * queries; ++i) q_t_[i] = -q_t_[i];
     diagonal();
     for (Index key = std::max<Index>(0, first - reach_ + 1) / MR * MR; key < first; key += forward_keys) {
       Index const count = std::min(forward_keys, first - key);
       if (key > first + queries - 1 - reach_) earlier<false>(key, count);
       else earlier<true>(key, count);
     }
-    finish(o, lse);
+    finish(q, o, lse);
   }
 
  private:
   static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  static constexpr T limit = 40;
+  static constexpr T limit = 10, far = 80;   // exponents: what a weight may be, and what it may be and be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
 
@@ -5354,21 +6067,23 @@ template <class T, class Dim> class ForwardBlock {
   // Vectors of queries that are older than every key of the tile have nothing to do there.
   static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
 
-  // p = (1) of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
+  // p = q . k of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
   template <int from> HYBRIDATTN_INLINE void diagonal_scores(Index key, Vec (&largest)[NV]) {
     T* const p = p_ + (key - first_) * queries + from * cpu::lanes<T>;
     cpu::tile<MR, NV - from, T>(
         D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
         [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
         [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-          s *= scale_;
           Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
           largest[from + v] = cpu::max<T>(largest[from + v], seen);
           cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
         });
   }
 
-  // The largest score that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
+  // e^(score - reference), of products; more than e^88 may be any number.
+  HYBRIDATTN_INLINE Vec exponential(Vec s, Vec reference) const { return cpu::exp2_below_most<T>((s - reference) * slope_); }
+
+  // The largest product that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
   void diagonal() {
     Index const count = std::min(queries, length_ - first_);
     Vec largest[NV], sum[NV] = {};
@@ -5380,7 +6095,7 @@ template <class T, class Dim> class ForwardBlock {
     for (Index j = 0; j < count; ++j)
       for (int v = first_vector(j / MR * MR); v < NV; ++v) {
         T* const p = p_ + j * queries + v * cpu::lanes<T>;
-        Vec const e = cpu::exp<T>(cpu::load(p) - largest[v]);
+        Vec const e = exponential(cpu::load(p), largest[v]);
         sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
         cpu::store<T>(p, e);
       }
@@ -5404,10 +6119,9 @@ template <class T, class Dim> class ForwardBlock {
       cpu::tile<MR, NV, T>(
           D_, {k_[key + j], k_.stride, 1}, {q_t_, queries}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
           [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-            s = scale_ * s - reference[v];
             if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
             largest[v] = cpu::max<T>(largest[v], s);
-            Vec e = cpu::exp<T>(s);
+            Vec e = exponential(s, reference[v]);
             if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
             sum[v] += e;
             cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
@@ -5418,21 +6132,30 @@ template <class T, class Dim> class ForwardBlock {
   template <bool masked> void earlier(Index key, Index count) {
     Vec largest[NV], sum[NV];
     weights<masked>(key, count, largest, sum);
-    while (cpu::any<T>((largest[0] > limit) | (largest[1] > limit))) {
-      for (int v = 0; v < NV; ++v) raise_reference(v, cpu::select<T>(largest[v] > limit, largest[v], Vec{}));
+    if (is_beaten(largest, far)) {   // their exponentials may be infinite
+      for (int v = 0; v < NV; ++v) raise_reference(v, largest[v], far);
       weights<masked>(key, count, largest, sum);
     }
+    if (is_beaten(largest, limit))
+      for (int v = 0; v < NV; ++v) {
+        Vec const shrink = raise_reference(v, largest[v], limit);
+        sum[v] *= shrink;
+        for (T* p = p_ + v * cpu::lanes<T>; p < p_ + count * queries; p += queries) cpu::store<T>(p, shrink * cpu::load(p));
+      }
     for (int v = 0; v < NV; ++v) sum_[v] += sum[v];
     add_values<false>(key, count);
   }
 
-  // A query whose `by` is 0 keeps every bit.
-  void raise_reference(int v, Vec by) {
-    Vec const shrink = cpu::exp<T>(-by);
-    reference_[v] += by;
+  bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
+  Mask beaten(int v, Vec largest, T by) const { return (largest - reference_[v]) * size_ > by; }
+  // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
+  Vec raise_reference(int v, Vec largest, T by) {
+    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, reference_[v]), shrink = exponential(reference_[v], raised);
+    reference_[v] = raised;
     sum_[v] *= shrink;
     for (int lane = 0; lane < cpu::lanes<T>; ++lane)
       for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
+    return shrink;
   }
 
   // (3) o (+)= P v
@@ -5450,21 +6173,41 @@ template <class T, class Dim> class ForwardBlock {
   }
 
   // (2), (3)
-  void finish(Rows<T> o, Rows<wide_t<T>> lse) {
-    alignas(cpu::vector_bytes) T inverse[queries], logarithm[queries];
+  void finish(Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
+    alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
+    attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
+      Vec const score = cpu::in_register<T>(size_ * reference_[v]);   // rounded, as backward rounds it
+      range.add(score);
       cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
-      cpu::store<T>(logarithm + v * cpu::lanes<T>, reference_[v] + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
     }
-    for (Index i = 0, count = std::min(queries, length_ - first_); i < count; ++i) {
+    Index const count = std::min(queries, length_ - first_);
+    for (Index i = 0; i < count; ++i) {
       *lse[first_ + i] = logarithm[i];
-      for (Index d = 0; d < D_; d += cpu::lanes<T>) cpu::store<T>(o[first_ + i] + d, inverse[i] * cpu::load(o_ + i * D_ + d));
+      for (Index d = 0; d < D_; d += cpu::lanes<T>) {
+        Vec const x = cpu::load(o_ + i * D_ + d);
+        range.add(x);
+        cpu::store<T>(o[first_ + i] + d, inverse[i] * x);
+      }
     }
+    if (range.is_moderate()) return;
+    for (Index i = 0; i < count; ++i) {
+      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then values are all that is large
+      if (keeps_lse && attention::is_moderate<T>(D_, o_ + i * D_)) continue;
+      T const exact = in_order(first_ + i, q, o);
+      if (!keeps_lse) *lse[first_ + i] = exact;
+    }
+  }
+  T in_order(Index query, Rows<T const> q, Rows<T> o) const {
+    Index const oldest = std::max<Index>(0, query - reach_ + 1);
+    auto const key_at = [&](Index j) { return attention::KeyRows<T>{k_[oldest + j], v_[oldest + j]}; };
+    return attention::attend_in_order<T>(D_, scale_, q[query], query - oldest + 1, key_at, o[query]);
   }
 
   Dim D_;
   Index length_, reach_, first_ = 0;
-  T scale_;
+  T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
   Vec reference_[NV], sum_[NV];
@@ -5738,10 +6481,10 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
   static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
   static Cache<Shapes> cache(Config const& c, Index batch, Index) {
     Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
-    Shape<3> const keys{batch, rows, c.num_heads * c.key_dim};
+    Shape<3> const keys{batch, rows, size_product(c.num_heads, c.key_dim)};
     return {.conv_q = keys,
             .conv_k = keys,
-            .conv_v = {batch, rows, c.num_value_heads * c.value_dim},
+            .conv_v = {batch, rows, size_product(c.num_value_heads, c.value_dim)},
             .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
   }
 
@@ -6066,9 +6809,10 @@ template <GdnOptions O> struct Prepare {
   static constexpr bool makes(std::string_view) { return true; }
 
   static Params<Shapes> params(Config const& c) {
-    return {.conv_q = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_k = {c.num_heads * c.key_dim, O.conv_width},
-            .conv_v = {c.num_value_heads * c.value_dim, O.conv_width},
+    Shape<2> const keys{size_product(c.num_heads, c.key_dim), O.conv_width};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {size_product(c.num_value_heads, c.value_dim), O.conv_width},
             .a_log = {c.num_value_heads},
             .dt_bias = {c.num_value_heads}};
   }
@@ -6317,8 +7061,11 @@ template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, Bl
 }
 
 // A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
-// When the carry falls below 1e-6 it is folded back.
+// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
+// When the carry leaves its range it is folded back.
 template <class T> struct Carry {
+  static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
+
   PerGroup<T> before;   // the carry when the group comes
   PerGroup<T> inverse;  // 1 / the carry after the group
   PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
@@ -6327,21 +7074,23 @@ template <class T> struct Carry {
   HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
     before.group[g] = carry;
     carry *= decay;
-    bool const small = carry < T(1e-6);
-    fold.group[g] = small ? carry : T(1);
-    inverse.group[g] = small ? T(1) : 1 / carry;
-    return small ? T(1) : carry;
+    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
+    fold.group[g] = in_range ? T(1) : carry / start;
+    carry = in_range ? carry : start;
+    inverse.group[g] = 1 / carry;
+    return carry;
   }
 };
 
-// products[below(i, j)] = a_i . c_j, products[upto(i, j)] = b_i . c_j for the four tokens of each group. A token never meets
-// a later one.
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
+// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
+template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, T* dots) {
   Vec<T> sum[pairs] = {};
   for (Index d = 0; d < width; d += lanes<T>) {
     Vec<T> x[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j) x[j] = load(c[j] + d);
+    for (int j = 0; j < group_tokens; ++j) x[j] = dot_share<T> * load(c[j] + d);
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
       Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
@@ -6371,7 +7120,8 @@ template <class T>
 void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K, Index groups, T scale, PerGroup<T> (&pair)[pairs]) {
   pair_dots(k, q, k, K, groups, pair);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int p = 0; p < pairs; ++p) pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) * gates.between[p].get(g) * pair[p].get(g));
+    for (int p = 0; p < pairs; ++p)
+      pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) / dot_share<T> * gates.between[p].get(g) * pair[p].get(g));
   });
 }
 
@@ -6385,13 +7135,15 @@ template <class T> HYBRIDATTN_INLINE void token_dots(Rows<T const> a, Rows<T con
   cpu::sum_each<group_tokens>(sum, dots);
 }
 
-// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel.
+// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
+// Carry::start * stored.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
   std::fill_n(state, rows * columns, T(0));
   if (states.empty()) return;
   for (Index k = 0; k < states.extent(2); ++k)
     for (Index v = 0; v < states.extent(3); v += panel_width<T>)
-      std::copy_n(states.row(i, h, k) + v, std::min<Index>(panel_width<T>, states.extent(3) - v), state + v * rows + k * panel_width<T>);
+      std::transform(states.row(i, h, k) + v, states.row(i, h, k) + std::min<Index>(v + panel_width<T>, states.extent(3)),
+                     state + v * rows + k * panel_width<T>, [](T x) { return x / Carry<T>::start; });
 }
 template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
   if (states.empty()) return;
@@ -6451,7 +7203,8 @@ template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& 
   return fresh;
 }
 
-// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are w_l . e_j and d_o_l . e_j.
+// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are dot_share times w_l . e_j
+// and d_o_l . e_j.
 template <class T>
 void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
                   DecayPaths<T>& paths) {
@@ -6461,7 +7214,7 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
       for (int j = 0; j < l; ++j) {
         Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
         Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
-        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) * (read - erased);
+        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) / dot_share<T> * (read - erased);
       }
     for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
   });
@@ -6492,14 +7245,17 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows.
+// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
+// by square: sums of few terms round less.
 template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
   Vec<T> sum{};
   for (Index v = 0; v < V; v += panel_width<T>) {
     alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
     cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
+    Vec<T> square{};
     HYBRIDATTN_UNROLL
-    for (Index r = 0; r < panel_width<T>; ++r) sum += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    sum += square;
   }
   return sum;
 }
@@ -6638,7 +7394,7 @@ HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T f
                             [[maybe_unused]] Rows<T const> next_q) {
   Vec<T> update[group_tokens], products[2 * group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
+  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
     Vec<T> s = load(row);
@@ -6786,7 +7542,7 @@ HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T f
                             [[maybe_unused]] Rows<T const> next_k) {
   Vec<T> update[2 * group_tokens], products[group_tokens] = {};
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = load(panel.updates + i * panel_width<T>);
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
     Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
@@ -6877,7 +7633,7 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
     for (int i = 0; i < group_tokens; ++i) {
       handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
       for (int j = 0; j <= i; ++j) {
-        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g);
+        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g) / dot_share<T>;
         handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
         if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
       }
@@ -6940,7 +7696,7 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
   for (Index r = 0; r < V; ++r) {
     T* const row = state + r * panel_width<T>;
-    Vec<T> s = load(row);
+    Vec<T> s = cpu::in_register<T>(load(row));
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
       by_d_o[i] += d_o[i][r] * s;
@@ -7037,7 +7793,7 @@ template <class T> void read_transposed(View<T const, 4> states, Index i, Index 
   std::fill_n(state, K * V, T(0));
   if (states.empty()) return;
   for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v);
+    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v) / Carry<T>::start;
 }
 template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
   double sum = 0;
@@ -7071,7 +7827,7 @@ template <class T> struct Token {
 // `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
 template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
   auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
-  Vec<T> with_k[N] = {}, with_q[N] = {}, delta[N];
+  Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
   for (Index a = 0; a < t.K; ++a) {
     HYBRIDATTN_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -7118,7 +7874,9 @@ template <class T> struct ForwardScratch {
   T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
   Rows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
 
-  static Index size(Index K, Index V) { return K * V + panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V); }
+  static Index size(Index K, Index V) {
+    return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
+  }
   ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
     auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
@@ -7131,7 +7889,7 @@ template <class T>
 void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
                   Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
   Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
-  T carry = 1;
+  T carry = Carry<T>::start;
   Gates<T> gates;
   ForwardTerms<T> terms;
   read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
@@ -7168,8 +7926,9 @@ template <class T> struct BackwardScratch {
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    return 2 * K * V + (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
-           round_up(longest, group_tokens) * K + ceil_div(longest, block_tokens) * K * V;
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
+    return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+                                round_up(longest, group_tokens) * K);
   }
   BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
@@ -7208,7 +7967,7 @@ template <class T> struct BackwardCall {
 // Returns <S_0, X_0>, as a function.
 template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
-  T carry = 1, since_fresh = 1;
+  T carry = Carry<T>::start, since_fresh = 1;
   Gates<T> gates;
   ReverseTerms<T> terms;
   read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
@@ -7233,7 +7992,7 @@ template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequ
 // Returns <S_T, d_final_state>.
 template <class T>
 double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
-  T carry = 1;
+  T carry = Carry<T>::start;
   Gates<T> gates;
   RebuildTerms<T> terms;
   read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
@@ -7257,9 +8016,10 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
 template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
   Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
   parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
     Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
-    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{out(memory).row(thread), K, V});
+    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{scratch.row(thread), K, V});
   });
 }
 
@@ -7271,11 +8031,13 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
   Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
   Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
   Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
+  View<T, 2> const rows = out(memory);
+  View<detail::Handover<T>, 2> const blocks = out(handover);
   detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
   parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
     Index const i = task / c.num_heads, hk = task % c.num_heads;
     Sequence const sequence = s[static_cast<std::size_t>(i)];
-    detail::BackwardScratch<T> const scratch{out(memory).row(thread), out(handover).row(thread), K, V, longest};
+    detail::BackwardScratch<T> const scratch{rows.row(thread), blocks.row(thread), K, V, longest};
     for (Index h = hk * group; h < (hk + 1) * group; ++h) {
       auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
       double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
@@ -7433,10 +8195,10 @@ void attend(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int3
   T const scale = static_cast<T>(c.scale);
   for_each_head(c, s, indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (Index key : keys) largest = std::max(largest, scale * dot(x.q.row(n, h), x.k.row(key, hk), D));
+    for (Index key : keys) largest = std::max(largest, scaled_dot(scale, x.q.row(n, h), x.k.row(key, hk), D));
     std::fill_n(y.o.row(n, h), D, T(0));
     for (Index key : keys) {
-      T const p = std::exp(scale * dot(x.q.row(n, h), x.k.row(key, hk), D) - largest);
+      T const p = std::exp(scaled_dot(scale, x.q.row(n, h), x.k.row(key, hk), D) - largest);
       sum += p;
       axpy(p, x.v.row(key, hk), y.o.row(n, h), D);
     }
@@ -7457,8 +8219,8 @@ std::vector<T> shares_of(Config const& c, Inputs<In<T>> x, Wide<In<T>, 2> lse, I
   for (Index key : keys) {
     T sum = 0;
     for (Index h = 0; h < c.num_heads; ++h) {
-      T const product = dot(x.q.row(n, h), x.k.row(key, h / (c.num_heads / c.num_kv_heads)), c.head_dim);
-      sum += std::exp(static_cast<T>(c.scale) * product - lse(n, h));
+      T const *q = x.q.row(n, h), *k = x.k.row(key, h / (c.num_heads / c.num_kv_heads));
+      sum += std::exp(scaled_dot(static_cast<T>(c.scale), q, k, c.head_dim) - lse(n, h));
     }
     p.push_back(sum / static_cast<T>(c.num_heads));                                                                 // (5)
   }
@@ -7509,7 +8271,7 @@ void attend_backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outpu
   for_each_head(c, s, saved.indices, [&](Index n, Index h, Index hk, std::vector<Index> const& keys) {
     T const *q = x.q.row(n, h), delta = dot(d_o.row(n, h), y.o.row(n, h), D);
     for (Index key : keys) {
-      T const p = std::exp(scale * dot(q, x.k.row(key, hk), D) - saved.lse(n, h));
+      T const p = std::exp(scaled_dot(scale, q, x.k.row(key, hk), D) - saved.lse(n, h));
       T const d_s = scale * p * (dot(d_o.row(n, h), x.v.row(key, hk), D) - delta);
       axpy(d_s, x.k.row(key, hk), d_x.q.row(n, h), D);
       axpy(d_s, q, d_x.k.row(key, hk), D);
@@ -7528,11 +8290,10 @@ void index_loss_backward(Config const& c, Sequences const& s, Inputs<In<T>> x, S
       T const d_score = d_loss * (std::exp(scores[i] - saved.index_lse(n)) - p[i]), *k = x.index_k.row(keys[i]);
       for (Index j = 0; j < c.index_heads; ++j) {
         T const *q = x.index_q.row(n, j), z = scale * dot(q, k, DI);
-        if (!(z > 0)) continue;
-        T const d_z = scale * x.index_w(n, j) * d_score;
+        T const d_z = z > 0 ? scale * x.index_w(n, j) * d_score : T(0);
         axpy(d_z, k, d_x.index_q.row(n, j), DI);
         axpy(d_z, q, d_x.index_k.row(keys[i]), DI);
-        d_x.index_w(n, j) += d_score * z;
+        d_x.index_w(n, j) += d_score * (z < 0 ? T(0) : z);
       }
     }
   });
@@ -7572,10 +8333,10 @@ void forward(FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x
   T const scale = static_cast<T>(c.scale);
   for_each_query(o, c, s, [&](Index h, Index hk, Index i, Index first) {
     T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (Index j = first; j <= i; ++j) largest = std::max(largest, scale * dot(x.q.row(i, h), x.k.row(j, hk), D));
+    for (Index j = first; j <= i; ++j) largest = std::max(largest, scaled_dot(scale, x.q.row(i, h), x.k.row(j, hk), D));
     std::fill_n(y.o.row(i, h), D, T(0));
     for (Index j = first; j <= i; ++j) {
-      T const p = std::exp(scale * dot(x.q.row(i, h), x.k.row(j, hk), D) - largest);
+      T const p = std::exp(scaled_dot(scale, x.q.row(i, h), x.k.row(j, hk), D) - largest);
       sum += p;
       axpy(p, x.v.row(j, hk), y.o.row(i, h), D);                                            // (3)
     }
@@ -7598,7 +8359,7 @@ void backward(FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> 
     T const *q = x.q.row(i, h), *d_o = d_y.o.row(i, h), delta = dot(d_o, y.o.row(i, h), D);
     std::fill_n(d_x.q.row(i, h), D, T(0));
     for (Index j = first; j <= i; ++j) {
-      T const p = std::exp(scale * dot(q, x.k.row(j, hk), D) - saved.lse(i, h));
+      T const p = std::exp(scaled_dot(scale, q, x.k.row(j, hk), D) - saved.lse(i, h));
       T const d_s = scale * p * (dot(d_o, x.v.row(j, hk), D) - delta);                      // (4)
       axpy(d_s, x.k.row(j, hk), d_x.q.row(i, h), D);                                        // (5)
       axpy(d_s, q, d_x.k.row(j, hk), D);
@@ -7709,11 +8470,12 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::reference
 #endif
 
-// ==== hybridattn/testing/policies.hpp
-// What the laws need to know of the library's policies: their references, their sizes, and inputs as they occur. Plain noise
-// would hide what goes wrong at the edges: gates that forget nothing or all, keys that repeat, softmax near one-hot, ties.
-#ifndef HYBRIDATTN_TESTING_POLICIES_HPP
-#define HYBRIDATTN_TESTING_POLICIES_HPP
+// ==== hybridattn/testing/gates.hpp
+// Inputs as they occur for policies whose state forgets by a gate: g is the logarithm of a decay, beta how much is written. Gates
+// forget nothing or all, differ from head to head and from token to token; keys repeat. For a policy of your own with a g [N, H]:
+// `struct Samples<Mine> : GatedSamples<Mine>`.
+#ifndef HYBRIDATTN_TESTING_GATES_HPP
+#define HYBRIDATTN_TESTING_GATES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
@@ -7734,6 +8496,87 @@ inline void correlate(HostTensor& tensor, double share) {
     for (Index e = 0; e < tensor.row_size(); ++e) tensor.row(n)[e] = share * tensor.row(0)[e] + (1 - share) * tensor.row(n)[e];
 }
 
+enum class Decay { none, mild, strong, total, mixed, by_head, either, runs, single };
+enum class Beta { zero, one, two, between, mixed };
+struct GateKind {
+  char const* name;
+  Decay decay;
+  Beta beta;
+  double shared;   // of a key's direction with all others
+};
+inline constexpr GateKind gate_kinds[] = {
+    {"mild", Decay::mild, Beta::between, 0},
+    {"nothing forgotten, one key", Decay::none, Beta::one, 1},
+    {"strong gates, correlated keys", Decay::strong, Beta::between, 0.8},
+    {"all forgotten", Decay::total, Beta::mixed, 0},
+    {"reflections", Decay::none, Beta::two, 0.3},
+    {"nothing written", Decay::mild, Beta::zero, 0},
+    {"everything mixed", Decay::mixed, Beta::mixed, 0.5},
+    {"heads that forget by e^-10, e^-25, e^-60, e^-1", Decay::by_head, Beta::between, 0},
+    {"each token e^-25 or e^-.05", Decay::either, Beta::between, 0},
+    {"runs of 32 tokens of e^-25, then of e^-.05", Decay::runs, Beta::between, 0},
+    {"one token in 64 of e^-80", Decay::single, Beta::between, 0},
+};
+// The logarithm for head h of token n; `strength` is exp(A_log) of the head.
+inline double draw_decay(Decay decay, double strength, Index n, Index h, Random& random) {
+  constexpr double weak = -0.05, of_head[] = {-10, -25, -60, -1};
+  if (decay == Decay::mixed) decay = static_cast<Decay>(random.below(4));
+  if (decay == Decay::none) return 0;
+  if (decay == Decay::mild) return -0.1 * random.uniform();
+  if (decay == Decay::total) return -120;
+  if (decay == Decay::by_head) return of_head[h % std::ssize(of_head)];
+  if (decay == Decay::either) return random.below(2) == 0 ? weak : -25;
+  if (decay == Decay::runs) return n / 32 % 2 == 0 ? -25 : weak;
+  if (decay == Decay::single) return n % 64 == 37 ? -80 : weak;
+  return -strength * std::log1p(std::exp(random.normal()));
+}
+inline double draw_beta(Beta beta, Random& random) {
+  if (beta == Beta::mixed) beta = static_cast<Beta>(random.below(4));
+  return beta == Beta::zero ? 0 : beta == Beta::one ? 1 : beta == Beta::two ? 2 : random.uniform();
+}
+
+}  // namespace detail
+
+template <class P> struct GatedSamples : PlainSamples<P> {
+  static std::vector<std::string> kinds() {
+    std::vector<std::string> names;
+    for (detail::GateKind const& kind : detail::gate_kinds) names.push_back(kind.name);
+    return names;
+  }
+  // Names that the policy does not have are passed over.
+  static void draw(std::string_view name, Random& random, HostGroup& inputs) {
+    auto const is_named = [&](detail::GateKind const& kind) { return kind.name == name; };
+    detail::GateKind const& kind = *std::find_if(std::begin(detail::gate_kinds), std::end(detail::gate_kinds), is_named);
+    for (HostTensor& tensor : inputs) set_normal(tensor, random);
+    if (HostTensor* const k = inputs.find("k")) detail::correlate(*k, kind.shared);
+    for (char const* of_length_one : {"q", "k"})
+      if (HostTensor* const tensor = inputs.find(of_length_one)) detail::normalise(*tensor);
+    HostTensor &g = inputs.at("g"), *const beta = inputs.find("beta");
+    std::vector<double> strengths;
+    for (Index h = 0; h < g.row_size(); ++h) strengths.push_back(random.uniform(0.01, 16));
+    for (Index n = 0; n < g.row_count(); ++n)
+      for (Index h = 0; h < g.row_size(); ++h) {
+        g.row(n)[h] = detail::draw_decay(kind.decay, strengths[static_cast<std::size_t>(h)], n, h, random);
+        if (beta != nullptr) beta->row(n)[h] = detail::draw_beta(kind.beta, random);
+      }
+  }
+  // The gradient of a strong decay is as small as the decay: it must not hide behind that of a head which keeps its state.
+  static bool by_head(std::string_view input) { return input == "g"; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/testing/policies.hpp
+// What the laws need to know of the library's policies: their references, their sizes, and inputs as they occur. Plain noise
+// would hide what goes wrong at the edges: gates that forget nothing or all, keys that repeat, softmax near one-hot, ties.
+#ifndef HYBRIDATTN_TESTING_POLICIES_HPP
+#define HYBRIDATTN_TESTING_POLICIES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+namespace detail {
+
 // q, k and v of a softmax.
 inline std::vector<std::string> softmax_kinds() { return {"noise", "near one-hot", "one key for all", "early keys stand out"}; }
 inline void draw_softmax(std::string_view kind, Random& random, HostGroup& x) {
@@ -7746,49 +8589,6 @@ inline void draw_softmax(std::string_view kind, Random& random, HostGroup& x) {
   if (kind == "early keys stand out")   // by more than e^40: what was summed before has to be scaled
     for (Index n = 0; n < k.row_count(); n += 5)
       for (Index e = 0; e < k.row_size(); ++e) k.row(n)[e] *= 30.0 / static_cast<double>(1 + n % 30);
-}
-
-enum class Decay { none, mild, strong, total, mixed };
-enum class Beta { zero, one, two, between, mixed };
-struct GdnKind {
-  char const* name;
-  Decay decay;
-  Beta beta;
-  double shared;   // of a key's direction with all others
-};
-inline constexpr GdnKind gdn_kinds[] = {
-    {"mild", Decay::mild, Beta::between, 0},
-    {"nothing forgotten, one key", Decay::none, Beta::one, 1},
-    {"strong gates, correlated keys", Decay::strong, Beta::between, 0.8},
-    {"all forgotten", Decay::total, Beta::mixed, 0},
-    {"reflections", Decay::none, Beta::two, 0.3},
-    {"nothing written", Decay::mild, Beta::zero, 0},
-    {"everything mixed", Decay::mixed, Beta::mixed, 0.5},
-};
-inline double draw_decay(Decay decay, double strength, Random& random) {
-  if (decay == Decay::mixed) decay = static_cast<Decay>(random.below(4));
-  if (decay == Decay::none) return 0;
-  if (decay == Decay::total) return -120;
-  return decay == Decay::mild ? -0.1 * random.uniform() : -strength * std::log1p(std::exp(random.normal()));
-}
-inline double draw_beta(Beta beta, Random& random) {
-  if (beta == Beta::mixed) beta = static_cast<Beta>(random.below(4));
-  return beta == Beta::zero ? 0 : beta == Beta::one ? 1 : beta == Beta::two ? 2 : random.uniform();
-}
-inline void draw_gdn(std::string_view name, Random& random, HostGroup& x) {
-  GdnKind const& kind = *std::find_if(std::begin(gdn_kinds), std::end(gdn_kinds), [&](GdnKind const& one) { return one.name == name; });
-  for (HostTensor& tensor : x) set_normal(tensor, random);
-  correlate(x.at("k"), kind.shared);
-  normalise(x.at("q"));
-  normalise(x.at("k"));
-  HostTensor &g = x.at("g"), &beta = x.at("beta");
-  std::vector<double> strengths;   // exp(A_log) of each head
-  for (Index h = 0; h < g.shape[1]; ++h) strengths.push_back(random.uniform(0.01, 16));
-  for (Index n = 0; n < g.row_count(); ++n)
-    for (Index h = 0; h < g.row_size(); ++h) {
-      g.row(n)[h] = draw_decay(kind.decay, strengths[static_cast<std::size_t>(h)], random);
-      beta.row(n)[h] = draw_beta(kind.beta, random);
-    }
 }
 
 // The indexer's inputs: in whole numbers scores are exact and full of ties.
@@ -7812,7 +8612,7 @@ inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Input
         size += std::abs(x.index_w(sequence.start + t, j) * x.index_q(sequence.start + t, j, d) * x.index_k(sequence.start + s, d));
     largest = std::max(largest, size);
   }
-  return static_cast<double>(c.index_dim + c.index_heads + 4) * eps * c.index_scale * largest;
+  return static_cast<double>(c.index_dim + c.index_heads + 4) * eps * std::abs(c.index_scale) * largest;
 }
 inline bool all_whole(View<double const, 2> rows) {
   return std::all_of(rows.data, rows.data + rows.count(), [](double x) { return x == std::round(x) && std::abs(x) < 8; });
@@ -7820,7 +8620,7 @@ inline bool all_whole(View<double const, 2> rows) {
 // Whole numbers times a power of two: no rounding in any scalar, in any order.
 inline bool scores_are_exact(dsa::Config const& c, dsa::Inputs<In<double>> const& x) {
   int exponent;
-  return std::frexp(c.index_scale, &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) && all_whole(x.index_w);
+  return std::frexp(std::abs(c.index_scale), &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) && all_whole(x.index_w);
 }
 // Of query t: keys in ascending order, none unseen, none twice, and none left out that scores more; ties as dsa.hpp (2) says.
 inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t const* keys, Index k, double rounding) {
@@ -7868,6 +8668,7 @@ template <FullOptions O> struct Reference<FullAttention<O>> {
   template <class... Args> static void backward(Args const&... args) { full::reference::backward(O, args...); }
 };
 template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
+  static constexpr bool overflows_like_loops = true;
   // The options are values to the kernels: other windows need not see every head dim again.
   static std::vector<full::Config> sizes() {
     std::vector<full::Config> list{
@@ -7887,7 +8688,7 @@ template <GdnOptions O> struct Reference<GatedDeltaNet<O>> {
   template <class... Args> static void forward(Args const&... args) { gdn::reference::forward(args...); }
   template <class... Args> static void backward(Args const&... args) { gdn::reference::backward(args...); }
 };
-template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : PlainSamples<GatedDeltaNet<O>> {
+template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : GatedSamples<GatedDeltaNet<O>> {
   using P = GatedDeltaNet<O>;
   static std::vector<gdn::Config> sizes() {
     return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 8, .value_dim = 16},
@@ -7906,12 +8707,6 @@ template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : PlainSamples<GatedDel
     shapes.final_state = gdn::state_shape(c, s);
     return shapes;
   }
-  static std::vector<std::string> kinds() {
-    std::vector<std::string> names;
-    for (detail::GdnKind const& kind : detail::gdn_kinds) names.push_back(kind.name);
-    return names;
-  }
-  static void draw(std::string_view kind, Random& random, HostGroup& inputs) { detail::draw_gdn(kind, random, inputs); }
 };
 
 template <SparseOptions O> struct Reference<SparseAttention<O>> {
@@ -7950,7 +8745,7 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
     c.stage = stage;
     return c;
   }
-  static constexpr bool saved_is_linear = O.top_k_percent == 0;
+  static constexpr bool saved_is_linear = O.top_k_percent == 0, overflows_like_loops = true;
   static std::vector<std::string> kinds() {
     return {"noise", "ties", "every score 0", "one index key", "near one-hot", "early keys stand out"};
   }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <boost/hana/fwd/type.hpp>
 #include <boost/hana/integral_constant.hpp>
 #include <boost/hana/tuple.hpp>
@@ -14,11 +15,13 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <iterator>
 #include <limits>
-#include <map>
+#include <mutex>
 #include <new>
 #include <numbers>
 #include <span>
@@ -30,6 +33,7 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#include <version>
 
 // ==== hybridattn/core/config.hpp
 // What the compiler is and what it can do. The only header that asks.
@@ -71,7 +75,7 @@
 // What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
 // Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes a type of the library links only where the flags are the same.
+// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -101,16 +105,35 @@
 #else
 #define HYBRIDATTN_ABI_CHECKS
 #endif
+#if defined(__OPTIMIZE__)   // compilers form FMAs, and round less, only when they optimise
+#define HYBRIDATTN_ABI_OPTIMIZED
+#else
+#define HYBRIDATTN_ABI_OPTIMIZED _O0
+#endif
 #if HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
+#elif defined(__clang__)
+#define HYBRIDATTN_ABI_COMPILER _clang
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#define HYBRIDATTN_ABI_STD _libcxx
+#elif defined(_GLIBCXX_DEBUG)
+#define HYBRIDATTN_ABI_STD _std_debug
+#else
+#define HYBRIDATTN_ABI_STD
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_COMPILER)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+
+// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+namespace hybridattn {
+inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
+}  // namespace hybridattn
 
 #endif
 
@@ -143,6 +166,68 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/sizes.hpp
+// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+#ifndef HYBRIDATTN_CORE_SIZES_HPP
+#define HYBRIDATTN_CORE_SIZES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// What counts tokens, positions, sequences and experts in tables of int32.
+inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
+
+namespace detail {
+
+[[noreturn]] inline void fail_sizes(Index const* sizes, int number) {
+  std::ostringstream list;
+  bool negative = false;
+  for (int i = 0; i < number; ++i) {
+    list << (i == 0 ? "" : ", ") << sizes[i];
+    negative = negative || sizes[i] < 0;
+  }
+  if (negative) fail("sizes [", list.str(), "]: none may be below 0");
+  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+}
+// A 0 makes the product 0, but excuses no size beside it.
+constexpr Index product(Index const* sizes, int number) {
+  Index all = 1;
+  bool empty = false, counts = true;
+  for (int i = 0; i < number; ++i) {
+    counts = counts && sizes[i] >= 0 && !__builtin_mul_overflow(all, sizes[i] == 0 ? 1 : sizes[i], &all);
+    empty = empty || sizes[i] == 0;
+  }
+  if (!counts) fail_sizes(sizes, number);
+  return empty ? 0 : all;
+}
+
+}  // namespace detail
+
+// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
+  Index const list[] = {static_cast<Index>(sizes)...};
+  return detail::product(list, sizeof...(Sizes));
+}
+// The sum of two sizes. Throws Error as size_product does.
+inline Index size_sum(Index a, Index b) {
+  Index total = 0;
+  bool const counts = a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, &total);
+  check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
+  return total;
+}
+// How many bytes `count` elements take. Throws Error as size_product does.
+inline std::size_t byte_count(Index count, std::size_t element) {
+  Index bytes = 0;
+  bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
+  check(counts, count, " elements of ", element, " bytes: their number must be 0 or more, and their bytes at most ",
+        std::numeric_limits<Index>::max());
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/view.hpp
 // Extents and views: somebody else's elements, small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
@@ -150,18 +235,19 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-using Index = std::ptrdiff_t;
-
 // Extents, last one fastest. A wrong number of extents does not compile.
 template <int Rank> struct Shape {
-  Index extent[Rank > 0 ? Rank : 1] = {};
+  Index extent[std::size_t{Rank > 0 ? Rank : 1}] = {};
 
   Shape() = default;
   template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  HYBRIDATTN_HD constexpr Index count() const {
+  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  constexpr Index count() const { return detail::product(extent, Rank); }
+  // The same of sizes that stand in memory already.
+  HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
     return product;
@@ -189,7 +275,7 @@ template <class T, int Rank> struct View {
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
-  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.count(); }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.counted(); }
   HYBRIDATTN_HD bool is_contiguous() const {
     Index step = 1;
     for (int axis = Rank; axis-- > 0; step *= shape[axis])
@@ -225,7 +311,7 @@ template <class T, int Rank> struct View {
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
-  return {x.data, {rows, rows == 0 ? 0 : x.shape.count() / rows}};
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.counted() / rows}};
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
@@ -395,6 +481,205 @@ struct Initialization {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/pool.hpp
+// Memory that was given back, for those who ask next.
+#ifndef HYBRIDATTN_BACKEND_POOL_HPP
+#define HYBRIDATTN_BACKEND_POOL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
+struct BlockSize {
+  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
+
+  std::size_t bytes, number;
+
+  explicit constexpr BlockSize(std::size_t wanted) {
+    std::size_t const least = std::max<std::size_t>(wanted, 1);
+    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
+    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
+    bytes = steps * step;
+    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
+  }
+};
+
+// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+//
+// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
+// most that was in use of late, as far as nobody used it of late.
+//
+// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
+// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// million: no block of a step waits longer.
+class Pool {
+ public:
+  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
+  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    BlockSize const size{bytes};
+    Blocks& blocks = blocks_[size.number];
+    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
+    void* block = nullptr;
+    if (blocks.waiting.empty()) {
+      block = allocate_block(bytes, size, allocate, release);
+    } else {
+      block = blocks.waiting.back().block;
+      blocks.waiting.pop_back();
+    }
+    in_use_ += bytes;
+    used_ += size.bytes;
+    peak_ = std::max(peak_, in_use_);
+    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    BlockSize const size{bytes};
+    in_use_ -= bytes;
+    used_ -= size.bytes;
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+  }
+  // Gives all blocks that wait back to the system.
+  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
+  std::size_t in_use() const { return in_use_; }   // as it was asked for
+  std::size_t peak() const { return peak_; }       // the most of it
+  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t allocations() const { return allocations_; }
+  // From now on peak() counts afresh.
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  struct Waiting {
+    void* block;
+    std::size_t period;   // in which it was given back
+  };
+  struct Blocks {
+    std::vector<Waiting> waiting;   // the one given back last at the end
+    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+  };
+  static constexpr std::size_t period_takes = 25, periods = 4;
+
+  template <class Allocate, class Release>
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+    last_allocation_ = takes_;
+    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
+    else release_unused(size.bytes, release);
+    Blocks& blocks = blocks_[size.number];
+    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
+    void* block = allocate(size.bytes);
+    if (block == nullptr) {
+      trim(release);
+      block = allocate(size.bytes);
+    }
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    blocks.bytes = size.bytes;
+    ++blocks.count;
+    ++allocations_;
+    held_ += size.bytes;
+    return block;
+  }
+  template <class Release> void next_period(Release release) {
+    takes_before_ = takes_;
+    allocations_before_ = allocations_;
+    peaks_[++period_ % peaks_.size()] = used_;
+    release_unused(0, release);
+  }
+  // For `more` bytes to come.
+  template <class Release> void release_unused(std::size_t more, Release release) {
+    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
+    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
+  }
+  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
+    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
+      auto const first = blocks->waiting.begin();
+      auto last = first;
+      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
+        release(last->block);
+        held_ -= blocks->bytes;
+        --blocks->count;
+      }
+      blocks->waiting.erase(first, last);
+    }
+  }
+
+  std::array<Blocks, BlockSize::classes> blocks_;
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
+  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/backend.hpp
 // Machines: where memory lives, and how an operation is computed there.
 #ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
@@ -402,51 +687,13 @@ struct Initialization {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Freed blocks wait here for the next request of their size, so a training step after the first one allocates nothing.
-class Pool {
- public:
-  template <class Allocate> void* take(std::size_t bytes, Allocate allocate) {
-    auto& blocks = free_[bytes];
-    void* block = nullptr;
-    if (blocks.empty()) {
-      block = allocate(bytes);
-      ++allocations_;
-      blocks.reserve(++taken_[bytes]);   // so that giving back never allocates, nor throws
-    } else {
-      block = blocks.back();
-      blocks.pop_back();
-    }
-    in_use_ += bytes;
-    peak_ = in_use_ > peak_ ? in_use_ : peak_;
-    return block;
-  }
-  void give(void* block, std::size_t bytes) noexcept {
-    in_use_ -= bytes;
-    free_.find(bytes)->second.push_back(block);
-  }
-  template <class Release> void clear(Release release) {
-    for (auto& [bytes, blocks] : free_)
-      for (void* block : blocks) release(block);
-    free_.clear();
-    taken_.clear();
-  }
-  std::size_t in_use() const { return in_use_; }
-  std::size_t peak() const { return peak_; }
-  std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
-  void reset_peak() { peak_ = in_use_; }
-
- private:
-  std::map<std::size_t, std::vector<void*>> free_;
-  std::map<std::size_t, std::size_t> taken_;
-  std::size_t in_use_ = 0, peak_ = 0, allocations_ = 0;
-};
-
-// What a machine offers to the layers above: memory, and copies from and to the host.
+// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
+// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
-  b.give(to, bytes);
+  { b.give(to, bytes) } noexcept;
+  b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
   { b.pool() } -> std::same_as<Pool&>;
@@ -489,12 +736,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+// Throws Error where the elements cannot be counted, or where there is no memory for them.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held), view_{nullptr, shape} {
-    if (shape.count() == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes_of(shape)));
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
   Tensor(Tensor&& other) noexcept
@@ -512,7 +762,7 @@ template <class T, int Rank, class B> class Tensor {
   ~Tensor() { release(); }
 
   Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return view_.data == nullptr ? 0 : bytes_of(view_.shape); }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
   // What of the tensor may be read, written: see `in` and `out`.
@@ -521,9 +771,8 @@ template <class T, int Rank, class B> class Tensor {
 
  private:
   enum class State : char { empty, held, moved };
-  static std::size_t bytes_of(Shape<Rank> shape) { return static_cast<std::size_t>(shape.count()) * sizeof(T); }
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, bytes_of(view_.shape));
+    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
     view_ = {};
   }
@@ -541,7 +790,8 @@ template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> 
 template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
 
 template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host(tensor.byte_count() / sizeof(T));
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
   if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
   return host;
 }
@@ -577,6 +827,46 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
+// elsewhere: for scores of 2^30 that is e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/cpu/cpu.hpp
 // The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
@@ -590,27 +880,62 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP.
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
+  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
   }
   Cpu(Cpu const&) = delete;
   Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() {
-    pool_.clear([](void* block) { ::operator delete(block, alignment); });
-  }
+  ~Cpu() { trim(); }
 
+  // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
-    return pool_.take(bytes, [](std::size_t n) { return ::operator new(n, alignment); });
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Gives memory that nobody uses back to the system.
+  void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
+  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nothing in a loop inside a loop
+  };
 
  private:
   static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     return omp_get_max_threads();
@@ -618,7 +943,9 @@ class Cpu {
     return 1;
 #endif
   }
+
   int threads_;
+  bool in_loop_ = false;
   Pool pool_;
 };
 static_assert(Backend<Cpu>);
@@ -628,7 +955,7 @@ namespace cpu {
 // Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
 template <class T> class Scratch {
  public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(static_cast<std::size_t>(count) * sizeof(T)) {
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
     if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
   }
   Scratch(Scratch const&) = delete;
@@ -646,13 +973,47 @@ template <class T> class Scratch {
 
 }  // namespace cpu
 
+namespace detail {
+
+// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+    std::lock_guard const lock{mutex_};
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+
+}  // namespace detail
+
 // f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. f must not throw.
-template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f) {
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    detail::Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) f(task, omp_get_thread_num());
+    for (Index task = 0; task < count; ++task) {
+      try {
+        f(task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
     return;
   }
 #endif
@@ -661,9 +1022,9 @@ template <class F> void parallel_for([[maybe_unused]] Cpu& cpu, Index count, F f
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, (count + grain - 1) / grain, [&](Index block, int) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;
-    f(first, first + grain < count ? first + grain : count);
+    f(first, std::min(first + grain, count));
   });
 }
 
@@ -709,13 +1070,15 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
+// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
 // loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
   asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
 #endif
   return x;
 }
@@ -738,10 +1101,20 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
   for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
   return numbers;
 }
+
+namespace detail {
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+}
+// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
 template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  auto some = mask[0];
-  for (int i = 1; i < lanes<T>; ++i) some |= mask[i];
-  return some != 0;
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
 }
 
 // Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
@@ -764,26 +1137,20 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 
 // One fixed tree, whatever the lanes hold.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) {
-  T result = x[0];
-  for (int i = 1; i < lanes<T>; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
 
 namespace detail {
 // 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
 template <class T> struct Exp2;
 template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -126.f;   // 1.5 * 2^23
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
   static constexpr int mantissa = 23;
   static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
 };
 template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1022.0;   // 1.5 * 2^52
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
                                  4.4455382718708114976e-10, 7.0549116208011233299e-9,
@@ -795,20 +1162,27 @@ template <> struct Exp2<double> {
 };
 }  // namespace detail
 
-// 2^x; below the least exponent of a normal number the result is the least normal number, so a mask must be applied after.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
-  x = cpu::max<T>(broadcast<T>(E::least), x);   // in this order a NaN stays
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;   // a masked entry may be far too large: let it wrap
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << E::mantissa));
+  // The product, and not a sum of exponents: that would make a number of a NaN.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
 }
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -817,7 +1191,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
   HYBRIDATTN_UNROLL
   for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  return __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
 // to[c][r] = from[r][c] for the square of one vector's lanes.
@@ -839,12 +1214,12 @@ HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
 template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
   constexpr int n = lanes<T>;
   using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[n];
+  Vec<T> rows[std::size_t{n}];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
   // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
   for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[n];
+    Vec<T> next[std::size_t{n}];
     HYBRIDATTN_UNROLL
     for (int i = 0; i < n / 2; ++i) {
       next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
@@ -874,7 +1249,7 @@ template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V ever
 // Count vectors hold sums that are still spread over `left` places of each vector.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;   // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {
@@ -939,42 +1314,6 @@ template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sq
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/core/math.hpp
-// The scalar functions equations are written in.
-#ifndef HYBRIDATTN_CORE_MATH_HPP
-#define HYBRIDATTN_CORE_MATH_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
-template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
-// d silu / dx = s (1 + x (1 - s))
-template <class T> HYBRIDATTN_HD T silu_slope(T x) {
-  T const s = sigmoid(x);
-  return s * (T(1) + x * (T(1) - s));
-}
-// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
-template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-// y += a x
-template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
-  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
-}
-template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
-  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
-}
-
-constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/arithmetic/cpu.hpp
@@ -1149,14 +1488,14 @@ template <class T> struct Columns {
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[MR][NV];
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
   }
   for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[NV];
+    Vec<T> column[std::size_t{NV}];
     HYBRIDATTN_UNROLL
     for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
     HYBRIDATTN_UNROLL
@@ -1679,13 +2018,20 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// Announced before a byte is taken.
+// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  std::size_t total = 0;
+  Index total = 0;
   G<In<T>> const types;
-  zip([&](Path const&, auto const& shape, auto const& view) { total += static_cast<std::size_t>(shape.count()) * sizeof(*view.data); },
+  zip(
+      [&](Path const& path, auto const& shape, auto const& view) {
+        try {
+          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
+        } catch (Error const& error) {
+          fail(path.str(), ": ", error.what());
+        }
+      },
       shapes, types);
-  return total;
+  return static_cast<std::size_t>(total);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -1763,10 +2109,12 @@ struct FeedForwardConfig {
   FeedForwardConfig completed(Index model_dim) const {
     check_numbers();
     FeedForwardConfig c = *this;
-    if (c.hidden_dim == 0) c.hidden_dim = 4 * model_dim;
+    if (c.hidden_dim == 0) c.hidden_dim = size_product(4, model_dim);
     if (c.expert_dim == 0) c.expert_dim = c.hidden_dim;
     check(c.num_experts == 0 || (0 < c.top_k && c.top_k <= c.num_experts), "feed-forward: top_k ", c.top_k, " of ", c.num_experts,
           " experts; allowed: 1 .. ", c.num_experts);
+    check(c.num_experts <= largest_int32, "feed-forward: num_experts ", c.num_experts, " is not allowed; it must be at most ",
+          largest_int32);
     return c;
   }
 
@@ -1844,12 +2192,15 @@ struct FeedForward {
       shapes.dense = Mlp::saved(N, c.hidden_dim, c.gated);
       return shapes;
     }
-    Shape<2> const choices{N, c.top_k}, rows{N * c.top_k, C};
+    Index const chosen = size_product(N, c.top_k);
+    check(chosen <= largest_int32, "feed-forward: ", N, " tokens to ", c.top_k, " experts each; a batch has at most ", largest_int32,
+          " choices");
+    Shape<2> const choices{N, c.top_k}, rows{chosen, C};
     shapes.probabilities = {N, c.num_experts};
     shapes.weights = shapes.chosen = shapes.places = choices;
     shapes.offsets = {c.num_experts + 1};
     shapes.rows = shapes.made = rows;
-    shapes.experts = Mlp::saved(N * c.top_k, c.expert_dim, c.gated);
+    shapes.experts = Mlp::saved(chosen, c.expert_dim, c.gated);
     shapes.d_probability = {c.num_experts};
     if (c.shared_dim >= 0) {
       shapes.shared = Mlp::saved(N, c.shared_dim, c.gated);
@@ -2041,12 +2392,15 @@ struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
   static Sequences equal(Index count, Index length) {
     check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
     Sequences result;
+    result.make_room(count, size_product(count, length));
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
@@ -2054,11 +2408,11 @@ class Sequences {
   // are allowed.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    Sequences result;
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
       check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-      result.append(offsets[i + 1] - offsets[i]);
-    }
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
   // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
@@ -2070,13 +2424,18 @@ class Sequences {
   // The same, in the memory that is there.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
     check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
     list_.clear();
     positions_.clear();
     owners_.clear();
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      append(lengths[i], past[i]);
-    }
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
   // Those that follow nothing; the others count as empty here.
   Sequences beginnings() const {
@@ -2109,6 +2468,13 @@ class Sequences {
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
  private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
   void append(Index length, Index past = 0) {
     for (Index position = past; position < past + length; ++position) {
       positions_.push_back(static_cast<std::int32_t>(position));
@@ -2786,19 +3152,15 @@ template <class Key, class Value> struct Keyed {
 };
 template <template <class> class Of, class Kinds> struct ByType;
 template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kinds...>> : Keyed<Kinds, Of<Kinds>>... {
-  template <class Key> auto& get() {
-    check_key<Key>();
-    return static_cast<Keyed<Key, Of<Key>>&>(*this).value;
-  }
-  template <class Key> auto const& get() const {
-    check_key<Key>();
-    return static_cast<Keyed<Key, Of<Key>> const&>(*this).value;
-  }
+  template <class Key> auto& get() { return of<Key>(*this); }
+  template <class Key> auto const& get() const { return of<Key>(*this); }
 
  private:
-  template <class Key> static constexpr void check_key() {
+  template <class Key, class Self> static auto& of(Self& self) {
     static_assert((std::is_same_v<Key, Kinds> || ...),
                   "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+    using Found = Keyed<Key, Of<Key>>;
+    return static_cast<std::conditional_t<std::is_const_v<Self>, Found const, Found>&>(self).value;
   }
 };
 
@@ -2837,7 +3199,7 @@ template <AttentionPolicy... Policies> struct Stack {
   static Config completed(Config c, Index num_heads) {
     c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
-    return c;
+    return at(c, c.block.stage);
   }
 
   // With another stage of training.
@@ -2903,6 +3265,13 @@ template <AttentionPolicy... Policies> struct Stack {
  private:
   template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
     ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
+    (check_stage(Ps::name, c.mixers.template get<Ps>(), c.block.stage), ...);
+  }
+  // One stage for all layers: a policy alone in another one would compute something else than it trains.
+  static void check_stage(std::string_view policy, auto const& mixer, Stage stage) {
+    if constexpr (requires { mixer.stage; })
+      check(mixer.stage == Stage::language_model || mixer.stage == stage, policy, ": the stage of its config is not that of the model; ",
+            "leave it as it is, and give a step its stage: StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& mixer) {
@@ -2922,6 +3291,10 @@ template <AttentionPolicy... Policies> struct Stack {
 
 namespace detail {
 template <class... Ps> struct PolicyList {
+  template <int times> static constexpr std::size_t depth() {
+    static_assert(times > 0, "Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>");
+    return times > 0 ? static_cast<std::size_t>(times) * sizeof...(Ps) : 0;
+  }
   template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
   template <class Indices> struct Repeated;
   template <std::size_t... i> struct Repeated<std::index_sequence<i...>> {
@@ -2932,7 +3305,8 @@ template <class... Ps> struct PolicyList {
 
 // Repeat<3, GDN, GDN, GDN, Full> has 12 layers.
 template <int times, AttentionPolicy... Policies>
-using Repeat = typename detail::PolicyList<Policies...>::template Repeated<std::make_index_sequence<times * sizeof...(Policies)>>::type;
+using Repeat = typename detail::PolicyList<Policies...>::template Repeated<
+    std::make_index_sequence<detail::PolicyList<Policies...>::template depth<times>()>>::type;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -3178,9 +3552,12 @@ template <class S_> class LanguageModel {
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
     check_at_least("model", "vocab_size", config_.vocab_size, 1);
     check_at_least("model", "num_heads", config_.num_heads, 1);
+    check(config_.vocab_size <= largest_int32, "model: vocab_size ", config_.vocab_size, " is not allowed; it must be at most ",
+          largest_int32, ", since a token is an int32");
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
+    bytes<double>(params());   // can be counted, whatever the scalar
   }
   // The same model in another stage of training: other gradients, the same parameters.
   LanguageModel at(Stage stage) const {
@@ -3209,7 +3586,7 @@ template <class S_> class LanguageModel {
   }
   Index parameter_count() const {
     Index count = 0;
-    zip([&](Path const&, auto const& shape) { count += shape.count(); }, params());
+    zip([&](Path const&, auto const& shape) { count = size_sum(count, shape.count()); }, params());
     return count;
   }
 
@@ -3223,7 +3600,8 @@ template <class S_> class LanguageModel {
     zip(
         [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
           Random random{seed, path.str()};
-          std::vector<E> host(static_cast<std::size_t>(tensor.shape().count()));
+          std::vector<E> host;
+          resize(host, tensor.shape().count(), "a parameter's first values");
           for (E& element : host) element = static_cast<E>(start.draw(random));
           upload(backend, host, tensor);
         },
@@ -3234,6 +3612,7 @@ template <class S_> class LanguageModel {
   // The final normed activations stand in the result: hidden() and logits() read them.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
+    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
@@ -3374,9 +3753,9 @@ template <class Stack> struct LayerCaches {
 
 // bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
 template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
-  check_at_least("cache", "batch", size.batch, 1);
-  check(1 <= size.capacity && size.capacity <= std::numeric_limits<std::int32_t>::max(), "cache: capacity ", size.capacity,
-        " is not allowed; it must be in 1 .. ", std::numeric_limits<std::int32_t>::max());
+  check(1 <= size.batch && size.batch <= largest_int32, "cache: batch ", size.batch, " is not allowed; it must be in 1 .. ", largest_int32);
+  check(1 <= size.capacity && size.capacity <= largest_int32, "cache: capacity ", size.capacity, " is not allowed; it must be in 1 .. ",
+        largest_int32);
   typename LayerCaches<Stack>::template Group<Shapes> shapes;
   shapes.for_each(
       [&](auto block, std::size_t, auto& layer) {
@@ -3393,8 +3772,10 @@ template <class Stack, class T, class B> class Cache {
   static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
                 "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
 
+  // Throws Error, and says how much was asked, where there is no memory for it.
   Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
-      : layers_(allocate<T>(backend, cache_shapes(model, size))), capacity_(size.capacity), lengths_(static_cast<std::size_t>(size.batch)) {
+      : layers_(allocated(backend, cache_shapes(model, size), size)), capacity_(size.capacity) {
+    resize(lengths_, size.batch, "the lengths of sequences");
   }
 
   Group const& layers() const { return layers_; }
@@ -3430,6 +3811,14 @@ template <class Stack, class T, class B> class Cache {
   }
 
  private:
+  static Group allocated(B& backend, typename LayerCaches<Stack>::template Group<Shapes> const& shapes, CacheSize size) {
+    try {
+      return allocate<T>(backend, shapes);
+    } catch (Error const& error) {
+      fail("cache: capacity ", size.capacity, " for ", size.batch, " sequences is ", bytes<T>(shapes), " bytes: ", error.what());
+    }
+  }
+
   Group layers_;
   Index capacity_;
   std::vector<Index> lengths_, new_lengths_;
@@ -3729,7 +4118,7 @@ template <class OnToken> class Generation {
       : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
     options.check_numbers();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-      tokens_[i].reserve(static_cast<std::size_t>(std::min(options.max_new_tokens, capacity + 1)));   // the last one needs no room
+      reserve(tokens_[i], std::min(options.max_new_tokens, capacity + 1), "max_new_tokens");   // the last one needs no room
       samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
     }
   }
@@ -3774,7 +4163,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
     infer::Stopwatch const watch;
     Index const count = generation.count();
     auto const logits = extend_to_last(backend, model, params, generation.next(), cache);
-    host.resize(static_cast<std::size_t>(logits.shape().count()));
+    resize(host, logits.shape().count(), "a copy of the logits");
     backend.download(host.data(), in(logits).data, logits.byte_count());
     generation.draw(std::span<T const>(host), static_cast<std::size_t>(logits.shape()[1]));
     (step == 0 ? result.prefill_tokens : result.decode_tokens) += count;

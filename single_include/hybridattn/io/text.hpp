@@ -5,15 +5,27 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <concepts>
+#include <csignal>
+#include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fcntl.h>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
+#include <limits>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <utility>
 #include <vector>
+#include <version>
 
 // ==== hybridattn/core/config.hpp
 // What the compiler is and what it can do. The only header that asks.
@@ -55,7 +67,7 @@
 // What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
 // Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes a type of the library links only where the flags are the same.
+// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -85,16 +97,35 @@
 #else
 #define HYBRIDATTN_ABI_CHECKS
 #endif
+#if defined(__OPTIMIZE__)   // compilers form FMAs, and round less, only when they optimise
+#define HYBRIDATTN_ABI_OPTIMIZED
+#else
+#define HYBRIDATTN_ABI_OPTIMIZED _O0
+#endif
 #if HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
+#elif defined(__clang__)
+#define HYBRIDATTN_ABI_COMPILER _clang
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f) a##b##c##d##e##f
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f) HYBRIDATTN_JOIN(a, b, c, d, e, f)
+#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#define HYBRIDATTN_ABI_STD _libcxx
+#elif defined(_GLIBCXX_DEBUG)
+#define HYBRIDATTN_ABI_STD _std_debug
+#else
+#define HYBRIDATTN_ABI_STD
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_COMPILER)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+
+// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+namespace hybridattn {
+inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
+}  // namespace hybridattn
 
 #endif
 
@@ -127,6 +158,299 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/sizes.hpp
+// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+#ifndef HYBRIDATTN_CORE_SIZES_HPP
+#define HYBRIDATTN_CORE_SIZES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// What counts tokens, positions, sequences and experts in tables of int32.
+inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
+
+namespace detail {
+
+[[noreturn]] inline void fail_sizes(Index const* sizes, int number) {
+  std::ostringstream list;
+  bool negative = false;
+  for (int i = 0; i < number; ++i) {
+    list << (i == 0 ? "" : ", ") << sizes[i];
+    negative = negative || sizes[i] < 0;
+  }
+  if (negative) fail("sizes [", list.str(), "]: none may be below 0");
+  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+}
+// A 0 makes the product 0, but excuses no size beside it.
+constexpr Index product(Index const* sizes, int number) {
+  Index all = 1;
+  bool empty = false, counts = true;
+  for (int i = 0; i < number; ++i) {
+    counts = counts && sizes[i] >= 0 && !__builtin_mul_overflow(all, sizes[i] == 0 ? 1 : sizes[i], &all);
+    empty = empty || sizes[i] == 0;
+  }
+  if (!counts) fail_sizes(sizes, number);
+  return empty ? 0 : all;
+}
+
+}  // namespace detail
+
+// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
+  Index const list[] = {static_cast<Index>(sizes)...};
+  return detail::product(list, sizeof...(Sizes));
+}
+// The sum of two sizes. Throws Error as size_product does.
+inline Index size_sum(Index a, Index b) {
+  Index total = 0;
+  bool const counts = a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, &total);
+  check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
+  return total;
+}
+// How many bytes `count` elements take. Throws Error as size_product does.
+inline std::size_t byte_count(Index count, std::size_t element) {
+  Index bytes = 0;
+  bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
+  check(counts, count, " elements of ", element, " bytes: their number must be 0 or more, and their bytes at most ",
+        std::numeric_limits<Index>::max());
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/io/atomic_file.hpp
+// Files that are there whole or not at all: written under a temporary name beside their own, synced, then renamed.
+#ifndef HYBRIDATTN_IO_ATOMIC_FILE_HPP
+#define HYBRIDATTN_IO_ATOMIC_FILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
+// instead, as on a full disk. It changes the whole process, so it is for main() to call.
+inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
+
+// f(), a call of the system, once more each time that a signal cut it short.
+template <class F> auto uninterrupted(F f) {
+  auto result = f();
+  while (result < 0 && errno == EINTR) result = f();
+  return result;
+}
+
+// An open file of the system, closed at the brace.
+class FileDescriptor {
+ public:
+  FileDescriptor() = default;
+  explicit FileDescriptor(int number) : number_(number) {}
+  FileDescriptor(FileDescriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
+    std::swap(number_, other.number_);
+    return *this;
+  }
+  ~FileDescriptor() {
+    if (number_ >= 0) ::close(number_);
+  }
+  int number() const { return number_; }
+  explicit operator bool() const { return number_ >= 0; }
+
+  // Closes now; false when the system reports only here that what was written is lost. A signal does not keep it open.
+  bool close() { return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR; }
+
+ private:
+  int number_ = -1;
+};
+
+// The temporary name under which process `process` writes the file `name`.
+inline std::string partial_name(std::string const& name, int process, int attempt) {
+  return name + "." + std::to_string(process) + "-" + std::to_string(attempt) + ".partial";
+}
+inline bool is_partial_of(std::string_view file, std::string_view name) {
+  constexpr std::string_view end = ".partial";
+  if (!file.starts_with(name) || !file.ends_with(end) || file.size() <= name.size() + end.size()) return false;
+  auto const number = file.substr(name.size(), file.size() - name.size() - end.size());
+  return number.front() == '.' && number.find_first_not_of("0123456789-", 1) == number.npos;
+}
+
+// Deletes the temporary files of `path` that nobody writes any more, because their process was killed: a file in the making
+// is locked, and the system unlocks it whatever way its process ends.
+inline void remove_abandoned(std::filesystem::path const& path) {
+  namespace fs = std::filesystem;
+  std::string const name = path.filename().string();
+  std::error_code error;
+  for (fs::directory_iterator it{path.has_parent_path() ? path.parent_path() : ".", error}, end; !error && it != end; it.increment(error)) {
+    if (!is_partial_of(it->path().filename().string(), name)) continue;
+    FileDescriptor const file{::open(it->path().c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC)};
+    if (file && ::flock(file.number(), LOCK_EX | LOCK_NB) == 0) ::unlink(it->path().c_str());
+  }
+}
+
+// The file that a write to `path` reaches: a symbolic link stands for its target, whether that is there or not.
+inline std::filesystem::path target_of(std::filesystem::path path) {
+  std::error_code error;
+  for (int links = 0; std::filesystem::is_symlink(std::filesystem::symlink_status(path, error)); ++links) {
+    check(links < 40, "cannot write ", path, ": too many symbolic links, one behind the other");
+    auto const next = std::filesystem::read_symlink(path, error);
+    check(!error, "cannot write ", path, ": ", error.message());
+    path = path.parent_path() / next;   // where the link stands, unless it is absolute
+  }
+  return path;
+}
+
+// A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
+// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. A file that is
+// replaced hands on its mode and, where that is allowed, its owner; a symbolic link stays, and its target is replaced. Every
+// failure is an Error that names the file.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::filesystem::path const& path) : path_(target_of(path)) {
+    check(path_.has_filename(), "cannot write ", path, ": it is not the name of a file");
+    struct stat old;
+    bool const replaces = ::stat(path_.c_str(), &old) == 0;
+    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it is there and is not a file");
+    remove_abandoned(path_);
+    for (int attempt = 0; !file_; ++attempt) {
+      temporary_ = partial_name(path_.string(), ::getpid(), attempt);
+      file_ = FileDescriptor{uninterrupted([&] { return ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666); })};
+      if (!file_ && (errno != EEXIST || attempt == 1000)) fail_with(errno);
+      if (file_ && !lock()) file_ = FileDescriptor{};
+    }
+    if (replaces && !inherit(old)) discard_and_fail(errno);
+  }
+  AtomicFile(AtomicFile const&) = delete;
+  AtomicFile& operator=(AtomicFile const&) = delete;
+  ~AtomicFile() { discard(); }
+
+  void write(std::string_view contents) {
+    check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
+    while (!contents.empty()) {
+      auto const written = uninterrupted([&] { return ::write(file_.number(), contents.data(), contents.size()); });
+      if (written <= 0) discard_and_fail(written < 0 ? errno : EIO);
+      contents.remove_prefix(static_cast<std::size_t>(written));
+    }
+  }
+  void commit() {
+    check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
+    if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0 && errno != EINVAL) discard_and_fail(errno);
+    FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
+    if (!file_.close()) discard_and_fail(errno);
+    if (uninterrupted([&] { return ::rename(temporary_.c_str(), path_.c_str()); }) != 0) discard_and_fail(errno);
+    temporary_.clear();
+    sync_folder();
+  }
+  // What the name that was given leads to.
+  std::filesystem::path const& path() const { return path_; }
+
+ private:
+  [[noreturn]] void fail_with(int error) const { fail("cannot write ", path_, ": ", std::strerror(error)); }
+  [[noreturn]] void discard_and_fail(int error) {
+    discard();
+    fail_with(error);
+  }
+  // False where another process took the new file for an abandoned one and deleted it. A file system without locks has no
+  // such process either.
+  bool lock() const {
+    struct stat status;
+    if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
+    return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
+  }
+  // Owner first: a new owner takes away some of the mode. Where files may not be given away, it stays ours.
+  bool inherit(struct stat const& old) const {
+    [[maybe_unused]] bool const given = ::fchown(file_.number(), old.st_uid, old.st_gid) == 0;
+    return ::fchmod(file_.number(), old.st_mode & 0777) == 0;
+  }
+  void discard() noexcept {
+    file_ = FileDescriptor{};
+    if (!temporary_.empty()) ::unlink(temporary_.c_str());
+    temporary_.clear();
+  }
+  // The new name survives a power cut too, where the file system can promise that; one that fails at it says so.
+  void sync_folder() const {
+    auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
+    FileDescriptor const opened{uninterrupted([&] { return ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); })};
+    if (!opened || uninterrupted([&] { return ::fsync(opened.number()); }) == 0) return;
+    if (errno == EIO || errno == ENOSPC || errno == EDQUOT) fail_with(errno);
+  }
+
+  std::filesystem::path path_, temporary_;
+  FileDescriptor file_;
+};
+
+inline void write_file_atomically(std::filesystem::path const& path, std::string_view contents) {
+  AtomicFile file{path};
+  file.write(contents);
+  file.commit();
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/io/text.hpp
 // Text as it lies in files, and the text of an HTML page.
 #ifndef HYBRIDATTN_IO_TEXT_HPP
@@ -134,15 +458,44 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// All bytes of a file that is not empty.
+// How long a text may be: as tokens it takes four bytes a byte.
+inline std::uint64_t longest_text() {
+  auto const pages = static_cast<double>(::sysconf(_SC_PHYS_PAGES)), size = static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+  return pages > 0 && size > 0 ? static_cast<std::uint64_t>(pages * size / 4) : std::uint64_t{1} << 62;
+}
+
+// All bytes of a file that is not empty, or of a pipe up to its end.
 inline std::string read_text(std::filesystem::path const& path) {
-  std::error_code error;
-  check(std::filesystem::exists(path, error), "cannot read ", path, ": there is no such file");
-  check(!std::filesystem::is_directory(path, error), "cannot read ", path, ": it is a folder; name the files in it");
-  std::ifstream file{path, std::ios::binary};
-  check(file.is_open(), "cannot read ", path, ": no permission");
-  std::string text{std::istreambuf_iterator<char>{file}, {}};
-  check(!file.bad(), "cannot read ", path, ": the device failed");
+  FileDescriptor const file{uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY); })};
+  bool const missing = !file && (errno == ENOENT || errno == ENOTDIR);
+  check(static_cast<bool>(file), "cannot read ", path, ": ",
+        missing           ? "there is no such file"
+        : errno == EACCES ? "no permission"
+                          : std::strerror(errno));
+  struct stat status;
+  check(::fstat(file.number(), &status) == 0, "cannot read ", path, ": ", std::strerror(errno));
+  check(!S_ISDIR(status.st_mode), "cannot read ", path, ": it is a folder; name the files in it");
+  auto const check_length = [&](std::uint64_t length) {
+    check(length <= longest_text(), "cannot use ", path, ": it has more than ", longest_text(),
+          " bytes; as tokens they would not fit into this machine's memory");
+  };
+  std::string text;
+  try {
+    if (S_ISREG(status.st_mode)) {
+      check_length(static_cast<std::uint64_t>(status.st_size));
+      text.reserve(static_cast<std::size_t>(status.st_size));
+    }
+    std::vector<char> part(std::size_t{1} << 16);
+    while (true) {
+      auto const got = uninterrupted([&] { return ::read(file.number(), part.data(), part.size()); });
+      check(got >= 0, "cannot read ", path, ": ", std::strerror(errno));
+      if (got == 0) break;
+      text.append(part.data(), static_cast<std::size_t>(got));
+      check_length(text.size());
+    }
+  } catch (std::bad_alloc const&) {
+    fail("cannot use ", path, ": there is no memory for more than ", text.size(), " bytes of it");
+  }
   check(!text.empty(), "cannot use ", path, ": it is empty");
   return text;
 }
@@ -150,7 +503,10 @@ inline std::string read_text(std::filesystem::path const& path) {
 inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
   check(!paths.empty(), "cannot read a text: no file is named");
   std::string text;
-  for (auto const& path : paths) text += read_text(path);
+  for (auto const& path : paths) {
+    std::string const next = read_text(path);
+    within_memory(text.size() + next.size(), "texts", [&] { text += next; });
+  }
   return text;
 }
 
@@ -265,7 +621,8 @@ class Reader {
     if (point < 0) return false;
     std::string letter;
     append_utf8(letter, static_cast<std::uint32_t>(point));
-    put(letter);
+    if (is_space(letter.front())) widen(Gap::space);
+    else put(letter);
     at_ = end + 1;
     return true;
   }
