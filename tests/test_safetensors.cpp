@@ -391,6 +391,9 @@ TEST_CASE("the writer refuses what it could not read back") {
   std::vector<float> const three(3);
   ha::SafetensorsWriter writer;
   CHECK_THROWS_WITH(writer.add("w", {2, 2}, three), Contains("3 elements for 'w', whose shape has 4"));
+  std::vector<float> const nothing;
+  CHECK_THROWS_WITH(writer.add("w", {ha::Index{1} << 62, 8}, nothing), Contains("[4611686018427387904, 8]"));
+  CHECK_THROWS_WITH(writer.add("w", {-1, 0}, nothing), Contains("[-1, 0]"));
   writer.add("w", {3}, three);
   CHECK_THROWS_WITH(writer.add("w", {3}, three), Contains("'w' is taken"));
   CHECK_THROWS_WITH(writer.add("__metadata__", {3}, three), Contains("is taken"));
