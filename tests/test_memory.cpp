@@ -465,7 +465,11 @@ TEST_CASE("OMP_NUM_THREADS may be garbage; what it asks for beyond reason is ref
   auto const runs = [&](std::string const& threads) {
     return std::system(("OMP_NUM_THREADS='" + threads + "' '" + program + "' '[.environment]' > /dev/null 2>&1").c_str()) == 0;
   };
-  for (char const* threads : {"garbage", "", "0", "-3", "1", "2", "3,2", "1e9"}) {
+  std::vector<char const*> allowed{"0", "1", "2", "3,2"};
+#if !defined(__clang__)   // LLVM's OpenMP may end a program with these by itself
+  allowed.insert(allowed.end(), {"garbage", "", "-3", "1e9"});
+#endif
+  for (char const* threads : allowed) {
     INFO(threads);
     CHECK(runs(threads));
   }
