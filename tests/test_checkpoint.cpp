@@ -1,5 +1,6 @@
 // Checkpoints: a run goes on bit for bit, whenever its process was killed, and never with what does not belong to it.
 #include "catch.hpp"
+#include "failing_read.hpp"
 #include "scratch_folder.hpp"
 
 #include "../examples/sweep/memory.hpp"
@@ -9,23 +10,12 @@
 
 #include <sys/prctl.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <poll.h>
 
 #include <cstdio>
 #include <optional>
 #include <thread>
-
-namespace {
-int reads = 0, failing_read = -1;   // calls of pread, and which of them fails
-}
-// In place of the system's.
-extern "C" ssize_t pread(int file, void* into, size_t count, off_t offset) {
-  if (reads++ != failing_read) return ::syscall(SYS_pread64, file, into, count, offset);
-  errno = EIO;
-  return -1;
-}
 
 namespace ha = hybridattn;
 using Catch::Matchers::Contains;
@@ -416,20 +406,13 @@ TEST_CASE("what is no checkpoint, or no file, is called what it is") {
 TEST_CASE("a file that cannot be read to its end leaves the run as it was, wherever it fails") {
   ScratchFolder const folder;
   saved_run(folder);
-  Run run{5};
-  failing_read = -1;
-  reads = 0;
-  CHECK(refusal(run, folder / "run.safetensors") == "accepted");
-  int const needed = reads;
-  CHECK(needed > 100);
-  Run other{5};
-  for (int read = 0; read < needed; ++read) {
-    failing_read = read;
-    reads = 0;
-    CHECK_THAT(refusal(other, folder / "run.safetensors"), Contains("run.safetensors: ") && Contains("Input/output error"));
-  }
-  failing_read = -1;
-  CHECK(refusal(other, folder / "run.safetensors") == "accepted");
+  auto const path = folder / "run.safetensors";
+  Run run{5}, other{5};
+  int const reads = failing_read::count([&] { CHECK(refusal(run, path) == "accepted"); });
+  CHECK(reads > 100);
+  for (int read = 0; read < reads; ++read)
+    failing_read::at(read, [&] { CHECK_THAT(refusal(other, path), Contains("run.safetensors: ") && Contains("Input/output error")); });
+  CHECK(refusal(other, path) == "accepted");
   CHECK((bits_of(other) == bits_of(run)));
 }
 

@@ -1,6 +1,7 @@
 // What may lie in a folder of the Hugging Face layout, and what a folder that is not quite one gets to hear.
 #include "catch.hpp"
 
+#include "failing_read.hpp"
 #include "peak_memory.hpp"
 #include "released.hpp"
 #include "scratch_folder.hpp"
@@ -596,6 +597,18 @@ TEST_CASE("a tensor of a dtype that is not read is an error only where it is nee
   changed["e\x1b[2J"] = changed["mtp.scale"];
   changed["model.norm.weight"] = checkpoint_of(tiny).at("model.norm.weight");
   check_says(load_message(changed), {R"(the tensor e\x1b[2J of shape [4] belongs to nothing)"});
+}
+
+TEST_CASE("a folder that cannot be read to its end is an error wherever it fails, and keeps no memory") {
+  ha::Cpu cpu{1};
+  Tiny const model{hf::config<Tiny>(tiny)};
+  int const reads = failing_read::count([&] { hf::load<float>(cpu, model, tiny); });
+  CHECK(reads > 50);
+  for (int read = 0; read < reads; ++read)
+    failing_read::at(read, [&] {
+      check_says(message_of([&] { hf::load<float>(cpu, model, tiny); }), {"Input/output error"});
+      CHECK(cpu.pool().in_use() == 0);
+    });
 }
 
 // Calls of the allocator and bytes at once are bounds that hold on every machine, of memory and of time.

@@ -1,0 +1,37 @@
+// A disk that fails at one of this program's reads. For one file of a program.
+#ifndef HYBRIDATTN_TESTS_FAILING_READ_HPP
+#define HYBRIDATTN_TESTS_FAILING_READ_HPP
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+namespace failing_read {
+
+inline int done = 0, which = -1;   // calls of pread; the one that fails, or none
+
+// How many reads f does when none fails.
+template <class F> int count(F f) {
+  which = -1;
+  done = 0;
+  f();
+  return done;
+}
+template <class F> void at(int read, F f) {
+  which = read;
+  done = 0;
+  f();
+  which = -1;
+}
+
+}  // namespace failing_read
+
+// In place of the system's.
+extern "C" ssize_t pread(int file, void* into, size_t count, off_t offset) {
+  if (failing_read::done++ != failing_read::which) return ::syscall(SYS_pread64, file, into, count, offset);
+  errno = EIO;
+  return -1;
+}
+
+#endif
