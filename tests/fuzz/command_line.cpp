@@ -1,4 +1,5 @@
-// The command lines of the programs, and the patterns that they name. An input has a word in each line.
+// The command lines of the programs, and the patterns that they name. An input has a word in each line; the
+// first one is the program.
 #include "fuzz.hpp"
 
 #include "../../examples/generate_options.hpp"
@@ -79,9 +80,12 @@ extern "C" int LLVMFuzzerTestOneInput(std::uint8_t const* data, std::size_t size
     words.emplace_back(input.substr(0, end));
     input.remove_prefix(std::min(end + 1, input.size()));
   }
-  try_command(sweep::parse, words, check_sweep);
-  try_command(train::parse, words, check_train);
-  try_command(generate::parse, words, check_generate);
   for (auto const& word : words) check_patterns(word);
+  if (words.empty()) return 0;
+  std::string const program = words.front();
+  words.erase(words.begin());
+  if (program == "sweep") try_command(sweep::parse, words, check_sweep);
+  else if (program == "train") try_command(train::parse, words, check_train);
+  else try_command(generate::parse, words, check_generate);
   return 0;
 }

@@ -9,7 +9,7 @@ case $target in
   checkpoint) file=train/checkpoint/file.hpp fault='s/= progress.note;/= progress.note.substr(0, 6);/' ;;       # a long note is cut
   folder) file=train/hugging_face/weights.hpp fault='s/info.shape == shape/info.shape.size() == shape.size()/' ;;   # a larger tensor
   text) file=io/text.hpp fault='s/point < 0xe000/point < 0xda00/' ;;                                           # a surrogate in UTF-8
-  command_line) file=../../examples/options.hpp fault='s/value <= most)/value - 1 <= most)/' ;;                # one too many
+  command_line) file=../../examples/options.hpp fault='s/ \&\& value <= most)/)/' ;;                       # sizes without end
   sampling) file=infer/sampling.hpp fault='s/a.token < b.token); }/a.token > b.token); }/' ;;                  # ties the wrong way
   policies) file=attention/full/cpu_extend.hpp fault='s/std::min(past_ - position, ring_ - row)/past_ - position/' ;;   # a ring's end
   *) echo "usage: planted.sh TARGET" >&2; exit 2 ;;
