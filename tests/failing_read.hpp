@@ -27,8 +27,9 @@ template <class F> void at(int read, F f) {
 
 }  // namespace failing_read
 
-// In place of the system's.
-extern "C" ssize_t pread(int file, void* into, size_t count, off_t offset) {
+// In place of the system's, under its name for the linker: a checked libc has defined the other one already.
+extern "C" ssize_t hybridattn_failing_pread(int file, void* into, size_t count, off_t offset) __asm__("pread");
+extern "C" ssize_t hybridattn_failing_pread(int file, void* into, size_t count, off_t offset) {
   if (failing_read::done++ != failing_read::which) return ::syscall(SYS_pread64, file, into, count, offset);
   errno = EIO;
   return -1;

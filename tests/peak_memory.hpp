@@ -44,7 +44,15 @@ template <class F> Use of(F f) {
 
 void* operator new(std::size_t bytes) { return memory::take(bytes, alignof(std::max_align_t)); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) { return memory::take(bytes, static_cast<std::size_t>(alignment)); }
+void* operator new(std::size_t bytes, std::nothrow_t const&) noexcept {
+  try {
+    return memory::take(bytes, alignof(std::max_align_t));
+  } catch (std::bad_alloc const&) {
+    return nullptr;
+  }
+}
 void operator delete(void* block) noexcept { memory::give(block); }
+void operator delete(void* block, std::nothrow_t const&) noexcept { memory::give(block); }
 void operator delete(void* block, std::size_t) noexcept { memory::give(block); }
 void operator delete(void* block, std::align_val_t) noexcept { memory::give(block); }
 void operator delete(void* block, std::size_t, std::align_val_t) noexcept { memory::give(block); }
