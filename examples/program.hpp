@@ -8,6 +8,7 @@
 #ifndef HYBRIDATTN_EXAMPLES_PROGRAM_HPP
 #define HYBRIDATTN_EXAMPLES_PROGRAM_HPP
 
+#include <hybridattn/core/memory.hpp>
 #include <hybridattn/io/atomic_file.hpp>
 
 #include <fcntl.h>
@@ -176,12 +177,12 @@ template <class F> int run_without_options(char const* name, int argc, char cons
   });
 }
 
-// What a program may take: of the machine's memory, as far as this process is allowed to.
+// What a program may take: all of the machine's memory, or what this process is allowed to.
 inline double memory_limit() {
-  double bytes = static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGE_SIZE));
+  auto const bytes = static_cast<double>(ha::machine_memory());
   rlimit limit{};
-  if (::getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) bytes = std::min(bytes, static_cast<double>(limit.rlim_cur));
-  return bytes;
+  bool const limited = ::getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+  return limited ? std::min(bytes, static_cast<double>(limit.rlim_cur)) : bytes;
 }
 inline std::string size_text(double bytes) {
   return bytes < 1e6 ? formatted("%.0f bytes", bytes) : bytes < 1e9 ? formatted("%.1f MB", bytes / 1e6) : formatted("%.4g GB", bytes / 1e9);
