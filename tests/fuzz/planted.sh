@@ -11,7 +11,7 @@ case $target in
   text) file=io/text.hpp fault='s/point < 0xe000/point < 0xda00/' ;;                                           # a surrogate in UTF-8
   command_line) file=../../examples/options.hpp fault='s/ \&\& value <= most)/)/' ;;                       # sizes without end
   sampling) file=infer/sampling.hpp fault='s/a.token < b.token); }/a.token > b.token); }/' ;;                  # ties the wrong way
-  policies) file=attention/full/cpu_extend.hpp fault='s/std::min(past_ - position, ring_ - row)/past_ - position/' ;;   # a ring's end
+  policies) file=attention/full/cpu_extend.hpp fault='s/past_ + t + 1 - window_)/past_ + t - window_)/' ;;   # one key too many
   *) echo "usage: planted.sh TARGET" >&2; exit 2 ;;
 esac
 
