@@ -44,7 +44,9 @@ void check_round_trip(ha::Safetensors const& file) {
 void read_all(std::filesystem::path const& path) {
   ha::Safetensors const file{path};
   for (auto const& [name, info] : file.tensors()) {
+    auto const size = ha::safetensors::size_of(info.dtype);   // none: a dtype that only others know
     demand(file.contains(name) && file.read_bytes(name).size() == info.end - info.begin, "a tensor is not as long as its offsets say");
+    demand(!size || info.end - info.begin == static_cast<std::size_t>(info.count()) * *size, "a tensor's offsets do not fit its shape");
     bool const real = can_read(info, [&] { return file.read_floats(name); });
     demand(real == can_read(info, [&] { return file.read_doubles(name); }), "floats and doubles differ in what they read");
     can_read(info, [&] { return file.read_int64s(name); });
