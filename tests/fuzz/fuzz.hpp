@@ -99,10 +99,14 @@ inline std::vector<std::string_view> parts_of(std::string_view input, std::size_
 // A header's text as a safetensors file: with the header's length, and as much data as the largest number below 2^17 in it.
 // Inputs that are bytes of files seldom get past these two numbers.
 inline std::string as_safetensors(std::string_view header) {
-  std::size_t data_bytes = 0, number = 0;
-  for (char letter : header) {
-    number = letter >= '0' && letter <= '9' ? std::min<std::size_t>(10 * number + static_cast<std::size_t>(letter - '0'), 1 << 20) : 0;
-    if (number < 1 << 17) data_bytes = std::max(data_bytes, number);
+  static constexpr std::string_view digits = "0123456789";
+  std::size_t data_bytes = 0;
+  for (std::size_t at = header.find_first_of(digits); at < header.size(); at = header.find_first_of(digits, at)) {
+    bool const word = at > 0 && std::isalpha(static_cast<unsigned char>(header[at - 1])) != 0;   // F32
+    std::size_t number = 0;
+    for (; at < header.size() && digits.find(header[at]) != digits.npos; ++at)
+      number = std::min<std::size_t>(10 * number + static_cast<std::size_t>(header[at] - '0'), 1 << 20);
+    if (!word && number < 1 << 17) data_bytes = std::max(data_bytes, number);
   }
   auto const length = std::bit_cast<std::array<char, 8>>(static_cast<std::uint64_t>(header.size()));
   std::string file(length.data(), length.size());
