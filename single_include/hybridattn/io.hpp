@@ -1301,10 +1301,7 @@ class SafetensorsWriter {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // How long a text may be: as tokens it takes four bytes a byte.
-inline std::uint64_t longest_text() {
-  auto const pages = static_cast<double>(::sysconf(_SC_PHYS_PAGES)), size = static_cast<double>(::sysconf(_SC_PAGE_SIZE));
-  return pages > 0 && size > 0 ? static_cast<std::uint64_t>(pages * size / 4) : std::uint64_t{1} << 62;
-}
+inline std::uint64_t longest_text() { return machine_memory() / 4; }
 
 // All bytes of a file that is not empty, or of a pipe up to its end.
 inline std::string read_text(std::filesystem::path const& path) {
@@ -2507,7 +2504,8 @@ class Cpu {
   static void release(void* block) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
-    return omp_get_max_threads();
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
 #else
     return 1;
 #endif

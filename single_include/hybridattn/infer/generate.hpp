@@ -938,7 +938,8 @@ class Cpu {
   static void release(void* block) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
-    return omp_get_max_threads();
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
 #else
     return 1;
 #endif
