@@ -9,9 +9,12 @@
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/policies.hpp>
 
+#include <atomic>
+#include <chrono>
 #include <csignal>
 #include <numeric>
 #include <set>
+#include <thread>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -43,7 +46,12 @@ enum class Flaw {
   keeps_memory,
   quadratic_memory,
   throws,
+  never_ends_on_nan,
+  hides_nan,
+  spreads_nan,
+  touches_others_on_nan,
 };
+std::atomic<bool> is_told_off = false;   // by the watchdog
 template <Flaw F> struct Flawed : Retention {};
 
 template <class T> T nudged(T x) { return std::nextafter(x, std::numeric_limits<T>::infinity()); }
@@ -86,6 +94,14 @@ void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Ret
     if (F == Flaw::sees_another_sequence) nudge_if(sequence.start > 0 && x.v(0, h, 0) > 0, y.o(t, h, 0));
     if (F == Flaw::leaves_a_hole && t == sequence.start) y.o(t, h, 0) = std::numeric_limits<T>::quiet_NaN();
     if (F == Flaw::wrong_value) y.o(t, h, 1) *= T(1.01);
+    for (Index d = 0; d < D; ++d) {
+      T const v = x.v(t, h, d);
+      if (F == Flaw::never_ends_on_nan)
+        while (v != v && !is_told_off) std::this_thread::yield();
+      if (F == Flaw::hides_nan && v != v) y.o(t, h, d) = 0;
+      if (F == Flaw::spreads_nan && d > 0) y.o(t, h, 0) += 0 * v;
+      if (F == Flaw::touches_others_on_nan) nudge_if(v != v, y.o(t, (h + 1) % H, 0));
+    }
   });
 }
 
@@ -271,7 +287,9 @@ template <IndexerFlaw F> struct ha::On<FlawedIndexer<F>, ha::Cpu> {
 };
 template <IndexerFlaw F> struct ha::testing::Reference<FlawedIndexer<F>> : Reference<FlawlessSparse> {};
 template <IndexerFlaw F> struct ha::testing::Choices<FlawedIndexer<F>> : Choices<FlawlessSparse> {};
-template <IndexerFlaw F> struct ha::testing::Samples<FlawedIndexer<F>> : Samples<FlawlessSparse> {};
+template <IndexerFlaw F> struct ha::testing::Samples<FlawedIndexer<F>> : Samples<FlawlessSparse> {
+  static constexpr bool overflows_like_loops = false;   // forward is the loops', backward the kernel's
+};
 
 namespace {
 
@@ -298,6 +316,8 @@ template <IndexerFlaw F> Laws broken() {
 
 // What a NaN or a wrong number in a result breaks besides.
 Laws const about_values{"true values", "finite differences"};
+// What looks elsewhere sees NaN there, and what is one unit off is finite next to infinity.
+Laws const bad_values{"bears bad values"};
 Laws operator+(Laws a, Laws const& b) {
   a.insert(b.begin(), b.end());
   return a;
@@ -310,12 +330,12 @@ TEST_CASE("a sound policy breaks no law") {
   CHECK(broken<IndexerFlaw::none>() == Laws{});
 }
 
-TEST_CASE("one unit in the last place is seen by the law about it, and by no other") {
-  CHECK(broken<Flaw::sees_the_next_token>() == Laws{"causal forward"});
-  CHECK(broken<Flaw::gradient_sees_the_token_before>() == Laws{"causal backward"});
-  CHECK(broken<Flaw::sees_another_sequence>() == Laws{"independent of the batch", "packed equals its sequences"});
+TEST_CASE("one unit in the last place is seen by the law about it, and else by the one about bad values") {
+  CHECK(broken<Flaw::sees_the_next_token>() == bad_values + Laws{"causal forward"});
+  CHECK(broken<Flaw::gradient_sees_the_token_before>() == bad_values + Laws{"causal backward"});
+  CHECK(broken<Flaw::sees_another_sequence>() == bad_values + Laws{"independent of the batch", "packed equals its sequences"});
   CHECK(broken<Flaw::gradient_sees_another_sequence>() == Laws{"independent of the batch", "packed equals its sequences"});
-  CHECK(broken<Flaw::counts_sequences>() == Laws{"packed equals its sequences"});
+  CHECK(broken<Flaw::counts_sequences>() == bad_values + Laws{"packed equals its sequences"});
   CHECK(broken<Flaw::counts_threads>() == Laws{"repeatable"});
   CHECK(broken<Flaw::reads_outside>() == Laws{"fills everything"});
   CHECK(broken<Flaw::writes_outside>() == Laws{"fills everything"});
@@ -328,17 +348,17 @@ TEST_CASE("a result that depends on what ran before is seen, by chance under oth
 }
 
 TEST_CASE("what is not written, or added to, is seen") {
-  CHECK(broken<Flaw::leaves_a_hole>() == about_values + Laws{"fills everything", "agrees in parts"});
-  CHECK(broken<Flaw::leaves_a_hole_in_a_gradient>() == about_values + Laws{"fills everything", "agrees in parts", "linear"});
-  CHECK(broken<Flaw::accumulates>() == about_values + Laws{"fills everything", "agrees in parts", "linear"});
+  CHECK(broken<Flaw::leaves_a_hole>() == about_values + bad_values + Laws{"fills everything", "agrees in parts"});
+  CHECK(broken<Flaw::leaves_a_hole_in_a_gradient>() == about_values + bad_values + Laws{"fills everything", "agrees in parts", "linear"});
+  CHECK(broken<Flaw::accumulates>() == about_values + bad_values + Laws{"fills everything", "agrees in parts", "linear"});
 }
 
 TEST_CASE("wrong numbers are seen") {
   CHECK(broken<Flaw::wrong_value>() == about_values);
   CHECK(broken<Flaw::wrong_sign>() == about_values);
-  CHECK(broken<Flaw::clips_gradients>() == about_values + Laws{"linear"});
-  CHECK(broken<Flaw::forgets_the_state>() == about_values + Laws{"agrees in parts"});
-  CHECK(broken<Flaw::no_gradient_of_the_state>() == about_values + Laws{"agrees in parts"});
+  CHECK(broken<Flaw::clips_gradients>() == about_values + bad_values + Laws{"linear"});
+  CHECK(broken<Flaw::forgets_the_state>() == about_values + bad_values + Laws{"agrees in parts"});
+  CHECK(broken<Flaw::no_gradient_of_the_state>() == about_values + bad_values + Laws{"agrees in parts"});
 }
 
 TEST_CASE("a gradient that a strong decay leaves nothing of but rounding is seen in its head") {
@@ -356,17 +376,17 @@ TEST_CASE("wrong choices are seen, and gradients that reach what they should not
   CHECK(broken<IndexerFlaw::chooses_the_future>() == Laws{"right choices", "causal forward", "causal backward"});
   CHECK(broken<IndexerFlaw::shuffles>() == Laws{"right choices"});
   CHECK(broken<IndexerFlaw::main_loss_trains_the_indexer>() == Laws{"isolated"});
-  CHECK(broken<IndexerFlaw::auxiliary_loss_reaches_the_values>() == Laws{"isolated"});
+  CHECK(broken<IndexerFlaw::auxiliary_loss_reaches_the_values>() == bad_values + Laws{"isolated"});
 }
 
 TEST_CASE("decoding that is not reading the whole is seen") {
   Laws const whole{"decodes the whole"}, cleanly{"decodes cleanly"};
   CHECK(broken_in_decoding(DecodingFlaw::none) == Laws{});
-  CHECK(broken_in_decoding(DecodingFlaw::begins_anew) == whole);
+  CHECK(broken_in_decoding(DecodingFlaw::begins_anew) == whole + bad_values);
   CHECK(broken_in_decoding(DecodingFlaw::takes_a_call_for_a_token) == whole);
-  CHECK(broken_in_decoding(DecodingFlaw::reads_an_empty_cache) == whole + cleanly);
-  CHECK(broken_in_decoding(DecodingFlaw::leaves_a_hole) == whole + cleanly);
-  CHECK(broken_in_decoding(DecodingFlaw::sees_the_next_token) == cleanly);
+  CHECK(broken_in_decoding(DecodingFlaw::reads_an_empty_cache) == whole + cleanly + bad_values);
+  CHECK(broken_in_decoding(DecodingFlaw::leaves_a_hole) == whole + cleanly + bad_values);
+  CHECK(broken_in_decoding(DecodingFlaw::sees_the_next_token) == cleanly + bad_values);
   CHECK(broken_in_decoding(DecodingFlaw::sees_another_sequence) == cleanly);
   CHECK(broken_in_decoding(DecodingFlaw::counts_sequences) == cleanly);
   CHECK(broken_in_decoding(DecodingFlaw::counts_threads) == cleanly);
@@ -374,6 +394,25 @@ TEST_CASE("decoding that is not reading the whole is seen") {
   CHECK(broken_in_decoding(DecodingFlaw::disturbs_who_rests) == cleanly);
   CHECK(broken_in_decoding(DecodingFlaw::keeps_memory) == cleanly);
   CHECK(broken_in_decoding(DecodingFlaw::grows) == cleanly);
+}
+
+TEST_CASE("what a NaN must not do is seen by the law about it, and by no other") {
+  CHECK(broken<Flaw::hides_nan>() == bad_values);
+  CHECK(broken<Flaw::spreads_nan>() == bad_values);
+  CHECK(broken<Flaw::touches_others_on_nan>() == bad_values);
+}
+
+TEST_CASE("a run that does not end is seen by the watchdog") {
+  using ha::testing::Watchdog;
+  auto const bark = std::exchange(Watchdog::bark, [](std::string const&) { is_told_off = true; });
+  auto const patience = std::exchange(Watchdog::patience, std::chrono::milliseconds(100));
+  auto const verdict =
+      bears_bad_values(ha::testing::Adaptor<Flawed<Flaw::never_ends_on_nan>, ha::Cpu, double>{{.num_heads = 2, .head_dim = 8}});
+  Watchdog::bark = bark;
+  Watchdog::patience = patience;
+  CHECK_FALSE(verdict.holds);
+  CHECK(verdict.why == "a run does not end");
+  CHECK(is_told_off);
 }
 
 TEST_CASE("a policy that throws breaks the law, and says what it threw") {

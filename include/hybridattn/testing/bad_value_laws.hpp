@@ -41,18 +41,22 @@ inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& lo
   }
   return {};
 }
-// The first difference that a NaN makes to a kernel's results, in rows to which it makes none in the loops: they do not read it.
+// The first difference that a NaN makes to a row of a head in a kernel's results, where it makes none in the loops: not read there.
 struct Effect {
   HostGroup const &without, &with;
 };
 inline std::string first_touched(Effect const& kernel, Effect const& loops) {
   for (std::size_t i = 0; i < kernel.with.size(); ++i) {
-    HostTensor const &x = loops.without[i], &y = loops.with[i];
-    auto const is_unread = [&](HostTensor const&, Index row) {
-      return std::equal(x.row(row), x.row(row) + x.row_size(), y.row(row), same_bits);
+    Index const size = kernel.with[i].shape.back();
+    auto const differ = [&](Effect const& effect, Index e, Index count) {
+      double const *const a = effect.without[i].values.data() + e, *const b = effect.with[i].values.data() + e;
+      return !std::equal(a, a + count, b, same_bits);
     };
-    std::string const why = first_difference(HostGroup{kernel.without[i]}, HostGroup{kernel.with[i]}, is_unread);
-    if (!why.empty()) return told(why, "without and with");
+    for (Index e = 0; e < std::ssize(kernel.with[i].values); ++e)
+      if (differ(kernel, e, 1) && !differ(loops, e / size * size, size))
+        return sentence(kernel.with[i].name, kernel.with[i].place(e), " changes from ",
+                        number(kernel.without[i].values[static_cast<std::size_t>(e)]), " to ",
+                        number(kernel.with[i].values[static_cast<std::size_t>(e)]));
   }
   return {};
 }
