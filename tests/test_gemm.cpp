@@ -1,10 +1,13 @@
 #include "catch.hpp"
 
 #include <hybridattn/backend/cpu/gemm.hpp>
+#include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/random.hpp>
 
 #include <Eigen/Core>
 
+#include <bit>
+#include <cmath>
 #include <limits>
 
 namespace ha = hybridattn;
@@ -78,4 +81,57 @@ TEST_CASE("operands that do not fit are refused with their sizes") {
   CHECK_THROWS_WITH(ha::cpu::gemm(cpu, ha::cpu::Operand<float>{x.data(), 2, 3, 3, 1}, ha::cpu::Operand<float>{x.data(), 4, 5, 5, 1},
                                   ha::View<float, 2>{x.data(), {2, 5}}),
                     Catch::Matchers::Contains("[2, 3] times [4, 5]"));
+}
+
+namespace {
+
+template <class T> T of_vector(ha::cpu::Vec<T> (*f)(ha::cpu::Vec<T>), T x) { return f(ha::cpu::broadcast<T>(x))[0]; }
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("exp, sigmoid and log2 of a vector are right for every number, and NaN for every NaN", "", float, double) {
+  using T = TestType;
+  using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+  using Limits = std::numeric_limits<T>;
+  T const least = std::log(Limits::min()), most = std::log(Limits::max());
+  for (T x = least; x < most - T(0.4); x += T(0.37)) {
+    INFO(x);
+    CHECK(std::abs(of_vector(ha::cpu::exp<T>, x) / std::exp(x) - 1) <= 4 * std::max(T(1), std::abs(x)) * Limits::epsilon());
+  }
+  for (T const x : {least - T(2), T(-1000), T(-1e9), Limits::lowest(), -Limits::infinity()}) {
+    INFO(x);
+    CHECK(of_vector(ha::cpu::exp<T>, x) == 0);
+    CHECK(of_vector(ha::cpu::sigmoid<T>, x) <= Limits::min());
+    CHECK(of_vector(ha::cpu::exp<T>, -x) == Limits::infinity());
+    CHECK(of_vector(ha::cpu::sigmoid<T>, -x) == 1);
+  }
+  for (T x = 0; x < 4 * most; x += T(0.01)) {   // 2^256 once wrapped to -1, and 1 / (1 - 1) is infinite
+    T const closed = of_vector(ha::cpu::sigmoid<T>, -x);
+    if (!(closed >= 0 && closed <= T(0.5))) FAIL("sigmoid(-" << x << ") is " << closed);
+  }
+  for (Bits const bits : {Bits(-1), static_cast<Bits>(std::bit_cast<Bits>(Limits::infinity()) + 1),
+                          std::bit_cast<Bits>(Limits::quiet_NaN()), static_cast<Bits>(std::bit_cast<Bits>(Limits::quiet_NaN()) + 5)}) {
+    T const nan = std::bit_cast<T>(bits);
+    CHECK(std::isnan(of_vector(ha::cpu::exp<T>, nan)));
+    CHECK(std::isnan(of_vector(ha::cpu::sigmoid<T>, nan)));
+    CHECK(std::isnan(of_vector(ha::cpu::log2<T>, nan)));
+  }
+  CHECK(of_vector(ha::cpu::log2<T>, Limits::infinity()) == Limits::infinity());
+  CHECK(of_vector(ha::cpu::log2<T>, T(0x1p-30)) == -30);
+}
+
+TEMPLATE_TEST_CASE("sums across lanes are the sums of the lanes", "", float, double) {
+  using T = TestType;
+  constexpr int n = ha::cpu::lanes<T>;
+  ha::cpu::Vec<T> x[n];
+  T expected[n] = {}, sums[n];
+  for (int i = 0; i < n; ++i)
+    for (int lane = 0; lane < n; ++lane) expected[i] += x[i][lane] = static_cast<T>(100 * i + lane * lane);
+  CHECK(ha::cpu::sum<T>(x[1]) == expected[1]);
+  CHECK(ha::cpu::largest<T>(x[1]) == x[1][n - 1]);
+  ha::cpu::Vec<T> one[] = {x[1]};
+  ha::cpu::sum_each<1, T>(one, sums);
+  CHECK(sums[0] == expected[1]);
+  ha::cpu::sum_each<n, T>(x, sums);
+  CHECK(std::equal(sums, sums + n, expected));
 }

@@ -141,3 +141,10 @@ TEMPLATE_LIST_TEST_CASE("values of 1e30 do not overflow, whatever an early key i
 TEMPLATE_LIST_TEST_CASE("values that overflow in the loops are infinite with their sign, others are finite", "[float]", Softmax) {
   for (double const value : {3e38, -3e38, 1e37, -1e36}) check_overflow<TestType>(value);
 }
+
+TEMPLATE_LIST_TEST_CASE("a negative scale is as good as any", "[float]", Softmax) {
+  auto config = with_head_dim<TestType>(16);
+  config.scale = -0.7;
+  ha::testing::Adaptor<TestType, ha::Cpu, float> const policy{config};
+  check_all({true_values(policy), decodes_the_whole(policy), bears_bad_values(policy)});
+}

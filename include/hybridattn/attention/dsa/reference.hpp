@@ -29,7 +29,8 @@ template <class T> std::vector<T> index_scores(Config const& c, Sequence sequenc
   return scores;
 }
 
-// The places of the k largest scores, ascending, then -1. Equal scores go to the smaller place; NaN ranks below all numbers.
+// The places of the k largest scores, ascending, then -1. Equal scores go to the smaller place. NaN of either sign ranks below
+// all numbers, -infinity too; NaNs go to the smaller place.
 template <class T> void select(std::vector<T> const& scores, Index k, std::int32_t* indices) {
   std::vector<std::int32_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
