@@ -19,7 +19,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 // Watches what runs while it lives. An endless loop cannot be stopped from outside, so by default the program ends, and says why.
 class Watchdog {
  public:
-  static inline std::chrono::milliseconds patience = std::chrono::minutes(2);   // what it watches takes milliseconds
+  static inline std::chrono::milliseconds patience =
+      std::chrono::minutes(20);   // what it watches takes milliseconds, or seconds where much runs
   static inline std::function<void(std::string const&)> bark = [](std::string const& what) {
     std::fprintf(stderr, "%s does not end\n", what.c_str());
     std::fflush(nullptr);
