@@ -2294,7 +2294,8 @@ inline Index selection_size(SparseOptions o, Index length) {
 // ==== hybridattn/attention/dsa/dsa.hpp
 // DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
 //   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
-//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0
+//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0,
+//       NaN ranks last
 //   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
 //   (4) d_q, d_k, d_v as in full attention, over S_t alone
 // One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
@@ -2976,7 +2977,8 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
 
 // ==== hybridattn/ops/top_k/top_k.hpp
 // The k largest scores of a row, exactly: an order on (score, index) and no approximation.
-//   Equal scores go to the smaller index; -0 equals +0; NaN ranks below every number, -infinity included.
+//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
+//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
 //   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
 #ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
 #define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP

@@ -2984,7 +2984,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 // Watches what runs while it lives. An endless loop cannot be stopped from outside, so by default the program ends, and says why.
 class Watchdog {
  public:
-  static inline std::chrono::milliseconds patience = std::chrono::minutes(2);   // what it watches takes milliseconds
+  static inline std::chrono::milliseconds patience =
+      std::chrono::minutes(20);   // what it watches takes milliseconds, or seconds where much runs
   static inline std::function<void(std::string const&)> bark = [](std::string const& what) {
     std::fprintf(stderr, "%s does not end\n", what.c_str());
     std::fflush(nullptr);
@@ -3066,18 +3067,22 @@ inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& lo
   }
   return {};
 }
-// The first difference that a NaN makes to a kernel's results, in rows to which it makes none in the loops: they do not read it.
+// The first difference that a NaN makes to a row of a head in a kernel's results, where it makes none in the loops: not read there.
 struct Effect {
   HostGroup const &without, &with;
 };
 inline std::string first_touched(Effect const& kernel, Effect const& loops) {
   for (std::size_t i = 0; i < kernel.with.size(); ++i) {
-    HostTensor const &x = loops.without[i], &y = loops.with[i];
-    auto const is_unread = [&](HostTensor const&, Index row) {
-      return std::equal(x.row(row), x.row(row) + x.row_size(), y.row(row), same_bits);
+    Index const size = kernel.with[i].shape.back();
+    auto const differ = [&](Effect const& effect, Index e, Index count) {
+      double const *const a = effect.without[i].values.data() + e, *const b = effect.with[i].values.data() + e;
+      return !std::equal(a, a + count, b, same_bits);
     };
-    std::string const why = first_difference(HostGroup{kernel.without[i]}, HostGroup{kernel.with[i]}, is_unread);
-    if (!why.empty()) return told(why, "without and with");
+    for (Index e = 0; e < std::ssize(kernel.with[i].values); ++e)
+      if (differ(kernel, e, 1) && !differ(loops, e / size * size, size))
+        return sentence(kernel.with[i].name, kernel.with[i].place(e), " changes from ",
+                        number(kernel.without[i].values[static_cast<std::size_t>(e)]), " to ",
+                        number(kernel.with[i].values[static_cast<std::size_t>(e)]));
   }
   return {};
 }
@@ -4099,7 +4104,8 @@ inline Index selection_size(SparseOptions o, Index length) {
 // ==== hybridattn/attention/dsa/dsa.hpp
 // DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
 //   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
-//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0
+//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0,
+//       NaN ranks last
 //   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
 //   (4) d_q, d_k, d_v as in full attention, over S_t alone
 // One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
@@ -4781,7 +4787,8 @@ HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start sta
 
 // ==== hybridattn/ops/top_k/top_k.hpp
 // The k largest scores of a row, exactly: an order on (score, index) and no approximation.
-//   Equal scores go to the smaller index; -0 equals +0; NaN ranks below every number, -infinity included.
+//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
+//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
 //   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
 #ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
 #define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
@@ -8147,7 +8154,8 @@ template <class T> std::vector<T> index_scores(Config const& c, Sequence sequenc
   return scores;
 }
 
-// The places of the k largest scores, ascending, then -1. Equal scores go to the smaller place; NaN ranks below all numbers.
+// The places of the k largest scores, ascending, then -1. Equal scores go to the smaller place. NaN of either sign ranks below
+// all numbers, -infinity too; NaNs go to the smaller place.
 template <class T> void select(std::vector<T> const& scores, Index k, std::int32_t* indices) {
   std::vector<std::int32_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
