@@ -358,7 +358,7 @@ TEST_CASE("numbers of parameters and bytes are exact near the limit") {
   Index const hidden = Index{1} << 58, others = model(1).parameter_count() - 3;
   CHECK(model(hidden).parameter_count() == 3 * hidden + others);
   CHECK(ha::bytes<double>(model(hidden).params()) == 8 * static_cast<std::size_t>(3 * hidden + others));
-  CHECK(says(error_of([&] { model(Index{1} << 59); }), {"sizes", "their sum"}));
+  CHECK(says(error_of([&] { model(Index{1} << 59); }), {"elements of 8 bytes", "their bytes at most 9223372036854775807"}));
 }
 
 TEST_CASE("sequences beyond an int32 are refused before a table of them is made") {

@@ -135,7 +135,7 @@ struct Error : std::runtime_error {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Throws Error with the parts written one after the other. The sentence is only built when it is needed.
-template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
   throw Error(sentence.str());

@@ -156,7 +156,7 @@ struct Error : std::runtime_error {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Throws Error with the parts written one after the other. The sentence is only built when it is needed.
-template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
   throw Error(sentence.str());
@@ -1433,20 +1433,16 @@ class Failure {
   Index task_ = 0;
 };
 
-}  // namespace detail
-
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
   Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    detail::Failure failure;
+    Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
     for (Index task = 0; task < count; ++task) {
       try {
-        f(task, omp_get_thread_num());
+        run(f, task, omp_get_thread_num());
       } catch (...) {
         failure.keep(task);
       }
@@ -1455,7 +1451,16 @@ template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
     return;
   }
 #endif
-  for (Index task = 0; task < count; ++task) f(task, 0);
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
 }
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
@@ -7798,7 +7803,7 @@ template <class S_> class LanguageModel {
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
-    bytes<double>(params());   // can be counted, whatever the scalar
+    byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
   }
   // The same model in another stage of training: other gradients, the same parameters.
   LanguageModel at(Stage stage) const {
@@ -7825,9 +7830,10 @@ template <class S_> class LanguageModel {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
   }
+  // Throws Error, with the path, where the elements of a tensor cannot be counted.
   Index parameter_count() const {
     Index count = 0;
-    zip([&](Path const&, auto const& shape) { count = size_sum(count, shape.count()); }, params());
+    zip([&](Path const& path, auto const& shape) { add_elements(path, shape, count); }, params());
     return count;
   }
 
@@ -7917,6 +7923,13 @@ template <class S_> class LanguageModel {
   }
 
  private:
+  template <int Rank> static void add_elements(Path const& path, Shape<Rank> shape, Index& sum) {
+    try {
+      sum = size_sum(sum, shape.count());
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
   Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
     Shape<2> const table{config_.vocab_size, config_.model_dim};
     return {
@@ -8669,23 +8682,20 @@ template <class Params> class AdamW {
     auto const rates_of = [&](std::size_t tensor) {
       return rates(tensor, rate, !apart.empty() && apart[tensor] ? norms.apart : norms.others);
     };
-    std::size_t next = 0;
-    zip(
-        [&](Path const& path, auto const& p, auto const& g, auto const& mean, auto const& square) {
-          std::size_t const tensor = next++;
-          if (!g) return;
-          refuse(path, On<AdamWCheck, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
-        },
-        params, gradients, state_.mean, state_.square);
-    next = 0;
-    zip(
-        [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-          std::size_t const tensor = next++;
-          if (!g) return;
-          On<AdamWStep, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
-          ++state_.updates[tensor];
-        },
-        params, gradients, state_.mean, state_.square);
+    for (bool const writes : {false, true}) {   // all of it is checked before any of it is written
+      std::size_t next = 0;
+      zip(
+          [&](Path const& path, auto& p, auto const& g, auto& mean, auto& square) {
+            std::size_t const tensor = next++;
+            if (!g) return;
+            AdamWStep::Rates const r = rates_of(tensor);
+            if (!writes)
+              return refuse(path, On<AdamWCheck, B>::forward(backend, r, flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
+            On<AdamWStep, B>::forward(backend, r, flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+            ++state_.updates[tensor];
+          },
+          params, gradients, state_.mean, state_.square);
+    }
     ++state_.steps;
     return norms.global();
   }
@@ -9086,19 +9096,19 @@ template <class B> struct FindNotFinite {
   B& backend;
   std::string found = {};
 
-  template <class T, int Rank> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
+  template <class T, int Rank> [[gnu::cold]] void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
     if constexpr (std::is_floating_point_v<T>)
       if (found.empty() && !On<AllFinite, B>::forward(backend, flat(in(tensor)))) found = path.str();
   }
 };
-template <class B, class Group> std::string first_not_finite(B& backend, Group const& group) {
+template <class B, class Group> [[gnu::cold]] std::string first_not_finite(B& backend, Group const& group) {
   FindNotFinite<B> find{backend};
   zip(find, group);
   return find.found;
 }
 // Where a loss that is not finite comes from, found by another forward.
 template <class B, class Model, class Params>
-std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
+[[gnu::cold]] std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
   std::string const first = "; the first tensor that is not finite is the ";
   if (auto const path = first_not_finite(backend, params); !path.empty()) return first + "parameter " + path;
   for (auto const& batch : batches)

@@ -155,7 +155,7 @@ struct Error : std::runtime_error {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Throws Error with the parts written one after the other. The sentence is only built when it is needed.
-template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
   throw Error(sentence.str());
@@ -737,20 +737,16 @@ class Failure {
   Index task_ = 0;
 };
 
-}  // namespace detail
-
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
   Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    detail::Failure failure;
+    Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
     for (Index task = 0; task < count; ++task) {
       try {
-        f(task, omp_get_thread_num());
+        run(f, task, omp_get_thread_num());
       } catch (...) {
         failure.keep(task);
       }
@@ -759,7 +755,16 @@ template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
     return;
   }
 #endif
-  for (Index task = 0; task < count; ++task) f(task, 0);
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
 }
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.

@@ -67,7 +67,10 @@ class Reader final : public nlohmann::json_sax<Json> {
     auto const start = text_.find_first_not_of(" \t\r\n");
     if (start == text_.npos || text_[start] != '{') fail_at(start == text_.npos ? text_.size() : start, "not a JSON object");
     furthest_ = text_.data();
-    Json::sax_parse(Characters{text_.data(), &furthest_}, Characters{text_.data() + text_.size(), &furthest_}, this);
+    // Json::sax_parse would do the same, and compile its readers of five binary formats besides: seconds for each who includes this.
+    auto characters =
+        nlohmann::detail::input_adapter(Characters{text_.data(), &furthest_}, Characters{text_.data() + text_.size(), &furthest_});
+    nlohmann::detail::parser<Json, decltype(characters)>(std::move(characters)).sax_parse(this);
   }
 
   bool null() override { return add(Json{}); }

@@ -63,7 +63,7 @@ template <class S_> class LanguageModel {
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
-    bytes<double>(params());   // can be counted, whatever the scalar
+    byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
   }
   // The same model in another stage of training: other gradients, the same parameters.
   LanguageModel at(Stage stage) const {
@@ -90,9 +90,10 @@ template <class S_> class LanguageModel {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
   }
+  // Throws Error, with the path, where the elements of a tensor cannot be counted.
   Index parameter_count() const {
     Index count = 0;
-    zip([&](Path const&, auto const& shape) { count = size_sum(count, shape.count()); }, params());
+    zip([&](Path const& path, auto const& shape) { add_elements(path, shape, count); }, params());
     return count;
   }
 
@@ -182,6 +183,13 @@ template <class S_> class LanguageModel {
   }
 
  private:
+  template <int Rank> static void add_elements(Path const& path, Shape<Rank> shape, Index& sum) {
+    try {
+      sum = size_sum(sum, shape.count());
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
   Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
     Shape<2> const table{config_.vocab_size, config_.model_dim};
     return {

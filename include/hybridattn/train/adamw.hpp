@@ -91,23 +91,20 @@ template <class Params> class AdamW {
     auto const rates_of = [&](std::size_t tensor) {
       return rates(tensor, rate, !apart.empty() && apart[tensor] ? norms.apart : norms.others);
     };
-    std::size_t next = 0;
-    zip(
-        [&](Path const& path, auto const& p, auto const& g, auto const& mean, auto const& square) {
-          std::size_t const tensor = next++;
-          if (!g) return;
-          refuse(path, On<AdamWCheck, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
-        },
-        params, gradients, state_.mean, state_.square);
-    next = 0;
-    zip(
-        [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-          std::size_t const tensor = next++;
-          if (!g) return;
-          On<AdamWStep, B>::forward(backend, rates_of(tensor), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
-          ++state_.updates[tensor];
-        },
-        params, gradients, state_.mean, state_.square);
+    for (bool const writes : {false, true}) {   // all of it is checked before any of it is written
+      std::size_t next = 0;
+      zip(
+          [&](Path const& path, auto& p, auto const& g, auto& mean, auto& square) {
+            std::size_t const tensor = next++;
+            if (!g) return;
+            AdamWStep::Rates const r = rates_of(tensor);
+            if (!writes)
+              return refuse(path, On<AdamWCheck, B>::forward(backend, r, flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
+            On<AdamWStep, B>::forward(backend, r, flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+            ++state_.updates[tensor];
+          },
+          params, gradients, state_.mean, state_.square);
+    }
     ++state_.steps;
     return norms.global();
   }

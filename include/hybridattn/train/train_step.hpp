@@ -65,19 +65,19 @@ template <class B> struct FindNotFinite {
   B& backend;
   std::string found = {};
 
-  template <class T, int Rank> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
+  template <class T, int Rank> [[gnu::cold]] void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
     if constexpr (std::is_floating_point_v<T>)
       if (found.empty() && !On<AllFinite, B>::forward(backend, flat(in(tensor)))) found = path.str();
   }
 };
-template <class B, class Group> std::string first_not_finite(B& backend, Group const& group) {
+template <class B, class Group> [[gnu::cold]] std::string first_not_finite(B& backend, Group const& group) {
   FindNotFinite<B> find{backend};
   zip(find, group);
   return find.found;
 }
 // Where a loss that is not finite comes from, found by another forward.
 template <class B, class Model, class Params>
-std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
+[[gnu::cold]] std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
   std::string const first = "; the first tensor that is not finite is the ";
   if (auto const path = first_not_finite(backend, params); !path.empty()) return first + "parameter " + path;
   for (auto const& batch : batches)

@@ -154,7 +154,7 @@ struct Error : std::runtime_error {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Throws Error with the parts written one after the other. The sentence is only built when it is needed.
-template <class... Parts> [[noreturn]] void fail(Parts const&... parts) {
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
   throw Error(sentence.str());
@@ -996,20 +996,16 @@ class Failure {
   Index task_ = 0;
 };
 
-}  // namespace detail
-
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
   Cpu::Loop const loop{cpu};
 #if defined(_OPENMP)
   if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    detail::Failure failure;
+    Failure failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
     for (Index task = 0; task < count; ++task) {
       try {
-        f(task, omp_get_thread_num());
+        run(f, task, omp_get_thread_num());
       } catch (...) {
         failure.keep(task);
       }
@@ -1018,7 +1014,16 @@ template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
     return;
   }
 #endif
-  for (Index task = 0; task < count; ++task) f(task, 0);
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
 }
 
 // f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
@@ -3558,7 +3563,7 @@ template <class S_> class LanguageModel {
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
-    bytes<double>(params());   // can be counted, whatever the scalar
+    byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
   }
   // The same model in another stage of training: other gradients, the same parameters.
   LanguageModel at(Stage stage) const {
@@ -3585,9 +3590,10 @@ template <class S_> class LanguageModel {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
   }
+  // Throws Error, with the path, where the elements of a tensor cannot be counted.
   Index parameter_count() const {
     Index count = 0;
-    zip([&](Path const&, auto const& shape) { count = size_sum(count, shape.count()); }, params());
+    zip([&](Path const& path, auto const& shape) { add_elements(path, shape, count); }, params());
     return count;
   }
 
@@ -3677,6 +3683,13 @@ template <class S_> class LanguageModel {
   }
 
  private:
+  template <int Rank> static void add_elements(Path const& path, Shape<Rank> shape, Index& sum) {
+    try {
+      sum = size_sum(sum, shape.count());
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
   Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
     Shape<2> const table{config_.vocab_size, config_.model_dim};
     return {
