@@ -158,6 +158,17 @@ TEST_CASE("three windows in batches of two leave a last batch of one") {
   CHECK(batches[1].tokens.size() == 100);
 }
 
+TEST_CASE("the name of a text reaches no terminal through an error") {
+  ha::Windows named{ha::ByteText{counting_text(250)}, {}, "book\n\x1b[2J\u202e"}, other{ha::ByteText{counting_text(260)}};
+  auto const says = [](auto call, char const* words) {
+    CHECK_THROWS_WITH(call(), Contains(R"(book\x0a\x1b[2J\u{202e})") && Contains(words) && !Contains("\n") && !Contains("\x1b"));
+  };
+  says([&] { named.next_batch(2, 128); }, "225 bytes to train on");
+  says([&] { named.validation_batches(1, 26); }, "25 bytes to validate on");
+  says([&] { named.restore(other.state()); }, "this source is 'book");
+  says([&] { other.restore(named.state()); }, "the state is of 'book");
+}
+
 TEST_CASE("a text that is too short and sizes that cannot be are refused with their numbers") {
   ha::Windows windows{ha::ByteText{counting_text(250)}};
   CHECK_THROWS_WITH(windows.next_batch(2, 128), Contains("225 bytes to train on") && Contains("one batch of 2 windows of 128"));

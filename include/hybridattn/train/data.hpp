@@ -5,6 +5,7 @@
 #include <hybridattn/core/allowed.hpp>
 #include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/random.hpp>
+#include <hybridattn/io/escaped.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -65,8 +66,9 @@ struct DataState {
 
 // Throws when batches of `from` are not batches of `to`, and names both.
 inline void check_same_data(DataState const& from, DataState const& to) {
-  check(from.content == to.content, "the data is not the same: the state is of '", from.description, "', this source is '", to.description,
-        "'", from.description == to.description ? ", with another content" : "");
+  if (from.content != to.content)
+    fail("the data is not the same: the state is of '", one_line(from.description), "', this source is '", one_line(to.description), "'",
+         from.description == to.description ? ", with another content" : "");
   check(from.seed == to.seed, "the data's seed is not the same: the state's is ", from.seed, ", this source's is ", to.seed);
 }
 
@@ -133,8 +135,9 @@ class Windows final : public DataSource {
     check_batch_size(batch, seq_len);
     auto const tokens = text_.train();
     auto const length = std::ssize(tokens);
-    check(length / batch >= seq_len, name_, " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch,
-          " windows of ", seq_len);
+    if (length / batch < seq_len)
+      fail(one_line(name_), " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch, " windows of ",
+           seq_len);
     into.resize(batch, seq_len);
     for (Index window = 0; window < batch; ++window) copy(tokens, random_.below(length - seq_len + 1), into, window);
   }
@@ -149,7 +152,8 @@ class Windows final : public DataSource {
     check_validation(batch, seq_len, windows);
     auto const tokens = text_.validation();
     auto const length = std::ssize(tokens);
-    check(length >= seq_len, name_, " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
+    if (length < seq_len)
+      fail(one_line(name_), " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
     Index const count = std::min(windows, length / seq_len);
     check_memory(byte_count(size_product(count, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     std::vector<Batch> batches;
