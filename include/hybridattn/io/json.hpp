@@ -166,13 +166,13 @@ class Reader final : public nlohmann::json_sax<Json> {
 
 // take(key, value) for the members of the object that a text is, in order; none is kept. `where` is how an error begins.
 inline void for_each_json_member(std::string_view text, std::string const& where, strict_json::Reader::Take const& take) {
-  within_memory(text.size(), "the JSON of a file", [&] { strict_json::Reader(text, where, strict_json::Bound::members, take).read(); });
+  within_memory(text.size(), "the JSON", [&] { strict_json::Reader(text, where, strict_json::Bound::members, take).read(); }, where);
 }
 // The object that a text is.
 inline nlohmann::json parse_json(std::string_view text, std::string const& where) {
   auto object = nlohmann::json::object();
   auto const keep = [&](std::string const& key, nlohmann::json&& value) { object[key] = std::move(value); };
-  within_memory(text.size(), "the JSON of a file", [&] { strict_json::Reader(text, where, strict_json::Bound::whole, keep).read(); });
+  within_memory(text.size(), "the JSON", [&] { strict_json::Reader(text, where, strict_json::Bound::whole, keep).read(); }, where);
   return object;
 }
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

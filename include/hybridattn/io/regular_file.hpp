@@ -72,7 +72,7 @@ inline std::string read_regular_file(std::filesystem::path const& path, std::siz
   std::size_t read = 0;
   do {   // it may grow while it is read, and files of the system do not say their size
     std::size_t const room = std::max(size + 1, read + (1 << 16));
-    within_memory(room, "a file", [&] { text.resize(room); });
+    within_memory(room, "the file", [&] { text.resize(room); }, where);
     read += read_some(file, read, text.data() + read, room - read, where);
     check_size(read);
   } while (read == text.size());

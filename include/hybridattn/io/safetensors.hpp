@@ -200,7 +200,7 @@ class Safetensors {
           " are allowed");
     check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
     std::string text;
-    within_memory(length, "the header of a file", [&] { text.resize(length); });
+    within_memory(length, "the header", [&] { text.resize(length); }, where_);
     read_at(8, text.data(), text.size());
     data_start_ = 8 + static_cast<std::size_t>(length);
     parse(text);
@@ -233,9 +233,9 @@ class Safetensors {
     check(read_some(file_, offset, static_cast<char*>(into), count, where_) == count, where_, "it became shorter while being read");
   }
   // A file may be large and have nothing in it.
-  template <class T> static std::vector<T> make(Index count) {
+  template <class T> std::vector<T> make(Index count) const {
     std::vector<T> elements;
-    resize(elements, count, "a tensor of a file");
+    resize(elements, count, "a tensor", where_);
     return elements;
   }
   template <class Stored> std::vector<Stored> stored(TensorInfo const& info, Index first, Index count) const {
