@@ -1,5 +1,6 @@
 // What the pages say is so: errors that they quote are thrown, options that they list exist, links lead somewhere.
 #include "catch.hpp"
+#include "error_of.hpp"
 #include "scratch_folder.hpp"
 
 #include <hybridattn/hybridattn.hpp>
@@ -42,14 +43,6 @@ std::set<std::string> quoted(fs::path const& page, std::string const& begin = "`
     if (fence) block = block.empty() ? line : "";
   }
   return lines;
-}
-template <class F> std::string error_of(F f) {
-  try {
-    f();
-  } catch (ha::Error const& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 using Model = ha::LanguageModel<ha::Stack<ha::Full>>;

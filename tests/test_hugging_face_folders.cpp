@@ -1,6 +1,7 @@
 // What may lie in a folder of the Hugging Face layout, and what a folder that is not quite one gets to hear.
 #include "catch.hpp"
 
+#include "error_of.hpp"
 #include "failing_read.hpp"
 #include "peak_memory.hpp"
 #include "released.hpp"
@@ -28,15 +29,6 @@ fs::path const tiny_split = fs::path(HYBRIDATTN_GOLDEN_DIR) / "models/qwen3_5_te
 using Tiny = ModelOf<50, "LFFL">;
 using TinySplit = ModelOf<50, "LF">;
 
-template <class F> std::string message_of(F f) {
-  try {
-    f();
-  } catch (ha::Error const& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 void check_says(std::string const& message, std::initializer_list<std::string> words) {
   for (auto const& word : words) {
     INFO("'" << message << "' should say '" << word << "'");
@@ -54,7 +46,7 @@ std::string config_with(char const* changes, fs::path const& folder = tiny) {
 template <class Model> std::string config_message(std::string const& config) {
   ScratchFolder const scratch;
   scratch.file("config.json", config);
-  return message_of([&] { hf::config<Model>(scratch.path()); });
+  return error_of([&] { hf::config<Model>(scratch.path()); });
 }
 
 // A checkpoint's tensors, to be changed and written again.
@@ -98,7 +90,7 @@ template <class Model> void load_and_save(fs::path const& from, fs::path const& 
 }
 template <class Model> std::string load_message(fs::path const& folder) {
   ha::Cpu cpu{1};
-  return message_of([&] { hf::load<double>(cpu, Model{hf::config<Model>(folder)}, folder); });
+  return error_of([&] { hf::load<double>(cpu, Model{hf::config<Model>(folder)}, folder); });
 }
 std::string load_message(Checkpoint const& checkpoint) {
   ScratchFolder const scratch;
@@ -232,7 +224,7 @@ TEST_CASE("names out of a config.json reach no terminal") {
 TEST_CASE("a config.json must be a regular file, if behind a link") {
   ScratchFolder const scratch;
   auto const path = scratch / "config.json";
-  auto const message = [&] { return message_of([&] { hf::pattern(scratch.path()); }); };
+  auto const message = [&] { return error_of([&] { hf::pattern(scratch.path()); }); };
   check_says(message(), {"config.json: there is no such file"});
   REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
   check_says(message(), {"config.json: it is a pipe, not a regular file"});
@@ -248,14 +240,14 @@ TEST_CASE("a config.json must be a regular file, if behind a link") {
   check_says(message(), {"config.json: it is a loop of symbolic links"});
   fs::remove(path);
   fs::create_symlink(tiny / "config.json", path);
-  CHECK(message() == "no error");
+  CHECK(message() == no_error);
 }
 
 TEST_CASE("fields that change nothing are passed over") {
   auto const accepts = [](char const* changes) {
     INFO(changes);
-    CHECK(config_message<Tiny>(config_with(changes)) == "no error");
-    CHECK(config_message<TinySplit>(config_with(changes, tiny_split)) == "no error");
+    CHECK(config_message<Tiny>(config_with(changes)) == no_error);
+    CHECK(config_message<TinySplit>(config_with(changes, tiny_split)) == no_error);
   };
   // As fine-tuning, quantising and publishing programs write them.
   accepts(R"({"_name_or_path": "x", "_attn_implementation": "sdpa", "_attn_implementation_autoset": true, "_commit_hash": "0",
@@ -278,7 +270,7 @@ TEST_CASE("fields that change nothing are passed over") {
   // merge_patch takes null for "not there", so this one is written by hand.
   auto text = config_with("{}");
   text.insert(1, R"("quantization_config": null, "conv_window": null, "sliding_window": null, "rope_scaling": null, )");
-  CHECK(config_message<Tiny>(text) == "no error");
+  CHECK(config_message<Tiny>(text) == no_error);
   // What is computed anyway.
   accepts(
       R"({"attention_bias": false, "mlp_bias": false, "qkv_bias": false, "attention_dropout": 0.0, "hidden_dropout": 0, "embd_pdrop": 0.0,
@@ -289,12 +281,12 @@ TEST_CASE("fields that change nothing are passed over") {
   accepts(
       R"({"d_model": 32, "num_layers": null, "vision_config": {"depth": 3}, "mtp_num_hidden_layers": 1, "num_nextn_predict_layers": 1})");
   accepts(R"({"rope_parameters": {"mrope_section": [2, 1, 1], "factor": 1.0, "original_max_position_embeddings": 4096}})");
-  CHECK(config_message<Tiny>(config_with(R"({"num_local_experts": 4, "n_layers": 4})")) == "no error");
+  CHECK(config_message<Tiny>(config_with(R"({"num_local_experts": 4, "n_layers": 4})")) == no_error);
   // What only experts read.
   CHECK(config_message<TinySplit>(config_with(R"({"num_experts": 0, "num_experts_per_tok": 2, "output_router_logits": true,
     "router_aux_loss_coef": 0.001, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "norm_topk_prob": true,
     "decoder_sparse_step": 1, "mlp_only_layers": [0], "num_local_experts": 0})",
-                                              tiny_split)) == "no error");
+                                              tiny_split)) == no_error);
 }
 
 TEST_CASE("no pattern of a harmless name takes in one that changes what is computed") {
@@ -342,25 +334,25 @@ TEST_CASE("a field may be ignored by name, and the error says how") {
   auto const message = [](char const* changes, std::vector<std::string> ignore) {
     ScratchFolder const scratch;
     scratch.file("config.json", config_with(changes));
-    return message_of([&] { hf::config<Tiny>(scratch.path(), {.ignore = std::move(ignore)}); });
+    return error_of([&] { hf::config<Tiny>(scratch.path(), {.ignore = std::move(ignore)}); });
   };
   char const* const unknown = R"({"conv_window": 3})";
   check_says(message(unknown, {}), {R"(ReadOptions{.ignore = {"conv_window"}}, or generate --ignore-field conv_window)"});
-  CHECK(message(unknown, {"conv_window"}) == "no error");
+  CHECK(message(unknown, {"conv_window"}) == no_error);
   check_says(message(unknown, {"window"}), {"conv_window (3) is unknown"});
   char const* const nested = R"({"rope_parameters": {"beta_fast": 32}})";
   check_says(message(nested, {}), {"generate --ignore-field rope_parameters.beta_fast"});
   check_says(message(nested, {"beta_fast"}), {"beta_fast (32) is unknown"});
-  CHECK(message(nested, {"rope_parameters.beta_fast"}) == "no error");
+  CHECK(message(nested, {"rope_parameters.beta_fast"}) == no_error);
   char const* const unsupported = R"({"attention_bias": true})";
   check_says(message(unsupported, {}), {"generate --ignore-field attention_bias"});
-  CHECK(message(unsupported, {"attention_bias"}) == "no error");
+  CHECK(message(unsupported, {"attention_bias"}) == no_error);
   check_says(message("{}", {"hidden_size"}), {"the field hidden_size is missing"});
 }
 
 TEST_CASE("a folder of other types than the model's is refused, both named") {
   auto const config = config_with("{}");
-  CHECK(config_message<Tiny>(config) == "no error");
+  CHECK(config_message<Tiny>(config) == no_error);
   check_says(config_message<TinySplit>(config), {"layer_types are LFFL, but the model's layers are LF "});
   check_says(config_message<Tiny>(config_with(R"({"layer_types": null})")), {"layer_types are LLLF, but the model's layers are LFFL"});
   check_says(config_message<ModelOf<25, "LFFL">>(config),
@@ -387,7 +379,7 @@ TEST_CASE("a folder of other types than the model's is refused, both named") {
 TEST_CASE("a tensor that is missing, superfluous, of another shape or not of real numbers is refused by name") {
   auto const good = checkpoint_of(tiny);
   std::string const router = "model.layers.1.mlp.gate.weight", expert = "model.layers.2.mlp.experts.3.down_proj.weight";
-  CHECK(load_message(good) == "no error");
+  CHECK(load_message(good) == no_error);
   auto changed = good;
   changed.erase(expert);
   check_says(load_message(changed), {"the tensor " + expert + " is missing; its shape would be [32, 8]"});
@@ -514,7 +506,7 @@ TEST_CASE("a released model may lie in several files, in bfloat16 or float16") {
       fs::rename(scratch / name, blobs / name);
       fs::create_symlink(blobs / name, scratch / name);
     }
-    CHECK(message() == "no error");
+    CHECK(message() == no_error);
   }
   SECTION("but nothing else than files") {
     fs::remove(scratch / one);
@@ -531,7 +523,7 @@ TEST_CASE("a released model may lie in several files, in bfloat16 or float16") {
     Json const index = {
         {"metadata", {{"total_size", "nonsense"}, {"total_parameters", -1e300}}}, {"weight_map", weight_map}, {"more", {1}}};
     scratch.file("model.safetensors.index.json", index.dump());
-    CHECK(message() == "no error");
+    CHECK(message() == no_error);
   }
   SECTION("and the index is JSON") {
     auto const says = [&](std::string const& index, char const* words) {
@@ -563,13 +555,13 @@ TEST_CASE("a tied model may hold its head too, when it is the embedding") {
   };
   std::string const head = "lm_head.weight", embedding = "model.embed_tokens.weight";
   tied[head] = tied.at(embedding);
-  CHECK(message() == "no error");
+  CHECK(message() == no_error);
   load_and_save<TinySplit>(scratch.path(), written.path(), hf::Family::qwen3_5_text);
   CHECK(differing_tensor(written.path(), tiny_split) == "");
 
   auto doubles = floats_of(tied[head]);
   tied[head] = {"F64", tied[head].shape, bytes_of(std::vector<double>(doubles.begin(), doubles.end()))};
-  CHECK(message() == "no error");   // equal as numbers
+  CHECK(message() == no_error);   // equal as numbers
   tied[head] = tied.at(embedding);
   tied[head].bytes[4 * 77 + 3] ^= 1;
   check_says(message(), {"tie_word_embeddings", "lm_head.weight is not model.embed_tokens.weight: they differ at element 77"});
@@ -588,7 +580,7 @@ TEST_CASE("a tensor of a dtype that is not read is an error only where it is nee
   changed["mtp.more"] = {"F4_OF_2031", {4, 2}, std::string(4, '\0')};
   changed["model.visual.mask"] = {"BOOL", {3}, std::string(3, '\0')};
   changed["model.rotary_emb.inv_freq"] = {"F32", {1}, std::string(4, '\0')};
-  CHECK(load_message(changed) == "no error");
+  CHECK(load_message(changed) == no_error);
   for (char const* dtype : {"F8_E4M3", "F8_E5M2", "BOOL", "U8", "I8"}) {
     auto& norm = changed["model.norm.weight"];
     norm = {dtype, {32}, std::string(32, '\0')};
@@ -606,7 +598,7 @@ TEST_CASE("a folder that cannot be read to its end is an error wherever it fails
   CHECK(reads > 50);
   for (int read = 0; read < reads; ++read)
     failing_read::at(read, [&] {
-      check_says(message_of([&] { hf::load<float>(cpu, model, tiny); }), {"Input/output error"});
+      check_says(error_of([&] { hf::load<float>(cpu, model, tiny); }), {"Input/output error"});
       CHECK(cpu.pool().in_use() == 0);
     });
 }
@@ -637,7 +629,7 @@ TEST_CASE("numbers in the billions cost nothing before they are refused") {
     std::string error;
     auto const use = memory::of([&] { error = config_message<Tiny>(config); });
     INFO(error);
-    CHECK(error != "no error");
+    CHECK(error != no_error);
     CHECK(error.size() < 1000);
     auto const size = static_cast<std::ptrdiff_t>(config.size());
     CHECK(use.bytes < 40 * size + 1'000'000);
@@ -652,7 +644,7 @@ TEST_CASE("numbers in the billions cost nothing before they are refused") {
     std::string error;
     auto const use = memory::of([&] { error = load_message<Tiny>(scratch.path()); });
     INFO(changes << ": " << error);
-    CHECK(error != "no error");
+    CHECK(error != no_error);
     CHECK(use.bytes < 10'000'000);
     CHECK(use.takes < 100'000);
   }
@@ -713,7 +705,7 @@ TEST_CASE("the text model is read out of a multimodal folder") {
                                 {"full_attention_interval", 2},
                                 {"mamba_ssm_dtype", "float32"}});
   scratch.file("config.json", config.dump());
-  CHECK(load_message<TinySplit>(scratch.path()) == "no error");
+  CHECK(load_message<TinySplit>(scratch.path()) == no_error);
   config["hidden_size"] = 33;
   scratch.file("config.json", config.dump());
   check_says(load_message<TinySplit>(scratch.path()), {"the field hidden_size (33) is unknown"});
@@ -783,7 +775,7 @@ TEST_CASE("a model of one's own is saved as a released one, and comes back bit f
 
   SECTION("but not into a folder with the shards of another one") {
     scratch.file("model.safetensors.index.json", "{}");
-    check_says(message_of([&] { hf::save(cpu, model, params, scratch.path()); }), {"it holds the shards of another one"});
+    check_says(error_of([&] { hf::save(cpu, model, params, scratch.path()); }), {"it holds the shards of another one"});
     CHECK(!fs::exists(scratch / "model.safetensors"));
     CHECK(!fs::exists(scratch / "config.json"));
   }
@@ -792,7 +784,7 @@ TEST_CASE("a model of one's own is saved as a released one, and comes back bit f
     auto const before = content_of(scratch / "new/model.safetensors");
     {
       FullDisk const full{1000};
-      check_says(message_of([&] { hf::save(cpu, model, params, scratch / "new"); }), {"model.safetensors"});
+      check_says(error_of([&] { hf::save(cpu, model, params, scratch / "new"); }), {"model.safetensors"});
     }
     CHECK(content_of(scratch / "new/model.safetensors") == before);
   }
@@ -802,9 +794,9 @@ TEST_CASE("what no released model has is not saved, and named") {
   auto const message = [](auto change, hf::Family family = hf::Family::qwen3_next) {
     auto config = hf::config<Tiny>(tiny);
     change(config);
-    return message_of([&] { hf::settings_of(Tiny{config}, family); });
+    return error_of([&] { hf::settings_of(Tiny{config}, family); });
   };
-  CHECK(message([](auto&) {}) == "no error");
+  CHECK(message([](auto&) {}) == no_error);
   check_says(message([](auto& c) { c.feed_forward.gated = false; }), {"no gate"});
   check_says(message([](auto& c) { c.feed_forward.shared_dim = -1; }), {"no shared expert"});
   check_says(message([](auto& c) { c.norm.weight = ha::NormWeight::plain; }), {"norms are plain"});

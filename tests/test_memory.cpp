@@ -1,5 +1,6 @@
 // What sizes, threads and memory a caller may ask for: all that there is, and an Error that says what did not fit.
 #include "catch.hpp"
+#include "error_of.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
@@ -19,14 +20,6 @@ namespace {
 using Small = ha::LanguageModel<ha::Stack<ha::GDN, ha::Full>>;
 constexpr Index far = std::numeric_limits<Index>::max();
 
-template <class F> std::string error_of(F f) {
-  try {
-    f();
-  } catch (ha::Error const& error) {
-    return error.what();
-  }
-  return "no error";
-}
 bool says(std::string const& sentence, std::initializer_list<char const*> parts) {
   return std::all_of(parts.begin(), parts.end(), [&](char const* part) { return sentence.find(part) != sentence.npos; });
 }
@@ -347,7 +340,7 @@ TEST_CASE("a model whose sizes wrap is refused") {
   CHECK(says(mixture({.num_experts = large, .top_k = 1}), {"2305843009213693952"}));
   CHECK(says(mixture({.num_experts = Index{1} << 30, .top_k = 1, .expert_dim = Index{1} << 30}), {"1073741824, 1073741824, 8"}));
   CHECK(says(mixture({.num_experts = 4, .top_k = 1, .shared_dim = large}), {"2305843009213693952, 8"}));
-  CHECK(says(mixture({.num_experts = 1 << 20, .top_k = 1 << 20, .expert_dim = 1}), {"no error"}));
+  CHECK(says(mixture({.num_experts = 1 << 20, .top_k = 1 << 20, .expert_dim = 1}), {no_error}));
 }
 
 TEST_CASE("numbers of parameters and bytes are exact near the limit") {
@@ -408,7 +401,7 @@ TEST_CASE("more tokens than memory are refused before work") {
   CHECK(says(after(ha::largest_int32), {"capacity 2147483648 is not allowed", "2147483647"}));
   CHECK(says(after(2'000'000'000, 200), {"cache: capacity 2000000001 for 200 sequences", "out of memory", "did not fit"}));
   CHECK(drawn == 0);
-  CHECK(after(3) == "no error");
+  CHECK(after(3) == no_error);
   auto const cache = [&](Index batch, Index capacity) { return error_of([&] { ha::make_cache<float>(cpu, model, {batch, capacity}); }); };
   CHECK(says(cache(1, far), {"capacity 9223372036854775807"}));
   CHECK(says(cache(far, 1), {"batch 9223372036854775807"}));

@@ -1,5 +1,6 @@
 // The laws for Block, Stack and LanguageModel, mixtures of experts included.
 #include "catch.hpp"
+#include "error_of.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 
@@ -342,12 +343,7 @@ template <class Stack, class T> struct BadStep {
   // The sentence of what `step` throws; afterwards everything is as it was.
   template <class Step> std::string refused(Step step) {
     auto const before = everything();
-    std::string sentence = "nothing is thrown";
-    try {
-      step();
-    } catch (ha::Error const& error) {
-      sentence = error.what();
-    }
+    std::string const sentence = error_of(step);
     CHECK(same_bits(before, everything()));
     CHECK(optimizer.steps() == 1);
     CHECK(*std::ranges::max_element(optimizer.state().updates) == 1);

@@ -1,6 +1,7 @@
 // The numbers of every configuration that a program may set: which are legal, which stand for a default, which are refused.
 // Each struct has a row for each of its members. A new member without a row does not compile.
 #include "catch.hpp"
+#include "error_of.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/train/checkpoint.hpp>
@@ -99,12 +100,7 @@ template <class S, std::size_t rows, class Make> void judge(char const* name, S 
       }
     for (Setting<S> const& setting : row.refused) {
       INFO(name << ": " << setting.shown);
-      std::string sentence = "nothing is thrown";
-      try {
-        made(setting);
-      } catch (ha::Error const& error) {
-        sentence = error.what();
-      }
+      std::string const sentence = error_of([&] { made(setting); });
       INFO(sentence);
       CHECK(sentence.find(row.member + " " + setting.value) != sentence.npos);
       CHECK((sentence.find("allowed") != sentence.npos));

@@ -1,4 +1,5 @@
 #include "catch.hpp"
+#include "error_of.hpp"
 #include "peak_memory.hpp"
 #include "scratch_folder.hpp"
 
@@ -24,12 +25,7 @@ std::string with_length(std::string_view header, std::string_view data) { return
 // The error of opening a file with these bytes.
 std::string refusal(std::string_view bytes) {
   ScratchFolder const folder;
-  try {
-    ha::Safetensors{folder.file("bad.safetensors", bytes)};
-  } catch (ha::Error const& error) {
-    return error.what();
-  }
-  return "accepted";
+  return error_of([&] { ha::Safetensors{folder.file("bad.safetensors", bytes)}; });
 }
 // A file of one tensor 'w', given by the rest of its entry behind "dtype":, and 8 bytes of data.
 std::string one_tensor(std::string_view entry) { return with_length(R"({"w":{"dtype":)" + std::string(entry) + "}}", "12345678"); }
@@ -133,9 +129,9 @@ TEST_CASE("truncated files and lying lengths are refused") {
               {with_length("{}", "", 100'000'001), "a header of 100000001 bytes; at most 100000000"},
               {with_length("{}", "", std::uint64_t{1} << 63), "a header of 9223372036854775808 bytes; at most 100000000"},
               {with_length("{}", "", ~std::uint64_t{0}), "a header of 18446744073709551615 bytes; at most 100000000"}});
-  CHECK(refusal(with_length("{}", "")) == "accepted");
+  CHECK(refusal(with_length("{}", "")) == no_error);
   std::string const golden = content_of(std::string(HYBRIDATTN_GOLDEN_DIR) + "/policies/l2_norm.safetensors");
-  for (std::size_t const missing : {1u, 100u, 2000u}) CHECK(refusal(golden.substr(0, golden.size() - missing)) != "accepted");
+  for (std::size_t const missing : {1u, 100u, 2000u}) CHECK(refusal(golden.substr(0, golden.size() - missing)) != no_error);
   CHECK_THAT(refusal(golden + "x"), Contains("of the data, which has"));
 }
 
@@ -172,7 +168,7 @@ TEST_CASE("a header that is not what the format says is refused with one clear l
 }
 
 TEST_CASE("a tensor whose entry lies is refused with its name") {
-  CHECK(refusal(one_tensor(R"("F32","shape":[2],"data_offsets":[0,8])")) == "accepted");
+  CHECK(refusal(one_tensor(R"("F32","shape":[2],"data_offsets":[0,8])")) == no_error);
   std::string many = "1";
   for (int i = 0; i < 100; ++i) many += ",1";
   check_each({
@@ -326,15 +322,9 @@ TEST_CASE("hostile headers are refused in memory and time that follow the size o
     INFO(content.substr(8, 60));
     auto const path = folder.file("bad.safetensors", content);
     std::string error;
-    auto const use = memory::of([&] {
-      try {
-        ha::Safetensors{path};
-      } catch (ha::Error const& refused) {
-        error = refused.what();
-      }
-    });
+    auto const use = memory::of([&] { error = error_of([&] { ha::Safetensors{path}; }); });
     INFO(error);
-    CHECK(!error.empty());
+    CHECK(error != no_error);
     CHECK(error.size() < 500);
     auto const size = static_cast<std::ptrdiff_t>(content.size());
     CHECK(use.bytes < 40 * size);
@@ -346,14 +336,8 @@ namespace {
 
 // What f throws where no block of memory is larger than this.
 template <class F> std::string error_within(std::size_t largest, F f) {
-  std::string error = "no error";
   memory::largest = largest;
-  try {
-    f();
-  } catch (ha::Error const& refused) {
-    memory::largest = ~std::size_t{0};
-    error = refused.what();
-  }
+  std::string const error = error_of(f);
   memory::largest = ~std::size_t{0};
   return error;
 }
@@ -371,7 +355,7 @@ TEST_CASE("a file that memory does not hold is an error that names it, in one li
   CHECK(error_within(400'000, open) == shown + "the header: out of memory: 300006 bytes for the JSON did not fit");
   auto const read = [&] { ha::read_regular_file(config, 1'000'000, "x: "); };
   CHECK(error_within(100'000, read) == "x: out of memory: 300010 bytes for the file did not fit");
-  CHECK(error_within(400'000, read) == "no error");
+  CHECK(error_within(400'000, read) == no_error);
   std::string const long_text = "{\"a\": \"" + std::string(300'000, 'b') + "\"}";
   auto const parse = [&] { ha::parse_json(long_text, "x: "); };
   CHECK(error_within(100'000, parse) == "x: out of memory: 300009 bytes for the JSON did not fit");
