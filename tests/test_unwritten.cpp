@@ -144,74 +144,88 @@ std::vector<Case> loss_cases() {
   return cases;
 }
 
-std::vector<Case> row_cases() {
-  std::vector<Case> cases;
+// Operations on N rows of C numbers.
+void linear(Run& r, Index N, Index C) {
+  On<ha::Linear>::forward(r.cpu(), r.in(N, C), r.in(3, C), r.out(N, 3));
+  On<ha::Linear>::backward(r.cpu(), r.in(N, C), r.in(3, C), r.in(N, 3), r.sum(N, C), r.out(3, C));
+}
+void rms_norm(Run& r, Index N, Index C) {
   ha::RmsNorm::Options const plain{ha::NormWeight::plain, 1e-6};
+  On<ha::RmsNorm>::forward(r.cpu(), plain, r.in(N, C), r.in(C), r.out(N, C));
+  On<ha::RmsNorm>::backward(r.cpu(), plain, r.in(N, C), r.in(C), r.in(N, C), r.sum(N, C), r.out(C));
+}
+void gated_rms_norm(Run& r, Index N, Index C) {
+  On<ha::GatedRmsNorm>::forward(r.cpu(), 1e-6, r.in(N, C), r.in(N, C), r.in(C), r.out(N, C));
+  On<ha::GatedRmsNorm>::backward(r.cpu(), 1e-6, r.in(N, C), r.in(N, C), r.in(C), r.in(N, C), r.out(N, C), r.out(N, C), r.out(C));
+}
+void ungated_rms_norm(Run& r, Index N, Index C) {
+  On<ha::GatedRmsNorm>::forward(r.cpu(), 1e-6, r.in(N, C), {}, r.in(C), r.out(N, C));
+  On<ha::GatedRmsNorm>::backward(r.cpu(), 1e-6, r.in(N, C), {}, r.in(C), r.in(N, C), r.out(N, C), {}, r.out(C));
+}
+void layer_norm(Run& r, Index N, Index C) {
+  On<ha::LayerNorm>::forward(r.cpu(), 1e-6, r.in(N, C), r.in(C), r.in(C), r.out(N, C));
+  On<ha::LayerNorm>::backward(r.cpu(), 1e-6, r.in(N, C), r.in(C), r.in(N, C), r.out(N, C), r.out(C), r.out(C));
+}
+void l2_norm(Run& r, Index N, Index C) {
+  On<ha::L2Norm>::forward(r.cpu(), r.in(N, C), r.out(N, C));
+  On<ha::L2Norm>::backward(r.cpu(), r.in(N, C), r.in(N, C), r.out(N, C));
+}
+void l2_norm_of_zeros(Run& r, Index N, Index C) {
+  On<ha::L2Norm>::forward(r.cpu(), r.input<2>({N, C}, 0), r.out(N, C));
+  On<ha::L2Norm>::backward(r.cpu(), r.input<2>({N, C}, 0), r.in(N, C), r.out(N, C));
+}
+void gates(Run& r, Index N, Index C) {
+  On<ha::Swiglu>::forward(r.cpu(), r.in(N * C), r.in(N * C), r.out(N * C));
+  On<ha::Swiglu>::backward(r.cpu(), r.in(N * C), r.in(N * C), r.in(N * C), r.out(N * C), r.out(N * C));
+  On<ha::Swiglu>::forward(r.cpu(), r.in(N * C), {}, r.out(N * C));
+  On<ha::Swiglu>::backward(r.cpu(), r.in(N * C), {}, r.in(N * C), r.out(N * C), {});
+  On<ha::SigmoidGate>::forward(r.cpu(), r.in(N * C), r.in(N * C), r.out(N * C));
+  On<ha::SigmoidGate>::backward(r.cpu(), r.in(N * C), r.in(N * C), r.in(N * C), r.out(N * C), r.out(N * C));
+}
+void gdn_gate(Run& r, Index N, Index C) {
+  On<ha::GdnGate>::forward(r.cpu(), 2.0f, r.in(N, C), r.in(N, C), r.in(C), r.in(C), r.out(N, C), r.out(N, C));
+  On<ha::GdnGate>::backward(r.cpu(), 2.0f, r.in(N, C), r.in(N, C), r.in(C), r.in(C), r.in(N, C), r.in(N, C), r.out(N, C), r.out(N, C),
+                            r.out(C), r.out(C));
+}
+void embedding(Run& r, Index N, Index C) {
+  auto const tokens = r.whole(Whole(static_cast<std::size_t>(N), 1));
+  On<ha::Embedding>::forward(r.cpu(), tokens, r.in(3, C), r.out(N, C));
+  On<ha::Embedding>::backward(r.cpu(), tokens, r.in(N, C), r.sum(3, C));
+}
+void adamw(Run& r, Index N, Index C) {
+  for (double rate : {0.0, 1.0}) {
+    ha::AdamWStep::Rates const rates{rate, 0.9, 0.95, 1e-8, 0.1, 1, 1, rate};
+    On<ha::AdamWStep>::forward(r.cpu(), rates, r.in(N * C), r.sum(N * C), r.sum(N * C), r.sum(N * C));
+    On<ha::AdamWCheck>::forward(r.cpu(), rates, r.in(N * C), r.in(N * C), r.in(N * C), r.in(N * C));
+  }
+}
+void linear_of_no_columns(Run& r) {
+  On<ha::Linear>::forward(r.cpu(), r.in(3, 0), r.in(2, 0), r.out(3, 2));
+  On<ha::Linear>::backward(r.cpu(), r.in(3, 2), r.in(0, 2), r.in(3, 0), r.sum(3, 2), r.out(0, 2));
+}
+
+struct RowOperation {
+  char const* name;
+  void (*run)(Run& r, Index N, Index C);
+};
+constexpr RowOperation row_operations[] = {{"Linear", linear},
+                                           {"RmsNorm", rms_norm},
+                                           {"GatedRmsNorm", gated_rms_norm},
+                                           {"GatedRmsNorm without a gate", ungated_rms_norm},
+                                           {"LayerNorm", layer_norm},
+                                           {"L2Norm", l2_norm},
+                                           {"L2Norm of zeros", l2_norm_of_zeros},
+                                           {"Swiglu, SigmoidGate", gates},
+                                           {"GdnGate", gdn_gate},
+                                           {"Embedding", embedding},
+                                           {"AdamW", adamw}};
+
+std::vector<Case> row_cases() {
+  std::vector<Case> cases{{"Linear of no columns", linear_of_no_columns, true}};
   for (Index N : {0, 1, 70})
-    for (Index C : {1, 7, 16}) {
-      auto const add = [&](char const* name, std::function<void(Run&)> run) {
-        cases.push_back({named(name, N, C), std::move(run), N == 0});
-      };
-      add("Linear", [=](Run& r) {
-        On<ha::Linear>::forward(r.cpu(), r.in(N, C), r.in(3, C), r.out(N, 3));
-        On<ha::Linear>::backward(r.cpu(), r.in(N, C), r.in(3, C), r.in(N, 3), r.sum(N, C), r.out(3, C));
-      });
-      add("RmsNorm", [=](Run& r) {
-        On<ha::RmsNorm>::forward(r.cpu(), plain, r.in(N, C), r.in(C), r.out(N, C));
-        On<ha::RmsNorm>::backward(r.cpu(), plain, r.in(N, C), r.in(C), r.in(N, C), r.sum(N, C), r.out(C));
-      });
-      add("GatedRmsNorm", [=](Run& r) {
-        On<ha::GatedRmsNorm>::forward(r.cpu(), 1e-6, r.in(N, C), r.in(N, C), r.in(C), r.out(N, C));
-        On<ha::GatedRmsNorm>::backward(r.cpu(), 1e-6, r.in(N, C), r.in(N, C), r.in(C), r.in(N, C), r.out(N, C), r.out(N, C), r.out(C));
-      });
-      add("GatedRmsNorm without a gate", [=](Run& r) {
-        On<ha::GatedRmsNorm>::forward(r.cpu(), 1e-6, r.in(N, C), {}, r.in(C), r.out(N, C));
-        On<ha::GatedRmsNorm>::backward(r.cpu(), 1e-6, r.in(N, C), {}, r.in(C), r.in(N, C), r.out(N, C), {}, r.out(C));
-      });
-      add("LayerNorm", [=](Run& r) {
-        On<ha::LayerNorm>::forward(r.cpu(), 1e-6, r.in(N, C), r.in(C), r.in(C), r.out(N, C));
-        On<ha::LayerNorm>::backward(r.cpu(), 1e-6, r.in(N, C), r.in(C), r.in(N, C), r.out(N, C), r.out(C), r.out(C));
-      });
-      add("L2Norm", [=](Run& r) {
-        On<ha::L2Norm>::forward(r.cpu(), r.in(N, C), r.out(N, C));
-        On<ha::L2Norm>::backward(r.cpu(), r.in(N, C), r.in(N, C), r.out(N, C));
-      });
-      add("L2Norm of zeros", [=](Run& r) {
-        On<ha::L2Norm>::forward(r.cpu(), r.input<2>({N, C}, 0), r.out(N, C));
-        On<ha::L2Norm>::backward(r.cpu(), r.input<2>({N, C}, 0), r.in(N, C), r.out(N, C));
-      });
-      add("Swiglu, SigmoidGate", [=](Run& r) {
-        On<ha::Swiglu>::forward(r.cpu(), r.in(N * C), r.in(N * C), r.out(N * C));
-        On<ha::Swiglu>::backward(r.cpu(), r.in(N * C), r.in(N * C), r.in(N * C), r.out(N * C), r.out(N * C));
-        On<ha::Swiglu>::forward(r.cpu(), r.in(N * C), {}, r.out(N * C));
-        On<ha::Swiglu>::backward(r.cpu(), r.in(N * C), {}, r.in(N * C), r.out(N * C), {});
-        On<ha::SigmoidGate>::forward(r.cpu(), r.in(N * C), r.in(N * C), r.out(N * C));
-        On<ha::SigmoidGate>::backward(r.cpu(), r.in(N * C), r.in(N * C), r.in(N * C), r.out(N * C), r.out(N * C));
-      });
-      add("GdnGate", [=](Run& r) {
-        On<ha::GdnGate>::forward(r.cpu(), 2.0f, r.in(N, C), r.in(N, C), r.in(C), r.in(C), r.out(N, C), r.out(N, C));
-        On<ha::GdnGate>::backward(r.cpu(), 2.0f, r.in(N, C), r.in(N, C), r.in(C), r.in(C), r.in(N, C), r.in(N, C), r.out(N, C), r.out(N, C),
-                                  r.out(C), r.out(C));
-      });
-      add("Embedding", [=](Run& r) {
-        auto const tokens = r.whole(Whole(static_cast<std::size_t>(N), 1));
-        On<ha::Embedding>::forward(r.cpu(), tokens, r.in(3, C), r.out(N, C));
-        On<ha::Embedding>::backward(r.cpu(), tokens, r.in(N, C), r.sum(3, C));
-      });
-      add("AdamW", [=](Run& r) {
-        for (double rate : {0.0, 1.0}) {
-          ha::AdamWStep::Rates const rates{rate, 0.9, 0.95, 1e-8, 0.1, 1, 1, rate};
-          On<ha::AdamWStep>::forward(r.cpu(), rates, r.in(N * C), r.sum(N * C), r.sum(N * C), r.sum(N * C));
-          On<ha::AdamWCheck>::forward(r.cpu(), rates, r.in(N * C), r.in(N * C), r.in(N * C), r.in(N * C));
-        }
-      });
-    }
-  cases.push_back({"Linear of no columns",
-                   [](Run& r) {
-                     On<ha::Linear>::forward(r.cpu(), r.in(3, 0), r.in(2, 0), r.out(3, 2));
-                     On<ha::Linear>::backward(r.cpu(), r.in(3, 2), r.in(0, 2), r.in(3, 0), r.sum(3, 2), r.out(0, 2));
-                   },
-                   true});
+    for (Index C : {1, 7, 16})
+      for (RowOperation const& operation : row_operations)
+        cases.push_back({named(operation.name, N, C), [=](Run& r) { operation.run(r, N, C); }, N == 0});
   return cases;
 }
 
