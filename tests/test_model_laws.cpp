@@ -442,6 +442,32 @@ TEMPLATE_TEST_CASE("a gradient that is not finite, or makes a parameter or a mom
   CHECK(spoiled(bad.f.params, nan) == update + "the parameter itself a NaN or an infinity");
 }
 
+// A model one of whose gradients is as large as this, whatever the batch.
+struct Steep : ha::LanguageModel<One> {
+  float gradient = 0;
+
+  auto backward(ha::Cpu& cpu, auto const& params, auto const& batch, auto&& saved, double scale, double share) const {
+    auto result = ha::LanguageModel<One>::backward(cpu, params, batch, std::move(saved), scale, share);
+    out(result.params.blocks.arrays[boost::hana::size_c<0>][0].attention.w_o).data[7] = gradient;
+    return result;
+  }
+};
+
+TEST_CASE("a gradient that overflows only in the sum over batches is refused with step and tensor, and nothing is touched") {
+  BadStep<One, float> bad;
+  std::vector<ha::TokenBatch<ha::Cpu>> batches;
+  for (std::uint64_t seed : {1u, 2u}) batches.push_back(bad.f.batch(ha::Sequences::equal(1, 9), some_tokens(9, seed)));
+  auto const step = [&](float gradient, std::size_t count) {
+    Steep const model{bad.f.model, gradient};
+    return accumulated_step(bad.f.cpu, model, bad.f.params, bad.optimizer, std::span<ha::TokenBatch<ha::Cpu> const>(batches).first(count));
+  };
+  CHECK(bad.refused([&] { step(3e38f, 2); }) == "step 2: the gradient of blocks.0.attention.w_o holds a NaN or an infinity");
+  CHECK(bad.refused([&] { step(-3e38f, 2); }) == "step 2: the gradient of blocks.0.attention.w_o holds a NaN or an infinity");
+  // Both are finite: alone, and as a sum of halves.
+  CHECK(step(3e38f, 1).gradient_norm == Approx(3e38));
+  CHECK(step(1.5e38f, 2).gradient_norm == Approx(3e38));
+}
+
 TEST_CASE("a learning rate that takes a parameter out of the numbers is refused with step and tensor, and nothing is touched") {
   using Catch::Matchers::Contains;
   for (ha::Stage stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse}) {
