@@ -67,6 +67,7 @@ struct Problem {
   Beta beta = Beta::between;
   Keys keys = Keys::random;
   bool initial_state = true, final_state = true;  // d_final_state too
+  bool d_o = true;
 };
 
 double log_decay(Decay kind, double strength, ha::Random& random) {
@@ -131,7 +132,8 @@ template <class T> struct Run {
     return views;
   }
   gdn::Outputs<ha::In<T>> d_y() {
-    gdn::Outputs<ha::In<T>> views{.o = d_o.view(), .final_state = {}};
+    gdn::Outputs<ha::In<T>> views;
+    if (p.d_o) views.o = d_o.view();
     if (p.final_state) views.final_state = d_last.view();
     return views;
   }
@@ -198,6 +200,7 @@ template <class T> void check_values(ha::Cpu& cpu, Problem const& problem, ha::S
   }
 }
 
+template <class T> std::vector<double> doubles(std::vector<T> const& x) { return {x.begin(), x.end()}; }
 gdn::Config sizes(Index K, Index V, Index heads = 1, Index value_heads = 1) {
   return {.num_heads = heads, .num_value_heads = value_heads, .key_dim = K, .value_dim = V};
 }
@@ -238,6 +241,22 @@ TEMPLATE_TEST_CASE("gated delta rule: states may be there or not, in any combina
   with.p.initial_state = with.p.final_state = false;
   CHECK(without.last.rows()[0] != without.last.rows()[0]);
   for (std::size_t i = 0; i < with.everything().size(); ++i) CHECK(with.everything()[i] == without.everything()[i]);
+}
+
+TEMPLATE_TEST_CASE("gated delta rule: where no gradient of o is given it is zero, bitwise", "", float, double) {
+  ha::Cpu cpu{2};
+  auto const s = packed(all_lengths);
+  for (gdn::Config const& c : {sizes(32, 32, 1, 2), sizes(12, 20, 2, 4), sizes(64, 96)})
+    for (bool last : {false, true}) {
+      Problem const problem{.sizes = c, .final_state = last, .d_o = false};
+      Run<TestType> zeros(problem, s);
+      zeros.p.d_o = true;
+      zeros.d_o.fill_rows(0, s.tokens(), 0);
+      auto with = computed(cpu, zeros), without = computed(cpu, Run<TestType>(problem, s));
+      CHECK(same_bits(with.everything(), without.everything()));
+      CHECK((max_abs(doubles(without.d_k.rows())) > 0) == last);
+      check_values<TestType>(cpu, problem, s);
+    }
 }
 
 TEMPLATE_TEST_CASE("gated delta rule: an empty sequence passes its states on", "", float, double) {
@@ -344,7 +363,6 @@ std::vector<Gate> strong_gates() {
   gates.push_back({"one -80 in 64, else 0", [](Index t, ha::Random&) { return t % 64 == 37 ? -80 : 0; }});
   return gates;
 }
-template <class T> std::vector<double> doubles(std::vector<T> const& x) { return {x.begin(), x.end()}; }
 template <class T> Run<T> with_gate(Problem const& problem, Index length, Gate const& gate) {
   Run<T> run(problem, packed({length}));
   ha::Random random{ha::Seed{9}, gate.name};

@@ -66,7 +66,7 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
               Inputs<Out<T>> d_x) {
   Index const K = c.key_dim, V = c.value_dim;
   T const scale = static_cast<T>(c.scale);
-  std::vector<T> gradient(static_cast<std::size_t>(K * V)), projection(static_cast<std::size_t>(V));
+  std::vector<T> gradient(static_cast<std::size_t>(K * V)), projection(static_cast<std::size_t>(V)), zeros(static_cast<std::size_t>(V));
   T *const X = gradient.data(), *const u = projection.data();
   for (Index n = 0; n < s.tokens(); ++n)
     for (Index hk = 0; hk < c.num_heads; ++hk) {
@@ -79,7 +79,8 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
     for (Index n = sequence.length; n-- > 0;) {
       Index const t = sequence.start + n;
       T const *before = all.data() + n * K * V, *after = before + K * V, decay = std::exp(x.g(t, h)), beta = x.beta(t, h);
-      T const *q = x.q.row(t, hk), *k = x.k.row(t, hk), *e = saved.error.row(t, h), *d_o = d_y.o.row(t, h);
+      T const *q = x.q.row(t, hk), *k = x.k.row(t, hk), *e = saved.error.row(t, h);
+      T const* const d_o = d_y.o.empty() ? zeros.data() : d_y.o.row(t, h);
       T* d_v = d_x.v.row(t, h);
       std::fill_n(u, V, T(0));
       for (Index a = 0; a < K; ++a) axpy(scale * q[a], d_o, X + a * V, V);                    // (5)
