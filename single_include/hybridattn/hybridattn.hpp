@@ -405,22 +405,22 @@ inline std::size_t machine_memory() {
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
   } catch (std::bad_alloc const&) {
   } catch (std::length_error const&) {
   }
-  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
 // Before many pieces are taken one by one.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
 // The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
 template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
@@ -1132,7 +1132,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 //                                               any number of each sequence, 0 included; then they stand there too. What the
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
+// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -8733,6 +8733,85 @@ template <class Params> class AdamW {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/io/escaped.hpp
+// Words out of files that came from anywhere, fit for an error message.
+#ifndef HYBRIDATTN_IO_ESCAPED_HPP
+#define HYBRIDATTN_IO_ESCAPED_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace utf8 {
+
+struct Character {
+  std::size_t bytes = 0;   // 0: the text does not start with a character
+  std::uint32_t point = 0;
+};
+
+// The first character of a text that is not empty. Overlong forms and surrogates are none.
+inline Character first_character(std::string_view text) {
+  auto const byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  std::uint32_t const lead = byte(0);
+  if (lead < 0x80) return {1, lead};
+  std::size_t const bytes = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+  static constexpr std::uint32_t smallest[] = {0, 0, 0x80, 0x800, 0x10000};
+  if (lead < 0xc2 || lead > 0xf4 || text.size() < bytes) return {};
+  std::uint32_t point = lead & (0x7fu >> bytes);
+  for (std::size_t i = 1; i < bytes; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) return {};
+    point = point << 6 | (byte(i) & 0x3fu);
+  }
+  bool const exists = point >= smallest[bytes] && point <= 0x10ffff && (point < 0xd800 || point > 0xdfff);
+  return exists ? Character{bytes, point} : Character{};
+}
+
+// What a terminal obeys, or shows as nothing, in place of a letter: control characters, directions, invisible marks.
+inline bool is_plain(std::uint32_t point) {
+  struct Range {
+    std::uint32_t first, last;
+  };
+  static constexpr Range hidden[] = {{0, 0x1f},        {0x7f, 0x9f},     {0xad, 0xad},       {0x61c, 0x61c},
+                                     {0x180e, 0x180e}, {0x200b, 0x200f}, {0x2028, 0x202e},   {0x2060, 0x206f},
+                                     {0xfeff, 0xfeff}, {0xfff9, 0xfffb}, {0xe0000, 0xe0fff}, {0xf0000, 0x10ffff}};
+  return std::ranges::none_of(hidden, [&](Range range) { return range.first <= point && point <= range.last; });
+}
+
+inline void append_hex(std::string& text, std::uint32_t number, int digits) {
+  while (digits < 6 && number >> (4 * digits) != 0) ++digits;
+  while (digits-- > 0) text += "0123456789abcdef"[number >> (4 * digits) & 15];
+}
+
+}  // namespace utf8
+
+// A text on one line, of at most `longest` bytes before it is cut. What is no plain character is written \x1b, \u{202e}.
+inline std::string one_line(std::string_view text, std::size_t longest = 4096) {
+  std::string line;
+  while (!text.empty()) {
+    auto const [bytes, point] = utf8::first_character(text);
+    std::string next{text.substr(0, std::max<std::size_t>(bytes, 1))};
+    if (bytes == 0 || point < 0x20 || point == 0x7f) {
+      std::uint32_t const byte = static_cast<unsigned char>(text[0]);
+      next = "\\x";
+      utf8::append_hex(next, byte, 2);
+    } else if (!utf8::is_plain(point)) {
+      next = "\\u{";
+      utf8::append_hex(next, point, 2);
+      next += '}';
+    } else if (point == '\\') {
+      next = "\\\\";
+    }
+    if (line.size() + next.size() > longest) return line + "...";
+    line += next;
+    text.remove_prefix(std::max<std::size_t>(bytes, 1));
+  }
+  return line;
+}
+
+// A name, in quotes.
+inline std::string escaped(std::string_view name) { return "'" + one_line(name, 80) + "'"; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/train/data.hpp
 // Where training's tokens come from: bytes of a text, or a synthetic task. Host memory only.
 #ifndef HYBRIDATTN_TRAIN_DATA_HPP
@@ -8787,8 +8866,9 @@ struct DataState {
 
 // Throws when batches of `from` are not batches of `to`, and names both.
 inline void check_same_data(DataState const& from, DataState const& to) {
-  check(from.content == to.content, "the data is not the same: the state is of '", from.description, "', this source is '", to.description,
-        "'", from.description == to.description ? ", with another content" : "");
+  if (from.content != to.content)
+    fail("the data is not the same: the state is of '", one_line(from.description), "', this source is '", one_line(to.description), "'",
+         from.description == to.description ? ", with another content" : "");
   check(from.seed == to.seed, "the data's seed is not the same: the state's is ", from.seed, ", this source's is ", to.seed);
 }
 
@@ -8855,8 +8935,9 @@ class Windows final : public DataSource {
     check_batch_size(batch, seq_len);
     auto const tokens = text_.train();
     auto const length = std::ssize(tokens);
-    check(length / batch >= seq_len, name_, " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch,
-          " windows of ", seq_len);
+    if (length / batch < seq_len)
+      fail(one_line(name_), " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch, " windows of ",
+           seq_len);
     into.resize(batch, seq_len);
     for (Index window = 0; window < batch; ++window) copy(tokens, random_.below(length - seq_len + 1), into, window);
   }
@@ -8871,7 +8952,8 @@ class Windows final : public DataSource {
     check_validation(batch, seq_len, windows);
     auto const tokens = text_.validation();
     auto const length = std::ssize(tokens);
-    check(length >= seq_len, name_, " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
+    if (length < seq_len)
+      fail(one_line(name_), " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
     Index const count = std::min(windows, length / seq_len);
     check_memory(byte_count(size_product(count, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     std::vector<Batch> batches;

@@ -448,22 +448,22 @@ inline std::size_t machine_memory() {
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
   } catch (std::bad_alloc const&) {
   } catch (std::length_error const&) {
   }
-  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
 // Before many pieces are taken one by one.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
 // The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
 template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
@@ -799,13 +799,13 @@ class Reader final : public nlohmann::json_sax<Json> {
 
 // take(key, value) for the members of the object that a text is, in order; none is kept. `where` is how an error begins.
 inline void for_each_json_member(std::string_view text, std::string const& where, strict_json::Reader::Take const& take) {
-  within_memory(text.size(), "the JSON of a file", [&] { strict_json::Reader(text, where, strict_json::Bound::members, take).read(); });
+  within_memory(text.size(), "the JSON", [&] { strict_json::Reader(text, where, strict_json::Bound::members, take).read(); }, where);
 }
 // The object that a text is.
 inline nlohmann::json parse_json(std::string_view text, std::string const& where) {
   auto object = nlohmann::json::object();
   auto const keep = [&](std::string const& key, nlohmann::json&& value) { object[key] = std::move(value); };
-  within_memory(text.size(), "the JSON of a file", [&] { strict_json::Reader(text, where, strict_json::Bound::whole, keep).read(); });
+  within_memory(text.size(), "the JSON", [&] { strict_json::Reader(text, where, strict_json::Bound::whole, keep).read(); }, where);
   return object;
 }
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -880,7 +880,7 @@ inline std::string read_regular_file(std::filesystem::path const& path, std::siz
   std::size_t read = 0;
   do {   // it may grow while it is read, and files of the system do not say their size
     std::size_t const room = std::max(size + 1, read + (1 << 16));
-    within_memory(room, "a file", [&] { text.resize(room); });
+    within_memory(room, "the file", [&] { text.resize(room); }, where);
     read += read_some(file, read, text.data() + read, room - read, where);
     check_size(read);
   } while (read == text.size());
@@ -1143,7 +1143,7 @@ class Safetensors {
           " are allowed");
     check(length <= size - 8, where_, "a header of ", length, " bytes, but only ", size - 8, " follow");
     std::string text;
-    within_memory(length, "the header of a file", [&] { text.resize(length); });
+    within_memory(length, "the header", [&] { text.resize(length); }, where_);
     read_at(8, text.data(), text.size());
     data_start_ = 8 + static_cast<std::size_t>(length);
     parse(text);
@@ -1176,9 +1176,9 @@ class Safetensors {
     check(read_some(file_, offset, static_cast<char*>(into), count, where_) == count, where_, "it became shorter while being read");
   }
   // A file may be large and have nothing in it.
-  template <class T> static std::vector<T> make(Index count) {
+  template <class T> std::vector<T> make(Index count) const {
     std::vector<T> elements;
-    resize(elements, count, "a tensor of a file");
+    resize(elements, count, "a tensor", where_);
     return elements;
   }
   template <class Stored> std::vector<Stored> stored(TensorInfo const& info, Index first, Index count) const {
@@ -2264,7 +2264,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 //                                               any number of each sequence, 0 included; then they stand there too. What the
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
+// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -9645,8 +9645,9 @@ struct DataState {
 
 // Throws when batches of `from` are not batches of `to`, and names both.
 inline void check_same_data(DataState const& from, DataState const& to) {
-  check(from.content == to.content, "the data is not the same: the state is of '", from.description, "', this source is '", to.description,
-        "'", from.description == to.description ? ", with another content" : "");
+  if (from.content != to.content)
+    fail("the data is not the same: the state is of '", one_line(from.description), "', this source is '", one_line(to.description), "'",
+         from.description == to.description ? ", with another content" : "");
   check(from.seed == to.seed, "the data's seed is not the same: the state's is ", from.seed, ", this source's is ", to.seed);
 }
 
@@ -9713,8 +9714,9 @@ class Windows final : public DataSource {
     check_batch_size(batch, seq_len);
     auto const tokens = text_.train();
     auto const length = std::ssize(tokens);
-    check(length / batch >= seq_len, name_, " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch,
-          " windows of ", seq_len);
+    if (length / batch < seq_len)
+      fail(one_line(name_), " has ", length, " bytes to train on (its first 90 %), too few for one batch of ", batch, " windows of ",
+           seq_len);
     into.resize(batch, seq_len);
     for (Index window = 0; window < batch; ++window) copy(tokens, random_.below(length - seq_len + 1), into, window);
   }
@@ -9729,7 +9731,8 @@ class Windows final : public DataSource {
     check_validation(batch, seq_len, windows);
     auto const tokens = text_.validation();
     auto const length = std::ssize(tokens);
-    check(length >= seq_len, name_, " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
+    if (length < seq_len)
+      fail(one_line(name_), " has ", length, " bytes to validate on (its last 10 %), too few for one window of ", seq_len);
     Index const count = std::min(windows, length / seq_len);
     check_memory(byte_count(size_product(count, seq_len), 2 * sizeof(std::int32_t)), "validation batches");
     std::vector<Batch> batches;

@@ -400,22 +400,22 @@ inline std::size_t machine_memory() {
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
   } catch (std::bad_alloc const&) {
   } catch (std::length_error const&) {
   }
-  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
 // Before many pieces are taken one by one.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
 // The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
 template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
@@ -1127,7 +1127,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 //                                               any number of each sequence, 0 included; then they stand there too. What the
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
+// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP

@@ -271,22 +271,22 @@ inline std::size_t machine_memory() {
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f) {
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
   } catch (std::bad_alloc const&) {
   } catch (std::length_error const&) {
   }
-  fail("out of memory: ", bytes, " bytes for ", what, " did not fit");
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
 // Before many pieces are taken one by one.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
 // The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); });
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
 template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
@@ -1792,7 +1792,7 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 //                                               any number of each sequence, 0 included; then they stand there too. What the
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the auxiliary loss alone.
+// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -8450,7 +8450,7 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
               Inputs<Out<T>> d_x) {
   Index const K = c.key_dim, V = c.value_dim;
   T const scale = static_cast<T>(c.scale);
-  std::vector<T> gradient(static_cast<std::size_t>(K * V)), projection(static_cast<std::size_t>(V));
+  std::vector<T> gradient(static_cast<std::size_t>(K * V)), projection(static_cast<std::size_t>(V)), zeros(static_cast<std::size_t>(V));
   T *const X = gradient.data(), *const u = projection.data();
   for (Index n = 0; n < s.tokens(); ++n)
     for (Index hk = 0; hk < c.num_heads; ++hk) {
@@ -8463,7 +8463,8 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
     for (Index n = sequence.length; n-- > 0;) {
       Index const t = sequence.start + n;
       T const *before = all.data() + n * K * V, *after = before + K * V, decay = std::exp(x.g(t, h)), beta = x.beta(t, h);
-      T const *q = x.q.row(t, hk), *k = x.k.row(t, hk), *e = saved.error.row(t, h), *d_o = d_y.o.row(t, h);
+      T const *q = x.q.row(t, hk), *k = x.k.row(t, hk), *e = saved.error.row(t, h);
+      T const* const d_o = d_y.o.empty() ? zeros.data() : d_y.o.row(t, h);
       T* d_v = d_x.v.row(t, h);
       std::fill_n(u, V, T(0));
       for (Index a = 0; a < K; ++a) axpy(scale * q[a], d_o, X + a * V, V);                    // (5)
