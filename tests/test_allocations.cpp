@@ -44,7 +44,7 @@ TEST_CASE("a training step after the first allocates nothing", "[laws]") {
   task.next_batch(2, 64, next);
   for (int step = 0; step < 3; ++step) {
     task.next_batch(2, 64, next);   // other tokens: the experts get other numbers of them
-    upload(cpu, next.tokens, batch.tokens);
+    refill(cpu, batch, next.tokens, next.targets);
     long const before = allocations;
     auto const result = train_step(cpu, model, params, optimizer, batch);
     long const after = allocations;

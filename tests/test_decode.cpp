@@ -253,10 +253,9 @@ TEMPLATE_TEST_CASE("a cache takes the bytes announced, and no step but the first
   auto cache = f.cache(2, 40);
   CHECK(f.cpu.pool().in_use() - before == announced);
   extend(f.cpu, f.model, f.params, some_tokens({5, 9}), cache);
-  auto const kept = f.cpu.pool().in_use();
   TokenLists next = some_tokens({1, 1});
   extend(f.cpu, f.model, f.params, next, cache);
-  auto const allocations = f.cpu.pool().allocations();
+  auto const allocations = f.cpu.pool().allocations(), kept = f.cpu.pool().in_use();
   for (int step = 0; step < 20; ++step) {
     next[0][0] = next[1][0] = static_cast<std::int32_t>(step % V);   // other experts
     extend(f.cpu, f.model, f.params, next, cache);

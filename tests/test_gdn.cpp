@@ -418,8 +418,9 @@ template <class T> std::vector<double> gate_gradients(gdn::GateStart start) {
   };
   auto const x = noise("x"), d_y = noise("d_y");
   Layer::Saved<ha::Owned<T, ha::Cpu>> saved;
-  Layer::forward(cpu, c, s, in(p), in(x), saved);
-  Layer::backward(cpu, c, s, in(p), in(x), std::move(saved), in(d_y), out(d_p));
+  ha::SequencesOn<ha::Cpu> const on_cpu{cpu, s};
+  Layer::forward(cpu, c, on_cpu, in(p), in(x), saved);
+  Layer::backward(cpu, c, on_cpu, in(p), in(x), std::move(saved), in(d_y), out(d_p));
   auto result = doubles(ha::download(cpu, d_p.prepare.a_log));
   for (T d : ha::download(cpu, d_p.prepare.dt_bias)) result.push_back(static_cast<double>(d));
   return result;

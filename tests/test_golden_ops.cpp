@@ -82,7 +82,7 @@ template <class T> void rope(Run<T>& run) {
   Index const largest = std::ranges::max(c.integers("positions"));
   auto angles = run.unset(Shape<3>{largest + 1, 2, options.rotary_dim / 2});
   auto y = run.unset(shape), d_x = run.unset(shape);
-  On<ha::Rope, Cpu>::angles(run.cpu(), options, out(angles));
+  On<ha::RopeAngles, Cpu>::forward(run.cpu(), options, {}, out(angles));
   On<ha::Rope, Cpu>::forward(run.cpu(), options, in(angles), in(positions), in(x), out(y));
   On<ha::Rope, Cpu>::backward(run.cpu(), options, in(angles), in(positions), in(d_y), out(d_x));
   run.compare("y", y);

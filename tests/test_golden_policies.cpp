@@ -216,7 +216,7 @@ template <class Policy, class T, class Params, class Names>
 void layer(Run<T>& run, typename Policy::Config const& config, Params const& shapes, Names names) {
   using Layer = ha::Attention<Policy>;
   Case const& c = run.c();
-  auto const s = c.sequences();
+  ha::SequencesOn<Cpu> const s{run.cpu(), c.sequences()};
   Shape<2> const rows{c.tokens(), c.size("C")};
   auto params = run.unset(shapes), d_params = run.unset(shapes);
   run.read(names(out(params)));

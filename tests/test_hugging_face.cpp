@@ -79,7 +79,7 @@ template <class Model, class T> struct ModelIn final : AnyModel {
     keep(values, "hidden.layer" + std::to_string(Model::Stack::depth - 1), saved.x);
     keep(values, "hidden.final_norm", saved.x_normed);
     saved.blocks.for_each_layer([&](int i, auto const& block) { keep_block(values, i, block); }, saved.blocks);
-    auto const result = model.backward(cpu, params, batch, std::move(saved), 1 / static_cast<double>(counted(cpu, batch)));
+    auto const result = model.backward(cpu, params, batch, std::move(saved), 1 / static_cast<double>(batch.counted));
     values["loss"] = {{}, {result.loss.mean() + result.auxiliary_loss}};
     values["aux_loss"] = {{}, {result.auxiliary_loss}};
     keep_group(values, "grad.", result.params);

@@ -272,6 +272,7 @@ TEST_CASE("in every stage, steps over parts of a batch are one step over it, and
 TEST_CASE("Saved takes the bytes announced in every stage, and no step but a stage's first allocates") {
   Fixture<float> f;
   auto const batch = f.batch();
+  f.model.forward(f.cpu, f.params, batch);   // rotary angles belong to the batch
   for (Stage stage : {Stage::dense_warm_up, Stage::sparse, Stage::language_model}) {
     auto const staged = f.model.at(stage);
     auto const before = f.cpu.pool().in_use();

@@ -78,8 +78,9 @@ template <class Stack, class T> struct Fixture {
     typename Stack::template Saved<ha::Owned<T, ha::Cpu>> saved;
     auto gradients = ha::allocate<T>(cpu, Stack::gradients(c));
     auto const p = in(params);
-    auto const y = Stack::forward(cpu, c, s, p.blocks, tensor(x), saved);
-    return download(cpu, Stack::backward(cpu, c, s, p.blocks, std::move(saved), tensor(d_y), out(gradients)));
+    ha::SequencesOn<ha::Cpu> const on_cpu{cpu, s};
+    auto const y = Stack::forward(cpu, c, on_cpu, p.blocks, tensor(x), saved);
+    return download(cpu, Stack::backward(cpu, c, on_cpu, p.blocks, std::move(saved), tensor(d_y), out(gradients)));
   }
 };
 
@@ -268,6 +269,7 @@ TEMPLATE_TEST_CASE("Saved takes the bytes announced, and no step but the first a
   Fixture<TestType, float> f;
   auto const s = ha::Sequences::equal(2, 33);
   auto const batch = f.batch(s, some_tokens(66));
+  f.model.forward(f.cpu, f.params, batch);   // rotary angles belong to the batch
   auto const before = f.cpu.pool().in_use();
   {
     auto const saved = f.model.forward(f.cpu, f.params, batch);
@@ -547,6 +549,33 @@ TEST_CASE("a step on a batch without targets changes nothing but the count of st
   CHECK(train_step(f.cpu, f.model, f.params, optimizer, batch).gradient_norm == 0);
   CHECK(same_bits(before, all_values(f, f.params)));
   CHECK(optimizer.steps() == 1);
+}
+
+TEST_CASE("a token or a target outside of the vocabulary is refused with its place, before any work") {
+  Fixture<One, float> f;
+  using Catch::Matchers::Contains;
+  ha::AdamW optimizer{f.cpu, f.params};
+  auto const before = all_values(f, f.params);
+  auto const refused = [&](std::vector<std::int32_t> tokens, std::vector<std::int32_t> targets, std::string const& sentence) {
+    auto const batch = make_batch(f.cpu, ha::Sequences::equal(1, 3), tokens, targets);
+    CHECK_THROWS_WITH(train_step(f.cpu, f.model, f.params, optimizer, batch), Contains(sentence));
+    CHECK_THROWS_WITH(f.model.loss(f.cpu, f.params, batch), Contains(sentence));
+  };
+  refused({0, 19, 2}, {0, 1, 2}, "token 19 at place 1 is not in the vocabulary; allowed: 0 .. 18");
+  refused({0, 1, -1}, {0, 1, 2}, "token -1 at place 2 is not in the vocabulary; allowed: 0 .. 18");
+  refused({0, 1, 2}, {19, 1, 2}, "target 19 at place 0 is not in the vocabulary; allowed: 0 .. 18, or < 0 for none");
+  CHECK(same_bits(before, all_values(f, f.params)));
+
+  auto batch = make_batch(f.cpu, ha::Sequences::equal(1, 3), std::vector<std::int32_t>{0, 1, 2}, std::vector<std::int32_t>{-1, -2, 18});
+  CHECK(train_step(f.cpu, f.model, f.params, optimizer, batch).loss.count == 1);
+  refill(f.cpu, batch, std::vector<std::int32_t>{0, 1, 2}, std::vector<std::int32_t>{3, -2, 30});
+  CHECK_THROWS_WITH(train_step(f.cpu, f.model, f.params, optimizer, batch), Contains("target 30 at place 2"));
+  CHECK_THROWS_WITH(refill(f.cpu, batch, std::vector<std::int32_t>{0, 1}, std::vector<std::int32_t>{3, 4}),
+                    Contains("sequences of 3 tokens"));
+
+  auto cache = ha::make_cache<float>(f.cpu, f.model, {.batch = 1, .capacity = 4});
+  CHECK_THROWS_WITH(extend(f.cpu, f.model, f.params, {{1, 19}}, cache), Contains("token 19 at place 1"));
+  CHECK(cache.lengths()[0] == 0);
 }
 
 TEST_CASE("a batch without tokens, or of sequences without their beginning, is refused") {

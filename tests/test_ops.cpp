@@ -68,7 +68,7 @@ TEST_CASE("a rotation with no share copies, and backward turns forward back") {
     for (bool interleaved : {false, true}) {
       ha::Rope::Options const o{rotary_dim, 10000, interleaved};
       ha::Tensor<double, 3, ha::Cpu> angles{cpu, {10, 2, rotary_dim / 2}};
-      if (angles) ha::On<ha::Rope, ha::Cpu>::angles(cpu, o, out(angles));
+      if (angles) ha::On<ha::RopeAngles, ha::Cpu>::forward(cpu, o, {}, out(angles));
       ha::On<ha::Rope, ha::Cpu>::forward(cpu, o, in(angles), at, ha::View<double const, 3>(heads(x)), heads(y));
       ha::On<ha::Rope, ha::Cpu>::backward(cpu, o, in(angles), at, ha::View<double const, 3>(heads(y)), heads(back));
       CHECK((back - x).cwiseAbs().maxCoeff() < 1e-15);
@@ -76,7 +76,7 @@ TEST_CASE("a rotation with no share copies, and backward turns forward back") {
     }
 }
 
-TEST_CASE("the loss counts only tokens with a target, takes the first of equal logits, and refuses targets outside") {
+TEST_CASE("the loss counts only tokens with a target, takes the first of equal logits") {
   ha::Cpu cpu{1};
   Rows const logits = Rows::Zero(3, 5);
   std::vector<std::int32_t> const targets{0, -100, 2};
@@ -85,10 +85,6 @@ TEST_CASE("the loss counts only tokens with a target, takes the first of equal l
   CHECK(sum.count == 2);
   CHECK(sum.correct == 1);
   CHECK(sum.mean() == Approx(std::log(5.0)));
-  std::vector<std::int32_t> const wrong{0, 1, 5};
-  Rows const x = noise(3, 4, "x"), w = noise(5, 4, "w");
-  CHECK_THROWS_WITH((ha::On<ha::CrossEntropy, ha::Cpu>::forward(cpu, read(x), read(w), ha::View<std::int32_t const, 1>{wrong.data(), {3}})),
-                    Catch::Matchers::Contains("target 5 at place 2") && Catch::Matchers::Contains("0 .. 4"));
 }
 
 TEST_CASE("a schedule past its end holds its floor") {

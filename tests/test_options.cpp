@@ -341,7 +341,7 @@ void operations() {
              Index const half = std::clamp<Index>(o.rotary_dim, 0, 8) / 2;
              ha::View<float, 3> const table{angles.data(), {2, 2, half}};
              std::fill(y.begin(), y.end(), std::nanf(""));
-             Op::angles(cpu, o, table);
+             ha::On<ha::RopeAngles, ha::Cpu>::forward(cpu, o, ha::View<std::int32_t const, 1>{}, table);
              Op::forward(cpu, o, ha::View<float const, 3>(table), {}, ha::View<float const, 3>{x.data(), {2, 1, 8}},
                          ha::View<float, 3>{y.data(), {2, 1, 8}});
              CHECK(y == x);   // all is zero, and written

@@ -237,7 +237,7 @@ std::vector<Case> rope_cases() {
         cases.push_back({named("Rope", N, rotary_dim, interleaved), [=](Run& r) {
                            ha::Rope::Options const o{rotary_dim, 10000, interleaved};
                            auto const angles = r.out(N, 2, rotary_dim / 2);
-                           if (!angles.empty()) On<ha::Rope>::angles(r.cpu(), o, angles);
+                           if (!angles.empty()) On<ha::RopeAngles>::forward(r.cpu(), o, {}, angles);
                            for (auto const& positions : {View<std::int32_t const, 1>{}, r.whole(Whole(static_cast<std::size_t>(N), 1))}) {
                              On<ha::Rope>::forward(r.cpu(), o, View<float const, 3>(angles), positions, r.in(N, 2, 8), r.out(N, 2, 8));
                              On<ha::Rope>::backward(r.cpu(), o, View<float const, 3>(angles), positions, r.in(N, 2, 8), r.out(N, 2, 8));

@@ -60,10 +60,8 @@ inline std::vector<std::string> compiled_names() {
 class Feeder {
  public:
   ha::TokenBatch<ha::Cpu> const& upload(ha::Cpu& cpu, ha::Batch const& host) {
-    if (!batch_ || batch_->sequences.tokens() != std::ssize(host.tokens))
-      batch_ = make_batch(cpu, ha::Sequences::equal(host.batch, host.seq_len), host.tokens, host.targets);
-    ha::upload(cpu, host.tokens, batch_->tokens);
-    ha::upload(cpu, host.targets, batch_->targets);
+    if (!batch_ || batch_->sequences.count() != host.batch || batch_->sequences.longest() != host.seq_len) batch_ = make_batch(cpu, host);
+    else refill(cpu, *batch_, host.tokens, host.targets);
     return *batch_;
   }
 

@@ -19,30 +19,28 @@ enum class Rotary { half_split, interleaved };
 // Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
 constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
 
-// Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
-// continue others, of each token's own.
+// Rotary positions for all the heads of a layer, by the batch's angles.
 template <class T, class B> class Rotation {
  public:
-  Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
+  Rotation(B& backend, SequencesOn<B> const& s, Index head_dim, int percent, Rotary pairs, double theta)
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
-    bool const of_tokens = s.any_continue();
-    if (!of_tokens) positions_ = s.positions();
-    angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
-    if (turns()) On<Rope, B>::angles(backend, options_, of_tokens ? s.positions() : View<std::int32_t const, 1>{}, out(angles_));
+    if (!s.any_continue()) positions_ = s.table().positions;
+    if (options_.rotary_dim == 0) return;
+    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+      On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
+    });
   }
-  bool turns() const { return static_cast<bool>(angles_); }
+  bool turns() const { return !angles_.empty(); }
   // Without a rotary share these copy.
-  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const {
-    On<Rope, B>::forward(backend, options_, in(angles_), positions_, x, y);
-  }
+  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
   void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
-    On<Rope, B>::backward(backend, options_, in(angles_), positions_, d_y, d_x);
+    On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
   }
 
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
-  Tensor<T, 3, B> angles_;
+  View<T const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.

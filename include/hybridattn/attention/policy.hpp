@@ -16,14 +16,15 @@
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
+// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
 
 #include <hybridattn/core/allowed.hpp>
-#include <hybridattn/core/sequences.hpp>
 #include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/roles.hpp>
+#include <hybridattn/tensor/sequences_on.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -76,19 +77,19 @@ concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Ind
 
 template <class P, class B, class T>
 concept HasForward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
-             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
 template <class P, class B, class T>
 concept HasBackward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
-             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
              typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
 template <class P>
 concept HasCache = requires(typename P::Config c, Index n) {
   { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
 };
 template <class P, class B, class T>
-concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
 // Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.

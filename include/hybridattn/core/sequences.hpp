@@ -71,6 +71,7 @@ class Sequences {
   }
 
   std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
   Sequence operator[](std::size_t i) const { return list_[i]; }
   auto begin() const { return list_.begin(); }
   auto end() const { return list_.end(); }

@@ -72,10 +72,10 @@ template <class Stack, class T, class B> class Cache {
 
   // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
   struct Call {
-    Sequences sequences;
+    SequencesOn<B> sequences;
     std::vector<std::int32_t> tokens;
   };
-  Call const& next(TokenLists const& tokens) {
+  Call const& next(B& backend, TokenLists const& tokens) {
     check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
     new_lengths_.clear();
     call_.tokens.clear();
@@ -83,7 +83,7 @@ template <class Stack, class T, class B> class Cache {
       new_lengths_.push_back(std::ssize(of_sequence));
       call_.tokens.insert(call_.tokens.end(), of_sequence.begin(), of_sequence.end());
     }
-    call_.sequences.assign(lengths_, new_lengths_);
+    call_.sequences.assign(backend, lengths_, new_lengths_);
     check_fits(call_.sequences, batch(), capacity_);
     return call_;
   }

@@ -9,7 +9,7 @@ namespace infer {
 
 // x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
 template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequences const& s,
+Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, SequencesOn<B> const& s,
                                 typename Attention<P>::template Params<In<T>> const& p, View<T const, 2> x,
                                 typename P::template Cache<Out<T>> const& cache) {
   using Prepare = typename P::Prepare;
@@ -40,7 +40,7 @@ Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequenc
 
 // As in nn/block.hpp.
 template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                       typename Block<P>::template Params<In<T>> const& p, Tensor<T, 2, B> x,
                       typename P::template Cache<Out<T>> const& cache) {
   Tensor<T, 2, B> normed{backend, x.shape()};
@@ -56,8 +56,9 @@ Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const
 
 // As in nn/stack.hpp.
 template <class Stack, class B, class T>
-Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, Sequences const& s, typename Stack::template Params<In<T>> const& params,
-                      Tensor<T, 2, B> x, typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
+Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, SequencesOn<B> const& s,
+                      typename Stack::template Params<In<T>> const& params, Tensor<T, 2, B> x,
+                      typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
   params.for_each(
       [&](auto type, std::size_t layer, auto& p, auto& cache) {
         using Block = typename decltype(type)::type;
@@ -74,7 +75,7 @@ enum class Rows { all, last };
 // [N, V], or a row for the last token of each sequence that has new ones.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       Sequences const& s, Rows rows, Tensor<T, 2, B> x) {
+                       SequencesOn<B> const& s, Rows rows, Tensor<T, 2, B> x) {
   if (rows == Rows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
@@ -105,8 +106,9 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache, Rows rows) {
   check_sizes(model, cache);
-  auto const& call = cache.next(tokens);
+  auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {};
+  TokenRange::of(call.tokens).check_tokens(model.config().vocab_size);
   auto const p = in(params);
   Tensor<std::int32_t, 1, B> numbers{backend, {std::ssize(call.tokens)}};
   upload(backend, call.tokens, numbers);

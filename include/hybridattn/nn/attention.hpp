@@ -78,7 +78,7 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>>& saved) {
     static_assert(HasForward<Policy, B, T>,
                   "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
@@ -104,7 +104,7 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
     auto d_x = zeros<T>(backend, x.shape);
     Tensor<T, 3, B> d_o = zeros<T>(backend, saved.outputs.o.shape());
@@ -121,7 +121,7 @@ template <AttentionPolicy Policy> struct Attention {
   }
   // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
     if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, d_p);
   }
@@ -139,7 +139,7 @@ template <AttentionPolicy Policy> struct Attention {
   // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
   // detached is wanted where its matrix has a gradient.
   template <class B, class T>
-  static void project_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Params<Out<T>> const& d_p) {
     Inputs<Owned<T, B>> d_inputs;
     Inputs<Narrow<Owned<T, B>>> d_raw;

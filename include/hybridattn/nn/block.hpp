@@ -76,7 +76,7 @@ template <AttentionPolicy P> struct Block {
 
   // x moves into Saved.
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                                  Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved) {
     saved.x = std::move(x);
     saved.x_normed = {backend, saved.x.shape()};
@@ -92,7 +92,7 @@ template <AttentionPolicy P> struct Block {
 
   // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
     {
       auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
@@ -106,7 +106,7 @@ template <AttentionPolicy P> struct Block {
   }
   // Of the policy's auxiliary loss alone.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, typename P::Config const& mixer, Sequences const& s, Params<In<T>> const& p,
+  static void auxiliary_backward(B& backend, typename P::Config const& mixer, SequencesOn<B> const& s, Params<In<T>> const& p,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
     Mixer::auxiliary_backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), d_p.attention);
   }

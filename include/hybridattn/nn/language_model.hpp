@@ -5,16 +5,11 @@
 
 #include <hybridattn/nn/balance_loss.hpp>
 #include <hybridattn/nn/stack.hpp>
+#include <hybridattn/nn/token_batch.hpp>
 #include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
 #include <hybridattn/ops/embedding/embedding.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
-template <class B> struct TokenBatch {
-  Sequences sequences;
-  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
-};
 
 template <class S_> class LanguageModel {
  public:
@@ -120,6 +115,8 @@ template <class S_> class LanguageModel {
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
     check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
+    batch.token_range.check_tokens(config_.vocab_size);
+    batch.target_range.check_targets(config_.vocab_size);
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};

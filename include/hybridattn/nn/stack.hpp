@@ -59,7 +59,7 @@ template <AttentionPolicy... Policies> struct Stack {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
                                  Saved<Owned<T, B>>& saved) {
     params.for_each(
         [&](auto block, std::size_t layer, auto& p, auto& kept) {
@@ -70,8 +70,8 @@ template <AttentionPolicy... Policies> struct Stack {
     return x;
   }
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
-                                  Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
+                                  Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
     params.for_each_reversed(
         [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
@@ -83,8 +83,8 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Of the policies' auxiliary losses alone: no layer sends anything to another.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
-                                 Params<Out<T>> const& d_params) {
+  static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_params) {
     params.for_each(
         [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;

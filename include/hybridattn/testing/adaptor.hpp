@@ -197,7 +197,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class U, class M, class Which>
   Result run_on(M& backend, Case const& x, Surroundings const& around, HostGroup const& chosen, Which) const {
     using Role = FencedRole<U, M>;
-    Sequences const& s = x.sequences;
+    SequencesOn<M> const s{backend, x.sequences};
     auto const in_shapes = input_shapes(s, x.carried);
     auto const out_shapes = output_shapes(s, x.carried);
     auto const saved_shapes = P::saved(config_, s);
@@ -243,7 +243,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     std::vector<Index> past(x.sequences.size());
     for (std::size_t call = 0; call < calls.size(); ++call) {
       if (call <= 2) allocations = backend.pool().allocations();
-      extend(backend, x, Sequences::continuing(past, calls[call]), around, cache, result);
+      extend(backend, x, {backend, Sequences::continuing(past, calls[call])}, around, cache, result);
       for (std::size_t i = 0; i < past.size(); ++i) past[i] += calls[call][i];
     }
     result.later_allocations = backend.pool().allocations() - allocations;
@@ -253,7 +253,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
   // One call, whose outputs go to their places.
   template <class Cache>
-  void extend(B& backend, Case const& x, Sequences const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
+  void extend(B& backend, Case const& x, SequencesOn<B> const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
     std::vector<Part> parts;
     for (std::size_t i = 0; i < s.size(); ++i) parts.push_back({static_cast<Index>(i), s[i].past, s[i].past + s[i].length});
     Inputs<FencedRole<T, B>> inputs;

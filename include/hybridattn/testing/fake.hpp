@@ -4,6 +4,7 @@
 #define HYBRIDATTN_TESTING_FAKE_HPP
 
 #include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/tensor/roles.hpp>
 
 #include <sys/mman.h>
 
@@ -40,6 +41,16 @@ class Fake {
     std::memcpy(to, from, bytes);
   }
   Pool& pool() { return pool_; }
+
+  // Whether memory is this device's.
+  bool owns(void const* memory) const { return memory_ <= memory && memory < memory_ + capacity; }
+  // What an operation is given, alone or in a group: memory of the host is none that a device could read.
+  template <class T, int Rank> void arrives(View<T, Rank> const& view) const {
+    check(view.count() == 0 || owns(view.data), "Fake: an operation was given memory of the host");
+  }
+  template <class Argument> void arrives(Argument const& argument) const {
+    if constexpr (FieldGroup<Argument>) zip([&](Path const&, auto const& view) { arrives(view); }, argument);
+  }
 
   // f(inner): the only place where the memory is there.
   template <class F> auto run(F&& f) {

@@ -6,26 +6,11 @@
 #include <hybridattn/train/adamw.hpp>
 #include <hybridattn/train/data.hpp>
 
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <span>
 #include <string>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
-template <class B>
-TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
-  check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(),
-        " tokens and ", targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
-  check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
-  Shape<1> const shape{sequences.tokens()};
-  TokenBatch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
-  upload(backend, tokens, batch.tokens);
-  upload(backend, targets, batch.targets);
-  return batch;
-}
 
 // Windows of a data source (train/data.hpp) on a machine.
 template <class B> TokenBatch<B> make_batch(B& backend, Batch const& host) {
@@ -44,19 +29,6 @@ struct StepOptions {
   double rate = 1;                      // factor for the learning rate
   Stage stage = Stage::language_model;  // what is trained
 };
-
-// Tokens that have a target. Read piece by piece: a training step takes no memory.
-template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
-  std::array<std::int32_t, 256> piece;
-  Index const N = batch.sequences.tokens();
-  Index count = 0;
-  for (Index first = 0; first < N; first += std::ssize(piece)) {
-    Index const length = std::min(N - first, std::ssize(piece));
-    backend.download(piece.data(), in(batch.targets).data + first, static_cast<std::size_t>(length) * sizeof(std::int32_t));
-    count += std::count_if(piece.begin(), piece.begin() + length, [](std::int32_t target) { return target >= 0; });
-  }
-  return count;
-}
 
 namespace detail {
 
@@ -96,7 +68,7 @@ StepResult accumulated_step(B& backend, Model const& model, Params& params, Adam
   check_not_negative("StepOptions", "rate", options.rate);
   if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
   Index count = 0;
-  for (auto const& batch : batches) count += counted(backend, batch);
+  for (auto const& batch : batches) count += batch.counted;
   double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
 
   StepResult result;

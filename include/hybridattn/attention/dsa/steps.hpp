@@ -36,7 +36,7 @@ template <SparseOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -55,7 +55,7 @@ template <SparseOptions O> struct Prepare {
   }
   // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       if (!d_raw.q.empty()) {
@@ -72,8 +72,8 @@ template <SparseOptions O> struct Prepare {
  private:
   // Rotary, then the norm, as HeadNorm does.
   template <class B, class T>
-  static void index_backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>> d_x,
-                             Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
+                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     [[maybe_unused]] Tensor<T, 2, B> turned;
     View<T const, 2> d_normed = d_x.index_k;
     if constexpr (O.index_rotary_percent > 0) {

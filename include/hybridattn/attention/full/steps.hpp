@@ -25,7 +25,7 @@ template <FullOptions O> struct Prepare {
   static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -33,7 +33,7 @@ template <FullOptions O> struct Prepare {
     }
   }
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
@@ -44,7 +44,7 @@ template <FullOptions O> struct Prepare {
 
  private:
   static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
-  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, Sequences const& s) {
+  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
     return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
   }
 };

@@ -42,7 +42,7 @@ template <GdnOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     convolve(backend, s, raw.q, p.conv_q, x.q);
     convolve(backend, s, raw.k, p.conv_k, x.k);
     convolve(backend, s, raw.v, p.conv_v, x.v);
@@ -50,7 +50,7 @@ template <GdnOptions O> struct Prepare {
   }
   // The convolutions go on where the cache says.
   template <class B, class T>
-  static void extend(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
+  static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
                      Inputs<Out<T>> x) {
     convolve_on(backend, s, raw.q, p.conv_q, cache.conv_q, x.q);
     convolve_on(backend, s, raw.k, p.conv_k, cache.conv_k, x.k);
@@ -58,7 +58,7 @@ template <GdnOptions O> struct Prepare {
     normalise_and_gate(backend, raw, p, x);
   }
   template <class B, class T>
-  static void backward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
@@ -78,24 +78,25 @@ template <GdnOptions O> struct Prepare {
   }
   // What stands before a sequence that begins is zero.
   template <class B, class T>
-  static void convolve_on(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
+  static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
     for (Index i = 0; i < s.count() && !state.empty(); ++i)
       if (Sequence const sequence = s[static_cast<std::size_t>(i)]; sequence.past == 0 && sequence.length > 0)
         On<Fill, B>::forward(backend, T(0), View<T, 1>{state.row(i, 0), {state.extent(1) * state.extent(2)}});
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>(state), as_rows(y), state);
   }
-  template <class B, class T> static void convolve(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> y) {
+  template <class B, class T> static void convolve(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w,
+                                                   View<T, 3> y) {
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
   }
   template <class B, class T>
-  static void convolve_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void convolve_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                                 View<T, 3> d_raw, View<T, 2> d_w) {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
   // Through the length and the convolution, whose output is formed again rather than kept.
   template <class B, class T>
-  static void unit_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                             View<T, 3> d_raw, View<T, 2> d_w) {
     Tensor<T, 3, B> convolved{backend, raw.shape}, d_convolved{backend, raw.shape};
     convolve(backend, s, raw, w, out(convolved));

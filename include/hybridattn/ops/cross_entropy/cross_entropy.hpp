@@ -1,7 +1,7 @@
 // The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
 //   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
 //   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
-// A target below 0 is not counted. With nothing to count, loss and gradients are 0.
+// A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
 #ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
 #define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
 

@@ -6,7 +6,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; tokens are in 0 .. V - 1
 //   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
 struct Embedding {};
 

@@ -10,9 +10,12 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Rope, Cpu> {
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+namespace cpu::detail {
+inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+}  // namespace cpu::detail
+
+template <> struct On<RopeAngles, Cpu> {
+  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
     check_positive("Rope", "theta", o.theta);
     Index const half = angles.extent(2);
     cpu::Scratch<double> const frequencies{cpu, half};
@@ -21,12 +24,15 @@ template <> struct On<Rope, Cpu> {
     parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index row = first; row < last; ++row)
         for (Index i = 0; i < half; ++i) {
-          double const angle = static_cast<double>(row_of(positions, row)) * frequencies.data()[i];
+          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
           angles(row, 0, i) = static_cast<T>(std::cos(angle));
           angles(row, 1, i) = static_cast<T>(std::sin(angle));
         }
     });
   }
+};
+
+template <> struct On<Rope, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
@@ -39,7 +45,6 @@ template <> struct On<Rope, Cpu> {
   }
 
  private:
-  static Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
@@ -48,7 +53,7 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(row_of(positions, n), 0), *sine = angles.row(row_of(positions, n), 1);
+        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);

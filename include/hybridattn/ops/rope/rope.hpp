@@ -8,12 +8,10 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
-//   angles  (backend, options, positions, angles)            of these positions [P]
 //   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
 //                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
-// They throw on a theta that is not positive, and on a rotary_dim that is odd or does not fit the head.
+// They throw on a rotary_dim that is odd or does not fit the head.
 struct Rope {
   struct Options {
     Index rotary_dim = 0;
@@ -21,6 +19,9 @@ struct Rope {
     bool interleaved = false;
   };
 };
+//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+struct RopeAngles {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 

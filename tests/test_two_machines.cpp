@@ -1,0 +1,129 @@
+// A whole model on a device whose memory the host cannot read, which refuses memory of the host: the bits of the CPU, for every
+// policy, dense and mixture, in every stage of training, and in decoding.
+#include "catch.hpp"
+#include "counting.hpp"
+
+#include <hybridattn/hybridattn.hpp>
+#include <hybridattn/testing/fake.hpp>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+using Fake = ha::testing::Fake;
+using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5, .index_rotary_percent = 50, .index_norm = true}>;
+using Windowed = ha::FullAttention<ha::FullOptions{.window = 7, .qk_norm = ha::QkNorm::plain, .rotary = ha::Rotary::interleaved}>;
+using Stack = ha::Stack<ha::GDN, Windowed, Sparse, ha::Full>;
+using Model = ha::LanguageModel<Stack>;
+
+Model::Config config(bool mixture) {
+  Model::Config c{.vocab_size = 19, .model_dim = 24, .num_heads = 2, .feed_forward = {.hidden_dim = 20}};
+  if (mixture)
+    c.feed_forward = {.hidden_dim = 20,
+                      .num_experts = 4,
+                      .top_k = 2,
+                      .expert_dim = 12,
+                      .shared_dim = 8,
+                      .decoder_sparse_step = 2,
+                      .balance_coefficient = 0.1};
+  c.tie_embedding = mixture;
+  return c;
+}
+std::vector<std::int32_t> tokens(Index count, std::uint64_t seed) {
+  ha::Random random{ha::Seed{seed}, "tokens"};
+  std::vector<std::int32_t> list;
+  for (Index i = 0; i < count; ++i) list.push_back(static_cast<std::int32_t>(random.below(19)));
+  return list;
+}
+
+// All that a machine computes, as numbers on the host.
+template <class B> struct Run {
+  B backend{2};
+  Model model;
+  typename Model::template Params<ha::Owned<float, B>> params;
+  std::vector<double> numbers;
+  std::vector<float> values;
+
+  explicit Run(Model::Config const& c) : model(c), params(model.template initialize<float>(backend, ha::Seed{3})) {}
+
+  auto batch(std::uint64_t seed) {
+    return make_batch(backend, ha::Sequences::packed(std::vector<Index>{0, 9, 9, 10, 26}), tokens(26, seed), tokens(26, seed + 1));
+  }
+  void keep(ha::StepResult const& result) {
+    numbers.insert(numbers.end(), {result.loss.loss, static_cast<double>(result.loss.correct), result.auxiliary_loss, result.policy_loss,
+                                   result.gradient_norm});
+  }
+  template <class Tensor> void keep_values(Tensor const& tensor) {
+    auto const more = download(backend, tensor);
+    values.insert(values.end(), more.begin(), more.end());
+  }
+  void train(ha::Stage stage) {
+    ha::AdamW optimizer{backend, params, {.learning_rate = 0.01}};
+    auto const first = batch(1);
+    for (int step = 0; step < 2; ++step) keep(train_step(backend, model, params, optimizer, first, {.stage = stage}));
+    std::vector<ha::TokenBatch<B>> both;
+    both.push_back(batch(5));
+    both.push_back(batch(7));
+    keep(accumulated_step(backend, model, params, optimizer, std::span<ha::TokenBatch<B> const>(both), {.stage = stage}));
+    numbers.push_back(model.loss(backend, params, first).loss);
+    ha::zip([&](ha::Path const&, auto const& tensor) { keep_values(tensor); }, params);
+  }
+  void decode() {
+    auto cache = ha::make_cache<float>(backend, model, {.batch = 2, .capacity = 20});
+    keep_values(extend(backend, model, params, {{1, 2, 3}, {4}}, cache));
+    keep_values(extend_to_last(backend, model, params, {{5}, {6, 7}}, cache));
+    for (auto const& list : generate(backend, model, params, {{1, 2}, {3}}, {.max_new_tokens = 5, .sampling = {.temperature = 0}}).tokens)
+      numbers.insert(numbers.end(), list.begin(), list.end());
+  }
+};
+
+template <class Work> void check_same_bits(bool mixture, Work work) {
+  Run<ha::Cpu> cpu{config(mixture)};
+  Run<Fake> fake{config(mixture)};
+  work(cpu);
+  work(fake);
+  CHECK(cpu.numbers == fake.numbers);
+  CHECK(cpu.values == fake.values);
+  CHECK(!cpu.values.empty());
+}
+
+}  // namespace
+
+TEST_CASE("a model trains on a device that the host cannot read, with the bits of the CPU", "[laws]") {
+  for (bool const mixture : {false, true})
+    for (ha::Stage const stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})
+      check_same_bits(mixture, [&](auto& run) { run.train(stage); });
+}
+TEST_CASE("a model decodes on a device that the host cannot read, with the bits of the CPU", "[laws]") {
+  for (bool const mixture : {false, true}) check_same_bits(mixture, [](auto& run) { run.decode(); });
+}
+
+TEST_CASE("a device refuses memory of the host, alone or in a group") {
+  Fake fake;
+  std::vector<float> host(8);
+  ha::Tensor<float, 1, Fake> tensor{fake, {8}};
+  auto const refusal = Catch::Matchers::Contains("an operation was given memory of the host");
+  CHECK_THROWS_WITH((ha::On<ha::Fill, Fake>::forward(fake, 0.0f, ha::View<float, 1>{host.data(), {8}})), refusal);
+  CHECK_NOTHROW((ha::On<ha::Fill, Fake>::forward(fake, 0.0f, out(tensor))));
+  ha::Full::Config const c{.num_heads = 1, .num_kv_heads = 1, .head_dim = 8};
+  auto const s = ha::SequencesOn<Fake>{fake, ha::Sequences::equal(1, 1)};
+  auto x = ha::allocate<float>(fake, ha::Full::inputs(c, s));
+  auto y = ha::allocate<float>(fake, ha::Full::outputs(c, s));
+  auto saved = ha::allocate<float>(fake, ha::Full::saved(c, s));
+  auto inputs = ha::in(x);
+  inputs.v.data = host.data();
+  CHECK_THROWS_WITH((ha::On<ha::Full, Fake>::forward(fake, c, s, inputs, ha::out(y), ha::out(saved))), refusal);
+}
+
+TEST_CASE("rotary angles are made once for a batch and a size, whatever the layers and passes") {
+  Run<Counting> run{config(false)};
+  ha::AdamW optimizer{run.backend, run.params};
+  auto const batch = run.batch(1);
+  for (int step = 0; step < 3; ++step) train_step(run.backend, run.model, run.params, optimizer, batch, {.stage = ha::Stage::sparse});
+  CHECK(run.backend.angles == 2);   // of heads of 12, 25 % of which turn, and of the indexer's, 50 %
+  auto cache = ha::make_cache<float>(run.backend, run.model, {.batch = 1, .capacity = 20});
+  run.backend.reset();
+  for (int call = 0; call < 3; ++call) extend(run.backend, run.model, run.params, {{1, 2, 3}}, cache);
+  CHECK(run.backend.angles == 3 * 2);
+}
