@@ -85,7 +85,7 @@ std::string bits_of(Run& run) {
   append_bits(run.cpu, run.params, bits);
   append_bits(run.cpu, run.optimizer.state().mean, bits);
   append_bits(run.cpu, run.optimizer.state().square, bits);
-  for (Index updates : run.optimizer.state().updates) bits += std::to_string(updates) + " ";
+  for (Index updates : run.optimizer.updates(run.cpu)) bits += std::to_string(updates) + " ";
   return bits + std::to_string(run.optimizer.steps());
 }
 bool same_bits(std::vector<double> const& a, std::vector<double> const& b) {

@@ -230,19 +230,22 @@ template <class T> void cross_entropy(Run<T>& run) {
   double const scale = c.doubles("d_loss").at(0) / static_cast<double>(counted);   // the files hold means
   Shape<2> const logits_shape{c.tokens(), c.size("vocab")};
   ha::LossSum loss;
+  View<ha::LossSum, 1> const sum{&loss, {1}};
   if (c.contains("logits")) {
     auto const logits = run.read("logits", logits_shape);
     auto d_logits = run.unset(logits_shape);
-    loss = On<ha::SoftmaxLoss, Cpu>::forward(run.cpu(), in(logits), in(labels), scale, out(d_logits));
+    On<ha::SoftmaxLoss, Cpu>::forward(run.cpu(), in(logits), in(labels), scale, out(d_logits), sum);
     run.compare("d_logits", d_logits);
   } else {
     Shape<2> const rows{c.tokens(), c.size("C")}, weights{c.size("vocab"), c.size("C")};
     auto const x = run.read("x", rows), w = run.read("weight", weights);
     auto d_x = run.unset(rows), d_w = ha::zeros<T>(run.cpu(), weights);   // backward adds to d_w
-    loss = On<ha::CrossEntropy, Cpu>::backward(run.cpu(), in(x), in(w), in(labels), scale, out(d_x), out(d_w));
+    On<ha::CrossEntropy, Cpu>::backward(run.cpu(), in(x), in(w), in(labels), scale, out(d_x), out(d_w), sum);
     run.compare("d_x", d_x);
     run.compare("d_weight", d_w);
-    CHECK(loss.loss == On<ha::CrossEntropy, Cpu>::forward(run.cpu(), in(x), in(w), in(labels)).loss);
+    ha::LossSum again;
+    On<ha::CrossEntropy, Cpu>::forward(run.cpu(), in(x), in(w), in(labels), View<ha::LossSum, 1>{&again, {1}});
+    CHECK(loss.loss == again.loss);
   }
   CHECK(loss.count == counted);
   run.compare("loss", {static_cast<T>(loss.mean())});
@@ -281,15 +284,17 @@ template <class T> void compare_moments(Run<T>& run, std::string const& number, 
   auto mean = ha::zeros<T>(run.cpu(), line), square = ha::zeros<T>(run.cpu(), line), p = ha::zeros<T>(run.cpu(), line);
   for (Index step = 0; step < steps[0]; ++step) {
     double const norm = norms[static_cast<std::size_t>(step)];
-    ha::AdamWStep::Rates const rates{.learning_rate = 0,
-                                     .beta_1 = options.beta_1,
-                                     .beta_2 = options.beta_2,
-                                     .epsilon = 1,
-                                     .weight_decay = 0,
-                                     .correction_1 = 1,
-                                     .correction_2 = 1,
-                                     .gradient_scale = options.max_norm == 0 ? 1 : std::min(1.0, options.max_norm / (norm + 1e-6))};
-    On<ha::AdamWStep, Cpu>::forward(run.cpu(), rates, View<T const, 1>{in(gradients).row(step), line}, out(mean), out(square), out(p));
+    ha::AdamWRates const rates{.learning_rate = 0,
+                               .beta_1 = options.beta_1,
+                               .beta_2 = options.beta_2,
+                               .epsilon = 1,
+                               .weight_decay = 0,
+                               .correction_1 = 1,
+                               .correction_2 = 1,
+                               .gradient_scale = options.max_norm == 0 ? 1 : std::min(1.0, options.max_norm / (norm + 1e-6))};
+    ha::StepNumbers const numbers;
+    On<ha::AdamWStep, Cpu>::forward(run.cpu(), View<ha::AdamWRates const, 1>{&rates, {1}}, View<ha::StepNumbers const, 1>{&numbers, {1}},
+                                    View<T const, 1>{in(gradients).row(step), line}, out(mean), out(square), out(p));
   }
   run.compare("exp_avg_" + number, mean);
   run.compare("exp_avg_sq_" + number, square);

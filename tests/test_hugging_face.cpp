@@ -80,8 +80,9 @@ template <class Model, class T> struct ModelIn final : AnyModel {
     keep(values, "hidden.final_norm", saved.x_normed);
     saved.blocks.for_each_layer([&](int i, auto const& block) { keep_block(values, i, block); }, saved.blocks);
     auto const result = model.backward(cpu, params, batch, std::move(saved), 1 / static_cast<double>(batch.counted));
-    values["loss"] = {{}, {result.loss.mean() + result.auxiliary_loss}};
-    values["aux_loss"] = {{}, {result.auxiliary_loss}};
+    auto const losses = download(cpu, result.losses)[0];
+    values["loss"] = {{}, {losses.loss.mean() + losses.auxiliary()}};
+    values["aux_loss"] = {{}, {losses.auxiliary()}};
     keep_group(values, "grad.", result.params);
     return values;
   }

@@ -81,7 +81,8 @@ TEST_CASE("the loss counts only tokens with a target, takes the first of equal l
   Rows const logits = Rows::Zero(3, 5);
   std::vector<std::int32_t> const targets{0, -100, 2};
   ha::View<std::int32_t const, 1> const at{targets.data(), {3}};
-  auto const sum = ha::On<ha::SoftmaxLoss, ha::Cpu>::forward(cpu, read(logits), at, 0.0, ha::View<double, 2>{});
+  ha::LossSum sum;
+  ha::On<ha::SoftmaxLoss, ha::Cpu>::forward(cpu, read(logits), at, 0.0, ha::View<double, 2>{}, ha::View<ha::LossSum, 1>{&sum, {1}});
   CHECK(sum.count == 2);
   CHECK(sum.correct == 1);
   CHECK(sum.mean() == Approx(std::log(5.0)));

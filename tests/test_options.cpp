@@ -126,8 +126,8 @@ template <class P> std::vector<Value<double>> default_scale(double dim) { return
 
 Model::Config small() { return {.vocab_size = 19, .model_dim = 24, .num_heads = 2}; }
 
-struct Nothing {
-  ha::Tensor<float, 1, ha::Cpu> w;
+template <class S> struct Weights {
+  ha::Held<S, 1> w;
   HYBRIDATTN_FIELDS(w)
 };
 
@@ -228,7 +228,7 @@ void layers() {
 
 void training() {
   ha::Cpu cpu{1};
-  Nothing const nothing;
+  Weights<ha::Owned<float, ha::Cpu>> const weights;
   using A = ha::AdamWOptions;
   judge<A>(
       "AdamWOptions", {},
@@ -238,7 +238,7 @@ void training() {
        row<A>("weight_decay", &A::weight_decay, {0, 0.1, 1}, {}, not_above_zero),
        row<A>("max_norm", &A::max_norm, {0, 1e-3, 1e30}, {}, not_above_zero), row<A>("bias_correction", &A::bias_correction, switches),
        elsewhere<A>("decays")},
-      [&](A const& o) { return ha::AdamW<Nothing>{cpu, nothing, o}.options(); });
+      [&](A const& o) { return ha::AdamW{cpu, weights, o}.options(); });
 
   using S = ha::Schedule;
   judge<S>(

@@ -4,7 +4,12 @@
 #include "counting.hpp"
 
 #include <hybridattn/hybridattn.hpp>
+#include <hybridattn/io.hpp>
 #include <hybridattn/testing/fake.hpp>
+
+#include <unistd.h>
+
+#include <filesystem>
 
 namespace ha = hybridattn;
 using ha::Index;
@@ -126,4 +131,81 @@ TEST_CASE("rotary angles are made once for a batch and a size, whatever the laye
   run.backend.reset();
   for (int call = 0; call < 3; ++call) extend(run.backend, run.model, run.params, {{1, 2, 3}}, cache);
   CHECK(run.backend.angles == 3 * 2);
+}
+
+// Steps that nobody waits for.
+namespace {
+
+struct Training : Run<Counting> {
+  ha::AdamW<decltype(Run<Counting>::params)> optimizer{backend, params, {.learning_rate = 10}};
+  std::vector<ha::TokenBatch<Counting>> batches;
+
+  explicit Training(bool mixture) : Run<Counting>(config(mixture)) {
+    for (std::uint64_t seed : {1u, 3u, 5u}) batches.push_back(batch(seed));
+  }
+  auto start(std::size_t count, ha::StepOptions options = {.rate = 1e-3}) {
+    return start_step(backend, model, params, optimizer, std::span<ha::TokenBatch<Counting> const>(batches).first(count), options);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("from the second step on nothing goes to or from the machine inside a step, and one download reads it", "[laws]") {
+  for (ha::Stage const stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})
+    for (std::size_t const count : {1u, 3u}) {
+      Training run{false};
+      run.start(count, {.rate = 1e-3, .stage = stage}).read();
+      run.backend.reset();
+      for (double const rate : {1e-3, 1e-4}) run.start(count, {.rate = rate, .stage = stage});
+      CHECK(run.backend.uploads == 0);
+      CHECK(run.backend.downloads == 0);
+      CHECK(run.backend.operations > 0);
+      run.start(count, {.rate = 1e-3, .stage = stage}).read();
+      CHECK(run.backend.downloads == 1);
+      CHECK(run.optimizer.steps() == 4);
+    }
+}
+TEST_CASE("steps that are read late have the bits of steps that are read at once", "[laws]") {
+  Training at_once{true}, late{true};
+  for (int step = 0; step < 4; ++step) {
+    auto const expected = at_once.start(2, {.rate = 1e-3 / (step + 1)}).read();
+    auto const pending = late.start(2, {.rate = 1e-3 / (step + 1)});
+    if (step != 3) continue;
+    auto const result = pending.read();
+    CHECK(result.loss.loss == expected.loss.loss);
+    CHECK(result.auxiliary_loss == expected.auxiliary_loss);
+    CHECK(result.gradient_norm == expected.gradient_norm);
+  }
+  for (Training* run : {&at_once, &late}) ha::zip([&](ha::Path const&, auto const& tensor) { run->keep_values(tensor); }, run->params);
+  CHECK(at_once.values == late.values);
+}
+TEST_CASE("a read names the first bad step since the last one; a bad step moves nothing and counts nowhere", "[laws]") {
+  using Catch::Matchers::Contains;
+  Training run{false};
+  run.start(1).read();
+  auto const values = [&] {
+    run.values.clear();
+    ha::zip([&](ha::Path const&, auto const& tensor) { run.keep_values(tensor); }, run.params);
+    ha::zip([&](ha::Path const&, auto const& tensor) { run.keep_values(tensor); }, run.optimizer.state().square);
+    return run.values;
+  };
+  auto const first = run.start(1);
+  CHECK_THROWS_WITH((run.start(1), first.read()), Contains("the step is not the last one any more"));
+  run.start(1).read();
+  CHECK(run.optimizer.steps() == 4);
+
+  auto const before = values();
+  run.start(1, {.rate = 1e38});   // would take parameters out of the numbers
+  run.start(1, {.rate = 1e38});
+  CHECK(before == values());
+  run.start(1);   // counts as the fifth
+  auto const path = std::filesystem::temp_directory_path() / ("bad_step_" + std::to_string(getpid()));
+  std::string const bad = "step 5: the update of embedding would make the parameter itself a NaN or an infinity";
+  CHECK_THROWS_WITH(save_checkpoint(run.backend, path, run.model, run.params, run.optimizer), Contains(bad));
+  CHECK(!std::filesystem::exists(path));
+  run.start(1).read();   // it was named: training goes on
+  CHECK(run.optimizer.steps() == 6);
+  CHECK(std::ranges::max(run.optimizer.updates(run.backend)) == 6);
+  run.start(1, {.rate = 1e38});
+  CHECK_THROWS_WITH(run.start(1).read(), Contains("step 7: the update of embedding"));
 }

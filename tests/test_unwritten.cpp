@@ -123,6 +123,8 @@ template <class... Parts> std::string named(Parts const&... parts) {
   return text.str();
 }
 
+template <class T> View<T, 1> one(T& element) { return {&element, {1}}; }
+
 std::vector<Case> loss_cases() {
   std::vector<Case> cases;
   for (Index N : {0, 1, 3, 200})   // more than a block of rows
@@ -133,11 +135,16 @@ std::vector<Case> loss_cases() {
           if (counted == 2 || (counted == 1 && n % 2 == 1)) targets[n] = static_cast<std::int32_t>(n % 5);
         bool const zero = scale == 0 || counted == 0 || N == 0;
         cases.push_back({named("SoftmaxLoss", N, scale, counted),
-                         [=](Run& r) { On<ha::SoftmaxLoss>::forward(r.cpu(), r.in(N, 5), r.whole(targets), scale, r.out(N, 5)); }, zero});
+                         [=](Run& r) {
+                           ha::LossSum loss;
+                           On<ha::SoftmaxLoss>::forward(r.cpu(), r.in(N, 5), r.whole(targets), scale, r.out(N, 5), one(loss));
+                         },
+                         zero});
         cases.push_back({named("CrossEntropy", N, scale, counted),
                          [=](Run& r) {
+                           ha::LossSum loss;
                            On<ha::CrossEntropy>::backward(r.cpu(), r.in(N, 4), r.in(5, 4), r.whole(targets), scale, r.out(N, 4),
-                                                          r.sum(5, 4));
+                                                          r.sum(5, 4), one(loss));
                          },
                          zero});
       }
@@ -194,9 +201,11 @@ void embedding(Run& r, Index N, Index C) {
 }
 void adamw(Run& r, Index N, Index C) {
   for (double rate : {0.0, 1.0}) {
-    ha::AdamWStep::Rates const rates{rate, 0.9, 0.95, 1e-8, 0.1, 1, 1, rate};
-    On<ha::AdamWStep>::forward(r.cpu(), rates, r.in(N * C), r.sum(N * C), r.sum(N * C), r.sum(N * C));
-    On<ha::AdamWCheck>::forward(r.cpu(), rates, r.in(N * C), r.in(N * C), r.in(N * C), r.in(N * C));
+    ha::AdamWRates const rates{rate, 0.9, 0.95, 1e-8, 0.1, 1, 1, rate};
+    ha::StepNumbers const numbers;
+    ha::StepFault fault;
+    On<ha::AdamWStep>::forward(r.cpu(), one(rates), one(numbers), r.in(N * C), r.sum(N * C), r.sum(N * C), r.sum(N * C));
+    On<ha::AdamWCheck>::forward(r.cpu(), one(rates), one(numbers), r.in(N * C), r.in(N * C), r.in(N * C), r.in(N * C), one(fault));
   }
 }
 void linear_of_no_columns(Run& r) {

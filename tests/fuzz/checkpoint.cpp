@@ -25,13 +25,13 @@ struct Run {
   void save(std::filesystem::path const& path) { save_checkpoint(cpu, path, model, params, optimizer, progress); }
 
   // All that a checkpoint keeps, bit for bit.
-  std::string state() const {
+  std::string state() {
     std::string bytes = std::to_string(progress.step) + progress.note + progress.data.description;
     auto const append = [&](void const* data, std::size_t size) { bytes.append(static_cast<char const*>(data), size); };
     for (auto const& tensor : ha::checkpoint::tensors_of(params, optimizer)) append(tensor.data, tensor.bytes);
     for (std::uint64_t const number : {progress.data.seed, progress.data.content, progress.data.drawn}) append(&number, sizeof number);
     for (auto const& [name, numbers] : progress.history) bytes += name, append(numbers.data(), numbers.size() * sizeof(double));
-    for (Index const updates : optimizer.state().updates) bytes += std::to_string(updates) + " ";
+    for (Index const updates : optimizer.updates(cpu)) bytes += std::to_string(updates) + " ";
     return bytes + std::to_string(optimizer.steps());
   }
 };

@@ -42,11 +42,9 @@ template <class S_> class LanguageModel {
     Held<S, 2> x, x_normed;  // [N, C]
     HYBRIDATTN_FIELDS(blocks, x, x_normed)
   };
-  // What a batch gave: the loss over its counted tokens, the weighted auxiliary losses, and the gradient of their sum.
+  // What a batch gave: its losses, and the gradient of their sum.
   template <class T, class B> struct Gradients {
-    LossSum loss;
-    double auxiliary_loss = 0;  // load balancing and policies
-    double policy_loss = 0;     // the policies' part of it
+    Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
   };
 
@@ -140,7 +138,10 @@ template <class S_> class LanguageModel {
   }
   template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     auto const saved = forward(backend, params, batch);
-    return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
+    Tensor<LossSum, 1, B> sum{backend, {1}};
+    On<Fill, B>::forward(backend, LossSum{}, out(sum));
+    On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets), out(sum));
+    return download(backend, sum)[0];
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
@@ -149,23 +150,23 @@ template <class S_> class LanguageModel {
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{.loss = {},
-                           .auxiliary_loss = 0,
-                           .policy_loss = policy_loss<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks),
-                           .params = allocate<T>(backend, gradients())};
+    Gradients<T, B> result{{backend, {1}}, allocate<T>(backend, gradients())};
     auto const d_p = out(result.params);
-    result.auxiliary_loss = result.policy_loss;
+    BatchLosses* const losses = out(result.losses).data;   // on the machine
+    View<LossSum, 1> const loss{&losses->loss, {1}};
+    On<Fill, B>::forward(backend, BatchLosses{}, out(result.losses));
+    add_policy_losses<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks, View<double, 1>{&losses->policy, {1}});
     if (stage() == Stage::dense_warm_up) {
-      result.loss = On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets));
+      On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets), loss);
       Stack::auxiliary_backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), d_p.blocks);
       return result;
     }
-    result.auxiliary_loss += balance(backend, auxiliary_scale, saved.blocks);
+    add_balance_loss(backend, auxiliary_scale, saved.blocks, View<double, 1>{&losses->balance, {1}});
     View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
     On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
     On<Fill, B>::forward(backend, T(0), flat(d_p.head));
     Tensor<T, 2, B> d_normed{backend, saved.x_normed.shape()};
-    result.loss = On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head);
+    On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head, loss);
     auto d_x = zeros<T>(backend, saved.x.shape());
     On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm);
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
@@ -194,34 +195,31 @@ template <class S_> class LanguageModel {
   }
   template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
 
-  // The load-balancing loss of all mixture layers; writes its part of each router's gradient into Saved.
+  // Adds the load-balancing loss of all mixture layers to a sum; writes its part of each router's gradient into Saved.
   template <class B, class T>
-  double balance(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+  void add_balance_loss(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks, View<double, 1> sum) const {
     auto const& c = stack_.block.feed_forward;
-    if (c.balance_coefficient == 0) return 0;
+    if (c.balance_coefficient == 0) return;
     BalanceLoss loss{c};
     blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
     blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, scale, block.feed_forward); }, blocks);
-    return loss.value();
+    On<Fill, B>::forward(backend, loss.value(), sum);
   }
-  // The weighted auxiliary losses of all policies that have one; writes each one's own gradient into Saved.
+  // Adds the weighted auxiliary losses of all policies that have one to a sum; writes each one's own gradient into Saved.
   template <class T, class B>
-  double policy_loss(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
-    double sum = 0;
+  void add_policy_losses(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks,
+                         View<double, 1> sum) const {
     blocks.for_each(
         [&](auto block, std::size_t, auto& kept) {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
             if (!kept.attention.outputs.auxiliary_loss) return;
             double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
-            wide_t<T> value, d_value = static_cast<wide_t<T>>(scale * weight);
-            backend.download(&value, in(kept.attention.outputs.auxiliary_loss).data, sizeof value);
-            backend.upload(out(kept.attention.d_auxiliary_loss).data, &d_value, sizeof d_value);
-            sum += weight * static_cast<double>(value);
+            On<Fill, B>::forward(backend, static_cast<wide_t<T>>(scale * weight), out(kept.attention.d_auxiliary_loss));
+            On<AddWeighted, B>::forward(backend, weight, in(kept.attention.outputs.auxiliary_loss), sum);
           }
         },
         blocks);
-    return sum;
   }
 
   Config config_;

@@ -186,6 +186,15 @@ template <class B> struct Allocate {
 };
 }  // namespace detail
 
+// The backend of a group of tensors.
+namespace detail {
+template <class G> struct BackendOf;
+template <template <class> class G, class T, class B> struct BackendOf<G<Owned<T, B>>> {
+  using type = B;
+};
+}  // namespace detail
+template <class G> using backend_of = typename detail::BackendOf<G>::type;
+
 // The same group in another role.
 template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
   G<In<T>> views;

@@ -9,6 +9,9 @@
 
 #include <cmath>
 #include <functional>
+#include <sstream>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -31,84 +34,159 @@ struct AdamWOptions {
   }
 };
 
-// Norms of the gradients: of the tensors that are apart, and of the others.
-struct GradientNorms {
-  double others = 0, apart = 0;
-  double global() const { return std::hypot(others, apart); }
-};
-// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity, or whose
-// norm is too large for a double.
-template <class B, class Gradients> GradientNorms gradient_norms(B& backend, Gradients const& gradients, std::vector<bool> const& apart) {
-  GradientNorms sums;
-  std::size_t tensor = 0;
-  zip(
-      [&](Path const& path, auto const& gradient) {
-        double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
-        if (!std::isfinite(squares))
-          fail("the gradient of ", path.str(),
-               On<AllFinite, B>::forward(backend, flat(in(gradient))) ? " is too large for its norm" : " holds a NaN or an infinity");
-        (!apart.empty() && apart[tensor] ? sums.apart : sums.others) += squares;
-        ++tensor;
-      },
-      gradients);
-  GradientNorms const norms{std::sqrt(sums.others), std::sqrt(sums.apart)};
-  check(std::isfinite(norms.global()), "the gradients together are too large for their norm");
-  return norms;
+namespace detail {
+// What a bad step says, without its number.
+inline std::string sentence(BadStep const& bad, std::string const& tensor) {
+  auto const loss = [](char const* name, double value) {
+    std::ostringstream text;
+    text << "the " << name << " is " << (std::isnan(value) ? std::abs(value) : value);
+    return text.str();
+  };
+  auto const update = [&](char const* what) { return "the update of " + tensor + " would make " + what + " a NaN or an infinity"; };
+  switch (bad.fault) {
+    case StepFault::none:
+      break;
+    case StepFault::loss:
+      return loss("loss", bad.loss.mean());
+    case StepFault::auxiliary_loss:
+      return loss("auxiliary loss", bad.auxiliary_loss);
+    case StepFault::gradient:
+      return "the gradient of " + tensor + " holds a NaN or an infinity";
+    case StepFault::tensor_norm:
+      return "the gradient of " + tensor + " is too large for its norm";
+    case StepFault::global_norm:
+      return "the gradients together are too large for their norm";
+    case StepFault::mean:
+      return update("the mean of the gradients");
+    case StepFault::square:
+      return update("the mean of the squared gradients");
+    case StepFault::parameter:
+      return update("the parameter itself");
+  }
+  return {};
 }
+}  // namespace detail
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
+//
+// What a step counts and decides stands on the machine (StepNumbers): the host reads it when it asks. One step at a time:
+//   open(backend, rate)  ->  what the batches lose is added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
-  // What steps change, besides the parameters: with the options all there is to know of an optimizer.
+  using Backend = backend_of<Params>;
+
+  // What steps change, besides the parameters, with the options and the counts of steps all there is to know of an optimizer.
   struct State {
-    Params mean, square;         // moments of the gradients
-    std::vector<Index> updates;  // one for each tensor, in the order of the parameters: the steps that had a gradient for it
-    Index steps = 0;
+    Params mean, square;   // moments of the gradients
   };
 
-  template <class B> AdamW(B& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)) {
+  AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
     options_.check_numbers();
+    On<Fill, Backend>::forward(backend, StepNumbers{}, out(numbers_));
     zip(
-        [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
+        [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, Backend> const& p, Tensor<T, Rank, Backend>& mean,
+                               Tensor<T, Rank, Backend>& square) {
           mean = zeros<T>(backend, p.shape());
           square = zeros<T>(backend, p.shape());
           decays_.push_back(!options_.decays || options_.decays(path.str()));
         },
         like, state_.mean, state_.square);
-    state_.updates.resize(decays_.size());
+    auto const tensors = static_cast<Index>(decays_.size());
+    squares_ = {backend, {tensors}};
+    rates_ = {backend, {tensors}};
+    found_ = {backend, {tensors}};
+    roles_ = {backend, {tensors}};
+    updates_ = zeros<Index>(backend, Shape<1>{tensors});
+    reserve(next_roles_, tensors, "the roles of tensors in a step");
   }
 
-  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Throws, before it changes
-  // anything, and names the tensor whose gradient is not finite, or would make a parameter or a moment so. Tensors that are `apart`
-  // (one word for each, in the order of the parameters) are clipped by a norm of their own: where two losses train two parts
-  // of a model, neither part moves otherwise because of the other's gradients.
-  template <class B>
-  double step(B& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+  // A step begins, with learning_rate * rate.
+  void open(Backend& backend, double rate) {
+    check_not_negative("AdamW", "rate", rate);
+    if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
+    rate_ = rate;
+    On<OpenStep, Backend>::forward(backend, out(numbers_));
+  }
+  View<StepNumbers, 1> numbers() { return out(numbers_); }
+  // One step down the gradients, or none, where a loss or a gradient is not finite, or would make a parameter or a moment so: then
+  // nothing moves and nothing counts. Waits for nothing. Tensors that are `apart` (one word for each, in the order of the
+  // parameters, or none at all) are clipped by a norm of their own: where two losses train two parts of a model, neither part
+  // moves otherwise because of the other's gradients.
+  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& apart = {}) {
     check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
           " tensors are apart");
-    check_not_negative("AdamW", "rate", rate);
-    GradientNorms const norms = gradient_norms(backend, gradients, apart);
-    auto const rates_of = [&](std::size_t tensor) {
-      return rates(tensor, rate, !apart.empty() && apart[tensor] ? norms.apart : norms.others);
-    };
+    next_roles_.clear();
+    zip(
+        [&](Path const&, auto const& g) {
+          std::size_t const i = next_roles_.size();
+          On<SumOfSquares, Backend>::forward(backend, flat(in(g)), element(out(squares_), i));
+          next_roles_.push_back((g ? StepRole::has_gradient : 0) | (decays_[i] ? StepRole::decays : 0) |
+                                (!apart.empty() && apart[i] ? StepRole::apart : 0));
+        },
+        gradients);
+    if (next_roles_ != known_roles_) {
+      upload(backend, next_roles_, roles_);
+      known_roles_ = next_roles_;
+    }
+    On<DecideStep, Backend>::forward(backend, decide_options(), in(roles_), in(squares_), in(updates_), out(rates_), out(numbers_));
+    On<Fill, Backend>::forward(backend, StepFault::none, out(found_));
     for (bool const writes : {false, true}) {   // all of it is checked before any of it is written
       std::size_t next = 0;
       zip(
-          [&](Path const& path, auto& p, auto const& g, auto& mean, auto& square) {
-            std::size_t const tensor = next++;
+          [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
+            std::size_t const i = next++;
             if (!g) return;
-            AdamWStep::Rates const r = rates_of(tensor);
-            if (!writes)
-              return refuse(path, On<AdamWCheck, B>::forward(backend, r, flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
-            On<AdamWStep, B>::forward(backend, r, flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
-            ++state_.updates[tensor];
+            auto const rates = element(in(rates_), i);
+            if (writes)
+              On<AdamWStep, Backend>::forward(backend, rates, in(numbers_), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
+            else
+              On<AdamWCheck, Backend>::forward(backend, rates, in(numbers_), flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p)),
+                                               element(out(found_), i));
           },
           params, gradients, state_.mean, state_.square);
+      if (!writes) On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
     }
-    ++state_.steps;
-    return norms.global();
+    ++started_;
+    ++unread_;
   }
-  Index steps() const { return state_.steps; }
+  // The numbers of the last step; waits for it. Throws where a step since the last read was bad, and names the first one, its fault
+  // and its tensor; where it is the last step, origin() tells what a loss that is not finite comes from.
+  template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
+    StepNumbers numbers;
+    backend.download(&numbers, in(numbers_).data, sizeof numbers);
+    bool const is_last = std::exchange(unread_, 0) == 1;
+    steps_ = numbers.steps;
+    if (BadStep const& bad = numbers.first_bad; bad.step != 0) {
+      On<Fill, Backend>::forward(backend, BadStep{}, View<BadStep, 1>{&out(numbers_).data->first_bad, {1}});
+      bool const of_loss = bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss;
+      fail("step ", bad.step, ": ", sentence(bad), of_loss && is_last ? origin() : std::string{});
+    }
+    return numbers;
+  }
+  StepNumbers read(Backend& backend) {
+    return read(backend, [] { return std::string{}; });
+  }
+  // All of it at once; returns the global norm of the gradients before clipping.
+  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+    open(backend, rate);
+    start(backend, params, gradients, apart);
+    return read(backend).gradient_norm;
+  }
+
+  // Steps that moved something, as of the last read; and those that were started, whatever came of them.
+  Index steps() const { return steps_; }
+  Index started() const { return started_; }
+  // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
+  std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
+  // Goes on from there.
+  void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
+    StepNumbers numbers;
+    numbers.rate = rate_;
+    numbers.steps = steps;
+    On<Fill, Backend>::forward(backend, numbers, out(numbers_));
+    upload(backend, updates, updates_);
+    steps_ = steps;
+  }
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return decays_; }
@@ -116,27 +194,41 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
-  static void refuse(Path const& path, AdamWCheck::Overflow overflow) {
-    constexpr char const* what[] = {"", "the mean of the gradients", "the mean of the squared gradients", "the parameter itself"};
-    if (overflow != AdamWCheck::Overflow::none)
-      fail("the update of ", path.str(), " would make ", what[static_cast<int>(overflow)], " a NaN or an infinity");
-  }
-  // Of the next step.
-  AdamWStep::Rates rates(std::size_t tensor, double rate, double norm) const {
-    double const step = static_cast<double>(state_.updates[tensor] + 1);
-    return {.learning_rate = options_.learning_rate * rate,
+  template <class T> static View<T, 1> element(View<T, 1> list, std::size_t i) { return {list.data + i, {1}}; }
+
+  DecideStep::Options decide_options() const {
+    return {.learning_rate = options_.learning_rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,
             .epsilon = options_.epsilon,
-            .weight_decay = decays_[tensor] ? options_.weight_decay : 0,
-            .correction_1 = options_.bias_correction ? 1 - std::pow(options_.beta_1, step) : 1,
-            .correction_2 = options_.bias_correction ? 1 - std::pow(options_.beta_2, step) : 1,
-            .gradient_scale = options_.max_norm == 0 ? 1 : std::min(1.0, options_.max_norm / (norm + 1e-6))};
+            .weight_decay = options_.weight_decay,
+            .max_norm = options_.max_norm,
+            .bias_correction = options_.bias_correction};
+  }
+  [[gnu::cold]] std::string sentence(BadStep const& bad) const {
+    std::string tensor;
+    std::int32_t next = 0;
+    zip(
+        [&](Path const& path, auto const&) {
+          if (next++ == bad.tensor) tensor = path.str();
+        },
+        state_.mean);
+    return detail::sentence(bad, tensor);
   }
 
   AdamWOptions options_;
   State state_;
   std::vector<bool> decays_;
+  std::vector<std::int32_t> known_roles_, next_roles_;
+  double rate_ = 1;                              // as the machine has it
+  Index steps_ = 0, started_ = 0, unread_ = 0;
+  Tensor<StepNumbers, 1, Backend> numbers_;      // [1]
+  // For each tensor:
+  Tensor<std::int32_t, 1, Backend> roles_;
+  Tensor<double, 1, Backend> squares_;
+  Tensor<Index, 1, Backend> updates_;
+  Tensor<AdamWRates, 1, Backend> rates_;
+  Tensor<StepFault, 1, Backend> found_;
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -36,7 +36,8 @@ template <class Params> std::vector<StoredTensor> tensors_of(Params const& param
 
 // With the names of what does not decay, and the updates of what had a gradient in some steps only; tensors begin with the
 // parameters.
-template <class Params> Json describe(AdamW<Params> const& optimizer, std::vector<StoredTensor> const& tensors) {
+template <class Params>
+Json describe(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& tensors) {
   Json json;
   to_json(json, optimizer.options());
   json["steps"] = optimizer.steps();
@@ -45,20 +46,22 @@ template <class Params> Json describe(AdamW<Params> const& optimizer, std::vecto
   for (std::size_t i = 0; i < optimizer.decays().size(); ++i) {
     if (tensors[i].bytes == 0) continue;
     if (!optimizer.decays()[i]) json["without_decay"].push_back(tensors[i].name);
-    if (Index const updates = optimizer.state().updates[i]; updates != optimizer.steps()) json["updates"][tensors[i].name] = updates;
+    if (updates[i] != optimizer.steps()) json["updates"][tensors[i].name] = updates[i];
   }
   return json;
 }
 
 }  // namespace checkpoint
 
-// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name.
+// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name; and, before it writes,
+// where a step since the last read was bad.
 template <class B, class Model, class Params>
-void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params,
-                     AdamW<Params> const& optimizer, Progress const& progress = {}) {
+void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params, AdamW<Params>& optimizer,
+                     Progress const& progress = {}) {
+  optimizer.read(backend);
   auto const tensors = checkpoint::tensors_of(params, optimizer);
   auto json = checkpoint::describe(model);
-  json["optimizer"] = checkpoint::describe(optimizer, tensors);
+  json["optimizer"] = checkpoint::describe(optimizer, optimizer.updates(backend), tensors);
   checkpoint::write(backend, path, std::move(json), tensors, progress);
 }
 
@@ -70,13 +73,12 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   checkpoint::File const file{path};
   auto const tensors = checkpoint::tensors_of(params, optimizer);
   file.check_model(checkpoint::describe(model), tensors.front().info.dtype, false);
-  if (!options.other_optimizer_options) file.check_optimizer(checkpoint::describe(optimizer, tensors));
+  if (!options.other_optimizer_options) file.check_optimizer(checkpoint::describe(optimizer, optimizer.updates(backend), tensors));
   file.check_tensors(tensors, true);
   auto progress = file.progress();
   auto const [steps, updates] = file.optimizer_steps(std::span(tensors).first(optimizer.decays().size()));
   file.read_all_or_none(backend, tensors);
-  optimizer.state().steps = steps;
-  optimizer.state().updates = updates;
+  optimizer.restore(backend, steps, updates);
   return progress;
 }
 

@@ -6,7 +6,6 @@
 #include <hybridattn/train/adamw.hpp>
 #include <hybridattn/train/data.hpp>
 
-#include <cmath>
 #include <span>
 #include <string>
 
@@ -60,47 +59,68 @@ template <class B, class Model, class Params>
 
 }  // namespace detail
 
-// Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
+// A step that is under way.
+template <class B, class Params> class PendingStep {
+ public:
+  PendingStep(B& backend, AdamW<Params>& optimizer) : backend_(backend), optimizer_(optimizer), number_(optimizer.started()) {}
+
+  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. Names the first
+  // of these, its fault and its tensor.
+  StepResult read() const {
+    return read([] { return std::string{}; });
+  }
+  template <class Origin> StepResult read(Origin origin) const {
+    check(optimizer_.started() == number_, "the step is not the last one any more: only the numbers of the last one are kept");
+    StepNumbers const numbers = optimizer_.read(backend_, origin);
+    return {numbers.loss, numbers.auxiliary_loss, numbers.policy_loss, numbers.gradient_norm};
+  }
+
+ private:
+  B& backend_;
+  AdamW<Params>& optimizer_;
+  Index number_;
+};
+
+// One step down the gradients of the mean loss over all counted tokens of several batches, one after the other in memory. Waits for
+// nothing: a loop that prints every tenth step reads every tenth step.
 template <class B, class Model, class Params>
-StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
-                            std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
+                                  std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
   check_not_negative("StepOptions", "rate", options.rate);
-  if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
+  if (options.stage != model.stage()) return start_step(backend, model.at(options.stage), params, optimizer, batches, options);
   Index count = 0;
   for (auto const& batch : batches) count += batch.counted;
   double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
 
-  StepResult result;
+  optimizer.open(backend, options.rate);
   Params gradients;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
     auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
-    result.loss += more.loss;
-    result.auxiliary_loss += share * more.auxiliary_loss;
-    result.policy_loss += share * more.policy_loss;
+    On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
     if (i == 0) gradients = std::move(more.params);
     else
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
-  auto const check_loss = [&](char const* name, double loss) {
-    if (!std::isfinite(loss))
-      fail("step ", optimizer.steps() + 1, ": the ", name, " is ", std::isnan(loss) ? std::abs(loss) : loss,
-           detail::origin(backend, model, params, batches));
-  };
-  check_loss("loss", result.loss.mean());
-  check_loss("auxiliary loss", result.auxiliary_loss);
-  try {
-    auto const apart = options.stage == Stage::sparse ? model.detached() : std::vector<bool>{};
-    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate, apart);
-  } catch (Error const& error) {
-    fail("step ", optimizer.steps() + 1, ": ", error.what());
-  }
-  return result;
+  optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
+  return {backend, optimizer};
 }
-// The same for one batch. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
+template <class B, class Model, class Params>
+PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
+                                  StepOptions options = {}) {
+  return start_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
+}
+
+// The same, and waits for it. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
 // make a parameter or a moment so, naming step and tensor.
+template <class B, class Model, class Params>
+StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
+                            std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+  auto const step = start_step(backend, model, params, optimizer, batches, options);
+  return step.read([&] { return detail::origin(backend, model.at(options.stage), params, batches); });
+}
 template <class B, class Model, class Params>
 StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
                       StepOptions options = {}) {

@@ -3,23 +3,17 @@
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 
+#include <hybridattn/ops/adamw/step_numbers.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward(backend, rates, g, m, v, p): all [count]
-struct AdamWStep {
-  struct Rates {
-    double learning_rate, beta_1, beta_2, epsilon, weight_decay;
-    double correction_1, correction_2;   // c1, c2 = 1 - beta^step, or 1
-    double gradient_scale;               // g is multiplied by it first: clipping by the global norm
-  };
-};
-// What a step would turn into a NaN or an infinity. Nothing is written.
-//   forward(backend, rates, g, m, v, p) -> Overflow
-struct AdamWCheck {
-  enum class Overflow { none, mean, square, parameter };
-};
+// Moves nothing where the numbers of the step hold a fault.
+//   forward(backend, rates, numbers, g, m, v, p): rates and numbers [1], the others [count]
+struct AdamWStep {};
+// What a step would turn into a NaN or an infinity: a moment or the parameter itself. Nothing is written but that.
+//   forward(backend, rates, numbers, g, m, v, p, found): found [1] of StepFault
+struct AdamWCheck {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -33,6 +34,12 @@ template <> struct On<Scale, Cpu> {
   }
 };
 
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
+  }
+};
+
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
     return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
@@ -40,9 +47,10 @@ template <> struct On<AllFinite, Cpu> {
 };
 
 template <> struct On<SumOfSquares, Cpu> {
-  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<double, 1> result) {
+    result(0) = 0;
     Index const blocks = ceil_div(x.count(), cpu::element_grain);
-    if (blocks == 0) return 0;
+    if (blocks == 0) return;
     Tensor<double, 1, Cpu> partial{cpu, {blocks}};
     auto const sums = out(partial);
     parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
@@ -55,9 +63,8 @@ template <> struct On<SumOfSquares, Cpu> {
       for (double value : lane) sum += value;
       sums(first / cpu::element_grain) = sum;
     });
-    double total = 0;
-    for (Index i = 0; i < blocks; ++i) total += sums(i);
-    return total;
+    for (Index i = 0; i < blocks; ++i) result(0) += sums(i);
+    if (!std::isfinite(result(0)) && !On<AllFinite, Cpu>::forward(cpu, x)) result(0) = std::numeric_limits<double>::quiet_NaN();
   }
 };
 

@@ -11,7 +11,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
-  static LossSum forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits) {
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits,
+                      View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
     Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
     Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
@@ -27,7 +28,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     });
     LossSum total;
     for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
-    return total;
+    loss(0) += total;
   }
 
  private:
@@ -70,29 +71,29 @@ template <> struct On<SoftmaxLoss, Cpu> {
 };
 
 template <> struct On<CrossEntropy, Cpu> {
-  template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
-    return in_blocks(cpu, x, w, targets, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index) {
-      return On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {});
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {}, sum);
     });
   }
 
   template <class T>
-  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
-                          View<T, 2> d_x, View<T, 2> d_w) {
-    return in_blocks(cpu, x, w, targets, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first) {
-      LossSum const loss = On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits);
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
+                       View<T, 2> d_w, View<LossSum, 1> loss) {
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
       cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
-      return loss;
     });
   }
 
  private:
-  // f(logits, targets, first row) gives the loss of a block of rows; one block after the other.
+  // f(logits, targets, first row, sum) adds the loss of a block of rows to a sum; one block after the other.
   template <class T, class F>
-  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, F f) {
+  static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
     Index const N = x.extent(0), V = w.extent(0);
     Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
     LossSum total;
@@ -100,9 +101,11 @@ template <> struct On<CrossEntropy, Cpu> {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
       cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
-      total += f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first);
+      LossSum of_block;
+      f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
+      total += of_block;
     }
-    return total;
+    loss(0) += total;
   }
 };
 

@@ -5,32 +5,18 @@
 #ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
 #define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
 
-#include <hybridattn/core/check.hpp>
+#include <hybridattn/core/losses.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a batch lost, as sums over its counted tokens.
-struct LossSum {
-  double loss = 0;     // nats
-  Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
-
-  double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
-  LossSum& operator+=(LossSum const& other) {
-    loss += other.loss;
-    count += other.count;
-    correct += other.correct;
-    return *this;
-  }
-};
-
-//   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
-//   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
+//   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x, adds to d_w and loss
 // Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
-//   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be empty, or logits
 struct SoftmaxLoss {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

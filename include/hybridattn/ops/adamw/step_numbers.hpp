@@ -1,0 +1,75 @@
+// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
+// the host waits for a step only where it asks for its numbers.
+#ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+#define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+
+#include <hybridattn/core/losses.hpp>
+#include <hybridattn/tensor/tensor.hpp>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What kept a step from moving anything.
+enum class StepFault : std::int32_t {
+  none,
+  loss,             // is not finite, and so the others
+  auxiliary_loss,
+  gradient,         // of a tensor holds a NaN or an infinity
+  tensor_norm,      // of a gradient, all of whose elements are finite
+  global_norm,
+  mean,             // a moment or a parameter would be a NaN or an infinity
+  square,
+  parameter
+};
+struct BadStep {
+  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  LossSum loss;
+  double auxiliary_loss = 0;
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;   // which, in the order of the parameters
+};
+struct StepNumbers {
+  // Of the step under way, or of the last one.
+  LossSum loss;
+  double auxiliary_loss = 0, policy_loss = 0;   // weighted; the second is a part of the first
+  double gradient_norm = 0;                     // before clipping
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;
+  // From step to step.
+  double rate = 1;        // factor for the learning rate
+  Index steps = 0;        // that moved something
+  BadStep first_bad;      // since the host last read
+};
+
+// How a tensor of the parameters takes part in a step: bits of a number.
+struct StepRole {
+  static constexpr std::int32_t has_gradient = 1, decays = 2, apart = 4;   // apart: clipped by a norm of their own
+};
+
+// The factors of one tensor's update by AdamW.
+struct AdamWRates {
+  double learning_rate, beta_1, beta_2, epsilon, weight_decay;
+  double correction_1, correction_2;   // c1, c2 = 1 - beta^step, or 1
+  double gradient_scale;               // g is multiplied by it first: clipping by the global norm
+};
+
+// In all of them numbers [1], and a list has an element for each tensor of the parameters, in order.
+//   forward(backend, numbers)                  a step begins: nothing is lost yet
+struct OpenStep {};
+//   forward(backend, share, losses, numbers)   adds the share of a batch's auxiliary losses, and all of its loss; losses [1]
+struct AddBatchLosses {};
+// The norm of the gradients, and from it the factors of each tensor's update; or the fault that keeps the step from moving.
+//   forward(backend, options, roles, squares, updates, rates, numbers)
+//     squares: sums of squares, NaN where an element is not finite; updates: steps that had a gradient for the tensor
+struct DecideStep {
+  struct Options {
+    double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
+    bool bias_correction;
+  };
+};
+// A step without a fault, and without a tensor that AdamWCheck found one in, counts; of the others the first is kept.
+//   forward(backend, roles, found, updates, numbers)
+struct CloseStep {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+#endif
