@@ -57,9 +57,10 @@ template <class Stack> int train(Settings const& s) {
   ha::Index const first = done.step;
   while (done.step < s.steps && !program::interrupted()) {
     auto const batch = make_batch(cpu, text.next_batch(s.batch, s.seq_len));
-    auto const result = train_step(cpu, model, params, optimizer, batch, {.rate = schedule(done.step)});
+    auto const step = start_step(cpu, model, params, optimizer, batch, {.rate = schedule(done.step)});
     bool const last = ++done.step == s.steps || program::interrupted();
     if (last || done.step % s.save_every == 0) {
+      auto const result = step.read();   // waits for the steps up to here; throws if one of them was bad
       double const speed = static_cast<double>((done.step - first) * s.batch * s.seq_len) / (seconds() - start);
       save_checkpoint(cpu, s.out, model, params, optimizer, {.step = done.step, .data = text.state(), .note = note(s)});
       program::say("step %td/%td  loss %.3f  %.0f tokens/s, saved\n", done.step, s.steps, result.loss.mean(), speed);

@@ -2,6 +2,7 @@
 // policy, dense and mixture, in every stage of training, and in decoding.
 #include "catch.hpp"
 #include "counting.hpp"
+#include "error_of.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/io.hpp>
@@ -201,11 +202,20 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   run.start(1);   // counts as the fifth
   auto const path = std::filesystem::temp_directory_path() / ("bad_step_" + std::to_string(getpid()));
   std::string const bad = "step 5: the update of embedding would make the parameter itself a NaN or an infinity";
-  CHECK_THROWS_WITH(save_checkpoint(run.backend, path, run.model, run.params, run.optimizer), Contains(bad));
+  auto const sentence = error_of([&] { save_checkpoint(run.backend, path, run.model, run.params, run.optimizer); });
+  CHECK_THAT(sentence, Contains(bad));
   CHECK(!std::filesystem::exists(path));
+  CHECK_THAT(sentence, Contains("; its loss was ") && !Contains("was 0"));
   run.start(1).read();   // it was named: training goes on
   CHECK(run.optimizer.steps() == 6);
   CHECK(std::ranges::max(run.optimizer.updates(run.backend)) == 6);
   run.start(1, {.rate = 1e38});
   CHECK_THROWS_WITH(run.start(1).read(), Contains("step 7: the update of embedding"));
+
+  // A loss that is no number, seen late and at once.
+  ha::On<ha::Fill, Counting>::forward(run.backend, std::nanf(""), flat(ha::out(run.params.norm)));
+  run.start(1);
+  CHECK_THROWS_WITH(run.start(1).read(), Contains("step 8: the loss is nan; the first gradient that is not finite is that of embedding"));
+  CHECK_THROWS_WITH(train_step(run.backend, run.model, run.params, run.optimizer, run.batches[0]),
+                    Contains("step 8: the loss is nan; the first tensor that is not finite is the parameter norm"));
 }

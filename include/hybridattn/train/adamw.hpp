@@ -65,6 +65,14 @@ inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   }
   return {};
 }
+// What more is known of it when later steps have started.
+inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
+  if (bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss)
+    return tensor.empty() ? "" : "; the first gradient that is not finite is that of " + tensor;
+  std::ostringstream text;
+  if (bad.loss.count > 0) text << "; its loss was " << bad.loss.mean();
+  return text.str();
+}
 }  // namespace detail
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
@@ -150,7 +158,7 @@ template <class Params> class AdamW {
     ++unread_;
   }
   // The numbers of the last step; waits for it. Throws where a step since the last read was bad, and names the first one, its fault
-  // and its tensor; where it is the last step, origin() tells what a loss that is not finite comes from.
+  // and its tensor, and its loss; where it is the last step, origin() tells what a loss that is not finite comes from.
   template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
     StepNumbers numbers;
     backend.download(&numbers, in(numbers_).data, sizeof numbers);
@@ -159,7 +167,8 @@ template <class Params> class AdamW {
     if (BadStep const& bad = numbers.first_bad; bad.step != 0) {
       On<Fill, Backend>::forward(backend, BadStep{}, View<BadStep, 1>{&out(numbers_).data->first_bad, {1}});
       bool const of_loss = bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss;
-      fail("step ", bad.step, ": ", sentence(bad), of_loss && is_last ? origin() : std::string{});
+      auto const tensor = path_of(bad.tensor);
+      fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_last ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
     }
     return numbers;
   }
@@ -205,15 +214,15 @@ template <class Params> class AdamW {
             .max_norm = options_.max_norm,
             .bias_correction = options_.bias_correction};
   }
-  [[gnu::cold]] std::string sentence(BadStep const& bad) const {
-    std::string tensor;
+  [[gnu::cold]] std::string path_of(std::int32_t tensor) const {
+    std::string found;
     std::int32_t next = 0;
     zip(
         [&](Path const& path, auto const&) {
-          if (next++ == bad.tensor) tensor = path.str();
+          if (next++ == tensor) found = path.str();
         },
         state_.mean);
-    return detail::sentence(bad, tensor);
+    return found;
   }
 
   AdamWOptions options_;

@@ -102,11 +102,11 @@ template <> struct On<DecideStep, Cpu> {
     if (!std::isfinite(step.loss.loss)) step.fault = StepFault::loss;
     else if (!std::isfinite(step.auxiliary_loss)) step.fault = StepFault::auxiliary_loss;
     double others = 0, apart = 0;   // norms
-    for (Index i = 0; i < roles.count() && step.fault == StepFault::none; ++i) {
+    for (Index i = 0; i < roles.count(); ++i) {
       (roles(i) & StepRole::apart ? apart : others) += squares(i);
-      if (std::isfinite(squares(i))) continue;
-      step.fault = std::isnan(squares(i)) ? StepFault::gradient : StepFault::tensor_norm;
+      if (std::isfinite(squares(i)) || step.tensor >= 0) continue;
       step.tensor = static_cast<std::int32_t>(i);
+      if (step.fault == StepFault::none) step.fault = std::isnan(squares(i)) ? StepFault::gradient : StepFault::tensor_norm;
     }
     others = std::sqrt(others);
     apart = std::sqrt(apart);
