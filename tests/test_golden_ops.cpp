@@ -293,8 +293,9 @@ template <class T> void compare_moments(Run<T>& run, std::string const& number, 
                                .correction_2 = 1,
                                .gradient_scale = options.max_norm == 0 ? 1 : std::min(1.0, options.max_norm / (norm + 1e-6))};
     ha::StepNumbers const numbers;
-    On<ha::AdamWStep, Cpu>::forward(run.cpu(), View<ha::AdamWRates const, 1>{&rates, {1}}, View<ha::StepNumbers const, 1>{&numbers, {1}},
-                                    View<T const, 1>{in(gradients).row(step), line}, out(mean), out(square), out(p));
+    ha::AdamWTensor<T> const tensor{out(p).data, in(gradients).row(step), out(mean).data, out(square).data, steps[1], 0};
+    On<ha::AdamWStep, Cpu>::forward(run.cpu(), View<ha::AdamWTensor<T> const, 1>{&tensor, {1}}, View<ha::AdamWRates const, 1>{&rates, {1}},
+                                    View<ha::StepNumbers const, 1>{&numbers, {1}});
   }
   run.compare("exp_avg_" + number, mean);
   run.compare("exp_avg_sq_" + number, square);

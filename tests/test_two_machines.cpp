@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <set>
 
 namespace ha = hybridattn;
 using ha::Index;
@@ -218,4 +219,42 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   CHECK_THROWS_WITH(run.start(1).read(), Contains("step 8: the loss is nan; the first gradient that is not finite is that of embedding"));
   CHECK_THROWS_WITH(train_step(run.backend, run.model, run.params, run.optimizer, run.batches[0]),
                     Contains("step 8: the loss is nan; the first tensor that is not finite is the parameter norm"));
+}
+
+TEST_CASE("parameters, gradients and moments stand in one block of memory each, and an exchange sees the gradients before the update") {
+  Training run{true};
+  auto const block_of = [](auto const& group) {
+    std::set<ha::SharedBlock const*> blocks;
+    std::size_t bytes = 0;
+    ha::zip(
+        [&](ha::Path const&, auto const& tensor) {
+          if (!tensor) return;
+          blocks.insert(tensor.shared());
+          CHECK(reinterpret_cast<std::uintptr_t>(ha::in(tensor).data) % 64 == 0);
+          bytes += tensor.byte_count();
+        },
+        group);
+    REQUIRE(blocks.size() == 1);
+    REQUIRE(*blocks.begin() != nullptr);
+    CHECK((*blocks.begin())->bytes >= bytes);
+    return *blocks.begin();
+  };
+  std::set<ha::SharedBlock const*> blocks{block_of(run.params), block_of(run.optimizer.state().mean),
+                                          block_of(run.optimizer.state().square)};
+  int exchanges = 0;
+  auto const silence = [&](Counting& backend, auto& gradients, ha::View<ha::StepNumbers, 1>) {
+    ++exchanges;
+    blocks.insert(block_of(gradients));
+    ha::zip([&](ha::Path const&, auto& g) { ha::On<ha::Fill, Counting>::forward(backend, 0.0f, flat(ha::out(g))); }, gradients);
+  };
+  auto const step =
+      start_step(run.backend, run.model, run.params, run.optimizer, std::span<ha::TokenBatch<Counting> const>(run.batches), {}, silence);
+  CHECK(step.read().gradient_norm == 0);
+  CHECK(exchanges == 1);
+  CHECK(blocks.size() == 4);
+  auto const held = run.backend.pool().in_use();
+  {
+    auto const more = run.model.initialize<float>(run.backend, ha::Seed{1});
+  }
+  CHECK(run.backend.pool().in_use() == held);
 }

@@ -204,8 +204,9 @@ void adamw(Run& r, Index N, Index C) {
     ha::AdamWRates const rates{rate, 0.9, 0.95, 1e-8, 0.1, 1, 1, rate};
     ha::StepNumbers const numbers;
     ha::StepFault fault;
-    On<ha::AdamWStep>::forward(r.cpu(), one(rates), one(numbers), r.in(N * C), r.sum(N * C), r.sum(N * C), r.sum(N * C));
-    On<ha::AdamWCheck>::forward(r.cpu(), one(rates), one(numbers), r.in(N * C), r.in(N * C), r.in(N * C), r.in(N * C), one(fault));
+    ha::AdamWTensor<float> const tensor{r.sum(N * C).data, r.in(N * C).data, r.sum(N * C).data, r.sum(N * C).data, N * C, 0};
+    On<ha::AdamWCheck>::forward(r.cpu(), one(tensor), one(rates), one(numbers), one(fault));
+    On<ha::AdamWStep>::forward(r.cpu(), one(tensor), one(rates), one(numbers));
   }
 }
 void linear_of_no_columns(Run& r) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <deque>
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -24,6 +25,13 @@ struct BlockSize {
     bytes = steps * step;
     number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
   }
+};
+
+// A block in which several tensors stand. The last one that ends gives it back.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
 };
 
 // A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
@@ -63,6 +71,18 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
+  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  SharedBlock* share(void* block, std::size_t bytes) {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    *record = {block, bytes, 0};
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Gives all blocks that wait back to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
   std::size_t in_use() const { return in_use_; }   // as it was asked for
@@ -129,6 +149,8 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
+  std::deque<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;

@@ -96,7 +96,7 @@ template <class S_> class LanguageModel {
                                 .blocks = Stack::starts(stack_),
                                 .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
                                 .head = config_.initialization.linear(config_.model_dim)};
-    auto params = allocate<T>(backend, this->params());
+    auto params = allocate_together<T>(backend, this->params());
     zip(
         [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
           Random random{seed, path.str()};
@@ -150,7 +150,7 @@ template <class S_> class LanguageModel {
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{{backend, {1}}, allocate<T>(backend, gradients())};
+    Gradients<T, B> result{{backend, {1}}, allocate_together<T>(backend, gradients())};
     auto const d_p = out(result.params);
     BatchLosses* const losses = out(result.losses).data;   // on the machine
     View<LossSum, 1> const loss{&losses->loss, {1}};

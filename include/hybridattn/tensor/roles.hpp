@@ -15,6 +15,7 @@
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
+#include <hybridattn/core/math.hpp>
 #include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
@@ -22,6 +23,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -180,20 +182,38 @@ struct ToOut {
 struct ToRead {
   void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
+struct ToShape {
+  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
+};
 template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
-}  // namespace detail
+// The places of tensors in a block, which it counts first, while there is none.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
 
-// The backend of a group of tensors.
-namespace detail {
-template <class G> struct BackendOf;
-template <template <class> class G, class T, class B> struct BackendOf<G<Owned<T, B>>> {
-  using type = B;
+  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
 };
 }  // namespace detail
-template <class G> using backend_of = typename detail::BackendOf<G>::type;
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
 template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
@@ -214,6 +234,24 @@ template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& writte
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
   G<Owned<T, B>> owned;
   zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// How big the tensors of a group are.
+template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
+  typename detail::OwnedGroup<G>::Sizes sizes;
+  zip(detail::ToShape{}, owned, sizes);
+  return sizes;
+}
+// In one block of memory, each at an address that 128 divides; what lies between them is anything.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  if (place.bytes == 0) return allocate<T>(backend, shapes);
+  std::size_t const bytes = std::exchange(place.bytes, 0);
+  place.block = backend.pool().share(backend.take(bytes), bytes);
+  zip(place, shapes, owned);
   return owned;
 }
 

@@ -12,6 +12,15 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+namespace detail {
+// One tensor less in a block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
+
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
 // Throws Error where the elements cannot be counted, or where there is no memory for them.
@@ -25,14 +34,24 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
+  // In a block that it shares with others, `offset` bytes from its start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
   Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)),
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
         state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
         view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {
     if (this == &other) return *this;
     release();
     backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
     state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
     view_ = std::exchange(other.view_, {});
     return *this;
@@ -43,6 +62,9 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
+  // The block that it shares with others, or nothing.
+  SharedBlock const* shared() const { return shared_; }
+
   // What of the tensor may be read, written: see `in` and `out`.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
@@ -50,8 +72,10 @@ template <class T, int Rank, class B> class Tensor {
  private:
   enum class State : char { empty, held, moved };
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
+    shared_ = nullptr;
     view_ = {};
   }
   View<T, Rank> const& used() const {
@@ -60,6 +84,7 @@ template <class T, int Rank, class B> class Tensor {
   }
 
   B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
   State state_ = State::empty;
   View<T, Rank> view_;
 };

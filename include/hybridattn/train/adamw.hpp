@@ -81,6 +81,7 @@ inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
 //   open(backend, rate)  ->  what the batches lose is added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
+  using Scalar = scalar_of<Params>;
   using Backend = backend_of<Params>;
 
   // What steps change, besides the parameters, with the options and the counts of steps all there is to know of an optimizer.
@@ -91,21 +92,24 @@ template <class Params> class AdamW {
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
     options_.check_numbers();
     On<Fill, Backend>::forward(backend, StepNumbers{}, out(numbers_));
+    auto const sizes = sizes_of(like);
+    state_ = {allocate_together<Scalar>(backend, sizes), allocate_together<Scalar>(backend, sizes)};
     zip(
-        [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, Backend> const& p, Tensor<T, Rank, Backend>& mean,
-                               Tensor<T, Rank, Backend>& square) {
-          mean = zeros<T>(backend, p.shape());
-          square = zeros<T>(backend, p.shape());
+        [&](Path const& path, auto& mean, auto& square) {
+          On<Fill, Backend>::forward(backend, Scalar(0), flat(out(mean)));
+          On<Fill, Backend>::forward(backend, Scalar(0), flat(out(square)));
           decays_.push_back(!options_.decays || options_.decays(path.str()));
         },
-        like, state_.mean, state_.square);
+        state_.mean, state_.square);
     auto const tensors = static_cast<Index>(decays_.size());
     squares_ = {backend, {tensors}};
     rates_ = {backend, {tensors}};
     found_ = {backend, {tensors}};
     roles_ = {backend, {tensors}};
     updates_ = zeros<Index>(backend, Shape<1>{tensors});
+    tensors_ = {backend, {tensors}};
     reserve(next_roles_, tensors, "the roles of tensors in a step");
+    reserve(next_tensors_, tensors, "the tensors of a step");
   }
 
   // A step begins, with learning_rate * rate.
@@ -123,37 +127,14 @@ template <class Params> class AdamW {
   void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& apart = {}) {
     check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
           " tensors are apart");
-    next_roles_.clear();
-    zip(
-        [&](Path const&, auto const& g) {
-          std::size_t const i = next_roles_.size();
-          On<SumOfSquares, Backend>::forward(backend, flat(in(g)), element(out(squares_), i));
-          next_roles_.push_back((g ? StepRole::has_gradient : 0) | (decays_[i] ? StepRole::decays : 0) |
-                                (!apart.empty() && apart[i] ? StepRole::apart : 0));
-        },
-        gradients);
-    if (next_roles_ != known_roles_) {
-      upload(backend, next_roles_, roles_);
-      known_roles_ = next_roles_;
-    }
+    list_tensors(params, gradients, apart);
+    bring_up_to_date(backend, next_roles_, known_roles_, roles_);
+    bring_up_to_date(backend, next_tensors_, known_tensors_, tensors_);
+    On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
     On<DecideStep, Backend>::forward(backend, decide_options(), in(roles_), in(squares_), in(updates_), out(rates_), out(numbers_));
-    On<Fill, Backend>::forward(backend, StepFault::none, out(found_));
-    for (bool const writes : {false, true}) {   // all of it is checked before any of it is written
-      std::size_t next = 0;
-      zip(
-          [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-            std::size_t const i = next++;
-            if (!g) return;
-            auto const rates = element(in(rates_), i);
-            if (writes)
-              On<AdamWStep, Backend>::forward(backend, rates, in(numbers_), flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
-            else
-              On<AdamWCheck, Backend>::forward(backend, rates, in(numbers_), flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p)),
-                                               element(out(found_), i));
-          },
-          params, gradients, state_.mean, state_.square);
-      if (!writes) On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
-    }
+    On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
+    On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
+    On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
     ++started_;
     ++unread_;
   }
@@ -203,8 +184,29 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
-  template <class T> static View<T, 1> element(View<T, 1> list, std::size_t i) { return {list.data + i, {1}}; }
-
+  // What the step at hand is about: addresses and roles, which change rarely.
+  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& apart) {
+    next_roles_.clear();
+    next_tensors_.clear();
+    Index blocks = 0;
+    zip(
+        [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
+          std::size_t const i = next_roles_.size();
+          next_roles_.push_back((g ? StepRole::has_gradient : 0) | (decays_[i] ? StepRole::decays : 0) |
+                                (!apart.empty() && apart[i] ? StepRole::apart : 0));
+          AdamWTensor<Scalar> tensor{.first_block = blocks};
+          if (g) tensor = {out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count(), blocks};
+          blocks += tensor.blocks();
+          next_tensors_.push_back(tensor);
+        },
+        params, gradients, state_.mean, state_.square);
+  }
+  template <class T> static void bring_up_to_date(Backend& backend, std::vector<T> const& next, std::vector<T>& known,
+                                                  Tensor<T, 1, Backend>& there) {
+    if (next == known) return;
+    upload(backend, next, there);
+    known = next;
+  }
   DecideStep::Options decide_options() const {
     return {.learning_rate = options_.learning_rate,
             .beta_1 = options_.beta_1,
@@ -229,11 +231,13 @@ template <class Params> class AdamW {
   State state_;
   std::vector<bool> decays_;
   std::vector<std::int32_t> known_roles_, next_roles_;
+  std::vector<AdamWTensor<Scalar>> known_tensors_, next_tensors_;
   double rate_ = 1;                              // as the machine has it
   Index steps_ = 0, started_ = 0, unread_ = 0;
   Tensor<StepNumbers, 1, Backend> numbers_;      // [1]
   // For each tensor:
   Tensor<std::int32_t, 1, Backend> roles_;
+  Tensor<AdamWTensor<Scalar>, 1, Backend> tensors_;
   Tensor<double, 1, Backend> squares_;
   Tensor<Index, 1, Backend> updates_;
   Tensor<AdamWRates, 1, Backend> rates_;

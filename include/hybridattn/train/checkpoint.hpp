@@ -90,7 +90,7 @@ template <class T, class B, class Model> auto load_parameters(B& backend, std::f
   auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path, ignored));
   check(needed <= there, "checkpoint ", one_line(path.string()), ": the model's parameters take ", needed, " bytes, the whole file has ",
         there);
-  auto params = allocate<T>(backend, model.params());
+  auto params = allocate_together<T>(backend, model.params());
   auto const tensors = checkpoint::tensors_of(params);
   file.check_model(checkpoint::describe(model), tensors.front().info.dtype, true);
   file.check_tensors(tensors, false);

@@ -122,7 +122,7 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
         weights.count(), " tensors");
   auto const entries = table(wanted, format);
   weights.check_against(entries, model.config().tie_embedding ? format.prefix + "embed_tokens.weight" : "");
-  auto params = allocate<T>(backend, model.params());
+  auto params = allocate_together<T>(backend, model.params());
   auto const memory = detail::memory_of<T>(params);
   for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
   return params;

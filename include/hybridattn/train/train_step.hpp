@@ -81,14 +81,20 @@ template <class B, class Params> class PendingStep {
   Index number_;
 };
 
+// What stands between backward and update where several processes train one model: it may add up their gradients, each group of
+// which is one block of memory, and their numbers. Alone there is nothing to exchange.
+struct NoExchange {
+  template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
+};
+
 // One step down the gradients of the mean loss over all counted tokens of several batches, one after the other in memory. Waits for
-// nothing: a loop that prints every tenth step reads every tenth step.
-template <class B, class Model, class Params>
+// nothing: a loop that prints every tenth step reads every tenth step. exchange(backend, gradients, numbers) is called once.
+template <class B, class Model, class Params, class Exchange = NoExchange>
 PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
-                                  std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+                                  std::span<TokenBatch<B> const> batches, StepOptions options = {}, Exchange exchange = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
   check_not_negative("StepOptions", "rate", options.rate);
-  if (options.stage != model.stage()) return start_step(backend, model.at(options.stage), params, optimizer, batches, options);
+  if (options.stage != model.stage()) return start_step(backend, model.at(options.stage), params, optimizer, batches, options, exchange);
   Index count = 0;
   for (auto const& batch : batches) count += batch.counted;
   double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
@@ -104,6 +110,7 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
+  exchange(backend, gradients, optimizer.numbers());
   optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
   return {backend, optimizer};
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -32,20 +33,65 @@ template <class T> struct AdamWRule {
   }
 };
 
+// f(number of the tensor, number of the block, first, last) for the blocks of all tensors.
+template <class T, class F> void for_each_block(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, F f) {
+  using Tensor = AdamWTensor<T>;
+  static_assert(Tensor::block == element_grain);
+  if (tensors.count() == 0) return;
+  Tensor const *const begin = tensors.data, *const end = begin + tensors.count();
+  parallel_for(cpu, end[-1].first_block + end[-1].blocks(), [&](Index block, int) {
+    auto const* tensor = std::upper_bound(begin, end, block, [](Index b, Tensor const& t) { return b < t.first_block; }) - 1;
+    Index const first = (block - tensor->first_block) * Tensor::block;
+    f(tensor - begin, block, first, std::min(first + Tensor::block, tensor->count));
+  });
+}
+template <class T> Index blocks_of_all(View<AdamWTensor<T> const, 1> tensors) {
+  Index const n = tensors.count();
+  return n == 0 ? 0 : tensors(n - 1).first_block + tensors(n - 1).blocks();
+}
+// A vector of doubles at a time: squares of floats do not overflow.
+template <class T> double sum_of_squares(T const* x, Index count) {
+  double lane[8] = {};
+  Index i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  for (; i < count; ++i) lane[i % 8] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  double sum = 0;
+  for (double value : lane) sum += value;
+  return sum;
+}
+
 }  // namespace cpu::detail
+
+template <> struct On<AdamWSquares, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
+    cpu::Scratch<double> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = cpu::detail::sum_of_squares(tensors(i).g + first, last - first);
+    });
+    for (Index i = 0; i < tensors.count(); ++i) {
+      auto const& t = tensors(i);
+      squares(i) = 0;
+      for (Index block = 0; block < t.blocks(); ++block) squares(i) += partial.data()[t.first_block + block];
+      if (!std::isfinite(squares(i)) && !std::all_of(t.g, t.g + t.count, [](T value) { return std::isfinite(value); }))
+        squares(i) = std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+};
 
 template <> struct On<AdamWStep, Cpu> {
   template <class T>
-  static void forward(Cpu& cpu, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers, View<T const, 1> g, View<T, 1> m,
-                      View<T, 1> v, View<T, 1> p) {
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates,
+                      View<StepNumbers const, 1> numbers) {
     if (numbers(0).fault != StepFault::none) return;
-    cpu::detail::AdamWRule<T> const rule{rates(0)};
-    parallel_blocks(cpu, p.count(), cpu::element_grain, [&](Index first, Index last) {
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index, Index first, Index last) {
+      auto const t = tensors(i);
+      cpu::detail::AdamWRule<T> const rule{rates(i)};
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        auto const next = rule(s.get(g.data), s.get(m.data), s.get(v.data), s.get(p.data));
-        s.put(m.data, next.mean);
-        s.put(v.data, next.square);
-        s.put(p.data, next.parameter);
+        auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+        s.put(t.m, next.mean);
+        s.put(t.v, next.square);
+        s.put(t.p, next.parameter);
       });
     });
   }
@@ -53,27 +99,32 @@ template <> struct On<AdamWStep, Cpu> {
 
 template <> struct On<AdamWCheck, Cpu> {
   template <class T>
-  static void forward(Cpu& cpu, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers, View<T const, 1> g, View<T const, 1> m,
-                      View<T const, 1> v, View<T const, 1> p, View<StepFault, 1> result) {
-    result(0) = StepFault::none;
-    if (p.count() == 0 || numbers(0).fault != StepFault::none) return;
-    cpu::detail::AdamWRule<T> const rule{rates(0)};
-    Tensor<StepFault, 1, Cpu> storage{cpu, {ceil_div(p.count(), cpu::element_grain)}};
-    auto const found = out(storage);
-    parallel_blocks(cpu, p.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
-      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        auto const next = rule(s.get(g.data), s.get(m.data), s.get(v.data), s.get(p.data));
-        mean += next.mean - next.mean;
-        square += next.square - next.square;
-        parameter += next.parameter - next.parameter;
-      });
-      found(first / cpu::element_grain) = cpu::sum<T>(mean) != 0        ? StepFault::mean
-                                          : cpu::sum<T>(square) != 0    ? StepFault::square
-                                          : cpu::sum<T>(parameter) != 0 ? StepFault::parameter
-                                                                        : StepFault::none;
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers,
+                      View<StepFault, 1> found) {
+    std::fill_n(found.data, found.count(), StepFault::none);
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::Scratch<StepFault> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = in_block(tensors(i), cpu::detail::AdamWRule<T>{rates(i)}, first, last);
     });
-    for (Index block = 0; block < found.count() && result(0) == StepFault::none; ++block) result(0) = found(block);
+    for (Index i = 0; i < tensors.count(); ++i)
+      for (Index block = 0; block < tensors(i).blocks() && found(i) == StepFault::none; ++block)
+        found(i) = partial.data()[tensors(i).first_block + block];
+  }
+
+ private:
+  template <class T> static StepFault in_block(AdamWTensor<T> const& t, cpu::detail::AdamWRule<T> const& rule, Index first, Index last) {
+    cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+    cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+      mean += next.mean - next.mean;
+      square += next.square - next.square;
+      parameter += next.parameter - next.parameter;
+    });
+    return cpu::sum<T>(mean) != 0        ? StepFault::mean
+           : cpu::sum<T>(square) != 0    ? StepFault::square
+           : cpu::sum<T>(parameter) != 0 ? StepFault::parameter
+                                         : StepFault::none;
   }
 };
 

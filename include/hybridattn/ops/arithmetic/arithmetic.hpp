@@ -11,8 +11,6 @@ struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
 struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
 struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
-struct SumOfSquares {};  // forward(backend, x, sum)        sum [1] of double, in blocks of fixed size, combined in order; NaN where an
-                         //                                 element is not finite, infinite where only the sum is not
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
