@@ -290,8 +290,12 @@ std::vector<Case> mixture_cases() {
                                auto const experts = r.whole_out(Shape<2>{N, k}), places = r.whole_out(Shape<2>{N, k});
                                // Every token chooses the first ones: the others have none.
                                On<ha::Route>::forward(r.cpu(), o, r.input<2>({N, E}, 0), probabilities, weights, experts);
-                               On<ha::Permute>::forward(r.cpu(), View<std::int32_t const, 2>(experts), r.whole_out(Shape<1>{E + 1}),
-                                                        places);
+                               auto const starts = r.whole_out(Shape<1>{E + 1});
+                               On<ha::Permute>::forward(r.cpu(), View<std::int32_t const, 2>(experts), starts, places);
+                               View<std::int32_t const, 1> const offsets = starts;
+                               On<ha::GroupedLinear>::forward(r.cpu(), offsets, r.in(N * k, C), r.in(E, 5, C), r.out(N * k, 5));
+                               On<ha::GroupedLinear>::backward(r.cpu(), offsets, r.in(N * k, C), r.in(E, 5, C), r.in(N * k, 5),
+                                                               r.sum(N * k, C), r.out(E, 5, C));
                                View<std::int32_t const, 2> const at = places, chosen = experts;
                                On<ha::Route>::backward(r.cpu(), o, View<float const, 2>(probabilities), View<float const, 2>(weights),
                                                        chosen, r.in(N, k), balance ? r.in(E) : View<float const, 1>{}, r.out(N, E));

@@ -6,6 +6,7 @@
 #include <hybridattn/nn/initialization.hpp>
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
 #include <hybridattn/ops/gate/gate.hpp>
+#include <hybridattn/ops/grouped_linear/grouped_linear.hpp>
 #include <hybridattn/ops/linear/linear.hpp>
 #include <hybridattn/ops/moe/moe.hpp>
 #include <hybridattn/tensor/roles.hpp>
@@ -15,7 +16,8 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// down(silu(gate x) * up x), or down(silu(gate x)) without up.
+// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once:
+// then the weights are those of all experts, and the offsets of their rows come last.
 struct Mlp {
   template <class S> struct Params {
     Held<S, 2> gate, up;  // [F, C]
@@ -36,22 +38,22 @@ struct Mlp {
     return {.gate = {N, F}, .up = {gated ? N : 0, gated ? F : 0}, .hidden = {N, F}};
   }
 
-  template <class B, class T>
-  static void forward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y) {
-    On<Linear, B>::forward(backend, x, p.gate, saved.gate);
-    if (!p.up.empty()) On<Linear, B>::forward(backend, x, p.up, saved.up);
+  template <class Product = Linear, class B, class Weights, class T, class... Offsets>
+  static void forward(B& backend, Weights const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y, Offsets... offsets) {
+    On<Product, B>::forward(backend, offsets..., x, p.gate, saved.gate);
+    if (!p.up.empty()) On<Product, B>::forward(backend, offsets..., x, p.up, saved.up);
     On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
-    On<Linear, B>::forward(backend, View<T const, 2>(saved.hidden), p.down, y);
+    On<Product, B>::forward(backend, offsets..., View<T const, 2>(saved.hidden), p.down, y);
   }
   // Adds to d_x. `d` is scratch of Saved's shape.
-  template <class B, class T>
-  static void backward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
-                       Saved<Out<T>> const& d, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+  template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
+  static void backward(B& backend, Weights const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
+                       Saved<Out<T>> const& d, View<T, 2> d_x, Gradients const& d_p, Offsets... offsets) {
     On<Fill, B>::forward(backend, T(0), flat(d.hidden));
-    On<Linear, B>::backward(backend, saved.hidden, p.down, d_y, d.hidden, d_p.down);
+    On<Product, B>::backward(backend, offsets..., saved.hidden, p.down, d_y, d.hidden, d_p.down);
     On<Swiglu, B>::backward(backend, flat(saved.gate), flat(saved.up), flat(View<T const, 2>(d.hidden)), flat(d.gate), flat(d.up));
-    if (!p.up.empty()) On<Linear, B>::backward(backend, x, p.up, View<T const, 2>(d.up), d_x, d_p.up);
-    On<Linear, B>::backward(backend, x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate);
+    if (!p.up.empty()) On<Product, B>::backward(backend, offsets..., x, p.up, View<T const, 2>(d.up), d_x, d_p.up);
+    On<Product, B>::backward(backend, offsets..., x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate);
   }
 };
 
@@ -200,30 +202,6 @@ struct FeedForward {
   }
 
  private:
-  // What of a group of all experts belongs to one of them, and to the rows it was given.
-  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
-    if (all.empty()) return {};
-    return {all.row(e, 0), {all.extent(1), all.extent(2)}};
-  }
-  template <class S> static Mlp::Params<S> of_expert(Experts<S> const& all, Index e) {
-    return {.gate = of_expert(all.gate, e), .up = of_expert(all.up, e), .down = of_expert(all.down, e)};
-  }
-  template <class T> static View<T, 2> part(View<T, 2> rows, Index first, Index count) {
-    if (rows.empty()) return {};
-    return {rows.data + first * rows.extent(1), {count, rows.extent(1)}};
-  }
-  template <class S> static Mlp::Saved<S> part(Mlp::Saved<S> const& rows, Index first, Index count) {
-    return {.gate = part(rows.gate, first, count), .up = part(rows.up, first, count), .hidden = part(rows.hidden, first, count)};
-  }
-  // f(expert, first row, number of rows) for experts that were given any.
-  template <class B, class F> static void for_each_expert(B& backend, Tensor<std::int32_t, 1, B> const& offsets, F f) {
-    std::int32_t bounds[2];
-    for (Index e = 0; e + 1 < offsets.shape()[0]; ++e) {
-      backend.download(bounds, in(offsets).data + e, sizeof bounds);
-      f(e, Index{bounds[0]}, Index{bounds[1] - bounds[0]});
-    }
-  }
-
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
@@ -233,11 +211,7 @@ struct FeedForward {
                           out(saved.chosen));
     On<Permute, B>::forward(backend, in(saved.chosen), out(saved.offsets), out(saved.places));
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
-    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
-      if (count == 0) return;
-      Mlp::forward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(out(saved.experts), first, count),
-                   part(out(saved.made), first, count));
-    });
+    Mlp::forward<GroupedLinear>(backend, p.experts, in(saved.rows), out(saved.experts), out(saved.made), in(saved.offsets));
     On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
     On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
     if (c.shared_dim < 0) return;
@@ -246,11 +220,12 @@ struct FeedForward {
     On<AddGated, B>::forward(backend, in(saved.shared_made), in(saved.shared_logit), y);
   }
 
-  template <class B, class T>
-  static void mlp_backward(B& backend, Mlp::Params<In<T>> const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
-                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Mlp::Params<Out<T>> const& d_p) {
+  template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
+  static void mlp_backward(B& backend, Weights const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
+                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Gradients const& d_p,
+                           Offsets... offsets) {
     auto d = allocate<T>(backend, shapes);
-    Mlp::backward(backend, p, x, in(saved), d_y, out(d), d_x, d_p);
+    Mlp::backward<Product>(backend, p, x, in(saved), d_y, out(d), d_x, d_p, offsets...);
   }
 
   template <class B, class T>
@@ -260,12 +235,8 @@ struct FeedForward {
         d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
     auto d_rows = zeros<T>(backend, saved.rows.shape());
-    auto d_experts = allocate<T>(backend, Mlp::saved(x.extent(0) * c.top_k, c.expert_dim, c.gated));
-    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
-      Mlp::backward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(in(saved.experts), first, count),
-                    part(in(d_made), first, count), part(out(d_experts), first, count), part(out(d_rows), first, count),
-                    of_expert(d_p.experts, e));
-    });
+    mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
+                                in(d_made), out(d_rows), d_p.experts, in(saved.offsets));
     On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x);
     On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen),
                            in(d_weights), in(saved.d_probability), out(d_logits));

@@ -17,6 +17,7 @@ template <class T> struct Operand {
   Index rows = 0, columns = 0, row = 0, column = 1;
 
   Operand transposed() const { return {data, columns, rows, column, row}; }
+  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
 };
 template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
 
@@ -108,6 +109,26 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
     Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
     if (r0 < r1)
       detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+  });
+}
+
+// One product of several.
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+// The products first .. last in one parallel loop. All have as many columns, and a depth that is not 0.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  if (first == last) return;
+  using detail::panel_columns;
+  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
+    Product<T> const& p = first[task / panels];
+    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
+                           into);
   });
 }
 

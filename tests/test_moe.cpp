@@ -1,0 +1,129 @@
+// Experts as one operation.
+#include "catch.hpp"
+#include "compare.hpp"
+
+#include <hybridattn/core/random.hpp>
+#include <hybridattn/ops/grouped_linear/grouped_linear.hpp>
+#include <hybridattn/ops/linear/linear.hpp>
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace ha = hybridattn;
+using ha::Index;
+using ha::View;
+
+namespace {
+
+template <class Op> using On = ha::On<Op, ha::Cpu>;
+
+template <class T> std::vector<T> noise(Index count, char const* name) {
+  ha::Random random{ha::Seed{13}, name};
+  std::vector<T> x(static_cast<std::size_t>(count));
+  for (T& element : x) element = static_cast<T>(random.normal());
+  return x;
+}
+template <class T> std::vector<T> unwritten(std::size_t count) { return std::vector<T>(count, std::numeric_limits<T>::quiet_NaN()); }
+template <class T> View<T, 2> rows(std::vector<T>& x, Index columns, Index first, Index last) {
+  return {x.data() + first * columns, {last - first, columns}};
+}
+template <class T> View<T const, 2> rows(std::vector<T> const& x, Index columns, Index first, Index last) {
+  return {x.data() + first * columns, {last - first, columns}};
+}
+
+// Experts with so many rows each.
+template <class T> struct Experts {
+  Index C, F, E, R;
+  std::vector<std::int32_t> offsets{0};
+  std::vector<T> x, w, d_y, d_x_before;
+
+  Experts(std::vector<Index> const& counts, Index columns, Index features) : C(columns), F(features), E(std::ssize(counts)) {
+    for (Index count : counts) offsets.push_back(offsets.back() + static_cast<std::int32_t>(count));
+    R = offsets.back();
+    x = noise<T>(R * C, "x"), w = noise<T>(E * F * C, "w"), d_y = noise<T>(R * F, "d_y"), d_x_before = noise<T>(R * C, "d_x");
+  }
+  View<std::int32_t const, 1> starts() const { return {offsets.data(), {E + 1}}; }
+  View<T const, 3> matrices() const { return {w.data(), {E, F, C}}; }
+
+  std::vector<T> forward(ha::Cpu& cpu) const {
+    auto y = unwritten<T>(d_y.size());
+    On<ha::GroupedLinear>::forward(cpu, starts(), rows(x, C, 0, R), matrices(), rows(y, F, 0, R));
+    return y;
+  }
+  // y, d_x, d_w
+  std::vector<std::vector<T>> results(ha::Cpu& cpu) const {
+    auto d_x = d_x_before, d_w = unwritten<T>(w.size());
+    On<ha::GroupedLinear>::backward(cpu, starts(), rows(x, C, 0, R), matrices(), rows(d_y, F, 0, R), rows(d_x, C, 0, R),
+                                    View<T, 3>{d_w.data(), {E, F, C}});
+    return {forward(cpu), d_x, d_w};
+  }
+  std::vector<std::vector<T>> one_by_one(ha::Cpu& cpu) const {
+    auto y = unwritten<T>(d_y.size()), d_x = d_x_before, d_w = unwritten<T>(w.size());
+    for (Index e = 0; e < E; ++e) {
+      Index const first = offsets[static_cast<std::size_t>(e)], last = offsets[static_cast<std::size_t>(e) + 1];
+      auto const matrix = rows(w, C, e * F, (e + 1) * F);
+      On<ha::Linear>::forward(cpu, rows(x, C, first, last), matrix, rows(y, F, first, last));
+      On<ha::Linear>::backward(cpu, rows(x, C, first, last), matrix, rows(d_y, F, first, last), rows(d_x, C, first, last),
+                               rows(d_w, C, e * F, (e + 1) * F));
+    }
+    return {y, d_x, d_w};
+  }
+};
+
+std::vector<std::vector<Index>> const row_counts = {{0, 3, 5}, {3, 0, 5},         {5, 3, 0},       {0, 0, 140, 0},
+                                                    {9},       {0, 1, 300, 0, 2}, {256, 257, 255}, {0, 0, 0}};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("experts as one operation have the bits of a Linear for each, on any number of threads", "", float, double) {
+  ha::Cpu one{1}, two{2}, three{3};
+  for (auto const& counts : row_counts)
+    for (auto const& [C, F] : {std::pair<Index, Index>{1, 1}, {7, 33}, {40, 270}, {270, 5}}) {
+      INFO("experts " << counts.size() << ", the first has " << counts[0] << " rows; C " << C << ", F " << F);
+      Experts<TestType> const experts{counts, C, F};
+      auto const expected = experts.one_by_one(one);
+      for (ha::Cpu* cpu : {&one, &two, &three}) CHECK(same_bits(experts.results(*cpu), expected));
+    }
+}
+
+TEST_CASE("gradients of experts as one operation equal finite differences") {
+  ha::Cpu cpu{2};
+  Experts<double> experts{{4, 0, 7}, 5, 6};
+  auto const gradients = experts.results(cpu);
+  auto const loss = [&] {
+    auto const y = experts.forward(cpu);
+    return std::inner_product(y.begin(), y.end(), experts.d_y.begin(), 0.0);
+  };
+  auto const slope = [&](double& element) {
+    double const before = element;
+    element = before + 0.5;
+    double const above = loss();
+    element = before - 0.5;
+    double const below = loss();
+    element = before;
+    return above - below;   // y is linear in each element
+  };
+  for (std::size_t i = 0; i < experts.x.size(); ++i)
+    CHECK(gradients[1][i] - experts.d_x_before[i] == Approx(slope(experts.x[i])).margin(1e-12));
+  for (std::size_t i = 0; i < experts.w.size(); ++i) CHECK(gradients[2][i] == Approx(slope(experts.w[i])).margin(1e-12));
+}
+
+TEST_CASE("gradients of experts that are not wanted are not written") {
+  ha::Cpu cpu{1};
+  Experts<float> const experts{{2, 0, 3}, 4, 5};
+  auto const all = experts.results(cpu);
+  auto d_x = experts.d_x_before, d_w = unwritten<float>(experts.w.size());
+  auto const backward = [&](View<float, 2> to_x, View<float, 3> to_w) {
+    On<ha::GroupedLinear>::backward(cpu, experts.starts(), rows(experts.x, 4, 0, 5), experts.matrices(), rows(experts.d_y, 5, 0, 5), to_x,
+                                    to_w);
+  };
+  backward({}, {d_w.data(), {3, 5, 4}});
+  CHECK(d_x == experts.d_x_before);
+  CHECK(d_w == all[2]);
+  d_w = unwritten<float>(d_w.size());
+  backward(rows(d_x, 4, 0, 5), {});
+  CHECK(d_x == all[1]);
+  CHECK(std::isnan(d_w[0]));
+}
