@@ -1,10 +1,11 @@
-// Experts as one operation.
+// Experts as one operation, and what keeps them balanced: without a number that the host waits for.
 #include "catch.hpp"
 #include "compare.hpp"
 
+#include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/core/random.hpp>
-#include <hybridattn/ops/grouped_linear/grouped_linear.hpp>
-#include <hybridattn/ops/linear/linear.hpp>
+#include <hybridattn/nn/language_model.hpp>
+#include <hybridattn/testing/fake.hpp>
 
 #include <cmath>
 #include <limits>
@@ -126,4 +127,75 @@ TEST_CASE("gradients of experts that are not wanted are not written") {
   backward(rows(d_x, 4, 0, 5), {});
   CHECK(d_x == all[1]);
   CHECK(std::isnan(d_w[0]));
+}
+
+namespace {
+
+// Layers of tokens that chose experts, and their balancing loss by loops.
+struct Choices {
+  static constexpr Index E = 21, N = 37;   // more experts than a task has
+  std::vector<double> probabilities;
+  std::vector<std::int32_t> offsets;
+
+  explicit Choices(char const* name) : probabilities(noise<double>(N * E, name)), offsets(static_cast<std::size_t>(E + 1)) {
+    for (double& p : probabilities) p = std::abs(p);
+    for (Index e = 0; e <= E; ++e) offsets[static_cast<std::size_t>(e)] = static_cast<std::int32_t>(e * e % 7 + 4 * e);
+    offsets[0] = 0;
+  }
+  void count(ha::Cpu& cpu, std::vector<double>& sums) const {
+    On<ha::ExpertUse>::forward(cpu, View<std::int32_t const, 1>{offsets.data(), {E + 1}}, rows(probabilities, E, 0, N),
+                               rows(sums, E, 0, 2));
+  }
+};
+double balance_by_loops(double coefficient, std::vector<Choices> const& layers) {
+  double const tokens = static_cast<double>(layers.size()) * Choices::N, E = Choices::E;
+  double loss = 0;
+  for (std::size_t e = 0; e < std::size_t{Choices::E}; ++e) {
+    double chosen = 0, probability = 0;
+    for (Choices const& layer : layers) {
+      chosen += layer.offsets[e + 1] - layer.offsets[e];
+      for (std::size_t n = 0; n < std::size_t{Choices::N}; ++n) probability += layer.probabilities[n * std::size_t{Choices::E} + e];
+    }
+    loss += chosen / tokens * probability / tokens;
+  }
+  return coefficient * E * loss;
+}
+
+}  // namespace
+
+TEST_CASE("a balancing loss over one layer or several is that of loops, is added, and has its slopes, on any number of threads") {
+  ha::Cpu one{1}, three{3};
+  std::vector<Choices> layers;
+  for (char const* name : {"first", "second", "third"}) {
+    layers.push_back(Choices{name});
+    std::vector<double> sums(2 * Choices::E), again = sums;
+    for (Choices const& layer : layers) layer.count(one, sums), layer.count(three, again);
+    CHECK(sums == again);
+    Index const tokens = std::ssize(layers) * Choices::N;
+    double value = 100;
+    View<double const, 2> const read = rows(std::as_const(sums), Choices::E, 0, 2);
+    On<ha::BalanceLoss>::forward(one, 0.3, tokens, read, View<double, 1>{&value, {1}});
+    CHECK(value == Approx(100 + balance_by_loops(0.3, layers)).epsilon(1e-14));
+
+    auto slopes = unwritten<double>(std::size_t{Choices::E});
+    On<ha::BalanceLoss>::backward(one, 0.3, tokens, read, 2.0, View<double, 1>{slopes.data(), {Choices::E}});
+    for (std::size_t e = 0; e < slopes.size(); ++e) {
+      double& p = layers[0].probabilities[5 * std::size_t{Choices::E} + e];
+      double const below = balance_by_loops(0.3, layers);
+      p += 1;   // the loss is linear in each probability
+      CHECK(slopes[e] == Approx(2 * (balance_by_loops(0.3, layers) - below)).epsilon(1e-10));
+      p -= 1;
+    }
+  }
+}
+
+TEST_CASE("without tokens a balancing loss and its gradient are 0") {
+  ha::Cpu cpu{1};
+  double const sums[] = {0, 0, 0, 0};
+  double value = 7;
+  auto slopes = unwritten<double>(2);
+  On<ha::BalanceLoss>::forward(cpu, 0.3, 0, View<double const, 2>{sums, {2, 2}}, View<double, 1>{&value, {1}});
+  On<ha::BalanceLoss>::backward(cpu, 0.3, 0, View<double const, 2>{sums, {2, 2}}, 1.0, View<double, 1>{slopes.data(), {2}});
+  CHECK(value == 7);
+  CHECK(slopes == std::vector<double>(2));
 }

@@ -24,7 +24,7 @@ using Windowed = ha::FullAttention<ha::FullOptions{.window = 7, .qk_norm = ha::Q
 using Stack = ha::Stack<ha::GDN, Windowed, Sparse, ha::Full>;
 using Model = ha::LanguageModel<Stack>;
 
-Model::Config config(bool mixture) {
+Model::Config config(bool mixture, ha::Balance balance = ha::Balance::per_layer) {
   Model::Config c{.vocab_size = 19, .model_dim = 24, .num_heads = 2, .feed_forward = {.hidden_dim = 20}};
   if (mixture)
     c.feed_forward = {.hidden_dim = 20,
@@ -33,7 +33,8 @@ Model::Config config(bool mixture) {
                       .expert_dim = 12,
                       .shared_dim = 8,
                       .decoder_sparse_step = 2,
-                      .balance_coefficient = 0.1};
+                      .balance_coefficient = 0.1,
+                      .balance = balance};
   c.tie_embedding = mixture;
   return c;
 }
@@ -142,7 +143,7 @@ struct Training : Run<Counting> {
   ha::AdamW<decltype(Run<Counting>::params)> optimizer{backend, params, {.learning_rate = 10}};
   std::vector<ha::TokenBatch<Counting>> batches;
 
-  explicit Training(bool mixture) : Run<Counting>(config(mixture)) {
+  explicit Training(bool mixture, ha::Balance balance = ha::Balance::per_layer) : Run<Counting>(config(mixture, balance)) {
     for (std::uint64_t seed : {1u, 3u, 5u}) batches.push_back(batch(seed));
   }
   auto start(std::size_t count, ha::StepOptions options = {.rate = 1e-3}) {
@@ -153,19 +154,20 @@ struct Training : Run<Counting> {
 }  // namespace
 
 TEST_CASE("from the second step on nothing goes to or from the machine inside a step, and one download reads it", "[laws]") {
-  for (ha::Stage const stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})
-    for (std::size_t const count : {1u, 3u}) {
-      Training run{false};
-      run.start(count, {.rate = 1e-3, .stage = stage}).read();
-      run.backend.reset();
-      for (double const rate : {1e-3, 1e-4}) run.start(count, {.rate = rate, .stage = stage});
-      CHECK(run.backend.uploads == 0);
-      CHECK(run.backend.downloads == 0);
-      CHECK(run.backend.operations > 0);
-      run.start(count, {.rate = 1e-3, .stage = stage}).read();
-      CHECK(run.backend.downloads == 1);
-      CHECK(run.optimizer.steps() == 4);
-    }
+  for (bool const mixture : {false, true})
+    for (ha::Stage const stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse})
+      for (std::size_t const count : {1u, 3u}) {
+        Training run{mixture, count == 1 ? ha::Balance::per_layer : ha::Balance::pooled};
+        run.start(count, {.rate = 1e-3, .stage = stage}).read();
+        run.backend.reset();
+        for (double const rate : {1e-3, 1e-4}) run.start(count, {.rate = rate, .stage = stage});
+        CHECK(run.backend.uploads == 0);
+        CHECK(run.backend.downloads == 0);
+        CHECK(run.backend.operations > 0);
+        run.start(count, {.rate = 1e-3, .stage = stage}).read();
+        CHECK(run.backend.downloads == 1);
+        CHECK(run.optimizer.steps() == 4);
+      }
 }
 TEST_CASE("steps that are read late have the bits of steps that are read at once", "[laws]") {
   Training at_once{true}, late{true};

@@ -9,6 +9,9 @@
 #include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
 #include <hybridattn/ops/embedding/embedding.hpp>
 
+#include <array>
+#include <span>
+
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class S_> class LanguageModel {
@@ -200,10 +203,14 @@ template <class S_> class LanguageModel {
   void add_balance_loss(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks, View<double, 1> sum) const {
     auto const& c = stack_.block.feed_forward;
     if (c.balance_coefficient == 0) return;
-    BalanceLoss loss{c};
-    blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
-    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, scale, block.feed_forward); }, blocks);
-    On<Fill, B>::forward(backend, loss.value(), sum);
+    std::array<FeedForward::Saved<Owned<T, B>>*, Stack::depth> mixtures;
+    std::size_t count = 0;
+    blocks.for_each_layer(
+        [&](int i, auto& block) {
+          if (c.is_mixture(i)) mixtures[count++] = &block.feed_forward;
+        },
+        blocks);
+    balance_loss<B, T>(backend, c, scale, std::span(mixtures).first(count), sum);
   }
   // Adds the weighted auxiliary losses of all policies that have one to a sum; writes each one's own gradient into Saved.
   template <class T, class B>

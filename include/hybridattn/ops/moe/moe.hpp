@@ -2,7 +2,6 @@
 //   p = softmax(router logits)      the top_k largest, ties to the smaller index
 //   weight of a chosen expert: p_e; or p_e / sum of the chosen (renormalised), which is the softmax over the chosen logits
 //   y = sum over the chosen of weight * expert(x)
-// Load balancing: E sum_e f_e P_e, with f_e = chosen_e / tokens (sum f = top_k) and P_e = mean p_e.
 // Experts receive their tokens in token order, so a later token never changes an earlier one's place among the sums.
 #ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
 #define HYBRIDATTN_OPS_MOE_MOE_HPP
