@@ -20,15 +20,19 @@ class Counting {
     ++downloads;
     cpu_.download(to, from, bytes);
   }
+  void copy(void* to, void const* from, std::size_t bytes) { cpu_.copy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { cpu_.fill(to, value, bytes); }
+  void synchronise() { ++waits; }
+  bool owns(void const* memory) const { return cpu_.owns(memory); }
   hybridattn::Pool& pool() { return cpu_.pool(); }
   void arrives(auto const&) const {}
   template <class F> auto run(F&& f) {
     ++operations;
     return f(cpu_);
   }
-  void reset() { uploads = downloads = operations = angles = 0; }
+  void reset() { uploads = downloads = waits = operations = angles = 0; }
 
-  int uploads = 0, downloads = 0, operations = 0;
+  int uploads = 0, downloads = 0, waits = 0, operations = 0;
   int angles = 0;   // of the operations, those that make rotary angles
 
  private:

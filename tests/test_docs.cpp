@@ -175,7 +175,11 @@ std::vector<std::string> const none;
 TEST_CASE("errors.md quotes the sentences that are thrown, and no other") {
   std::set<std::string> thrown = errors_of_sizes();
   thrown.merge(errors_of_numbers());
-  thrown.merge(errors_of_memory());
+  for (std::string sentence : errors_of_memory()) {   // each machine has its own limit
+    auto const limit = std::to_string(ha::machine_memory());
+    if (auto const at = sentence.find("the limit is " + limit); at != sentence.npos) sentence.replace(at + 13, limit.size(), "25200000000");
+    thrown.insert(sentence);
+  }
   thrown.merge(errors_of_files());
   thrown.merge(errors_of_folders());
   thrown.merge(errors_of_steps());

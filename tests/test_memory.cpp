@@ -53,7 +53,7 @@ struct User {
   System system;
   ha::Pool pool;
 
-  void* take(std::size_t bytes) { return pool.take(bytes, system.allocate(), system.release()); }
+  void* take(std::size_t bytes) { return pool.take(bytes, system.allocate(), system.release(), system.room); }
   void use(std::size_t bytes) { pool.give(take(bytes), bytes); }
   void trim() { pool.trim(system.release()); }
 };
@@ -225,7 +225,9 @@ TEST_CASE("memory that is short: what waits goes back first, then the error says
   user.use(3000);   // 1024 + 4096 + 3072 are held
   user.use(8000);   // only without them
   CHECK(user.pool.held() == 1024 + 8192);
-  for (int i = 0; i < 2; ++i) CHECK(error_of([&] { user.take(9000); }) == "out of memory: 9000 bytes did not fit beside 1000 bytes in use");
+  for (int i = 0; i < 2; ++i)
+    CHECK(error_of([&] { user.take(9000); }) ==
+          "out of memory: 9000 bytes did not fit beside 1000 bytes in use, 1024 held; the limit is 10000");
   CHECK(user.pool.in_use() == 1000);
   CHECK(user.pool.held() == 1024);
   user.pool.give(kept, 1000);
@@ -280,7 +282,9 @@ TEST_CASE("a tensor or scratch that cannot be is refused: sizes that wrap, sizes
   CHECK(says(error_of([&] { Matrix{cpu, {large, 8}}; }), {"[4611686018427387904, 8]"}));
   CHECK(says(error_of([&] { Matrix{cpu, {large, 1}}; }), {"4611686018427387904 elements of 4 bytes"}));
   CHECK(says(error_of([&] { Matrix{cpu, {-3, 8}}; }), {"[-3, 8]"}));
-  CHECK(error_of([&] { Matrix{cpu, {Index{1} << 40, 8}}; }) == "out of memory: 35184372088832 bytes did not fit beside 0 bytes in use");
+  CHECK(error_of([&] { Matrix{cpu, {Index{1} << 40, 8}}; }) ==
+        "out of memory: 35184372088832 bytes did not fit beside 0 bytes in use, 0 held; the limit is " +
+            std::to_string(ha::machine_memory()));
   CHECK(says(error_of([&] { ha::cpu::Scratch<double>{cpu, Index{1} << 61}; }), {"2305843009213693952 elements of 8 bytes"}));
   CHECK(says(error_of([&] { ha::cpu::Scratch<double>{cpu, -1}; }), {"-1 elements"}));
   CHECK(says(error_of([&] { ha::cpu::Scratch<double>{cpu, Index{1} << 50}; }), {"9007199254740992 bytes did not fit"}));

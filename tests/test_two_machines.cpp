@@ -260,3 +260,32 @@ TEST_CASE("parameters, gradients and moments stand in one block of memory each, 
   }
   CHECK(run.backend.pool().in_use() == held);
 }
+
+namespace {
+
+// An operation of a user's own, which one text computes on every backend.
+struct Twice {};
+
+}  // namespace
+
+template <ha::Backend B> struct hybridattn::On<Twice, B> {
+  static void forward(B& backend, View<float, 1> x) { backend.copy(x.data + 1, x.data, sizeof(float)); }
+};
+
+TEST_CASE("a backend fills, copies and waits; one text of a user's operation serves all backends") {
+  Fake fake;
+  ha::Tensor<float, 1, Fake> x{fake, {4}};
+  fake.fill(ha::out(x).data, std::byte{0}, 16);
+  CHECK(download(fake, x) == std::vector<float>(4));
+  upload(fake, std::vector<float>{3, 2, 1, 0}, x);
+  ha::On<Twice, Fake>::forward(fake, ha::out(x));
+  fake.synchronise();
+  CHECK(download(fake, x) == std::vector<float>{3, 3, 1, 0});
+  float host = 0;
+  CHECK(fake.owns(ha::in(x).data));
+  CHECK(!fake.owns(&host));
+  using Catch::Matchers::Contains;
+  CHECK_THROWS_WITH(fake.copy(ha::out(x).data, &host, 4), Contains("memory of the host"));
+  CHECK_THROWS_WITH(fake.fill(&host, std::byte{0}, 4), Contains("memory of the host"));
+  CHECK(ha::Cpu{1}.owns(&host));
+}

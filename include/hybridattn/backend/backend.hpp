@@ -5,14 +5,21 @@
 #include <hybridattn/backend/pool.hpp>
 
 #include <concepts>
+#include <cstddef>
 #include <utility>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class Op, class B> struct On;
 
-// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
-// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
+// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
+// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+//
+// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
+// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
+// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+//
+// owns(memory) says whether operations here may be given this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -20,6 +27,10 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
 };
 

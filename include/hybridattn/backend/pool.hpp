@@ -46,15 +46,15 @@ struct SharedBlock {
 class Pool {
  public:
   // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
-  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
     void* block = nullptr;
     if (blocks.waiting.empty()) {
-      block = allocate_block(bytes, size, allocate, release);
+      block = allocate_block(bytes, size, allocate, release, limit);
     } else {
       block = blocks.waiting.back().block;
       blocks.waiting.pop_back();
@@ -104,7 +104,7 @@ class Pool {
   static constexpr std::size_t period_takes = 25, periods = 4;
 
   template <class Allocate, class Release>
-  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
     last_allocation_ = takes_;
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
@@ -116,7 +116,8 @@ class Pool {
       trim(release);
       block = allocate(size.bytes);
     }
-    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
     blocks.bytes = size.bytes;
     ++blocks.count;
     ++allocations_;

@@ -4,6 +4,7 @@
 
 #include <hybridattn/testing/any_policy.hpp>
 #include <hybridattn/testing/fenced.hpp>
+#include <hybridattn/testing/machine.hpp>
 #include <hybridattn/testing/traits.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
@@ -18,11 +19,6 @@ template <class P> std::string type_name() {
   for (std::string_view const space : {"hybridattn::", "(anonymous namespace)::", "{anonymous}::"})
     while (text.find(space) != text.npos) text.erase(text.find(space), space.size());
   return text;
-}
-
-template <class B> B make_backend(int threads) {
-  if constexpr (std::is_constructible_v<B, int>) return B(threads);
-  else return B();
 }
 
 template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
@@ -91,7 +87,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
 
   Result run(Case const& x, Surroundings const& around) const override {
-    B backend = detail::make_backend<B>(around.threads);
+    B backend = Machine<B>::make(around.threads);
     if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around, {}, kernel());
     return run_on<T>(backend, x, around, {}, kernel());
   }
@@ -114,7 +110,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
 
   Footprint footprint(Sequences const& s) const override {
-    B backend = detail::make_backend<B>(1);
+    B backend = Machine<B>::make(1);
     Case const x = sample(kinds().front(), s, 1, true);
     Result const first = run_on<T>(backend, x, {}, {}, kernel());
     auto const allocations = backend.pool().allocations();
@@ -128,7 +124,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   Decoded decode([[maybe_unused]] Case const& x, [[maybe_unused]] Calls const& calls,
                  [[maybe_unused]] Surroundings const& around) const override {
     if constexpr (Decodes<P, B, T>) {
-      B backend = detail::make_backend<B>(around.threads);
+      B backend = Machine<B>::make(around.threads);
       if (around.leftovers) decode_on(backend, {x.sequences, all_nan(x.inputs), {}, false}, calls, around);
       return decode_on(backend, x, calls, around);
     } else {

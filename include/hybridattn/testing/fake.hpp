@@ -28,7 +28,8 @@ class Fake {
 
   void* take(std::size_t bytes) {
     return pool_.take(
-        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget);
+        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget,
+        capacity);
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
   void trim() noexcept { pool_.trim(forget); }
@@ -40,9 +41,19 @@ class Fake {
     Unlocked const unlocked{*this};
     std::memcpy(to, from, bytes);
   }
+  void copy(void* to, void const* from, std::size_t bytes) {
+    check(owns(to) && owns(from), "Fake: a copy on the device was given memory of the host");
+    Unlocked const unlocked{*this};
+    std::memcpy(to, from, bytes);
+  }
+  void fill(void* to, std::byte value, std::size_t bytes) {
+    check(owns(to), "Fake: a fill was given memory of the host");
+    Unlocked const unlocked{*this};
+    std::memset(to, std::to_integer<int>(value), bytes);
+  }
+  void synchronise() {}
   Pool& pool() { return pool_; }
 
-  // Whether memory is this device's.
   bool owns(void const* memory) const { return memory_ <= memory && memory < memory_ + capacity; }
   // What an operation is given, alone or in a group: memory of the host is none that a device could read.
   template <class T, int Rank> void arrives(View<T, Rank> const& view) const {
