@@ -71,7 +71,7 @@ TEST_CASE("a product can be added to what is there") {
   Rows<double> c = noise<double>(10, 30, "c");
   Rows<double> const truth = c + a * b;
   ha::cpu::gemm(cpu, ha::cpu::Operand<double>{a.data(), 10, 20, 20, 1}, ha::cpu::Operand<double>{b.data(), 20, 30, 30, 1},
-                ha::View<double, 2>{c.data(), {10, 30}}, ha::cpu::Into::add);
+                ha::View<double, 2>{c.data(), {10, 30}}, ha::Into::add);
   CHECK((c - truth).cwiseAbs().maxCoeff() < 1e-14);
 }
 

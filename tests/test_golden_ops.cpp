@@ -32,10 +32,9 @@ template <class T> void rms_norm(Run<T>& run) {
   ha::RmsNorm::Options const options{c.is("zero_centered") ? ha::NormWeight::zero_centred : ha::NormWeight::plain, c.real("eps")};
   auto const x = run.read("x", rows), d_y = run.read("d_y", rows);
   auto const w = run.read("weight", channels);
-  auto y = run.unset(rows), d_x = ha::zeros<T>(run.cpu(), rows);   // backward adds to d_x
-  auto d_w = run.unset(channels);
+  auto y = run.unset(rows), d_x = run.unset(rows), d_w = run.unset(channels);
   On<ha::RmsNorm, Cpu>::forward(run.cpu(), options, in(x), in(w), out(y));
-  On<ha::RmsNorm, Cpu>::backward(run.cpu(), options, in(x), in(w), in(d_y), out(d_x), out(d_w));
+  On<ha::RmsNorm, Cpu>::backward(run.cpu(), options, in(x), in(w), in(d_y), out(d_x), out(d_w), ha::Into::overwrite);
   run.compare("y", y);
   run.compare("d_x", d_x);
   run.compare("d_weight", d_w);
@@ -141,9 +140,9 @@ template <class T> void swiglu(Run<T>& run) {
   auto saved = run.unset(ha::Mlp::saved(rows[0], F, true)), d = run.unset(ha::Mlp::saved(rows[0], F, true));
   run.read(names(out(params)));
   auto const x = run.read("x", rows), d_y = run.read("d_y", rows);
-  auto y = run.unset(rows), d_x = ha::zeros<T>(run.cpu(), rows);
+  auto y = run.unset(rows), d_x = run.unset(rows);
   ha::Mlp::forward(run.cpu(), in(params), in(x), out(saved), out(y));
-  ha::Mlp::backward(run.cpu(), in(params), in(x), in(saved), in(d_y), out(d), out(d_x), out(d_params));
+  ha::Mlp::backward(run.cpu(), in(params), in(x), in(saved), in(d_y), out(d), out(d_x), ha::Into::overwrite, out(d_params));
   run.compare("y", y);
   run.compare("d_x", d_x);
   run.compare_gradients(names(out(d_params)));
@@ -242,7 +241,7 @@ template <class T> void cross_entropy(Run<T>& run) {
   } else {
     Shape<2> const rows{c.tokens(), c.size("C")}, weights{c.size("vocab"), c.size("C")};
     auto const x = run.read("x", rows), w = run.read("weight", weights);
-    auto d_x = run.unset(rows), d_w = ha::zeros<T>(run.cpu(), weights);   // backward adds to d_w
+    auto d_x = run.unset(rows), d_w = run.unset(weights);
     On<ha::CrossEntropy, Cpu>::backward(run.cpu(), in(x), in(w), in(labels), scale, out(d_x), out(d_w), sum);
     run.compare("d_x", d_x);
     run.compare("d_weight", d_w);

@@ -57,7 +57,7 @@ template <class T> struct Experts {
   std::vector<std::vector<T>> results(ha::Cpu& cpu) const {
     auto d_x = d_x_before, d_w = unwritten<T>(w.size());
     On<ha::GroupedLinear>::backward(cpu, starts(), rows(x, C, 0, R), matrices(), rows(d_y, F, 0, R), rows(d_x, C, 0, R),
-                                    View<T, 3>{d_w.data(), {E, F, C}});
+                                    View<T, 3>{d_w.data(), {E, F, C}}, ha::Into::add);
     return {forward(cpu), d_x, d_w};
   }
   std::vector<std::vector<T>> one_by_one(ha::Cpu& cpu) const {
@@ -67,7 +67,7 @@ template <class T> struct Experts {
       auto const matrix = rows(w, C, e * F, (e + 1) * F);
       On<ha::Linear>::forward(cpu, rows(x, C, first, last), matrix, rows(y, F, first, last));
       On<ha::Linear>::backward(cpu, rows(x, C, first, last), matrix, rows(d_y, F, first, last), rows(d_x, C, first, last),
-                               rows(d_w, C, e * F, (e + 1) * F));
+                               rows(d_w, C, e * F, (e + 1) * F), ha::Into::add);
     }
     return {y, d_x, d_w};
   }
@@ -118,7 +118,7 @@ TEST_CASE("gradients of experts that are not wanted are not written") {
   auto d_x = experts.d_x_before, d_w = unwritten<float>(experts.w.size());
   auto const backward = [&](View<float, 2> to_x, View<float, 3> to_w) {
     On<ha::GroupedLinear>::backward(cpu, experts.starts(), rows(experts.x, 4, 0, 5), experts.matrices(), rows(experts.d_y, 5, 0, 5), to_x,
-                                    to_w);
+                                    to_w, ha::Into::add);
   };
   backward({}, {d_w.data(), {3, 5, 4}});
   CHECK(d_x == experts.d_x_before);

@@ -17,6 +17,7 @@
 
 namespace ha = hybridattn;
 using ha::Index;
+using ha::Into;
 using ha::Shape;
 using ha::View;
 
@@ -144,7 +145,7 @@ std::vector<Case> loss_cases() {
                          [=](Run& r) {
                            ha::LossSum loss;
                            On<ha::CrossEntropy>::backward(r.cpu(), r.in(N, 4), r.in(5, 4), r.whole(targets), scale, r.out(N, 4),
-                                                          r.sum(5, 4), one(loss));
+                                                          r.out(5, 4), one(loss));
                          },
                          zero});
       }
@@ -154,12 +155,14 @@ std::vector<Case> loss_cases() {
 // Operations on N rows of C numbers.
 void linear(Run& r, Index N, Index C) {
   On<ha::Linear>::forward(r.cpu(), r.in(N, C), r.in(3, C), r.out(N, 3));
-  On<ha::Linear>::backward(r.cpu(), r.in(N, C), r.in(3, C), r.in(N, 3), r.sum(N, C), r.out(3, C));
+  On<ha::Linear>::backward(r.cpu(), r.in(N, C), r.in(3, C), r.in(N, 3), r.sum(N, C), r.out(3, C), Into::add);
+  On<ha::Linear>::backward(r.cpu(), r.in(N, C), r.in(3, C), r.in(N, 3), r.out(N, C), r.out(3, C), Into::overwrite);
 }
 void rms_norm(Run& r, Index N, Index C) {
   ha::RmsNorm::Options const plain{ha::NormWeight::plain, 1e-6};
   On<ha::RmsNorm>::forward(r.cpu(), plain, r.in(N, C), r.in(C), r.out(N, C));
-  On<ha::RmsNorm>::backward(r.cpu(), plain, r.in(N, C), r.in(C), r.in(N, C), r.sum(N, C), r.out(C));
+  On<ha::RmsNorm>::backward(r.cpu(), plain, r.in(N, C), r.in(C), r.in(N, C), r.sum(N, C), r.out(C), Into::add);
+  On<ha::RmsNorm>::backward(r.cpu(), plain, r.in(N, C), r.in(C), r.in(N, C), r.out(N, C), r.out(C), Into::overwrite);
 }
 void gated_rms_norm(Run& r, Index N, Index C) {
   On<ha::GatedRmsNorm>::forward(r.cpu(), 1e-6, r.in(N, C), r.in(N, C), r.in(C), r.out(N, C));
@@ -197,7 +200,8 @@ void gdn_gate(Run& r, Index N, Index C) {
 void embedding(Run& r, Index N, Index C) {
   auto const tokens = r.whole(Whole(static_cast<std::size_t>(N), 1));
   On<ha::Embedding>::forward(r.cpu(), tokens, r.in(3, C), r.out(N, C));
-  On<ha::Embedding>::backward(r.cpu(), tokens, r.in(N, C), r.sum(3, C));
+  On<ha::Embedding>::backward(r.cpu(), tokens, r.in(N, C), r.sum(3, C), Into::add);
+  On<ha::Embedding>::backward(r.cpu(), tokens, r.in(N, C), r.out(3, C), Into::overwrite);
 }
 void adamw(Run& r, Index N, Index C) {
   for (double rate : {0.0, 1.0}) {
@@ -211,7 +215,8 @@ void adamw(Run& r, Index N, Index C) {
 }
 void linear_of_no_columns(Run& r) {
   On<ha::Linear>::forward(r.cpu(), r.in(3, 0), r.in(2, 0), r.out(3, 2));
-  On<ha::Linear>::backward(r.cpu(), r.in(3, 2), r.in(0, 2), r.in(3, 0), r.sum(3, 2), r.out(0, 2));
+  On<ha::Linear>::backward(r.cpu(), r.in(3, 2), r.in(0, 2), r.in(3, 0), r.sum(3, 2), r.out(0, 2), Into::add);
+  On<ha::Linear>::backward(r.cpu(), r.in(3, 2), r.in(0, 2), r.in(3, 0), r.out(3, 2), r.out(0, 2), Into::overwrite);
 }
 
 struct RowOperation {
@@ -295,12 +300,15 @@ std::vector<Case> mixture_cases() {
                                View<std::int32_t const, 1> const offsets = starts;
                                On<ha::GroupedLinear>::forward(r.cpu(), offsets, r.in(N * k, C), r.in(E, 5, C), r.out(N * k, 5));
                                On<ha::GroupedLinear>::backward(r.cpu(), offsets, r.in(N * k, C), r.in(E, 5, C), r.in(N * k, 5),
-                                                               r.sum(N * k, C), r.out(E, 5, C));
+                                                               r.sum(N * k, C), r.out(E, 5, C), Into::add);
+                               On<ha::GroupedLinear>::backward(r.cpu(), offsets, r.in(N * k, C), r.in(E, 5, C), r.in(N * k, 5),
+                                                               r.out(N * k, C), r.out(E, 5, C), Into::overwrite);
                                View<std::int32_t const, 2> const at = places, chosen = experts;
                                On<ha::Route>::backward(r.cpu(), o, View<float const, 2>(probabilities), View<float const, 2>(weights),
                                                        chosen, r.in(N, k), balance ? r.in(E) : View<float const, 1>{}, r.out(N, E));
                                On<ha::Distribute>::forward(r.cpu(), r.in(N, C), at, r.out(N * k, C));
-                               On<ha::Distribute>::backward(r.cpu(), at, r.in(N * k, C), r.sum(N, C));
+                               On<ha::Distribute>::backward(r.cpu(), at, r.in(N * k, C), r.sum(N, C), Into::add);
+                               On<ha::Distribute>::backward(r.cpu(), at, r.in(N * k, C), r.out(N, C), Into::overwrite);
                                On<ha::Combine>::forward(r.cpu(), r.in(N * k, C), r.in(N, k), at, r.out(N, C));
                                On<ha::Combine>::backward(r.cpu(), r.in(N * k, C), r.in(N, k), at, r.in(N, C), r.out(N * k, C), r.out(N, k));
                                On<ha::AddGated>::forward(r.cpu(), r.in(N, C), r.in(N, 1), r.sum(N, C));

@@ -75,8 +75,7 @@ struct HeadNorm {
       rotation.backward(backend, d_x, out(turned));
       d_x = in(turned);
     }
-    On<Fill, B>::forward(backend, T(0), flat(d_raw));
-    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight);
+    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight, Into::overwrite);
   }
 };
 

@@ -12,6 +12,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class Op, class B> struct On;
 
+// What becomes of what stands where a result goes: several results may be added up in one place.
+enum class Into { overwrite, add };
+
 // What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
 // bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
 //

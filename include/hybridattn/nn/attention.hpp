@@ -106,24 +106,24 @@ template <AttentionPolicy Policy> struct Attention {
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
-    auto d_x = zeros<T>(backend, x.shape);
-    Tensor<T, 3, B> d_o = zeros<T>(backend, saved.outputs.o.shape());
-    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o);
+    Tensor<T, 2, B> d_x{backend, x.shape};
+    Tensor<T, 3, B> d_o{backend, saved.outputs.o.shape()};
+    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o, Into::overwrite);
     if constexpr (finishes) {
       auto const d_finished = std::move(d_o);
       Tensor<T, 3, B> d_z{backend, saved.z.shape()};
       d_o = {backend, saved.outputs.o.shape()};
       Finish::backward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, in(d_finished), out(d_o), out(d_z), d_p.finish);
-      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate);
+      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate, Into::overwrite);
     }
-    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), d_p);
+    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), Finish::gated ? Into::add : Into::overwrite, d_p);
     return d_x;
   }
   // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
-    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, d_p);
+    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, Into::add, d_p);
   }
 
  private:
@@ -140,7 +140,8 @@ template <AttentionPolicy Policy> struct Attention {
   // detached is wanted where its matrix has a gradient.
   template <class B, class T>
   static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
-                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
+                               Params<Out<T>> const& d_p) {
     Inputs<Owned<T, B>> d_inputs;
     Inputs<Narrow<Owned<T, B>>> d_raw;
     zip(
@@ -162,7 +163,8 @@ template <AttentionPolicy Policy> struct Attention {
           bool const detached = Policy::detached(path.name);
           if (detached ? d_w.empty() : d_o == nullptr) return;
           auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w);
+          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w, into);
+          if (!detached) into = Into::add;
         },
         p.w, d_p.w, d_raw, d_inputs);
   }

@@ -97,11 +97,11 @@ template <AttentionPolicy P> struct Block {
     {
       auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
                                                   std::move(saved.feed_forward), in(d_y), d_p.feed_forward);
-      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm);
+      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm, Into::add);
     }
     auto const d_normed =
         Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
-    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm);
+    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm, Into::add);
     return d_y;
   }
   // Of the policy's auxiliary loss alone.

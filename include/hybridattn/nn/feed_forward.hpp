@@ -45,15 +45,17 @@ struct Mlp {
     On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
     On<Product, B>::forward(backend, offsets..., View<T const, 2>(saved.hidden), p.down, y);
   }
-  // Adds to d_x. `d` is scratch of Saved's shape.
+  // d_x is added or overwritten. `d` is scratch of Saved's shape.
   template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
   static void backward(B& backend, Weights const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
-                       Saved<Out<T>> const& d, View<T, 2> d_x, Gradients const& d_p, Offsets... offsets) {
-    On<Fill, B>::forward(backend, T(0), flat(d.hidden));
-    On<Product, B>::backward(backend, offsets..., saved.hidden, p.down, d_y, d.hidden, d_p.down);
+                       Saved<Out<T>> const& d, View<T, 2> d_x, Into into, Gradients const& d_p, Offsets... offsets) {
+    On<Product, B>::backward(backend, offsets..., saved.hidden, p.down, d_y, d.hidden, d_p.down, Into::overwrite);
     On<Swiglu, B>::backward(backend, flat(saved.gate), flat(saved.up), flat(View<T const, 2>(d.hidden)), flat(d.gate), flat(d.up));
-    if (!p.up.empty()) On<Product, B>::backward(backend, offsets..., x, p.up, View<T const, 2>(d.up), d_x, d_p.up);
-    On<Product, B>::backward(backend, offsets..., x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate);
+    if (!p.up.empty()) {
+      On<Product, B>::backward(backend, offsets..., x, p.up, View<T const, 2>(d.up), d_x, d_p.up, into);
+      into = Into::add;
+    }
+    On<Product, B>::backward(backend, offsets..., x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate, into);
   }
 };
 
@@ -195,9 +197,11 @@ struct FeedForward {
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, FeedForwardConfig const& c, Index layer, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
-    auto d_x = zeros<T>(backend, x.shape);
+    Tensor<T, 2, B> d_x{backend, x.shape};
     if (c.is_mixture(layer)) mix_backward(backend, c, p, x, saved, d_y, out(d_x), d_p);
-    else mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), d_p.dense);
+    else
+      mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), Into::overwrite,
+                   d_p.dense);
     return d_x;
   }
 
@@ -222,10 +226,10 @@ struct FeedForward {
 
   template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
   static void mlp_backward(B& backend, Weights const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
-                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Gradients const& d_p,
+                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Into into, Gradients const& d_p,
                            Offsets... offsets) {
     auto d = allocate<T>(backend, shapes);
-    Mlp::backward<Product>(backend, p, x, in(saved), d_y, out(d), d_x, d_p, offsets...);
+    Mlp::backward<Product>(backend, p, x, in(saved), d_y, out(d), d_x, into, d_p, offsets...);
   }
 
   template <class B, class T>
@@ -234,18 +238,19 @@ struct FeedForward {
     Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
         d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
-    auto d_rows = zeros<T>(backend, saved.rows.shape());
+    Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
     mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
-                                in(d_made), out(d_rows), d_p.experts, in(saved.offsets));
-    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x);
+                                in(d_made), out(d_rows), Into::overwrite, d_p.experts, in(saved.offsets));
+    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x, Into::overwrite);
     On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen),
                            in(d_weights), in(saved.d_probability), out(d_logits));
-    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router);
+    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router, Into::add);
     if (c.shared_dim < 0) return;
     Tensor<T, 2, B> d_shared{backend, saved.shared_made.shape()}, d_logit{backend, saved.shared_logit.shape()};
     On<AddGated, B>::backward(backend, in(saved.shared_made), in(saved.shared_logit), d_y, out(d_shared), out(d_logit));
-    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, d_p.shared);
-    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate);
+    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, Into::add,
+                 d_p.shared);
+    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate, Into::add);
   }
 };
 

@@ -166,14 +166,12 @@ template <class S_> class LanguageModel {
     }
     add_balance_loss(backend, auxiliary_scale, saved.blocks, View<double, 1>{&losses->balance, {1}});
     View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
-    On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
-    On<Fill, B>::forward(backend, T(0), flat(d_p.head));
     Tensor<T, 2, B> d_normed{backend, saved.x_normed.shape()};
     On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head, loss);
-    auto d_x = zeros<T>(backend, saved.x.shape());
-    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm);
+    Tensor<T, 2, B> d_x{backend, saved.x.shape()};
+    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm, Into::overwrite);
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
-    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding);
+    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding, config_.tie_embedding ? Into::add : Into::overwrite);
     return result;
   }
 

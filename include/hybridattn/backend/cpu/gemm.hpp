@@ -21,8 +21,6 @@ template <class T> struct Operand {
 };
 template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
 
-enum class Into { overwrite, add };
-
 namespace detail {
 
 inline constexpr int panel_vectors = 2;

@@ -81,12 +81,13 @@ template <> struct On<CrossEntropy, Cpu> {
   template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
                        View<T, 2> d_w, View<LossSum, 1> loss) {
+    if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
+      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 

@@ -11,7 +11,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
-//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x, adds to d_w and loss
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x and d_w, adds to loss
 // Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time

@@ -17,8 +17,10 @@ template <> struct On<Embedding, Cpu> {
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table) {
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
+                                          Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
     });
   }

@@ -7,7 +7,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; tokens are in 0 .. V - 1
-//   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
+//   backward(backend, tokens, d_y, d_table, into)   d_table is added, where a tied head has been there, or overwritten
 struct Embedding {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -18,13 +18,13 @@ template <> struct On<GroupedLinear, Cpu> {
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, cpu::Into::overwrite);
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
 
   template <class T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 3> d_w) {
-    if (!d_x.empty()) add_d_x(cpu, offsets, w, d_y, d_x);
+                       View<T, 3> d_w, Into into) {
+    if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
     if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
   }
 
@@ -33,13 +33,13 @@ template <> struct On<GroupedLinear, Cpu> {
   static constexpr Index block_rows = 256;
 
   template <class T>
-  static void add_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x) {
+  static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, cpu::Into::add);
+    cpu::gemm_each(cpu, products.data(), next, into);
   }
   template <class T>
   static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
@@ -54,7 +54,7 @@ template <> struct On<GroupedLinear, Cpu> {
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
       }
     }
-    cpu::gemm_each(cpu, products.data(), next, cpu::Into::overwrite);
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
     parallel_for(cpu, E, [&](Index e, int) {
       if (!is_idle(offsets, e)) return;
       for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));

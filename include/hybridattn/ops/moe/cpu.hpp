@@ -79,10 +79,13 @@ template <> struct On<Distribute, Cpu> {
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x) {
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
+                                          Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n)
+      for (Index n = first; n < last; ++n) {
+        if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
         for (Index j = 0; j < places.extent(1); ++j) axpy(T(1), d_rows.row(places(n, j)), d_x.row(n), d_x.extent(1));
+      }
     });
   }
 };

@@ -22,7 +22,7 @@ struct Route {
 //   offsets [E + 1], places [N, k]: the row of each choice
 struct Permute {};
 //   forward (backend, x, places, rows)             rows[places[n, j]] = x[n]
-//   backward(backend, places, d_rows, d_x)         adds to d_x
+//   backward(backend, places, d_rows, d_x, into)   d_x is added or overwritten
 struct Distribute {};
 //   forward (backend, rows, weights, places, y)    y[n] = sum_j weights[n, j] rows[places[n, j]]
 //   backward(backend, rows, weights, places, d_y, d_rows, d_weights)   overwrites both

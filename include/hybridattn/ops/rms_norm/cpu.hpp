@@ -34,7 +34,7 @@ template <> struct On<RmsNorm, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w) {
+                       View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -45,7 +45,8 @@ template <> struct On<RmsNorm, Cpu> {
       cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
         s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_x.row(n), s.get(d_x.row(n)) + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
       });
     });
   }

@@ -12,7 +12,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 enum class NormWeight { plain, zero_centred };
 
 //   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w)  adds to d_x, overwrites d_w; rstd is formed again
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
 struct RmsNorm {
   struct Options {
     NormWeight weight = NormWeight::zero_centred;
