@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <iterator>
@@ -363,183 +364,6 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/core/memory.hpp
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
-#ifndef HYBRIDATTN_CORE_MEMORY_HPP
-#define HYBRIDATTN_CORE_MEMORY_HPP
-
-#if defined(__linux__)
-#include <sys/sysinfo.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace detail {
-
-// The number in a file of the system's; nothing is limited where there is none.
-inline std::size_t limit_in(char const* path) {
-  unsigned long long limit = 0;
-  std::FILE* const file = std::fopen(path, "r");
-  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
-  bool const read = std::fscanf(file, "%llu", &limit) == 1;
-  std::fclose(file);
-  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
-}
-inline std::size_t memory_of_system() {
-#if defined(__linux__)
-  struct sysinfo info = {};
-  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
-  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
-  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
-#else
-  return std::numeric_limits<std::size_t>::max();
-#endif
-}
-
-}  // namespace detail
-
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
-inline std::size_t machine_memory() {
-  static std::size_t const bytes = detail::memory_of_system();
-  return bytes;
-}
-
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
-  try {
-    if (bytes <= machine_memory()) return f();
-  } catch (std::bad_alloc const&) {
-  } catch (std::length_error const&) {
-  }
-  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
-}
-// Before many pieces are taken one by one.
-inline void check_memory(std::size_t bytes, char const* what) {
-  within_memory(bytes, what, [] {});
-}
-// The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
-}
-template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
-#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
-#define HYBRIDATTN_CORE_SEQUENCES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
-// Nothing in one sequence ever meets another.
-struct Sequence {
-  Index start = 0, length = 0, past = 0;
-};
-
-// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
-// length is below 0, or where there is no memory for the tables.
-class Sequences {
- public:
-  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
-  static Sequences equal(Index count, Index length) {
-    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
-    Sequences result;
-    result.make_room(count, size_product(count, length));
-    for (Index i = 0; i < count; ++i) result.append(length);
-    return result;
-  }
-  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
-  // are allowed.
-  static Sequences packed(std::span<Index const> offsets) {
-    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
-      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-    Sequences result;
-    result.make_room(std::ssize(offsets) - 1, offsets.back());
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
-    return result;
-  }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
-  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
-    Sequences result;
-    result.assign(past, lengths);
-    return result;
-  }
-  // The same, in the memory that is there.
-  void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
-    Index tokens = 0;
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
-            "; a sequence has at most ", largest_int32);
-      tokens = size_sum(tokens, lengths[i]);
-    }
-    list_.clear();
-    positions_.clear();
-    owners_.clear();
-    make_room(std::ssize(past), tokens);
-    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
-  }
-  // Those that follow nothing; the others count as empty here.
-  Sequences beginnings() const {
-    Sequences result = *this;
-    for (Sequence& s : result.list_)
-      if (s.past > 0) s.length = 0;
-    return result;
-  }
-
-  std::size_t size() const { return list_.size(); }
-  Sequence operator[](std::size_t i) const { return list_[i]; }
-  auto begin() const { return list_.begin(); }
-  auto end() const { return list_.end(); }
-  Index count() const { return static_cast<Index>(list_.size()); }
-  Index tokens() const { return static_cast<Index>(positions_.size()); }
-  Index longest() const {
-    Index length = 0;
-    for (Sequence s : list_) length = std::max(length, s.length);
-    return length;
-  }
-  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
-  bool any_continue() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
-  }
-  bool any_begin() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
-  }
-  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
-  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
-  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
-
- private:
-  void make_room(Index sequences, Index tokens) {
-    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
-          " tokens in all; a batch has at most ", largest_int32, " of both");
-    reserve(list_, sequences, "a list of sequences");
-    reserve(positions_, tokens, "the positions of tokens");
-    reserve(owners_, tokens, "the sequences of tokens");
-  }
-  void append(Index length, Index past = 0) {
-    for (Index position = past; position < past + length; ++position) {
-      positions_.push_back(static_cast<std::int32_t>(position));
-      owners_.push_back(static_cast<std::int32_t>(list_.size()));
-    }
-    list_.push_back({tokens() - length, length, past});
-  }
-
-  std::vector<Sequence> list_;
-  std::vector<std::int32_t> positions_, owners_;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/core/random.hpp
 // Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
@@ -633,6 +457,112 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
+// elsewhere: for scores of 2^30 that is e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/pool.hpp
 // Memory that was given back, for those who ask next.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
@@ -655,6 +585,13 @@ struct BlockSize {
   }
 };
 
+// A block in which several tensors stand. The last one that ends gives it back.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
+};
+
 // A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
 //
 // What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
@@ -667,15 +604,15 @@ struct BlockSize {
 class Pool {
  public:
   // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
-  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
     void* block = nullptr;
     if (blocks.waiting.empty()) {
-      block = allocate_block(bytes, size, allocate, release);
+      block = allocate_block(bytes, size, allocate, release, limit);
     } else {
       block = blocks.waiting.back().block;
       blocks.waiting.pop_back();
@@ -692,6 +629,18 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
+  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  SharedBlock* share(void* block, std::size_t bytes) {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    *record = {block, bytes, 0};
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Gives all blocks that wait back to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
   std::size_t in_use() const { return in_use_; }   // as it was asked for
@@ -713,7 +662,7 @@ class Pool {
   static constexpr std::size_t period_takes = 25, periods = 4;
 
   template <class Allocate, class Release>
-  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
     last_allocation_ = takes_;
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
@@ -725,7 +674,8 @@ class Pool {
       trim(release);
       block = allocate(size.bytes);
     }
-    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
     blocks.bytes = size.bytes;
     ++blocks.count;
     ++allocations_;
@@ -758,6 +708,8 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
+  std::deque<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
@@ -773,8 +725,19 @@ class Pool {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
-// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
+template <class Op, class B> struct On;
+
+// What becomes of what stands where a result goes: several results may be added up in one place.
+enum class Into { overwrite, add };
+
+// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
+// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+//
+// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
+// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
+// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+//
+// owns(memory) says whether operations here may be given this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -782,33 +745,48 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`) and has run(f), which calls f(inner).
+// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
+// sees each argument of an operation first.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
+
+namespace detail {
+
+// The operations of the backend inside.
+template <class Op, class B> struct OnInner {};
+template <class Op, Wrapper B> struct OnInner<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace detail
 
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
 // with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
 // A pair without a specialisation has none of them, unless the backend wraps one that does.
-template <class Op, class B> struct On {};
-template <class Op, Wrapper B> struct On<Op, B> {
-  template <class Inner = typename B::Inner, class... Args>
-  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
-  }
-};
+template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -819,6 +797,15 @@ template <class Op, Wrapper B> struct On<Op, B> {
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// One tensor less in a block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
@@ -833,14 +820,24 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
+  // In a block that it shares with others, `offset` bytes from its start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
   Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)),
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
         state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
         view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {
     if (this == &other) return *this;
     release();
     backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
     state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
     view_ = std::exchange(other.view_, {});
     return *this;
@@ -851,6 +848,9 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
+  // The block that it shares with others, or nothing.
+  SharedBlock const* shared() const { return shared_; }
+
   // What of the tensor may be read, written: see `in` and `out`.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
@@ -858,8 +858,10 @@ template <class T, int Rank, class B> class Tensor {
  private:
   enum class State : char { empty, held, moved };
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
+    shared_ = nullptr;
     view_ = {};
   }
   View<T, Rank> const& used() const {
@@ -868,6 +870,7 @@ template <class T, int Rank, class B> class Tensor {
   }
 
   B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
   State state_ = State::empty;
   View<T, Rank> view_;
 };
@@ -1067,11 +1070,38 @@ struct ToOut {
 struct ToRead {
   void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
+struct ToShape {
+  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
+};
 template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
+// The places of tensors in a block, which it counts first, while there is none.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
 }  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
 template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
@@ -1095,6 +1125,24 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
+// How big the tensors of a group are.
+template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
+  typename detail::OwnedGroup<G>::Sizes sizes;
+  zip(detail::ToShape{}, owned, sizes);
+  return sizes;
+}
+// In one block of memory, each at an address that 128 divides; what lies between them is anything.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  if (place.bytes == 0) return allocate<T>(backend, shapes);
+  std::size_t const bytes = std::exchange(place.bytes, 0);
+  place.block = backend.pool().share(backend.take(bytes), bytes);
+  zip(place, shapes, owned);
+  return owned;
+}
+
 // Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
   Index total = 0;
@@ -1110,6 +1158,192 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
       shapes, types);
   return static_cast<std::size_t>(total);
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
+// Nothing in one sequence ever meets another.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
+
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    result.make_room(count, size_product(count, length));
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
+  // are allowed.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same, in the memory that is there.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
+  }
+  // Those that follow nothing; the others count as empty here.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/sequences_on.hpp
+// The sequences of a batch on a machine.
+#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a kernel reads of a batch's sequences, in the memory of its machine.
+struct SequenceTable {
+  View<Sequence const, 1> list;                       // [count]
+  View<std::int32_t const, 1> positions, owners;      // [N]: as Sequences has them
+};
+
+// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
+// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+template <class B> class SequencesOn : public Sequences {
+ public:
+  SequencesOn() = default;
+  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
+
+  // As Sequences::continuing, in the memory that is there.
+  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences::assign(past, lengths);
+    fill_table(backend);
+  }
+  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
+
+  // The rotary angles of the batch for a size of the rotary part and a theta, made by make(angles) for the layer that asks first:
+  // [P, 2, rotary_dim/2], a row for each position up to the longest sequence's end, or for each token where any sequence
+  // follows others. The table grows on first use though the batch is const: one thread at a time may work with a batch.
+  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
+    auto& known = std::get<std::vector<Angles<T>>>(angles_);
+    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
+    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
+    if (!found->made) {
+      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
+      if (found->values.shape() != shape) found->values = {backend, shape};
+      make(out(found->values));
+      found->made = true;
+    }
+    return in(found->values);
+  }
+
+ private:
+  template <class T> struct Angles {
+    Index rotary_dim;
+    double theta;
+    bool made;
+    Tensor<T, 3, B> values;
+  };
+
+  void fill_table(B& backend) {
+    fill(backend, list(), list_);
+    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
+    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
+    forget(std::get<0>(angles_));
+    forget(std::get<1>(angles_));
+  }
+  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
+    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
+    upload(backend, host, tensor);
+  }
+  template <class T> static void forget(std::vector<Angles<T>>& known) {
+    for (auto& angles : known) angles.made = false;
+  }
+
+  Tensor<Sequence, 1, B> list_;
+  Tensor<std::int32_t, 1, B> positions_, owners_;
+  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -1133,6 +1367,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
+// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -1188,19 +1423,19 @@ concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Ind
 
 template <class P, class B, class T>
 concept HasForward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
-             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
 template <class P, class B, class T>
 concept HasBackward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
-             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
              typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
 template <class P>
 concept HasCache = requires(typename P::Config c, Index n) {
   { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
 };
 template <class P, class B, class T>
-concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
 // Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
@@ -1253,8 +1488,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
 struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
-struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -1263,46 +1498,6 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/core/math.hpp
-// The scalar functions equations are written in.
-#ifndef HYBRIDATTN_CORE_MATH_HPP
-#define HYBRIDATTN_CORE_MATH_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
-template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
-// d silu / dx = s (1 + x (1 - s))
-template <class T> HYBRIDATTN_HD T silu_slope(T x) {
-  T const s = sigmoid(x);
-  return s * (T(1) + x * (T(1) - s));
-}
-// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
-template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
-// elsewhere: for scores of 2^30 that is e^64 in a weight.
-template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
-// y += a x
-template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
-  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
-}
-template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
-  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
-}
-
-// Of a >= 0, up to the largest one.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 
 // ==== hybridattn/backend/cpu/cpu.hpp
 // The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
@@ -1331,13 +1526,18 @@ class Cpu {
   // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
   // Gives memory that nobody uses back to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations here work on any memory of the process.
+  bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
   // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
@@ -1787,31 +1987,15 @@ template <> struct On<Scale, Cpu> {
   }
 };
 
-template <> struct On<AllFinite, Cpu> {
-  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
   }
 };
 
-template <> struct On<SumOfSquares, Cpu> {
-  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
-    Index const blocks = ceil_div(x.count(), cpu::element_grain);
-    if (blocks == 0) return 0;
-    Tensor<double, 1, Cpu> partial{cpu, {blocks}};
-    auto const sums = out(partial);
-    parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
-      double lane[8] = {};   // a vector of doubles: squares of floats do not overflow
-      Index i = first;
-      for (; i + 8 <= last; i += 8)
-        for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x.data[i + j]) * static_cast<double>(x.data[i + j]);
-      for (; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
-      double sum = 0;
-      for (double value : lane) sum += value;
-      sums(first / cpu::element_grain) = sum;
-    });
-    double total = 0;
-    for (Index i = 0; i < blocks; ++i) total += sums(i);
-    return total;
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
   }
 };
 
@@ -1905,7 +2089,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 enum class NormWeight { plain, zero_centred };
 
 //   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w)  adds to d_x, overwrites d_w; rstd is formed again
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
 struct RmsNorm {
   struct Options {
     NormWeight weight = NormWeight::zero_centred;
@@ -1975,7 +2159,7 @@ template <> struct On<RmsNorm, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w) {
+                       View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -1986,7 +2170,8 @@ template <> struct On<RmsNorm, Cpu> {
       cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
         s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_x.row(n), s.get(d_x.row(n)) + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
       });
     });
   }
@@ -2050,12 +2235,10 @@ template <> struct On<GatedRmsNorm, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
-//   angles  (backend, options, positions, angles)            of these positions [P]
 //   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
 //                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
-// They throw on a theta that is not positive, and on a rotary_dim that is odd or does not fit the head.
+// They throw on a rotary_dim that is odd or does not fit the head.
 struct Rope {
   struct Options {
     Index rotary_dim = 0;
@@ -2063,6 +2246,9 @@ struct Rope {
     bool interleaved = false;
   };
 };
+//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+struct RopeAngles {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -2072,9 +2258,12 @@ struct Rope {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Rope, Cpu> {
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+namespace cpu::detail {
+inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+}  // namespace cpu::detail
+
+template <> struct On<RopeAngles, Cpu> {
+  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
     check_positive("Rope", "theta", o.theta);
     Index const half = angles.extent(2);
     cpu::Scratch<double> const frequencies{cpu, half};
@@ -2083,12 +2272,15 @@ template <> struct On<Rope, Cpu> {
     parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index row = first; row < last; ++row)
         for (Index i = 0; i < half; ++i) {
-          double const angle = static_cast<double>(row_of(positions, row)) * frequencies.data()[i];
+          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
           angles(row, 0, i) = static_cast<T>(std::cos(angle));
           angles(row, 1, i) = static_cast<T>(std::sin(angle));
         }
     });
   }
+};
+
+template <> struct On<Rope, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
@@ -2101,7 +2293,6 @@ template <> struct On<Rope, Cpu> {
   }
 
  private:
-  static Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
@@ -2110,7 +2301,7 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(row_of(positions, n), 0), *sine = angles.row(row_of(positions, n), 1);
+        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);
@@ -2146,30 +2337,28 @@ enum class Rotary { half_split, interleaved };
 // Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
 constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
 
-// Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
-// continue others, of each token's own.
+// Rotary positions for all the heads of a layer, by the batch's angles.
 template <class T, class B> class Rotation {
  public:
-  Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
+  Rotation(B& backend, SequencesOn<B> const& s, Index head_dim, int percent, Rotary pairs, double theta)
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
-    bool const of_tokens = s.any_continue();
-    if (!of_tokens) positions_ = s.positions();
-    angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
-    if (turns()) On<Rope, B>::angles(backend, options_, of_tokens ? s.positions() : View<std::int32_t const, 1>{}, out(angles_));
+    if (!s.any_continue()) positions_ = s.table().positions;
+    if (options_.rotary_dim == 0) return;
+    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+      On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
+    });
   }
-  bool turns() const { return static_cast<bool>(angles_); }
+  bool turns() const { return !angles_.empty(); }
   // Without a rotary share these copy.
-  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const {
-    On<Rope, B>::forward(backend, options_, in(angles_), positions_, x, y);
-  }
+  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
   void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
-    On<Rope, B>::backward(backend, options_, in(angles_), positions_, d_y, d_x);
+    On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
   }
 
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
-  Tensor<T, 3, B> angles_;
+  View<T const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -2204,8 +2393,7 @@ struct HeadNorm {
       rotation.backward(backend, d_x, out(turned));
       d_x = in(turned);
     }
-    On<Fill, B>::forward(backend, T(0), flat(d_raw));
-    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight);
+    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight, Into::overwrite);
   }
 };
 
@@ -2502,7 +2690,7 @@ template <SparseOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -2521,7 +2709,7 @@ template <SparseOptions O> struct Prepare {
   }
   // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       if (!d_raw.q.empty()) {
@@ -2538,8 +2726,8 @@ template <SparseOptions O> struct Prepare {
  private:
   // Rotary, then the norm, as HeadNorm does.
   template <class B, class T>
-  static void index_backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>> d_x,
-                             Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
+                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     [[maybe_unused]] Tensor<T, 2, B> turned;
     View<T const, 2> d_normed = d_x.index_k;
     if constexpr (O.index_rotary_percent > 0) {
@@ -3845,7 +4033,7 @@ template <FullOptions O> struct Prepare {
   static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -3853,7 +4041,7 @@ template <FullOptions O> struct Prepare {
     }
   }
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
@@ -3864,7 +4052,7 @@ template <FullOptions O> struct Prepare {
 
  private:
   static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
-  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, Sequences const& s) {
+  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
     return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
   }
 };
@@ -5033,7 +5221,7 @@ template <GdnOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     convolve(backend, s, raw.q, p.conv_q, x.q);
     convolve(backend, s, raw.k, p.conv_k, x.k);
     convolve(backend, s, raw.v, p.conv_v, x.v);
@@ -5041,7 +5229,7 @@ template <GdnOptions O> struct Prepare {
   }
   // The convolutions go on where the cache says.
   template <class B, class T>
-  static void extend(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
+  static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
                      Inputs<Out<T>> x) {
     convolve_on(backend, s, raw.q, p.conv_q, cache.conv_q, x.q);
     convolve_on(backend, s, raw.k, p.conv_k, cache.conv_k, x.k);
@@ -5049,7 +5237,7 @@ template <GdnOptions O> struct Prepare {
     normalise_and_gate(backend, raw, p, x);
   }
   template <class B, class T>
-  static void backward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
@@ -5069,24 +5257,25 @@ template <GdnOptions O> struct Prepare {
   }
   // What stands before a sequence that begins is zero.
   template <class B, class T>
-  static void convolve_on(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
+  static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
     for (Index i = 0; i < s.count() && !state.empty(); ++i)
       if (Sequence const sequence = s[static_cast<std::size_t>(i)]; sequence.past == 0 && sequence.length > 0)
         On<Fill, B>::forward(backend, T(0), View<T, 1>{state.row(i, 0), {state.extent(1) * state.extent(2)}});
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>(state), as_rows(y), state);
   }
-  template <class B, class T> static void convolve(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> y) {
+  template <class B, class T> static void convolve(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w,
+                                                   View<T, 3> y) {
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
   }
   template <class B, class T>
-  static void convolve_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void convolve_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                                 View<T, 3> d_raw, View<T, 2> d_w) {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
   // Through the length and the convolution, whose output is formed again rather than kept.
   template <class B, class T>
-  static void unit_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                             View<T, 3> d_raw, View<T, 2> d_w) {
     Tensor<T, 3, B> convolved{backend, raw.shape}, d_convolved{backend, raw.shape};
     convolve(backend, s, raw, w, out(convolved));
@@ -6357,18 +6546,19 @@ struct Initialization {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/linear/linear.hpp
-// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
-//   d_x = d_y w      d_w = d_y^T x
-#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
-#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+// ==== hybridattn/ops/grouped_linear/grouped_linear.hpp
+// Linear projections of many experts as one operation. Rows are sorted by expert: rows offsets[e] .. offsets[e + 1] belong to e.
+//   y = x w[e]^T      d_x = d_y w[e]      d_w[e] = d_y^T x      over the rows of e
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, x, w, y)
-//   backward(backend, x, w, d_y, d_x, d_w): adds to d_x, since several projections may read x; overwrites d_w. An empty
-//   d_x or d_w is not wanted.
-struct Linear {};
+//   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
+//   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
+//                                                           rows
+// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -6386,10 +6576,9 @@ template <class T> struct Operand {
   Index rows = 0, columns = 0, row = 0, column = 1;
 
   Operand transposed() const { return {data, columns, rows, column, row}; }
+  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
 };
 template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
-
-enum class Into { overwrite, add };
 
 namespace detail {
 
@@ -6480,8 +6669,122 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   });
 }
 
+// One product of several.
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+// The products first .. last in one parallel loop. All have as many columns, and a depth that is not 0.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  if (first == last) return;
+  using detail::panel_columns;
+  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
+    Product<T> const& p = first[task / panels];
+    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
+                           into);
+  });
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
+
+// ==== hybridattn/ops/grouped_linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<GroupedLinear, Cpu> {
+  using Offsets = View<std::int32_t const, 1>;
+
+  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 3> d_w, Into into) {
+    if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
+    if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
+  }
+
+ private:
+  // Rows of one task. A task packs its part of the matrix by itself, which many rows pay for.
+  static constexpr Index block_rows = 256;
+
+  template <class T>
+  static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, into);
+  }
+  template <class T>
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
+    Index const E = d_w.extent(0), F = d_w.extent(1);
+    cpu::Scratch<cpu::Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    cpu::Product<T>* next = products.data();
+    for (Index e = 0; e < E; ++e) {
+      if (is_idle(offsets, e)) continue;
+      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      for (Index first = 0; first < F; first += block_rows) {
+        Index const last = std::min(F, first + block_rows);
+        *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
+      }
+    }
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    parallel_for(cpu, E, [&](Index e, int) {
+      if (!is_idle(offsets, e)) return;
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
+    });
+  }
+
+  static bool is_idle(Offsets offsets, Index e) { return offsets(e) == offsets(e + 1); }
+  // f(expert, first row, last row) for blocks of rows, each of one expert.
+  template <class F> static void for_each_block(Offsets offsets, F f) {
+    for (Index e = 0; e + 1 < offsets.extent(0); ++e)
+      for (Index first = offsets(e); first < offsets(e + 1); first += block_rows)
+        f(e, first, std::min<Index>(first + block_rows, offsets(e + 1)));
+  }
+  // However R rows are shared out among E experts: equal steps take equal memory.
+  static Index most_blocks(Index E, Index R) { return std::min(E, R) + R / block_rows; }
+  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
+    return {all.data + e * all.stride[0], {all.extent(1), all.extent(2)}, {all.stride[1], 1}};
+  }
+  template <class T> static View<T, 2> rows(View<T, 2> all, Index first, Index last) {
+    return {all.data + first * all.stride[0], {last - first, all.extent(1)}, all.stride};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/linear/linear.hpp
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
+//   d_w. An empty d_x or d_w is not wanted.
+struct Linear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/linear/cpu.hpp
 #ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP
@@ -6494,8 +6797,8 @@ template <> struct On<Linear, Cpu> {
     cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
   }
   template <class T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w) {
-    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, cpu::Into::add);
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
   }
 };
@@ -6509,7 +6812,6 @@ template <> struct On<Linear, Cpu> {
 //   p = softmax(router logits)      the top_k largest, ties to the smaller index
 //   weight of a chosen expert: p_e; or p_e / sum of the chosen (renormalised), which is the softmax over the chosen logits
 //   y = sum over the chosen of weight * expert(x)
-// Load balancing: E sum_e f_e P_e, with f_e = chosen_e / tokens (sum f = top_k) and P_e = mean p_e.
 // Experts receive their tokens in token order, so a later token never changes an earlier one's place among the sums.
 #ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
 #define HYBRIDATTN_OPS_MOE_MOE_HPP
@@ -6528,7 +6830,7 @@ struct Route {
 //   offsets [E + 1], places [N, k]: the row of each choice
 struct Permute {};
 //   forward (backend, x, places, rows)             rows[places[n, j]] = x[n]
-//   backward(backend, places, d_rows, d_x)         adds to d_x
+//   backward(backend, places, d_rows, d_x, into)   d_x is added or overwritten
 struct Distribute {};
 //   forward (backend, rows, weights, places, y)    y[n] = sum_j weights[n, j] rows[places[n, j]]
 //   backward(backend, rows, weights, places, d_y, d_rows, d_weights)   overwrites both
@@ -6614,10 +6916,13 @@ template <> struct On<Distribute, Cpu> {
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x) {
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
+                                          Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n)
+      for (Index n = first; n < last; ++n) {
+        if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
         for (Index j = 0; j < places.extent(1); ++j) axpy(T(1), d_rows.row(places(n, j)), d_x.row(n), d_x.extent(1));
+      }
     });
   }
 };
@@ -6680,7 +6985,8 @@ template <> struct On<AddGated, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// down(silu(gate x) * up x), or down(silu(gate x)) without up.
+// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once:
+// then the weights are those of all experts, and the offsets of their rows come last.
 struct Mlp {
   template <class S> struct Params {
     Held<S, 2> gate, up;  // [F, C]
@@ -6701,22 +7007,24 @@ struct Mlp {
     return {.gate = {N, F}, .up = {gated ? N : 0, gated ? F : 0}, .hidden = {N, F}};
   }
 
-  template <class B, class T>
-  static void forward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y) {
-    On<Linear, B>::forward(backend, x, p.gate, saved.gate);
-    if (!p.up.empty()) On<Linear, B>::forward(backend, x, p.up, saved.up);
+  template <class Product = Linear, class B, class Weights, class T, class... Offsets>
+  static void forward(B& backend, Weights const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y, Offsets... offsets) {
+    On<Product, B>::forward(backend, offsets..., x, p.gate, saved.gate);
+    if (!p.up.empty()) On<Product, B>::forward(backend, offsets..., x, p.up, saved.up);
     On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
-    On<Linear, B>::forward(backend, View<T const, 2>(saved.hidden), p.down, y);
+    On<Product, B>::forward(backend, offsets..., View<T const, 2>(saved.hidden), p.down, y);
   }
-  // Adds to d_x. `d` is scratch of Saved's shape.
-  template <class B, class T>
-  static void backward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
-                       Saved<Out<T>> const& d, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    On<Fill, B>::forward(backend, T(0), flat(d.hidden));
-    On<Linear, B>::backward(backend, saved.hidden, p.down, d_y, d.hidden, d_p.down);
+  // d_x is added or overwritten. `d` is scratch of Saved's shape.
+  template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
+  static void backward(B& backend, Weights const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
+                       Saved<Out<T>> const& d, View<T, 2> d_x, Into into, Gradients const& d_p, Offsets... offsets) {
+    On<Product, B>::backward(backend, offsets..., saved.hidden, p.down, d_y, d.hidden, d_p.down, Into::overwrite);
     On<Swiglu, B>::backward(backend, flat(saved.gate), flat(saved.up), flat(View<T const, 2>(d.hidden)), flat(d.gate), flat(d.up));
-    if (!p.up.empty()) On<Linear, B>::backward(backend, x, p.up, View<T const, 2>(d.up), d_x, d_p.up);
-    On<Linear, B>::backward(backend, x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate);
+    if (!p.up.empty()) {
+      On<Product, B>::backward(backend, offsets..., x, p.up, View<T const, 2>(d.up), d_x, d_p.up, into);
+      into = Into::add;
+    }
+    On<Product, B>::backward(backend, offsets..., x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate, into);
   }
 };
 
@@ -6858,37 +7166,15 @@ struct FeedForward {
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, FeedForwardConfig const& c, Index layer, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
-    auto d_x = zeros<T>(backend, x.shape);
+    Tensor<T, 2, B> d_x{backend, x.shape};
     if (c.is_mixture(layer)) mix_backward(backend, c, p, x, saved, d_y, out(d_x), d_p);
-    else mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), d_p.dense);
+    else
+      mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), Into::overwrite,
+                   d_p.dense);
     return d_x;
   }
 
  private:
-  // What of a group of all experts belongs to one of them, and to the rows it was given.
-  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
-    if (all.empty()) return {};
-    return {all.row(e, 0), {all.extent(1), all.extent(2)}};
-  }
-  template <class S> static Mlp::Params<S> of_expert(Experts<S> const& all, Index e) {
-    return {.gate = of_expert(all.gate, e), .up = of_expert(all.up, e), .down = of_expert(all.down, e)};
-  }
-  template <class T> static View<T, 2> part(View<T, 2> rows, Index first, Index count) {
-    if (rows.empty()) return {};
-    return {rows.data + first * rows.extent(1), {count, rows.extent(1)}};
-  }
-  template <class S> static Mlp::Saved<S> part(Mlp::Saved<S> const& rows, Index first, Index count) {
-    return {.gate = part(rows.gate, first, count), .up = part(rows.up, first, count), .hidden = part(rows.hidden, first, count)};
-  }
-  // f(expert, first row, number of rows) for experts that were given any.
-  template <class B, class F> static void for_each_expert(B& backend, Tensor<std::int32_t, 1, B> const& offsets, F f) {
-    std::int32_t bounds[2];
-    for (Index e = 0; e + 1 < offsets.shape()[0]; ++e) {
-      backend.download(bounds, in(offsets).data + e, sizeof bounds);
-      f(e, Index{bounds[0]}, Index{bounds[1] - bounds[0]});
-    }
-  }
-
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
@@ -6898,11 +7184,7 @@ struct FeedForward {
                           out(saved.chosen));
     On<Permute, B>::forward(backend, in(saved.chosen), out(saved.offsets), out(saved.places));
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
-    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
-      if (count == 0) return;
-      Mlp::forward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(out(saved.experts), first, count),
-                   part(out(saved.made), first, count));
-    });
+    Mlp::forward<GroupedLinear>(backend, p.experts, in(saved.rows), out(saved.experts), out(saved.made), in(saved.offsets));
     On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
     On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
     if (c.shared_dim < 0) return;
@@ -6911,11 +7193,12 @@ struct FeedForward {
     On<AddGated, B>::forward(backend, in(saved.shared_made), in(saved.shared_logit), y);
   }
 
-  template <class B, class T>
-  static void mlp_backward(B& backend, Mlp::Params<In<T>> const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
-                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Mlp::Params<Out<T>> const& d_p) {
+  template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
+  static void mlp_backward(B& backend, Weights const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
+                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Into into, Gradients const& d_p,
+                           Offsets... offsets) {
     auto d = allocate<T>(backend, shapes);
-    Mlp::backward(backend, p, x, in(saved), d_y, out(d), d_x, d_p);
+    Mlp::backward<Product>(backend, p, x, in(saved), d_y, out(d), d_x, into, d_p, offsets...);
   }
 
   template <class B, class T>
@@ -6924,92 +7207,118 @@ struct FeedForward {
     Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
         d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
-    auto d_rows = zeros<T>(backend, saved.rows.shape());
-    auto d_experts = allocate<T>(backend, Mlp::saved(x.extent(0) * c.top_k, c.expert_dim, c.gated));
-    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
-      Mlp::backward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(in(saved.experts), first, count),
-                    part(in(d_made), first, count), part(out(d_experts), first, count), part(out(d_rows), first, count),
-                    of_expert(d_p.experts, e));
-    });
-    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x);
+    Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
+    mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
+                                in(d_made), out(d_rows), Into::overwrite, d_p.experts, in(saved.offsets));
+    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x, Into::overwrite);
     On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen),
                            in(d_weights), in(saved.d_probability), out(d_logits));
-    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router);
+    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router, Into::add);
     if (c.shared_dim < 0) return;
     Tensor<T, 2, B> d_shared{backend, saved.shared_made.shape()}, d_logit{backend, saved.shared_logit.shape()};
     On<AddGated, B>::backward(backend, in(saved.shared_made), in(saved.shared_logit), d_y, out(d_shared), out(d_logit));
-    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, d_p.shared);
-    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate);
+    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, Into::add,
+                 d_p.shared);
+    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate, Into::add);
   }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/nn/balance_loss.hpp
-// Load balancing over mixture layers: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
+// ==== hybridattn/ops/balance/balance.hpp
+// Load balancing over the experts of mixtures: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
 // (sum f = top_k) and P_e its mean probability.
-//   per layer: the sum of the layers' losses         pooled: f and P over the tokens of all layers, then one product
 //   d loss / d p_ne = coefficient E f_e / tokens
+#ifndef HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+#define HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, offsets, probabilities, sums)      offsets [E + 1], probabilities [N, E]; adds to sums [2, E], in double:
+//     how many tokens chose each expert, and its probabilities' sum over the tokens. Layers that are pooled add to the same sums
+struct ExpertUse {};
+//   forward (backend, coefficient, tokens, sums, value)                      adds to value [1], in double
+//   backward(backend, coefficient, tokens, sums, d_value, d_probability)     overwrites d_probability [E], the same for every token
+// `tokens` are those of all layers that the sums are of. Without tokens both are 0.
+struct BalanceLoss {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/balance/cpu.hpp
+#ifndef HYBRIDATTN_OPS_BALANCE_CPU_HPP
+#define HYBRIDATTN_OPS_BALANCE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<ExpertUse, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<std::int32_t const, 1> offsets, View<T const, 2> probabilities, View<double, 2> sums) {
+    parallel_blocks(cpu, sums.extent(1), experts, [&](Index first, Index last) {
+      double sum[experts] = {};
+      for (Index n = 0; n < probabilities.extent(0); ++n)
+        for (Index e = first; e < last; ++e) sum[e - first] += static_cast<double>(probabilities(n, e));
+      for (Index e = first; e < last; ++e) {
+        sums(0, e) += offsets(e + 1) - offsets(e);
+        sums(1, e) += sum[e - first];
+      }
+    });
+  }
+
+ private:
+  static constexpr Index experts = 16;   // of one task
+};
+
+template <> struct On<BalanceLoss, Cpu> {
+  static void forward(Cpu&, double coefficient, Index count, View<double const, 2> sums, View<double, 1> value) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    double sum = 0;
+    for (Index e = 0; e < sums.extent(1); ++e) sum += sums(0, e) / tokens * (sums(1, e) / tokens);
+    value(0) += count == 0 ? 0 : coefficient * experts * sum;
+  }
+  template <class T>
+  static void backward(Cpu&, double coefficient, Index count, View<double const, 2> sums, double d_value, View<T, 1> d_probability) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    for (Index e = 0; e < sums.extent(1); ++e)
+      d_probability(e) = count == 0 ? T(0) : static_cast<T>(d_value * coefficient * experts * sums(0, e) / tokens / tokens);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/nn/balance_loss.hpp
+// The load-balancing loss of a model's mixture layers.
+//   per layer: the sum of the layers' losses         pooled: f and P over the tokens of all layers, then one product
 #ifndef HYBRIDATTN_NN_BALANCE_LOSS_HPP
 #define HYBRIDATTN_NN_BALANCE_LOSS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace detail {
 
-class BalanceLoss {
- public:
-  explicit BalanceLoss(FeedForwardConfig const& c) : c_(c), pooled_(static_cast<std::size_t>(c.num_experts)) {}
+// Of layers that are pooled: adds their loss to value, and writes its gradient into each one's Saved.
+template <class B, class T>
+void balance_together(B& backend, double coefficient, double scale, std::span<FeedForward::Saved<Owned<T, B>>* const> layers,
+                      View<double, 1> value) {
+  Shape<2> const choices = layers[0]->probabilities.shape();
+  auto sums = zeros<double>(backend, Shape<2>{2, choices[1]});
+  for (auto const* layer : layers) On<ExpertUse, B>::forward(backend, in(layer->offsets), in(layer->probabilities), out(sums));
+  Index const tokens = std::ssize(layers) * choices[0];
+  On<BalanceLoss, B>::forward(backend, coefficient, tokens, in(sums), value);
+  for (auto* layer : layers) On<BalanceLoss, B>::backward(backend, coefficient, tokens, in(sums), scale, out(layer->d_probability));
+}
 
-  // First every layer is counted, in order; then each is told its part.
-  template <class B, class T> void count(B& backend, FeedForward::Saved<Owned<T, B>> const& saved) {
-    if (!saved.probabilities) return;
-    auto const layer = use(backend, saved);
-    for (std::size_t e = 0; e < layer.size(); ++e) {
-      pooled_[e].chosen += layer[e].chosen;
-      pooled_[e].probability += layer[e].probability;
-    }
-    Index const tokens = saved.probabilities.shape()[0];
-    pooled_tokens_ += tokens;
-    sum_of_layers_ += loss(layer, tokens);
-  }
-  template <class T, class B> void write(B& backend, double scale, FeedForward::Saved<Owned<T, B>>& saved) const {
-    if (!saved.probabilities) return;
-    bool const pool = c_.balance == Balance::pooled;
-    auto const layer = pool ? pooled_ : use(backend, saved);
-    double const tokens = static_cast<double>(pool ? pooled_tokens_ : saved.probabilities.shape()[0]);
-    std::vector<T> d_probability;
-    for (Use const& expert : layer)
-      d_probability.push_back(
-          static_cast<T>(scale * c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
-    upload(backend, d_probability, saved.d_probability);
-  }
-  double value() const { return c_.balance == Balance::pooled ? loss(pooled_, pooled_tokens_) : sum_of_layers_; }
+}  // namespace detail
 
- private:
-  struct Use {
-    double chosen = 0, probability = 0;   // sums over tokens
-  };
-
-  template <class B, class T> std::vector<Use> use(B& backend, FeedForward::Saved<Owned<T, B>> const& saved) const {
-    auto const offsets = download(backend, saved.offsets);
-    auto const probabilities = download(backend, saved.probabilities);
-    std::vector<Use> result(pooled_.size());
-    for (std::size_t e = 0; e < result.size(); ++e) result[e].chosen = offsets[e + 1] - offsets[e];
-    for (std::size_t i = 0; i < probabilities.size(); ++i) result[i % result.size()].probability += static_cast<double>(probabilities[i]);
-    return result;
-  }
-  double loss(std::vector<Use> const& layer, Index count) const {
-    double const tokens = static_cast<double>(count);
-    double sum = 0;
-    for (Use const& expert : layer) sum += expert.chosen / tokens * (expert.probability / tokens);
-    return count == 0 ? 0 : c_.balance_coefficient * static_cast<double>(c_.num_experts) * sum;
-  }
-
-  FeedForwardConfig const& c_;
-  std::vector<Use> pooled_;
-  Index pooled_tokens_ = 0;
-  double sum_of_layers_ = 0;
-};
+// Adds the loss to value [1], on the machine. Writes scale times its gradient into the Saved of the mixture layers, given in order.
+template <class B, class T>
+void balance_loss(B& backend, FeedForwardConfig const& c, double scale, std::span<FeedForward::Saved<Owned<T, B>>* const> layers,
+                  View<double, 1> value) {
+  std::size_t const together = c.balance == Balance::pooled ? layers.size() : 1;
+  for (std::size_t first = 0; first < layers.size(); first += together)
+    detail::balance_together<B, T>(backend, c.balance_coefficient, scale, layers.subspan(first, together), value);
+}
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -7090,7 +7399,7 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>>& saved) {
     static_assert(HasForward<Policy, B, T>,
                   "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
@@ -7116,26 +7425,26 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
-    auto d_x = zeros<T>(backend, x.shape);
-    Tensor<T, 3, B> d_o = zeros<T>(backend, saved.outputs.o.shape());
-    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o);
+    Tensor<T, 2, B> d_x{backend, x.shape};
+    Tensor<T, 3, B> d_o{backend, saved.outputs.o.shape()};
+    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o, Into::overwrite);
     if constexpr (finishes) {
       auto const d_finished = std::move(d_o);
       Tensor<T, 3, B> d_z{backend, saved.z.shape()};
       d_o = {backend, saved.outputs.o.shape()};
       Finish::backward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, in(d_finished), out(d_o), out(d_z), d_p.finish);
-      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate);
+      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate, Into::overwrite);
     }
-    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), d_p);
+    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), Finish::gated ? Into::add : Into::overwrite, d_p);
     return d_x;
   }
   // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
-    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, d_p);
+    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, Into::add, d_p);
   }
 
  private:
@@ -7151,8 +7460,9 @@ template <AttentionPolicy Policy> struct Attention {
   // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
   // detached is wanted where its matrix has a gradient.
   template <class B, class T>
-  static void project_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
-                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+  static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
+                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
+                               Params<Out<T>> const& d_p) {
     Inputs<Owned<T, B>> d_inputs;
     Inputs<Narrow<Owned<T, B>>> d_raw;
     zip(
@@ -7174,7 +7484,8 @@ template <AttentionPolicy Policy> struct Attention {
           bool const detached = Policy::detached(path.name);
           if (detached ? d_w.empty() : d_o == nullptr) return;
           auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w);
+          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w, into);
+          if (!detached) into = Into::add;
         },
         p.w, d_p.w, d_raw, d_inputs);
   }
@@ -7273,7 +7584,7 @@ template <AttentionPolicy P> struct Block {
 
   // x moves into Saved.
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                                  Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved) {
     saved.x = std::move(x);
     saved.x_normed = {backend, saved.x.shape()};
@@ -7289,21 +7600,21 @@ template <AttentionPolicy P> struct Block {
 
   // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
     {
       auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
                                                   std::move(saved.feed_forward), in(d_y), d_p.feed_forward);
-      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm);
+      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm, Into::add);
     }
     auto const d_normed =
         Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
-    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm);
+    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm, Into::add);
     return d_y;
   }
   // Of the policy's auxiliary loss alone.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, typename P::Config const& mixer, Sequences const& s, Params<In<T>> const& p,
+  static void auxiliary_backward(B& backend, typename P::Config const& mixer, SequencesOn<B> const& s, Params<In<T>> const& p,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
     Mixer::auxiliary_backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), d_p.attention);
   }
@@ -7472,7 +7783,7 @@ template <AttentionPolicy... Policies> struct Stack {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
                                  Saved<Owned<T, B>>& saved) {
     params.for_each(
         [&](auto block, std::size_t layer, auto& p, auto& kept) {
@@ -7483,8 +7794,8 @@ template <AttentionPolicy... Policies> struct Stack {
     return x;
   }
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
-                                  Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
+                                  Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
     params.for_each_reversed(
         [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
@@ -7496,8 +7807,8 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Of the policies' auxiliary losses alone: no layer sends anything to another.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
-                                 Params<Out<T>> const& d_params) {
+  static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_params) {
     params.for_each(
         [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
@@ -7557,17 +7868,79 @@ using Repeat = typename detail::PolicyList<Policies...>::template Repeated<
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
-//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
-//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
-// A target below 0 is not counted. With nothing to count, loss and gradients are 0.
-#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
-#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+// ==== hybridattn/nn/token_batch.hpp
+// What a model reads: tokens in sequences, on a machine.
+#ifndef HYBRIDATTN_NN_TOKEN_BATCH_HPP
+#define HYBRIDATTN_NN_TOKEN_BATCH_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a batch lost, as sums over its counted tokens.
+// The smallest and the largest of a list of tokens or targets, and the first place of each: the list itself is on the machine
+// when a model, whose vocabulary it must fit, meets it.
+struct TokenRange {
+  std::int32_t smallest = 0, largest = -1;
+  Index place_of_smallest = 0, place_of_largest = 0;
+
+  static TokenRange of(std::span<std::int32_t const> tokens) {
+    if (tokens.empty()) return {};
+    auto const smallest = std::ranges::min_element(tokens), largest = std::ranges::max_element(tokens);
+    return {*smallest, *largest, smallest - tokens.begin(), largest - tokens.begin()};
+  }
+  void check_tokens(Index vocab_size) const {
+    if (smallest < 0) refuse("token", smallest, place_of_smallest, vocab_size, "");
+    if (largest >= vocab_size) refuse("token", largest, place_of_largest, vocab_size, "");
+  }
+  void check_targets(Index vocab_size) const {
+    if (largest >= vocab_size) refuse("target", largest, place_of_largest, vocab_size, ", or < 0 for none");
+  }
+
+ private:
+  [[gnu::cold, noreturn]] static void refuse(char const* what, std::int32_t number, Index place, Index vocab_size, char const* besides) {
+    fail(what, " ", number, " at place ", place, " is not in the vocabulary; allowed: 0 .. ", vocab_size - 1, besides);
+  }
+};
+
+// N tokens, and for each the token to predict, or a number below 0 for none. Made by make_batch, filled anew by refill: what stands
+// beside the tensors is what the host knew when it uploaded them.
+template <class B> struct TokenBatch {
+  SequencesOn<B> sequences;
+  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
+  TokenRange token_range = {}, target_range = {};
+  Index counted = 0;                           // tokens that have a target
+};
+
+// Other tokens and targets for the sequences of a batch, in the memory that is there.
+template <class B>
+void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
+  check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
+        targets.size(), " targets for sequences of ", batch.sequences.tokens(), " tokens");
+  check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
+  upload(backend, tokens, batch.tokens);
+  upload(backend, targets, batch.targets);
+  batch.token_range = TokenRange::of(tokens);
+  batch.target_range = TokenRange::of(targets);
+  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
+}
+// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
+template <class B>
+TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
+  Shape<1> const shape{sequences.tokens()};
+  TokenBatch<B> batch{.sequences = {backend, std::move(sequences)}, .tokens = {backend, shape}, .targets = {backend, shape}};
+  refill(backend, batch, tokens, targets);
+  return batch;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/losses.hpp
+// What tokens lost, as sums.
+#ifndef HYBRIDATTN_CORE_LOSSES_HPP
+#define HYBRIDATTN_CORE_LOSSES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Over the counted tokens of a batch, or of several.
 struct LossSum {
   double loss = 0;     // nats
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
@@ -7581,13 +7954,35 @@ struct LossSum {
   }
 };
 
-//   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
-//   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
+// What a batch lost. The auxiliary losses are weighted.
+struct BatchLosses {
+  LossSum loss;         // over the counted tokens
+  double balance = 0;   // load balancing
+  double policy = 0;    // of the policies
+
+  double auxiliary() const { return policy + balance; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
+// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
+//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
+// A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x and d_w, adds to loss
 // Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
-//   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be empty, or logits
 struct SoftmaxLoss {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -7600,7 +7995,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
-  static LossSum forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits) {
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits,
+                      View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
     Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
     Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
@@ -7616,7 +8012,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     });
     LossSum total;
     for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
-    return total;
+    loss(0) += total;
   }
 
  private:
@@ -7648,7 +8044,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     }
     return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
   }
-  // Targets are checked before the threads start; here a wrong one would be a fault of the library.
+  // Targets are checked where they are uploaded; here a wrong one would be a fault of the library.
   static void check_target(std::int32_t target, Index V) {
 #if HYBRIDATTN_BOUNDS_CHECKS
     if (target >= V) std::abort();
@@ -7659,42 +8055,42 @@ template <> struct On<SoftmaxLoss, Cpu> {
 };
 
 template <> struct On<CrossEntropy, Cpu> {
-  template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
-    return in_blocks(cpu, x, w, targets, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index) {
-      return On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {});
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {}, sum);
     });
   }
 
   template <class T>
-  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
-                          View<T, 2> d_x, View<T, 2> d_w) {
-    return in_blocks(cpu, x, w, targets, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first) {
-      LossSum const loss = On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits);
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
+                       View<T, 2> d_w, View<LossSum, 1> loss) {
+    if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
-      return loss;
+      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 
  private:
-  // f(logits, targets, first row) gives the loss of a block of rows; one block after the other.
+  // f(logits, targets, first row, sum) adds the loss of a block of rows to a sum; one block after the other.
   template <class T, class F>
-  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, F f) {
+  static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
     Index const N = x.extent(0), V = w.extent(0);
-    for (Index n = 0; n < N; ++n)
-      check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1,
-            ", or < 0 for none");
     Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
     LossSum total;
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
       cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
-      total += f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first);
+      LossSum of_block;
+      f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
+      total += of_block;
     }
-    return total;
+    loss(0) += total;
   }
 };
 
@@ -7709,8 +8105,8 @@ template <> struct On<CrossEntropy, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
-//   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; tokens are in 0 .. V - 1
+//   backward(backend, tokens, d_y, d_table, into)   d_table is added, where a tied head has been there, or overwritten
 struct Embedding {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -7723,16 +8119,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Embedding, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
-    for (Index n = 0; n < tokens.extent(0); ++n)
-      check(0 <= tokens(n) && tokens(n) < table.extent(0), "token ", tokens(n), " at place ", n,
-            " is not in the vocabulary; allowed: 0 .. ", table.extent(0) - 1);
     parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table) {
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
+                                          Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
     });
   }
@@ -7749,12 +8144,6 @@ template <> struct On<Embedding, Cpu> {
 #define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
-template <class B> struct TokenBatch {
-  Sequences sequences;
-  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
-};
 
 template <class S_> class LanguageModel {
  public:
@@ -7787,11 +8176,9 @@ template <class S_> class LanguageModel {
     Held<S, 2> x, x_normed;  // [N, C]
     HYBRIDATTN_FIELDS(blocks, x, x_normed)
   };
-  // What a batch gave: the loss over its counted tokens, the weighted auxiliary losses, and the gradient of their sum.
+  // What a batch gave: its losses, and the gradient of their sum.
   template <class T, class B> struct Gradients {
-    LossSum loss;
-    double auxiliary_loss = 0;  // load balancing and policies
-    double policy_loss = 0;     // the policies' part of it
+    Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
   };
 
@@ -7843,7 +8230,7 @@ template <class S_> class LanguageModel {
                                 .blocks = Stack::starts(stack_),
                                 .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
                                 .head = config_.initialization.linear(config_.model_dim)};
-    auto params = allocate<T>(backend, this->params());
+    auto params = allocate_together<T>(backend, this->params());
     zip(
         [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
           Random random{seed, path.str()};
@@ -7860,6 +8247,8 @@ template <class S_> class LanguageModel {
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
     check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
+    batch.token_range.check_tokens(config_.vocab_size);
+    batch.target_range.check_targets(config_.vocab_size);
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
@@ -7883,7 +8272,10 @@ template <class S_> class LanguageModel {
   }
   template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     auto const saved = forward(backend, params, batch);
-    return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
+    Tensor<LossSum, 1, B> sum{backend, {1}};
+    On<Fill, B>::forward(backend, LossSum{}, out(sum));
+    On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets), out(sum));
+    return download(backend, sum)[0];
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
@@ -7892,27 +8284,25 @@ template <class S_> class LanguageModel {
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{.loss = {},
-                           .auxiliary_loss = 0,
-                           .policy_loss = policy_loss<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks),
-                           .params = allocate<T>(backend, gradients())};
+    Gradients<T, B> result{{backend, {1}}, allocate_together<T>(backend, gradients())};
     auto const d_p = out(result.params);
-    result.auxiliary_loss = result.policy_loss;
+    BatchLosses* const losses = out(result.losses).data;   // on the machine
+    View<LossSum, 1> const loss{&losses->loss, {1}};
+    On<Fill, B>::forward(backend, BatchLosses{}, out(result.losses));
+    add_policy_losses<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks, View<double, 1>{&losses->policy, {1}});
     if (stage() == Stage::dense_warm_up) {
-      result.loss = On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets));
+      On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets), loss);
       Stack::auxiliary_backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), d_p.blocks);
       return result;
     }
-    result.auxiliary_loss += balance(backend, auxiliary_scale, saved.blocks);
+    add_balance_loss(backend, auxiliary_scale, saved.blocks, View<double, 1>{&losses->balance, {1}});
     View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
-    On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
-    On<Fill, B>::forward(backend, T(0), flat(d_p.head));
     Tensor<T, 2, B> d_normed{backend, saved.x_normed.shape()};
-    result.loss = On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head);
-    auto d_x = zeros<T>(backend, saved.x.shape());
-    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm);
+    On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head, loss);
+    Tensor<T, 2, B> d_x{backend, saved.x.shape()};
+    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm, Into::overwrite);
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
-    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding);
+    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding, config_.tie_embedding ? Into::add : Into::overwrite);
     return result;
   }
 
@@ -7937,34 +8327,35 @@ template <class S_> class LanguageModel {
   }
   template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
 
-  // The load-balancing loss of all mixture layers; writes its part of each router's gradient into Saved.
+  // Adds the load-balancing loss of all mixture layers to a sum; writes its part of each router's gradient into Saved.
   template <class B, class T>
-  double balance(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+  void add_balance_loss(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks, View<double, 1> sum) const {
     auto const& c = stack_.block.feed_forward;
-    if (c.balance_coefficient == 0) return 0;
-    BalanceLoss loss{c};
-    blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
-    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, scale, block.feed_forward); }, blocks);
-    return loss.value();
+    if (c.balance_coefficient == 0) return;
+    std::array<FeedForward::Saved<Owned<T, B>>*, Stack::depth> mixtures;
+    std::size_t count = 0;
+    blocks.for_each_layer(
+        [&](int i, auto& block) {
+          if (c.is_mixture(i)) mixtures[count++] = &block.feed_forward;
+        },
+        blocks);
+    balance_loss<B, T>(backend, c, scale, std::span(mixtures).first(count), sum);
   }
-  // The weighted auxiliary losses of all policies that have one; writes each one's own gradient into Saved.
+  // Adds the weighted auxiliary losses of all policies that have one to a sum; writes each one's own gradient into Saved.
   template <class T, class B>
-  double policy_loss(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
-    double sum = 0;
+  void add_policy_losses(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks,
+                         View<double, 1> sum) const {
     blocks.for_each(
         [&](auto block, std::size_t, auto& kept) {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
             if (!kept.attention.outputs.auxiliary_loss) return;
             double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
-            wide_t<T> value, d_value = static_cast<wide_t<T>>(scale * weight);
-            backend.download(&value, in(kept.attention.outputs.auxiliary_loss).data, sizeof value);
-            backend.upload(out(kept.attention.d_auxiliary_loss).data, &d_value, sizeof d_value);
-            sum += weight * static_cast<double>(value);
+            On<Fill, B>::forward(backend, static_cast<wide_t<T>>(scale * weight), out(kept.attention.d_auxiliary_loss));
+            On<AddWeighted, B>::forward(backend, weight, in(kept.attention.outputs.auxiliary_loss), sum);
           }
         },
         blocks);
-    return sum;
   }
 
   Config config_;
@@ -8045,10 +8436,10 @@ template <class Stack, class T, class B> class Cache {
 
   // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
   struct Call {
-    Sequences sequences;
+    SequencesOn<B> sequences;
     std::vector<std::int32_t> tokens;
   };
-  Call const& next(TokenLists const& tokens) {
+  Call const& next(B& backend, TokenLists const& tokens) {
     check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
     new_lengths_.clear();
     call_.tokens.clear();
@@ -8056,7 +8447,7 @@ template <class Stack, class T, class B> class Cache {
       new_lengths_.push_back(std::ssize(of_sequence));
       call_.tokens.insert(call_.tokens.end(), of_sequence.begin(), of_sequence.end());
     }
-    call_.sequences.assign(lengths_, new_lengths_);
+    call_.sequences.assign(backend, lengths_, new_lengths_);
     check_fits(call_.sequences, batch(), capacity_);
     return call_;
   }
@@ -8096,7 +8487,7 @@ namespace infer {
 
 // x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
 template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequences const& s,
+Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, SequencesOn<B> const& s,
                                 typename Attention<P>::template Params<In<T>> const& p, View<T const, 2> x,
                                 typename P::template Cache<Out<T>> const& cache) {
   using Prepare = typename P::Prepare;
@@ -8127,7 +8518,7 @@ Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequenc
 
 // As in nn/block.hpp.
 template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                       typename Block<P>::template Params<In<T>> const& p, Tensor<T, 2, B> x,
                       typename P::template Cache<Out<T>> const& cache) {
   Tensor<T, 2, B> normed{backend, x.shape()};
@@ -8143,8 +8534,9 @@ Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const
 
 // As in nn/stack.hpp.
 template <class Stack, class B, class T>
-Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, Sequences const& s, typename Stack::template Params<In<T>> const& params,
-                      Tensor<T, 2, B> x, typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
+Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, SequencesOn<B> const& s,
+                      typename Stack::template Params<In<T>> const& params, Tensor<T, 2, B> x,
+                      typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
   params.for_each(
       [&](auto type, std::size_t layer, auto& p, auto& cache) {
         using Block = typename decltype(type)::type;
@@ -8161,7 +8553,7 @@ enum class Rows { all, last };
 // [N, V], or a row for the last token of each sequence that has new ones.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       Sequences const& s, Rows rows, Tensor<T, 2, B> x) {
+                       SequencesOn<B> const& s, Rows rows, Tensor<T, 2, B> x) {
   if (rows == Rows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
@@ -8192,8 +8584,9 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache, Rows rows) {
   check_sizes(model, cache);
-  auto const& call = cache.next(tokens);
+  auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {};
+  TokenRange::of(call.tokens).check_tokens(model.config().vocab_size);
   auto const p = in(params);
   Tensor<std::int32_t, 1, B> numbers{backend, {std::ssize(call.tokens)}};
   upload(backend, call.tokens, numbers);
@@ -8499,27 +8892,112 @@ template <Text text, class Letters = FieldLetters> using Pattern = typename deta
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/ops/adamw/step_numbers.hpp
+// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
+// the host waits for a step only where it asks for its numbers.
+#ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+#define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What kept a step from moving anything.
+enum class StepFault : std::int32_t {
+  none,
+  loss,             // is not finite, and so the others
+  auxiliary_loss,
+  gradient,         // of a tensor holds a NaN or an infinity
+  tensor_norm,      // of a gradient, all of whose elements are finite
+  global_norm,
+  mean,             // a moment or a parameter would be a NaN or an infinity
+  square,
+  parameter
+};
+struct BadStep {
+  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  LossSum loss;
+  double auxiliary_loss = 0;
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;   // which, in the order of the parameters
+};
+struct StepNumbers {
+  // Of the step under way, or of the last one.
+  LossSum loss;
+  double auxiliary_loss = 0, policy_loss = 0;   // weighted; the second is a part of the first
+  double gradient_norm = 0;                     // before clipping
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;
+  // From step to step.
+  double rate = 1;        // factor for the learning rate
+  Index steps = 0;        // that moved something
+  BadStep first_bad;      // since the host last read
+};
+
+// How a tensor of the parameters takes part in a step: bits of a number.
+struct StepRole {
+  static constexpr std::int32_t has_gradient = 1, decays = 2, apart = 4;   // apart: clipped by a norm of their own
+};
+
+// The factors of one tensor's update by AdamW.
+struct AdamWRates {
+  double learning_rate, beta_1, beta_2, epsilon, weight_decay;
+  double correction_1, correction_2;   // c1, c2 = 1 - beta^step, or 1
+  double gradient_scale;               // g is multiplied by it first: clipping by the global norm
+};
+
+// In all of them numbers [1], and a list has an element for each tensor of the parameters, in order.
+//   forward(backend, numbers)                  a step begins: nothing is lost yet
+struct OpenStep {};
+//   forward(backend, share, losses, numbers)   adds the share of a batch's auxiliary losses, and all of its loss; losses [1]
+struct AddBatchLosses {};
+// The norm of the gradients, and from it the factors of each tensor's update; or the fault that keeps the step from moving.
+//   forward(backend, options, roles, squares, updates, rates, numbers)
+//     squares: sums of squares, NaN where an element is not finite; updates: steps that had a gradient for the tensor
+struct DecideStep {
+  struct Options {
+    double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
+    bool bias_correction;
+  };
+};
+// A step without a fault, and without a tensor that AdamWCheck found one in, counts; of the others the first is kept.
+//   forward(backend, roles, found, updates, numbers)
+struct CloseStep {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+#endif
+
 // ==== hybridattn/ops/adamw/adamw.hpp
-// One step of AdamW (arXiv 1711.05101) on one tensor, decay first:
+// One step of AdamW (arXiv 1711.05101), decay first:
 //   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
+// An operation takes all tensors of a model at once, from a table of where they stand.
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward(backend, rates, g, m, v, p): all [count]
-struct AdamWStep {
-  struct Rates {
-    double learning_rate, beta_1, beta_2, epsilon, weight_decay;
-    double correction_1, correction_2;   // c1, c2 = 1 - beta^step, or 1
-    double gradient_scale;               // g is multiplied by it first: clipping by the global norm
-  };
+// One tensor of the parameters, with its gradient and moments.
+template <class T> struct AdamWTensor {
+  T* p = nullptr;
+  T const* g = nullptr;
+  T *m = nullptr, *v = nullptr;
+  Index count = 0;         // of elements; 0 without a gradient
+  Index first_block = 0;   // blocks of all tensors before it
+
+  static constexpr Index block = 16384;   // elements that one task works on
+  Index blocks() const { return ceil_div(count, block); }
+  friend bool operator==(AdamWTensor const&, AdamWTensor const&) = default;
 };
-// What a step would turn into a NaN or an infinity. Nothing is written.
-//   forward(backend, rates, g, m, v, p) -> Overflow
-struct AdamWCheck {
-  enum class Overflow { none, mean, square, parameter };
-};
+
+// In all of them tensors [n], numbers [1]; the other lists have an element for each tensor.
+//   forward(backend, tensors, squares)                 sums of squares of the gradients, in blocks of fixed size, combined in order;
+//                                                      NaN where an element is not finite, infinite where only the sum is not
+struct AdamWSquares {};
+// What a step would turn into a NaN or an infinity: a moment or the parameter itself.
+//   forward(backend, tensors, rates, numbers, found)   found: of StepFault
+struct AdamWCheck {};
+// Moves nothing where the numbers of the step hold a fault.
+//   forward(backend, tensors, rates, numbers)
+struct AdamWStep {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -8535,7 +9013,7 @@ namespace cpu::detail {
 template <class T> struct AdamWRule {
   T keep, clip, b1, b2, eps, add1, add2, step, root;
 
-  explicit AdamWRule(AdamWStep::Rates r)
+  explicit AdamWRule(AdamWRates const& r)
       : keep(static_cast<T>(1 - r.learning_rate * r.weight_decay)), clip(static_cast<T>(r.gradient_scale)), b1(static_cast<T>(r.beta_1)),
         b2(static_cast<T>(r.beta_2)), eps(static_cast<T>(r.epsilon)), add1(static_cast<T>(1 - r.beta_1)),
         add2(static_cast<T>(1 - r.beta_2)), step(static_cast<T>(r.learning_rate / r.correction_1)),
@@ -8550,46 +9028,168 @@ template <class T> struct AdamWRule {
   }
 };
 
+// f(number of the tensor, number of the block, first, last) for the blocks of all tensors.
+template <class T, class F> void for_each_block(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, F f) {
+  using Tensor = AdamWTensor<T>;
+  static_assert(Tensor::block == element_grain);
+  if (tensors.count() == 0) return;
+  Tensor const *const begin = tensors.data, *const end = begin + tensors.count();
+  parallel_for(cpu, end[-1].first_block + end[-1].blocks(), [&](Index block, int) {
+    auto const* tensor = std::upper_bound(begin, end, block, [](Index b, Tensor const& t) { return b < t.first_block; }) - 1;
+    Index const first = (block - tensor->first_block) * Tensor::block;
+    f(tensor - begin, block, first, std::min(first + Tensor::block, tensor->count));
+  });
+}
+template <class T> Index blocks_of_all(View<AdamWTensor<T> const, 1> tensors) {
+  Index const n = tensors.count();
+  return n == 0 ? 0 : tensors(n - 1).first_block + tensors(n - 1).blocks();
+}
+// A vector of doubles at a time: squares of floats do not overflow.
+template <class T> double sum_of_squares(T const* x, Index count) {
+  double lane[8] = {};
+  Index i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  for (; i < count; ++i) lane[i % 8] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  double sum = 0;
+  for (double value : lane) sum += value;
+  return sum;
+}
+
 }  // namespace cpu::detail
 
+template <> struct On<AdamWSquares, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
+    cpu::Scratch<double> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = cpu::detail::sum_of_squares(tensors(i).g + first, last - first);
+    });
+    for (Index i = 0; i < tensors.count(); ++i) {
+      auto const& t = tensors(i);
+      squares(i) = 0;
+      for (Index block = 0; block < t.blocks(); ++block) squares(i) += partial.data()[t.first_block + block];
+      if (!std::isfinite(squares(i)) && !std::all_of(t.g, t.g + t.count, [](T value) { return std::isfinite(value); }))
+        squares(i) = std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+};
+
 template <> struct On<AdamWStep, Cpu> {
-  template <class T> static void forward(Cpu& cpu, AdamWStep::Rates r, View<T const, 1> g, View<T, 1> m, View<T, 1> v, View<T, 1> p) {
-    cpu::detail::AdamWRule<T> const rule{r};
-    parallel_blocks(cpu, p.count(), cpu::element_grain, [&](Index first, Index last) {
+  template <class T>
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates,
+                      View<StepNumbers const, 1> numbers) {
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index, Index first, Index last) {
+      auto const t = tensors(i);
+      cpu::detail::AdamWRule<T> const rule{rates(i)};
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        auto const next = rule(s.get(g.data), s.get(m.data), s.get(v.data), s.get(p.data));
-        s.put(m.data, next.mean);
-        s.put(v.data, next.square);
-        s.put(p.data, next.parameter);
+        auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+        s.put(t.m, next.mean);
+        s.put(t.v, next.square);
+        s.put(t.p, next.parameter);
       });
     });
   }
 };
 
 template <> struct On<AdamWCheck, Cpu> {
-  using Overflow = AdamWCheck::Overflow;
-
   template <class T>
-  static Overflow forward(Cpu& cpu, AdamWStep::Rates r, View<T const, 1> g, View<T const, 1> m, View<T const, 1> v, View<T const, 1> p) {
-    if (p.count() == 0) return Overflow::none;
-    cpu::detail::AdamWRule<T> const rule{r};
-    Tensor<Overflow, 1, Cpu> storage{cpu, {ceil_div(p.count(), cpu::element_grain)}};
-    auto const found = out(storage);
-    parallel_blocks(cpu, p.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
-      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        auto const next = rule(s.get(g.data), s.get(m.data), s.get(v.data), s.get(p.data));
-        mean += next.mean - next.mean;
-        square += next.square - next.square;
-        parameter += next.parameter - next.parameter;
-      });
-      found(first / cpu::element_grain) = cpu::sum<T>(mean) != 0        ? Overflow::mean
-                                          : cpu::sum<T>(square) != 0    ? Overflow::square
-                                          : cpu::sum<T>(parameter) != 0 ? Overflow::parameter
-                                                                        : Overflow::none;
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers,
+                      View<StepFault, 1> found) {
+    std::fill_n(found.data, found.count(), StepFault::none);
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::Scratch<StepFault> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = in_block(tensors(i), cpu::detail::AdamWRule<T>{rates(i)}, first, last);
     });
-    auto const* const first = std::find_if(found.data, found.data + found.count(), [](Overflow x) { return x != Overflow::none; });
-    return first == found.data + found.count() ? Overflow::none : *first;
+    for (Index i = 0; i < tensors.count(); ++i)
+      for (Index block = 0; block < tensors(i).blocks() && found(i) == StepFault::none; ++block)
+        found(i) = partial.data()[tensors(i).first_block + block];
+  }
+
+ private:
+  template <class T> static StepFault in_block(AdamWTensor<T> const& t, cpu::detail::AdamWRule<T> const& rule, Index first, Index last) {
+    cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+    cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+      mean += next.mean - next.mean;
+      square += next.square - next.square;
+      parameter += next.parameter - next.parameter;
+    });
+    return cpu::sum<T>(mean) != 0        ? StepFault::mean
+           : cpu::sum<T>(square) != 0    ? StepFault::square
+           : cpu::sum<T>(parameter) != 0 ? StepFault::parameter
+                                         : StepFault::none;
+  }
+};
+
+template <> struct On<OpenStep, Cpu> {
+  static void forward(Cpu&, View<StepNumbers, 1> numbers) {
+    StepNumbers const last = numbers(0);
+    numbers(0) = {};
+    numbers(0).rate = last.rate;
+    numbers(0).steps = last.steps;
+    numbers(0).first_bad = last.first_bad;
+  }
+};
+
+template <> struct On<AddBatchLosses, Cpu> {
+  static void forward(Cpu&, double share, View<BatchLosses const, 1> losses, View<StepNumbers, 1> numbers) {
+    numbers(0).loss += losses(0).loss;
+    numbers(0).auxiliary_loss += share * losses(0).auxiliary();
+    numbers(0).policy_loss += share * losses(0).policy;
+  }
+};
+
+template <> struct On<DecideStep, Cpu> {
+  static void forward(Cpu&, DecideStep::Options const& o, View<std::int32_t const, 1> roles, View<double const, 1> squares,
+                      View<Index const, 1> updates, View<AdamWRates, 1> rates, View<StepNumbers, 1> numbers) {
+    StepNumbers& step = numbers(0);
+    if (!std::isfinite(step.loss.loss)) step.fault = StepFault::loss;
+    else if (!std::isfinite(step.auxiliary_loss)) step.fault = StepFault::auxiliary_loss;
+    double others = 0, apart = 0;   // norms
+    for (Index i = 0; i < roles.count(); ++i) {
+      (roles(i) & StepRole::apart ? apart : others) += squares(i);
+      if (std::isfinite(squares(i)) || step.tensor >= 0) continue;
+      step.tensor = static_cast<std::int32_t>(i);
+      if (step.fault == StepFault::none) step.fault = std::isnan(squares(i)) ? StepFault::gradient : StepFault::tensor_norm;
+    }
+    others = std::sqrt(others);
+    apart = std::sqrt(apart);
+    step.gradient_norm = std::hypot(others, apart);
+    if (step.fault != StepFault::none) return;
+    if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
+    for (Index i = 0; i < roles.count(); ++i)
+      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::apart ? apart : others);
+  }
+
+ private:
+  static AdamWRates rates_of(DecideStep::Options const& o, std::int32_t role, double step, double rate, double norm) {
+    return {.learning_rate = o.learning_rate * rate,
+            .beta_1 = o.beta_1,
+            .beta_2 = o.beta_2,
+            .epsilon = o.epsilon,
+            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
+            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
+            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
+            .gradient_scale = o.max_norm == 0 ? 1 : std::min(1.0, o.max_norm / (norm + 1e-6))};
+  }
+};
+
+template <> struct On<CloseStep, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> roles, View<StepFault const, 1> found, View<Index, 1> updates,
+                      View<StepNumbers, 1> numbers) {
+    StepNumbers& step = numbers(0);
+    for (Index i = 0; i < found.count() && step.fault == StepFault::none; ++i) {
+      step.fault = found(i);
+      if (found(i) != StepFault::none) step.tensor = static_cast<std::int32_t>(i);
+    }
+    if (step.fault != StepFault::none) {
+      if (step.first_bad.step == 0) step.first_bad = {step.steps + 1, step.loss, step.auxiliary_loss, step.fault, step.tensor};
+      return;
+    }
+    ++step.steps;
+    for (Index i = 0; i < roles.count(); ++i) updates(i) += roles(i) & StepRole::has_gradient ? 1 : 0;
   }
 };
 
@@ -8622,84 +9222,149 @@ struct AdamWOptions {
   }
 };
 
-// Norms of the gradients: of the tensors that are apart, and of the others.
-struct GradientNorms {
-  double others = 0, apart = 0;
-  double global() const { return std::hypot(others, apart); }
-};
-// `apart` has one word for each tensor, or is empty. Throws and names the first tensor that holds a NaN or an infinity, or whose
-// norm is too large for a double.
-template <class B, class Gradients> GradientNorms gradient_norms(B& backend, Gradients const& gradients, std::vector<bool> const& apart) {
-  GradientNorms sums;
-  std::size_t tensor = 0;
-  zip(
-      [&](Path const& path, auto const& gradient) {
-        double const squares = On<SumOfSquares, B>::forward(backend, flat(in(gradient)));
-        if (!std::isfinite(squares))
-          fail("the gradient of ", path.str(),
-               On<AllFinite, B>::forward(backend, flat(in(gradient))) ? " is too large for its norm" : " holds a NaN or an infinity");
-        (!apart.empty() && apart[tensor] ? sums.apart : sums.others) += squares;
-        ++tensor;
-      },
-      gradients);
-  GradientNorms const norms{std::sqrt(sums.others), std::sqrt(sums.apart)};
-  check(std::isfinite(norms.global()), "the gradients together are too large for their norm");
-  return norms;
+namespace detail {
+// What a bad step says, without its number.
+inline std::string sentence(BadStep const& bad, std::string const& tensor) {
+  auto const loss = [](char const* name, double value) {
+    std::ostringstream text;
+    text << "the " << name << " is " << (std::isnan(value) ? std::abs(value) : value);
+    return text.str();
+  };
+  auto const update = [&](char const* what) { return "the update of " + tensor + " would make " + what + " a NaN or an infinity"; };
+  switch (bad.fault) {
+    case StepFault::none:
+      break;
+    case StepFault::loss:
+      return loss("loss", bad.loss.mean());
+    case StepFault::auxiliary_loss:
+      return loss("auxiliary loss", bad.auxiliary_loss);
+    case StepFault::gradient:
+      return "the gradient of " + tensor + " holds a NaN or an infinity";
+    case StepFault::tensor_norm:
+      return "the gradient of " + tensor + " is too large for its norm";
+    case StepFault::global_norm:
+      return "the gradients together are too large for their norm";
+    case StepFault::mean:
+      return update("the mean of the gradients");
+    case StepFault::square:
+      return update("the mean of the squared gradients");
+    case StepFault::parameter:
+      return update("the parameter itself");
+  }
+  return {};
 }
+// What more is known of it when later steps have started.
+inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
+  if (bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss)
+    return tensor.empty() ? "" : "; the first gradient that is not finite is that of " + tensor;
+  std::ostringstream text;
+  if (bad.loss.count > 0) text << "; its loss was " << bad.loss.mean();
+  return text.str();
+}
+}  // namespace detail
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
+//
+// What a step counts and decides stands on the machine (StepNumbers): the host reads it when it asks. One step at a time:
+//   open(backend, rate)  ->  what the batches lose is added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
-  // What steps change, besides the parameters: with the options all there is to know of an optimizer.
+  using Scalar = scalar_of<Params>;
+  using Backend = backend_of<Params>;
+
+  // What steps change, besides the parameters, with the options and the counts of steps all there is to know of an optimizer.
   struct State {
-    Params mean, square;         // moments of the gradients
-    std::vector<Index> updates;  // one for each tensor, in the order of the parameters: the steps that had a gradient for it
-    Index steps = 0;
+    Params mean, square;   // moments of the gradients
   };
 
-  template <class B> AdamW(B& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)) {
+  AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
     options_.check_numbers();
+    On<Fill, Backend>::forward(backend, StepNumbers{}, out(numbers_));
+    auto const sizes = sizes_of(like);
+    state_ = {allocate_together<Scalar>(backend, sizes), allocate_together<Scalar>(backend, sizes)};
     zip(
-        [&]<class T, int Rank>(Path const& path, Tensor<T, Rank, B> const& p, Tensor<T, Rank, B>& mean, Tensor<T, Rank, B>& square) {
-          mean = zeros<T>(backend, p.shape());
-          square = zeros<T>(backend, p.shape());
+        [&](Path const& path, auto& mean, auto& square) {
+          On<Fill, Backend>::forward(backend, Scalar(0), flat(out(mean)));
+          On<Fill, Backend>::forward(backend, Scalar(0), flat(out(square)));
           decays_.push_back(!options_.decays || options_.decays(path.str()));
         },
-        like, state_.mean, state_.square);
-    state_.updates.resize(decays_.size());
+        state_.mean, state_.square);
+    auto const tensors = static_cast<Index>(decays_.size());
+    squares_ = {backend, {tensors}};
+    rates_ = {backend, {tensors}};
+    found_ = {backend, {tensors}};
+    roles_ = {backend, {tensors}};
+    updates_ = zeros<Index>(backend, Shape<1>{tensors});
+    tensors_ = {backend, {tensors}};
+    reserve(next_roles_, tensors, "the roles of tensors in a step");
+    reserve(next_tensors_, tensors, "the tensors of a step");
   }
 
-  // One step down the gradients with learning_rate * rate; returns their global norm before clipping. Throws, before it changes
-  // anything, and names the tensor whose gradient is not finite, or would make a parameter or a moment so. Tensors that are `apart`
-  // (one word for each, in the order of the parameters) are clipped by a norm of their own: where two losses train two parts
-  // of a model, neither part moves otherwise because of the other's gradients.
-  template <class B>
-  double step(B& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+  // A step begins, with learning_rate * rate.
+  void open(Backend& backend, double rate) {
+    check_not_negative("AdamW", "rate", rate);
+    if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
+    rate_ = rate;
+    On<OpenStep, Backend>::forward(backend, out(numbers_));
+  }
+  View<StepNumbers, 1> numbers() { return out(numbers_); }
+  // One step down the gradients, or none, where a loss or a gradient is not finite, or would make a parameter or a moment so: then
+  // nothing moves and nothing counts. Waits for nothing. Tensors that are `apart` (one word for each, in the order of the
+  // parameters, or none at all) are clipped by a norm of their own: where two losses train two parts of a model, neither part
+  // moves otherwise because of the other's gradients.
+  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& apart = {}) {
     check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
           " tensors are apart");
-    check_not_negative("AdamW", "rate", rate);
-    GradientNorms const norms = gradient_norms(backend, gradients, apart);
-    auto const rates_of = [&](std::size_t tensor) {
-      return rates(tensor, rate, !apart.empty() && apart[tensor] ? norms.apart : norms.others);
-    };
-    for (bool const writes : {false, true}) {   // all of it is checked before any of it is written
-      std::size_t next = 0;
-      zip(
-          [&](Path const& path, auto& p, auto const& g, auto& mean, auto& square) {
-            std::size_t const tensor = next++;
-            if (!g) return;
-            AdamWStep::Rates const r = rates_of(tensor);
-            if (!writes)
-              return refuse(path, On<AdamWCheck, B>::forward(backend, r, flat(in(g)), flat(in(mean)), flat(in(square)), flat(in(p))));
-            On<AdamWStep, B>::forward(backend, r, flat(in(g)), flat(out(mean)), flat(out(square)), flat(out(p)));
-            ++state_.updates[tensor];
-          },
-          params, gradients, state_.mean, state_.square);
-    }
-    ++state_.steps;
-    return norms.global();
+    list_tensors(params, gradients, apart);
+    bring_up_to_date(backend, next_roles_, known_roles_, roles_);
+    bring_up_to_date(backend, next_tensors_, known_tensors_, tensors_);
+    On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
+    On<DecideStep, Backend>::forward(backend, decide_options(), in(roles_), in(squares_), in(updates_), out(rates_), out(numbers_));
+    On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
+    On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
+    On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
+    ++started_;
+    ++unread_;
   }
-  Index steps() const { return state_.steps; }
+  // The numbers of the last step; waits for it. Throws where a step since the last read was bad, and names the first one, its fault
+  // and its tensor, and its loss; where it is the last step, origin() tells what a loss that is not finite comes from.
+  template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
+    StepNumbers numbers;
+    backend.download(&numbers, in(numbers_).data, sizeof numbers);
+    bool const is_last = std::exchange(unread_, 0) == 1;
+    steps_ = numbers.steps;
+    if (BadStep const& bad = numbers.first_bad; bad.step != 0) {
+      On<Fill, Backend>::forward(backend, BadStep{}, View<BadStep, 1>{&out(numbers_).data->first_bad, {1}});
+      bool const of_loss = bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss;
+      auto const tensor = path_of(bad.tensor);
+      fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_last ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
+    }
+    return numbers;
+  }
+  StepNumbers read(Backend& backend) {
+    return read(backend, [] { return std::string{}; });
+  }
+  // All of it at once; returns the global norm of the gradients before clipping.
+  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+    open(backend, rate);
+    start(backend, params, gradients, apart);
+    return read(backend).gradient_norm;
+  }
+
+  // Steps that moved something, as of the last read; and those that were started, whatever came of them.
+  Index steps() const { return steps_; }
+  Index started() const { return started_; }
+  // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
+  std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
+  // Goes on from there.
+  void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
+    StepNumbers numbers;
+    numbers.rate = rate_;
+    numbers.steps = steps;
+    On<Fill, Backend>::forward(backend, numbers, out(numbers_));
+    upload(backend, updates, updates_);
+    steps_ = steps;
+  }
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return decays_; }
@@ -8707,27 +9372,64 @@ template <class Params> class AdamW {
   State& state() { return state_; }
 
  private:
-  static void refuse(Path const& path, AdamWCheck::Overflow overflow) {
-    constexpr char const* what[] = {"", "the mean of the gradients", "the mean of the squared gradients", "the parameter itself"};
-    if (overflow != AdamWCheck::Overflow::none)
-      fail("the update of ", path.str(), " would make ", what[static_cast<int>(overflow)], " a NaN or an infinity");
+  // What the step at hand is about: addresses and roles, which change rarely.
+  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& apart) {
+    next_roles_.clear();
+    next_tensors_.clear();
+    Index blocks = 0;
+    zip(
+        [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
+          std::size_t const i = next_roles_.size();
+          next_roles_.push_back((g ? StepRole::has_gradient : 0) | (decays_[i] ? StepRole::decays : 0) |
+                                (!apart.empty() && apart[i] ? StepRole::apart : 0));
+          AdamWTensor<Scalar> tensor{.first_block = blocks};
+          if (g) tensor = {out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count(), blocks};
+          blocks += tensor.blocks();
+          next_tensors_.push_back(tensor);
+        },
+        params, gradients, state_.mean, state_.square);
   }
-  // Of the next step.
-  AdamWStep::Rates rates(std::size_t tensor, double rate, double norm) const {
-    double const step = static_cast<double>(state_.updates[tensor] + 1);
-    return {.learning_rate = options_.learning_rate * rate,
+  template <class T> static void bring_up_to_date(Backend& backend, std::vector<T> const& next, std::vector<T>& known,
+                                                  Tensor<T, 1, Backend>& there) {
+    if (next == known) return;
+    upload(backend, next, there);
+    known = next;
+  }
+  DecideStep::Options decide_options() const {
+    return {.learning_rate = options_.learning_rate,
             .beta_1 = options_.beta_1,
             .beta_2 = options_.beta_2,
             .epsilon = options_.epsilon,
-            .weight_decay = decays_[tensor] ? options_.weight_decay : 0,
-            .correction_1 = options_.bias_correction ? 1 - std::pow(options_.beta_1, step) : 1,
-            .correction_2 = options_.bias_correction ? 1 - std::pow(options_.beta_2, step) : 1,
-            .gradient_scale = options_.max_norm == 0 ? 1 : std::min(1.0, options_.max_norm / (norm + 1e-6))};
+            .weight_decay = options_.weight_decay,
+            .max_norm = options_.max_norm,
+            .bias_correction = options_.bias_correction};
+  }
+  [[gnu::cold]] std::string path_of(std::int32_t tensor) const {
+    std::string found;
+    std::int32_t next = 0;
+    zip(
+        [&](Path const& path, auto const&) {
+          if (next++ == tensor) found = path.str();
+        },
+        state_.mean);
+    return found;
   }
 
   AdamWOptions options_;
   State state_;
   std::vector<bool> decays_;
+  std::vector<std::int32_t> known_roles_, next_roles_;
+  std::vector<AdamWTensor<Scalar>> known_tensors_, next_tensors_;
+  double rate_ = 1;                              // as the machine has it
+  Index steps_ = 0, started_ = 0, unread_ = 0;
+  Tensor<StepNumbers, 1, Backend> numbers_;      // [1]
+  // For each tensor:
+  Tensor<std::int32_t, 1, Backend> roles_;
+  Tensor<AdamWTensor<Scalar>, 1, Backend> tensors_;
+  Tensor<double, 1, Backend> squares_;
+  Tensor<Index, 1, Backend> updates_;
+  Tensor<AdamWRates, 1, Backend> rates_;
+  Tensor<StepFault, 1, Backend> found_;
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -9127,19 +9829,6 @@ struct Schedule {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
-template <class B>
-TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
-  check(static_cast<Index>(tokens.size()) == sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(),
-        " tokens and ", targets.size(), " targets for sequences of ", sequences.tokens(), " tokens");
-  check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
-  Shape<1> const shape{sequences.tokens()};
-  TokenBatch<B> batch{std::move(sequences), {backend, shape}, {backend, shape}};
-  upload(backend, tokens, batch.tokens);
-  upload(backend, targets, batch.targets);
-  return batch;
-}
-
 // Windows of a data source (train/data.hpp) on a machine.
 template <class B> TokenBatch<B> make_batch(B& backend, Batch const& host) {
   return make_batch(backend, Sequences::equal(host.batch, host.seq_len), host.tokens, host.targets);
@@ -9157,19 +9846,6 @@ struct StepOptions {
   double rate = 1;                      // factor for the learning rate
   Stage stage = Stage::language_model;  // what is trained
 };
-
-// Tokens that have a target. Read piece by piece: a training step takes no memory.
-template <class B> Index counted(B& backend, TokenBatch<B> const& batch) {
-  std::array<std::int32_t, 256> piece;
-  Index const N = batch.sequences.tokens();
-  Index count = 0;
-  for (Index first = 0; first < N; first += std::ssize(piece)) {
-    Index const length = std::min(N - first, std::ssize(piece));
-    backend.download(piece.data(), in(batch.targets).data + first, static_cast<std::size_t>(length) * sizeof(std::int32_t));
-    count += std::count_if(piece.begin(), piece.begin() + length, [](std::int32_t target) { return target >= 0; });
-  }
-  return count;
-}
 
 namespace detail {
 
@@ -9201,47 +9877,75 @@ template <class B, class Model, class Params>
 
 }  // namespace detail
 
-// Gradients of the mean loss over all counted tokens of several batches, one after the other in memory.
-template <class B, class Model, class Params>
-StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
-                            std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+// A step that is under way.
+template <class B, class Params> class PendingStep {
+ public:
+  PendingStep(B& backend, AdamW<Params>& optimizer) : backend_(backend), optimizer_(optimizer), number_(optimizer.started()) {}
+
+  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. Names the first
+  // of these, its fault and its tensor.
+  StepResult read() const {
+    return read([] { return std::string{}; });
+  }
+  template <class Origin> StepResult read(Origin origin) const {
+    check(optimizer_.started() == number_, "the step is not the last one any more: only the numbers of the last one are kept");
+    StepNumbers const numbers = optimizer_.read(backend_, origin);
+    return {numbers.loss, numbers.auxiliary_loss, numbers.policy_loss, numbers.gradient_norm};
+  }
+
+ private:
+  B& backend_;
+  AdamW<Params>& optimizer_;
+  Index number_;
+};
+
+// What stands between backward and update where several processes train one model: it may add up their gradients, each group of
+// which is one block of memory, and their numbers. Alone there is nothing to exchange.
+struct NoExchange {
+  template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
+};
+
+// One step down the gradients of the mean loss over all counted tokens of several batches, one after the other in memory. Waits for
+// nothing: a loop that prints every tenth step reads every tenth step. exchange(backend, gradients, numbers) is called once.
+template <class B, class Model, class Params, class Exchange = NoExchange>
+PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
+                                  std::span<TokenBatch<B> const> batches, StepOptions options = {}, Exchange exchange = {}) {
   check(!batches.empty(), "a training step needs at least one batch");
   check_not_negative("StepOptions", "rate", options.rate);
-  if (options.stage != model.stage()) return accumulated_step(backend, model.at(options.stage), params, optimizer, batches, options);
+  if (options.stage != model.stage()) return start_step(backend, model.at(options.stage), params, optimizer, batches, options, exchange);
   Index count = 0;
-  for (auto const& batch : batches) count += counted(backend, batch);
+  for (auto const& batch : batches) count += batch.counted;
   double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
 
-  StepResult result;
+  optimizer.open(backend, options.rate);
   Params gradients;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
     auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
-    result.loss += more.loss;
-    result.auxiliary_loss += share * more.auxiliary_loss;
-    result.policy_loss += share * more.policy_loss;
+    On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
     if (i == 0) gradients = std::move(more.params);
     else
       zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
           more.params);
   }
-  auto const check_loss = [&](char const* name, double loss) {
-    if (!std::isfinite(loss))
-      fail("step ", optimizer.steps() + 1, ": the ", name, " is ", std::isnan(loss) ? std::abs(loss) : loss,
-           detail::origin(backend, model, params, batches));
-  };
-  check_loss("loss", result.loss.mean());
-  check_loss("auxiliary loss", result.auxiliary_loss);
-  try {
-    auto const apart = options.stage == Stage::sparse ? model.detached() : std::vector<bool>{};
-    result.gradient_norm = optimizer.step(backend, params, gradients, options.rate, apart);
-  } catch (Error const& error) {
-    fail("step ", optimizer.steps() + 1, ": ", error.what());
-  }
-  return result;
+  exchange(backend, gradients, optimizer.numbers());
+  optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
+  return {backend, optimizer};
 }
-// The same for one batch. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
+template <class B, class Model, class Params>
+PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
+                                  StepOptions options = {}) {
+  return start_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
+}
+
+// The same, and waits for it. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
 // make a parameter or a moment so, naming step and tensor.
+template <class B, class Model, class Params>
+StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
+                            std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+  auto const step = start_step(backend, model, params, optimizer, batches, options);
+  return step.read([&] { return detail::origin(backend, model.at(options.stage), params, batches); });
+}
 template <class B, class Model, class Params>
 StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer, TokenBatch<B> const& batch,
                       StepOptions options = {}) {

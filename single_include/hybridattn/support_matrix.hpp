@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <iterator>
@@ -358,183 +359,6 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/core/memory.hpp
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
-#ifndef HYBRIDATTN_CORE_MEMORY_HPP
-#define HYBRIDATTN_CORE_MEMORY_HPP
-
-#if defined(__linux__)
-#include <sys/sysinfo.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace detail {
-
-// The number in a file of the system's; nothing is limited where there is none.
-inline std::size_t limit_in(char const* path) {
-  unsigned long long limit = 0;
-  std::FILE* const file = std::fopen(path, "r");
-  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
-  bool const read = std::fscanf(file, "%llu", &limit) == 1;
-  std::fclose(file);
-  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
-}
-inline std::size_t memory_of_system() {
-#if defined(__linux__)
-  struct sysinfo info = {};
-  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
-  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
-  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
-#else
-  return std::numeric_limits<std::size_t>::max();
-#endif
-}
-
-}  // namespace detail
-
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
-inline std::size_t machine_memory() {
-  static std::size_t const bytes = detail::memory_of_system();
-  return bytes;
-}
-
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
-  try {
-    if (bytes <= machine_memory()) return f();
-  } catch (std::bad_alloc const&) {
-  } catch (std::length_error const&) {
-  }
-  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
-}
-// Before many pieces are taken one by one.
-inline void check_memory(std::size_t bytes, char const* what) {
-  within_memory(bytes, what, [] {});
-}
-// The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
-}
-template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
-#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
-#define HYBRIDATTN_CORE_SEQUENCES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
-// Nothing in one sequence ever meets another.
-struct Sequence {
-  Index start = 0, length = 0, past = 0;
-};
-
-// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
-// length is below 0, or where there is no memory for the tables.
-class Sequences {
- public:
-  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
-  static Sequences equal(Index count, Index length) {
-    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
-    Sequences result;
-    result.make_room(count, size_product(count, length));
-    for (Index i = 0; i < count; ++i) result.append(length);
-    return result;
-  }
-  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
-  // are allowed.
-  static Sequences packed(std::span<Index const> offsets) {
-    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
-      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-    Sequences result;
-    result.make_room(std::ssize(offsets) - 1, offsets.back());
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
-    return result;
-  }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
-  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
-    Sequences result;
-    result.assign(past, lengths);
-    return result;
-  }
-  // The same, in the memory that is there.
-  void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
-    Index tokens = 0;
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
-            "; a sequence has at most ", largest_int32);
-      tokens = size_sum(tokens, lengths[i]);
-    }
-    list_.clear();
-    positions_.clear();
-    owners_.clear();
-    make_room(std::ssize(past), tokens);
-    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
-  }
-  // Those that follow nothing; the others count as empty here.
-  Sequences beginnings() const {
-    Sequences result = *this;
-    for (Sequence& s : result.list_)
-      if (s.past > 0) s.length = 0;
-    return result;
-  }
-
-  std::size_t size() const { return list_.size(); }
-  Sequence operator[](std::size_t i) const { return list_[i]; }
-  auto begin() const { return list_.begin(); }
-  auto end() const { return list_.end(); }
-  Index count() const { return static_cast<Index>(list_.size()); }
-  Index tokens() const { return static_cast<Index>(positions_.size()); }
-  Index longest() const {
-    Index length = 0;
-    for (Sequence s : list_) length = std::max(length, s.length);
-    return length;
-  }
-  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
-  bool any_continue() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
-  }
-  bool any_begin() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
-  }
-  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
-  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
-  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
-
- private:
-  void make_room(Index sequences, Index tokens) {
-    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
-          " tokens in all; a batch has at most ", largest_int32, " of both");
-    reserve(list_, sequences, "a list of sequences");
-    reserve(positions_, tokens, "the positions of tokens");
-    reserve(owners_, tokens, "the sequences of tokens");
-  }
-  void append(Index length, Index past = 0) {
-    for (Index position = past; position < past + length; ++position) {
-      positions_.push_back(static_cast<std::int32_t>(position));
-      owners_.push_back(static_cast<std::int32_t>(list_.size()));
-    }
-    list_.push_back({tokens() - length, length, past});
-  }
-
-  std::vector<Sequence> list_;
-  std::vector<std::int32_t> positions_, owners_;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/core/random.hpp
 // Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
@@ -628,6 +452,112 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
+// elsewhere: for scores of 2^30 that is e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/pool.hpp
 // Memory that was given back, for those who ask next.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
@@ -650,6 +580,13 @@ struct BlockSize {
   }
 };
 
+// A block in which several tensors stand. The last one that ends gives it back.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
+};
+
 // A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
 //
 // What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
@@ -662,15 +599,15 @@ struct BlockSize {
 class Pool {
  public:
   // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
-  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
     void* block = nullptr;
     if (blocks.waiting.empty()) {
-      block = allocate_block(bytes, size, allocate, release);
+      block = allocate_block(bytes, size, allocate, release, limit);
     } else {
       block = blocks.waiting.back().block;
       blocks.waiting.pop_back();
@@ -687,6 +624,18 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
+  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  SharedBlock* share(void* block, std::size_t bytes) {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    *record = {block, bytes, 0};
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Gives all blocks that wait back to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
   std::size_t in_use() const { return in_use_; }   // as it was asked for
@@ -708,7 +657,7 @@ class Pool {
   static constexpr std::size_t period_takes = 25, periods = 4;
 
   template <class Allocate, class Release>
-  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
     last_allocation_ = takes_;
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
@@ -720,7 +669,8 @@ class Pool {
       trim(release);
       block = allocate(size.bytes);
     }
-    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
     blocks.bytes = size.bytes;
     ++blocks.count;
     ++allocations_;
@@ -753,6 +703,8 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
+  std::deque<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
@@ -768,8 +720,19 @@ class Pool {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
-// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
+template <class Op, class B> struct On;
+
+// What becomes of what stands where a result goes: several results may be added up in one place.
+enum class Into { overwrite, add };
+
+// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
+// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+//
+// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
+// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
+// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+//
+// owns(memory) says whether operations here may be given this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -777,33 +740,48 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`) and has run(f), which calls f(inner).
+// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
+// sees each argument of an operation first.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
+
+namespace detail {
+
+// The operations of the backend inside.
+template <class Op, class B> struct OnInner {};
+template <class Op, Wrapper B> struct OnInner<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace detail
 
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
 // with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
 // A pair without a specialisation has none of them, unless the backend wraps one that does.
-template <class Op, class B> struct On {};
-template <class Op, Wrapper B> struct On<Op, B> {
-  template <class Inner = typename B::Inner, class... Args>
-  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
-  }
-};
+template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -814,6 +792,15 @@ template <class Op, Wrapper B> struct On<Op, B> {
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// One tensor less in a block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
@@ -828,14 +815,24 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
+  // In a block that it shares with others, `offset` bytes from its start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
   Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)),
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
         state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
         view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {
     if (this == &other) return *this;
     release();
     backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
     state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
     view_ = std::exchange(other.view_, {});
     return *this;
@@ -846,6 +843,9 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
+  // The block that it shares with others, or nothing.
+  SharedBlock const* shared() const { return shared_; }
+
   // What of the tensor may be read, written: see `in` and `out`.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
@@ -853,8 +853,10 @@ template <class T, int Rank, class B> class Tensor {
  private:
   enum class State : char { empty, held, moved };
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
+    shared_ = nullptr;
     view_ = {};
   }
   View<T, Rank> const& used() const {
@@ -863,6 +865,7 @@ template <class T, int Rank, class B> class Tensor {
   }
 
   B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
   State state_ = State::empty;
   View<T, Rank> view_;
 };
@@ -1062,11 +1065,38 @@ struct ToOut {
 struct ToRead {
   void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
+struct ToShape {
+  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
+};
 template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
+// The places of tensors in a block, which it counts first, while there is none.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
 }  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
 template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
@@ -1090,6 +1120,24 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
+// How big the tensors of a group are.
+template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
+  typename detail::OwnedGroup<G>::Sizes sizes;
+  zip(detail::ToShape{}, owned, sizes);
+  return sizes;
+}
+// In one block of memory, each at an address that 128 divides; what lies between them is anything.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  if (place.bytes == 0) return allocate<T>(backend, shapes);
+  std::size_t const bytes = std::exchange(place.bytes, 0);
+  place.block = backend.pool().share(backend.take(bytes), bytes);
+  zip(place, shapes, owned);
+  return owned;
+}
+
 // Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
   Index total = 0;
@@ -1105,6 +1153,192 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
       shapes, types);
   return static_cast<std::size_t>(total);
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
+// Nothing in one sequence ever meets another.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
+
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    result.make_room(count, size_product(count, length));
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
+  // are allowed.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same, in the memory that is there.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
+  }
+  // Those that follow nothing; the others count as empty here.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/sequences_on.hpp
+// The sequences of a batch on a machine.
+#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a kernel reads of a batch's sequences, in the memory of its machine.
+struct SequenceTable {
+  View<Sequence const, 1> list;                       // [count]
+  View<std::int32_t const, 1> positions, owners;      // [N]: as Sequences has them
+};
+
+// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
+// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+template <class B> class SequencesOn : public Sequences {
+ public:
+  SequencesOn() = default;
+  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
+
+  // As Sequences::continuing, in the memory that is there.
+  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences::assign(past, lengths);
+    fill_table(backend);
+  }
+  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
+
+  // The rotary angles of the batch for a size of the rotary part and a theta, made by make(angles) for the layer that asks first:
+  // [P, 2, rotary_dim/2], a row for each position up to the longest sequence's end, or for each token where any sequence
+  // follows others. The table grows on first use though the batch is const: one thread at a time may work with a batch.
+  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
+    auto& known = std::get<std::vector<Angles<T>>>(angles_);
+    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
+    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
+    if (!found->made) {
+      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
+      if (found->values.shape() != shape) found->values = {backend, shape};
+      make(out(found->values));
+      found->made = true;
+    }
+    return in(found->values);
+  }
+
+ private:
+  template <class T> struct Angles {
+    Index rotary_dim;
+    double theta;
+    bool made;
+    Tensor<T, 3, B> values;
+  };
+
+  void fill_table(B& backend) {
+    fill(backend, list(), list_);
+    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
+    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
+    forget(std::get<0>(angles_));
+    forget(std::get<1>(angles_));
+  }
+  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
+    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
+    upload(backend, host, tensor);
+  }
+  template <class T> static void forget(std::vector<Angles<T>>& known) {
+    for (auto& angles : known) angles.made = false;
+  }
+
+  Tensor<Sequence, 1, B> list_;
+  Tensor<std::int32_t, 1, B> positions_, owners_;
+  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -1128,6 +1362,7 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
+// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -1183,19 +1418,19 @@ concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Ind
 
 template <class P, class B, class T>
 concept HasForward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
-             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
 template <class P, class B, class T>
 concept HasBackward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
-             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
              typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
 template <class P>
 concept HasCache = requires(typename P::Config c, Index n) {
   { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
 };
 template <class P, class B, class T>
-concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
 // Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
@@ -1248,8 +1483,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
 struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
-struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -1258,46 +1493,6 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/core/math.hpp
-// The scalar functions equations are written in.
-#ifndef HYBRIDATTN_CORE_MATH_HPP
-#define HYBRIDATTN_CORE_MATH_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
-template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
-// d silu / dx = s (1 + x (1 - s))
-template <class T> HYBRIDATTN_HD T silu_slope(T x) {
-  T const s = sigmoid(x);
-  return s * (T(1) + x * (T(1) - s));
-}
-// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
-template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
-// elsewhere: for scores of 2^30 that is e^64 in a weight.
-template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
-// y += a x
-template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
-  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
-}
-template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
-  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
-}
-
-// Of a >= 0, up to the largest one.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 
 // ==== hybridattn/backend/cpu/cpu.hpp
 // The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
@@ -1326,13 +1521,18 @@ class Cpu {
   // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
   // Gives memory that nobody uses back to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations here work on any memory of the process.
+  bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
   // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
@@ -1782,31 +1982,15 @@ template <> struct On<Scale, Cpu> {
   }
 };
 
-template <> struct On<AllFinite, Cpu> {
-  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
   }
 };
 
-template <> struct On<SumOfSquares, Cpu> {
-  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
-    Index const blocks = ceil_div(x.count(), cpu::element_grain);
-    if (blocks == 0) return 0;
-    Tensor<double, 1, Cpu> partial{cpu, {blocks}};
-    auto const sums = out(partial);
-    parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
-      double lane[8] = {};   // a vector of doubles: squares of floats do not overflow
-      Index i = first;
-      for (; i + 8 <= last; i += 8)
-        for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x.data[i + j]) * static_cast<double>(x.data[i + j]);
-      for (; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
-      double sum = 0;
-      for (double value : lane) sum += value;
-      sums(first / cpu::element_grain) = sum;
-    });
-    double total = 0;
-    for (Index i = 0; i < blocks; ++i) total += sums(i);
-    return total;
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
   }
 };
 
@@ -1900,7 +2084,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 enum class NormWeight { plain, zero_centred };
 
 //   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w)  adds to d_x, overwrites d_w; rstd is formed again
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
 struct RmsNorm {
   struct Options {
     NormWeight weight = NormWeight::zero_centred;
@@ -1970,7 +2154,7 @@ template <> struct On<RmsNorm, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w) {
+                       View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -1981,7 +2165,8 @@ template <> struct On<RmsNorm, Cpu> {
       cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
         s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_x.row(n), s.get(d_x.row(n)) + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
       });
     });
   }
@@ -2045,12 +2230,10 @@ template <> struct On<GatedRmsNorm, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
-//   angles  (backend, options, positions, angles)            of these positions [P]
 //   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
 //                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
-// They throw on a theta that is not positive, and on a rotary_dim that is odd or does not fit the head.
+// They throw on a rotary_dim that is odd or does not fit the head.
 struct Rope {
   struct Options {
     Index rotary_dim = 0;
@@ -2058,6 +2241,9 @@ struct Rope {
     bool interleaved = false;
   };
 };
+//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+struct RopeAngles {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -2067,9 +2253,12 @@ struct Rope {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Rope, Cpu> {
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+namespace cpu::detail {
+inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+}  // namespace cpu::detail
+
+template <> struct On<RopeAngles, Cpu> {
+  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
     check_positive("Rope", "theta", o.theta);
     Index const half = angles.extent(2);
     cpu::Scratch<double> const frequencies{cpu, half};
@@ -2078,12 +2267,15 @@ template <> struct On<Rope, Cpu> {
     parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index row = first; row < last; ++row)
         for (Index i = 0; i < half; ++i) {
-          double const angle = static_cast<double>(row_of(positions, row)) * frequencies.data()[i];
+          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
           angles(row, 0, i) = static_cast<T>(std::cos(angle));
           angles(row, 1, i) = static_cast<T>(std::sin(angle));
         }
     });
   }
+};
+
+template <> struct On<Rope, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
@@ -2096,7 +2288,6 @@ template <> struct On<Rope, Cpu> {
   }
 
  private:
-  static Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
@@ -2105,7 +2296,7 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(row_of(positions, n), 0), *sine = angles.row(row_of(positions, n), 1);
+        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);
@@ -2141,30 +2332,28 @@ enum class Rotary { half_split, interleaved };
 // Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
 constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
 
-// Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
-// continue others, of each token's own.
+// Rotary positions for all the heads of a layer, by the batch's angles.
 template <class T, class B> class Rotation {
  public:
-  Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
+  Rotation(B& backend, SequencesOn<B> const& s, Index head_dim, int percent, Rotary pairs, double theta)
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
-    bool const of_tokens = s.any_continue();
-    if (!of_tokens) positions_ = s.positions();
-    angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
-    if (turns()) On<Rope, B>::angles(backend, options_, of_tokens ? s.positions() : View<std::int32_t const, 1>{}, out(angles_));
+    if (!s.any_continue()) positions_ = s.table().positions;
+    if (options_.rotary_dim == 0) return;
+    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+      On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
+    });
   }
-  bool turns() const { return static_cast<bool>(angles_); }
+  bool turns() const { return !angles_.empty(); }
   // Without a rotary share these copy.
-  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const {
-    On<Rope, B>::forward(backend, options_, in(angles_), positions_, x, y);
-  }
+  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
   void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
-    On<Rope, B>::backward(backend, options_, in(angles_), positions_, d_y, d_x);
+    On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
   }
 
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
-  Tensor<T, 3, B> angles_;
+  View<T const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -2199,8 +2388,7 @@ struct HeadNorm {
       rotation.backward(backend, d_x, out(turned));
       d_x = in(turned);
     }
-    On<Fill, B>::forward(backend, T(0), flat(d_raw));
-    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight);
+    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight, Into::overwrite);
   }
 };
 
@@ -2497,7 +2685,7 @@ template <SparseOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -2516,7 +2704,7 @@ template <SparseOptions O> struct Prepare {
   }
   // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       if (!d_raw.q.empty()) {
@@ -2533,8 +2721,8 @@ template <SparseOptions O> struct Prepare {
  private:
   // Rotary, then the norm, as HeadNorm does.
   template <class B, class T>
-  static void index_backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>> d_x,
-                             Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
+                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     [[maybe_unused]] Tensor<T, 2, B> turned;
     View<T const, 2> d_normed = d_x.index_k;
     if constexpr (O.index_rotary_percent > 0) {
@@ -3840,7 +4028,7 @@ template <FullOptions O> struct Prepare {
   static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -3848,7 +4036,7 @@ template <FullOptions O> struct Prepare {
     }
   }
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
@@ -3859,7 +4047,7 @@ template <FullOptions O> struct Prepare {
 
  private:
   static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
-  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, Sequences const& s) {
+  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
     return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
   }
 };
@@ -5028,7 +5216,7 @@ template <GdnOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     convolve(backend, s, raw.q, p.conv_q, x.q);
     convolve(backend, s, raw.k, p.conv_k, x.k);
     convolve(backend, s, raw.v, p.conv_v, x.v);
@@ -5036,7 +5224,7 @@ template <GdnOptions O> struct Prepare {
   }
   // The convolutions go on where the cache says.
   template <class B, class T>
-  static void extend(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
+  static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
                      Inputs<Out<T>> x) {
     convolve_on(backend, s, raw.q, p.conv_q, cache.conv_q, x.q);
     convolve_on(backend, s, raw.k, p.conv_k, cache.conv_k, x.k);
@@ -5044,7 +5232,7 @@ template <GdnOptions O> struct Prepare {
     normalise_and_gate(backend, raw, p, x);
   }
   template <class B, class T>
-  static void backward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
@@ -5064,24 +5252,25 @@ template <GdnOptions O> struct Prepare {
   }
   // What stands before a sequence that begins is zero.
   template <class B, class T>
-  static void convolve_on(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
+  static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
     for (Index i = 0; i < s.count() && !state.empty(); ++i)
       if (Sequence const sequence = s[static_cast<std::size_t>(i)]; sequence.past == 0 && sequence.length > 0)
         On<Fill, B>::forward(backend, T(0), View<T, 1>{state.row(i, 0), {state.extent(1) * state.extent(2)}});
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>(state), as_rows(y), state);
   }
-  template <class B, class T> static void convolve(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> y) {
+  template <class B, class T> static void convolve(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w,
+                                                   View<T, 3> y) {
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
   }
   template <class B, class T>
-  static void convolve_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void convolve_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                                 View<T, 3> d_raw, View<T, 2> d_w) {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
   // Through the length and the convolution, whose output is formed again rather than kept.
   template <class B, class T>
-  static void unit_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                             View<T, 3> d_raw, View<T, 2> d_w) {
     Tensor<T, 3, B> convolved{backend, raw.shape}, d_convolved{backend, raw.shape};
     convolve(backend, s, raw, w, out(convolved));

@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <iterator>
@@ -317,6 +318,13 @@ struct BlockSize {
   }
 };
 
+// A block in which several tensors stand. The last one that ends gives it back.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
+};
+
 // A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
 //
 // What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
@@ -329,15 +337,15 @@ struct BlockSize {
 class Pool {
  public:
   // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
-  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
     void* block = nullptr;
     if (blocks.waiting.empty()) {
-      block = allocate_block(bytes, size, allocate, release);
+      block = allocate_block(bytes, size, allocate, release, limit);
     } else {
       block = blocks.waiting.back().block;
       blocks.waiting.pop_back();
@@ -354,6 +362,18 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
+  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  SharedBlock* share(void* block, std::size_t bytes) {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    *record = {block, bytes, 0};
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Gives all blocks that wait back to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
   std::size_t in_use() const { return in_use_; }   // as it was asked for
@@ -375,7 +395,7 @@ class Pool {
   static constexpr std::size_t period_takes = 25, periods = 4;
 
   template <class Allocate, class Release>
-  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
     last_allocation_ = takes_;
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
@@ -387,7 +407,8 @@ class Pool {
       trim(release);
       block = allocate(size.bytes);
     }
-    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
     blocks.bytes = size.bytes;
     ++blocks.count;
     ++allocations_;
@@ -420,6 +441,8 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
+  std::deque<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
@@ -435,8 +458,19 @@ class Pool {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
-// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
+template <class Op, class B> struct On;
+
+// What becomes of what stands where a result goes: several results may be added up in one place.
+enum class Into { overwrite, add };
+
+// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
+// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+//
+// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
+// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
+// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+//
+// owns(memory) says whether operations here may be given this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -444,33 +478,48 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`) and has run(f), which calls f(inner).
+// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
+// sees each argument of an operation first.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
+
+namespace detail {
+
+// The operations of the backend inside.
+template <class Op, class B> struct OnInner {};
+template <class Op, Wrapper B> struct OnInner<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace detail
 
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
 // with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
 // A pair without a specialisation has none of them, unless the backend wraps one that does.
-template <class Op, class B> struct On {};
-template <class Op, Wrapper B> struct On<Op, B> {
-  template <class Inner = typename B::Inner, class... Args>
-  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
-  }
-};
+template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -635,13 +684,18 @@ class Cpu {
   // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
   // Gives memory that nobody uses back to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations here work on any memory of the process.
+  bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
   // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
@@ -778,76 +832,6 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/testing/fake.hpp
-// A device without a device: its memory is the host's, but unreadable except while an operation or a copy runs. Host code
-// that touches what only a kernel may touch dies here, on any machine, rather than on somebody's GPU.
-#ifndef HYBRIDATTN_TESTING_FAKE_HPP
-#define HYBRIDATTN_TESTING_FAKE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::testing {
-
-// Operations run on the Cpu inside, whose scratch memory is its own.
-class Fake {
- public:
-  using Inner = Cpu;
-
-  explicit Fake(int threads = 0) : cpu_(threads) {
-    void* const memory = mmap(nullptr, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    check(memory != MAP_FAILED, "Fake: the system refuses ", capacity, " bytes of address space");
-    memory_ = static_cast<char*>(memory);
-  }
-  Fake(Fake const&) = delete;
-  Fake& operator=(Fake const&) = delete;
-  ~Fake() { munmap(memory_, capacity); }
-
-  void* take(std::size_t bytes) {
-    return pool_.take(
-        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget);
-  }
-  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  void trim() noexcept { pool_.trim(forget); }
-  void upload(void* to, void const* from, std::size_t bytes) {
-    Unlocked const unlocked{*this};
-    std::memcpy(to, from, bytes);
-  }
-  void download(void* to, void const* from, std::size_t bytes) {
-    Unlocked const unlocked{*this};
-    std::memcpy(to, from, bytes);
-  }
-  Pool& pool() { return pool_; }
-
-  // f(inner): the only place where the memory is there.
-  template <class F> auto run(F&& f) {
-    Unlocked const unlocked{*this};
-    return f(cpu_);
-  }
-
- private:
-  static constexpr std::size_t capacity = std::size_t{1} << 30;   // of addresses; pages come when they are touched
-
-  struct Unlocked {
-    Fake& fake;
-    explicit Unlocked(Fake& f) : fake(f) {
-      if (fake.open_++ == 0) fake.protect(PROT_READ | PROT_WRITE);
-    }
-    ~Unlocked() {
-      if (--fake.open_ == 0) fake.protect(PROT_NONE);
-    }
-  };
-  static void forget(void*) noexcept {}   // its addresses stay used until the end
-  void protect(int access) { mprotect(memory_, capacity, access); }
-
-  Cpu cpu_;
-  Pool pool_;
-  char* memory_ = nullptr;
-  std::size_t used_ = 0;
-  int open_ = 0;
-};
-static_assert(Backend<Fake> && Wrapper<Fake>);
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
-#endif
-
 // ==== hybridattn/core/random.hpp
 // Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
@@ -894,6 +878,513 @@ class Random {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/initial.hpp
+// How a parameter starts.
+#ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
+#define HYBRIDATTN_TENSOR_INITIAL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A distribution with two numbers.
+struct Initial {
+  enum class Kind {
+    constant,             // a
+    normal,               // mean 0, standard deviation a
+    uniform,              // in [a, b)
+    log_uniform_value,    // log x with x uniform in [a, b): GDN's A_log
+    inverse_softplus_of_log_uniform,  // y with softplus(y) = x, log x uniform, x in [a, b): GDN's dt_bias as fla draws it
+  };
+  Kind kind = Kind::constant;
+  double a = 0, b = 0;
+
+  static constexpr Initial constant(double value) { return {Kind::constant, value, 0}; }
+  static constexpr Initial normal(double deviation) { return {Kind::normal, deviation, 0}; }
+  static constexpr Initial uniform(double low, double high) { return {Kind::uniform, low, high}; }
+
+  double draw(Random& random) const {
+    switch (kind) {
+      case Kind::constant:
+        return a;
+      case Kind::normal:
+        return a * random.normal();
+      case Kind::uniform:
+        return random.uniform(a, b);
+      case Kind::log_uniform_value:
+        return std::log(random.uniform(a, b));
+      case Kind::inverse_softplus_of_log_uniform: {
+        double const x = std::exp(random.uniform(std::log(a), std::log(b)));
+        return x + std::log(-std::expm1(-x));
+      }
+    }
+    return 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/tensor.hpp
+// Owned elements.
+#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
+#define HYBRIDATTN_TENSOR_TENSOR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// One tensor less in a block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
+
+// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
+// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+// Throws Error where the elements cannot be counted, or where there is no memory for them.
+template <class T, int Rank, class B> class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
+    backend_ = &backend;
+  }
+  // In a block that it shares with others, `offset` bytes from its start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
+  Tensor(Tensor&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
+        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
+        view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this == &other) return *this;
+    release();
+    backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
+    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
+  ~Tensor() { release(); }
+
+  Shape<Rank> shape() const { return view_.shape; }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
+  explicit operator bool() const { return view_.data != nullptr; }
+
+  // The block that it shares with others, or nothing.
+  SharedBlock const* shared() const { return shared_; }
+
+  // What of the tensor may be read, written: see `in` and `out`.
+  View<T const, Rank> readable() const { return used(); }
+  View<T, Rank> writable() { return used(); }
+
+ private:
+  enum class State : char { empty, held, moved };
+  void release() noexcept {
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    backend_ = nullptr;
+    shared_ = nullptr;
+    view_ = {};
+  }
+  View<T, Rank> const& used() const {
+    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    return view_;
+  }
+
+  B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
+  State state_ = State::empty;
+  View<T, Rank> view_;
+};
+
+template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
+template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
+
+template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
+  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
+  return host;
+}
+template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
+  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
+  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
+}
+template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
+  upload(backend, std::span<T const>(host), tensor);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/roles.hpp
+// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
+//
+//   template <class S> struct Inputs {
+//     Held<S, 3> q, k, v;                       // [N, H, D]
+//     Wide<S, 2> g;                             // [N, H], never narrower than float
+//     HYBRIDATTN_FIELDS(q, k, v, g)
+//   };
+//
+//   Inputs<Shapes>              how big each one is
+//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
+//   Inputs<In<float>>           what forward reads
+//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//
+// A gradient has the type of the thing it is a gradient of.
+#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
+#define HYBRIDATTN_TENSOR_ROLES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> struct WideOf {
+  using type = T;
+};
+// What a sum of Ts is kept in.
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+struct Absent {
+  Absent() = default;
+  template <class... Anything> constexpr Absent(Anything const&...) {}
+};
+
+struct Shapes {
+  template <int Rank> using Held = Shape<Rank>;
+  template <int Rank> using Wide = Shape<Rank>;
+  template <int Rank> using Whole = Shape<Rank>;
+  template <int Rank> using State = Shape<Rank>;
+};
+template <class T> struct In {
+  template <int Rank> using Held = View<T const, Rank>;
+  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
+  template <int Rank> using Whole = View<std::int32_t const, Rank>;
+  template <int Rank> using State = View<wide_t<T> const, Rank>;
+};
+template <class T> struct Out {
+  template <int Rank> using Held = View<T, Rank>;
+  template <int Rank> using Wide = View<wide_t<T>, Rank>;
+  template <int Rank> using Whole = View<std::int32_t, Rank>;
+  template <int Rank> using State = View<wide_t<T>, Rank>;
+};
+template <class T, class B> struct Owned {
+  template <int Rank> using Held = Tensor<T, Rank, B>;
+  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
+  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
+  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// How each tensor of a group of parameters starts.
+struct Starts {
+  template <int Rank> using Held = Initial;
+  template <int Rank> using Wide = Initial;
+};
+// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+template <class S> struct Matrix {
+  template <int Rank> using Held = typename S::template Held<2>;
+  template <int Rank> using Wide = typename S::template Held<2>;
+  template <int Rank> using State = Absent;
+};
+// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+template <class S> struct Narrow {
+  template <int Rank> using Held = typename S::template Held<Rank>;
+  template <int Rank> using Wide = typename S::template Held<Rank>;
+  template <int Rank> using State = Absent;
+};
+
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
+template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
+
+// Names the members of a group, in order. The library's one code-generating macro.
+#define HYBRIDATTN_FIELDS(...)                          \
+  auto fields() { return std::tie(__VA_ARGS__); }       \
+  auto fields() const { return std::tie(__VA_ARGS__); } \
+  static constexpr std::string_view field_list = #__VA_ARGS__;
+
+// A group without tensors.
+template <class S> struct Nothing {
+  HYBRIDATTN_FIELDS()
+};
+
+namespace detail {
+
+template <class G> using fields_t = decltype(std::declval<G&>().fields());
+template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
+
+// "q, k, v" -> {"q", "k", "v"}
+template <std::size_t N> constexpr auto split(std::string_view list) {
+  std::array<std::string_view, N> names{};
+  for (auto& name : names) {
+    auto const length = list.find(',');
+    name = list.substr(0, length);
+    list.remove_prefix(length == list.npos ? list.size() : length + 2);
+  }
+  return names;
+}
+template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
+
+// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
+  std::size_t end = 0, alignment = 1;
+  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
+    end = (end + align - 1) / align * align + size;
+    alignment = align > alignment ? align : alignment;
+  };
+  (place(sizeof(Fields), alignof(Fields)), ...);
+  end = (end + alignment - 1) / alignment * alignment;
+  return end == 0 ? 1 : end;
+}
+template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
+
+}  // namespace detail
+
+template <class G>
+concept FieldGroup = requires(G g) { g.fields(); };
+template <class G>
+concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+
+// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+struct Path {
+  Path const* parent = nullptr;
+  std::string_view name = {};
+  int index = -1;
+
+  std::string str() const {
+    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
+    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
+  }
+};
+
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
+
+template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
+  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
+  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
+}
+
+// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
+  using Group = std::remove_cvref_t<G>;
+  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
+    return;
+  } else if constexpr (LayerGroup<Group>) {
+    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
+  } else if constexpr (FieldGroup<Group>) {
+    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (zip_field<I>(path, f, first, rest...), ...);
+    }(std::make_index_sequence<detail::field_count<Group>>{});
+  } else {
+    f(path, first, rest...);
+  }
+}
+template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
+
+// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+namespace detail {
+struct ToIn {
+  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
+};
+struct ToOut {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
+};
+struct ToRead {
+  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
+};
+struct ToShape {
+  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
+};
+template <class B> struct Allocate {
+  B& backend;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
+};
+// The places of tensors in a block, which it counts first, while there is none.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
+}  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+
+// The same group in another role.
+template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
+  G<In<T>> views;
+  zip(detail::ToIn{}, owned, views);
+  return views;
+}
+template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
+  G<Out<T>> views;
+  zip(detail::ToOut{}, owned, views);
+  return views;
+}
+template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
+  G<In<T>> views;
+  zip(detail::ToRead{}, written, views);
+  return views;
+}
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// How big the tensors of a group are.
+template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
+  typename detail::OwnedGroup<G>::Sizes sizes;
+  zip(detail::ToShape{}, owned, sizes);
+  return sizes;
+}
+// In one block of memory, each at an address that 128 divides; what lies between them is anything.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  if (place.bytes == 0) return allocate<T>(backend, shapes);
+  std::size_t const bytes = std::exchange(place.bytes, 0);
+  place.block = backend.pool().share(backend.take(bytes), bytes);
+  zip(place, shapes, owned);
+  return owned;
+}
+
+// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
+template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
+  Index total = 0;
+  G<In<T>> const types;
+  zip(
+      [&](Path const& path, auto const& shape, auto const& view) {
+        try {
+          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
+        } catch (Error const& error) {
+          fail(path.str(), ": ", error.what());
+        }
+      },
+      shapes, types);
+  return static_cast<std::size_t>(total);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/testing/fake.hpp
+// A device without a device: its memory is the host's, but unreadable except while an operation or a copy runs. Host code
+// that touches what only a kernel may touch dies here, on any machine, rather than on somebody's GPU.
+#ifndef HYBRIDATTN_TESTING_FAKE_HPP
+#define HYBRIDATTN_TESTING_FAKE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// Operations run on the Cpu inside, whose scratch memory is its own.
+class Fake {
+ public:
+  using Inner = Cpu;
+
+  explicit Fake(int threads = 0) : cpu_(threads) {
+    void* const memory = mmap(nullptr, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(memory != MAP_FAILED, "Fake: the system refuses ", capacity, " bytes of address space");
+    memory_ = static_cast<char*>(memory);
+  }
+  Fake(Fake const&) = delete;
+  Fake& operator=(Fake const&) = delete;
+  ~Fake() { munmap(memory_, capacity); }
+
+  void* take(std::size_t bytes) {
+    return pool_.take(
+        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget,
+        capacity);
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  void trim() noexcept { pool_.trim(forget); }
+  void upload(void* to, void const* from, std::size_t bytes) {
+    Unlocked const unlocked{*this};
+    std::memcpy(to, from, bytes);
+  }
+  void download(void* to, void const* from, std::size_t bytes) {
+    Unlocked const unlocked{*this};
+    std::memcpy(to, from, bytes);
+  }
+  void copy(void* to, void const* from, std::size_t bytes) {
+    check(owns(to) && owns(from), "Fake: a copy on the device was given memory of the host");
+    Unlocked const unlocked{*this};
+    std::memcpy(to, from, bytes);
+  }
+  void fill(void* to, std::byte value, std::size_t bytes) {
+    check(owns(to), "Fake: a fill was given memory of the host");
+    Unlocked const unlocked{*this};
+    std::memset(to, std::to_integer<int>(value), bytes);
+  }
+  void synchronise() {}
+  Pool& pool() { return pool_; }
+
+  bool owns(void const* memory) const { return memory_ <= memory && memory < memory_ + capacity; }
+  // What an operation is given, alone or in a group: memory of the host is none that a device could read.
+  template <class T, int Rank> void arrives(View<T, Rank> const& view) const {
+    check(view.count() == 0 || owns(view.data), "Fake: an operation was given memory of the host");
+  }
+  template <class Argument> void arrives(Argument const& argument) const {
+    if constexpr (FieldGroup<Argument>) zip([&](Path const&, auto const& view) { arrives(view); }, argument);
+  }
+
+  // f(inner): the only place where the memory is there.
+  template <class F> auto run(F&& f) {
+    Unlocked const unlocked{*this};
+    return f(cpu_);
+  }
+
+ private:
+  static constexpr std::size_t capacity = std::size_t{1} << 30;   // of addresses; pages come when they are touched
+
+  struct Unlocked {
+    Fake& fake;
+    explicit Unlocked(Fake& f) : fake(f) {
+      if (fake.open_++ == 0) fake.protect(PROT_READ | PROT_WRITE);
+    }
+    ~Unlocked() {
+      if (--fake.open_ == 0) fake.protect(PROT_NONE);
+    }
+  };
+  static void forget(void*) noexcept {}   // its addresses stay used until the end
+  void protect(int access) { mprotect(memory_, capacity, access); }
+
+  Cpu cpu_;
+  Pool pool_;
+  char* memory_ = nullptr;
+  std::size_t used_ = 0;
+  int open_ = 0;
+};
+static_assert(Backend<Fake> && Wrapper<Fake>);
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
 // ==== hybridattn/core/sequences.hpp
@@ -963,6 +1454,7 @@ class Sequences {
   }
 
   std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
   Sequence operator[](std::size_t i) const { return list_[i]; }
   auto begin() const { return list_.begin(); }
   auto end() const { return list_.end(); }
@@ -1275,352 +1767,6 @@ inline HostGroup all_nan(HostGroup x) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
-// ==== hybridattn/tensor/initial.hpp
-// How a parameter starts.
-#ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
-#define HYBRIDATTN_TENSOR_INITIAL_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A distribution with two numbers.
-struct Initial {
-  enum class Kind {
-    constant,             // a
-    normal,               // mean 0, standard deviation a
-    uniform,              // in [a, b)
-    log_uniform_value,    // log x with x uniform in [a, b): GDN's A_log
-    inverse_softplus_of_log_uniform,  // y with softplus(y) = x, log x uniform, x in [a, b): GDN's dt_bias as fla draws it
-  };
-  Kind kind = Kind::constant;
-  double a = 0, b = 0;
-
-  static constexpr Initial constant(double value) { return {Kind::constant, value, 0}; }
-  static constexpr Initial normal(double deviation) { return {Kind::normal, deviation, 0}; }
-  static constexpr Initial uniform(double low, double high) { return {Kind::uniform, low, high}; }
-
-  double draw(Random& random) const {
-    switch (kind) {
-      case Kind::constant:
-        return a;
-      case Kind::normal:
-        return a * random.normal();
-      case Kind::uniform:
-        return random.uniform(a, b);
-      case Kind::log_uniform_value:
-        return std::log(random.uniform(a, b));
-      case Kind::inverse_softplus_of_log_uniform: {
-        double const x = std::exp(random.uniform(std::log(a), std::log(b)));
-        return x + std::log(-std::expm1(-x));
-      }
-    }
-    return 0;
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/tensor/tensor.hpp
-// Owned elements.
-#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
-#define HYBRIDATTN_TENSOR_TENSOR_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
-// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
-// Throws Error where the elements cannot be counted, or where there is no memory for them.
-template <class T, int Rank, class B> class Tensor {
- public:
-  Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
-    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
-    view_ = {nullptr, shape};
-    if (bytes == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes));
-    backend_ = &backend;
-  }
-  Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)),
-        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
-        view_(std::exchange(other.view_, {})) {}
-  Tensor& operator=(Tensor&& other) noexcept {
-    if (this == &other) return *this;
-    release();
-    backend_ = std::exchange(other.backend_, nullptr);
-    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
-    view_ = std::exchange(other.view_, {});
-    return *this;
-  }
-  ~Tensor() { release(); }
-
-  Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
-  explicit operator bool() const { return view_.data != nullptr; }
-
-  // What of the tensor may be read, written: see `in` and `out`.
-  View<T const, Rank> readable() const { return used(); }
-  View<T, Rank> writable() { return used(); }
-
- private:
-  enum class State : char { empty, held, moved };
-  void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
-    backend_ = nullptr;
-    view_ = {};
-  }
-  View<T, Rank> const& used() const {
-    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
-    return view_;
-  }
-
-  B* backend_ = nullptr;
-  State state_ = State::empty;
-  View<T, Rank> view_;
-};
-
-template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
-template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
-
-template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host;
-  resize(host, in(tensor).count(), "a copy of a tensor");
-  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
-  return host;
-}
-template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
-  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
-  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
-}
-template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
-  upload(backend, std::span<T const>(host), tensor);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/tensor/roles.hpp
-// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
-//
-//   template <class S> struct Inputs {
-//     Held<S, 3> q, k, v;                       // [N, H, D]
-//     Wide<S, 2> g;                             // [N, H], never narrower than float
-//     HYBRIDATTN_FIELDS(q, k, v, g)
-//   };
-//
-//   Inputs<Shapes>              how big each one is
-//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
-//   Inputs<In<float>>           what forward reads
-//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
-//
-// A gradient has the type of the thing it is a gradient of.
-#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
-#define HYBRIDATTN_TENSOR_ROLES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> struct WideOf {
-  using type = T;
-};
-// What a sum of Ts is kept in.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
-// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
-struct Absent {
-  Absent() = default;
-  template <class... Anything> constexpr Absent(Anything const&...) {}
-};
-
-struct Shapes {
-  template <int Rank> using Held = Shape<Rank>;
-  template <int Rank> using Wide = Shape<Rank>;
-  template <int Rank> using Whole = Shape<Rank>;
-  template <int Rank> using State = Shape<Rank>;
-};
-template <class T> struct In {
-  template <int Rank> using Held = View<T const, Rank>;
-  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
-  template <int Rank> using Whole = View<std::int32_t const, Rank>;
-  template <int Rank> using State = View<wide_t<T> const, Rank>;
-};
-template <class T> struct Out {
-  template <int Rank> using Held = View<T, Rank>;
-  template <int Rank> using Wide = View<wide_t<T>, Rank>;
-  template <int Rank> using Whole = View<std::int32_t, Rank>;
-  template <int Rank> using State = View<wide_t<T>, Rank>;
-};
-template <class T, class B> struct Owned {
-  template <int Rank> using Held = Tensor<T, Rank, B>;
-  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
-  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
-  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
-};
-// How each tensor of a group of parameters starts.
-struct Starts {
-  template <int Rank> using Held = Initial;
-  template <int Rank> using Wide = Initial;
-};
-// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
-template <class S> struct Matrix {
-  template <int Rank> using Held = typename S::template Held<2>;
-  template <int Rank> using Wide = typename S::template Held<2>;
-  template <int Rank> using State = Absent;
-};
-// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
-template <class S> struct Narrow {
-  template <int Rank> using Held = typename S::template Held<Rank>;
-  template <int Rank> using Wide = typename S::template Held<Rank>;
-  template <int Rank> using State = Absent;
-};
-
-template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
-template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
-template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
-
-// Names the members of a group, in order. The library's one code-generating macro.
-#define HYBRIDATTN_FIELDS(...)                          \
-  auto fields() { return std::tie(__VA_ARGS__); }       \
-  auto fields() const { return std::tie(__VA_ARGS__); } \
-  static constexpr std::string_view field_list = #__VA_ARGS__;
-
-// A group without tensors.
-template <class S> struct Nothing {
-  HYBRIDATTN_FIELDS()
-};
-
-namespace detail {
-
-template <class G> using fields_t = decltype(std::declval<G&>().fields());
-template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
-
-// "q, k, v" -> {"q", "k", "v"}
-template <std::size_t N> constexpr auto split(std::string_view list) {
-  std::array<std::string_view, N> names{};
-  for (auto& name : names) {
-    auto const length = list.find(',');
-    name = list.substr(0, length);
-    list.remove_prefix(length == list.npos ? list.size() : length + 2);
-  }
-  return names;
-}
-template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
-
-// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
-template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
-  std::size_t end = 0, alignment = 1;
-  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
-    end = (end + align - 1) / align * align + size;
-    alignment = align > alignment ? align : alignment;
-  };
-  (place(sizeof(Fields), alignof(Fields)), ...);
-  end = (end + alignment - 1) / alignment * alignment;
-  return end == 0 ? 1 : end;
-}
-template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
-
-}  // namespace detail
-
-template <class G>
-concept FieldGroup = requires(G g) { g.fields(); };
-template <class G>
-concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
-
-// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
-struct Path {
-  Path const* parent = nullptr;
-  std::string_view name = {};
-  int index = -1;
-
-  std::string str() const {
-    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
-    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
-  }
-};
-
-template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
-
-template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
-  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
-  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
-}
-
-// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
-template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
-  using Group = std::remove_cvref_t<G>;
-  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
-    return;
-  } else if constexpr (LayerGroup<Group>) {
-    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
-  } else if constexpr (FieldGroup<Group>) {
-    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
-    [&]<std::size_t... I>(std::index_sequence<I...>) {
-      (zip_field<I>(path, f, first, rest...), ...);
-    }(std::make_index_sequence<detail::field_count<Group>>{});
-  } else {
-    f(path, first, rest...);
-  }
-}
-template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
-
-// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
-namespace detail {
-struct ToIn {
-  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
-};
-struct ToOut {
-  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
-};
-struct ToRead {
-  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
-};
-template <class B> struct Allocate {
-  B& backend;
-  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
-};
-}  // namespace detail
-
-// The same group in another role.
-template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
-  G<In<T>> views;
-  zip(detail::ToIn{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
-  G<Out<T>> views;
-  zip(detail::ToOut{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
-  G<In<T>> views;
-  zip(detail::ToRead{}, written, views);
-  return views;
-}
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
-  G<Owned<T, B>> owned;
-  zip(detail::Allocate<B>{backend}, shapes, owned);
-  return owned;
-}
-
-// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
-template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  Index total = 0;
-  G<In<T>> const types;
-  zip(
-      [&](Path const& path, auto const& shape, auto const& view) {
-        try {
-          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
-        } catch (Error const& error) {
-          fail(path.str(), ": ", error.what());
-        }
-      },
-      shapes, types);
-  return static_cast<std::size_t>(total);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/testing/fenced.hpp
 // A tensor of a backend inside a larger block, so that what is written beside it, or read there and used, shows.
 #ifndef HYBRIDATTN_TESTING_FENCED_HPP
@@ -1734,6 +1880,29 @@ template <class T, class B> struct FencedRole {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
+// ==== hybridattn/testing/machine.hpp
+// How the laws make a backend.
+#ifndef HYBRIDATTN_TESTING_MACHINE_HPP
+#define HYBRIDATTN_TESTING_MACHINE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// make(schedule) makes one that does its work in another order for each schedule, from 1 on, where it can: no result may depend on it.
+// A backend with schedules has a specialisation.
+template <class B> struct Machine {
+  static B make(int) { return B(); }
+};
+// On so many threads.
+template <> struct Machine<Cpu> {
+  static Cpu make(int schedule) { return Cpu(schedule); }
+};
+template <> struct Machine<Fake> {
+  static Fake make(int schedule) { return Fake(schedule); }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
 // ==== hybridattn/core/allowed.hpp
 // What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
 // "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
@@ -1774,6 +1943,80 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/tensor/sequences_on.hpp
+// The sequences of a batch on a machine.
+#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a kernel reads of a batch's sequences, in the memory of its machine.
+struct SequenceTable {
+  View<Sequence const, 1> list;                       // [count]
+  View<std::int32_t const, 1> positions, owners;      // [N]: as Sequences has them
+};
+
+// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
+// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+template <class B> class SequencesOn : public Sequences {
+ public:
+  SequencesOn() = default;
+  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
+
+  // As Sequences::continuing, in the memory that is there.
+  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences::assign(past, lengths);
+    fill_table(backend);
+  }
+  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
+
+  // The rotary angles of the batch for a size of the rotary part and a theta, made by make(angles) for the layer that asks first:
+  // [P, 2, rotary_dim/2], a row for each position up to the longest sequence's end, or for each token where any sequence
+  // follows others. The table grows on first use though the batch is const: one thread at a time may work with a batch.
+  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
+    auto& known = std::get<std::vector<Angles<T>>>(angles_);
+    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
+    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
+    if (!found->made) {
+      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
+      if (found->values.shape() != shape) found->values = {backend, shape};
+      make(out(found->values));
+      found->made = true;
+    }
+    return in(found->values);
+  }
+
+ private:
+  template <class T> struct Angles {
+    Index rotary_dim;
+    double theta;
+    bool made;
+    Tensor<T, 3, B> values;
+  };
+
+  void fill_table(B& backend) {
+    fill(backend, list(), list_);
+    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
+    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
+    forget(std::get<0>(angles_));
+    forget(std::get<1>(angles_));
+  }
+  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
+    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
+    upload(backend, host, tensor);
+  }
+  template <class T> static void forget(std::vector<Angles<T>>& known) {
+    for (auto& angles : known) angles.made = false;
+  }
+
+  Tensor<Sequence, 1, B> list_;
+  Tensor<std::int32_t, 1, B> positions_, owners_;
+  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/attention/policy.hpp
 // What every attention policy says about itself, and what it may leave to these defaults.
 //
@@ -1793,6 +2036,7 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
+// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -1848,19 +2092,19 @@ concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Ind
 
 template <class P, class B, class T>
 concept HasForward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
-             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
 template <class P, class B, class T>
 concept HasBackward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
-             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
              typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
 template <class P>
 concept HasCache = requires(typename P::Config c, Index n) {
   { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
 };
 template <class P, class B, class T>
-concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
 // Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
@@ -1984,11 +2228,6 @@ template <class P> std::string type_name() {
   return text;
 }
 
-template <class B> B make_backend(int threads) {
-  if constexpr (std::is_constructible_v<B, int>) return B(threads);
-  else return B();
-}
-
 template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
   if constexpr (Rank == 0) return false;
   else return shape[0] == count;
@@ -2055,7 +2294,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
 
   Result run(Case const& x, Surroundings const& around) const override {
-    B backend = detail::make_backend<B>(around.threads);
+    B backend = Machine<B>::make(around.threads);
     if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around, {}, kernel());
     return run_on<T>(backend, x, around, {}, kernel());
   }
@@ -2078,7 +2317,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
 
   Footprint footprint(Sequences const& s) const override {
-    B backend = detail::make_backend<B>(1);
+    B backend = Machine<B>::make(1);
     Case const x = sample(kinds().front(), s, 1, true);
     Result const first = run_on<T>(backend, x, {}, {}, kernel());
     auto const allocations = backend.pool().allocations();
@@ -2092,7 +2331,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   Decoded decode([[maybe_unused]] Case const& x, [[maybe_unused]] Calls const& calls,
                  [[maybe_unused]] Surroundings const& around) const override {
     if constexpr (Decodes<P, B, T>) {
-      B backend = detail::make_backend<B>(around.threads);
+      B backend = Machine<B>::make(around.threads);
       if (around.leftovers) decode_on(backend, {x.sequences, all_nan(x.inputs), {}, false}, calls, around);
       return decode_on(backend, x, calls, around);
     } else {
@@ -2161,7 +2400,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class U, class M, class Which>
   Result run_on(M& backend, Case const& x, Surroundings const& around, HostGroup const& chosen, Which) const {
     using Role = FencedRole<U, M>;
-    Sequences const& s = x.sequences;
+    SequencesOn<M> const s{backend, x.sequences};
     auto const in_shapes = input_shapes(s, x.carried);
     auto const out_shapes = output_shapes(s, x.carried);
     auto const saved_shapes = P::saved(config_, s);
@@ -2207,7 +2446,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     std::vector<Index> past(x.sequences.size());
     for (std::size_t call = 0; call < calls.size(); ++call) {
       if (call <= 2) allocations = backend.pool().allocations();
-      extend(backend, x, Sequences::continuing(past, calls[call]), around, cache, result);
+      extend(backend, x, {backend, Sequences::continuing(past, calls[call])}, around, cache, result);
       for (std::size_t i = 0; i < past.size(); ++i) past[i] += calls[call][i];
     }
     result.later_allocations = backend.pool().allocations() - allocations;
@@ -2217,7 +2456,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
   // One call, whose outputs go to their places.
   template <class Cache>
-  void extend(B& backend, Case const& x, Sequences const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
+  void extend(B& backend, Case const& x, SequencesOn<B> const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
     std::vector<Part> parts;
     for (std::size_t i = 0; i < s.size(); ++i) parts.push_back({static_cast<Index>(i), s[i].past, s[i].past + s[i].length});
     Inputs<FencedRole<T, B>> inputs;
@@ -3271,8 +3510,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
 struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
-struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -3595,31 +3834,15 @@ template <> struct On<Scale, Cpu> {
   }
 };
 
-template <> struct On<AllFinite, Cpu> {
-  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
   }
 };
 
-template <> struct On<SumOfSquares, Cpu> {
-  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
-    Index const blocks = ceil_div(x.count(), cpu::element_grain);
-    if (blocks == 0) return 0;
-    Tensor<double, 1, Cpu> partial{cpu, {blocks}};
-    auto const sums = out(partial);
-    parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
-      double lane[8] = {};   // a vector of doubles: squares of floats do not overflow
-      Index i = first;
-      for (; i + 8 <= last; i += 8)
-        for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x.data[i + j]) * static_cast<double>(x.data[i + j]);
-      for (; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
-      double sum = 0;
-      for (double value : lane) sum += value;
-      sums(first / cpu::element_grain) = sum;
-    });
-    double total = 0;
-    for (Index i = 0; i < blocks; ++i) total += sums(i);
-    return total;
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
   }
 };
 
@@ -3713,7 +3936,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 enum class NormWeight { plain, zero_centred };
 
 //   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w)  adds to d_x, overwrites d_w; rstd is formed again
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
 struct RmsNorm {
   struct Options {
     NormWeight weight = NormWeight::zero_centred;
@@ -3783,7 +4006,7 @@ template <> struct On<RmsNorm, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w) {
+                       View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -3794,7 +4017,8 @@ template <> struct On<RmsNorm, Cpu> {
       cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
         s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_x.row(n), s.get(d_x.row(n)) + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
       });
     });
   }
@@ -3858,12 +4082,10 @@ template <> struct On<GatedRmsNorm, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   angles  (backend, options, angles)                       angles [P, 2, rotary_dim/2]: cosine and sine of positions 0 .. P - 1
-//   angles  (backend, options, positions, angles)            of these positions [P]
 //   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
 //                                                            nothing for row n of token n; y may be x
 //   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
-// They throw on a theta that is not positive, and on a rotary_dim that is odd or does not fit the head.
+// They throw on a rotary_dim that is odd or does not fit the head.
 struct Rope {
   struct Options {
     Index rotary_dim = 0;
@@ -3871,6 +4093,9 @@ struct Rope {
     bool interleaved = false;
   };
 };
+//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+struct RopeAngles {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -3880,9 +4105,12 @@ struct Rope {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Rope, Cpu> {
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<T, 3> angles) { On::angles(cpu, o, {}, angles); }
-  template <class T> static void angles(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+namespace cpu::detail {
+inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+}  // namespace cpu::detail
+
+template <> struct On<RopeAngles, Cpu> {
+  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
     check_positive("Rope", "theta", o.theta);
     Index const half = angles.extent(2);
     cpu::Scratch<double> const frequencies{cpu, half};
@@ -3891,12 +4119,15 @@ template <> struct On<Rope, Cpu> {
     parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index row = first; row < last; ++row)
         for (Index i = 0; i < half; ++i) {
-          double const angle = static_cast<double>(row_of(positions, row)) * frequencies.data()[i];
+          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
           angles(row, 0, i) = static_cast<T>(std::cos(angle));
           angles(row, 1, i) = static_cast<T>(std::sin(angle));
         }
     });
   }
+};
+
+template <> struct On<Rope, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
@@ -3909,7 +4140,6 @@ template <> struct On<Rope, Cpu> {
   }
 
  private:
-  static Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
@@ -3918,7 +4148,7 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(row_of(positions, n), 0), *sine = angles.row(row_of(positions, n), 1);
+        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);
@@ -3954,30 +4184,28 @@ enum class Rotary { half_split, interleaved };
 // Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
 constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
 
-// Cosines and sines for all the heads of a layer: of every position up to the longest sequence's end, or, of sequences that
-// continue others, of each token's own.
+// Rotary positions for all the heads of a layer, by the batch's angles.
 template <class T, class B> class Rotation {
  public:
-  Rotation(B& backend, Sequences const& s, Index head_dim, int percent, Rotary pairs, double theta)
+  Rotation(B& backend, SequencesOn<B> const& s, Index head_dim, int percent, Rotary pairs, double theta)
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
-    bool const of_tokens = s.any_continue();
-    if (!of_tokens) positions_ = s.positions();
-    angles_ = {backend, {of_tokens ? s.tokens() : s.longest(), 2, options_.rotary_dim / 2}};
-    if (turns()) On<Rope, B>::angles(backend, options_, of_tokens ? s.positions() : View<std::int32_t const, 1>{}, out(angles_));
+    if (!s.any_continue()) positions_ = s.table().positions;
+    if (options_.rotary_dim == 0) return;
+    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+      On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
+    });
   }
-  bool turns() const { return static_cast<bool>(angles_); }
+  bool turns() const { return !angles_.empty(); }
   // Without a rotary share these copy.
-  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const {
-    On<Rope, B>::forward(backend, options_, in(angles_), positions_, x, y);
-  }
+  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
   void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
-    On<Rope, B>::backward(backend, options_, in(angles_), positions_, d_y, d_x);
+    On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
   }
 
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
-  Tensor<T, 3, B> angles_;
+  View<T const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -4012,8 +4240,7 @@ struct HeadNorm {
       rotation.backward(backend, d_x, out(turned));
       d_x = in(turned);
     }
-    On<Fill, B>::forward(backend, T(0), flat(d_raw));
-    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight);
+    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight, Into::overwrite);
   }
 };
 
@@ -4310,7 +4537,7 @@ template <SparseOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -4329,7 +4556,7 @@ template <SparseOptions O> struct Prepare {
   }
   // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       if (!d_raw.q.empty()) {
@@ -4346,8 +4573,8 @@ template <SparseOptions O> struct Prepare {
  private:
   // Rotary, then the norm, as HeadNorm does.
   template <class B, class T>
-  static void index_backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>> d_x,
-                             Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
+                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     [[maybe_unused]] Tensor<T, 2, B> turned;
     View<T const, 2> d_normed = d_x.index_k;
     if constexpr (O.index_rotary_percent > 0) {
@@ -5653,7 +5880,7 @@ template <FullOptions O> struct Prepare {
   static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
 
   template <class B, class T>
-  static void forward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
       norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
@@ -5661,7 +5888,7 @@ template <FullOptions O> struct Prepare {
     }
   }
   template <class B, class T>
-  static void backward(B& backend, Config const& c, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     if constexpr (changes) {
       auto const turn = rotation<T>(backend, c, s);
@@ -5672,7 +5899,7 @@ template <FullOptions O> struct Prepare {
 
  private:
   static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
-  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, Sequences const& s) {
+  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
     return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
   }
 };
@@ -6841,7 +7068,7 @@ template <GdnOptions O> struct Prepare {
   }
 
   template <class B, class T>
-  static void forward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+  static void forward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
     convolve(backend, s, raw.q, p.conv_q, x.q);
     convolve(backend, s, raw.k, p.conv_k, x.k);
     convolve(backend, s, raw.v, p.conv_v, x.v);
@@ -6849,7 +7076,7 @@ template <GdnOptions O> struct Prepare {
   }
   // The convolutions go on where the cache says.
   template <class B, class T>
-  static void extend(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
+  static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
                      Inputs<Out<T>> x) {
     convolve_on(backend, s, raw.q, p.conv_q, cache.conv_q, x.q);
     convolve_on(backend, s, raw.k, p.conv_k, cache.conv_k, x.k);
@@ -6857,7 +7084,7 @@ template <GdnOptions O> struct Prepare {
     normalise_and_gate(backend, raw, p, x);
   }
   template <class B, class T>
-  static void backward(B& backend, Config const&, Sequences const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+  static void backward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
@@ -6877,24 +7104,25 @@ template <GdnOptions O> struct Prepare {
   }
   // What stands before a sequence that begins is zero.
   template <class B, class T>
-  static void convolve_on(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
+  static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
     for (Index i = 0; i < s.count() && !state.empty(); ++i)
       if (Sequence const sequence = s[static_cast<std::size_t>(i)]; sequence.past == 0 && sequence.length > 0)
         On<Fill, B>::forward(backend, T(0), View<T, 1>{state.row(i, 0), {state.extent(1) * state.extent(2)}});
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>(state), as_rows(y), state);
   }
-  template <class B, class T> static void convolve(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> y) {
+  template <class B, class T> static void convolve(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w,
+                                                   View<T, 3> y) {
     On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
   }
   template <class B, class T>
-  static void convolve_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void convolve_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                                 View<T, 3> d_raw, View<T, 2> d_w) {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
   // Through the length and the convolution, whose output is formed again rather than kept.
   template <class B, class T>
-  static void unit_backward(B& backend, Sequences const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+  static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                             View<T, 3> d_raw, View<T, 2> d_w) {
     Tensor<T, 3, B> convolved{backend, raw.shape}, d_convolved{backend, raw.shape};
     convolve(backend, s, raw, w, out(convolved));
@@ -8638,7 +8866,8 @@ inline bool all_whole(View<double const, 2> rows) {
 // Whole numbers times a power of two: no rounding in any scalar, in any order.
 inline bool scores_are_exact(dsa::Config const& c, dsa::Inputs<In<double>> const& x) {
   int exponent;
-  return std::frexp(std::abs(c.index_scale), &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) && all_whole(x.index_w);
+  return std::frexp(std::abs(c.index_scale), &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) &&
+         all_whole(x.index_w);
 }
 // Of query t: keys in ascending order, none unseen, none twice, and none left out that scores more; ties as dsa.hpp (2) says.
 inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t const* keys, Index k, double rounding) {

@@ -18,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <iterator>
 #include <limits>
@@ -569,6 +570,13 @@ struct BlockSize {
   }
 };
 
+// A block in which several tensors stand. The last one that ends gives it back.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
+};
+
 // A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
 //
 // What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
@@ -581,15 +589,15 @@ struct BlockSize {
 class Pool {
  public:
   // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, where there is none without the waiting blocks either.
-  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release) {
+  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
     void* block = nullptr;
     if (blocks.waiting.empty()) {
-      block = allocate_block(bytes, size, allocate, release);
+      block = allocate_block(bytes, size, allocate, release, limit);
     } else {
       block = blocks.waiting.back().block;
       blocks.waiting.pop_back();
@@ -606,6 +614,18 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
+  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  SharedBlock* share(void* block, std::size_t bytes) {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    *record = {block, bytes, 0};
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Gives all blocks that wait back to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
   std::size_t in_use() const { return in_use_; }   // as it was asked for
@@ -627,7 +647,7 @@ class Pool {
   static constexpr std::size_t period_takes = 25, periods = 4;
 
   template <class Allocate, class Release>
-  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release) {
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
     last_allocation_ = takes_;
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
@@ -639,7 +659,8 @@ class Pool {
       trim(release);
       block = allocate(size.bytes);
     }
-    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use");
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
     blocks.bytes = size.bytes;
     ++blocks.count;
     ++allocations_;
@@ -672,6 +693,8 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
+  std::deque<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
@@ -687,8 +710,19 @@ class Pool {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a machine offers to the layers above: memory, and copies from and to the host. take(bytes) throws Error where there is
-// no memory, give(block, bytes) never throws, trim() gives what waits in the pool back to the system.
+template <class Op, class B> struct On;
+
+// What becomes of what stands where a result goes: several results may be added up in one place.
+enum class Into { overwrite, add };
+
+// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
+// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+//
+// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
+// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
+// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+//
+// owns(memory) says whether operations here may be given this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -696,33 +730,48 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.trim();
   b.upload(to, from, bytes);
   b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`) and has run(f), which calls f(inner).
+// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
+// sees each argument of an operation first.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
+
+namespace detail {
+
+// The operations of the backend inside.
+template <class Op, class B> struct OnInner {};
+template <class Op, Wrapper B> struct OnInner<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace detail
 
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
 // with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
 // A pair without a specialisation has none of them, unless the backend wraps one that does.
-template <class Op, class B> struct On {};
-template <class Op, Wrapper B> struct On<Op, B> {
-  template <class Inner = typename B::Inner, class... Args>
-  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
-  }
-};
+template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -733,6 +782,15 @@ template <class Op, Wrapper B> struct On<Op, B> {
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// One tensor less in a block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
 
 // Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
 // A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
@@ -747,14 +805,24 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
+  // In a block that it shares with others, `offset` bytes from its start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
   Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)),
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
         state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
         view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {
     if (this == &other) return *this;
     release();
     backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
     state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
     view_ = std::exchange(other.view_, {});
     return *this;
@@ -765,6 +833,9 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
+  // The block that it shares with others, or nothing.
+  SharedBlock const* shared() const { return shared_; }
+
   // What of the tensor may be read, written: see `in` and `out`.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
@@ -772,8 +843,10 @@ template <class T, int Rank, class B> class Tensor {
  private:
   enum class State : char { empty, held, moved };
   void release() noexcept {
-    if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
     backend_ = nullptr;
+    shared_ = nullptr;
     view_ = {};
   }
   View<T, Rank> const& used() const {
@@ -782,6 +855,7 @@ template <class T, int Rank, class B> class Tensor {
   }
 
   B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
   State state_ = State::empty;
   View<T, Rank> view_;
 };
@@ -816,8 +890,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
 struct Scale {};         // forward(backend, factor, y)     y *= factor
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
 struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
-struct SumOfSquares {};  // forward(backend, x) -> double   in blocks of fixed size, combined in order; NaN and inf stay visible
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -894,13 +968,18 @@ class Cpu {
   // Throws Error inside parallel_for, whose threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release);
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
   // Gives memory that nobody uses back to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations here work on any memory of the process.
+  bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
   // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
@@ -1350,31 +1429,15 @@ template <> struct On<Scale, Cpu> {
   }
 };
 
-template <> struct On<AllFinite, Cpu> {
-  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
   }
 };
 
-template <> struct On<SumOfSquares, Cpu> {
-  template <class T> static double forward(Cpu& cpu, View<T const, 1> x) {
-    Index const blocks = ceil_div(x.count(), cpu::element_grain);
-    if (blocks == 0) return 0;
-    Tensor<double, 1, Cpu> partial{cpu, {blocks}};
-    auto const sums = out(partial);
-    parallel_blocks(cpu, x.count(), cpu::element_grain, [&](Index first, Index last) {
-      double lane[8] = {};   // a vector of doubles: squares of floats do not overflow
-      Index i = first;
-      for (; i + 8 <= last; i += 8)
-        for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x.data[i + j]) * static_cast<double>(x.data[i + j]);
-      for (; i < last; ++i) lane[i % 8] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
-      double sum = 0;
-      for (double value : lane) sum += value;
-      sums(first / cpu::element_grain) = sum;
-    });
-    double total = 0;
-    for (Index i = 0; i < blocks; ++i) total += sums(i);
-    return total;
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
   }
 };
 
@@ -1455,18 +1518,19 @@ template <> struct On<SigmoidGate, Cpu> {
 #endif
 #endif
 
-// ==== hybridattn/ops/linear/linear.hpp
-// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
-//   d_x = d_y w      d_w = d_y^T x
-#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
-#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+// ==== hybridattn/ops/grouped_linear/grouped_linear.hpp
+// Linear projections of many experts as one operation. Rows are sorted by expert: rows offsets[e] .. offsets[e + 1] belong to e.
+//   y = x w[e]^T      d_x = d_y w[e]      d_w[e] = d_y^T x      over the rows of e
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, x, w, y)
-//   backward(backend, x, w, d_y, d_x, d_w): adds to d_x, since several projections may read x; overwrites d_w. An empty
-//   d_x or d_w is not wanted.
-struct Linear {};
+//   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
+//   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
+//                                                           rows
+// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -1535,10 +1599,9 @@ template <class T> struct Operand {
   Index rows = 0, columns = 0, row = 0, column = 1;
 
   Operand transposed() const { return {data, columns, rows, column, row}; }
+  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
 };
 template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
-
-enum class Into { overwrite, add };
 
 namespace detail {
 
@@ -1629,8 +1692,122 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   });
 }
 
+// One product of several.
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+// The products first .. last in one parallel loop. All have as many columns, and a depth that is not 0.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  if (first == last) return;
+  using detail::panel_columns;
+  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
+    Product<T> const& p = first[task / panels];
+    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
+                           into);
+  });
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
+
+// ==== hybridattn/ops/grouped_linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<GroupedLinear, Cpu> {
+  using Offsets = View<std::int32_t const, 1>;
+
+  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 3> d_w, Into into) {
+    if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
+    if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
+  }
+
+ private:
+  // Rows of one task. A task packs its part of the matrix by itself, which many rows pay for.
+  static constexpr Index block_rows = 256;
+
+  template <class T>
+  static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, into);
+  }
+  template <class T>
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
+    Index const E = d_w.extent(0), F = d_w.extent(1);
+    cpu::Scratch<cpu::Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    cpu::Product<T>* next = products.data();
+    for (Index e = 0; e < E; ++e) {
+      if (is_idle(offsets, e)) continue;
+      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      for (Index first = 0; first < F; first += block_rows) {
+        Index const last = std::min(F, first + block_rows);
+        *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
+      }
+    }
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    parallel_for(cpu, E, [&](Index e, int) {
+      if (!is_idle(offsets, e)) return;
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
+    });
+  }
+
+  static bool is_idle(Offsets offsets, Index e) { return offsets(e) == offsets(e + 1); }
+  // f(expert, first row, last row) for blocks of rows, each of one expert.
+  template <class F> static void for_each_block(Offsets offsets, F f) {
+    for (Index e = 0; e + 1 < offsets.extent(0); ++e)
+      for (Index first = offsets(e); first < offsets(e + 1); first += block_rows)
+        f(e, first, std::min<Index>(first + block_rows, offsets(e + 1)));
+  }
+  // However R rows are shared out among E experts: equal steps take equal memory.
+  static Index most_blocks(Index E, Index R) { return std::min(E, R) + R / block_rows; }
+  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
+    return {all.data + e * all.stride[0], {all.extent(1), all.extent(2)}, {all.stride[1], 1}};
+  }
+  template <class T> static View<T, 2> rows(View<T, 2> all, Index first, Index last) {
+    return {all.data + first * all.stride[0], {last - first, all.extent(1)}, all.stride};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/linear/linear.hpp
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
+//   d_w. An empty d_x or d_w is not wanted.
+struct Linear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/linear/cpu.hpp
 #ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP
@@ -1643,8 +1820,8 @@ template <> struct On<Linear, Cpu> {
     cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
   }
   template <class T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w) {
-    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, cpu::Into::add);
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
   }
 };
@@ -1658,7 +1835,6 @@ template <> struct On<Linear, Cpu> {
 //   p = softmax(router logits)      the top_k largest, ties to the smaller index
 //   weight of a chosen expert: p_e; or p_e / sum of the chosen (renormalised), which is the softmax over the chosen logits
 //   y = sum over the chosen of weight * expert(x)
-// Load balancing: E sum_e f_e P_e, with f_e = chosen_e / tokens (sum f = top_k) and P_e = mean p_e.
 // Experts receive their tokens in token order, so a later token never changes an earlier one's place among the sums.
 #ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
 #define HYBRIDATTN_OPS_MOE_MOE_HPP
@@ -1677,7 +1853,7 @@ struct Route {
 //   offsets [E + 1], places [N, k]: the row of each choice
 struct Permute {};
 //   forward (backend, x, places, rows)             rows[places[n, j]] = x[n]
-//   backward(backend, places, d_rows, d_x)         adds to d_x
+//   backward(backend, places, d_rows, d_x, into)   d_x is added or overwritten
 struct Distribute {};
 //   forward (backend, rows, weights, places, y)    y[n] = sum_j weights[n, j] rows[places[n, j]]
 //   backward(backend, rows, weights, places, d_y, d_rows, d_weights)   overwrites both
@@ -1763,10 +1939,13 @@ template <> struct On<Distribute, Cpu> {
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x) {
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
+                                          Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n)
+      for (Index n = first; n < last; ++n) {
+        if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
         for (Index j = 0; j < places.extent(1); ++j) axpy(T(1), d_rows.row(places(n, j)), d_x.row(n), d_x.extent(1));
+      }
     });
   }
 };
@@ -1996,11 +2175,38 @@ struct ToOut {
 struct ToRead {
   void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
+struct ToShape {
+  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
+};
 template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
+// The places of tensors in a block, which it counts first, while there is none.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
 }  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
 template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
@@ -2021,6 +2227,24 @@ template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& writte
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
   G<Owned<T, B>> owned;
   zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// How big the tensors of a group are.
+template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
+  typename detail::OwnedGroup<G>::Sizes sizes;
+  zip(detail::ToShape{}, owned, sizes);
+  return sizes;
+}
+// In one block of memory, each at an address that 128 divides; what lies between them is anything.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  if (place.bytes == 0) return allocate<T>(backend, shapes);
+  std::size_t const bytes = std::exchange(place.bytes, 0);
+  place.block = backend.pool().share(backend.take(bytes), bytes);
+  zip(place, shapes, owned);
   return owned;
 }
 
@@ -2051,7 +2275,8 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// down(silu(gate x) * up x), or down(silu(gate x)) without up.
+// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once:
+// then the weights are those of all experts, and the offsets of their rows come last.
 struct Mlp {
   template <class S> struct Params {
     Held<S, 2> gate, up;  // [F, C]
@@ -2072,22 +2297,24 @@ struct Mlp {
     return {.gate = {N, F}, .up = {gated ? N : 0, gated ? F : 0}, .hidden = {N, F}};
   }
 
-  template <class B, class T>
-  static void forward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y) {
-    On<Linear, B>::forward(backend, x, p.gate, saved.gate);
-    if (!p.up.empty()) On<Linear, B>::forward(backend, x, p.up, saved.up);
+  template <class Product = Linear, class B, class Weights, class T, class... Offsets>
+  static void forward(B& backend, Weights const& p, View<T const, 2> x, Saved<Out<T>> const& saved, View<T, 2> y, Offsets... offsets) {
+    On<Product, B>::forward(backend, offsets..., x, p.gate, saved.gate);
+    if (!p.up.empty()) On<Product, B>::forward(backend, offsets..., x, p.up, saved.up);
     On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
-    On<Linear, B>::forward(backend, View<T const, 2>(saved.hidden), p.down, y);
+    On<Product, B>::forward(backend, offsets..., View<T const, 2>(saved.hidden), p.down, y);
   }
-  // Adds to d_x. `d` is scratch of Saved's shape.
-  template <class B, class T>
-  static void backward(B& backend, Params<In<T>> const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
-                       Saved<Out<T>> const& d, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    On<Fill, B>::forward(backend, T(0), flat(d.hidden));
-    On<Linear, B>::backward(backend, saved.hidden, p.down, d_y, d.hidden, d_p.down);
+  // d_x is added or overwritten. `d` is scratch of Saved's shape.
+  template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
+  static void backward(B& backend, Weights const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
+                       Saved<Out<T>> const& d, View<T, 2> d_x, Into into, Gradients const& d_p, Offsets... offsets) {
+    On<Product, B>::backward(backend, offsets..., saved.hidden, p.down, d_y, d.hidden, d_p.down, Into::overwrite);
     On<Swiglu, B>::backward(backend, flat(saved.gate), flat(saved.up), flat(View<T const, 2>(d.hidden)), flat(d.gate), flat(d.up));
-    if (!p.up.empty()) On<Linear, B>::backward(backend, x, p.up, View<T const, 2>(d.up), d_x, d_p.up);
-    On<Linear, B>::backward(backend, x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate);
+    if (!p.up.empty()) {
+      On<Product, B>::backward(backend, offsets..., x, p.up, View<T const, 2>(d.up), d_x, d_p.up, into);
+      into = Into::add;
+    }
+    On<Product, B>::backward(backend, offsets..., x, p.gate, View<T const, 2>(d.gate), d_x, d_p.gate, into);
   }
 };
 
@@ -2229,37 +2456,15 @@ struct FeedForward {
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, FeedForwardConfig const& c, Index layer, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
-    auto d_x = zeros<T>(backend, x.shape);
+    Tensor<T, 2, B> d_x{backend, x.shape};
     if (c.is_mixture(layer)) mix_backward(backend, c, p, x, saved, d_y, out(d_x), d_p);
-    else mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), d_p.dense);
+    else
+      mlp_backward(backend, p.dense, x, saved.dense, Mlp::saved(x.extent(0), c.hidden_dim, c.gated), d_y, out(d_x), Into::overwrite,
+                   d_p.dense);
     return d_x;
   }
 
  private:
-  // What of a group of all experts belongs to one of them, and to the rows it was given.
-  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
-    if (all.empty()) return {};
-    return {all.row(e, 0), {all.extent(1), all.extent(2)}};
-  }
-  template <class S> static Mlp::Params<S> of_expert(Experts<S> const& all, Index e) {
-    return {.gate = of_expert(all.gate, e), .up = of_expert(all.up, e), .down = of_expert(all.down, e)};
-  }
-  template <class T> static View<T, 2> part(View<T, 2> rows, Index first, Index count) {
-    if (rows.empty()) return {};
-    return {rows.data + first * rows.extent(1), {count, rows.extent(1)}};
-  }
-  template <class S> static Mlp::Saved<S> part(Mlp::Saved<S> const& rows, Index first, Index count) {
-    return {.gate = part(rows.gate, first, count), .up = part(rows.up, first, count), .hidden = part(rows.hidden, first, count)};
-  }
-  // f(expert, first row, number of rows) for experts that were given any.
-  template <class B, class F> static void for_each_expert(B& backend, Tensor<std::int32_t, 1, B> const& offsets, F f) {
-    std::int32_t bounds[2];
-    for (Index e = 0; e + 1 < offsets.shape()[0]; ++e) {
-      backend.download(bounds, in(offsets).data + e, sizeof bounds);
-      f(e, Index{bounds[0]}, Index{bounds[1] - bounds[0]});
-    }
-  }
-
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
@@ -2269,11 +2474,7 @@ struct FeedForward {
                           out(saved.chosen));
     On<Permute, B>::forward(backend, in(saved.chosen), out(saved.offsets), out(saved.places));
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
-    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
-      if (count == 0) return;
-      Mlp::forward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(out(saved.experts), first, count),
-                   part(out(saved.made), first, count));
-    });
+    Mlp::forward<GroupedLinear>(backend, p.experts, in(saved.rows), out(saved.experts), out(saved.made), in(saved.offsets));
     On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
     On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
     if (c.shared_dim < 0) return;
@@ -2282,11 +2483,12 @@ struct FeedForward {
     On<AddGated, B>::forward(backend, in(saved.shared_made), in(saved.shared_logit), y);
   }
 
-  template <class B, class T>
-  static void mlp_backward(B& backend, Mlp::Params<In<T>> const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
-                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Mlp::Params<Out<T>> const& d_p) {
+  template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
+  static void mlp_backward(B& backend, Weights const& p, View<T const, 2> x, Mlp::Saved<Owned<T, B>> const& saved,
+                           Mlp::Saved<Shapes> const& shapes, View<T const, 2> d_y, View<T, 2> d_x, Into into, Gradients const& d_p,
+                           Offsets... offsets) {
     auto d = allocate<T>(backend, shapes);
-    Mlp::backward(backend, p, x, in(saved), d_y, out(d), d_x, d_p);
+    Mlp::backward<Product>(backend, p, x, in(saved), d_y, out(d), d_x, into, d_p, offsets...);
   }
 
   template <class B, class T>
@@ -2295,92 +2497,118 @@ struct FeedForward {
     Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
         d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
-    auto d_rows = zeros<T>(backend, saved.rows.shape());
-    auto d_experts = allocate<T>(backend, Mlp::saved(x.extent(0) * c.top_k, c.expert_dim, c.gated));
-    for_each_expert(backend, saved.offsets, [&](Index e, Index first, Index count) {
-      Mlp::backward(backend, of_expert(p.experts, e), part(in(saved.rows), first, count), part(in(saved.experts), first, count),
-                    part(in(d_made), first, count), part(out(d_experts), first, count), part(out(d_rows), first, count),
-                    of_expert(d_p.experts, e));
-    });
-    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x);
+    Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
+    mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
+                                in(d_made), out(d_rows), Into::overwrite, d_p.experts, in(saved.offsets));
+    On<Distribute, B>::backward(backend, in(saved.places), in(d_rows), d_x, Into::overwrite);
     On<Route, B>::backward(backend, Route::Options{c.renormalise}, in(saved.probabilities), in(saved.weights), in(saved.chosen),
                            in(d_weights), in(saved.d_probability), out(d_logits));
-    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router);
+    On<Linear, B>::backward(backend, x, p.router, in(d_logits), d_x, d_p.router, Into::add);
     if (c.shared_dim < 0) return;
     Tensor<T, 2, B> d_shared{backend, saved.shared_made.shape()}, d_logit{backend, saved.shared_logit.shape()};
     On<AddGated, B>::backward(backend, in(saved.shared_made), in(saved.shared_logit), d_y, out(d_shared), out(d_logit));
-    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, d_p.shared);
-    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate);
+    mlp_backward(backend, p.shared, x, saved.shared, Mlp::saved(x.extent(0), c.shared_dim, c.gated), in(d_shared), d_x, Into::add,
+                 d_p.shared);
+    On<Linear, B>::backward(backend, x, p.shared_gate, in(d_logit), d_x, d_p.shared_gate, Into::add);
   }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/nn/balance_loss.hpp
-// Load balancing over mixture layers: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
+// ==== hybridattn/ops/balance/balance.hpp
+// Load balancing over the experts of mixtures: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
 // (sum f = top_k) and P_e its mean probability.
-//   per layer: the sum of the layers' losses         pooled: f and P over the tokens of all layers, then one product
 //   d loss / d p_ne = coefficient E f_e / tokens
+#ifndef HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+#define HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, offsets, probabilities, sums)      offsets [E + 1], probabilities [N, E]; adds to sums [2, E], in double:
+//     how many tokens chose each expert, and its probabilities' sum over the tokens. Layers that are pooled add to the same sums
+struct ExpertUse {};
+//   forward (backend, coefficient, tokens, sums, value)                      adds to value [1], in double
+//   backward(backend, coefficient, tokens, sums, d_value, d_probability)     overwrites d_probability [E], the same for every token
+// `tokens` are those of all layers that the sums are of. Without tokens both are 0.
+struct BalanceLoss {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/balance/cpu.hpp
+#ifndef HYBRIDATTN_OPS_BALANCE_CPU_HPP
+#define HYBRIDATTN_OPS_BALANCE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<ExpertUse, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<std::int32_t const, 1> offsets, View<T const, 2> probabilities, View<double, 2> sums) {
+    parallel_blocks(cpu, sums.extent(1), experts, [&](Index first, Index last) {
+      double sum[experts] = {};
+      for (Index n = 0; n < probabilities.extent(0); ++n)
+        for (Index e = first; e < last; ++e) sum[e - first] += static_cast<double>(probabilities(n, e));
+      for (Index e = first; e < last; ++e) {
+        sums(0, e) += offsets(e + 1) - offsets(e);
+        sums(1, e) += sum[e - first];
+      }
+    });
+  }
+
+ private:
+  static constexpr Index experts = 16;   // of one task
+};
+
+template <> struct On<BalanceLoss, Cpu> {
+  static void forward(Cpu&, double coefficient, Index count, View<double const, 2> sums, View<double, 1> value) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    double sum = 0;
+    for (Index e = 0; e < sums.extent(1); ++e) sum += sums(0, e) / tokens * (sums(1, e) / tokens);
+    value(0) += count == 0 ? 0 : coefficient * experts * sum;
+  }
+  template <class T>
+  static void backward(Cpu&, double coefficient, Index count, View<double const, 2> sums, double d_value, View<T, 1> d_probability) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    for (Index e = 0; e < sums.extent(1); ++e)
+      d_probability(e) = count == 0 ? T(0) : static_cast<T>(d_value * coefficient * experts * sums(0, e) / tokens / tokens);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/nn/balance_loss.hpp
+// The load-balancing loss of a model's mixture layers.
+//   per layer: the sum of the layers' losses         pooled: f and P over the tokens of all layers, then one product
 #ifndef HYBRIDATTN_NN_BALANCE_LOSS_HPP
 #define HYBRIDATTN_NN_BALANCE_LOSS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace detail {
 
-class BalanceLoss {
- public:
-  explicit BalanceLoss(FeedForwardConfig const& c) : c_(c), pooled_(static_cast<std::size_t>(c.num_experts)) {}
+// Of layers that are pooled: adds their loss to value, and writes its gradient into each one's Saved.
+template <class B, class T>
+void balance_together(B& backend, double coefficient, double scale, std::span<FeedForward::Saved<Owned<T, B>>* const> layers,
+                      View<double, 1> value) {
+  Shape<2> const choices = layers[0]->probabilities.shape();
+  auto sums = zeros<double>(backend, Shape<2>{2, choices[1]});
+  for (auto const* layer : layers) On<ExpertUse, B>::forward(backend, in(layer->offsets), in(layer->probabilities), out(sums));
+  Index const tokens = std::ssize(layers) * choices[0];
+  On<BalanceLoss, B>::forward(backend, coefficient, tokens, in(sums), value);
+  for (auto* layer : layers) On<BalanceLoss, B>::backward(backend, coefficient, tokens, in(sums), scale, out(layer->d_probability));
+}
 
-  // First every layer is counted, in order; then each is told its part.
-  template <class B, class T> void count(B& backend, FeedForward::Saved<Owned<T, B>> const& saved) {
-    if (!saved.probabilities) return;
-    auto const layer = use(backend, saved);
-    for (std::size_t e = 0; e < layer.size(); ++e) {
-      pooled_[e].chosen += layer[e].chosen;
-      pooled_[e].probability += layer[e].probability;
-    }
-    Index const tokens = saved.probabilities.shape()[0];
-    pooled_tokens_ += tokens;
-    sum_of_layers_ += loss(layer, tokens);
-  }
-  template <class T, class B> void write(B& backend, double scale, FeedForward::Saved<Owned<T, B>>& saved) const {
-    if (!saved.probabilities) return;
-    bool const pool = c_.balance == Balance::pooled;
-    auto const layer = pool ? pooled_ : use(backend, saved);
-    double const tokens = static_cast<double>(pool ? pooled_tokens_ : saved.probabilities.shape()[0]);
-    std::vector<T> d_probability;
-    for (Use const& expert : layer)
-      d_probability.push_back(
-          static_cast<T>(scale * c_.balance_coefficient * static_cast<double>(c_.num_experts) * expert.chosen / tokens / tokens));
-    upload(backend, d_probability, saved.d_probability);
-  }
-  double value() const { return c_.balance == Balance::pooled ? loss(pooled_, pooled_tokens_) : sum_of_layers_; }
+}  // namespace detail
 
- private:
-  struct Use {
-    double chosen = 0, probability = 0;   // sums over tokens
-  };
-
-  template <class B, class T> std::vector<Use> use(B& backend, FeedForward::Saved<Owned<T, B>> const& saved) const {
-    auto const offsets = download(backend, saved.offsets);
-    auto const probabilities = download(backend, saved.probabilities);
-    std::vector<Use> result(pooled_.size());
-    for (std::size_t e = 0; e < result.size(); ++e) result[e].chosen = offsets[e + 1] - offsets[e];
-    for (std::size_t i = 0; i < probabilities.size(); ++i) result[i % result.size()].probability += static_cast<double>(probabilities[i]);
-    return result;
-  }
-  double loss(std::vector<Use> const& layer, Index count) const {
-    double const tokens = static_cast<double>(count);
-    double sum = 0;
-    for (Use const& expert : layer) sum += expert.chosen / tokens * (expert.probability / tokens);
-    return count == 0 ? 0 : c_.balance_coefficient * static_cast<double>(c_.num_experts) * sum;
-  }
-
-  FeedForwardConfig const& c_;
-  std::vector<Use> pooled_;
-  Index pooled_tokens_ = 0;
-  double sum_of_layers_ = 0;
-};
+// Adds the loss to value [1], on the machine. Writes scale times its gradient into the Saved of the mixture layers, given in order.
+template <class B, class T>
+void balance_loss(B& backend, FeedForwardConfig const& c, double scale, std::span<FeedForward::Saved<Owned<T, B>>* const> layers,
+                  View<double, 1> value) {
+  std::size_t const together = c.balance == Balance::pooled ? layers.size() : 1;
+  for (std::size_t first = 0; first < layers.size(); first += together)
+    detail::balance_together<B, T>(backend, c.balance_coefficient, scale, layers.subspan(first, together), value);
+}
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -2452,6 +2680,7 @@ class Sequences {
   }
 
   std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
   Sequence operator[](std::size_t i) const { return list_[i]; }
   auto begin() const { return list_.begin(); }
   auto end() const { return list_.end(); }
@@ -2496,6 +2725,80 @@ class Sequences {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/tensor/sequences_on.hpp
+// The sequences of a batch on a machine.
+#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a kernel reads of a batch's sequences, in the memory of its machine.
+struct SequenceTable {
+  View<Sequence const, 1> list;                       // [count]
+  View<std::int32_t const, 1> positions, owners;      // [N]: as Sequences has them
+};
+
+// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
+// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+template <class B> class SequencesOn : public Sequences {
+ public:
+  SequencesOn() = default;
+  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
+
+  // As Sequences::continuing, in the memory that is there.
+  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences::assign(past, lengths);
+    fill_table(backend);
+  }
+  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
+
+  // The rotary angles of the batch for a size of the rotary part and a theta, made by make(angles) for the layer that asks first:
+  // [P, 2, rotary_dim/2], a row for each position up to the longest sequence's end, or for each token where any sequence
+  // follows others. The table grows on first use though the batch is const: one thread at a time may work with a batch.
+  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
+    auto& known = std::get<std::vector<Angles<T>>>(angles_);
+    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
+    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
+    if (!found->made) {
+      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
+      if (found->values.shape() != shape) found->values = {backend, shape};
+      make(out(found->values));
+      found->made = true;
+    }
+    return in(found->values);
+  }
+
+ private:
+  template <class T> struct Angles {
+    Index rotary_dim;
+    double theta;
+    bool made;
+    Tensor<T, 3, B> values;
+  };
+
+  void fill_table(B& backend) {
+    fill(backend, list(), list_);
+    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
+    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
+    forget(std::get<0>(angles_));
+    forget(std::get<1>(angles_));
+  }
+  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
+    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
+    upload(backend, host, tensor);
+  }
+  template <class T> static void forget(std::vector<Angles<T>>& known) {
+    for (auto& angles : known) angles.made = false;
+  }
+
+  Tensor<Sequence, 1, B> list_;
+  Tensor<std::int32_t, 1, B> positions_, owners_;
+  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/attention/policy.hpp
 // What every attention policy says about itself, and what it may leave to these defaults.
 //
@@ -2515,6 +2818,7 @@ class Sequences {
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
+// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
 // N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
@@ -2570,19 +2874,19 @@ concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Ind
 
 template <class P, class B, class T>
 concept HasForward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<Out<T>> y,
-             typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
 template <class P, class B, class T>
 concept HasBackward =
-    requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x, typename P::template Outputs<In<T>> y,
-             typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
              typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
 template <class P>
 concept HasCache = requires(typename P::Config c, Index n) {
   { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
 };
 template <class P, class B, class T>
-concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, Sequences const& s, typename P::template Inputs<In<T>> x,
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
 // Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
@@ -2701,7 +3005,7 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>>& saved) {
     static_assert(HasForward<Policy, B, T>,
                   "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
@@ -2727,26 +3031,26 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                   Saved<Owned<T, B>> saved, View<T const, 2> d_y, Params<Out<T>> const& d_p) {
-    auto d_x = zeros<T>(backend, x.shape);
-    Tensor<T, 3, B> d_o = zeros<T>(backend, saved.outputs.o.shape());
-    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o);
+    Tensor<T, 2, B> d_x{backend, x.shape};
+    Tensor<T, 3, B> d_o{backend, saved.outputs.o.shape()};
+    On<Linear, B>::backward(backend, as_rows(in(finished(saved))), p.w_o, d_y, as_rows(out(d_o)), d_p.w_o, Into::overwrite);
     if constexpr (finishes) {
       auto const d_finished = std::move(d_o);
       Tensor<T, 3, B> d_z{backend, saved.z.shape()};
       d_o = {backend, saved.outputs.o.shape()};
       Finish::backward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, in(d_finished), out(d_o), out(d_z), d_p.finish);
-      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate);
+      if constexpr (Finish::gated) On<Linear, B>::backward(backend, x, p.w_gate, as_rows(in(d_z)), out(d_x), d_p.w_gate, Into::overwrite);
     }
-    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), d_p);
+    project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), Finish::gated ? Into::add : Into::overwrite, d_p);
     return d_x;
   }
   // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
+  static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
-    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, d_p);
+    if constexpr (HasAuxiliaryLoss<Policy>) project_backward<B, T>(backend, c, s, p, x, saved, nullptr, View<T, 2>{}, Into::add, d_p);
   }
 
  private:
@@ -2762,8 +3066,9 @@ template <AttentionPolicy Policy> struct Attention {
   // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
   // detached is wanted where its matrix has a gradient.
   template <class B, class T>
-  static void project_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& p, View<T const, 2> x,
-                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Params<Out<T>> const& d_p) {
+  static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
+                               Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
+                               Params<Out<T>> const& d_p) {
     Inputs<Owned<T, B>> d_inputs;
     Inputs<Narrow<Owned<T, B>>> d_raw;
     zip(
@@ -2785,7 +3090,8 @@ template <AttentionPolicy Policy> struct Attention {
           bool const detached = Policy::detached(path.name);
           if (detached ? d_w.empty() : d_o == nullptr) return;
           auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w);
+          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w, into);
+          if (!detached) into = Into::add;
         },
         p.w, d_p.w, d_raw, d_inputs);
   }
@@ -2822,7 +3128,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 enum class NormWeight { plain, zero_centred };
 
 //   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w)  adds to d_x, overwrites d_w; rstd is formed again
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
 struct RmsNorm {
   struct Options {
     NormWeight weight = NormWeight::zero_centred;
@@ -2892,7 +3198,7 @@ template <> struct On<RmsNorm, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w) {
+                       View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -2903,7 +3209,8 @@ template <> struct On<RmsNorm, Cpu> {
       cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
         s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_x.row(n), s.get(d_x.row(n)) + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
       });
     });
   }
@@ -3033,7 +3340,7 @@ template <AttentionPolicy P> struct Block {
 
   // x moves into Saved.
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                                  Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved) {
     saved.x = std::move(x);
     saved.x_normed = {backend, saved.x.shape()};
@@ -3049,21 +3356,21 @@ template <AttentionPolicy P> struct Block {
 
   // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
     {
       auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
                                                   std::move(saved.feed_forward), in(d_y), d_p.feed_forward);
-      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm);
+      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm, Into::add);
     }
     auto const d_normed =
         Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
-    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm);
+    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm, Into::add);
     return d_y;
   }
   // Of the policy's auxiliary loss alone.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, typename P::Config const& mixer, Sequences const& s, Params<In<T>> const& p,
+  static void auxiliary_backward(B& backend, typename P::Config const& mixer, SequencesOn<B> const& s, Params<In<T>> const& p,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
     Mixer::auxiliary_backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), d_p.attention);
   }
@@ -3232,7 +3539,7 @@ template <AttentionPolicy... Policies> struct Stack {
   }
 
   template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+  static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
                                  Saved<Owned<T, B>>& saved) {
     params.for_each(
         [&](auto block, std::size_t layer, auto& p, auto& kept) {
@@ -3243,8 +3550,8 @@ template <AttentionPolicy... Policies> struct Stack {
     return x;
   }
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
-                                  Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
+  static Tensor<T, 2, B> backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
+                                  Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_params) {
     params.for_each_reversed(
         [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
@@ -3256,8 +3563,8 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Of the policies' auxiliary losses alone: no layer sends anything to another.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, Config const& c, Sequences const& s, Params<In<T>> const& params, Saved<Owned<T, B>> saved,
-                                 Params<Out<T>> const& d_params) {
+  static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
+                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_params) {
     params.for_each(
         [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
@@ -3317,17 +3624,79 @@ using Repeat = typename detail::PolicyList<Policies...>::template Repeated<
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
-//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
-//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
-// A target below 0 is not counted. With nothing to count, loss and gradients are 0.
-#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
-#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+// ==== hybridattn/nn/token_batch.hpp
+// What a model reads: tokens in sequences, on a machine.
+#ifndef HYBRIDATTN_NN_TOKEN_BATCH_HPP
+#define HYBRIDATTN_NN_TOKEN_BATCH_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a batch lost, as sums over its counted tokens.
+// The smallest and the largest of a list of tokens or targets, and the first place of each: the list itself is on the machine
+// when a model, whose vocabulary it must fit, meets it.
+struct TokenRange {
+  std::int32_t smallest = 0, largest = -1;
+  Index place_of_smallest = 0, place_of_largest = 0;
+
+  static TokenRange of(std::span<std::int32_t const> tokens) {
+    if (tokens.empty()) return {};
+    auto const smallest = std::ranges::min_element(tokens), largest = std::ranges::max_element(tokens);
+    return {*smallest, *largest, smallest - tokens.begin(), largest - tokens.begin()};
+  }
+  void check_tokens(Index vocab_size) const {
+    if (smallest < 0) refuse("token", smallest, place_of_smallest, vocab_size, "");
+    if (largest >= vocab_size) refuse("token", largest, place_of_largest, vocab_size, "");
+  }
+  void check_targets(Index vocab_size) const {
+    if (largest >= vocab_size) refuse("target", largest, place_of_largest, vocab_size, ", or < 0 for none");
+  }
+
+ private:
+  [[gnu::cold, noreturn]] static void refuse(char const* what, std::int32_t number, Index place, Index vocab_size, char const* besides) {
+    fail(what, " ", number, " at place ", place, " is not in the vocabulary; allowed: 0 .. ", vocab_size - 1, besides);
+  }
+};
+
+// N tokens, and for each the token to predict, or a number below 0 for none. Made by make_batch, filled anew by refill: what stands
+// beside the tensors is what the host knew when it uploaded them.
+template <class B> struct TokenBatch {
+  SequencesOn<B> sequences;
+  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
+  TokenRange token_range = {}, target_range = {};
+  Index counted = 0;                           // tokens that have a target
+};
+
+// Other tokens and targets for the sequences of a batch, in the memory that is there.
+template <class B>
+void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
+  check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
+        targets.size(), " targets for sequences of ", batch.sequences.tokens(), " tokens");
+  check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
+  upload(backend, tokens, batch.tokens);
+  upload(backend, targets, batch.targets);
+  batch.token_range = TokenRange::of(tokens);
+  batch.target_range = TokenRange::of(targets);
+  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
+}
+// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
+template <class B>
+TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
+  Shape<1> const shape{sequences.tokens()};
+  TokenBatch<B> batch{.sequences = {backend, std::move(sequences)}, .tokens = {backend, shape}, .targets = {backend, shape}};
+  refill(backend, batch, tokens, targets);
+  return batch;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/losses.hpp
+// What tokens lost, as sums.
+#ifndef HYBRIDATTN_CORE_LOSSES_HPP
+#define HYBRIDATTN_CORE_LOSSES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Over the counted tokens of a batch, or of several.
 struct LossSum {
   double loss = 0;     // nats
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
@@ -3341,13 +3710,35 @@ struct LossSum {
   }
 };
 
-//   forward (backend, x, w, targets) -> LossSum                             x [N, C], w [V, C], targets [N]
-//   backward(backend, x, w, targets, scale, d_x, d_w) -> LossSum            overwrites d_x, adds to d_w
+// What a batch lost. The auxiliary losses are weighted.
+struct BatchLosses {
+  LossSum loss;         // over the counted tokens
+  double balance = 0;   // load balancing
+  double policy = 0;    // of the policies
+
+  double auxiliary() const { return policy + balance; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
+// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
+//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
+// A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x and d_w, adds to loss
 // Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
-//   forward(backend, logits, targets, scale, d_logits) -> LossSum: the part behind the logits; d_logits may be empty, or logits
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be empty, or logits
 struct SoftmaxLoss {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -3360,7 +3751,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
-  static LossSum forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits) {
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits,
+                      View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
     Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
     Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
@@ -3376,7 +3768,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     });
     LossSum total;
     for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
-    return total;
+    loss(0) += total;
   }
 
  private:
@@ -3408,7 +3800,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     }
     return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
   }
-  // Targets are checked before the threads start; here a wrong one would be a fault of the library.
+  // Targets are checked where they are uploaded; here a wrong one would be a fault of the library.
   static void check_target(std::int32_t target, Index V) {
 #if HYBRIDATTN_BOUNDS_CHECKS
     if (target >= V) std::abort();
@@ -3419,42 +3811,42 @@ template <> struct On<SoftmaxLoss, Cpu> {
 };
 
 template <> struct On<CrossEntropy, Cpu> {
-  template <class T> static LossSum forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets) {
-    return in_blocks(cpu, x, w, targets, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index) {
-      return On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {});
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {}, sum);
     });
   }
 
   template <class T>
-  static LossSum backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale,
-                          View<T, 2> d_x, View<T, 2> d_w) {
-    return in_blocks(cpu, x, w, targets, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first) {
-      LossSum const loss = On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits);
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
+                       View<T, 2> d_w, View<LossSum, 1> loss) {
+    if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, cpu::Into::add);
-      return loss;
+      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 
  private:
-  // f(logits, targets, first row) gives the loss of a block of rows; one block after the other.
+  // f(logits, targets, first row, sum) adds the loss of a block of rows to a sum; one block after the other.
   template <class T, class F>
-  static LossSum in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, F f) {
+  static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
     Index const N = x.extent(0), V = w.extent(0);
-    for (Index n = 0; n < N; ++n)
-      check(targets(n) < V, "target ", targets(n), " at place ", n, " is not in the vocabulary; allowed: 0 .. ", V - 1,
-            ", or < 0 for none");
     Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
     LossSum total;
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
       cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
-      total += f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first);
+      LossSum of_block;
+      f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
+      total += of_block;
     }
-    return total;
+    loss(0) += total;
   }
 };
 
@@ -3469,8 +3861,8 @@ template <> struct On<CrossEntropy, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; throws on a token outside 0 .. V - 1
-//   backward(backend, tokens, d_y, d_table)   adds to d_table: a tied head has been there
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; tokens are in 0 .. V - 1
+//   backward(backend, tokens, d_y, d_table, into)   d_table is added, where a tied head has been there, or overwritten
 struct Embedding {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -3483,16 +3875,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Embedding, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
-    for (Index n = 0; n < tokens.extent(0); ++n)
-      check(0 <= tokens(n) && tokens(n) < table.extent(0), "token ", tokens(n), " at place ", n,
-            " is not in the vocabulary; allowed: 0 .. ", table.extent(0) - 1);
     parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table) {
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
+                                          Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
     });
   }
@@ -3509,12 +3900,6 @@ template <> struct On<Embedding, Cpu> {
 #define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What a model reads: N tokens in sequences, and for each the token to predict, or a number below 0 for none.
-template <class B> struct TokenBatch {
-  Sequences sequences;
-  Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
-};
 
 template <class S_> class LanguageModel {
  public:
@@ -3547,11 +3932,9 @@ template <class S_> class LanguageModel {
     Held<S, 2> x, x_normed;  // [N, C]
     HYBRIDATTN_FIELDS(blocks, x, x_normed)
   };
-  // What a batch gave: the loss over its counted tokens, the weighted auxiliary losses, and the gradient of their sum.
+  // What a batch gave: its losses, and the gradient of their sum.
   template <class T, class B> struct Gradients {
-    LossSum loss;
-    double auxiliary_loss = 0;  // load balancing and policies
-    double policy_loss = 0;     // the policies' part of it
+    Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
   };
 
@@ -3603,7 +3986,7 @@ template <class S_> class LanguageModel {
                                 .blocks = Stack::starts(stack_),
                                 .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
                                 .head = config_.initialization.linear(config_.model_dim)};
-    auto params = allocate<T>(backend, this->params());
+    auto params = allocate_together<T>(backend, this->params());
     zip(
         [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
           Random random{seed, path.str()};
@@ -3620,6 +4003,8 @@ template <class S_> class LanguageModel {
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
     check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
+    batch.token_range.check_tokens(config_.vocab_size);
+    batch.target_range.check_targets(config_.vocab_size);
     auto const p = in(params);
     Saved<Owned<T, B>> saved;
     Tensor<T, 2, B> x{backend, {batch.sequences.tokens(), config_.model_dim}};
@@ -3643,7 +4028,10 @@ template <class S_> class LanguageModel {
   }
   template <class B, class T> LossSum loss(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     auto const saved = forward(backend, params, batch);
-    return On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets));
+    Tensor<LossSum, 1, B> sum{backend, {1}};
+    On<Fill, B>::forward(backend, LossSum{}, out(sum));
+    On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(in(params)), in(batch.targets), out(sum));
+    return download(backend, sum)[0];
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
@@ -3652,27 +4040,25 @@ template <class S_> class LanguageModel {
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{.loss = {},
-                           .auxiliary_loss = 0,
-                           .policy_loss = policy_loss<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks),
-                           .params = allocate<T>(backend, gradients())};
+    Gradients<T, B> result{{backend, {1}}, allocate_together<T>(backend, gradients())};
     auto const d_p = out(result.params);
-    result.auxiliary_loss = result.policy_loss;
+    BatchLosses* const losses = out(result.losses).data;   // on the machine
+    View<LossSum, 1> const loss{&losses->loss, {1}};
+    On<Fill, B>::forward(backend, BatchLosses{}, out(result.losses));
+    add_policy_losses<T>(backend, batch.sequences.tokens(), auxiliary_scale, saved.blocks, View<double, 1>{&losses->policy, {1}});
     if (stage() == Stage::dense_warm_up) {
-      result.loss = On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets));
+      On<CrossEntropy, B>::forward(backend, in(saved.x_normed), head(p), in(batch.targets), loss);
       Stack::auxiliary_backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), d_p.blocks);
       return result;
     }
-    result.auxiliary_loss += balance(backend, auxiliary_scale, saved.blocks);
+    add_balance_loss(backend, auxiliary_scale, saved.blocks, View<double, 1>{&losses->balance, {1}});
     View<T, 2> const d_head = config_.tie_embedding ? d_p.embedding : d_p.head;
-    On<Fill, B>::forward(backend, T(0), flat(d_p.embedding));
-    On<Fill, B>::forward(backend, T(0), flat(d_p.head));
     Tensor<T, 2, B> d_normed{backend, saved.x_normed.shape()};
-    result.loss = On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head);
-    auto d_x = zeros<T>(backend, saved.x.shape());
-    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm);
+    On<CrossEntropy, B>::backward(backend, in(saved.x_normed), head(p), in(batch.targets), scale, out(d_normed), d_head, loss);
+    Tensor<T, 2, B> d_x{backend, saved.x.shape()};
+    On<RmsNorm, B>::backward(backend, config_.norm, in(saved.x), p.norm, in(d_normed), out(d_x), d_p.norm, Into::overwrite);
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
-    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding);
+    On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding, config_.tie_embedding ? Into::add : Into::overwrite);
     return result;
   }
 
@@ -3697,34 +4083,35 @@ template <class S_> class LanguageModel {
   }
   template <class T> View<T const, 2> head(Params<In<T>> const& p) const { return config_.tie_embedding ? p.embedding : p.head; }
 
-  // The load-balancing loss of all mixture layers; writes its part of each router's gradient into Saved.
+  // Adds the load-balancing loss of all mixture layers to a sum; writes its part of each router's gradient into Saved.
   template <class B, class T>
-  double balance(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
+  void add_balance_loss(B& backend, double scale, typename Stack::template Saved<Owned<T, B>>& blocks, View<double, 1> sum) const {
     auto const& c = stack_.block.feed_forward;
-    if (c.balance_coefficient == 0) return 0;
-    BalanceLoss loss{c};
-    blocks.for_each_layer([&](int, auto& block) { loss.count(backend, block.feed_forward); }, blocks);
-    blocks.for_each_layer([&](int, auto& block) { loss.template write<T>(backend, scale, block.feed_forward); }, blocks);
-    return loss.value();
+    if (c.balance_coefficient == 0) return;
+    std::array<FeedForward::Saved<Owned<T, B>>*, Stack::depth> mixtures;
+    std::size_t count = 0;
+    blocks.for_each_layer(
+        [&](int i, auto& block) {
+          if (c.is_mixture(i)) mixtures[count++] = &block.feed_forward;
+        },
+        blocks);
+    balance_loss<B, T>(backend, c, scale, std::span(mixtures).first(count), sum);
   }
-  // The weighted auxiliary losses of all policies that have one; writes each one's own gradient into Saved.
+  // Adds the weighted auxiliary losses of all policies that have one to a sum; writes each one's own gradient into Saved.
   template <class T, class B>
-  double policy_loss(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks) const {
-    double sum = 0;
+  void add_policy_losses(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks,
+                         View<double, 1> sum) const {
     blocks.for_each(
         [&](auto block, std::size_t, auto& kept) {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
             if (!kept.attention.outputs.auxiliary_loss) return;
             double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
-            wide_t<T> value, d_value = static_cast<wide_t<T>>(scale * weight);
-            backend.download(&value, in(kept.attention.outputs.auxiliary_loss).data, sizeof value);
-            backend.upload(out(kept.attention.d_auxiliary_loss).data, &d_value, sizeof d_value);
-            sum += weight * static_cast<double>(value);
+            On<Fill, B>::forward(backend, static_cast<wide_t<T>>(scale * weight), out(kept.attention.d_auxiliary_loss));
+            On<AddWeighted, B>::forward(backend, weight, in(kept.attention.outputs.auxiliary_loss), sum);
           }
         },
         blocks);
-    return sum;
   }
 
   Config config_;
@@ -3805,10 +4192,10 @@ template <class Stack, class T, class B> class Cache {
 
   // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
   struct Call {
-    Sequences sequences;
+    SequencesOn<B> sequences;
     std::vector<std::int32_t> tokens;
   };
-  Call const& next(TokenLists const& tokens) {
+  Call const& next(B& backend, TokenLists const& tokens) {
     check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
     new_lengths_.clear();
     call_.tokens.clear();
@@ -3816,7 +4203,7 @@ template <class Stack, class T, class B> class Cache {
       new_lengths_.push_back(std::ssize(of_sequence));
       call_.tokens.insert(call_.tokens.end(), of_sequence.begin(), of_sequence.end());
     }
-    call_.sequences.assign(lengths_, new_lengths_);
+    call_.sequences.assign(backend, lengths_, new_lengths_);
     check_fits(call_.sequences, batch(), capacity_);
     return call_;
   }
@@ -3856,7 +4243,7 @@ namespace infer {
 
 // x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
 template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequences const& s,
+Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, SequencesOn<B> const& s,
                                 typename Attention<P>::template Params<In<T>> const& p, View<T const, 2> x,
                                 typename P::template Cache<Out<T>> const& cache) {
   using Prepare = typename P::Prepare;
@@ -3887,7 +4274,7 @@ Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, Sequenc
 
 // As in nn/block.hpp.
 template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s,
+Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
                       typename Block<P>::template Params<In<T>> const& p, Tensor<T, 2, B> x,
                       typename P::template Cache<Out<T>> const& cache) {
   Tensor<T, 2, B> normed{backend, x.shape()};
@@ -3903,8 +4290,9 @@ Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const
 
 // As in nn/stack.hpp.
 template <class Stack, class B, class T>
-Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, Sequences const& s, typename Stack::template Params<In<T>> const& params,
-                      Tensor<T, 2, B> x, typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
+Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, SequencesOn<B> const& s,
+                      typename Stack::template Params<In<T>> const& params, Tensor<T, 2, B> x,
+                      typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
   params.for_each(
       [&](auto type, std::size_t layer, auto& p, auto& cache) {
         using Block = typename decltype(type)::type;
@@ -3921,7 +4309,7 @@ enum class Rows { all, last };
 // [N, V], or a row for the last token of each sequence that has new ones.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       Sequences const& s, Rows rows, Tensor<T, 2, B> x) {
+                       SequencesOn<B> const& s, Rows rows, Tensor<T, 2, B> x) {
   if (rows == Rows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
@@ -3952,8 +4340,9 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache, Rows rows) {
   check_sizes(model, cache);
-  auto const& call = cache.next(tokens);
+  auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {};
+  TokenRange::of(call.tokens).check_tokens(model.config().vocab_size);
   auto const p = in(params);
   Tensor<std::int32_t, 1, B> numbers{backend, {std::ssize(call.tokens)}};
   upload(backend, call.tokens, numbers);
