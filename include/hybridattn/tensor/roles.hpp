@@ -189,6 +189,15 @@ template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
+struct FindBlock {
+  SharedBlock const* block = nullptr;
+  bool apart = false;
+  void operator()(Path const&, auto const& tensor) {
+    if (!tensor) return;
+    if (block == nullptr) block = tensor.shared();
+    apart = apart || tensor.shared() != block;
+  }
+};
 // The places of tensors in a block, which it counts first, while there is none.
 template <class B> struct AllocateTogether {
   B& backend;
@@ -253,6 +262,16 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   place.block = backend.pool().share(backend.take(bytes), bytes);
   zip(place, shapes, owned);
   return owned;
+}
+
+// The block of a group that was allocated together, as elements in a line; also those between the tensors, which are anything.
+// Throws Error where its tensors stand apart.
+template <class G> View<scalar_of<G>, 1> block_of(G& owned) {
+  detail::FindBlock found;
+  zip(found, owned);
+  check(found.block != nullptr && !found.apart, "the tensors of a group stand apart; allocate_together puts them into one block");
+  using T = scalar_of<G>;
+  return {static_cast<T*>(found.block->data), {static_cast<Index>(found.block->bytes / sizeof(T))}};
 }
 
 // Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.

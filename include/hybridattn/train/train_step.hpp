@@ -106,9 +106,7 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
     auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
     if (i == 0) gradients = std::move(more.params);
-    else
-      zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
-          more.params);
+    else On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(block_of(more.params)), block_of(gradients));
   }
   exchange(backend, gradients, optimizer.numbers());
   optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
