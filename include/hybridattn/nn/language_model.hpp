@@ -49,6 +49,7 @@ template <class S_> class LanguageModel {
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
+    View<T, 1> all;                    // the block of memory in which the params stand
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -153,7 +154,8 @@ template <class S_> class LanguageModel {
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{{backend, {1}}, allocate_together<T>(backend, gradients())};
+    Gradients<T, B> result{{backend, {1}}, {}, {}};
+    result.params = allocate_together<T>(backend, gradients(), &result.all);
     auto const d_p = out(result.params);
     BatchLosses* const losses = out(result.losses).data;   // on the machine
     View<LossSum, 1> const loss{&losses->loss, {1}};

@@ -101,12 +101,17 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
 
   optimizer.open(backend, options.rate);
   Params gradients;
+  View<scalar_of<Params>, 1> all;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
     auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
-    if (i == 0) gradients = std::move(more.params);
-    else On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(block_of(more.params)), block_of(gradients));
+    if (i > 0) {
+      On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(more.all), all);
+      continue;
+    }
+    gradients = std::move(more.params);
+    all = more.all;
   }
   exchange(backend, gradients, optimizer.numbers());
   optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
