@@ -1070,9 +1070,6 @@ struct ToOut {
 struct ToRead {
   void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
-struct ToShape {
-  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
-};
 template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
@@ -1083,7 +1080,7 @@ template <class B> struct AllocateTogether {
   SharedBlock* block = nullptr;
   std::size_t bytes = 0;
 
-  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
     if (block != nullptr) tensor = {backend, shape, *block, bytes};
     constexpr Index aligned = 128;   // bytes: a line of a cache, or two
     bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
@@ -1125,21 +1122,19 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// How big the tensors of a group are.
-template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
-  typename detail::OwnedGroup<G>::Sizes sizes;
-  zip(detail::ToShape{}, owned, sizes);
-  return sizes;
-}
-// In one block of memory, each at an address that 128 divides; what lies between them is anything.
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+// In one block of memory, each at an address that 128 divides; what lies between them is anything. `all` becomes the elements of the
+// block in a line.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
+                                                                                       View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
   detail::AllocateTogether<B> place{backend};
   zip(place, shapes, owned);
-  if (place.bytes == 0) return allocate<T>(backend, shapes);
-  std::size_t const bytes = std::exchange(place.bytes, 0);
+  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = backend.pool().share(backend.take(bytes), bytes);
+  ++place.block->tensors;   // of a group without tensors nobody would give it back
   zip(place, shapes, owned);
+  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  detail::leave(backend, place.block);
   return owned;
 }
 
@@ -8180,6 +8175,7 @@ template <class S_> class LanguageModel {
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
+    View<T, 1> all;                    // the block of memory in which the params stand
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -8284,7 +8280,8 @@ template <class S_> class LanguageModel {
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
-    Gradients<T, B> result{{backend, {1}}, allocate_together<T>(backend, gradients())};
+    Gradients<T, B> result{{backend, {1}}, {}, {}};
+    result.params = allocate_together<T>(backend, gradients(), &result.all);
     auto const d_p = out(result.params);
     BatchLosses* const losses = out(result.losses).data;   // on the machine
     View<LossSum, 1> const loss{&losses->loss, {1}};
@@ -9261,6 +9258,28 @@ inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   if (bad.loss.count > 0) text << "; its loss was " << bad.loss.mean();
   return text.str();
 }
+
+// What an optimizer says of the tensors of a model, in their order: compiled once for a scalar, whatever the model.
+template <class T> struct StepTensors {
+  std::vector<std::string> names;
+  std::vector<bool> decays;
+  std::vector<std::int32_t> roles;        // in the step at hand
+  std::vector<AdamWTensor<T>> tensors;
+
+  [[gnu::noinline, gnu::cold]] void name(Path const& path, AdamWOptions const& options) {
+    names.push_back(path.str());
+    decays.push_back(!options.decays || options.decays(names.back()));
+  }
+  // Without a gradient p is nothing.
+  [[gnu::noinline]] void add(AdamWTensor<T> tensor, std::vector<bool> const& apart) {
+    std::size_t const i = roles.size();
+    tensor.first_block = i == 0 ? 0 : tensors.back().first_block + tensors.back().blocks();
+    tensors.push_back(tensor);
+    roles.push_back((tensor.p != nullptr ? StepRole::has_gradient : 0) | (decays[i] ? StepRole::decays : 0) |
+                    (!apart.empty() && apart[i] ? StepRole::apart : 0));
+  }
+};
+
 }  // namespace detail
 
 // Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
@@ -9280,24 +9299,27 @@ template <class Params> class AdamW {
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
     options_.check_numbers();
     On<Fill, Backend>::forward(backend, StepNumbers{}, out(numbers_));
-    auto const sizes = sizes_of(like);
-    state_ = {allocate_together<Scalar>(backend, sizes), allocate_together<Scalar>(backend, sizes)};
+    typename detail::OwnedGroup<Params>::Sizes sizes;
     zip(
-        [&](Path const& path, auto& mean, auto& square) {
-          On<Fill, Backend>::forward(backend, Scalar(0), flat(out(mean)));
-          On<Fill, Backend>::forward(backend, Scalar(0), flat(out(square)));
-          decays_.push_back(!options_.decays || options_.decays(path.str()));
+        [&](Path const& path, auto const& p, auto& size) {
+          size = p.shape();
+          list_.name(path, options_);
         },
-        state_.mean, state_.square);
-    auto const tensors = static_cast<Index>(decays_.size());
+        like, sizes);
+    for (Params* moments : {&state_.mean, &state_.square}) {
+      View<Scalar, 1> all;
+      *moments = allocate_together<Scalar>(backend, sizes, &all);
+      On<Fill, Backend>::forward(backend, Scalar(0), all);
+    }
+    auto const tensors = static_cast<Index>(list_.names.size());
     squares_ = {backend, {tensors}};
     rates_ = {backend, {tensors}};
     found_ = {backend, {tensors}};
     roles_ = {backend, {tensors}};
     updates_ = zeros<Index>(backend, Shape<1>{tensors});
     tensors_ = {backend, {tensors}};
-    reserve(next_roles_, tensors, "the roles of tensors in a step");
-    reserve(next_tensors_, tensors, "the tensors of a step");
+    reserve(list_.roles, tensors, "the roles of tensors in a step");
+    reserve(list_.tensors, tensors, "the tensors of a step");
   }
 
   // A step begins, with learning_rate * rate.
@@ -9313,11 +9335,11 @@ template <class Params> class AdamW {
   // parameters, or none at all) are clipped by a norm of their own: where two losses train two parts of a model, neither part
   // moves otherwise because of the other's gradients.
   void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& apart = {}) {
-    check(apart.empty() || apart.size() == decays_.size(), "AdamW: ", apart.size(), " words say which of ", decays_.size(),
+    check(apart.empty() || apart.size() == decays().size(), "AdamW: ", apart.size(), " words say which of ", decays().size(),
           " tensors are apart");
     list_tensors(params, gradients, apart);
-    bring_up_to_date(backend, next_roles_, known_roles_, roles_);
-    bring_up_to_date(backend, next_tensors_, known_tensors_, tensors_);
+    bring_up_to_date(backend, list_.roles, known_roles_, roles_);
+    bring_up_to_date(backend, list_.tensors, known_tensors_, tensors_);
     On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
     On<DecideStep, Backend>::forward(backend, decide_options(), in(roles_), in(squares_), in(updates_), out(rates_), out(numbers_));
     On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
@@ -9336,7 +9358,7 @@ template <class Params> class AdamW {
     if (BadStep const& bad = numbers.first_bad; bad.step != 0) {
       On<Fill, Backend>::forward(backend, BadStep{}, View<BadStep, 1>{&out(numbers_).data->first_bad, {1}});
       bool const of_loss = bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss;
-      auto const tensor = path_of(bad.tensor);
+      auto const tensor = bad.tensor < 0 ? std::string{} : list_.names[static_cast<std::size_t>(bad.tensor)];
       fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_last ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
     }
     return numbers;
@@ -9367,25 +9389,19 @@ template <class Params> class AdamW {
   }
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
-  std::vector<bool> const& decays() const { return decays_; }
+  std::vector<bool> const& decays() const { return list_.decays; }
   State const& state() const { return state_; }
   State& state() { return state_; }
 
  private:
   // What the step at hand is about: addresses and roles, which change rarely.
   void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& apart) {
-    next_roles_.clear();
-    next_tensors_.clear();
-    Index blocks = 0;
+    list_.roles.clear();
+    list_.tensors.clear();
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-          std::size_t const i = next_roles_.size();
-          next_roles_.push_back((g ? StepRole::has_gradient : 0) | (decays_[i] ? StepRole::decays : 0) |
-                                (!apart.empty() && apart[i] ? StepRole::apart : 0));
-          AdamWTensor<Scalar> tensor{.first_block = blocks};
-          if (g) tensor = {out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count(), blocks};
-          blocks += tensor.blocks();
-          next_tensors_.push_back(tensor);
+          if (g) list_.add({out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count()}, apart);
+          else list_.add({}, apart);
         },
         params, gradients, state_.mean, state_.square);
   }
@@ -9404,22 +9420,11 @@ template <class Params> class AdamW {
             .max_norm = options_.max_norm,
             .bias_correction = options_.bias_correction};
   }
-  [[gnu::cold]] std::string path_of(std::int32_t tensor) const {
-    std::string found;
-    std::int32_t next = 0;
-    zip(
-        [&](Path const& path, auto const&) {
-          if (next++ == tensor) found = path.str();
-        },
-        state_.mean);
-    return found;
-  }
-
   AdamWOptions options_;
   State state_;
-  std::vector<bool> decays_;
-  std::vector<std::int32_t> known_roles_, next_roles_;
-  std::vector<AdamWTensor<Scalar>> known_tensors_, next_tensors_;
+  detail::StepTensors<Scalar> list_;
+  std::vector<std::int32_t> known_roles_;                // as the machine has them
+  std::vector<AdamWTensor<Scalar>> known_tensors_;
   double rate_ = 1;                              // as the machine has it
   Index steps_ = 0, started_ = 0, unread_ = 0;
   Tensor<StepNumbers, 1, Backend> numbers_;      // [1]
@@ -9919,14 +9924,17 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
 
   optimizer.open(backend, options.rate);
   Params gradients;
+  View<scalar_of<Params>, 1> all;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
     auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
-    if (i == 0) gradients = std::move(more.params);
-    else
-      zip([&](Path const&, auto& sum, auto const& g) { On<Add, B>::forward(backend, flat(in(g)), flat(out(sum))); }, gradients,
-          more.params);
+    if (i > 0) {
+      On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(more.all), all);
+      continue;
+    }
+    gradients = std::move(more.params);
+    all = more.all;
   }
   exchange(backend, gradients, optimizer.numbers());
   optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});

@@ -1204,9 +1204,6 @@ struct ToOut {
 struct ToRead {
   void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
-struct ToShape {
-  void operator()(Path const&, auto const& tensor, auto& shape) const { shape = tensor.shape(); }
-};
 template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
@@ -1217,7 +1214,7 @@ template <class B> struct AllocateTogether {
   SharedBlock* block = nullptr;
   std::size_t bytes = 0;
 
-  template <int Rank, class T> void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
     if (block != nullptr) tensor = {backend, shape, *block, bytes};
     constexpr Index aligned = 128;   // bytes: a line of a cache, or two
     bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
@@ -1259,21 +1256,19 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// How big the tensors of a group are.
-template <class G> typename detail::OwnedGroup<G>::Sizes sizes_of(G const& owned) {
-  typename detail::OwnedGroup<G>::Sizes sizes;
-  zip(detail::ToShape{}, owned, sizes);
-  return sizes;
-}
-// In one block of memory, each at an address that 128 divides; what lies between them is anything.
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes) {
+// In one block of memory, each at an address that 128 divides; what lies between them is anything. `all` becomes the elements of the
+// block in a line.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
+                                                                                       View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
   detail::AllocateTogether<B> place{backend};
   zip(place, shapes, owned);
-  if (place.bytes == 0) return allocate<T>(backend, shapes);
-  std::size_t const bytes = std::exchange(place.bytes, 0);
+  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = backend.pool().share(backend.take(bytes), bytes);
+  ++place.block->tensors;   // of a group without tensors nobody would give it back
   zip(place, shapes, owned);
+  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  detail::leave(backend, place.block);
   return owned;
 }
 
