@@ -169,3 +169,8 @@ TEST_CASE("README's first C++ block is the quickstart, in under 60 lines") {
   CHECK(readme.substr(start, end - start) == example);
   CHECK(std::count(example.begin(), example.end(), '\n') < 60);
 }
+
+TEST_CASE("an operation is forward, backward and extend, and nothing else") {
+  CHECK(offenders(R"(\bOn<[\w:<>, ]+>::(?!forward\b|backward\b|extend\b)\w)", [](std::string const&) { return false; }) ==
+        std::vector<std::string>{});
+}

@@ -1947,8 +1947,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // What a kernel reads of a batch's sequences, in the memory of its machine.
 struct SequenceTable {
-  View<Sequence const, 1> list;                       // [count]
-  View<std::int32_t const, 1> positions, owners;      // [N]: as Sequences has them
+  View<Sequence const, 1> list;                    // [count]
+  View<std::int32_t const, 1> positions, owners;   // [N]: as Sequences has them
 };
 
 // The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
@@ -1965,9 +1965,9 @@ template <class B> class SequencesOn : public Sequences {
   }
   SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
 
-  // The rotary angles of the batch for a size of the rotary part and a theta, made by make(angles) for the layer that asks first:
-  // [P, 2, rotary_dim/2], a row for each position up to the longest sequence's end, or for each token where any sequence
-  // follows others. The table grows on first use though the batch is const: one thread at a time may work with a batch.
+  // Rotary angles [P, 2, rotary_dim/2] of the batch. The layer that asks first makes them by make(angles), the others find them.
+  // There is a row for each position up to the longest sequence's end, or for each token where a sequence follows earlier tokens.
+  // The list of angles grows although the batch is const: one thread at a time may work with a batch.
   template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
     auto& known = std::get<std::vector<Angles<T>>>(angles_);
     auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });

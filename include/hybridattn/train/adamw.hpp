@@ -235,14 +235,16 @@ template <class Params> class AdamW {
             .max_norm = options_.max_norm,
             .bias_correction = options_.bias_correction};
   }
+
   AdamWOptions options_;
   State state_;
   detail::StepTensors<Scalar> list_;
-  std::vector<std::int32_t> known_roles_;                // as the machine has them
+  // As the machine has them.
+  std::vector<std::int32_t> known_roles_;
   std::vector<AdamWTensor<Scalar>> known_tensors_;
-  double rate_ = 1;                              // as the machine has it
+  double rate_ = 1;
   Index steps_ = 0, started_ = 0, unread_ = 0;
-  Tensor<StepNumbers, 1, Backend> numbers_;      // [1]
+  Tensor<StepNumbers, 1, Backend> numbers_;   // [1]
   // For each tensor:
   Tensor<std::int32_t, 1, Backend> roles_;
   Tensor<AdamWTensor<Scalar>, 1, Backend> tensors_;
