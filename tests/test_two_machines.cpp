@@ -215,12 +215,27 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   run.start(1, {.rate = 1e38});
   CHECK_THROWS_WITH(run.start(1).read(), Contains("step 7: the update of embedding"));
 
+  // A bad step is bad however often it is read. train_step reads what nobody read before it moves anything.
+  auto const twice = run.start(1, {.rate = 1e38});
+  CHECK_THROWS_WITH(twice.read(), Contains("step 8: the update of embedding"));
+  CHECK_THROWS_WITH(twice.read(), Contains("step 8: it was bad, as an earlier read of it said"));
+  run.start(1, {.rate = 1e38});
+  auto const untouched = values();
+  CHECK_THROWS_WITH(train_step(run.backend, run.model, run.params, run.optimizer, run.batches[0]), Contains("step 8: the update"));
+  CHECK(untouched == values());
+  // A step that could not be started leaves none to read.
+  auto const good = run.start(1, {.rate = 0});
+  auto const wrong = make_batch(run.backend, ha::Sequences::equal(1, 1), std::vector<std::int32_t>{40}, std::vector<std::int32_t>{1});
+  CHECK_THROWS_WITH(start_step(run.backend, run.model, run.params, run.optimizer, wrong), Contains("token 40 at place 0"));
+  CHECK_THROWS_WITH(good.read(), Contains("the step is not the last one any more"));
+  run.optimizer.read(run.backend);
+
   // A loss that is no number, seen late and at once.
   ha::On<ha::Fill, Counting>::forward(run.backend, std::nanf(""), flat(ha::out(run.params.norm)));
   run.start(1);
-  CHECK_THROWS_WITH(run.start(1).read(), Contains("step 8: the loss is nan; the first gradient that is not finite is that of embedding"));
+  CHECK_THROWS_WITH(run.start(1).read(), Contains("step 9: the loss is nan; the first gradient that is not finite is that of embedding"));
   CHECK_THROWS_WITH(train_step(run.backend, run.model, run.params, run.optimizer, run.batches[0]),
-                    Contains("step 8: the loss is nan; the first tensor that is not finite is the parameter norm"));
+                    Contains("step 9: the loss is nan; the first tensor that is not finite is the parameter norm"));
 }
 
 TEST_CASE("parameters, gradients and moments stand in one block of memory each, and an exchange sees the gradients before the update") {
@@ -288,4 +303,17 @@ TEST_CASE("a backend fills, copies and waits; one text of a user's operation ser
   CHECK_THROWS_WITH(fake.copy(ha::out(x).data, &host, 4), Contains("memory of the host"));
   CHECK_THROWS_WITH(fake.fill(&host, std::byte{0}, 4), Contains("memory of the host"));
   CHECK(ha::Cpu{1}.owns(&host));
+}
+
+TEST_CASE("a rotary share of no entries turns nothing") {
+  using Plain = ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .rotary_percent = 25}>;
+  using Indexer = ha::SparseAttention<ha::SparseOptions{.top_k = 3, .qk_norm = ha::QkNorm::none, .index_rotary_percent = 50}>;
+  ha::Cpu cpu{1};
+  ha::LanguageModel<ha::Stack<Plain, Indexer>>::Config c{.vocab_size = 19, .model_dim = 8, .num_heads = 2};
+  c.mixer<Indexer>().index_dim = 2;
+  ha::LanguageModel<ha::Stack<Plain, Indexer>> const model{c};
+  auto params = model.initialize<float>(cpu, ha::Seed{1});
+  ha::AdamW optimizer{cpu, params};
+  auto const batch = make_batch(cpu, ha::Sequences::equal(1, 9), tokens(9, 1), tokens(9, 2));
+  CHECK(std::isfinite(train_step(cpu, model, params, optimizer, batch, {.stage = ha::Stage::sparse}).loss.mean()));
 }

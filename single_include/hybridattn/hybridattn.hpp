@@ -630,14 +630,13 @@ class Pool {
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
   // A record for a block that tensors will share, and back: records are used again, as blocks are.
-  SharedBlock* share(void* block, std::size_t bytes) {
+  SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
-    *record = {block, bytes, 0};
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
@@ -799,7 +798,18 @@ template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// One tensor less in a block.
+// A block for tensors to share, with one share: the caller's.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// A tensor leaves its block. The last one gives it back.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -820,7 +830,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that it shares with others, `offset` bytes from its start.
+  // In a block that several tensors share, `offset` bytes from its start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
@@ -1074,7 +1084,7 @@ template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
-// The places of tensors in a block, which it counts first, while there is none.
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
 template <class B> struct AllocateTogether {
   B& backend;
   SharedBlock* block = nullptr;
@@ -1122,17 +1132,17 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory, each at an address that 128 divides; what lies between them is anything. `all` becomes the elements of the
-// block in a line.
+// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
+// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
   detail::AllocateTogether<B> place{backend};
   zip(place, shapes, owned);
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
-  place.block = backend.pool().share(backend.take(bytes), bytes);
-  ++place.block->tensors;   // of a group without tensors nobody would give it back
+  place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
+  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
   if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
@@ -1482,9 +1492,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
-struct Scale {};         // forward(backend, factor, y)     y *= factor
 struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
-struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -1974,14 +1983,6 @@ template <> struct On<Add, Cpu> {
   }
 };
 
-template <> struct On<Scale, Cpu> {
-  template <class T> static void forward(Cpu& cpu, T factor, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) y.data[i] *= factor;
-    });
-  }
-};
-
 template <> struct On<AddWeighted, Cpu> {
   template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
     sum(0) += weight * static_cast<double>(loss(0));
@@ -2296,7 +2297,8 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
+        Index const row = cpu::detail::row_of(positions, n);
+        T const *cosine = half == 0 ? nullptr : angles.row(row, 0), *sine = half == 0 ? nullptr : angles.row(row, 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);
@@ -7181,7 +7183,7 @@ struct FeedForward {
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
     Mlp::forward<GroupedLinear>(backend, p.experts, in(saved.rows), out(saved.experts), out(saved.made), in(saved.offsets));
     On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
-    On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
+    On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_probability));
     if (c.shared_dim < 0) return;
     Mlp::forward(backend, p.shared, x, out(saved.shared), out(saved.shared_made));
     On<Linear, B>::forward(backend, x, p.shared_gate, out(saved.shared_logit));
@@ -7910,11 +7912,11 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
         targets.size(), " targets for sequences of ", batch.sequences.tokens(), " tokens");
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
-  upload(backend, tokens, batch.tokens);
-  upload(backend, targets, batch.targets);
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
   batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
+  upload(backend, tokens, batch.tokens);
+  upload(backend, targets, batch.targets);
 }
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>
@@ -8039,7 +8041,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     }
     return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
   }
-  // Targets are checked where they are uploaded; here a wrong one would be a fault of the library.
+  // The model checks targets before it calls this. Who calls the operation checks them himself.
   static void check_target(std::int32_t target, Index V) {
 #if HYBRIDATTN_BOUNDS_CHECKS
     if (target >= V) std::abort();
@@ -8900,8 +8902,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // What kept a step from moving anything.
 enum class StepFault : std::int32_t {
   none,
-  loss,             // is not finite, and so the others
-  auxiliary_loss,
+  loss,             // the loss is not finite
+  auxiliary_loss,   // the auxiliary losses are not finite
   gradient,         // of a tensor holds a NaN or an infinity
   tensor_norm,      // of a gradient, all of whose elements are finite
   global_norm,
@@ -8955,7 +8957,7 @@ struct DecideStep {
     bool bias_correction;
   };
 };
-// A step without a fault, and without a tensor that AdamWCheck found one in, counts; of the others the first is kept.
+// A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
 //   forward(backend, roles, found, updates, numbers)
 struct CloseStep {};
 
@@ -9325,6 +9327,7 @@ template <class Params> class AdamW {
   // A step begins, with learning_rate * rate.
   void open(Backend& backend, double rate) {
     check_not_negative("AdamW", "rate", rate);
+    ++started_;   // the numbers of the step before are no longer to be had
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
     On<OpenStep, Backend>::forward(backend, out(numbers_));
@@ -9345,21 +9348,20 @@ template <class Params> class AdamW {
     On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
     On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
-    ++started_;
     ++unread_;
   }
-  // The numbers of the last step; waits for it. Throws where a step since the last read was bad, and names the first one, its fault
-  // and its tensor, and its loss; where it is the last step, origin() tells what a loss that is not finite comes from.
+  // The numbers of the last step; waits for it. Throws where a step since the last read was bad. The sentence names the first such
+  // step, its fault, its tensor and its loss. Where it is the only step since then, origin() tells where its loss comes from.
   template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
     StepNumbers numbers;
     backend.download(&numbers, in(numbers_).data, sizeof numbers);
-    bool const is_last = std::exchange(unread_, 0) == 1;
+    bool const is_only = std::exchange(unread_, 0) == 1;
     steps_ = numbers.steps;
     if (BadStep const& bad = numbers.first_bad; bad.step != 0) {
       On<Fill, Backend>::forward(backend, BadStep{}, View<BadStep, 1>{&out(numbers_).data->first_bad, {1}});
       bool const of_loss = bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss;
       auto const tensor = bad.tensor < 0 ? std::string{} : list_.names[static_cast<std::size_t>(bad.tensor)];
-      fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_last ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
+      fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_only ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
     }
     return numbers;
   }
@@ -9376,9 +9378,11 @@ template <class Params> class AdamW {
   // Steps that moved something, as of the last read; and those that were started, whatever came of them.
   Index steps() const { return steps_; }
   Index started() const { return started_; }
+  // Steps since the last read.
+  Index unread() const { return unread_; }
   // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
   std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
-  // Goes on from there.
+  // Goes on from there. Steps that nobody read are forgotten.
   void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
     StepNumbers numbers;
     numbers.rate = rate_;
@@ -9386,6 +9390,8 @@ template <class Params> class AdamW {
     On<Fill, Backend>::forward(backend, numbers, out(numbers_));
     upload(backend, updates, updates_);
     steps_ = steps;
+    unread_ = 0;
+    ++started_;
   }
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
@@ -9889,14 +9895,15 @@ template <class B, class Params> class PendingStep {
  public:
   PendingStep(B& backend, AdamW<Params>& optimizer) : backend_(backend), optimizer_(optimizer), number_(optimizer.started()) {}
 
-  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. Names the first
-  // of these, its fault and its tensor.
+  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. The sentence
+  // names the first of these, its fault and its tensor. Only the step that was started last can be read.
   StepResult read() const {
     return read([] { return std::string{}; });
   }
   template <class Origin> StepResult read(Origin origin) const {
     check(optimizer_.started() == number_, "the step is not the last one any more: only the numbers of the last one are kept");
     StepNumbers const numbers = optimizer_.read(backend_, origin);
+    check(numbers.fault == StepFault::none, "step ", numbers.steps + 1, ": it was bad, as an earlier read of it said");
     return {numbers.loss, numbers.auxiliary_loss, numbers.policy_loss, numbers.gradient_norm};
   }
 
@@ -9906,8 +9913,9 @@ template <class B, class Params> class PendingStep {
   Index number_;
 };
 
-// What stands between backward and update where several processes train one model: it may add up their gradients, each group of
-// which is one block of memory, and their numbers. Alone there is nothing to exchange.
+// What stands between backward and update. Where several processes train one model, theirs adds up the gradients, which stand in one
+// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).loss.count of
+// them: the mean over all weights it by that count. A process that is alone exchanges nothing.
 struct NoExchange {
   template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
 };
@@ -9949,10 +9957,11 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
 }
 
 // The same, and waits for it. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
-// make a parameter or a moment so, naming step and tensor.
+// make a parameter or a moment so, naming step and tensor. It first reads steps that nobody read.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+  if (optimizer.unread() > 0) optimizer.read(backend);   // throws for a bad one before this step moves anything
   auto const step = start_step(backend, model, params, optimizer, batches, options);
   return step.read([&] { return detail::origin(backend, model.at(options.stage), params, batches); });
 }

@@ -625,14 +625,13 @@ class Pool {
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
   // A record for a block that tensors will share, and back: records are used again, as blocks are.
-  SharedBlock* share(void* block, std::size_t bytes) {
+  SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
-    *record = {block, bytes, 0};
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
@@ -794,7 +793,18 @@ template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// One tensor less in a block.
+// A block for tensors to share, with one share: the caller's.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// A tensor leaves its block. The last one gives it back.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -815,7 +825,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that it shares with others, `offset` bytes from its start.
+  // In a block that several tensors share, `offset` bytes from its start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
@@ -1069,7 +1079,7 @@ template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
-// The places of tensors in a block, which it counts first, while there is none.
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
 template <class B> struct AllocateTogether {
   B& backend;
   SharedBlock* block = nullptr;
@@ -1117,17 +1127,17 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory, each at an address that 128 divides; what lies between them is anything. `all` becomes the elements of the
-// block in a line.
+// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
+// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
   detail::AllocateTogether<B> place{backend};
   zip(place, shapes, owned);
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
-  place.block = backend.pool().share(backend.take(bytes), bytes);
-  ++place.block->tensors;   // of a group without tensors nobody would give it back
+  place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
+  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
   if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
@@ -1477,9 +1487,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
-struct Scale {};         // forward(backend, factor, y)     y *= factor
 struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
-struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -1969,14 +1978,6 @@ template <> struct On<Add, Cpu> {
   }
 };
 
-template <> struct On<Scale, Cpu> {
-  template <class T> static void forward(Cpu& cpu, T factor, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) y.data[i] *= factor;
-    });
-  }
-};
-
 template <> struct On<AddWeighted, Cpu> {
   template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
     sum(0) += weight * static_cast<double>(loss(0));
@@ -2291,7 +2292,8 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
+        Index const row = cpu::detail::row_of(positions, n);
+        T const *cosine = half == 0 ? nullptr : angles.row(row, 0), *sine = half == 0 ? nullptr : angles.row(row, 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);

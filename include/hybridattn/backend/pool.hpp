@@ -72,14 +72,13 @@ class Pool {
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
   // A record for a block that tensors will share, and back: records are used again, as blocks are.
-  SharedBlock* share(void* block, std::size_t bytes) {
+  SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
-    *record = {block, bytes, 0};
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }

@@ -217,7 +217,7 @@ struct FeedForward {
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
     Mlp::forward<GroupedLinear>(backend, p.experts, in(saved.rows), out(saved.experts), out(saved.made), in(saved.offsets));
     On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
-    On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
+    On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_probability));
     if (c.shared_dim < 0) return;
     Mlp::forward(backend, p.shared, x, out(saved.shared), out(saved.shared_made));
     On<Linear, B>::forward(backend, x, p.shared_gate, out(saved.shared_logit));

@@ -49,11 +49,11 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
         targets.size(), " targets for sequences of ", batch.sequences.tokens(), " tokens");
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
-  upload(backend, tokens, batch.tokens);
-  upload(backend, targets, batch.targets);
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
   batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
+  upload(backend, tokens, batch.tokens);
+  upload(backend, targets, batch.targets);
 }
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>

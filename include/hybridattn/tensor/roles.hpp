@@ -187,7 +187,7 @@ template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
-// The places of tensors in a block, which it counts first, while there is none.
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
 template <class B> struct AllocateTogether {
   B& backend;
   SharedBlock* block = nullptr;
@@ -235,17 +235,17 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory, each at an address that 128 divides; what lies between them is anything. `all` becomes the elements of the
-// block in a line.
+// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
+// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
   detail::AllocateTogether<B> place{backend};
   zip(place, shapes, owned);
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
-  place.block = backend.pool().share(backend.take(bytes), bytes);
-  ++place.block->tensors;   // of a group without tensors nobody would give it back
+  place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
+  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
   if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;

@@ -13,7 +13,18 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// One tensor less in a block.
+// A block for tensors to share, with one share: the caller's.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// A tensor leaves its block. The last one gives it back.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -34,7 +45,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that it shares with others, `offset` bytes from its start.
+  // In a block that several tensors share, `offset` bytes from its start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;

@@ -4,14 +4,17 @@
 
 #include <hybridattn/testing/fake.hpp>
 
+#include <type_traits>
+
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// make(schedule) makes one that does its work in another order for each schedule, from 1 on, where it can: no result may depend on it.
-// A backend with schedules has a specialisation.
+// make(schedule) makes a backend that does its work in another order for each schedule, from 1 on: no result may depend on the order.
+// A backend that has several orders specialises this. One that a number makes must: what the number means is its own affair.
 template <class B> struct Machine {
+  static_assert(!std::is_constructible_v<B, int>, "say what the schedules of this backend are: specialise testing::Machine");
   static B make(int) { return B(); }
 };
-// On so many threads.
+// Cpu, Fake: the schedule is the number of threads.
 template <> struct Machine<Cpu> {
   static Cpu make(int schedule) { return Cpu(schedule); }
 };

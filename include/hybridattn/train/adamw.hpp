@@ -140,6 +140,7 @@ template <class Params> class AdamW {
   // A step begins, with learning_rate * rate.
   void open(Backend& backend, double rate) {
     check_not_negative("AdamW", "rate", rate);
+    ++started_;   // the numbers of the step before are no longer to be had
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
     On<OpenStep, Backend>::forward(backend, out(numbers_));
@@ -160,21 +161,20 @@ template <class Params> class AdamW {
     On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
     On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
-    ++started_;
     ++unread_;
   }
-  // The numbers of the last step; waits for it. Throws where a step since the last read was bad, and names the first one, its fault
-  // and its tensor, and its loss; where it is the last step, origin() tells what a loss that is not finite comes from.
+  // The numbers of the last step; waits for it. Throws where a step since the last read was bad. The sentence names the first such
+  // step, its fault, its tensor and its loss. Where it is the only step since then, origin() tells where its loss comes from.
   template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
     StepNumbers numbers;
     backend.download(&numbers, in(numbers_).data, sizeof numbers);
-    bool const is_last = std::exchange(unread_, 0) == 1;
+    bool const is_only = std::exchange(unread_, 0) == 1;
     steps_ = numbers.steps;
     if (BadStep const& bad = numbers.first_bad; bad.step != 0) {
       On<Fill, Backend>::forward(backend, BadStep{}, View<BadStep, 1>{&out(numbers_).data->first_bad, {1}});
       bool const of_loss = bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss;
       auto const tensor = bad.tensor < 0 ? std::string{} : list_.names[static_cast<std::size_t>(bad.tensor)];
-      fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_last ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
+      fail("step ", bad.step, ": ", detail::sentence(bad, tensor), !is_only ? detail::seen_late(bad, tensor) : of_loss ? origin() : "");
     }
     return numbers;
   }
@@ -191,9 +191,11 @@ template <class Params> class AdamW {
   // Steps that moved something, as of the last read; and those that were started, whatever came of them.
   Index steps() const { return steps_; }
   Index started() const { return started_; }
+  // Steps since the last read.
+  Index unread() const { return unread_; }
   // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
   std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
-  // Goes on from there.
+  // Goes on from there. Steps that nobody read are forgotten.
   void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
     StepNumbers numbers;
     numbers.rate = rate_;
@@ -201,6 +203,8 @@ template <class Params> class AdamW {
     On<Fill, Backend>::forward(backend, numbers, out(numbers_));
     upload(backend, updates, updates_);
     steps_ = steps;
+    unread_ = 0;
+    ++started_;
   }
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.

@@ -64,14 +64,15 @@ template <class B, class Params> class PendingStep {
  public:
   PendingStep(B& backend, AdamW<Params>& optimizer) : backend_(backend), optimizer_(optimizer), number_(optimizer.started()) {}
 
-  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. Names the first
-  // of these, its fault and its tensor.
+  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. The sentence
+  // names the first of these, its fault and its tensor. Only the step that was started last can be read.
   StepResult read() const {
     return read([] { return std::string{}; });
   }
   template <class Origin> StepResult read(Origin origin) const {
     check(optimizer_.started() == number_, "the step is not the last one any more: only the numbers of the last one are kept");
     StepNumbers const numbers = optimizer_.read(backend_, origin);
+    check(numbers.fault == StepFault::none, "step ", numbers.steps + 1, ": it was bad, as an earlier read of it said");
     return {numbers.loss, numbers.auxiliary_loss, numbers.policy_loss, numbers.gradient_norm};
   }
 
@@ -81,8 +82,9 @@ template <class B, class Params> class PendingStep {
   Index number_;
 };
 
-// What stands between backward and update where several processes train one model: it may add up their gradients, each group of
-// which is one block of memory, and their numbers. Alone there is nothing to exchange.
+// What stands between backward and update. Where several processes train one model, theirs adds up the gradients, which stand in one
+// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).loss.count of
+// them: the mean over all weights it by that count. A process that is alone exchanges nothing.
 struct NoExchange {
   template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
 };
@@ -124,10 +126,11 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
 }
 
 // The same, and waits for it. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
-// make a parameter or a moment so, naming step and tensor.
+// make a parameter or a moment so, naming step and tensor. It first reads steps that nobody read.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {
+  if (optimizer.unread() > 0) optimizer.read(backend);   // throws for a bad one before this step moves anything
   auto const step = start_step(backend, model, params, optimizer, batches, options);
   return step.read([&] { return detail::origin(backend, model.at(options.stage), params, batches); });
 }

@@ -615,14 +615,13 @@ class Pool {
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
   // A record for a block that tensors will share, and back: records are used again, as blocks are.
-  SharedBlock* share(void* block, std::size_t bytes) {
+  SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
-    *record = {block, bytes, 0};
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
@@ -784,7 +783,18 @@ template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// One tensor less in a block.
+// A block for tensors to share, with one share: the caller's.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// A tensor leaves its block. The last one gives it back.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -805,7 +815,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that it shares with others, `offset` bytes from its start.
+  // In a block that several tensors share, `offset` bytes from its start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
@@ -889,9 +899,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
-struct Scale {};         // forward(backend, factor, y)     y *= factor
 struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
-struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};
@@ -1417,14 +1426,6 @@ template <> struct On<Add, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
-    });
-  }
-};
-
-template <> struct On<Scale, Cpu> {
-  template <class T> static void forward(Cpu& cpu, T factor, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) y.data[i] *= factor;
     });
   }
 };
@@ -2179,7 +2180,7 @@ template <class B> struct Allocate {
   B& backend;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
 };
-// The places of tensors in a block, which it counts first, while there is none.
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
 template <class B> struct AllocateTogether {
   B& backend;
   SharedBlock* block = nullptr;
@@ -2227,17 +2228,17 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory, each at an address that 128 divides; what lies between them is anything. `all` becomes the elements of the
-// block in a line.
+// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
+// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
   detail::AllocateTogether<B> place{backend};
   zip(place, shapes, owned);
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
-  place.block = backend.pool().share(backend.take(bytes), bytes);
-  ++place.block->tensors;   // of a group without tensors nobody would give it back
+  place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
+  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
   if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
@@ -2471,7 +2472,7 @@ struct FeedForward {
     On<Distribute, B>::forward(backend, x, in(saved.places), out(saved.rows));
     Mlp::forward<GroupedLinear>(backend, p.experts, in(saved.rows), out(saved.experts), out(saved.made), in(saved.offsets));
     On<Combine, B>::forward(backend, in(saved.made), in(saved.weights), in(saved.places), y);
-    On<Fill, B>::forward(backend, T(0), out(saved.d_probability));
+    On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_probability));
     if (c.shared_dim < 0) return;
     Mlp::forward(backend, p.shared, x, out(saved.shared), out(saved.shared_made));
     On<Linear, B>::forward(backend, x, p.shared_gate, out(saved.shared_logit));
@@ -3666,11 +3667,11 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
         targets.size(), " targets for sequences of ", batch.sequences.tokens(), " tokens");
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
-  upload(backend, tokens, batch.tokens);
-  upload(backend, targets, batch.targets);
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
   batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
+  upload(backend, tokens, batch.tokens);
+  upload(backend, targets, batch.targets);
 }
 // A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
 template <class B>
@@ -3795,7 +3796,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     }
     return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
   }
-  // Targets are checked where they are uploaded; here a wrong one would be a fault of the library.
+  // The model checks targets before it calls this. Who calls the operation checks them himself.
   static void check_target(std::int32_t target, Index V) {
 #if HYBRIDATTN_BOUNDS_CHECKS
     if (target >= V) std::abort();

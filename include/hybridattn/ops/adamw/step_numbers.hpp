@@ -11,8 +11,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // What kept a step from moving anything.
 enum class StepFault : std::int32_t {
   none,
-  loss,             // is not finite, and so the others
-  auxiliary_loss,
+  loss,             // the loss is not finite
+  auxiliary_loss,   // the auxiliary losses are not finite
   gradient,         // of a tensor holds a NaN or an infinity
   tensor_norm,      // of a gradient, all of whose elements are finite
   global_norm,
@@ -66,7 +66,7 @@ struct DecideStep {
     bool bias_correction;
   };
 };
-// A step without a fault, and without a tensor that AdamWCheck found one in, counts; of the others the first is kept.
+// A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
 //   forward(backend, roles, found, updates, numbers)
 struct CloseStep {};
 

@@ -8,9 +8,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct Fill {};          // forward(backend, value, y)      y = value
 struct Add {};           // forward(backend, x, y)          y += x
-struct Scale {};         // forward(backend, factor, y)     y *= factor
 struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
-struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
 
 template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
   Tensor<T, Rank, B> x{backend, shape};

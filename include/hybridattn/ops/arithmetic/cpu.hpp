@@ -25,14 +25,6 @@ template <> struct On<Add, Cpu> {
   }
 };
 
-template <> struct On<Scale, Cpu> {
-  template <class T> static void forward(Cpu& cpu, T factor, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) y.data[i] *= factor;
-    });
-  }
-};
-
 template <> struct On<AddWeighted, Cpu> {
   template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
     sum(0) += weight * static_cast<double>(loss(0));

@@ -5,7 +5,9 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -60,7 +62,7 @@ template <> struct On<SoftmaxLoss, Cpu> {
     }
     return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
   }
-  // Targets are checked where they are uploaded; here a wrong one would be a fault of the library.
+  // The model checks targets before it calls this. Who calls the operation checks them himself.
   static void check_target(std::int32_t target, Index V) {
 #if HYBRIDATTN_BOUNDS_CHECKS
     if (target >= V) std::abort();

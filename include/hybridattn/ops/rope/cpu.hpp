@@ -53,7 +53,8 @@ template <> struct On<Rope, Cpu> {
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        T const *cosine = angles.row(cpu::detail::row_of(positions, n), 0), *sine = angles.row(cpu::detail::row_of(positions, n), 1);
+        Index const row = cpu::detail::row_of(positions, n);
+        T const *cosine = half == 0 ? nullptr : angles.row(row, 0), *sine = half == 0 ? nullptr : angles.row(row, 1);
         for (Index h = 0; h < x.extent(1); ++h) {
           T const* from = x.row(n, h);
           T* to = y.row(n, h);
