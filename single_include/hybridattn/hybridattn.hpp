@@ -18,11 +18,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <iterator>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <numbers>
@@ -633,7 +633,7 @@ class Pool {
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
-      free_records_.push_back(&records_.emplace_back());
+      free_records_.push_back(records_.emplace_back(std::make_unique<SharedBlock>()).get());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
@@ -707,7 +707,7 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
-  std::deque<SharedBlock> records_;
+  std::vector<std::unique_ptr<SharedBlock>> records_;
   std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
