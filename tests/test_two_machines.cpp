@@ -163,6 +163,7 @@ TEST_CASE("from the second step on nothing goes to or from the machine inside a 
         for (double const rate : {1e-3, 1e-4}) run.start(count, {.rate = rate, .stage = stage});
         CHECK(run.backend.uploads == 0);
         CHECK(run.backend.downloads == 0);
+        CHECK(run.backend.waits == 0);
         CHECK(run.backend.operations > 0);
         run.start(count, {.rate = 1e-3, .stage = stage}).read();
         CHECK(run.backend.downloads == 1);

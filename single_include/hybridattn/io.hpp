@@ -9510,12 +9510,12 @@ enum class StepFault : std::int32_t {
   none,
   loss,             // the loss is not finite
   auxiliary_loss,   // the auxiliary losses are not finite
-  gradient,         // of a tensor holds a NaN or an infinity
-  tensor_norm,      // of a gradient, all of whose elements are finite
-  global_norm,
-  mean,             // a moment or a parameter would be a NaN or an infinity
-  square,
-  parameter
+  gradient,         // the gradient of a tensor holds a NaN or an infinity
+  tensor_norm,      // the gradient of a tensor is finite, its norm is not
+  global_norm,      // the norms of all gradients are finite, their common norm is not
+  mean,             // the mean of the gradients would become a NaN or an infinity
+  square,           // the mean of the squared gradients would
+  parameter         // a parameter would
 };
 struct BadStep {
   Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
