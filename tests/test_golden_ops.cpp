@@ -235,16 +235,17 @@ template <class T> void cross_entropy(Run<T>& run) {
   Shape<2> const logits_shape{c.tokens(), c.size("vocab")};
   ha::LossSum loss;
   View<ha::LossSum, 1> const sum{&loss, {1}};
+  View<double const, 1> const factor{&scale, {1}};
   if (c.contains("logits")) {
     auto const logits = run.read("logits", logits_shape);
     auto d_logits = run.unset(logits_shape);
-    On<ha::SoftmaxLoss, Cpu>::forward(run.cpu(), in(logits), in(labels), scale, out(d_logits), sum);
+    On<ha::SoftmaxLoss, Cpu>::forward(run.cpu(), in(logits), in(labels), factor, out(d_logits), sum);
     run.compare("d_logits", d_logits);
   } else {
     Shape<2> const rows{c.tokens(), c.size("C")}, weights{c.size("vocab"), c.size("C")};
     auto const x = run.read("x", rows), w = run.read("weight", weights);
     auto d_x = run.unset(rows), d_w = run.unset(weights);
-    On<ha::CrossEntropy, Cpu>::backward(run.cpu(), in(x), in(w), in(labels), scale, out(d_x), out(d_w), sum);
+    On<ha::CrossEntropy, Cpu>::backward(run.cpu(), in(x), in(w), in(labels), factor, out(d_x), out(d_w), sum);
     run.compare("d_x", d_x);
     run.compare("d_weight", d_w);
     ha::LossSum again;

@@ -82,10 +82,16 @@ TEST_CASE("the loss counts only tokens with a target, takes the first of equal l
   std::vector<std::int32_t> const targets{0, -100, 2};
   ha::View<std::int32_t const, 1> const at{targets.data(), {3}};
   ha::LossSum sum;
-  ha::On<ha::SoftmaxLoss, ha::Cpu>::forward(cpu, read(logits), at, 0.0, ha::View<double, 2>{}, ha::View<ha::LossSum, 1>{&sum, {1}});
+  ha::On<ha::SoftmaxLoss, ha::Cpu>::forward(cpu, read(logits), at, {}, ha::View<double, 2>{}, ha::View<ha::LossSum, 1>{&sum, {1}});
   CHECK(sum.count == 2);
   CHECK(sum.correct == 1);
   CHECK(sum.mean() == Approx(std::log(5.0)));
+
+  ha::Index count = 1;   // of another batch
+  double scale = 0;
+  ha::On<ha::CountTargets, ha::Cpu>::forward(cpu, at, ha::View<ha::Index, 1>{&count, {1}}, ha::View<double, 1>{&scale, {1}});
+  CHECK(count == 3);
+  CHECK(scale == 1.0 / 3);
 }
 
 TEST_CASE("a schedule past its end holds its floor") {

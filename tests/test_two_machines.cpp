@@ -3,6 +3,7 @@
 #include "catch.hpp"
 #include "counting.hpp"
 #include "error_of.hpp"
+#include "recorder.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/io.hpp>
@@ -139,17 +140,35 @@ TEST_CASE("rotary angles are made once for a batch and a size, whatever the laye
 // Steps that nobody waits for.
 namespace {
 
-struct Training : Run<Counting> {
-  ha::AdamW<decltype(Run<Counting>::params)> optimizer{backend, params, {.learning_rate = 10}};
-  std::vector<ha::TokenBatch<Counting>> batches;
+template <class B> struct TrainingOn : Run<B> {
+  using Base = Run<B>;
+  ha::AdamW<decltype(Base::params)> optimizer{Base::backend, Base::params, {.learning_rate = 10}};
+  std::vector<ha::TokenBatch<B>> batches;
 
-  explicit Training(bool mixture, ha::Balance balance = ha::Balance::per_layer) : Run<Counting>(config(mixture, balance)) {
-    for (std::uint64_t seed : {1u, 3u, 5u}) batches.push_back(batch(seed));
+  explicit TrainingOn(bool mixture, ha::Balance balance = ha::Balance::per_layer) : Base(config(mixture, balance)) {
+    for (std::uint64_t seed : {1u, 3u, 5u}) batches.push_back(Base::batch(seed));
   }
   auto start(std::size_t count, ha::StepOptions options = {.rate = 1e-3}) {
-    return start_step(backend, model, params, optimizer, std::span<ha::TokenBatch<Counting> const>(batches).first(count), options);
+    return start_step(Base::backend, Base::model, Base::params, optimizer, std::span<ha::TokenBatch<B> const>(batches).first(count),
+                      options);
+  }
+  // Other tokens, the last `without` of them without a target.
+  void refill_batches(std::uint64_t seed, std::size_t without) {
+    for (auto& batch : batches) {
+      auto targets = tokens(26, ++seed);
+      std::fill_n(targets.rbegin(), without, -1);
+      refill(Base::backend, batch, tokens(26, ++seed), targets);
+    }
+  }
+  // The values of all parameters and moments.
+  std::vector<float> const& state() {
+    this->values.clear();
+    for (auto const* group : {&this->params, &optimizer.state().mean, &optimizer.state().square})
+      ha::zip([&](ha::Path const&, auto const& tensor) { this->keep_values(tensor); }, *group);
+    return this->values;
   }
 };
+using Training = TrainingOn<Counting>;
 
 }  // namespace
 
@@ -237,6 +256,43 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   CHECK_THROWS_WITH(run.start(1).read(), Contains("step 9: the loss is nan; the first gradient that is not finite is that of embedding"));
   CHECK_THROWS_WITH(train_step(run.backend, run.model, run.params, run.optimizer, run.batches[0]),
                     Contains("step 9: the loss is nan; the first tensor that is not finite is the parameter norm"));
+}
+
+TEST_CASE("a step that was recorded has the bits of a new one when it is replayed on other tokens, at another rate", "[laws]") {
+  for (bool const mixture : {false, true})
+    for (ha::Stage const stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse}) {
+      TrainingOn<Recorder> recorded{mixture, ha::Balance::pooled};
+      TrainingOn<ha::Cpu> plain{mixture, ha::Balance::pooled};
+      auto const both = [&](auto work) { work(recorded), work(plain); };
+      both([&](auto& run) { run.start(3, {.rate = 1e-3, .stage = stage}).read(); });
+      recorded.backend.record([&] { recorded.start(3, {.rate = 1e-3, .stage = stage}); });
+      plain.start(3, {.rate = 1e-3, .stage = stage});
+      CHECK(recorded.state() == plain.state());
+      CHECK(recorded.backend.recorded() > 0);
+
+      std::uint64_t seed = 21;
+      for (double const rate : {1e-3, 1e-3, 1e-4, 1e38}) {   // the last one is bad: it moves nothing
+        both([&](auto& run) { run.refill_batches(seed, seed % 5); });
+        seed += 11;
+        recorded.optimizer.set_rate(recorded.backend, rate);
+        recorded.backend.replay();
+        recorded.optimizer.replayed();
+        plain.start(3, {.rate = rate, .stage = stage});
+        CHECK(recorded.state() == plain.state());
+        if (rate > 1) continue;
+        auto const got = recorded.optimizer.read(recorded.backend), expected = plain.optimizer.read(plain.backend);
+        CHECK(got.counted == expected.counted);
+        CHECK(got.counted < 3 * 26);
+        CHECK(got.loss.loss == expected.loss.loss);
+        CHECK(got.auxiliary_loss == expected.auxiliary_loss);
+        CHECK(got.gradient_norm == expected.gradient_norm);
+      }
+      both([&](auto& run) {
+        CHECK_THROWS_WITH(run.optimizer.read(run.backend), Catch::Matchers::StartsWith("step 6: the update of "));
+        CHECK(run.optimizer.steps() == 5);
+        CHECK(run.optimizer.started() == 6);
+      });
+    }
 }
 
 TEST_CASE("parameters, gradients and moments stand in one block of memory each, and an exchange sees the gradients before the update") {

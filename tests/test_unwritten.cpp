@@ -138,13 +138,13 @@ std::vector<Case> loss_cases() {
         cases.push_back({named("SoftmaxLoss", N, scale, counted),
                          [=](Run& r) {
                            ha::LossSum loss;
-                           On<ha::SoftmaxLoss>::forward(r.cpu(), r.in(N, 5), r.whole(targets), scale, r.out(N, 5), one(loss));
+                           On<ha::SoftmaxLoss>::forward(r.cpu(), r.in(N, 5), r.whole(targets), one(scale), r.out(N, 5), one(loss));
                          },
                          zero});
         cases.push_back({named("CrossEntropy", N, scale, counted),
                          [=](Run& r) {
                            ha::LossSum loss;
-                           On<ha::CrossEntropy>::backward(r.cpu(), r.in(N, 4), r.in(5, 4), r.whole(targets), scale, r.out(N, 4),
+                           On<ha::CrossEntropy>::backward(r.cpu(), r.in(N, 4), r.in(5, 4), r.whole(targets), one(scale), r.out(N, 4),
                                                           r.out(5, 4), one(loss));
                          },
                          zero});

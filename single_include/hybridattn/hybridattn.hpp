@@ -7974,13 +7974,17 @@ struct BatchLosses {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
-//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
+// the machine, so that a captured step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
-//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be empty, or logits
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
+//   scale and d_logits are empty.
 struct SoftmaxLoss {};
+//   forward(backend, targets, count, scale)   adds the number of counted tokens to count [1]; scale [1] = 1 / count, or 0
+struct CountTargets {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -7990,19 +7994,26 @@ struct SoftmaxLoss {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+template <> struct On<CountTargets, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> targets, View<Index, 1> count, View<double, 1> scale) {
+    count(0) += std::count_if(targets.data, targets.data + targets.count(), [](std::int32_t target) { return target >= 0; });
+    scale(0) = count(0) == 0 ? 0 : 1 / static_cast<double>(count(0));
+  }
+};
+
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
-  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits,
-                      View<LossSum, 1> loss) {
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                      View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
+    T const factor = d_logits.empty() ? T(0) : static_cast<T>(scale(0));
     Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
     Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
     auto const losses = out(losses_storage);
     auto const hits = out(hits_storage);
     parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        Row const row =
-            one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
+        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), factor, d_logits.empty() ? nullptr : d_logits.row(n));
         losses(n) = row.loss;
         hits(n) = row.correct;
       }
@@ -8055,13 +8066,13 @@ template <> struct On<CrossEntropy, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {}, sum);
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
   template <class T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
-                       View<T, 2> d_w, View<LossSum, 1> loss) {
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
@@ -8277,10 +8288,10 @@ template <class S_> class LanguageModel {
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
-  // auxiliary losses), as far as the stage trains by them. `saved` is consumed.
+  // auxiliary losses), as far as the stage trains by them. `saved` is consumed. The scale stands on the machine, [1].
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
-                           double scale, double auxiliary_scale = 1) const {
+                           View<double const, 1> scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
     Gradients<T, B> result{{backend, {1}}, {}, {}};
     result.params = allocate_together<T>(backend, gradients(), &result.all);
@@ -8303,6 +8314,15 @@ template <class S_> class LanguageModel {
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
     On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding, config_.tie_embedding ? Into::add : Into::overwrite);
     return result;
+  }
+
+  // The same with a scale of the host.
+  template <class B, class T>
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
+                           double scale, double auxiliary_scale = 1) const {
+    Tensor<double, 1, B> there{backend, {1}};
+    On<Fill, B>::forward(backend, scale, out(there));
+    return backward(backend, params, batch, std::move(saved), in(there), auxiliary_scale);
   }
 
   template <class B, class T>
@@ -8920,6 +8940,8 @@ struct BadStep {
 };
 struct StepNumbers {
   // Of the step under way, or of the last one.
+  Index counted = 0;   // tokens that have a target
+  double scale = 0;    // of their losses in the mean: 1 / counted, or 0
   LossSum loss;
   double auxiliary_loss = 0, policy_loss = 0;   // weighted; the second is a part of the first
   double gradient_norm = 0;                     // before clipping
@@ -9326,11 +9348,22 @@ template <class Params> class AdamW {
 
   // A step begins, with learning_rate * rate.
   void open(Backend& backend, double rate) {
-    check_not_negative("AdamW", "rate", rate);
     ++started_;   // the numbers of the step before are no longer to be had
+    set_rate(backend, rate);
+    On<OpenStep, Backend>::forward(backend, out(numbers_));
+  }
+  // The factor for the learning rate of the steps that follow.
+  void set_rate(Backend& backend, double rate) {
+    check_not_negative("AdamW", "rate", rate);
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
-    On<OpenStep, Backend>::forward(backend, out(numbers_));
+  }
+  // A machine can record a step (from open to start) and replay it: on other tokens after refill(), at another rate after
+  // set_rate(). The host then counts the step here. Record the second step or a later one: the first one uploads what all steps
+  // share, and a step at a new rate sets it.
+  void replayed() {
+    ++started_;
+    ++unread_;
   }
   View<StepNumbers, 1> numbers() { return out(numbers_); }
   // One step down the gradients, or none, where a loss or a gradient is not finite, or would make a parameter or a moment so: then
@@ -9914,8 +9947,8 @@ template <class B, class Params> class PendingStep {
 };
 
 // What stands between backward and update. Where several processes train one model, theirs adds up the gradients, which stand in one
-// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).loss.count of
-// them: the mean over all weights it by that count. A process that is alone exchanges nothing.
+// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).counted of them:
+// the mean over all weights it by that count. A process that is alone exchanges nothing.
 struct NoExchange {
   template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
 };
@@ -9928,16 +9961,17 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
   check(!batches.empty(), "a training step needs at least one batch");
   check_not_negative("StepOptions", "rate", options.rate);
   if (options.stage != model.stage()) return start_step(backend, model.at(options.stage), params, optimizer, batches, options, exchange);
-  Index count = 0;
-  for (auto const& batch : batches) count += batch.counted;
-  double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
+  double const share = 1 / static_cast<double>(batches.size());
 
   optimizer.open(backend, options.rate);
+  StepNumbers* const numbers = optimizer.numbers().data;   // on the machine
+  View<double, 1> const scale{&numbers->scale, {1}};
+  for (auto const& batch : batches) On<CountTargets, B>::forward(backend, in(batch.targets), View<Index, 1>{&numbers->counted, {1}}, scale);
   Params gradients;
   View<scalar_of<Params>, 1> all;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
-    auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
+    auto more = model.backward(backend, params, batches[i], std::move(saved), View<double const, 1>(scale), share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
     if (i > 0) {
       On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(more.all), all);

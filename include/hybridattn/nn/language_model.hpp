@@ -149,10 +149,10 @@ template <class S_> class LanguageModel {
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
-  // auxiliary losses), as far as the stage trains by them. `saved` is consumed.
+  // auxiliary losses), as far as the stage trains by them. `saved` is consumed. The scale stands on the machine, [1].
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
-                           double scale, double auxiliary_scale = 1) const {
+                           View<double const, 1> scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
     Gradients<T, B> result{{backend, {1}}, {}, {}};
     result.params = allocate_together<T>(backend, gradients(), &result.all);
@@ -175,6 +175,15 @@ template <class S_> class LanguageModel {
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
     On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding, config_.tie_embedding ? Into::add : Into::overwrite);
     return result;
+  }
+
+  // The same with a scale of the host.
+  template <class B, class T>
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
+                           double scale, double auxiliary_scale = 1) const {
+    Tensor<double, 1, B> there{backend, {1}};
+    On<Fill, B>::forward(backend, scale, out(there));
+    return backward(backend, params, batch, std::move(saved), in(there), auxiliary_scale);
   }
 
   template <class B, class T>

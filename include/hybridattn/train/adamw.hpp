@@ -139,11 +139,22 @@ template <class Params> class AdamW {
 
   // A step begins, with learning_rate * rate.
   void open(Backend& backend, double rate) {
-    check_not_negative("AdamW", "rate", rate);
     ++started_;   // the numbers of the step before are no longer to be had
+    set_rate(backend, rate);
+    On<OpenStep, Backend>::forward(backend, out(numbers_));
+  }
+  // The factor for the learning rate of the steps that follow.
+  void set_rate(Backend& backend, double rate) {
+    check_not_negative("AdamW", "rate", rate);
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
-    On<OpenStep, Backend>::forward(backend, out(numbers_));
+  }
+  // A machine can record a step (from open to start) and replay it: on other tokens after refill(), at another rate after
+  // set_rate(). The host then counts the step here. Record the second step or a later one: the first one uploads what all steps
+  // share, and a step at a new rate sets it.
+  void replayed() {
+    ++started_;
+    ++unread_;
   }
   View<StepNumbers, 1> numbers() { return out(numbers_); }
   // One step down the gradients, or none, where a loss or a gradient is not finite, or would make a parameter or a moment so: then

@@ -83,8 +83,8 @@ template <class B, class Params> class PendingStep {
 };
 
 // What stands between backward and update. Where several processes train one model, theirs adds up the gradients, which stand in one
-// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).loss.count of
-// them: the mean over all weights it by that count. A process that is alone exchanges nothing.
+// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).counted of them:
+// the mean over all weights it by that count. A process that is alone exchanges nothing.
 struct NoExchange {
   template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
 };
@@ -97,16 +97,17 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
   check(!batches.empty(), "a training step needs at least one batch");
   check_not_negative("StepOptions", "rate", options.rate);
   if (options.stage != model.stage()) return start_step(backend, model.at(options.stage), params, optimizer, batches, options, exchange);
-  Index count = 0;
-  for (auto const& batch : batches) count += batch.counted;
-  double const scale = count == 0 ? 0 : 1 / static_cast<double>(count), share = 1 / static_cast<double>(batches.size());
+  double const share = 1 / static_cast<double>(batches.size());
 
   optimizer.open(backend, options.rate);
+  StepNumbers* const numbers = optimizer.numbers().data;   // on the machine
+  View<double, 1> const scale{&numbers->scale, {1}};
+  for (auto const& batch : batches) On<CountTargets, B>::forward(backend, in(batch.targets), View<Index, 1>{&numbers->counted, {1}}, scale);
   Params gradients;
   View<scalar_of<Params>, 1> all;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
-    auto more = model.backward(backend, params, batches[i], std::move(saved), scale, share);
+    auto more = model.backward(backend, params, batches[i], std::move(saved), View<double const, 1>(scale), share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
     if (i > 0) {
       On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(more.all), all);

@@ -3729,13 +3729,17 @@ struct BatchLosses {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
-//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
+// the machine, so that a captured step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
-//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be empty, or logits
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
+//   scale and d_logits are empty.
 struct SoftmaxLoss {};
+//   forward(backend, targets, count, scale)   adds the number of counted tokens to count [1]; scale [1] = 1 / count, or 0
+struct CountTargets {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
@@ -3745,19 +3749,26 @@ struct SoftmaxLoss {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+template <> struct On<CountTargets, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> targets, View<Index, 1> count, View<double, 1> scale) {
+    count(0) += std::count_if(targets.data, targets.data + targets.count(), [](std::int32_t target) { return target >= 0; });
+    scale(0) = count(0) == 0 ? 0 : 1 / static_cast<double>(count(0));
+  }
+};
+
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
-  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits,
-                      View<LossSum, 1> loss) {
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                      View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
+    T const factor = d_logits.empty() ? T(0) : static_cast<T>(scale(0));
     Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
     Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
     auto const losses = out(losses_storage);
     auto const hits = out(hits_storage);
     parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        Row const row =
-            one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
+        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), factor, d_logits.empty() ? nullptr : d_logits.row(n));
         losses(n) = row.loss;
         hits(n) = row.correct;
       }
@@ -3810,13 +3821,13 @@ template <> struct On<CrossEntropy, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {}, sum);
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
   template <class T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
-                       View<T, 2> d_w, View<LossSum, 1> loss) {
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
@@ -4032,10 +4043,10 @@ template <class S_> class LanguageModel {
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
-  // auxiliary losses), as far as the stage trains by them. `saved` is consumed.
+  // auxiliary losses), as far as the stage trains by them. `saved` is consumed. The scale stands on the machine, [1].
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
-                           double scale, double auxiliary_scale = 1) const {
+                           View<double const, 1> scale, double auxiliary_scale = 1) const {
     auto const p = in(params);
     Gradients<T, B> result{{backend, {1}}, {}, {}};
     result.params = allocate_together<T>(backend, gradients(), &result.all);
@@ -4058,6 +4069,15 @@ template <class S_> class LanguageModel {
     d_x = Stack::backward(backend, stack_, batch.sequences, p.blocks, std::move(saved.blocks), std::move(d_x), d_p.blocks);
     On<Embedding, B>::backward(backend, in(batch.tokens), in(d_x), d_p.embedding, config_.tie_embedding ? Into::add : Into::overwrite);
     return result;
+  }
+
+  // The same with a scale of the host.
+  template <class B, class T>
+  Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
+                           double scale, double auxiliary_scale = 1) const {
+    Tensor<double, 1, B> there{backend, {1}};
+    On<Fill, B>::forward(backend, scale, out(there));
+    return backward(backend, params, batch, std::move(saved), in(there), auxiliary_scale);
   }
 
   template <class B, class T>

@@ -29,6 +29,8 @@ struct BadStep {
 };
 struct StepNumbers {
   // Of the step under way, or of the last one.
+  Index counted = 0;   // tokens that have a target
+  double scale = 0;    // of their losses in the mean: 1 / counted, or 0
   LossSum loss;
   double auxiliary_loss = 0, policy_loss = 0;   // weighted; the second is a part of the first
   double gradient_norm = 0;                     // before clipping

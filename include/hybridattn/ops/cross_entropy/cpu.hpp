@@ -11,19 +11,26 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+template <> struct On<CountTargets, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> targets, View<Index, 1> count, View<double, 1> scale) {
+    count(0) += std::count_if(targets.data, targets.data + targets.count(), [](std::int32_t target) { return target >= 0; });
+    scale(0) = count(0) == 0 ? 0 : 1 / static_cast<double>(count(0));
+  }
+};
+
 template <> struct On<SoftmaxLoss, Cpu> {
   template <class T>
-  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_logits,
-                      View<LossSum, 1> loss) {
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                      View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
+    T const factor = d_logits.empty() ? T(0) : static_cast<T>(scale(0));
     Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
     Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
     auto const losses = out(losses_storage);
     auto const hits = out(hits_storage);
     parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
-        Row const row =
-            one_row(logits.row(n), logits.extent(1), targets(n), static_cast<T>(scale), d_logits.empty() ? nullptr : d_logits.row(n));
+        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), factor, d_logits.empty() ? nullptr : d_logits.row(n));
         losses(n) = row.loss;
         hits(n) = row.correct;
       }
@@ -76,13 +83,13 @@ template <> struct On<CrossEntropy, Cpu> {
   template <class T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, 0, {}, sum);
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
   template <class T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, double scale, View<T, 2> d_x,
-                       View<T, 2> d_w, View<LossSum, 1> loss) {
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);

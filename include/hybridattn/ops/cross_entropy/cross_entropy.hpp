@@ -11,13 +11,17 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
-//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included.
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
+// the machine, so that a captured step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
   static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
 };
-//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be empty, or logits
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
+//   scale and d_logits are empty.
 struct SoftmaxLoss {};
+//   forward(backend, targets, count, scale)   adds the number of counted tokens to count [1]; scale [1] = 1 / count, or 0
+struct CountTargets {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
