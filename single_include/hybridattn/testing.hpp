@@ -19,7 +19,7 @@
 #include <functional>
 #include <iterator>
 #include <limits>
-#include <memory>
+#include <list>
 #include <mutex>
 #include <new>
 #include <numbers>
@@ -366,7 +366,7 @@ class Pool {
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
-      free_records_.push_back(records_.emplace_back(std::make_unique<SharedBlock>()).get());
+      free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
@@ -440,7 +440,7 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
-  std::vector<std::unique_ptr<SharedBlock>> records_;
+  std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
@@ -770,11 +770,12 @@ template <class T> class Scratch {
 
 namespace detail {
 
+#if defined(_OPENMP)
 // What tasks threw: of several, what the one with the smallest number did, whatever the threads.
 class Failure {
  public:
   void keep(Index task) noexcept {
-    std::lock_guard const lock{mutex_};
+#pragma omp critical(hybridattn_failure)
     if (error_ == nullptr || task < task_) {
       error_ = std::current_exception();
       task_ = task;
@@ -785,10 +786,10 @@ class Failure {
   }
 
  private:
-  std::mutex mutex_;
   std::exception_ptr error_;
   Index task_ = 0;
 };
+#endif
 
 // The loop of parallel_for, compiled once: run(f, task, thread) for every task.
 inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <memory>
+#include <list>
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -75,7 +75,7 @@ class Pool {
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
-      free_records_.push_back(records_.emplace_back(std::make_unique<SharedBlock>()).get());
+      free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
@@ -149,7 +149,7 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
-  std::vector<std::unique_ptr<SharedBlock>> records_;
+  std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;

@@ -10,7 +10,6 @@
 #include <boost/hana/integral_constant.hpp>
 #include <boost/hana/tuple.hpp>
 #include <boost/hana/type.hpp>
-#include <chrono>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
@@ -18,11 +17,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <iterator>
 #include <limits>
-#include <memory>
-#include <mutex>
+#include <list>
 #include <new>
 #include <numbers>
 #include <span>
@@ -618,7 +617,7 @@ class Pool {
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
       reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
-      free_records_.push_back(records_.emplace_back(std::make_unique<SharedBlock>()).get());
+      free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
     free_records_.pop_back();
@@ -692,7 +691,7 @@ class Pool {
   }
 
   std::array<Blocks, BlockSize::classes> blocks_;
-  std::vector<std::unique_ptr<SharedBlock>> records_;
+  std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
   std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
@@ -1064,11 +1063,12 @@ template <class T> class Scratch {
 
 namespace detail {
 
+#if defined(_OPENMP)
 // What tasks threw: of several, what the one with the smallest number did, whatever the threads.
 class Failure {
  public:
   void keep(Index task) noexcept {
-    std::lock_guard const lock{mutex_};
+#pragma omp critical(hybridattn_failure)
     if (error_ == nullptr || task < task_) {
       error_ = std::current_exception();
       task_ = task;
@@ -1079,10 +1079,10 @@ class Failure {
   }
 
  private:
-  std::mutex mutex_;
   std::exception_ptr error_;
   Index task_ = 0;
 };
+#endif
 
 // The loop of parallel_for, compiled once: run(f, task, thread) for every task.
 inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
@@ -4523,12 +4523,22 @@ struct KeepGoing {
 
 namespace infer {
 
+// Includes of <chrono> would take a tenth of the time that this library costs the compiler.
 class Stopwatch {
  public:
-  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  double seconds() const { return now() - start_; }
 
  private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  static double now() {
+    std::timespec time = {};
+#if defined(CLOCK_MONOTONIC)
+    clock_gettime(CLOCK_MONOTONIC, &time);
+#else
+    std::timespec_get(&time, TIME_UTC);
+#endif
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  }
+  double start_ = now();
 };
 
 // The tokens that each sequence gives to the model next; a sequence without any has ended.

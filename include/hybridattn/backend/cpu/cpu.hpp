@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
-#include <mutex>
 #include <new>
 
 #if defined(_OPENMP)
@@ -121,11 +120,12 @@ template <class T> class Scratch {
 
 namespace detail {
 
+#if defined(_OPENMP)
 // What tasks threw: of several, what the one with the smallest number did, whatever the threads.
 class Failure {
  public:
   void keep(Index task) noexcept {
-    std::lock_guard const lock{mutex_};
+#pragma omp critical(hybridattn_failure)
     if (error_ == nullptr || task < task_) {
       error_ = std::current_exception();
       task_ = task;
@@ -136,10 +136,10 @@ class Failure {
   }
 
  private:
-  std::mutex mutex_;
   std::exception_ptr error_;
   Index task_ = 0;
 };
+#endif
 
 // The loop of parallel_for, compiled once: run(f, task, thread) for every task.
 inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
