@@ -44,11 +44,11 @@ inline void set1(ha::dsa::Config& c) { c = {.num_heads = 4, .head_dim = 32, .ind
 inline void set2(ha::full::Config& c) { c = {.num_heads = 8, .head_dim = 32}; }
 inline void set2(ha::dsa::Config& c) { c = {.num_heads = 8, .head_dim = 32, .index_heads = 4, .index_dim = 64, .index_scale = 1}; }
 
-template <class... Policies, class Mixers> void set_all1(ha::Types<Policies...>, Mixers& mixers) {
-  (set1(mixers.template get<Policies>()), ...);
+template <class... Policies, class Layers> void set_all1(ha::Types<Policies...>, Layers& layers) {
+  (set1(layers.template get<Policies>().policy), ...);
 }
-template <class... Policies, class Mixers> void set_all2(ha::Types<Policies...>, Mixers& mixers) {
-  (set2(mixers.template get<Policies>()), ...);
+template <class... Policies, class Layers> void set_all2(ha::Types<Policies...>, Layers& layers) {
+  (set2(layers.template get<Policies>().policy), ...);
 }
 
 }  // namespace detail
@@ -62,7 +62,7 @@ template <class Stack> typename ha::LanguageModel<Stack>::Config study1_config(h
       .feed_forward = {.hidden_dim = 512, .num_experts = 4, .top_k = 2, .expert_dim = 256, .shared_dim = 0, .decoder_sparse_step = 2},
       .norm = {ha::NormWeight::zero_centred, 1e-6},
       .initialization = torch_start};
-  detail::set_all1(typename Stack::Kinds{}, c.mixers);
+  detail::set_all1(typename Stack::Kinds{}, c.layers);
   return c;
 }
 
@@ -81,7 +81,7 @@ template <class Stack> typename ha::LanguageModel<Stack>::Config study2_config(h
       .norm = {ha::NormWeight::plain, 1.1920928955078125e-07},
       .tie_embedding = true,
       .initialization = torch_start};
-  detail::set_all2(typename Stack::Kinds{}, c.mixers);
+  detail::set_all2(typename Stack::Kinds{}, c.layers);
   return c;
 }
 

@@ -27,7 +27,7 @@ template <class Stack> int train(Settings const& s) {
   program::check_writable(s.out);
   ha::Windows text{ha::ByteText(ha::read_text(s.text)), ha::Seed{s.seed}, program::text_name(s.text)};
   ha::LanguageModel<Stack> const model{
-      {.vocab_size = text.vocab_size(), .model_dim = s.model_dim, .num_heads = s.num_heads, .feed_forward = {}, .mixers = {}}};
+      {.vocab_size = text.vocab_size(), .model_dim = s.model_dim, .num_heads = s.num_heads, .feed_forward = {}, .layers = {}}};
   double const bytes = static_cast<double>(model.parameter_count()) * sizeof(float);
   program::check_memory(4 * bytes, "training " + std::to_string(model.parameter_count()) + " parameters");   // gradients, two moments
   program::check_writable(s.out, 3 * bytes);

@@ -176,7 +176,7 @@ class Study {
               auto const& attention = kept.attention;
               loss += static_cast<double>(download(cpu_, attention.outputs.auxiliary_loss)[0]);
               tokens += static_cast<double>(batch.sequences.tokens());
-              add_recall(dense.stack_config().mixers.template get<Policy>(), batch.sequences, in(attention.inputs),
+              add_recall(dense.stack_config().layers.template get<Policy>().policy, batch.sequences, in(attention.inputs),
                          in(attention.policy.lse), sum, rows);
             }
           },

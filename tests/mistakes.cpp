@@ -95,4 +95,4 @@ using Asked = ha::FullAttention<ha::FullOptions{.window = 8}>;
 #else
 using Asked = ha::Full;
 #endif
-void sizes(Decoding::Config& config, Decoding const& model) { config.mixer<Asked>().num_heads = model.config().mixer<ha::GDN>().num_heads; }
+void sizes(Decoding::Config& config, Decoding const& model) { config.policy<Asked>().num_heads = model.config().policy<ha::GDN>().num_heads; }

@@ -17,7 +17,7 @@ namespace {
 double trained() {
   ha::Cpu cpu{1};
   ha::LanguageModel<ha::Stack<ha::GDN, ha::Full, ha::DSA>> const model{
-      {.vocab_size = 32, .model_dim = 40, .num_heads = 2, .feed_forward = {}, .mixers = {}}};
+      {.vocab_size = 32, .model_dim = 40, .num_heads = 2, .feed_forward = {}, .layers = {}}};
   auto params = model.initialize<float>(cpu, ha::Seed{1});
   ha::AdamW optimizer{cpu, params};
   ha::RecallTask task{ha::Seed{2}, {.vocab_size = 32, .pairs = 8}};

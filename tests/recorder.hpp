@@ -70,7 +70,8 @@ template <class Argument> auto kept(Argument const& argument) {
 
 }  // namespace recorder_detail
 
-template <class Op> struct hybridattn::On<Op, Recorder> {
+// Where operations that one text computes on every backend leave room for others, see On.
+template <class Op> struct hybridattn::detail::OnInner<Op, Recorder> {
   template <class C = Cpu, class... Args>
   static auto forward(Recorder& recorder, Args const&... args) -> decltype(On<Op, C>::forward(std::declval<C&>(), args...)) {
     recorder.run([kept = std::make_tuple(recorder_detail::kept(args)...)](Cpu& cpu) {

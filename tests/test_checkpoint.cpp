@@ -209,7 +209,7 @@ TEST_CASE("parameters alone come out of a checkpoint, whatever only training rea
   auto config = small();
   config.initialization.linear_deviation = 0;
   config.feed_forward.balance_coefficient = 0;
-  config.mixer<Sparse>().index_loss = 7;
+  config.policy<Sparse>().index_loss = 7;
   Model const model{config};
   auto const params = ha::load_parameters<float>(run.cpu, folder / "run.safetensors", model);
   std::string loaded, trained;
@@ -283,8 +283,8 @@ TEST_CASE("another configuration is refused, and both values are named") {
            {[](Model::Config& c) { c.feed_forward.top_k = 1; }, "feed_forward.top_k: 2 in the file, 1 in the model"},
            {[](Model::Config& c) { c.feed_forward.mlp_only_layers = {1}; }, "mlp_only_layers: a list of 0 in the file, a list of 1"},
            {[](Model::Config& c) { c.feed_forward.balance = ha::Balance::pooled; }, "balance: 'per_layer' in the file, 'pooled'"},
-           {[](Model::Config& c) { c.mixer<ha::GDN>().norm_eps = 1e-5; }, "layer 0 (GDN).sizes.norm_eps: 1e-06 in the file"},
-           {[](Model::Config& c) { c.mixer<Sparse>().index_loss = 2; }, "index_loss: 1.0 in the file, 2.0 in the model"},
+           {[](Model::Config& c) { c.policy<ha::GDN>().norm_eps = 1e-5; }, "layer 0 (GDN).sizes.norm_eps: 1e-06 in the file"},
+           {[](Model::Config& c) { c.policy<Sparse>().index_loss = 2; }, "index_loss: 1.0 in the file, 2.0 in the model"},
        }) {
     auto config = small();
     make(config);

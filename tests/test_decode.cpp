@@ -1,6 +1,7 @@
 // Decoding: whole models go on from a cache as if they had read everything at once; then text, token by token.
 #include "catch.hpp"
 #include "compare.hpp"
+#include "latent.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
@@ -17,9 +18,9 @@ namespace {
 using Windowed = ha::FullAttention<ha::FullOptions{.window = 7}>;
 using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5}>;
 using Mixed = ha::Stack<ha::GDN, Windowed, Sparse, ha::Full>;
-// Every option that decoding meets, away from its default.
+// Every option that decoding meets, away from its default, and a policy whose inputs are not projections.
 using Bare =
-    ha::Stack<ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
+    ha::Stack<latent::Attention, ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
               ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>,
               ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::plain, .rotary_percent = 50, .rotary = ha::Rotary::interleaved}>,
               ha::SparseAttention<ha::SparseOptions{.top_k = 9,
@@ -31,11 +32,14 @@ using Bare =
 constexpr Index V = 19;
 
 template <class Stack> typename ha::LanguageModel<Stack>::Config small_config() {
-  return {.vocab_size = V,
-          .model_dim = 24,
-          .num_heads = 2,
-          .feed_forward = {.hidden_dim = 20, .num_experts = 4, .top_k = 2, .expert_dim = 12, .shared_dim = 8, .decoder_sparse_step = 2},
-          .initialization = {.linear_deviation = 0, .embedding_deviation = 1}};
+  typename ha::LanguageModel<Stack>::Config config{
+      .vocab_size = V,
+      .model_dim = 24,
+      .num_heads = 2,
+      .feed_forward = {.hidden_dim = 20, .num_experts = 4, .top_k = 2, .expert_dim = 12, .shared_dim = 8, .decoder_sparse_step = 2},
+      .initialization = {.linear_deviation = 0, .embedding_deviation = 1}};
+  if constexpr (std::is_same_v<Stack, Bare>) latent::norms_after(typename Stack::Kinds{}, config);
+  return config;
 }
 
 TokenLists some_tokens(std::vector<Index> const& lengths, std::uint64_t seed = 1) {
@@ -220,7 +224,7 @@ TEST_CASE("what does not fit is refused before the cache is touched, with both n
   CHECK(same_bits(f.decoded(more, one_by_one, cache), f.decoded(more, one_by_one, untouched)));
 
   auto config = small_config<Mixed>();
-  config.mixer<Sparse>().index_dim = 8;
+  config.policy<Sparse>().index_dim = 8;
   ha::LanguageModel<Mixed> const other{config};
   auto const other_params = other.initialize<float>(f.cpu, ha::Seed{1});
   CHECK_THROWS_WITH(extend(f.cpu, other, other_params, more, cache), Contains("other sizes") && Contains("2.index_keys"));

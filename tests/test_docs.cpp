@@ -49,8 +49,8 @@ using Model = ha::LanguageModel<ha::Stack<ha::Full>>;
 
 std::set<std::string> errors_of_sizes() {
   Model::Config groups, below_zero;
-  groups.mixer<ha::Full>().num_kv_heads = 3;
-  below_zero.mixer<ha::Full>().head_dim = -64;
+  groups.policy<ha::Full>().num_kv_heads = 3;
+  below_zero.policy<ha::Full>().head_dim = -64;
   return {error_of([&] { Model{below_zero}; }), error_of([] { Model{{.model_dim = 100, .num_heads = 3}}; }),
           error_of([&] { Model{groups}; }), error_of([] { Model{{.feed_forward = {.num_experts = 2, .top_k = 3}}}; }),
           error_of([] { ha::Cpu{-1}; })};
@@ -59,7 +59,7 @@ std::set<std::string> errors_of_memory() {
   ha::Cpu cpu{1};
   Model const model{{.vocab_size = 2, .model_dim = 64, .num_heads = 1}};
   Model::Config wide{.vocab_size = 2, .model_dim = 8, .num_heads = 1};
-  wide.mixer<ha::Full>().head_dim = ha::Index{1} << 62;
+  wide.policy<ha::Full>().head_dim = ha::Index{1} << 62;
   ha::Index const terabytes = ha::Index{1} << 43;
   return {error_of([&] { ha::Tensor<float, 1, ha::Cpu>{cpu, {terabytes}}; }),
           error_of([&] { ha::make_cache<float>(cpu, model, {.batch = 1 << 16, .capacity = 1 << 20}); }),

@@ -352,11 +352,11 @@ TEST_CASE("values of a config.json arrive at every layer's configuration") {
   using Half = ha::FullAttention<ha::FullOptions{.rotary_percent = 50}>;
   auto first = read.operator()<ModelOf<25, "LFLF">>(R"({"rope_parameters": null, "rope_scaling": null, "rope_theta": 10000000,
     "partial_rotary_factor": 0.25, "layer_types": null, "full_attention_interval": 2, "use_sliding_window": false})");
-  CHECK(first.mixer<ha::Full>().rope_theta == 1e7);
+  CHECK(first.policy<ha::Full>().rope_theta == 1e7);
   CHECK(first.feed_forward.balance_coefficient == 0);
   auto later = read.operator()<Tiny>(R"({"rope_parameters": {"rope_theta": 500}, "rms_norm_eps": 0.001, "output_router_logits": true})");
-  CHECK(later.mixer<Half>().rope_theta == 500);
-  CHECK(std::array{later.norm.eps, later.mixer<Half>().norm_eps, later.mixer<ha::GDN>().norm_eps} == std::array{1e-3, 1e-3, 1e-3});
+  CHECK(later.policy<Half>().rope_theta == 500);
+  CHECK(std::array{later.norm.eps, later.policy<Half>().norm_eps, later.policy<ha::GDN>().norm_eps} == std::array{1e-3, 1e-3, 1e-3});
   CHECK(later.feed_forward.balance_coefficient == 0.05);
   CHECK(later.feed_forward.balance == ha::Balance::pooled);
 }
@@ -372,7 +372,7 @@ TEST_CASE("what no released model has is not saved, and named") {
   check_says(message([](auto& c) { c.feed_forward.shared_dim = -1; }), {"no shared expert"});
   check_says(message([](auto& c) { c.norm.weight = ha::NormWeight::plain; }), {"norms are plain"});
   check_says(message([](auto& c) { c.norm.eps = 1e-5; }), {"norm_eps of GDN is 1e-06, that of the blocks 1e-05"});
-  check_says(message([](auto& c) { c.template mixer<ha::GDN>().scale = 1; }), {"the scale of GDN is 1, not 0.25"});
+  check_says(message([](auto& c) { c.template policy<ha::GDN>().scale = 1; }), {"the scale of GDN is 1, not 0.25"});
   check_says(message([](auto& c) { c.feed_forward.balance = ha::Balance::per_layer, c.feed_forward.balance_coefficient = 1; }),
              {"not Balance::pooled"});
   check_says(message([](auto&) {}, hf::Family::qwen3_5_text), {"cannot save the model as qwen3_5_text", "mixtures"});

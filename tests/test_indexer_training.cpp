@@ -140,7 +140,7 @@ TEST_CASE("sparse training takes the model where its own loss takes it, and the 
     INFO("max_norm " << max_norm);
     ha::AdamWOptions const options{.learning_rate = 1e-2, .max_norm = max_norm};
     auto config = small_config(), louder = small_config();
-    louder.mixer<Bare>().index_loss = 100;
+    louder.policy<Bare>().index_loss = 100;
     Fixture<float> with{config, options}, loud{louder, options}, without{config, options};
     auto const result = with.step(Stage::sparse);
     without.step(Stage::language_model);
@@ -175,7 +175,7 @@ TEST_CASE("a tensor's first gradient counts as its first, whatever steps passed 
 
 TEST_CASE("a weight of 0 leaves the indexers a gradient of zero") {
   auto config = small_config();
-  config.mixer<Bare>().index_loss = 0;
+  config.policy<Bare>().index_loss = 0;
   Fixture<float> f{config};
   for (auto const& [path, values] : f.gradients(Stage::dense_warm_up)) {
     if (values.empty()) continue;
@@ -186,7 +186,7 @@ TEST_CASE("a weight of 0 leaves the indexers a gradient of zero") {
 
 TEST_CASE("the indexers' loss is a weighted mean over tokens, summed over layers") {
   auto config = small_config();
-  config.mixer<Normed>().index_loss = 3;
+  config.policy<Normed>().index_loss = 3;
   Fixture<double> f, weighted{config};
   for (Stage stage : {Stage::dense_warm_up, Stage::sparse}) {
     auto const staged = f.model.at(stage);

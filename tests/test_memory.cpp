@@ -317,12 +317,12 @@ TEST_CASE("a model whose sizes wrap is refused") {
   };
   auto const full = [](ha::full::Config c) {
     Small::Config config{.vocab_size = 64, .model_dim = 8, .num_heads = 2};
-    config.mixer<ha::Full>() = c;
+    config.policy<ha::Full>() = c;
     return config;
   };
   auto const gdn = [](ha::gdn::Config c) {
     Small::Config config{.vocab_size = 64, .model_dim = 8, .num_heads = 2};
-    config.mixer<ha::GDN>() = c;
+    config.policy<ha::GDN>() = c;
     return config;
   };
   refused(Small::Config{.vocab_size = Index{1} << 62, .model_dim = 8, .num_heads = 2}, {"vocab_size 4611686018427387904"});

@@ -1,6 +1,7 @@
 // The laws for Block, Stack and LanguageModel, mixtures of experts included.
 #include "catch.hpp"
 #include "error_of.hpp"
+#include "latent.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 
@@ -16,9 +17,9 @@ using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5}>;
 using Windowed = ha::FullAttention<ha::FullOptions{.window = 7}>;
 using One = ha::Stack<ha::GDN>;
 using Mixed = ha::Stack<ha::GDN, Sparse, ha::Full, Windowed>;
-// Every option away from its default.
+// Every option away from its default, and a policy whose inputs are not projections.
 using Bare =
-    ha::Stack<ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
+    ha::Stack<latent::Attention, ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
               ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>,
               ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::plain, .rotary_percent = 50, .rotary = ha::Rotary::interleaved}>,
               ha::SparseAttention<ha::SparseOptions{.top_k = 0,
@@ -30,17 +31,19 @@ using Bare =
                                                     .index_norm = true}>>;
 
 template <class Stack> typename ha::LanguageModel<Stack>::Config small_config() {
-  return {.vocab_size = 19,
-          .model_dim = 24,
-          .num_heads = 2,
-          .feed_forward = {.hidden_dim = 20,
-                           .num_experts = 4,
-                           .top_k = 2,
-                           .expert_dim = 12,
-                           .shared_dim = 8,
-                           .decoder_sparse_step = 2,
-                           .balance_coefficient = 0.1},
-          .initialization = {.linear_deviation = 0, .embedding_deviation = 1}};
+  typename ha::LanguageModel<Stack>::Config config{.vocab_size = 19,
+                                                   .model_dim = 24,
+                                                   .num_heads = 2,
+                                                   .feed_forward = {.hidden_dim = 20,
+                                                                    .num_experts = 4,
+                                                                    .top_k = 2,
+                                                                    .expert_dim = 12,
+                                                                    .shared_dim = 8,
+                                                                    .decoder_sparse_step = 2,
+                                                                    .balance_coefficient = 0.1},
+                                                   .initialization = {.linear_deviation = 0, .embedding_deviation = 1}};
+  if constexpr (std::is_same_v<Stack, Bare>) latent::norms_after(typename Stack::Kinds{}, config);
+  return config;
 }
 
 std::vector<std::int32_t> some_tokens(Index count, std::uint64_t seed = 1) {
@@ -448,7 +451,7 @@ TEMPLATE_TEST_CASE("a gradient that is not finite, or makes a parameter or a mom
 struct Steep : ha::LanguageModel<One> {
   float gradient = 0;
 
-  auto backward(ha::Cpu& cpu, auto const& params, auto const& batch, auto&& saved, double scale, double share) const {
+  auto backward(ha::Cpu& cpu, auto const& params, auto const& batch, auto&& saved, ha::View<double const, 1> scale, double share) const {
     auto result = ha::LanguageModel<One>::backward(cpu, params, batch, std::move(saved), scale, share);
     out(result.params.blocks.arrays[boost::hana::size_c<0>][0].attention.w_o).data[7] = gradient;
     return result;
@@ -503,7 +506,7 @@ TEST_CASE("what cannot be is refused with the value and what is allowed") {
   config.feed_forward.top_k = 0;
   CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("top_k 0") && Contains("1 .. 4"));
   config = small_config<One>();
-  config.mixer<ha::GDN>() = {.num_heads = 2, .num_value_heads = 3};
+  config.policy<ha::GDN>() = {.num_heads = 2, .num_value_heads = 3};
   CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("3 heads") && Contains("2 key/value heads"));
 }
 

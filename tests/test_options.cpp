@@ -172,11 +172,11 @@ void layers() {
   judge<C>("LanguageModel::Config", small(),
            {row<C>("vocab_size", &C::vocab_size, {1, 2, 50000}, {}, not_one), row<C>("model_dim", &C::model_dim, {2, 26}, {}, not_one),
             row<C>("num_heads", &C::num_heads, {1, 12}, {}, not_one), elsewhere<C>("feed_forward"), elsewhere<C>("norm"),
-            row<C>("tie_embedding", &C::tie_embedding, switches), elsewhere<C>("initialization"), elsewhere<C>("mixers")},
+            row<C>("tie_embedding", &C::tie_embedding, switches), elsewhere<C>("initialization"), elsewhere<C>("layers")},
            [](C const& c) { return Model{c}.config(); });
 
   using S = Layers::Config;
-  judge<S>("Stack::Config", S{}, {elsewhere<S>("block"), elsewhere<S>("mixers")}, [](S const& c) { return Layers::completed(c, 2); });
+  judge<S>("Stack::Config", S{}, {elsewhere<S>("block"), elsewhere<S>("layers")}, [](S const& c) { return Layers::completed(c, 2); });
   using B = ha::BlockConfig;
   judge<B>("BlockConfig", B{},
            {row<B>("model_dim", &B::model_dim, {2, 24}, {}, not_one), elsewhere<B>("norm"), elsewhere<B>("feed_forward"),
@@ -186,9 +186,9 @@ void layers() {
   // The layers' stage is the block's.
   B staged;
   staged.stage = ha::Stage::sparse;
-  CHECK(Layers::completed({staged, {}}, 2).mixers.get<Sparse>().stage == ha::Stage::sparse);
+  CHECK(Layers::completed({staged, {}}, 2).layers.get<Sparse>().policy.stage == ha::Stage::sparse);
   auto alone = small();
-  alone.mixer<Sparse>().stage = ha::Stage::sparse;
+  alone.policy<Sparse>().stage = ha::Stage::sparse;
   CHECK_THROWS_WITH(Model{alone}, Catch::Matchers::Contains("DSA: the stage of its config is not that of the model"));
   using N = ha::RmsNorm::Options;
   judge<N>("RmsNorm::Options", {},

@@ -55,7 +55,7 @@ TEST_CASE("Gated DeltaNet's gates start as flash-linear-attention or as transfor
   for (auto const start : {ha::gdn::GateStart::fla, ha::gdn::GateStart::transformers}) {
     ha::Cpu cpu{1};
     ha::LanguageModel<Stack>::Config config{.model_dim = 256, .num_heads = 64};
-    config.mixer<ha::GDN>().gate_start = start;
+    config.policy<ha::GDN>().gate_start = start;
     auto const params = ha::LanguageModel<Stack>{config}.initialize<double>(cpu, ha::Seed{1});
     auto const& prepare = boost::hana::at_c<0>(params.blocks.arrays)[0].attention.prepare;
     for (double a_log : download(cpu, prepare.a_log)) CHECK((std::log(0.01) <= a_log && a_log <= std::log(16)));

@@ -23,9 +23,9 @@ Model tiny_model() {
       .num_heads = 4,
       .feed_forward = {.hidden_dim = 32, .num_experts = 4, .top_k = 2, .expert_dim = 8, .shared_dim = 0, .decoder_sparse_step = 2},
       .norm = {ha::NormWeight::zero_centred, 1e-6}};
-  c.mixer<study::Linear1>() = {.num_heads = 2, .key_dim = 8, .value_dim = 8};
-  c.mixer<study::Full1>() = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8};
-  c.mixer<Sparse>() = {.num_heads = 4, .head_dim = 8, .index_heads = 4, .index_dim = 8, .index_scale = 1};
+  c.policy<study::Linear1>() = {.num_heads = 2, .key_dim = 8, .value_dim = 8};
+  c.policy<study::Full1>() = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 8};
+  c.policy<Sparse>() = {.num_heads = 4, .head_dim = 8, .index_heads = 4, .index_dim = 8, .index_scale = 1};
   return Model{c};
 }
 

@@ -3,6 +3,7 @@
 #include "catch.hpp"
 #include "counting.hpp"
 #include "error_of.hpp"
+#include "latent.hpp"
 #include "recorder.hpp"
 
 #include <hybridattn/hybridattn.hpp>
@@ -22,7 +23,7 @@ namespace {
 using Fake = ha::testing::Fake;
 using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5, .index_rotary_percent = 50, .index_norm = true}>;
 using Windowed = ha::FullAttention<ha::FullOptions{.window = 7, .qk_norm = ha::QkNorm::plain, .rotary = ha::Rotary::interleaved}>;
-using Stack = ha::Stack<ha::GDN, Windowed, Sparse, ha::Full>;
+using Stack = ha::Stack<ha::GDN, Windowed, Sparse, latent::Attention>;
 using Model = ha::LanguageModel<Stack>;
 
 Model::Config config(bool mixture, ha::Balance balance = ha::Balance::per_layer) {
@@ -37,6 +38,7 @@ Model::Config config(bool mixture, ha::Balance balance = ha::Balance::per_layer)
                       .balance_coefficient = 0.1,
                       .balance = balance};
   c.tie_embedding = mixture;
+  if (mixture) latent::norms_after(Stack::Kinds{}, c);
   return c;
 }
 std::vector<std::int32_t> tokens(Index count, std::uint64_t seed) {
@@ -367,7 +369,7 @@ TEST_CASE("a rotary share of no entries turns nothing") {
   using Indexer = ha::SparseAttention<ha::SparseOptions{.top_k = 3, .qk_norm = ha::QkNorm::none, .index_rotary_percent = 50}>;
   ha::Cpu cpu{1};
   ha::LanguageModel<ha::Stack<Plain, Indexer>>::Config c{.vocab_size = 19, .model_dim = 8, .num_heads = 2};
-  c.mixer<Indexer>().index_dim = 2;
+  c.policy<Indexer>().index_dim = 2;
   ha::LanguageModel<ha::Stack<Plain, Indexer>> const model{c};
   auto params = model.initialize<float>(cpu, ha::Seed{1});
   ha::AdamW optimizer{cpu, params};

@@ -40,7 +40,7 @@ template <class Policy> bool keeps_the_laws() {
 int main(int argc, char** argv) try {
   ha::check(argc == 3, "usage: warnings FOLDER TEXT");
   using Hybrid = ha::LanguageModel<ha::Stack<ha::GDN, ha::Full, Windowed, ha::DSA>>;
-  Hybrid const model{{.model_dim = 32, .num_heads = 2, .feed_forward = {.num_experts = 4, .shared_dim = 16}, .mixers = {}}};
+  Hybrid const model{{.model_dim = 32, .num_heads = 2, .feed_forward = {.num_experts = 4, .shared_dim = 16}, .layers = {}}};
   ha::Windows text{ha::ByteText(ha::read_text(argv[2]))};
   ha::RecallTask recall{ha::Seed{2}, {}};
   double const found = train<float>(model, text) + train<double>(model, recall);

@@ -978,6 +978,29 @@ template <class S> struct Narrow {
   template <int Rank> using State = Absent;
 };
 
+// What `in` and `out` make of a group: the role of views of its tensors.
+namespace detail {
+template <class S> struct ReadingOf;
+template <class T, class B> struct ReadingOf<Owned<T, B>> {
+  using type = In<T>;
+};
+template <class T> struct ReadingOf<Out<T>> {
+  using type = In<T>;
+};
+template <class S> struct ReadingOf<Narrow<S>> {
+  using type = Narrow<typename ReadingOf<S>::type>;
+};
+template <class S> struct WritingOf;
+template <class T, class B> struct WritingOf<Owned<T, B>> {
+  using type = Out<T>;
+};
+template <class S> struct WritingOf<Narrow<S>> {
+  using type = Narrow<typename WritingOf<S>::type>;
+};
+}  // namespace detail
+template <class S> using Reading = typename detail::ReadingOf<S>::type;
+template <class S> using Writing = typename detail::WritingOf<S>::type;
+
 template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
@@ -1071,13 +1094,15 @@ template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{},
 // Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
 namespace detail {
 struct ToIn {
-  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
+  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
+    view = in(tensor);
+  }
+  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
+    view = written;
+  }
 };
 struct ToOut {
   void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
-};
-struct ToRead {
-  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
 template <class B> struct Allocate {
   B& backend;
@@ -1110,19 +1135,14 @@ template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
-template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
-  G<In<T>> views;
-  zip(detail::ToIn{}, owned, views);
+template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
+  G<Reading<S>> views;
+  zip(detail::ToIn{}, group, views);
   return views;
 }
-template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
-  G<Out<T>> views;
+template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
+  G<Writing<S>> views;
   zip(detail::ToOut{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
-  G<In<T>> views;
-  zip(detail::ToRead{}, written, views);
   return views;
 }
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
@@ -1358,7 +1378,7 @@ template <class B> class SequencesOn : public Sequences {
 // A policy P declares
 //   P::Config                                   its sizes, as values; 0 stands for a default
 //   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
-//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read; each tensor of tokens is one projection of x
+//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read
 //   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
 //   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
@@ -1369,6 +1389,9 @@ template <class B> class SequencesOn : public Sequences {
 //                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
 //                                               any number of each sequence, 0 included; then they stand there too. What the
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
+// A layer projects x to each input (x w^T), and P::Prepare changes some of them. A policy whose inputs are not projections of x names
+// what is, and its Prepare makes the inputs of them:
+//   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
 // `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
@@ -1380,7 +1403,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A step around the policy that does nothing, with no parameters: its tensors are used as they are.
 // A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
-// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params); a Finish has
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections; a Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
 // the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
 // extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
@@ -1389,7 +1412,7 @@ struct NoStep {
   template <class S> using Params = Nothing<S>;
   template <class Config> static Params<Shapes> params(Config const&) { return {}; }
   template <class Config> static Params<Starts> starts(Config const&) { return {}; }
-  // Inputs that the step makes from a projection of their own; the others are the projections.
+  // Inputs that the step makes from the projection of their name; the others are that projection. Asked where P has no Projections.
   static constexpr bool makes(std::string_view) { return false; }
 };
 
@@ -1407,10 +1430,26 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  // Inputs, projections, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
   // What a batch's auxiliary loss counts in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
+};
+
+template <class P>
+concept NamesProjections = requires(typename P::Config c, Sequences const& s) { P::projections(c, s); };
+// The projections of P's layer, as a group over roles, and their shapes.
+template <class P> struct ProjectionsOf {
+  template <class S> using Group = typename P::template Inputs<Narrow<S>>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) {
+    Group<Shapes> narrow{};
+    zip([](Path const&, auto const& input, auto& projection) { projection = input; }, P::inputs(c, s), narrow);
+    return narrow;
+  }
+};
+template <NamesProjections P> struct ProjectionsOf<P> {
+  template <class S> using Group = typename P::template Projections<S>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) { return P::projections(c, s); }
 };
 
 template <class P>
@@ -7321,11 +7360,14 @@ void balance_loss(B& backend, FeedForwardConfig const& c, double scale, std::spa
 #endif
 
 // ==== hybridattn/nn/attention.hpp
-// An attention layer: x -> project -> prepare -> the policy -> finish -> w_o. Each input of the policy is one projection of x.
+// An attention layer: x -> project -> prepare -> the policy -> finish -> w_o. Decoding is the same forward with a cache.
 #ifndef HYBRIDATTN_NN_ATTENTION_HPP
 #define HYBRIDATTN_NN_ATTENTION_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// In place of a policy's cache, where sequences are whole.
+struct NoCache {};
 
 template <AttentionPolicy Policy> struct Attention {
   using Config = typename Policy::Config;
@@ -7334,8 +7376,9 @@ template <AttentionPolicy Policy> struct Attention {
   static constexpr bool finishes = !std::is_same_v<Finish, NoStep>;
 
   template <class S> using Inputs = typename Policy::template Inputs<S>;
+  template <class S> using Projections = typename ProjectionsOf<Policy>::template Group<S>;
   template <class S> struct Params {
-    Inputs<Matrix<S>> w;  // [H*D, C] or [H, C], one for each input
+    Projections<Matrix<S>> w;  // [H*D, C] or [H, C], one for each projection
     Held<S, 2> w_gate;    // [H*D, C], or nothing without an output gate
     Held<S, 2> w_o;       // [C, H*D]
     typename Prepare::template Params<S> prepare;
@@ -7343,7 +7386,7 @@ template <AttentionPolicy Policy> struct Attention {
     HYBRIDATTN_FIELDS(w, w_gate, w_o, prepare, finish)
   };
   template <class S> struct Saved {
-    Inputs<Narrow<S>> raw;  // the projections that Prepare makes something of; the others are inputs at once
+    Projections<S> raw;  // those that Prepare changes; the others stand among the inputs
     Inputs<S> inputs;
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
@@ -7360,7 +7403,8 @@ template <AttentionPolicy Policy> struct Attention {
                           .w_o = {model_dim, width},
                           .prepare = Prepare::params(c),
                           .finish = Finish::params(c)};
-    zip([&](Path const&, auto const& input, auto& w) { w = {input.count(), model_dim}; }, Policy::inputs(c, one_token), shapes.w);
+    zip([&](Path const&, auto const& projection, auto& w) { w = {projection.count(), model_dim}; },
+        ProjectionsOf<Policy>::shapes(c, one_token), shapes.w);
     return shapes;
   }
   // What a stage does not train has no gradient at all, not even a zero one.
@@ -7395,25 +7439,29 @@ template <AttentionPolicy Policy> struct Attention {
     return shapes;
   }
 
-  template <class B, class T>
+  // With a cache, the tokens follow those that stand there, and backward cannot follow.
+  template <class B, class T, class Cache = NoCache>
   static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
-                                 Saved<Owned<T, B>>& saved) {
-    static_assert(HasForward<Policy, B, T>,
+                                 Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
+    constexpr bool decodes = !std::is_same_v<Cache, NoCache>;
+    static_assert(decodes || HasForward<Policy, B, T>,
                   "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<Out<T>>, Saved<Out<T>>)");
-    static_assert(HasBackward<Policy, B, T>,
+    static_assert(decodes || HasBackward<Policy, B, T>,
                   "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
-    saved = allocate<T>(backend, Attention::saved(c, s));
-    if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
-    zip(
-        [&](Path const& path, auto const& w, auto& raw, auto& input) {
-          auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));
-          On<Linear, B>::forward(backend, x, w, made);
-        },
-        p.w, saved.raw, saved.inputs);
-    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, out(saved.inputs));
-    On<Policy, B>::forward(backend, c, s, in(saved.inputs), out(saved.outputs), out(saved.policy));
+    auto shapes = Attention::saved(c, s);
+    if constexpr (decodes) shapes.policy = {};   // what only backward reads
+    saved = allocate<T>(backend, shapes);
+    zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
+        projections<T>(saved.raw, saved.inputs));
+    prepare<T>(backend, c, s, in(saved.raw), p.prepare, cache, out(saved.inputs));
+    if constexpr (decodes) {
+      On<Policy, B>::extend(backend, c, s, in(saved.inputs), cache, out(saved.outputs));
+    } else {
+      if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
+      On<Policy, B>::forward(backend, c, s, in(saved.inputs), out(saved.outputs), out(saved.policy));
+    }
     if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(saved.z)));
     if constexpr (finishes) Finish::forward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, out(saved.finished));
     Tensor<T, 2, B> y{backend, x.shape};
@@ -7445,57 +7493,71 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
  private:
-  static Inputs<Narrow<Shapes>> raw(Config const& c, Sequences const& s) {
-    Inputs<Narrow<Shapes>> shapes{};
-    zip(
-        [](Path const& path, auto const& input, auto& raw) {
-          if (Prepare::makes(path.name)) raw = input;
-        },
-        Policy::inputs(c, s), shapes);
+  static Projections<Shapes> raw(Config const& c, Sequences const& s) {
+    auto shapes = ProjectionsOf<Policy>::shapes(c, s);
+    if constexpr (!NamesProjections<Policy>)
+      zip(
+          [](Path const& path, auto& projection) {
+            if (!Prepare::makes(path.name)) projection = {};
+          },
+          shapes);
     return shapes;
   }
-  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
-  // detached is wanted where its matrix has a gradient.
+  // Where the projections stand, or their gradients: each in its own place, or in that of its input.
+  template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
+    auto places = out(raw);
+    if constexpr (!NamesProjections<Policy>)
+      zip(
+          [](Path const& path, auto& place, auto& input) {
+            if (!Prepare::makes(path.name)) place = out(input);
+          },
+          places, inputs);
+    return places;
+  }
+  template <class T, class B, class Cache>
+  static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
+                      typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
+                      Inputs<Out<T>> const& inputs) {
+    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+      Prepare::extend(backend, c, s, raw, p, cache, inputs);
+    } else {
+      static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
+                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
+                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+      if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
+    }
+  }
+  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. What is detached has one
+  // where the stage trains its matrix.
   template <class B, class T>
   static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
+    bool trains_detached = false;
+    if constexpr (HasAuxiliaryLoss<Policy>)
+      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
+    auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
+      if (has_gradient(path)) gradient = {backend, tensor.shape()};
+    };
     Inputs<Owned<T, B>> d_inputs;
-    Inputs<Narrow<Owned<T, B>>> d_raw;
-    zip(
-        [&](Path const& path, auto const& d_w, auto const& raw, auto const& input, auto& d_r, auto& d_input) {
-          if (Policy::detached(path.name) ? d_w.empty() : d_o == nullptr) return;
-          d_r = {backend, raw.shape()};
-          d_input = {backend, input.shape()};
-        },
-        d_p.w, saved.raw, saved.inputs, d_raw, d_inputs);
+    Projections<Owned<T, B>> d_raw;
+    zip(allocate_gradients, saved.raw, d_raw);
+    zip(allocate_gradients, saved.inputs, d_inputs);
     typename Policy::template Outputs<In<T>> d_outputs{};
     if (d_o != nullptr) d_outputs.o = in(*d_o);
     if constexpr (HasAuxiliaryLoss<Policy>) d_outputs.auxiliary_loss = in(saved.d_auxiliary_loss);
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     if constexpr (!std::is_same_v<Prepare, NoStep>)
-      Prepare::backward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out_narrow<T>(d_raw),
-                        d_p.prepare);
+      Prepare::backward(backend, c, s, in(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out(d_raw), d_p.prepare);
     zip(
-        [&](Path const& path, auto const& w, auto& d_w, auto const& d_made, auto const& d_input) {
+        [&](Path const& path, auto const& w, auto const& d_projection, auto& d_w) {
+          if (!has_gradient(path)) return;
           bool const detached = Policy::detached(path.name);
-          if (detached ? d_w.empty() : d_o == nullptr) return;
-          auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w, into);
+          On<Linear, B>::backward(backend, x, w, as_rows(d_projection), detached ? View<T, 2>{} : d_x, d_w, into);
           if (!detached) into = Into::add;
         },
-        p.w, d_p.w, d_raw, d_inputs);
-  }
-  // `in` and `out` for a group whose role is composed.
-  template <class T, class B> static Inputs<Narrow<In<T>>> in_narrow(Inputs<Narrow<Owned<T, B>>> const& raw) {
-    Inputs<Narrow<In<T>>> views;
-    zip(detail::ToIn{}, raw, views);
-    return views;
-  }
-  template <class T, class B> static Inputs<Narrow<Out<T>>> out_narrow(Inputs<Narrow<Owned<T, B>>>& raw) {
-    Inputs<Narrow<Out<T>>> views;
-    zip(detail::ToOut{}, raw, views);
-    return views;
+        p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;
@@ -7507,7 +7569,9 @@ template <AttentionPolicy Policy> struct Attention {
 #endif
 
 // ==== hybridattn/nn/block.hpp
-// A block, residual pre-norm: h = x + Attention(norm(x)); y = h + FeedForward(norm(h)).
+// A block: two residual branches, each with a norm.
+//   before:  h = x + Attention(norm(x))   y = h + FeedForward(norm(h))
+//   after:   h = x + norm(Attention(x))   y = h + norm(FeedForward(h))
 #ifndef HYBRIDATTN_NN_BLOCK_HPP
 #define HYBRIDATTN_NN_BLOCK_HPP
 
@@ -7532,88 +7596,138 @@ struct BlockConfig {
   }
 };
 
+// Where a residual branch has its norm: before or after what the branch computes.
+enum class NormPlacement { before, after };
+
+// What the layers of one policy have of their own.
+template <AttentionPolicy P> struct LayerConfig {
+  typename P::Config policy = {};
+  NormPlacement norm_placement = NormPlacement::before;
+};
+
 template <AttentionPolicy P> struct Block {
   using Policy = P;
-  using Mixer = Attention<P>;
+  using Layer = Attention<P>;
+  using Config = LayerConfig<P>;
 
   template <class S> struct Params {
     Wide<S, 1> attention_norm;  // [C]
-    typename Mixer::template Params<S> attention;
+    typename Layer::template Params<S> attention;
     Wide<S, 1> feed_forward_norm;  // [C]
     FeedForward::Params<S> feed_forward;
     HYBRIDATTN_FIELDS(attention_norm, attention, feed_forward_norm, feed_forward)
   };
+  // [N, C] each; a norm has its input here, or its output, where that is the input of what follows.
   template <class S> struct Saved {
-    Held<S, 2> x, x_normed;  // [N, C]
-    typename Mixer::template Saved<S> attention;
-    Held<S, 2> h, h_normed;  // [N, C]
+    Held<S, 2> x, x_normed;  // without x_normed where norms come after
+    typename Layer::template Saved<S> attention;
+    Held<S, 2> attended, h, h_normed;  // attended only where norms come after, h_normed only where they come before
     FeedForward::Saved<S> feed_forward;
-    HYBRIDATTN_FIELDS(x, x_normed, attention, h, h_normed, feed_forward)
+    Held<S, 2> fed;  // only where norms come after
+    HYBRIDATTN_FIELDS(x, x_normed, attention, attended, h, h_normed, feed_forward, fed)
   };
 
-  static Params<Shapes> params(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
+  static Params<Shapes> params(BlockConfig const& c, Config const& own, Index layer) {
     return {.attention_norm = {c.model_dim},
-            .attention = Mixer::params(mixer, c.model_dim),
+            .attention = Layer::params(own.policy, c.model_dim),
             .feed_forward_norm = {c.model_dim},
             .feed_forward = FeedForward::params(c.feed_forward, layer, c.model_dim)};
   }
-  static Params<Shapes> gradients(BlockConfig const& c, typename P::Config const& mixer, Index layer) {
-    auto shapes = c.stage == Stage::dense_warm_up ? Params<Shapes>{} : params(c, mixer, layer);
-    shapes.attention = Mixer::gradients(mixer, c.model_dim, c.stage);
+  static Params<Shapes> gradients(BlockConfig const& c, Config const& own, Index layer) {
+    auto shapes = c.stage == Stage::dense_warm_up ? Params<Shapes>{} : params(c, own, layer);
+    shapes.attention = Layer::gradients(own.policy, c.model_dim, c.stage);
     return shapes;
   }
-  static Params<Starts> starts(BlockConfig const& c, typename P::Config const& mixer) {
+  static Params<Starts> starts(BlockConfig const& c, Config const& own) {
     auto const neutral = Initial::constant(c.norm.weight == NormWeight::plain ? 1 : 0);
     return {.attention_norm = neutral,
-            .attention = Mixer::starts(mixer, c.model_dim, c.initialization),
+            .attention = Layer::starts(own.policy, c.model_dim, c.initialization),
             .feed_forward_norm = neutral,
             .feed_forward = FeedForward::starts(c.feed_forward, c.model_dim, c.initialization)};
   }
-  static Saved<Shapes> saved(BlockConfig const& c, typename P::Config const& mixer, Index layer, Sequences const& s) {
-    Shape<2> const x{s.tokens(), c.model_dim};
+  static Saved<Shapes> saved(BlockConfig const& c, Config const& own, Index layer, Sequences const& s) {
+    bool const before = own.norm_placement == NormPlacement::before;
+    Shape<2> const x{s.tokens(), c.model_dim}, normed = before ? x : Shape<2>{}, made = before ? Shape<2>{} : x;
     return {.x = x,
-            .x_normed = x,
-            .attention = Mixer::saved(mixer, s),
+            .x_normed = normed,
+            .attention = Layer::saved(own.policy, s),
+            .attended = made,
             .h = x,
-            .h_normed = x,
-            .feed_forward = FeedForward::saved(c.feed_forward, layer, c.model_dim, s.tokens())};
+            .h_normed = normed,
+            .feed_forward = FeedForward::saved(c.feed_forward, layer, c.model_dim, s.tokens()),
+            .fed = made};
   }
 
-  // x moves into Saved.
-  template <class B, class T>
-  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
-                                 Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved) {
+  // x moves into Saved. With a cache, see Attention::forward.
+  template <class B, class T, class Cache = NoCache>
+  static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, Config const& own, Index layer, SequencesOn<B> const& s,
+                                 Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
+    bool const before = own.norm_placement == NormPlacement::before;
     saved.x = std::move(x);
-    saved.x_normed = {backend, saved.x.shape()};
-    On<RmsNorm, B>::forward(backend, c.norm, in(saved.x), p.attention_norm, out(saved.x_normed));
-    saved.h = Mixer::forward(backend, mixer, s, p.attention, in(saved.x_normed), saved.attention);
+    if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
+    saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
+    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // long prompts: its memory serves what follows
+    if (!before) {
+      saved.attended = std::move(saved.h);
+      saved.h = normed(backend, c, saved.attended, p.attention_norm);
+    }
     On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
-    saved.h_normed = {backend, saved.h.shape()};
-    On<RmsNorm, B>::forward(backend, c.norm, in(saved.h), p.feed_forward_norm, out(saved.h_normed));
-    auto y = FeedForward::forward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed), saved.feed_forward);
+
+    if (before) saved.h_normed = normed(backend, c, saved.h, p.feed_forward_norm);
+    auto y =
+        FeedForward::forward(backend, c.feed_forward, layer, p.feed_forward, in(before ? saved.h_normed : saved.h), saved.feed_forward);
+    if (!before) {
+      saved.fed = std::move(y);
+      y = normed(backend, c, saved.fed, p.feed_forward_norm);
+    }
     On<Add, B>::forward(backend, flat(in(saved.h)), flat(out(y)));
     return y;
   }
 
   // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
   template <class B, class T>
-  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
+  static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, Config const& own, Index layer, SequencesOn<B> const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
-    {
-      auto const d_normed = FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(saved.h_normed),
-                                                  std::move(saved.feed_forward), in(d_y), d_p.feed_forward);
-      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(d_normed), out(d_y), d_p.feed_forward_norm, Into::add);
+    bool const before = own.norm_placement == NormPlacement::before;
+    auto const feed_forward = [&](View<T const, 2> d_fed) {
+      return FeedForward::backward(backend, c.feed_forward, layer, p.feed_forward, in(before ? saved.h_normed : saved.h),
+                                   std::move(saved.feed_forward), d_fed, d_p.feed_forward);
+    };
+    auto const attention = [&](View<T const, 2> d_attended) {
+      return Layer::backward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), std::move(saved.attention),
+                             d_attended, d_p.attention);
+    };
+    if (before) {
+      On<RmsNorm, B>::backward(backend, c.norm, in(saved.h), p.feed_forward_norm, in(feed_forward(in(d_y))), out(d_y),
+                               d_p.feed_forward_norm, Into::add);
+      On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(attention(in(d_y))), out(d_y), d_p.attention_norm,
+                               Into::add);
+      return d_y;
     }
-    auto const d_normed =
-        Mixer::backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), in(d_y), d_p.attention);
-    On<RmsNorm, B>::backward(backend, c.norm, in(saved.x), p.attention_norm, in(d_normed), out(d_y), d_p.attention_norm, Into::add);
+    Tensor<T, 2, B> d_made{backend, d_y.shape()};
+    On<RmsNorm, B>::backward(backend, c.norm, in(saved.fed), p.feed_forward_norm, in(d_y), out(d_made), d_p.feed_forward_norm,
+                             Into::overwrite);
+    On<Add, B>::forward(backend, flat(in(feed_forward(in(d_made)))), flat(out(d_y)));
+    On<RmsNorm, B>::backward(backend, c.norm, in(saved.attended), p.attention_norm, in(d_y), out(d_made), d_p.attention_norm,
+                             Into::overwrite);
+    On<Add, B>::forward(backend, flat(in(attention(in(d_made)))), flat(out(d_y)));
     return d_y;
   }
   // Of the policy's auxiliary loss alone.
   template <class B, class T>
-  static void auxiliary_backward(B& backend, typename P::Config const& mixer, SequencesOn<B> const& s, Params<In<T>> const& p,
-                                 Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
-    Mixer::auxiliary_backward(backend, mixer, s, p.attention, in(saved.x_normed), std::move(saved.attention), d_p.attention);
+  static void auxiliary_backward(B& backend, Config const& own, SequencesOn<B> const& s, Params<In<T>> const& p, Saved<Owned<T, B>> saved,
+                                 Params<Out<T>> const& d_p) {
+    bool const before = own.norm_placement == NormPlacement::before;
+    Layer::auxiliary_backward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), std::move(saved.attention),
+                              d_p.attention);
+  }
+
+ private:
+  template <class B, class T>
+  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, View<T const, 1> w) {
+    Tensor<T, 2, B> y{backend, x.shape()};
+    On<RmsNorm, B>::forward(backend, c.norm, in(x), w, out(y));
+    return y;
   }
 };
 
@@ -7742,12 +7856,11 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Each policy once.
   using Kinds = Distinct<Policies...>;
-  // The sizes of every policy of the stack, reached by type: mixers.get<GDN>().
-  template <class Policy> using ConfigOf = typename Policy::Config;
-  using Mixers = ByType<ConfigOf, Kinds>;
+  // What the layers of each policy have of their own, reached by type: layers.get<GDN>().policy.
+  using LayerConfigs = ByType<LayerConfig, Kinds>;
   struct Config {
     BlockConfig block;
-    Mixers mixers;
+    LayerConfigs layers;
   };
   // With every 0 filled in from the model's width and heads.
   static Config completed(Config c, Index num_heads) {
@@ -7765,18 +7878,18 @@ template <AttentionPolicy... Policies> struct Stack {
 
   static Params<Shapes> params(Config const& c) {
     return filled<Params<Shapes>>(
-        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
+        c, [&](auto block, auto const& own, Index layer) { return decltype(block)::type::params(c.block, own, layer); });
   }
   static Params<Shapes> gradients(Config const& c) {
     return filled<Params<Shapes>>(
-        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::gradients(c.block, mixer, layer); });
+        c, [&](auto block, auto const& own, Index layer) { return decltype(block)::type::gradients(c.block, own, layer); });
   }
   static Params<Starts> starts(Config const& c) {
-    return filled<Params<Starts>>(c, [&](auto block, auto const& mixer, Index) { return decltype(block)::type::starts(c.block, mixer); });
+    return filled<Params<Starts>>(c, [&](auto block, auto const& own, Index) { return decltype(block)::type::starts(c.block, own); });
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) {
     return filled<Saved<Shapes>>(
-        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::saved(c.block, mixer, layer, s); });
+        c, [&](auto block, auto const& own, Index layer) { return decltype(block)::type::saved(c.block, own, layer, s); });
   }
 
   template <class B, class T>
@@ -7785,9 +7898,22 @@ template <AttentionPolicy... Policies> struct Stack {
     params.for_each(
         [&](auto block, std::size_t layer, auto& p, auto& kept) {
           using Block = typename decltype(block)::type;
-          x = Block::forward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
+          x = Block::forward(backend, c.block, layer_config<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
         },
         params, saved);
+    return x;
+  }
+  // Of tokens that follow those of the caches, one for each layer. Nothing else is kept.
+  template <class B, class T, class Caches>
+  static Tensor<T, 2, B> extend(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+                                Caches const& caches) {
+    params.for_each(
+        [&](auto block, std::size_t layer, auto& p, auto& cache) {
+          using Block = typename decltype(block)::type;
+          typename Block::template Saved<Owned<T, B>> kept;
+          x = Block::forward(backend, c.block, layer_config<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept, cache);
+        },
+        params, caches);
     return x;
   }
   template <class B, class T>
@@ -7796,7 +7922,8 @@ template <AttentionPolicy... Policies> struct Stack {
     params.for_each_reversed(
         [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
-          d_y = Block::backward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y), d_p);
+          d_y = Block::backward(backend, c.block, layer_config<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y),
+                                d_p);
         },
         params, saved, d_params);
     return d_y;
@@ -7809,35 +7936,38 @@ template <AttentionPolicy... Policies> struct Stack {
     params.for_each(
         [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
-          Block::auxiliary_backward(backend, mixer<Block>(c), s, p, std::move(kept), d_p);
+          Block::auxiliary_backward(backend, layer_config<Block>(c), s, p, std::move(kept), d_p);
         },
         params, saved, d_params);
   }
 
-  template <class Block> static auto const& mixer(Config const& c) { return c.mixers.template get<typename Block::Policy>(); }
+  template <class Block> static auto const& layer_config(Config const& c) { return c.layers.template get<typename Block::Policy>(); }
 
  private:
   template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
-    ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
-    (check_stage(Ps::name, c.mixers.template get<Ps>(), c.block.stage), ...);
+    auto const complete_one = [&]<class P>(LayerConfig<P>& own) {
+      own.policy = P::complete(own.policy, c.block.model_dim, num_heads);
+      check_stage(P::name, own.policy, c.block.stage);
+    };
+    (complete_one(c.layers.template get<Ps>()), ...);
   }
   // One stage for all layers: a policy alone in another one would compute something else than it trains.
-  static void check_stage(std::string_view policy, auto const& mixer, Stage stage) {
-    if constexpr (requires { mixer.stage; })
-      check(mixer.stage == Stage::language_model || mixer.stage == stage, policy, ": the stage of its config is not that of the model; ",
+  static void check_stage(std::string_view policy, auto const& config, Stage stage) {
+    if constexpr (requires { config.stage; })
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage of its config is not that of the model; ",
             "leave it as it is, and give a step its stage: StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
-    auto const set = [&](auto& mixer) {
-      if constexpr (requires { mixer.stage; }) mixer.stage = stage;
+    auto const set = [&](auto& policy) {
+      if constexpr (requires { policy.stage; }) policy.stage = stage;
     };
-    (set(c.mixers.template get<Ps>()), ...);
+    (set(c.layers.template get<Ps>().policy), ...);
   }
-  // A list whose elements are f(block, its mixer's config, layer's number).
+  // A list whose elements are f(block, what its layers have of their own, layer's number).
   template <class List, class F> static List filled(Config const& c, F f) {
     List list;
     list.for_each([&](auto block, std::size_t layer,
-                      auto& element) { element = f(block, mixer<typename decltype(block)::type>(c), static_cast<Index>(layer)); },
+                      auto& element) { element = f(block, layer_config<typename decltype(block)::type>(c), static_cast<Index>(layer)); },
                   list);
     return list;
   }
@@ -8165,11 +8295,14 @@ template <class S_> class LanguageModel {
     RmsNorm::Options norm = {};
     bool tie_embedding = false;   // the head is the embedding
     Initialization initialization = {};
-    typename Stack::Mixers mixers = {};
+    typename Stack::LayerConfigs layers = {};
 
-    // The sizes of one policy of the stack: config.mixer<GDN>().num_value_heads = 8.
-    template <class Policy> auto& mixer() { return mixers.template get<Policy>(); }
-    template <class Policy> auto const& mixer() const { return mixers.template get<Policy>(); }
+    // The sizes of one policy of the stack: config.policy<GDN>().num_value_heads = 8.
+    template <class Policy> auto& policy() { return layers.template get<Policy>().policy; }
+    template <class Policy> auto const& policy() const { return layers.template get<Policy>().policy; }
+    // Where its layers have their norms: config.norm_placement<Full>() = NormPlacement::after.
+    template <class Policy> NormPlacement& norm_placement() { return layers.template get<Policy>().norm_placement; }
+    template <class Policy> NormPlacement norm_placement() const { return layers.template get<Policy>().norm_placement; }
   };
 
   template <class S> struct Params {
@@ -8196,7 +8329,7 @@ template <class S_> class LanguageModel {
     check_at_least("model", "num_heads", config_.num_heads, 1);
     check(config_.vocab_size <= largest_int32, "model: vocab_size ", config_.vocab_size, " is not allowed; it must be at most ",
           largest_int32, ", since a token is an int32");
-    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
+    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.layers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
     byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
@@ -8369,7 +8502,7 @@ template <class S_> class LanguageModel {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
             if (!kept.attention.outputs.auxiliary_loss) return;
-            double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
+            double const weight = Block::Policy::auxiliary_weight(Stack::template layer_config<Block>(stack_).policy, tokens);
             On<Fill, B>::forward(backend, static_cast<wide_t<T>>(scale * weight), out(kept.attention.d_auxiliary_loss));
             On<AddWeighted, B>::forward(backend, weight, in(kept.attention.outputs.auxiliary_loss), sum);
           }
@@ -8424,7 +8557,7 @@ template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache
   shapes.for_each(
       [&](auto block, std::size_t, auto& layer) {
         using Block = typename decltype(block)::type;
-        layer = Block::Policy::cache(Stack::template mixer<Block>(model.stack_config()), size.batch, size.capacity);
+        layer = Block::Policy::cache(Stack::template layer_config<Block>(model.stack_config()).policy, size.batch, size.capacity);
       },
       shapes);
   return shapes;
@@ -8497,74 +8630,12 @@ template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backen
 #endif
 
 // ==== hybridattn/infer/extend.hpp
-// The model over tokens that follow those of a cache: the forward of nn/, layer by layer, with nothing kept but the cache.
+// The model over tokens that follow those of a cache: the forward of nn/ with a cache in place of what backward would need.
 #ifndef HYBRIDATTN_INFER_EXTEND_HPP
 #define HYBRIDATTN_INFER_EXTEND_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
-
-// x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
-template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, SequencesOn<B> const& s,
-                                typename Attention<P>::template Params<In<T>> const& p, View<T const, 2> x,
-                                typename P::template Cache<Out<T>> const& cache) {
-  using Prepare = typename P::Prepare;
-  using Finish = typename P::Finish;
-  auto shapes = Attention<P>::saved(c, s);
-  shapes.policy = {};   // what only backward reads
-  auto kept = allocate<T>(backend, shapes);
-  zip([&](Path const& path, auto const& w, auto& raw,
-          auto& input) { On<Linear, B>::forward(backend, x, w, Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input))); },
-      p.w, kept.raw, kept.inputs);
-  typename P::template Inputs<Narrow<In<T>>> raw;
-  zip(detail::ToIn{}, kept.raw, raw);
-  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); }) {
-    Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs));
-  } else {
-    static_assert(!NamesExtend<Prepare>,
-                  "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                  "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
-    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
-  }
-  On<P, B>::extend(backend, c, s, in(kept.inputs), cache, out(kept.outputs));
-  if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(kept.z)));
-  if constexpr (Attention<P>::finishes) Finish::forward(backend, c, in(kept.outputs.o), in(kept.z), p.finish, out(kept.finished));
-  Tensor<T, 2, B> y{backend, x.shape};
-  On<Linear, B>::forward(backend, as_rows(in(Attention<P>::finishes ? kept.finished : kept.outputs.o)), p.w_o, out(y));
-  return y;
-}
-
-// As in nn/block.hpp.
-template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
-                      typename Block<P>::template Params<In<T>> const& p, Tensor<T, 2, B> x,
-                      typename P::template Cache<Out<T>> const& cache) {
-  Tensor<T, 2, B> normed{backend, x.shape()};
-  On<RmsNorm, B>::forward(backend, c.norm, in(x), p.attention_norm, out(normed));
-  auto h = attention_layer<P>(backend, mixer, s, p.attention, in(normed), cache);
-  On<Add, B>::forward(backend, flat(in(x)), flat(out(h)));
-  On<RmsNorm, B>::forward(backend, c.norm, in(h), p.feed_forward_norm, out(normed));
-  FeedForward::Saved<Owned<T, B>> kept;
-  auto y = FeedForward::forward(backend, c.feed_forward, layer, p.feed_forward, in(normed), kept);
-  On<Add, B>::forward(backend, flat(in(h)), flat(out(y)));
-  return y;
-}
-
-// As in nn/stack.hpp.
-template <class Stack, class B, class T>
-Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, SequencesOn<B> const& s,
-                      typename Stack::template Params<In<T>> const& params, Tensor<T, 2, B> x,
-                      typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
-  params.for_each(
-      [&](auto type, std::size_t layer, auto& p, auto& cache) {
-        using Block = typename decltype(type)::type;
-        x = block<typename Block::Policy>(backend, c.block, Stack::template mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x),
-                                          cache);
-      },
-      params, caches);
-  return x;
-}
 
 // Which rows of logits are wanted.
 enum class Rows { all, last };
@@ -8611,7 +8682,7 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
   upload(backend, call.tokens, numbers);
   Tensor<T, 2, B> x{backend, {std::ssize(call.tokens), model.config().model_dim}};
   On<Embedding, B>::forward(backend, in(numbers), p.embedding, out(x));
-  x = stack<Stack>(backend, model.stack_config(), call.sequences, p.blocks, std::move(x), out(cache.layers()));
+  x = Stack::extend(backend, model.stack_config(), call.sequences, p.blocks, std::move(x), out(cache.layers()));
   cache.commit();
   return logits(backend, model, p, call.sequences, rows, std::move(x));
 }
@@ -8776,7 +8847,7 @@ class Stopwatch {
  private:
   static double now() {
     std::timespec time = {};
-#if defined(CLOCK_MONOTONIC)
+#if defined(__linux__)
     clock_gettime(CLOCK_MONOTONIC, &time);
 #else
     std::timespec_get(&time, TIME_UTC);

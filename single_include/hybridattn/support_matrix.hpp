@@ -973,6 +973,29 @@ template <class S> struct Narrow {
   template <int Rank> using State = Absent;
 };
 
+// What `in` and `out` make of a group: the role of views of its tensors.
+namespace detail {
+template <class S> struct ReadingOf;
+template <class T, class B> struct ReadingOf<Owned<T, B>> {
+  using type = In<T>;
+};
+template <class T> struct ReadingOf<Out<T>> {
+  using type = In<T>;
+};
+template <class S> struct ReadingOf<Narrow<S>> {
+  using type = Narrow<typename ReadingOf<S>::type>;
+};
+template <class S> struct WritingOf;
+template <class T, class B> struct WritingOf<Owned<T, B>> {
+  using type = Out<T>;
+};
+template <class S> struct WritingOf<Narrow<S>> {
+  using type = Narrow<typename WritingOf<S>::type>;
+};
+}  // namespace detail
+template <class S> using Reading = typename detail::ReadingOf<S>::type;
+template <class S> using Writing = typename detail::WritingOf<S>::type;
+
 template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
@@ -1066,13 +1089,15 @@ template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{},
 // Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
 namespace detail {
 struct ToIn {
-  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
+  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
+    view = in(tensor);
+  }
+  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
+    view = written;
+  }
 };
 struct ToOut {
   void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
-};
-struct ToRead {
-  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
 template <class B> struct Allocate {
   B& backend;
@@ -1105,19 +1130,14 @@ template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
-template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
-  G<In<T>> views;
-  zip(detail::ToIn{}, owned, views);
+template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
+  G<Reading<S>> views;
+  zip(detail::ToIn{}, group, views);
   return views;
 }
-template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
-  G<Out<T>> views;
+template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
+  G<Writing<S>> views;
   zip(detail::ToOut{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
-  G<In<T>> views;
-  zip(detail::ToRead{}, written, views);
   return views;
 }
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
@@ -1353,7 +1373,7 @@ template <class B> class SequencesOn : public Sequences {
 // A policy P declares
 //   P::Config                                   its sizes, as values; 0 stands for a default
 //   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
-//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read; each tensor of tokens is one projection of x
+//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read
 //   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
 //   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
@@ -1364,6 +1384,9 @@ template <class B> class SequencesOn : public Sequences {
 //                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
 //                                               any number of each sequence, 0 included; then they stand there too. What the
 //                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
+// A layer projects x to each input (x w^T), and P::Prepare changes some of them. A policy whose inputs are not projections of x names
+// what is, and its Prepare makes the inputs of them:
+//   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
 // and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
 // A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
 // `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
@@ -1375,7 +1398,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // A step around the policy that does nothing, with no parameters: its tensors are used as they are.
 // A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
-// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params); a Finish has
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections; a Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
 // the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
 // extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
@@ -1384,7 +1407,7 @@ struct NoStep {
   template <class S> using Params = Nothing<S>;
   template <class Config> static Params<Shapes> params(Config const&) { return {}; }
   template <class Config> static Params<Starts> starts(Config const&) { return {}; }
-  // Inputs that the step makes from a projection of their own; the others are the projections.
+  // Inputs that the step makes from the projection of their name; the others are that projection. Asked where P has no Projections.
   static constexpr bool makes(std::string_view) { return false; }
 };
 
@@ -1402,10 +1425,26 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  // Inputs, projections, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
   // What a batch's auxiliary loss counts in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
+};
+
+template <class P>
+concept NamesProjections = requires(typename P::Config c, Sequences const& s) { P::projections(c, s); };
+// The projections of P's layer, as a group over roles, and their shapes.
+template <class P> struct ProjectionsOf {
+  template <class S> using Group = typename P::template Inputs<Narrow<S>>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) {
+    Group<Shapes> narrow{};
+    zip([](Path const&, auto const& input, auto& projection) { projection = input; }, P::inputs(c, s), narrow);
+    return narrow;
+  }
+};
+template <NamesProjections P> struct ProjectionsOf<P> {
+  template <class S> using Group = typename P::template Projections<S>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) { return P::projections(c, s); }
 };
 
 template <class P>

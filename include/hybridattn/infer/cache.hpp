@@ -41,7 +41,7 @@ template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache
   shapes.for_each(
       [&](auto block, std::size_t, auto& layer) {
         using Block = typename decltype(block)::type;
-        layer = Block::Policy::cache(Stack::template mixer<Block>(model.stack_config()), size.batch, size.capacity);
+        layer = Block::Policy::cache(Stack::template layer_config<Block>(model.stack_config()).policy, size.batch, size.capacity);
       },
       shapes);
   return shapes;

@@ -1,4 +1,4 @@
-// The model over tokens that follow those of a cache: the forward of nn/, layer by layer, with nothing kept but the cache.
+// The model over tokens that follow those of a cache: the forward of nn/ with a cache in place of what backward would need.
 #ifndef HYBRIDATTN_INFER_EXTEND_HPP
 #define HYBRIDATTN_INFER_EXTEND_HPP
 
@@ -6,68 +6,6 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
-
-// x [N, C] -> project -> prepare -> the policy -> finish -> w_o, as in nn/attention.hpp.
-template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> attention_layer(B& backend, typename P::Config const& c, SequencesOn<B> const& s,
-                                typename Attention<P>::template Params<In<T>> const& p, View<T const, 2> x,
-                                typename P::template Cache<Out<T>> const& cache) {
-  using Prepare = typename P::Prepare;
-  using Finish = typename P::Finish;
-  auto shapes = Attention<P>::saved(c, s);
-  shapes.policy = {};   // what only backward reads
-  auto kept = allocate<T>(backend, shapes);
-  zip([&](Path const& path, auto const& w, auto& raw,
-          auto& input) { On<Linear, B>::forward(backend, x, w, Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input))); },
-      p.w, kept.raw, kept.inputs);
-  typename P::template Inputs<Narrow<In<T>>> raw;
-  zip(detail::ToIn{}, kept.raw, raw);
-  if constexpr (requires { Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs)); }) {
-    Prepare::extend(backend, c, s, raw, p.prepare, cache, out(kept.inputs));
-  } else {
-    static_assert(!NamesExtend<Prepare>,
-                  "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                  "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
-    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p.prepare, out(kept.inputs));
-  }
-  On<P, B>::extend(backend, c, s, in(kept.inputs), cache, out(kept.outputs));
-  if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(kept.z)));
-  if constexpr (Attention<P>::finishes) Finish::forward(backend, c, in(kept.outputs.o), in(kept.z), p.finish, out(kept.finished));
-  Tensor<T, 2, B> y{backend, x.shape};
-  On<Linear, B>::forward(backend, as_rows(in(Attention<P>::finishes ? kept.finished : kept.outputs.o)), p.w_o, out(y));
-  return y;
-}
-
-// As in nn/block.hpp.
-template <AttentionPolicy P, class B, class T>
-Tensor<T, 2, B> block(B& backend, BlockConfig const& c, typename P::Config const& mixer, Index layer, SequencesOn<B> const& s,
-                      typename Block<P>::template Params<In<T>> const& p, Tensor<T, 2, B> x,
-                      typename P::template Cache<Out<T>> const& cache) {
-  Tensor<T, 2, B> normed{backend, x.shape()};
-  On<RmsNorm, B>::forward(backend, c.norm, in(x), p.attention_norm, out(normed));
-  auto h = attention_layer<P>(backend, mixer, s, p.attention, in(normed), cache);
-  On<Add, B>::forward(backend, flat(in(x)), flat(out(h)));
-  On<RmsNorm, B>::forward(backend, c.norm, in(h), p.feed_forward_norm, out(normed));
-  FeedForward::Saved<Owned<T, B>> kept;
-  auto y = FeedForward::forward(backend, c.feed_forward, layer, p.feed_forward, in(normed), kept);
-  On<Add, B>::forward(backend, flat(in(h)), flat(out(y)));
-  return y;
-}
-
-// As in nn/stack.hpp.
-template <class Stack, class B, class T>
-Tensor<T, 2, B> stack(B& backend, typename Stack::Config const& c, SequencesOn<B> const& s,
-                      typename Stack::template Params<In<T>> const& params, Tensor<T, 2, B> x,
-                      typename LayerCaches<Stack>::template Group<Out<T>> const& caches) {
-  params.for_each(
-      [&](auto type, std::size_t layer, auto& p, auto& cache) {
-        using Block = typename decltype(type)::type;
-        x = block<typename Block::Policy>(backend, c.block, Stack::template mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x),
-                                          cache);
-      },
-      params, caches);
-  return x;
-}
 
 // Which rows of logits are wanted.
 enum class Rows { all, last };
@@ -114,7 +52,7 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
   upload(backend, call.tokens, numbers);
   Tensor<T, 2, B> x{backend, {std::ssize(call.tokens), model.config().model_dim}};
   On<Embedding, B>::forward(backend, in(numbers), p.embedding, out(x));
-  x = stack<Stack>(backend, model.stack_config(), call.sequences, p.blocks, std::move(x), out(cache.layers()));
+  x = Stack::extend(backend, model.stack_config(), call.sequences, p.blocks, std::move(x), out(cache.layers()));
   cache.commit();
   return logits(backend, model, p, call.sequences, rows, std::move(x));
 }

@@ -46,7 +46,7 @@ class Stopwatch {
  private:
   static double now() {
     std::timespec time = {};
-#if defined(CLOCK_MONOTONIC)
+#if defined(__linux__)
     clock_gettime(CLOCK_MONOTONIC, &time);
 #else
     std::timespec_get(&time, TIME_UTC);

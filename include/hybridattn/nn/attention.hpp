@@ -1,4 +1,4 @@
-// An attention layer: x -> project -> prepare -> the policy -> finish -> w_o. Each input of the policy is one projection of x.
+// An attention layer: x -> project -> prepare -> the policy -> finish -> w_o. Decoding is the same forward with a cache.
 #ifndef HYBRIDATTN_NN_ATTENTION_HPP
 #define HYBRIDATTN_NN_ATTENTION_HPP
 
@@ -9,6 +9,9 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+// In place of a policy's cache, where sequences are whole.
+struct NoCache {};
+
 template <AttentionPolicy Policy> struct Attention {
   using Config = typename Policy::Config;
   using Prepare = typename Policy::Prepare;
@@ -16,8 +19,9 @@ template <AttentionPolicy Policy> struct Attention {
   static constexpr bool finishes = !std::is_same_v<Finish, NoStep>;
 
   template <class S> using Inputs = typename Policy::template Inputs<S>;
+  template <class S> using Projections = typename ProjectionsOf<Policy>::template Group<S>;
   template <class S> struct Params {
-    Inputs<Matrix<S>> w;  // [H*D, C] or [H, C], one for each input
+    Projections<Matrix<S>> w;  // [H*D, C] or [H, C], one for each projection
     Held<S, 2> w_gate;    // [H*D, C], or nothing without an output gate
     Held<S, 2> w_o;       // [C, H*D]
     typename Prepare::template Params<S> prepare;
@@ -25,7 +29,7 @@ template <AttentionPolicy Policy> struct Attention {
     HYBRIDATTN_FIELDS(w, w_gate, w_o, prepare, finish)
   };
   template <class S> struct Saved {
-    Inputs<Narrow<S>> raw;  // the projections that Prepare makes something of; the others are inputs at once
+    Projections<S> raw;  // those that Prepare changes; the others stand among the inputs
     Inputs<S> inputs;
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
@@ -42,7 +46,8 @@ template <AttentionPolicy Policy> struct Attention {
                           .w_o = {model_dim, width},
                           .prepare = Prepare::params(c),
                           .finish = Finish::params(c)};
-    zip([&](Path const&, auto const& input, auto& w) { w = {input.count(), model_dim}; }, Policy::inputs(c, one_token), shapes.w);
+    zip([&](Path const&, auto const& projection, auto& w) { w = {projection.count(), model_dim}; },
+        ProjectionsOf<Policy>::shapes(c, one_token), shapes.w);
     return shapes;
   }
   // What a stage does not train has no gradient at all, not even a zero one.
@@ -77,25 +82,29 @@ template <AttentionPolicy Policy> struct Attention {
     return shapes;
   }
 
-  template <class B, class T>
+  // With a cache, the tokens follow those that stand there, and backward cannot follow.
+  template <class B, class T, class Cache = NoCache>
   static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
-                                 Saved<Owned<T, B>>& saved) {
-    static_assert(HasForward<Policy, B, T>,
+                                 Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
+    constexpr bool decodes = !std::is_same_v<Cache, NoCache>;
+    static_assert(decodes || HasForward<Policy, B, T>,
                   "this policy has no forward on this backend: write On<Policy, Backend>::forward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<Out<T>>, Saved<Out<T>>)");
-    static_assert(HasBackward<Policy, B, T>,
+    static_assert(decodes || HasBackward<Policy, B, T>,
                   "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
-    saved = allocate<T>(backend, Attention::saved(c, s));
-    if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
-    zip(
-        [&](Path const& path, auto const& w, auto& raw, auto& input) {
-          auto const made = Prepare::makes(path.name) ? as_rows(out(raw)) : as_rows(out(input));
-          On<Linear, B>::forward(backend, x, w, made);
-        },
-        p.w, saved.raw, saved.inputs);
-    if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, out(saved.inputs));
-    On<Policy, B>::forward(backend, c, s, in(saved.inputs), out(saved.outputs), out(saved.policy));
+    auto shapes = Attention::saved(c, s);
+    if constexpr (decodes) shapes.policy = {};   // what only backward reads
+    saved = allocate<T>(backend, shapes);
+    zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
+        projections<T>(saved.raw, saved.inputs));
+    prepare<T>(backend, c, s, in(saved.raw), p.prepare, cache, out(saved.inputs));
+    if constexpr (decodes) {
+      On<Policy, B>::extend(backend, c, s, in(saved.inputs), cache, out(saved.outputs));
+    } else {
+      if constexpr (HasAuxiliaryLoss<Policy>) On<Fill, B>::forward(backend, wide_t<T>(0), out(saved.d_auxiliary_loss));
+      On<Policy, B>::forward(backend, c, s, in(saved.inputs), out(saved.outputs), out(saved.policy));
+    }
     if constexpr (Finish::gated) On<Linear, B>::forward(backend, x, p.w_gate, as_rows(out(saved.z)));
     if constexpr (finishes) Finish::forward(backend, c, in(saved.outputs.o), in(saved.z), p.finish, out(saved.finished));
     Tensor<T, 2, B> y{backend, x.shape};
@@ -127,57 +136,71 @@ template <AttentionPolicy Policy> struct Attention {
   }
 
  private:
-  static Inputs<Narrow<Shapes>> raw(Config const& c, Sequences const& s) {
-    Inputs<Narrow<Shapes>> shapes{};
-    zip(
-        [](Path const& path, auto const& input, auto& raw) {
-          if (Prepare::makes(path.name)) raw = input;
-        },
-        Policy::inputs(c, s), shapes);
+  static Projections<Shapes> raw(Config const& c, Sequences const& s) {
+    auto shapes = ProjectionsOf<Policy>::shapes(c, s);
+    if constexpr (!NamesProjections<Policy>)
+      zip(
+          [](Path const& path, auto& projection) {
+            if (!Prepare::makes(path.name)) projection = {};
+          },
+          shapes);
     return shapes;
   }
-  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. An input that is
-  // detached is wanted where its matrix has a gradient.
+  // Where the projections stand, or their gradients: each in its own place, or in that of its input.
+  template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
+    auto places = out(raw);
+    if constexpr (!NamesProjections<Policy>)
+      zip(
+          [](Path const& path, auto& place, auto& input) {
+            if (!Prepare::makes(path.name)) place = out(input);
+          },
+          places, inputs);
+    return places;
+  }
+  template <class T, class B, class Cache>
+  static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
+                      typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
+                      Inputs<Out<T>> const& inputs) {
+    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+      Prepare::extend(backend, c, s, raw, p, cache, inputs);
+    } else {
+      static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
+                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
+                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+      if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
+    }
+  }
+  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. What is detached has one
+  // where the stage trains its matrix.
   template <class B, class T>
   static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
+    bool trains_detached = false;
+    if constexpr (HasAuxiliaryLoss<Policy>)
+      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
+    auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
+      if (has_gradient(path)) gradient = {backend, tensor.shape()};
+    };
     Inputs<Owned<T, B>> d_inputs;
-    Inputs<Narrow<Owned<T, B>>> d_raw;
-    zip(
-        [&](Path const& path, auto const& d_w, auto const& raw, auto const& input, auto& d_r, auto& d_input) {
-          if (Policy::detached(path.name) ? d_w.empty() : d_o == nullptr) return;
-          d_r = {backend, raw.shape()};
-          d_input = {backend, input.shape()};
-        },
-        d_p.w, saved.raw, saved.inputs, d_raw, d_inputs);
+    Projections<Owned<T, B>> d_raw;
+    zip(allocate_gradients, saved.raw, d_raw);
+    zip(allocate_gradients, saved.inputs, d_inputs);
     typename Policy::template Outputs<In<T>> d_outputs{};
     if (d_o != nullptr) d_outputs.o = in(*d_o);
     if constexpr (HasAuxiliaryLoss<Policy>) d_outputs.auxiliary_loss = in(saved.d_auxiliary_loss);
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     if constexpr (!std::is_same_v<Prepare, NoStep>)
-      Prepare::backward(backend, c, s, in_narrow<T>(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out_narrow<T>(d_raw),
-                        d_p.prepare);
+      Prepare::backward(backend, c, s, in(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out(d_raw), d_p.prepare);
     zip(
-        [&](Path const& path, auto const& w, auto& d_w, auto const& d_made, auto const& d_input) {
+        [&](Path const& path, auto const& w, auto const& d_projection, auto& d_w) {
+          if (!has_gradient(path)) return;
           bool const detached = Policy::detached(path.name);
-          if (detached ? d_w.empty() : d_o == nullptr) return;
-          auto const d_projection = Prepare::makes(path.name) ? as_rows(in(d_made)) : as_rows(in(d_input));
-          On<Linear, B>::backward(backend, x, w, d_projection, detached ? View<T, 2>{} : d_x, d_w, into);
+          On<Linear, B>::backward(backend, x, w, as_rows(d_projection), detached ? View<T, 2>{} : d_x, d_w, into);
           if (!detached) into = Into::add;
         },
-        p.w, d_p.w, d_raw, d_inputs);
-  }
-  // `in` and `out` for a group whose role is composed.
-  template <class T, class B> static Inputs<Narrow<In<T>>> in_narrow(Inputs<Narrow<Owned<T, B>>> const& raw) {
-    Inputs<Narrow<In<T>>> views;
-    zip(detail::ToIn{}, raw, views);
-    return views;
-  }
-  template <class T, class B> static Inputs<Narrow<Out<T>>> out_narrow(Inputs<Narrow<Owned<T, B>>>& raw) {
-    Inputs<Narrow<Out<T>>> views;
-    zip(detail::ToOut{}, raw, views);
-    return views;
+        p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;

@@ -26,11 +26,14 @@ template <class S_> class LanguageModel {
     RmsNorm::Options norm = {};
     bool tie_embedding = false;   // the head is the embedding
     Initialization initialization = {};
-    typename Stack::Mixers mixers = {};
+    typename Stack::LayerConfigs layers = {};
 
-    // The sizes of one policy of the stack: config.mixer<GDN>().num_value_heads = 8.
-    template <class Policy> auto& mixer() { return mixers.template get<Policy>(); }
-    template <class Policy> auto const& mixer() const { return mixers.template get<Policy>(); }
+    // The sizes of one policy of the stack: config.policy<GDN>().num_value_heads = 8.
+    template <class Policy> auto& policy() { return layers.template get<Policy>().policy; }
+    template <class Policy> auto const& policy() const { return layers.template get<Policy>().policy; }
+    // Where its layers have their norms: config.norm_placement<Full>() = NormPlacement::after.
+    template <class Policy> NormPlacement& norm_placement() { return layers.template get<Policy>().norm_placement; }
+    template <class Policy> NormPlacement norm_placement() const { return layers.template get<Policy>().norm_placement; }
   };
 
   template <class S> struct Params {
@@ -57,7 +60,7 @@ template <class S_> class LanguageModel {
     check_at_least("model", "num_heads", config_.num_heads, 1);
     check(config_.vocab_size <= largest_int32, "model: vocab_size ", config_.vocab_size, " is not allowed; it must be at most ",
           largest_int32, ", since a token is an int32");
-    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.mixers},
+    stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.layers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
     byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
@@ -230,7 +233,7 @@ template <class S_> class LanguageModel {
           using Block = typename decltype(block)::type;
           if constexpr (HasAuxiliaryLoss<typename Block::Policy>) {
             if (!kept.attention.outputs.auxiliary_loss) return;
-            double const weight = Block::Policy::auxiliary_weight(Stack::template mixer<Block>(stack_), tokens);
+            double const weight = Block::Policy::auxiliary_weight(Stack::template layer_config<Block>(stack_).policy, tokens);
             On<Fill, B>::forward(backend, static_cast<wide_t<T>>(scale * weight), out(kept.attention.d_auxiliary_loss));
             On<AddWeighted, B>::forward(backend, weight, in(kept.attention.outputs.auxiliary_loss), sum);
           }

@@ -21,12 +21,11 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Each policy once.
   using Kinds = Distinct<Policies...>;
-  // The sizes of every policy of the stack, reached by type: mixers.get<GDN>().
-  template <class Policy> using ConfigOf = typename Policy::Config;
-  using Mixers = ByType<ConfigOf, Kinds>;
+  // What the layers of each policy have of their own, reached by type: layers.get<GDN>().policy.
+  using LayerConfigs = ByType<LayerConfig, Kinds>;
   struct Config {
     BlockConfig block;
-    Mixers mixers;
+    LayerConfigs layers;
   };
   // With every 0 filled in from the model's width and heads.
   static Config completed(Config c, Index num_heads) {
@@ -44,18 +43,18 @@ template <AttentionPolicy... Policies> struct Stack {
 
   static Params<Shapes> params(Config const& c) {
     return filled<Params<Shapes>>(
-        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::params(c.block, mixer, layer); });
+        c, [&](auto block, auto const& own, Index layer) { return decltype(block)::type::params(c.block, own, layer); });
   }
   static Params<Shapes> gradients(Config const& c) {
     return filled<Params<Shapes>>(
-        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::gradients(c.block, mixer, layer); });
+        c, [&](auto block, auto const& own, Index layer) { return decltype(block)::type::gradients(c.block, own, layer); });
   }
   static Params<Starts> starts(Config const& c) {
-    return filled<Params<Starts>>(c, [&](auto block, auto const& mixer, Index) { return decltype(block)::type::starts(c.block, mixer); });
+    return filled<Params<Starts>>(c, [&](auto block, auto const& own, Index) { return decltype(block)::type::starts(c.block, own); });
   }
   static Saved<Shapes> saved(Config const& c, Sequences const& s) {
     return filled<Saved<Shapes>>(
-        c, [&](auto block, auto const& mixer, Index layer) { return decltype(block)::type::saved(c.block, mixer, layer, s); });
+        c, [&](auto block, auto const& own, Index layer) { return decltype(block)::type::saved(c.block, own, layer, s); });
   }
 
   template <class B, class T>
@@ -64,9 +63,22 @@ template <AttentionPolicy... Policies> struct Stack {
     params.for_each(
         [&](auto block, std::size_t layer, auto& p, auto& kept) {
           using Block = typename decltype(block)::type;
-          x = Block::forward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
+          x = Block::forward(backend, c.block, layer_config<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept);
         },
         params, saved);
+    return x;
+  }
+  // Of tokens that follow those of the caches, one for each layer. Nothing else is kept.
+  template <class B, class T, class Caches>
+  static Tensor<T, 2, B> extend(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
+                                Caches const& caches) {
+    params.for_each(
+        [&](auto block, std::size_t layer, auto& p, auto& cache) {
+          using Block = typename decltype(block)::type;
+          typename Block::template Saved<Owned<T, B>> kept;
+          x = Block::forward(backend, c.block, layer_config<Block>(c), static_cast<Index>(layer), s, p, std::move(x), kept, cache);
+        },
+        params, caches);
     return x;
   }
   template <class B, class T>
@@ -75,7 +87,8 @@ template <AttentionPolicy... Policies> struct Stack {
     params.for_each_reversed(
         [&](auto block, std::size_t layer, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
-          d_y = Block::backward(backend, c.block, mixer<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y), d_p);
+          d_y = Block::backward(backend, c.block, layer_config<Block>(c), static_cast<Index>(layer), s, p, std::move(kept), std::move(d_y),
+                                d_p);
         },
         params, saved, d_params);
     return d_y;
@@ -88,35 +101,38 @@ template <AttentionPolicy... Policies> struct Stack {
     params.for_each(
         [&](auto block, std::size_t, auto& p, auto& kept, auto& d_p) {
           using Block = typename decltype(block)::type;
-          Block::auxiliary_backward(backend, mixer<Block>(c), s, p, std::move(kept), d_p);
+          Block::auxiliary_backward(backend, layer_config<Block>(c), s, p, std::move(kept), d_p);
         },
         params, saved, d_params);
   }
 
-  template <class Block> static auto const& mixer(Config const& c) { return c.mixers.template get<typename Block::Policy>(); }
+  template <class Block> static auto const& layer_config(Config const& c) { return c.layers.template get<typename Block::Policy>(); }
 
  private:
   template <class... Ps> static void complete(Types<Ps...>, Config& c, Index num_heads) {
-    ((c.mixers.template get<Ps>() = Ps::complete(c.mixers.template get<Ps>(), c.block.model_dim, num_heads)), ...);
-    (check_stage(Ps::name, c.mixers.template get<Ps>(), c.block.stage), ...);
+    auto const complete_one = [&]<class P>(LayerConfig<P>& own) {
+      own.policy = P::complete(own.policy, c.block.model_dim, num_heads);
+      check_stage(P::name, own.policy, c.block.stage);
+    };
+    (complete_one(c.layers.template get<Ps>()), ...);
   }
   // One stage for all layers: a policy alone in another one would compute something else than it trains.
-  static void check_stage(std::string_view policy, auto const& mixer, Stage stage) {
-    if constexpr (requires { mixer.stage; })
-      check(mixer.stage == Stage::language_model || mixer.stage == stage, policy, ": the stage of its config is not that of the model; ",
+  static void check_stage(std::string_view policy, auto const& config, Stage stage) {
+    if constexpr (requires { config.stage; })
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage of its config is not that of the model; ",
             "leave it as it is, and give a step its stage: StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
-    auto const set = [&](auto& mixer) {
-      if constexpr (requires { mixer.stage; }) mixer.stage = stage;
+    auto const set = [&](auto& policy) {
+      if constexpr (requires { policy.stage; }) policy.stage = stage;
     };
-    (set(c.mixers.template get<Ps>()), ...);
+    (set(c.layers.template get<Ps>().policy), ...);
   }
-  // A list whose elements are f(block, its mixer's config, layer's number).
+  // A list whose elements are f(block, what its layers have of their own, layer's number).
   template <class List, class F> static List filled(Config const& c, F f) {
     List list;
     list.for_each([&](auto block, std::size_t layer,
-                      auto& element) { element = f(block, mixer<typename decltype(block)::type>(c), static_cast<Index>(layer)); },
+                      auto& element) { element = f(block, layer_config<typename decltype(block)::type>(c), static_cast<Index>(layer)); },
                   list);
     return list;
   }

@@ -82,6 +82,29 @@ template <class S> struct Narrow {
   template <int Rank> using State = Absent;
 };
 
+// What `in` and `out` make of a group: the role of views of its tensors.
+namespace detail {
+template <class S> struct ReadingOf;
+template <class T, class B> struct ReadingOf<Owned<T, B>> {
+  using type = In<T>;
+};
+template <class T> struct ReadingOf<Out<T>> {
+  using type = In<T>;
+};
+template <class S> struct ReadingOf<Narrow<S>> {
+  using type = Narrow<typename ReadingOf<S>::type>;
+};
+template <class S> struct WritingOf;
+template <class T, class B> struct WritingOf<Owned<T, B>> {
+  using type = Out<T>;
+};
+template <class S> struct WritingOf<Narrow<S>> {
+  using type = Narrow<typename WritingOf<S>::type>;
+};
+}  // namespace detail
+template <class S> using Reading = typename detail::ReadingOf<S>::type;
+template <class S> using Writing = typename detail::WritingOf<S>::type;
+
 template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
@@ -175,13 +198,15 @@ template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{},
 // Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
 namespace detail {
 struct ToIn {
-  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
+  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
+    view = in(tensor);
+  }
+  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
+    view = written;
+  }
 };
 struct ToOut {
   void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
-};
-struct ToRead {
-  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
 };
 template <class B> struct Allocate {
   B& backend;
@@ -214,19 +239,14 @@ template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
 
 // The same group in another role.
-template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
-  G<In<T>> views;
-  zip(detail::ToIn{}, owned, views);
+template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
+  G<Reading<S>> views;
+  zip(detail::ToIn{}, group, views);
   return views;
 }
-template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
-  G<Out<T>> views;
+template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
+  G<Writing<S>> views;
   zip(detail::ToOut{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
-  G<In<T>> views;
-  zip(detail::ToRead{}, written, views);
   return views;
 }
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {

@@ -56,8 +56,8 @@ template <class Model> typename Model::Config config(std::filesystem::path const
                            .norm = {NormWeight::zero_centred, s.norm_eps},
                            .tie_embedding = s.tie_embedding,
                            .initialization = {s.initializer_range, s.initializer_range},
-                           .mixers = {}};
-  set_mixers(typename Model::Stack::Kinds{}, s, c.mixers);
+                           .layers = {}};
+  set_policies(typename Model::Stack::Kinds{}, s, c.layers);
   return c;
 }
 

@@ -218,7 +218,7 @@ template <class Model> Json describe(Model const& model) {
   using Stack = typename Model::Stack;
   auto const& stack = model.stack_config();
   std::vector<Json> kinds;
-  auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_policy<Ps>(stack.mixers.template get<Ps>())), ...); };
+  auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_policy<Ps>(stack.layers.template get<Ps>().policy)), ...); };
   add_all(typename Stack::Kinds{});
   std::vector<std::size_t> kind_of_layer;
   for (auto const slot : Stack::Blocks::slots) kind_of_layer.push_back(slot.type);
@@ -250,7 +250,7 @@ template <class Model> typename Model::Config configuration(Json const& json, st
   };
   [&]<class... Ps>(Types<Ps...>) {
     std::size_t kind = 0;
-    (read_sizes.template operator()<Ps>(kind++, config.mixers.template get<Ps>()), ...);
+    (read_sizes.template operator()<Ps>(kind++, config.layers.template get<Ps>().policy), ...);
   }(typename Stack::Kinds{});
   return config;
 }

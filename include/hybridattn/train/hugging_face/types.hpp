@@ -61,8 +61,8 @@ template <class Stack> void check_types(Settings const& s) {
   TypesOf<Stack>::check_options(s);
 }
 
-template <class... Policies, class Mixers> void set_mixers(Types<Policies...>, Settings const& s, Mixers& mixers) {
-  ((mixers.template get<Policies>() = Released<Policies>::config(s)), ...);
+template <class... Policies, class Layers> void set_policies(Types<Policies...>, Settings const& s, Layers& layers) {
+  ((layers.template get<Policies>().policy = Released<Policies>::config(s)), ...);
 }
 
 // What the table must know of a model.
@@ -73,7 +73,7 @@ template <class Stack> Outline outline(LanguageModel<Stack> const& model) {
   shapes.blocks.for_each(
       [&](auto block, std::size_t, auto&) {
         using Policy = typename decltype(block)::type::Policy;
-        Index const heads = Stack::template mixer<typename decltype(block)::type>(model.stack_config()).num_heads;
+        Index const heads = Stack::template layer_config<typename decltype(block)::type>(model.stack_config()).policy.num_heads;
         result.layers.push_back({Released<Policy>::letter, heads});
       },
       shapes.blocks);
@@ -100,8 +100,8 @@ inline void check_feed_forward(Settings const& s) {
   check(c.balance_coefficient == 0 || c.balance == Balance::pooled, s.where, "its load balancing is not Balance::pooled");
 }
 
-template <class Policy, class Mixers> void take_mixer(Mixers const& mixers, Settings& s) {
-  auto const& c = mixers.template get<Policy>();
+template <class Policy, class Layers> void take_policy(Layers const& layers, Settings& s) {
+  auto const& c = layers.template get<Policy>().policy;
   auto with_default_scale = c;
   with_default_scale.scale = 0;
   with_default_scale = Policy::complete(with_default_scale, s.model_dim, c.num_heads);
@@ -110,8 +110,8 @@ template <class Policy, class Mixers> void take_mixer(Mixers const& mixers, Sett
   Released<Policy>::config(s) = c;
   Released<Policy>::set_options(s);
 }
-template <class... Policies, class Mixers> void take_mixers(Types<Policies...>, Mixers const& mixers, Settings& s) {
-  (take_mixer<Policies>(mixers, s), ...);
+template <class... Policies, class Layers> void take_policies(Types<Policies...>, Layers const& layers, Settings& s) {
+  (take_policy<Policies>(layers, s), ...);
 }
 
 }  // namespace detail
@@ -132,7 +132,7 @@ template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, F
   s.feed_forward = stack.block.feed_forward;
   s.full = {.num_heads = c.num_heads, .num_kv_heads = c.num_heads, .head_dim = std::max<Index>(c.model_dim / c.num_heads, 1)};
   s.gdn = {.num_heads = c.num_heads, .num_value_heads = c.num_heads, .key_dim = s.full.head_dim, .value_dim = s.full.head_dim};
-  detail::take_mixers(typename Stack::Kinds{}, stack.mixers, s);
+  detail::take_policies(typename Stack::Kinds{}, stack.layers, s);
   check(c.norm.weight == NormWeight::zero_centred, s.where, "its norms are plain, not zero-centred");
   check_types<Stack>(s);
   detail::check_feed_forward(s);
