@@ -3,6 +3,7 @@
 #ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 
+#include <hybridattn/attention/online_softmax.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/core/sequences.hpp>
@@ -144,12 +145,9 @@ template <class T> struct KeyRows {
   T const *k, *v;
 };
 
-// p = exp(scale p - largest), largest being that of scale p, and total the sum of p. Room behind the last of `count` numbers,
-// up to a whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
-template <class T> struct Exponentials {
-  T largest, total;
-};
-template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
+// p = exp(scale p - reference), where the reference is the largest of scale p. Room behind the last of `count` numbers, up to a
+// whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
+template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
   T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;

@@ -8,13 +8,13 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
 
 // Which rows of logits are wanted.
-enum class Rows { all, last };
+enum class LogitRows { all, last };
 
 // [N, V], or a row for the last token of each sequence that has new ones.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       SequencesOn<B> const& s, Rows rows, Tensor<T, 2, B> x) {
-  if (rows == Rows::last && s.longest() > 1) {
+                       SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
+  if (rows == LogitRows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
       if (sequence.length > 0) ends.push_back(static_cast<std::int32_t>(sequence.start + sequence.length - 1));
@@ -42,7 +42,7 @@ template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> c
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache, Rows rows) {
+                       Cache<Stack, T, B>& cache, LogitRows rows) {
   check_sizes(model, cache);
   auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {};
@@ -66,14 +66,14 @@ template <class Stack, class T, class B>
 Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache) {
-  return infer::extend(backend, model, params, tokens, cache, infer::Rows::all);
+  return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
 // The same, with the logits of the last token of each sequence only: one row for each that has new tokens, in order.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
                                typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                                Cache<Stack, T, B>& cache) {
-  return infer::extend(backend, model, params, tokens, cache, infer::Rows::last);
+  return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::last);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -34,7 +34,7 @@ template <AttentionPolicy Policy> struct Attention {
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
     typename Policy::template Saved<S> policy;
-    State<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
+    Wide<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
     HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 

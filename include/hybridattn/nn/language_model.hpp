@@ -80,7 +80,7 @@ template <class S_> class LanguageModel {
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
   // The same without what nothing trains.
   Params<Shapes> const& gradients() const { return gradients_; }
-  // One word for each tensor, in the order of the parameters: whether it is the policies' auxiliary losses that train it.
+  // One mark for each tensor, in the order of the parameters: whether the policies' auxiliary losses train it.
   std::vector<bool> detached() const {
     std::vector<bool> list;
     zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());

@@ -30,16 +30,16 @@ template <class T, class... Ts> constexpr std::size_t position(Types<Ts...>) {
 }
 }  // namespace detail
 
-// Where the layers of a list live: layer i is element slots[i].index of the array of its type, number slots[i].type.
+// Where the layers of a list live: layer i is element places[i].index of the array of its type, number places[i].type.
 template <class... Layers_> struct Plan {
-  struct Slot {
+  struct Place {
     std::size_t type, index;
   };
   static constexpr std::size_t depth = sizeof...(Layers_);
   using Kinds = Distinct<Layers_...>;
 
-  static constexpr std::array<Slot, depth> slots = [] {
-    std::array<Slot, depth> result{};
+  static constexpr std::array<Place, depth> places = [] {
+    std::array<Place, depth> result{};
     std::size_t layer = 0, used[depth] = {};
     auto const place = [&](std::size_t type) { result[layer++] = {type, used[type]++}; };
     (place(detail::position<Layers_>(Kinds{})), ...);
@@ -47,7 +47,7 @@ template <class... Layers_> struct Plan {
   }();
   static constexpr std::size_t count(std::size_t type) {
     std::size_t n = 0;
-    for (Slot slot : slots) n += slot.type == type;
+    for (Place place : places) n += place.type == type;
     return n;
   }
 };
@@ -79,8 +79,8 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
  private:
   template <class Kind, class F, class... Lists> static void visit_if(std::size_t i, F& f, Lists&... lists) {
     constexpr auto type = detail::position<Kind>(Types<Kinds...>{});
-    auto const slot = Plan::slots[i];
-    if (slot.type == type) f(hana::type_c<Kind>, i, hana::at_c<type>(lists.arrays)[slot.index]...);
+    auto const place = Plan::places[i];
+    if (place.type == type) f(hana::type_c<Kind>, i, hana::at_c<type>(lists.arrays)[place.index]...);
   }
 };
 

@@ -108,7 +108,7 @@ template <class S> using Writing = typename detail::WritingOf<S>::type;
 template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: what a sequence hands on to the next call
 
 // Names the members of a group, in order. The library's one code-generating macro.
 #define HYBRIDATTN_FIELDS(...)                          \

@@ -38,7 +38,7 @@ template <class B> void leave(B& backend, SharedBlock* block) noexcept {
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+  Tensor(B& backend, Shape<Rank> shape) : status_(Status::held) {
     std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
     view_ = {nullptr, shape};
     if (bytes == 0) return;
@@ -46,7 +46,7 @@ template <class T, int Rank, class B> class Tensor {
     backend_ = &backend;
   }
   // In a block that several tensors share, `offset` bytes from its start.
-  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
     view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
@@ -56,14 +56,14 @@ template <class T, int Rank, class B> class Tensor {
   }
   Tensor(Tensor&& other) noexcept
       : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
-        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
+        status_(std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_)),
         view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {
     if (this == &other) return *this;
     release();
     backend_ = std::exchange(other.backend_, nullptr);
     shared_ = std::exchange(other.shared_, nullptr);
-    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
+    status_ = std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_);
     view_ = std::exchange(other.view_, {});
     return *this;
   }
@@ -81,7 +81,7 @@ template <class T, int Rank, class B> class Tensor {
   View<T, Rank> writable() { return used(); }
 
  private:
-  enum class State : char { empty, held, moved };
+  enum class Status : char { empty, held, moved };
   void release() noexcept {
     if (shared_ != nullptr) detail::leave(*backend_, shared_);
     else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
@@ -90,13 +90,13 @@ template <class T, int Rank, class B> class Tensor {
     view_ = {};
   }
   View<T, Rank> const& used() const {
-    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    check(status_ != Status::moved, "a tensor is used after it was moved away: Saved serves one backward");
     return view_;
   }
 
   B* backend_ = nullptr;
   SharedBlock* shared_ = nullptr;   // nothing: a block of its own
-  State state_ = State::empty;
+  Status status_ = Status::empty;
   View<T, Rank> view_;
 };
 

@@ -86,12 +86,12 @@ template <class T> struct StepTensors {
     decays.push_back(!options.decays || options.decays(names.back()));
   }
   // Without a gradient p is nothing.
-  [[gnu::noinline]] void add(AdamWTensor<T> tensor, std::vector<bool> const& apart) {
+  [[gnu::noinline]] void add(AdamWTensor<T> tensor, std::vector<bool> const& detached) {
     std::size_t const i = roles.size();
     tensor.first_block = i == 0 ? 0 : tensors.back().first_block + tensors.back().blocks();
     tensors.push_back(tensor);
     roles.push_back((tensor.p != nullptr ? StepRole::has_gradient : 0) | (decays[i] ? StepRole::decays : 0) |
-                    (!apart.empty() && apart[i] ? StepRole::apart : 0));
+                    (!detached.empty() && detached[i] ? StepRole::detached : 0));
   }
 };
 
@@ -157,14 +157,14 @@ template <class Params> class AdamW {
     ++unread_;
   }
   View<StepNumbers, 1> numbers() { return out(numbers_); }
-  // One step down the gradients, or none, where a loss or a gradient is not finite, or would make a parameter or a moment so: then
-  // nothing moves and nothing counts. Waits for nothing. Tensors that are `apart` (one word for each, in the order of the
-  // parameters, or none at all) are clipped by a norm of their own: where two losses train two parts of a model, neither part
-  // moves otherwise because of the other's gradients.
-  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& apart = {}) {
-    check(apart.empty() || apart.size() == decays().size(), "AdamW: ", apart.size(), " words say which of ", decays().size(),
-          " tensors are apart");
-    list_tensors(params, gradients, apart);
+  // One step down the gradients. A loss or a gradient that is not finite, or that would make a parameter or a moment infinite or NaN,
+  // stops the step: then nothing moves and nothing counts. Waits for nothing. `detached` has one mark for each tensor, in the order of
+  // the parameters, or none at all. Detached tensors have a loss of their own, and are clipped by a norm of their own. Neither loss
+  // then changes what the other one trains.
+  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& detached = {}) {
+    check(detached.empty() || detached.size() == decays().size(), "AdamW: ", detached.size(), " marks, but ", decays().size(),
+          " tensors; detached has one mark for each, or none");
+    list_tensors(params, gradients, detached);
     bring_up_to_date(backend, list_.roles, known_roles_, roles_);
     bring_up_to_date(backend, list_.tensors, known_tensors_, tensors_);
     On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
@@ -193,9 +193,9 @@ template <class Params> class AdamW {
     return read(backend, [] { return std::string{}; });
   }
   // All of it at once; returns the global norm of the gradients before clipping.
-  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& apart = {}) {
+  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
-    start(backend, params, gradients, apart);
+    start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
   }
 
@@ -225,13 +225,13 @@ template <class Params> class AdamW {
 
  private:
   // What the step at hand is about: addresses and roles, which change rarely.
-  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& apart) {
+  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
     zip(
         [&](Path const&, auto& p, auto const& g, auto& mean, auto& square) {
-          if (g) list_.add({out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count()}, apart);
-          else list_.add({}, apart);
+          if (g) list_.add({out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count()}, detached);
+          else list_.add({}, detached);
         },
         params, gradients, state_.mean, state_.square);
   }

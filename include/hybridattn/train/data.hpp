@@ -230,7 +230,7 @@ class RecallTask final : public DataSource {
   }
 
  private:
-  struct Slot {
+  struct QueryPlace {
     double order = 0;
     std::size_t number = 0;
   };
@@ -238,7 +238,7 @@ class RecallTask final : public DataSource {
   struct Stream {
     Random random;
     std::vector<std::int32_t> keys = {}, values = {};   // [pairs]
-    std::vector<Slot> slots = {};                       // where queries can stand: every second position behind the pairs
+    std::vector<QueryPlace> slots = {};                       // where queries can stand: every second position behind the pairs
   };
 
   void fill(Stream& stream, Index batch, Index seq_len, Batch& into) const {
@@ -268,7 +268,7 @@ class RecallTask final : public DataSource {
   void draw_slots(Stream& stream) const {
     for (std::size_t i = 0; i < stream.slots.size(); ++i)
       stream.slots[i] = {-std::log(1.0 - stream.random.uniform()) * std::pow(static_cast<double>(i + 1), 0.99), i};
-    std::ranges::partial_sort(stream.slots, stream.slots.begin() + options_.pairs, {}, &Slot::order);
+    std::ranges::partial_sort(stream.slots, stream.slots.begin() + options_.pairs, {}, &QueryPlace::order);
   }
   void write(Stream& stream, std::span<std::int32_t> tokens, std::span<std::int32_t> targets) const {
     Index const half = options_.vocab_size / 2;

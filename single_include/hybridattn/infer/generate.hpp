@@ -807,7 +807,7 @@ template <class B> void leave(B& backend, SharedBlock* block) noexcept {
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
+  Tensor(B& backend, Shape<Rank> shape) : status_(Status::held) {
     std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
     view_ = {nullptr, shape};
     if (bytes == 0) return;
@@ -815,7 +815,7 @@ template <class T, int Rank, class B> class Tensor {
     backend_ = &backend;
   }
   // In a block that several tensors share, `offset` bytes from its start.
-  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
     view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
@@ -825,14 +825,14 @@ template <class T, int Rank, class B> class Tensor {
   }
   Tensor(Tensor&& other) noexcept
       : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
-        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
+        status_(std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_)),
         view_(std::exchange(other.view_, {})) {}
   Tensor& operator=(Tensor&& other) noexcept {
     if (this == &other) return *this;
     release();
     backend_ = std::exchange(other.backend_, nullptr);
     shared_ = std::exchange(other.shared_, nullptr);
-    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
+    status_ = std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_);
     view_ = std::exchange(other.view_, {});
     return *this;
   }
@@ -850,7 +850,7 @@ template <class T, int Rank, class B> class Tensor {
   View<T, Rank> writable() { return used(); }
 
  private:
-  enum class State : char { empty, held, moved };
+  enum class Status : char { empty, held, moved };
   void release() noexcept {
     if (shared_ != nullptr) detail::leave(*backend_, shared_);
     else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
@@ -859,13 +859,13 @@ template <class T, int Rank, class B> class Tensor {
     view_ = {};
   }
   View<T, Rank> const& used() const {
-    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    check(status_ != Status::moved, "a tensor is used after it was moved away: Saved serves one backward");
     return view_;
   }
 
   B* backend_ = nullptr;
   SharedBlock* shared_ = nullptr;   // nothing: a block of its own
-  State state_ = State::empty;
+  Status status_ = Status::empty;
   View<T, Rank> view_;
 };
 
@@ -1544,7 +1544,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
 // exchanged by exchanging the strides, so a transposed operand costs nothing.
-template <class T> struct Broadcast {
+template <class T> struct Scalars {
   T const* data;
   Index row, depth;
 };
@@ -1558,7 +1558,7 @@ template <class T> struct Columns {
 // order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
   Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -1633,7 +1633,7 @@ template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1
 }
 
 // One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
-template <class T> void write_tile(Index depth, Broadcast<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
   constexpr int MR = tile_rows, NV = panel_vectors;
   if (rows == MR && columns == panel_columns<T>) {
     auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
@@ -2101,7 +2101,7 @@ template <class S> using Writing = typename detail::WritingOf<S>::type;
 template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: what a sequence hands on to the next call
 
 // Names the members of a group, in order. The library's one code-generating macro.
 #define HYBRIDATTN_FIELDS(...)                          \
@@ -2996,7 +2996,7 @@ template <AttentionPolicy Policy> struct Attention {
     typename Policy::template Outputs<S> outputs;
     Held<S, 3> z, finished;  // [N, H, D], or nothing
     typename Policy::template Saved<S> policy;
-    State<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
+    Wide<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
     HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 
@@ -3515,16 +3515,16 @@ template <class T, class... Ts> constexpr std::size_t position(Types<Ts...>) {
 }
 }  // namespace detail
 
-// Where the layers of a list live: layer i is element slots[i].index of the array of its type, number slots[i].type.
+// Where the layers of a list live: layer i is element places[i].index of the array of its type, number places[i].type.
 template <class... Layers_> struct Plan {
-  struct Slot {
+  struct Place {
     std::size_t type, index;
   };
   static constexpr std::size_t depth = sizeof...(Layers_);
   using Kinds = Distinct<Layers_...>;
 
-  static constexpr std::array<Slot, depth> slots = [] {
-    std::array<Slot, depth> result{};
+  static constexpr std::array<Place, depth> places = [] {
+    std::array<Place, depth> result{};
     std::size_t layer = 0, used[depth] = {};
     auto const place = [&](std::size_t type) { result[layer++] = {type, used[type]++}; };
     (place(detail::position<Layers_>(Kinds{})), ...);
@@ -3532,7 +3532,7 @@ template <class... Layers_> struct Plan {
   }();
   static constexpr std::size_t count(std::size_t type) {
     std::size_t n = 0;
-    for (Slot slot : slots) n += slot.type == type;
+    for (Place place : places) n += place.type == type;
     return n;
   }
 };
@@ -3564,8 +3564,8 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
  private:
   template <class Kind, class F, class... Lists> static void visit_if(std::size_t i, F& f, Lists&... lists) {
     constexpr auto type = detail::position<Kind>(Types<Kinds...>{});
-    auto const slot = Plan::slots[i];
-    if (slot.type == type) f(hana::type_c<Kind>, i, hana::at_c<type>(lists.arrays)[slot.index]...);
+    auto const place = Plan::places[i];
+    if (place.type == type) f(hana::type_c<Kind>, i, hana::at_c<type>(lists.arrays)[place.index]...);
   }
 };
 
@@ -4104,7 +4104,7 @@ template <class S_> class LanguageModel {
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
   // The same without what nothing trains.
   Params<Shapes> const& gradients() const { return gradients_; }
-  // One word for each tensor, in the order of the parameters: whether it is the policies' auxiliary losses that train it.
+  // One mark for each tensor, in the order of the parameters: whether the policies' auxiliary losses train it.
   std::vector<bool> detached() const {
     std::vector<bool> list;
     zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());
@@ -4393,13 +4393,13 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
 
 // Which rows of logits are wanted.
-enum class Rows { all, last };
+enum class LogitRows { all, last };
 
 // [N, V], or a row for the last token of each sequence that has new ones.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       SequencesOn<B> const& s, Rows rows, Tensor<T, 2, B> x) {
-  if (rows == Rows::last && s.longest() > 1) {
+                       SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
+  if (rows == LogitRows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
       if (sequence.length > 0) ends.push_back(static_cast<std::int32_t>(sequence.start + sequence.length - 1));
@@ -4427,7 +4427,7 @@ template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> c
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache, Rows rows) {
+                       Cache<Stack, T, B>& cache, LogitRows rows) {
   check_sizes(model, cache);
   auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {};
@@ -4451,14 +4451,14 @@ template <class Stack, class T, class B>
 Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache) {
-  return infer::extend(backend, model, params, tokens, cache, infer::Rows::all);
+  return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
 // The same, with the logits of the last token of each sequence only: one row for each that has new tokens, in order.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
                                typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                                Cache<Stack, T, B>& cache) {
-  return infer::extend(backend, model, params, tokens, cache, infer::Rows::last);
+  return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::last);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

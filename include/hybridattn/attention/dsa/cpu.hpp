@@ -5,7 +5,7 @@
 #include <hybridattn/attention/dsa/cpu_extend.hpp>
 #include <hybridattn/attention/dsa/cpu_indexer.hpp>
 #include <hybridattn/attention/dsa/cpu_kl.hpp>
-#include <hybridattn/attention/dsa/dsa.hpp>
+#include <hybridattn/attention/dsa/types.hpp>
 #include <hybridattn/core/with_constant.hpp>
 
 #include <algorithm>

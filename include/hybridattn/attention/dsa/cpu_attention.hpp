@@ -44,9 +44,9 @@ template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count,
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
   dot_rows<T>(D, q, k, keys, p);
-  auto const [largest, total] = attention::exponentials(scale, keys.count, p);
-  weighted_rows<T>(D, p, v, keys, T(1) / total, o);
-  lse = static_cast<wide_t<T>>(largest + std::log(total));
+  auto const softmax = attention::exponentials(scale, keys.count, p);
+  weighted_rows<T>(D, p, v, keys, T(1) / softmax.total, o);
+  lse = static_cast<wide_t<T>>(softmax.lse());
   if (attention::is_moderate<T>(D, o)) return;
   auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
   T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);

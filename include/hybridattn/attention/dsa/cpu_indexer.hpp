@@ -51,7 +51,7 @@ template <class T> class KeyPanels {
 
 // scores [panel_keys] (+)= the share of MR heads in (1): the rows of a tile are the heads of one query.
 template <int MR, class T>
-HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
+HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
   constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
     cpu::Vec<T> sum[std::size_t{NV}];
@@ -65,10 +65,10 @@ HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weigh
   }
 }
 // (1) for one query and the keys of a panel. The weights hold index_scale, which relu lets through.
-template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Broadcast<T> q, T const* weights, T const* panel, T* scores) {
+template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scalars<T> q, T const* weights, T const* panel, T* scores) {
   Index const HI = c.index_heads, DI = c.index_dim;
   Index j = 0;
-  auto const from = [&] { return cpu::Broadcast<T>{q.data + j * q.row, q.row, 1}; };
+  auto const from = [&] { return cpu::Scalars<T>{q.data + j * q.row, q.row, 1}; };
   for (; j + 8 <= HI; j += 8) score_heads<8>(DI, from(), weights + j, panel, j == 0, scores);
   for (; j + 4 <= HI; j += 4) score_heads<4>(DI, from(), weights + j, panel, j == 0, scores);
   for (; j < HI; ++j) score_heads<1>(DI, from(), weights + j, panel, j == 0, scores);

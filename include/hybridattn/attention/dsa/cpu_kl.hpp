@@ -43,7 +43,7 @@ template <class T> class KlQuery {
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(most, cpu::load(scores + i)); });
     T const largest = cpu::largest<T>(most);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { sum += real(i, cpu::exp<T>(cpu::load(scores + i) - largest)); });
-    return largest + std::log(cpu::sum<T>(sum));
+    return attention::OnlineSoftmax<T>{largest, cpu::sum<T>(sum)}.lse();
   }
   HYBRIDATTN_INLINE T divergence(T const* scores, T const* target, T index_lse) const {
     cpu::Vec<T> sum{};

@@ -15,18 +15,14 @@
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 #define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 
+#include <hybridattn/attention/dsa/cpu.hpp>
+#include <hybridattn/attention/dsa/steps.hpp>
 #include <hybridattn/attention/dsa/types.hpp>
 #include <hybridattn/attention/heads.hpp>
 
 #include <cmath>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace dsa {
-
-// The steps around it in a layer: steps.hpp.
-template <SparseOptions O> struct Prepare;
-
-}  // namespace dsa
 
 template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefaults {
   static_assert((O.top_k > 0) != (O.top_k_percent > 0),
@@ -100,9 +96,4 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
 using DSA = SparseAttention<>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-#include <hybridattn/attention/dsa/steps.hpp>
-
-#include <hybridattn/attention/dsa/cpu.hpp>
-
 #endif

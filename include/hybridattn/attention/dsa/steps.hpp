@@ -2,7 +2,7 @@
 #ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 
-#include <hybridattn/attention/dsa/dsa.hpp>
+#include <hybridattn/attention/dsa/types.hpp>
 #include <hybridattn/attention/heads.hpp>
 #include <hybridattn/ops/layer_norm/layer_norm.hpp>
 

@@ -1,4 +1,4 @@
-// Options, sizes and tensors of sparse attention: what its kernels know of it. The equations are those of dsa.hpp.
+// Options, sizes and tensors of sparse attention. The equations are those of dsa.hpp.
 #ifndef HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 #define HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 
@@ -46,7 +46,7 @@ template <class S> struct Inputs {
 };
 template <class S> struct Outputs {
   Held<S, 3> o;               // [N, H, D]
-  State<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
+  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
   HYBRIDATTN_FIELDS(o, auxiliary_loss)
 };
 template <class S> struct Saved {
@@ -69,5 +69,8 @@ inline Index selection_size(SparseOptions o, Index length) {
 }
 
 }  // namespace dsa
+
+template <SparseOptions O> struct SparseAttention;
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -4,7 +4,7 @@
 #include <hybridattn/attention/full/cpu_backward.hpp>
 #include <hybridattn/attention/full/cpu_extend.hpp>
 #include <hybridattn/attention/full/cpu_forward.hpp>
-#include <hybridattn/attention/full/full.hpp>
+#include <hybridattn/attention/full/types.hpp>
 #include <hybridattn/core/with_constant.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -14,25 +14,25 @@ namespace full {
 template <class T, class Dim>
 void forward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                    Saved<Out<T>> saved) {
-  using Block = ForwardBlock<T, Dim>;
+  using Queries = ForwardBlock<T, Dim>;
   if (s.tokens() == 0) return;
   Index const H = c.num_heads, group = H / c.num_kv_heads, heads = s.count() * H, tasks = cpu.threads() == 1 ? 1 : 8 * cpu.threads();
-  Index const piece = round_up(ceil_div(s.longest() * heads, tasks), Block::queries), pieces = ceil_div(s.longest(), piece);
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Block::scratch(D)}};
+  Index const piece = round_up(ceil_div(s.longest() * heads, tasks), Queries::queries), pieces = ceil_div(s.longest(), piece);
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Queries::scratch(D)}};
   auto const memory = out(scratch);
   parallel_for(cpu, pieces * heads, [&](Index task, int thread) {
     Sequence const sequence = s[static_cast<std::size_t>(task % heads / H)];
     Index const begin = (pieces - 1 - task / heads) * piece, end = std::min(begin + piece, sequence.length);
     if (begin >= end) return;
     Index const h = task % H, hk = h / group;
-    Block block{D,
-                sequence,
-                reach(window, sequence),
-                static_cast<T>(c.scale),
-                head_of(x.k, sequence, hk),
-                head_of(x.v, sequence, hk),
-                memory.row(thread)};
-    for (Index first = begin; first < end; first += Block::queries)
+    Queries block{D,
+                  sequence,
+                  reach(window, sequence),
+                  static_cast<T>(c.scale),
+                  head_of(x.k, sequence, hk),
+                  head_of(x.v, sequence, hk),
+                  memory.row(thread)};
+    for (Index first = begin; first < end; first += Queries::queries)
       block.run(first, head_of(x.q, sequence, h), head_of(y.o, sequence, h), {&saved.lse(sequence.start, h), saved.lse.stride[0]});
   });
 }

@@ -100,7 +100,7 @@ template <class T, class Dim> class BackwardHead {
   HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.
-  HYBRIDATTN_INLINE void add_product(Band band, cpu::Broadcast<T> a, Rows<T const> b, Rows<T> to, Index rows) {
+  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
     for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
       band_tile<MR, vectors, T>(
           band, a, {b.data + d, b.stride},

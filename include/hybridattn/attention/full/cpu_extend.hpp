@@ -4,7 +4,7 @@
 #define HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 
 #include <hybridattn/attention/cpu_rows.hpp>
-#include <hybridattn/attention/full/full.hpp>
+#include <hybridattn/attention/full/types.hpp>
 #include <hybridattn/backend/cpu/cpu.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
@@ -64,7 +64,7 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
   for (Index g = 0; g < group; ++g) {
     std::fill_n(o[g], D, T(0));
     T* const weights = p + g * room;
-    auto const [largest, total] = attention::exponentials(scale, keys.count(t), weights);                             // (2)
+    T const total = attention::exponentials(scale, keys.count(t), weights).total;                                     // (2)
     for (Index j = 0, count = keys.count(t); j < count; ++j) weights[j] *= T(1) / total;
   }
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {

@@ -89,10 +89,7 @@ template <class T, class Dim> class ForwardBlock {
         sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
         cpu::store<T>(p, e);
       }
-    for (int v = 0; v < NV; ++v) {
-      reference_[v] = largest[v];
-      sum_[v] = sum[v];
-    }
+    for (int v = 0; v < NV; ++v) softmax_[v] = {largest[v], sum[v]};
     add_values<true>(first_, count);
   }
 
@@ -100,7 +97,7 @@ template <class T, class Dim> class ForwardBlock {
   template <bool masked> HYBRIDATTN_INLINE void weights(Index key, Index count, Vec (&largest)[NV], Vec (&sum)[NV]) {
     Vec reference[NV];
     for (int v = 0; v < NV; ++v) {
-      reference[v] = reference_[v];
+      reference[v] = softmax_[v].reference;
       largest[v] = cpu::broadcast<T>(-std::numeric_limits<T>::infinity());
       sum[v] = Vec{};
     }
@@ -132,17 +129,16 @@ template <class T, class Dim> class ForwardBlock {
         sum[v] *= shrink;
         for (T* p = p_ + v * cpu::lanes<T>; p < p_ + count * queries; p += queries) cpu::store<T>(p, shrink * cpu::load(p));
       }
-    for (int v = 0; v < NV; ++v) sum_[v] += sum[v];
+    for (int v = 0; v < NV; ++v) softmax_[v].total += sum[v];
     add_values<false>(key, count);
   }
 
   bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
-  Mask beaten(int v, Vec largest, T by) const { return (largest - reference_[v]) * size_ > by; }
+  Mask beaten(int v, Vec largest, T by) const { return (largest - softmax_[v].reference) * size_ > by; }
   // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
   Vec raise_reference(int v, Vec largest, T by) {
-    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, reference_[v]), shrink = exponential(reference_[v], raised);
-    reference_[v] = raised;
-    sum_[v] *= shrink;
+    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, softmax_[v].reference);
+    Vec const shrink = softmax_[v].rebase(raised, [&](Vec x, Vec y) HYBRIDATTN_INLINE_LAMBDA { return exponential(x, y); });
     for (int lane = 0; lane < cpu::lanes<T>; ++lane)
       for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
     return shrink;
@@ -167,10 +163,10 @@ template <class T, class Dim> class ForwardBlock {
     alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
     attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
-      Vec const score = cpu::in_register<T>(size_ * reference_[v]);   // rounded, as backward rounds it
+      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as backward rounds it
       range.add(score);
-      cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
-      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
+      cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / softmax_[v].total);
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(softmax_[v].total));
     }
     Index const count = std::min(queries, length_ - first_);
     for (Index i = 0; i < count; ++i) {
@@ -200,7 +196,7 @@ template <class T, class Dim> class ForwardBlock {
   T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
-  Vec reference_[NV], sum_[NV];
+  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products, to be scaled
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::full

@@ -21,7 +21,7 @@ using attention::Rows, attention::head_of;
 inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
 
 // As a tile reads them: rows first .. first + tile_rows. Rows past the end are zeros, in a copy in pad [tile_rows, D].
-template <class T, class Dim> HYBRIDATTN_INLINE cpu::Broadcast<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
+template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
   if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
   std::fill_n(pad, cpu::tile_rows * D, T(0));
   for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
@@ -53,7 +53,7 @@ struct Band {
 
 // cpu::tile over a band. Every sum runs over k in order.
 template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
+HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
   cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {

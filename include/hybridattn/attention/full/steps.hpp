@@ -2,7 +2,7 @@
 #ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 
-#include <hybridattn/attention/full/full.hpp>
+#include <hybridattn/attention/full/types.hpp>
 #include <hybridattn/attention/heads.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {

@@ -7,7 +7,7 @@
 #include <hybridattn/attention/gdn/cpu_rebuild.hpp>
 #include <hybridattn/attention/gdn/cpu_reverse.hpp>
 #include <hybridattn/attention/gdn/cpu_step.hpp>
-#include <hybridattn/attention/gdn/gdn.hpp>
+#include <hybridattn/attention/gdn/types.hpp>
 #include <hybridattn/backend/cpu/cpu.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -18,14 +18,14 @@ namespace detail {
 template <class T> struct ForwardScratch {
   Index K, V;
   T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
-  Rows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
+  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
 
   static Index size(Index K, Index V) {
     return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
   }
   ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
-    auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
+    auto const take_rows = [&](Index width) { return TokenRows<T>{take(block_tokens * width), width}; };
     state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
     q = take_rows(K), k = take_rows(K), v = take_rows(V), o = take_rows(V), error = take_rows(V);
   }
@@ -40,7 +40,7 @@ void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<I
   ForwardTerms<T> terms;
   read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
   for (Index b = 0; b < count_blocks(sequence); ++b) {
-    Block const block = block_of(sequence, b);
+    TokenBlock const block = block_of(sequence, b);
     ForwardRows<T> rows{.groups = block.groups(),
                         .K = K,
                         .V = scratch.V,
@@ -65,8 +65,8 @@ template <class T> struct BackwardScratch {
   T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
   T* panels;                         // the rows of the panels in turn
   T* crossing;                       // of one block, for d_g
-  Rows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
-  Rows<T> d_q, d_k;                  // one block of one value head
+  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
+  TokenRows<T> d_q, d_k;                  // one block of one value head
   T* state_error;                    // X e of all tokens of a head
   T* gradients;                      // an X of each block, for d_g
   Handover<T>* handover;             // one for each block
@@ -78,7 +78,7 @@ template <class T> struct BackwardScratch {
   }
   BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
     auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
-    auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
+    auto const take_rows = [&](Index width) { return TokenRows<T>{take(block_tokens * width), width}; };
     gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
     crossing = take(block_groups * crossing_rows * panel_width<T>);
     q = take_rows(K), k = take_rows(K), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
@@ -97,7 +97,7 @@ template <class T> struct BackwardCall {
   Inputs<Out<T>> d_x;
 
   Index key_head(Index h) const { return h / (c.num_value_heads / c.num_heads); }
-  BackwardRows<T> rows(Block block, Index h, BackwardScratch<T> const& scratch) const {
+  BackwardRows<T> rows(TokenBlock block, Index h, BackwardScratch<T> const& scratch) const {
     Index const hk = key_head(h);
     return {.groups = block.groups(),
             .K = scratch.K,
@@ -118,7 +118,7 @@ template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequ
   ReverseTerms<T> terms;
   read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
   for (Index b = count_blocks(sequence); b-- > 0;) {
-    Block const block = block_of(sequence, b);
+    TokenBlock const block = block_of(sequence, b);
     BackwardRows<T> const rows = call.rows(block, h, scratch);
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = reverse_terms(gates, scale, rows, carry, terms);
@@ -143,7 +143,7 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
   RebuildTerms<T> terms;
   read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
   for (Index b = 0; b < count_blocks(sequence); ++b) {
-    Block const block = block_of(sequence, b);
+    TokenBlock const block = block_of(sequence, b);
     BackwardRows<T> const rows = call.rows(block, h, scratch);
     rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // as the reverse sweep left it
     read_gates(call.x.g, call.x.beta, block, h, gates);

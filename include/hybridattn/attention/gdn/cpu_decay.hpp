@@ -101,7 +101,7 @@ template <class T> class DecayGradients {
   template <class Paths, class Before>
   static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
     for (Index b = count_blocks(sequence); b-- > 0;) {
-      Block const block = block_of(sequence, b);
+      TokenBlock const block = block_of(sequence, b);
       DecayPaths<T> const& own = paths(b);
       for (Index g = block.groups(); g-- > 0;) {
         double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));

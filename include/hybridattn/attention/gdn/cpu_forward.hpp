@@ -21,8 +21,8 @@ template <class T> struct ForwardTerms {
 // The rows of a block, and where its results go. `error` has no data when nobody will run backward.
 template <class T> struct ForwardRows {
   Index groups, K, V;
-  Rows<T const> q, k, v;
-  Rows<T> o, error;
+  TokenRows<T const> q, k, v;
+  TokenRows<T> o, error;
 };
 // The part of a state and of all rows that one pass handles.
 template <class T> struct ForwardPanel {
@@ -49,7 +49,7 @@ T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T ca
 }
 
 // The products of a block's first group.
-template <class T> void multiply(ForwardPanel<T> panel, Index K, Rows<T const> k, Rows<T const> q) {
+template <class T> void multiply(ForwardPanel<T> panel, Index K, TokenRows<T const> k, TokenRows<T const> q) {
   Vec<T> products[2 * group_tokens] = {};
   for (Index r = 0; r < K; ++r) {
     Vec<T> const s = load(panel.state + r * panel_width<T>);
@@ -64,7 +64,8 @@ template <class T> void multiply(ForwardPanel<T> panel, Index K, Rows<T const> k
 
 // (2) and (4) for one group.
 template <class T>
-HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, Rows<T const> v, Rows<T> error, Rows<T> o, ForwardPanel<T> panel) {
+HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, TokenRows<T const> v, TokenRows<T> error, TokenRows<T> o,
+                             ForwardPanel<T> panel) {
   Vec<T> delta[group_tokens];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
@@ -86,8 +87,8 @@ HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, Rows<T const
 
 // (3) for one group, and the products of the next when `multiplies`.
 template <bool folds, bool multiplies, class T>
-HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> k, [[maybe_unused]] Rows<T const> next_k,
-                            [[maybe_unused]] Rows<T const> next_q) {
+HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> k,
+                            [[maybe_unused]] TokenRows<T const> next_k, [[maybe_unused]] TokenRows<T const> next_q) {
   Vec<T> update[group_tokens], products[2 * group_tokens] = {};
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
@@ -113,7 +114,7 @@ HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T f
 }
 template <class T>
 HYBRIDATTN_INLINE void add_group(ForwardPanel<T> panel, ForwardRows<T> const& rows, Index g, T fold) {
-  Rows<T const> const k = rows.k.group(g), next_k = rows.k.group(g + 1), next_q = rows.q.group(g + 1);
+  TokenRows<T const> const k = rows.k.group(g), next_k = rows.k.group(g + 1), next_q = rows.q.group(g + 1);
   if (g + 1 == rows.groups) pass<true, false>(panel, rows.K, fold, k, next_k, next_q);
   else if (fold == 1) pass<false, true>(panel, rows.K, fold, k, next_k, next_q);
   else pass<true, true>(panel, rows.K, fold, k, next_k, next_q);
@@ -133,7 +134,7 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
     for (Index g = 0; g < rows.groups; ++g)
       for (Index p = 0; p < count; ++p) {
         Index const column = first + p * panel_width<T>;
-        Rows<T> const error = rows.error.data == nullptr ? rows.error : rows.error.group(g).columns(column);
+        TokenRows<T> const error = rows.error.data == nullptr ? rows.error : rows.error.group(g).columns(column);
         solve(terms, g, rows.v.group(g).columns(column), error, rows.o.group(g).columns(column), turn[p]);
         add_group(turn[p], rows, g, terms.carry.fold[g]);
       }

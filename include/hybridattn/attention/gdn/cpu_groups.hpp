@@ -27,34 +27,34 @@ inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
 template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
 
 // Consecutive tokens of one sequence, at most block_tokens.
-struct Block {
+struct TokenBlock {
   Index first;   // in the batch
   Index tokens;
 
   Index groups() const { return ceil_div(tokens, group_tokens); }
 };
 inline Index count_blocks(Sequence s) { return ceil_div(s.length, block_tokens); }
-inline Block block_of(Sequence s, Index b) {
+inline TokenBlock block_of(Sequence s, Index b) {
   return {s.start + b * block_tokens, std::min<Index>(block_tokens, s.length - b * block_tokens)};
 }
 
-// Rows of one head, one for each token.
-template <class T> struct Rows {
+// TokenRows of one head, one for each token.
+template <class T> struct TokenRows {
   T* data;
   Index stride;
 
-  HYBRIDATTN_INLINE operator Rows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
+  HYBRIDATTN_INLINE operator TokenRows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
   HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
-  HYBRIDATTN_INLINE Rows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
-  HYBRIDATTN_INLINE Rows columns(Index first) const { return {data + first, stride}; }
+  HYBRIDATTN_INLINE TokenRows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
+  HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }
 };
 
-// Kernels want whole groups of rows and whole panels of columns. Rows that are that already are used where they stand,
+// Kernels want whole groups of rows and whole panels of columns. TokenRows that are that already are used where they stand,
 // others through a copy, padded with zeros.
-template <class T> bool is_whole(View<T, 3> x, Block block, Rows<std::remove_const_t<T>> copy) {
+template <class T> bool is_whole(View<T, 3> x, TokenBlock block, TokenRows<std::remove_const_t<T>> copy) {
   return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
 }
-template <class T> Rows<T const> rows_to_read(View<T const, 3> x, Block block, Index head, Rows<T> copy) {
+template <class T> TokenRows<T const> rows_to_read(View<T const, 3> x, TokenBlock block, Index head, TokenRows<T> copy) {
   if (is_whole(x, block, copy)) return {x.row(block.first, head), x.stride[0]};
   for (Index n = 0; n < block.groups() * group_tokens; ++n) {
     Index const columns = n < block.tokens ? x.extent(2) : 0;
@@ -63,12 +63,12 @@ template <class T> Rows<T const> rows_to_read(View<T const, 3> x, Block block, I
   }
   return {copy.data, copy.stride};
 }
-template <class T> Rows<T> rows_to_write(View<T, 3> y, Block block, Index head, Rows<T> copy) {
+template <class T> TokenRows<T> rows_to_write(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
   if (y.empty() || !is_whole(y, block, copy)) return copy;
   return {y.row(block.first, head), y.stride[0]};
 }
 // Afterwards: what was written to the copy moves to where it belongs.
-template <class T> void write_back(View<T, 3> y, Block block, Index head, Rows<T> copy) {
+template <class T> void write_back(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
   if (y.empty() || is_whole(y, block, copy)) return;
   for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
 }
@@ -135,7 +135,7 @@ template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens]
     }
   });
 }
-template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, Block block, Index h, Gates<T>& gates) {
+template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, TokenBlock block, Index h, Gates<T>& gates) {
   PerGroup<T> decay[group_tokens];
   for (Index n = 0; n < block_tokens; ++n) {
     bool const is_token = n < block.tokens;
@@ -172,7 +172,8 @@ template <class T> struct Carry {
 // products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
 // token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
 template <class T> inline constexpr T dot_share = T(0x1p-8);
-template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, T* dots) {
+template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
+                                                     T* dots) {
   Vec<T> sum[pairs] = {};
   for (Index d = 0; d < width; d += lanes<T>) {
     Vec<T> x[group_tokens];
@@ -196,7 +197,8 @@ template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&product
     for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
 }
 template <class T>
-void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
+void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width, Index groups,
+               PerGroup<T> (&products)[pairs]) {
   alignas(cpu::vector_bytes) GroupDots<T> dots = {};
   for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
   to_lanes<T>(dots, products);
@@ -204,7 +206,8 @@ void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, I
 
 // k_i . k_j and scale q_i . k_j, with the decay between.
 template <class T>
-void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K, Index groups, T scale, PerGroup<T> (&pair)[pairs]) {
+void key_pairs(Gates<T> const& gates, TokenRows<T const> q, TokenRows<T const> k, Index K, Index groups, T scale,
+               PerGroup<T> (&pair)[pairs]) {
   pair_dots(k, q, k, K, groups, pair);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
     for (int p = 0; p < pairs; ++p)
@@ -213,7 +216,7 @@ void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K,
 }
 
 // dots[i] = a_i . b_i
-template <class T> HYBRIDATTN_INLINE void token_dots(Rows<T const> a, Rows<T const> b, Index width, T* dots) {
+template <class T> HYBRIDATTN_INLINE void token_dots(TokenRows<T const> a, TokenRows<T const> b, Index width, T* dots) {
   Vec<T> sum[group_tokens] = {};
   for (Index d = 0; d < width; d += lanes<T>) {
     HYBRIDATTN_UNROLL

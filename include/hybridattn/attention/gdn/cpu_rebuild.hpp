@@ -35,8 +35,8 @@ template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, Rebu
 
 // products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
 template <bool folds, class T>
-HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, Rows<T const> k, Rows<T const> d_o,
-                               Rows<T const> d_v, Rows<T const> error, T* products) {
+HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, TokenRows<T const> k, TokenRows<T const> d_o,
+                               TokenRows<T const> d_v, TokenRows<T const> error, T* products) {
   Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
@@ -63,8 +63,8 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
 // d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
 // each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
 template <class T>
-HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, Rows<T const> q, Rows<T const> k,
-                               T const* products, Rows<T> d_q, Rows<T> d_k, bool first, T* crossing) {
+HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
+                               TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
   Vec<T> key[group_tokens], query[group_tokens];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
@@ -92,7 +92,7 @@ HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& 
 }
 
 // [K / 4][token][row of 4] to one row for each token.
-template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, Rows<T> to) {
+template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, TokenRows<T> to) {
   for (Index r = 0; r < K; r += group_tokens)
     for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
 }
@@ -100,13 +100,13 @@ template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K
 // One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
 template <class T>
 void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
-                   T* products, Rows<T> d_q, Rows<T> d_k, T* crossing) {
+                   T* products, TokenRows<T> d_q, TokenRows<T> d_k, T* crossing) {
   DecayPaths<T>& paths = handover.paths;
   Vec<T> product{};
   for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
   for (Index column = 0; column < rows.K; column += panel_width<T>)
     for (Index g = 0; g < rows.groups; ++g) {
-      Rows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
+      TokenRows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
       T* const panel = state + column * rows.V;
       if (g == paths.fresh) product += panel_product(panel, paths.gradient, rows.K, rows.V, column);
       if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
@@ -121,7 +121,8 @@ void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, Backward
 
 // d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
 template <class T>
-void finish_rebuild(Rows<T const> own_q, Rows<T const> own_k, Block block, Index hk, bool first, View<T, 3> d_q, View<T, 3> d_k) {
+void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlock block, Index hk, bool first, View<T, 3> d_q,
+                    View<T, 3> d_k) {
   for (Index n = 0; n < block.tokens; ++n) {
     T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
     cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {

@@ -14,8 +14,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 // The rows of a block. d_v holds w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
   Index groups, K, V;
-  Rows<T const> q, k, error, d_o;
-  Rows<T> d_v;
+  TokenRows<T const> q, k, error, d_o;
+  TokenRows<T> d_v;
 };
 // What the reverse sweep needs to know about the groups of a block; X = carry * stored.
 template <class T> struct ReverseTerms {
@@ -56,7 +56,7 @@ T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T c
 }
 
 // The products of a block's last group.
-template <class T> void multiply(ReversePanel<T> panel, Index K, Rows<T const> k) {
+template <class T> void multiply(ReversePanel<T> panel, Index K, TokenRows<T const> k) {
   Vec<T> products[group_tokens] = {};
   for (Index r = 0; r < K; ++r) {
     Vec<T> const s = load(panel.state + r * panel_width<T>);
@@ -68,7 +68,7 @@ template <class T> void multiply(ReversePanel<T> panel, Index K, Rows<T const> k
 
 // w of one group, from its last token to its first.
 template <class T>
-HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, Rows<T const> d_o, Rows<T> w, ReversePanel<T> panel) {
+HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T const> d_o, TokenRows<T> w, ReversePanel<T> panel) {
   Vec<T> d_v[group_tokens], up[group_tokens];
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
@@ -91,8 +91,8 @@ HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, Rows<T const
 // X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
 // chains of four, not one of eight: the serial chain would be what the pass waits for.
 template <bool folds, bool multiplies, class T>
-HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> q, Rows<T const> k,
-                            [[maybe_unused]] Rows<T const> next_k) {
+HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
+                            [[maybe_unused]] TokenRows<T const> next_k) {
   Vec<T> update[2 * group_tokens], products[group_tokens] = {};
   HYBRIDATTN_UNROLL
   for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
@@ -120,7 +120,7 @@ HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T f
 }
 template <class T>
 HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& rows, Index g, T fold) {
-  Rows<T const> const q = rows.q.group(g), k = rows.k.group(g), next_k = g == 0 ? k : rows.k.group(g - 1);
+  TokenRows<T const> const q = rows.q.group(g), k = rows.k.group(g), next_k = g == 0 ? k : rows.k.group(g - 1);
   if (g == 0) pass<true, false>(panel, rows.K, fold, q, k, next_k);
   else if (fold == 1) pass<false, true>(panel, rows.K, fold, q, k, next_k);
   else pass<true, true>(panel, rows.K, fold, q, k, next_k);
@@ -129,7 +129,7 @@ HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& r
 // X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
 // they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
 template <class T>
-HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, Rows<T const> error, bool first, T* to) {
+HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, TokenRows<T const> error, bool first, T* to) {
   for (Index r = 0; r < K; r += group_tokens) {
     Vec<T> sum[pairs] = {};
     for (Index p = 0; p < count; ++p) {
@@ -177,9 +177,9 @@ void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T*
 
 // With w complete: the dots of each group, d_beta by (5) and d_v.
 template <class T>
-void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, Block block, Index h,
+void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, TokenBlock block, Index h,
                     View<T, 2> d_beta, Handover<T>& handover) {
-  Rows<T const> const w = rows.d_v;
+  TokenRows<T const> const w = rows.d_v;
   pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
   paths_inside(terms.beta, terms.pair, handover.pair, handover.paths);
   for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {

@@ -4,7 +4,7 @@
 #ifndef HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
 
-#include <hybridattn/attention/gdn/gdn.hpp>
+#include <hybridattn/attention/gdn/types.hpp>
 #include <hybridattn/attention/policy.hpp>
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
 #include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>

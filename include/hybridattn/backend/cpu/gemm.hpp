@@ -50,7 +50,7 @@ template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1
 }
 
 // One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
-template <class T> void write_tile(Index depth, Broadcast<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
   constexpr int MR = tile_rows, NV = panel_vectors;
   if (rows == MR && columns == panel_columns<T>) {
     auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };

@@ -8,7 +8,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
 // exchanged by exchanging the strides, so a transposed operand costs nothing.
-template <class T> struct Broadcast {
+template <class T> struct Scalars {
   T const* data;
   Index row, depth;
 };
@@ -22,7 +22,7 @@ template <class T> struct Columns {
 // order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
   Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {

@@ -152,20 +152,20 @@ template <> struct On<DecideStep, Cpu> {
     StepNumbers& step = numbers(0);
     if (!std::isfinite(step.loss.loss)) step.fault = StepFault::loss;
     else if (!std::isfinite(step.auxiliary_loss)) step.fault = StepFault::auxiliary_loss;
-    double others = 0, apart = 0;   // norms
+    double others = 0, detached = 0;   // norms
     for (Index i = 0; i < roles.count(); ++i) {
-      (roles(i) & StepRole::apart ? apart : others) += squares(i);
+      (roles(i) & StepRole::detached ? detached : others) += squares(i);
       if (std::isfinite(squares(i)) || step.tensor >= 0) continue;
       step.tensor = static_cast<std::int32_t>(i);
       if (step.fault == StepFault::none) step.fault = std::isnan(squares(i)) ? StepFault::gradient : StepFault::tensor_norm;
     }
     others = std::sqrt(others);
-    apart = std::sqrt(apart);
-    step.gradient_norm = std::hypot(others, apart);
+    detached = std::sqrt(detached);
+    step.gradient_norm = std::hypot(others, detached);
     if (step.fault != StepFault::none) return;
     if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
     for (Index i = 0; i < roles.count(); ++i)
-      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::apart ? apart : others);
+      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
   }
 
  private:

@@ -44,7 +44,7 @@ struct StepNumbers {
 
 // How a tensor of the parameters takes part in a step: bits of a number.
 struct StepRole {
-  static constexpr std::int32_t has_gradient = 1, decays = 2, apart = 4;   // apart: clipped by a norm of their own
+  static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
 };
 
 // The factors of one tensor's update by AdamW.

@@ -221,7 +221,7 @@ template <class Model> Json describe(Model const& model) {
   auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_policy<Ps>(stack.layers.template get<Ps>().policy)), ...); };
   add_all(typename Stack::Kinds{});
   std::vector<std::size_t> kind_of_layer;
-  for (auto const slot : Stack::Blocks::slots) kind_of_layer.push_back(slot.type);
+  for (auto const slot : Stack::Blocks::places) kind_of_layer.push_back(slot.type);
   Json json = describe_stack(stack.block, kinds, kind_of_layer);
   json["model"]["vocab_size"] = model.config().vocab_size;
   json["model"]["num_heads"] = model.config().num_heads;
@@ -246,7 +246,7 @@ template <class Model> typename Model::Config configuration(Json const& json, st
   check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
   auto const read_sizes = [&]<class P>(std::size_t kind, typename P::Config& sizes) {
     for (std::size_t i = 0; i < Stack::depth; ++i)
-      if (Stack::Blocks::slots[i].type == kind) members(sizes, Read{safetensors::member(layers[i], "sizes", where), where});
+      if (Stack::Blocks::places[i].type == kind) members(sizes, Read{safetensors::member(layers[i], "sizes", where), where});
   };
   [&]<class... Ps>(Types<Ps...>) {
     std::size_t kind = 0;
