@@ -6,8 +6,8 @@
 It needs `safetensors` and `numpy`, and ends with 77, which ctest calls skipped, where they are not installed:
 
     python3 -m venv build/python && build/python/bin/pip install safetensors numpy
-    build/python/bin/python tests/open_checkpoint.py build/default/tests/test_checkpoint
-    cmake --preset default -DHYBRIDATTN_PYTHON=$PWD/build/python/bin/python      # and ctest runs it, too
+    build/python/bin/python tests/open_checkpoint.py build/quick/tests/test_checkpoint
+    cmake --preset quick -DHYBRIDATTN_PYTHON=$PWD/build/python/bin/python      # and ctest runs it, too
 """
 import json
 import os

@@ -2,6 +2,7 @@
 #include "catch.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -173,4 +174,19 @@ TEST_CASE("README's first C++ block is the quickstart, in under 60 lines") {
 TEST_CASE("an operation is forward, backward and extend, and nothing else") {
   CHECK(offenders(R"(\bOn<[\w:<>, ]+>::(?!forward\b|backward\b|extend\b)\w)", [](std::string const&) { return false; }) ==
         std::vector<std::string>{});
+}
+
+TEST_CASE("a preset's build type says what it builds: Release is what CMake means by it, every other type has flags of its own") {
+  std::string const presets = contents(fs::path(root) / "CMakePresets.json");
+  CHECK(presets.find("FLAGS_RELEASE") == presets.npos);
+  std::regex const build_type("\"CMAKE_BUILD_TYPE\": \"(\\w+)\"");
+  std::set<std::string> types;
+  for (std::sregex_iterator match(presets.begin(), presets.end(), build_type), end; match != end; ++match) types.insert((*match)[1]);
+  CHECK(types.size() > 3);
+  for (std::string type : types) {
+    if (type == "Release") continue;
+    std::transform(type.begin(), type.end(), type.begin(), [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); });
+    INFO(type);
+    CHECK(presets.find("\"CMAKE_CXX_FLAGS_" + type + "\": ") != presets.npos);
+  }
 }

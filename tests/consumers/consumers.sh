@@ -30,7 +30,7 @@ cmake_door find_package -DCMAKE_PREFIX_PATH="$folder/prefix"
 cmake_door add_subdirectory -DHYBRIDATTN_SOURCE="$library"
 
 mkdir "$folder/hybridattn"
-cp -r "$library/CMakeLists.txt" "$library/LICENSE" "$library/include" "$library/scripts" "$folder/hybridattn"
+cp -r "$library/CMakeLists.txt" "$library/LICENSE" "$library/include" "$library/cmake" "$folder/hybridattn"
 cmake_door fetch_content -DHYBRIDATTN_SOURCE="$folder/hybridattn"
 
 read -ra flags < <(PKG_CONFIG_PATH=$folder/prefix/share/pkgconfig pkg-config --cflags --libs hybridattn)

@@ -17,7 +17,7 @@ esac
 
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r CMakeLists.txt CMakePresets.json include examples tests scripts "$copy"
+cp -r CMakeLists.txt CMakePresets.json cmake include examples tests scripts "$copy"
 sed -i "$fault" "$copy/include/hybridattn/$file"
 cmp -s "include/hybridattn/$file" "$copy/include/hybridattn/$file" && { echo "FAILED: $fault changes nothing in $file any more" >&2; exit 1; }
 
