@@ -6,7 +6,6 @@
 
 #include <string>
 #include <string_view>
-#include <vector>
 
 namespace models {
 
@@ -26,13 +25,6 @@ using Trained = List<Choice<"LFFL">, Choice<"LLLF">, Choice<"LDDL">, Choice<"FFF
 
 // Released models turn a quarter of a head.
 using Released = List<Choice<"LLLF">, Choice<"LLLFLLLF">, Choice<"LFFL", 50>, Choice<"LF", 50>>;
-
-// {"GDN", "Full"} -> "LF"
-inline std::string letters_of(std::vector<std::string> const& policies) {
-  std::string letters;
-  for (auto const& name : policies) letters += name == "GDN" ? 'L' : name == "Full" ? 'F' : name == "DSA" ? 'D' : '?';
-  return letters;
-}
 
 // f(choice) for those whose letters are wanted, until one returns true; throws, naming all patterns, when none did. `differs`
 // says why those with these letters were not taken.

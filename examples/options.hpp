@@ -7,7 +7,6 @@
 #include <hybridattn/backend/cpu/cpu.hpp>
 
 #include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
 #include <charconv>
 #include <cmath>
@@ -42,16 +41,6 @@ inline double to_real(std::string const& name, std::string const& word) {
 }
 inline std::string real_text(double value) { return formatted("%.9g", value); }
 
-// Throws unless a text's name can be written into JSON; control characters in it are escaped.
-inline std::string text_name(std::string const& name) {
-  try {
-    (void)nlohmann::json(name).dump();
-  } catch (nlohmann::json::type_error const&) {
-    ha::fail("the text's name '", name, "' is not UTF-8 and cannot be written into the results; give it another name");
-  }
-  return one_line(name);
-}
-
 // The options of one program.
 class Options {
  public:
@@ -73,9 +62,7 @@ class Options {
     number<std::uint64_t>("--seed", value, "of all random numbers", 0, std::numeric_limits<std::uint64_t>::max());
   }
   // More threads than the machine can start end a program without a word.
-  void threads(int& value) {
-    number<int>("--threads", value, "0: all cores", 0, ha::Cpu::thread_limit());
-  }
+  void threads(int& value) { number<int>("--threads", value, "0: all cores", 0, ha::Cpu::thread_limit()); }
   // At least 0, or above it.
   void real(std::string const& name, double& value, std::string const& help, bool positive = false) {
     app_.add_option_function<std::string>(

@@ -10,6 +10,7 @@
 
 #include <hybridattn/core/memory.hpp>
 #include <hybridattn/io/atomic_file.hpp>
+#include <hybridattn/io/escaped.hpp>
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -59,6 +60,16 @@ inline std::string one_line(std::string_view text) {
     else line += {'\\', 'x', digits[byte >> 4], digits[byte & 15]};
   }
   return line;
+}
+
+// A text's name in one line, as results and checkpoints have it. Throws where JSON cannot hold it.
+inline std::string text_name(std::string const& name) {
+  for (std::string_view rest = name; !rest.empty();) {
+    std::size_t const bytes = ha::utf8::first_character(rest).bytes;
+    ha::check(bytes > 0, "the text's name '", name, "' is not UTF-8 and cannot be written into the results; give it another name");
+    rest.remove_prefix(bytes);
+  }
+  return one_line(name);
 }
 
 // Throws unless all that was said so far could be written.
@@ -154,7 +165,7 @@ template <class F> int run(char const* name, int argc, char const* const* argv, 
   set_stop_handler(SIG_DFL);
   std::signal(SIGPIPE, SIG_IGN);    // a closed pipe becomes ClosedPipe
   ha::ignore_file_size_signal();    // a full disk becomes an error with a name
-  for (int i = 0; i < argc; ++i) command += (i > 0 ? " " : "") + std::string(argv[i]);
+  for (int i = 0; i < argc; ++i) command.append(i > 0 ? " " : "").append(argv[i]);
   return exit_code_of(name, [&] {
     try {
       int const code = body();

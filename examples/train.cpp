@@ -1,9 +1,11 @@
 // Trains a language model on the bytes of a text and keeps it in a checkpoint: train book.txt --out book.safetensors
 // Started again with the same arguments it goes on where it stopped. `generate` continues texts with what it leaves.
-#include "models.hpp"
+#include "any_model.hpp"
+#include "program.hpp"
 #include "train_options.hpp"
 
-#include <hybridattn/io.hpp>
+#include <hybridattn/io/text.hpp>
+#include <hybridattn/train/schedule.hpp>
 
 #include <chrono>
 
@@ -12,10 +14,9 @@ namespace {
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-template <class Model, class Params> double validation_loss(ha::Cpu& cpu, Model const& model, Params const& params,
-                                                            std::vector<ha::Batch> const& batches) {
+double validation_loss(models::Run& run, std::vector<ha::Batch> const& batches) {
   ha::LossSum total;
-  for (auto const& windows : batches) total += model.loss(cpu, params, make_batch(cpu, windows));
+  for (auto const& windows : batches) total += run.loss(windows);
   return total.mean();
 }
 
@@ -23,23 +24,22 @@ template <class Model, class Params> double validation_loss(ha::Cpu& cpu, Model 
 std::string note(Settings const& s) { return "--batch " + std::to_string(s.batch) + " --seq-len " + std::to_string(s.seq_len); }
 
 // Returns the exit code.
-template <class Stack> int train(Settings const& s) {
+int train(Settings const& s) {
+  models::Sizes const sizes{.vocab_size = ha::ByteText::vocab_size, .model_dim = s.model_dim, .num_heads = s.num_heads};
+  auto const model = models::new_model(s.pattern, sizes);
   program::check_writable(s.out);
   ha::Windows text{ha::ByteText(ha::read_text(s.text)), ha::Seed{s.seed}, program::text_name(s.text)};
-  ha::LanguageModel<Stack> const model{
-      {.vocab_size = text.vocab_size(), .model_dim = s.model_dim, .num_heads = s.num_heads, .feed_forward = {}, .layers = {}}};
-  double const bytes = static_cast<double>(model.parameter_count()) * sizeof(float);
-  program::check_memory(4 * bytes, "training " + std::to_string(model.parameter_count()) + " parameters");   // gradients, two moments
+  double const bytes = static_cast<double>(model->parameter_count()) * sizeof(float);
+  program::check_memory(4 * bytes, "training " + std::to_string(model->parameter_count()) + " parameters");   // gradients, two moments
   program::check_writable(s.out, 3 * bytes);
   program::watch_for_interrupt();
   program::InUse const lock{s.out};
   ha::Cpu cpu{s.threads};
-  auto params = model.template initialize<float>(cpu, ha::Seed{s.seed});
-  ha::AdamW optimizer{cpu, params, {.learning_rate = s.learning_rate}};
+  auto const run = model->start(cpu, ha::Seed{s.seed}, {.learning_rate = s.learning_rate});
   ha::Schedule const schedule{.warmup_steps = s.steps / 20, .total_steps = s.steps, .min_rate = 0.1};
   ha::Progress done;
   if (std::filesystem::exists(s.out)) {
-    done = load_checkpoint(cpu, s.out, model, params, optimizer);
+    done = run->load(s.out);
     ha::check(done.note.empty() || done.note == note(s), "checkpoint ", s.out.string(), ": it was trained with ", done.note,
               ", this run has ", note(s), "; take another --out");
     text.restore(done.data);
@@ -49,20 +49,19 @@ template <class Stack> int train(Settings const& s) {
   text.next_batch(s.batch, s.seq_len);   // complains of a text that is too short
   text.restore(begin);
   auto const validation = text.validation_batches(s.batch, s.seq_len);
-  program::say("%s\n%td parameters, %d threads\n", text.description().c_str(), model.parameter_count(), cpu.threads());
+  program::say("%s\n%td parameters, %d threads\n", text.description().c_str(), model->parameter_count(), cpu.threads());
 
   if (done.step < s.steps) program::flush_stdout();   // before work that would be lost where nobody can be told
 
   double const start = seconds();
   ha::Index const first = done.step;
   while (done.step < s.steps && !program::interrupted()) {
-    auto const batch = make_batch(cpu, text.next_batch(s.batch, s.seq_len));
-    auto const step = start_step(cpu, model, params, optimizer, batch, {.rate = schedule(done.step)});
+    run->start_step(text.next_batch(s.batch, s.seq_len), schedule(done.step));
     bool const last = ++done.step == s.steps || program::interrupted();
     if (last || done.step % s.save_every == 0) {
-      auto const result = step.read();   // waits for the steps up to here; throws if one of them was bad
+      auto const result = run->read();   // waits for the steps up to here; throws if one of them was bad
       double const speed = static_cast<double>((done.step - first) * s.batch * s.seq_len) / (seconds() - start);
-      save_checkpoint(cpu, s.out, model, params, optimizer, {.step = done.step, .data = text.state(), .note = note(s)});
+      run->save(s.out, {.step = done.step, .data = text.state(), .note = note(s)});
       program::say("step %td/%td  loss %.3f  %.0f tokens/s, saved\n", done.step, s.steps, result.loss.mean(), speed);
       program::flush_stdout();
     }
@@ -71,8 +70,7 @@ template <class Stack> int train(Settings const& s) {
     program::say("interrupted: the same command goes on after step %td\n", done.step);
     return program::interrupted_code();
   }
-  program::say("validation loss %.3f; the model is in %s\n", validation_loss(cpu, model, params, validation),
-               program::one_line(s.out.string()).c_str());
+  program::say("validation loss %.3f; the model is in %s\n", validation_loss(*run, validation), program::one_line(s.out.string()).c_str());
   return 0;
 }
 
@@ -80,13 +78,5 @@ template <class Stack> int train(Settings const& s) {
 }  // namespace train
 
 int main(int argc, char** argv) {
-  return program::run("train", argc, argv, [&] {
-    auto const settings = train::parse(argc, argv);
-    int code = 0;
-    models::with_pattern(models::Trained{}, settings.pattern, [&](auto choice) {
-      code = train::train<typename decltype(choice)::Stack>(settings);
-      return true;
-    });
-    return code;
-  });
+  return program::run("train", argc, argv, [&] { return train::train(train::parse(argc, argv)); });
 }

@@ -56,7 +56,7 @@ template <class Allowed> std::vector<std::string> offenders(char const* pattern,
   return found;
 }
 
-std::vector<std::string> const layers = {"core", "backend", "tensor", "io", "ops", "attention", "nn", "train", "infer", "dist", "testing"};
+std::vector<std::string> const layers = {"core", "backend", "tensor", "io", "ops", "attention", "nn", "store", "train", "infer", "dist", "testing"};
 std::ptrdiff_t level(std::string const& layer) { return std::find(layers.begin(), layers.end(), layer) - layers.begin(); }
 std::vector<std::string> parts(std::string const& path) {
   std::vector<std::string> result;

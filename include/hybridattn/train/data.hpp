@@ -3,6 +3,7 @@
 #define HYBRIDATTN_TRAIN_DATA_HPP
 
 #include <hybridattn/core/allowed.hpp>
+#include <hybridattn/core/data_state.hpp>
 #include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/random.hpp>
 #include <hybridattn/io/escaped.hpp>
@@ -53,16 +54,6 @@ inline void check_validation(Index batch, Index seq_len, Index windows) {
   check_batch_size(batch, seq_len);
   check(windows >= 1, "validation over ", windows, " windows is not allowed; there must be at least 1");
 }
-
-// Where a source's training batches stand, and which source's they are.
-struct DataState {
-  std::string description;     // for whoever reads it
-  std::uint64_t seed = 0;
-  std::uint64_t content = 0;   // a hash of the text, or of the task's options
-  std::uint64_t drawn = 0;     // random numbers, see Random
-
-  friend bool operator==(DataState const&, DataState const&) = default;
-};
 
 // Throws when batches of `from` are not batches of `to`, and names both.
 inline void check_same_data(DataState const& from, DataState const& to) {

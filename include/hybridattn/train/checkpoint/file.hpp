@@ -10,23 +10,15 @@
 #define HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
 
 #include <hybridattn/io/safetensors.hpp>
+#include <hybridattn/store/progress.hpp>
 #include <hybridattn/tensor/roles.hpp>
-#include <hybridattn/train/data.hpp>
 
-#include <map>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What a run needs to go on, besides parameters and optimizer.
-struct Progress {
-  Index step = 0;         // training steps that are done
-  DataState data = {};    // DataSource::state()
-  std::map<std::string, std::vector<double>> history = {};  // what the program counts, a number a step: losses, for instance
-  std::string note = {};  // the program's own words, kept as they are
-};
 
 struct LoadOptions {
   // Keep the optimizer's own options where the file's are others: another learning rate from here on.

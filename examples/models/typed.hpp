@@ -1,0 +1,34 @@
+// What kernels.cpp and files.cpp compile for each other. A function template that the other one calls is only declared here;
+// the file that defines it also instantiates it for a list of patterns.
+#ifndef HYBRIDATTN_EXAMPLES_MODELS_TYPED_HPP
+#define HYBRIDATTN_EXAMPLES_MODELS_TYPED_HPP
+
+#include "../any_model.hpp"
+#include "../models.hpp"
+
+namespace models {
+
+template <class Stack> using ParamsOf = typename ha::LanguageModel<Stack>::template Params<ha::Owned<float, ha::Cpu>>;
+
+template <class Stack> struct TypedRun {
+  ha::Cpu& cpu;
+  ha::LanguageModel<Stack> const& model;
+  ParamsOf<Stack> params;
+  ha::AdamW<ParamsOf<Stack>> optimizer;
+
+  TypedRun(ha::Cpu& machine, ha::LanguageModel<Stack> const& of, ha::Seed seed, ha::AdamWOptions options)
+      : cpu(machine), model(of), params(model.template initialize<float>(cpu, seed)), optimizer(cpu, params, std::move(options)) {}
+};
+
+// In files.cpp, for Trained.
+template <class Stack> void save_run(TypedRun<Stack>& run, std::filesystem::path const& path, ha::Progress const& progress);
+template <class Stack> ha::Progress load_run(TypedRun<Stack>& run, std::filesystem::path const& path);
+
+template <class Stack> using ConfigOf = typename ha::LanguageModel<Stack>::Config;
+template <class Stack> using Load = std::function<ParamsOf<Stack>(ha::Cpu&, ha::LanguageModel<Stack> const&)>;
+
+// In kernels.cpp, for Trained and Released.
+template <class Stack> std::unique_ptr<StoredModel> make_stored(ConfigOf<Stack> const& config, Load<Stack> load);
+
+}  // namespace models
+#endif
