@@ -1,9 +1,9 @@
 // Continues a text: generate MODEL --prompt "Once upon" --temperature 0.8 --top-p 0.95
 // MODEL is a checkpoint that `train` left (its tokens are bytes), or a folder with a released Qwen3-Next or Qwen3.5 text model
 // (its tokens are numbers: --tokens 5,17,3; the library has no tokenizer).
-#include "any_model.hpp"
 #include "generate_options.hpp"
 #include "program.hpp"
+#include "stored_model.hpp"
 
 namespace generate {
 namespace {
@@ -14,10 +14,10 @@ std::vector<std::int32_t> prompt_tokens(Settings const& s, ha::Index vocab_size)
       ha::check(token < vocab_size, "--tokens ", token, " is not allowed; ", s.model, " has tokens 0 .. ", vocab_size - 1);
     return s.tokens;
   }
-  ha::check(vocab_size == ha::ByteText::vocab_size, s.model, ": its ", vocab_size,
-            " tokens are not bytes; give the prompt as --tokens 5,17,3");
-  auto const text = ha::ByteText(s.prompt);
-  return {text.all().begin(), text.all().end()};
+  ha::check(vocab_size == 256, s.model, ": its ", vocab_size, " tokens are not bytes; give the prompt as --tokens 5,17,3");
+  std::vector<std::int32_t> tokens;
+  for (char const letter : s.prompt) tokens.push_back(static_cast<unsigned char>(letter));
+  return tokens;
 }
 
 // Throws where the cache for all tokens is larger than memory. It grows evenly with them.

@@ -1,6 +1,6 @@
 // Trains a language model on the bytes of a text and keeps it in a checkpoint: train book.txt --out book.safetensors
 // Started again with the same arguments it goes on where it stopped. `generate` continues texts with what it leaves.
-#include "any_model.hpp"
+#include "new_model.hpp"
 #include "program.hpp"
 #include "train_options.hpp"
 

@@ -82,10 +82,10 @@ inline void write(ScratchFolder const& scratch, std::string_view name, Checkpoin
 }
 
 // Loads a folder and writes what came of it as the first releases are written.
-template <class Model> void load_and_save(fs::path const& from, fs::path const& to, hf::Family family) {
+template <class Model> void load_and_save(fs::path const& from, fs::path const& to, hf::Family const& family) {
   ha::Cpu cpu{1};
   Model const model{hf::config<Model>(from)};
-  hf::save(cpu, model, hf::load<double>(cpu, model, from), to, {.family = family});
+  hf::save(cpu, model, hf::load<double>(cpu, model, from), to, {.family = &family});
 }
 // What loading a folder says.
 template <class Model> std::string load_message(fs::path const& folder) {

@@ -6,6 +6,7 @@
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/io/safetensors.hpp>
+#include <hybridattn/store/hugging_face/config_file.hpp>
 
 #include <filesystem>
 #include <string>
@@ -15,6 +16,11 @@ using ModelOf = hybridattn::LanguageModel<hybridattn::Pattern<
     text,
     hybridattn::Alphabet<hybridattn::Letter<'L', hybridattn::GDN>,
                          hybridattn::Letter<'F', hybridattn::FullAttention<hybridattn::FullOptions{.rotary_percent = rotary_percent}>>>>>;
+
+// How much of a head the full attention of a folder turns, in percent.
+inline double rotary_percent_of(hybridattn::hugging_face::Settings const& settings) {
+  return 100 * settings.of_family.at(hybridattn::hugging_face::qwen::rotary_share).get<double>();
+}
 
 // The first tensor that is not the same in both folders, bit for bit; empty if there is none.
 inline std::string differing_tensor(std::filesystem::path const& ours, std::filesystem::path const& theirs) {

@@ -231,6 +231,37 @@ TEST_CASE("a model's configuration comes back out of its checkpoint") {
   CHECK_NOTHROW(ha::load_parameters<float>(run.cpu, folder / "run.safetensors", again));
 }
 
+TEST_CASE("an optimizer of one's own is kept as named groups and numbers") {
+  ScratchFolder const folder;
+  Run run{42};
+  Params speed = run.model.initialize<float>(run.cpu, ha::Seed{5});
+  ha::NamedGroups groups;
+  groups.add("speed", speed);
+  groups.numbers = {{"friction", 0.5}};
+  save_checkpoint(run.cpu, folder / "own.safetensors", run.model, run.params, groups, {.step = 3});
+  CHECK(ha::Safetensors{folder / "own.safetensors"}.contains("optimizer.speed.blocks.0.attention.w.q"));
+
+  std::string params, speeds, loaded_params, loaded_speeds;
+  append_bits(run.cpu, run.params, params);
+  append_bits(run.cpu, speed, speeds);
+  Run other{43};
+  Params other_speed = other.model.initialize<float>(other.cpu, ha::Seed{6});
+  ha::NamedGroups other_groups;
+  other_groups.add("speed", other_speed);
+  auto const load = [&](double friction) {
+    return load_checkpoint(
+        other.cpu, folder / "own.safetensors", other.model, other.params, other_groups,
+        [&](Json const& numbers, std::string const& where) { ha::check(numbers.at("friction") == friction, where, "another friction"); });
+  };
+  CHECK_THROWS_WITH(load(0.25), Contains("own.safetensors: another friction"));
+  CHECK(load(0.5).step == 3);
+  append_bits(other.cpu, other.params, loaded_params);
+  append_bits(other.cpu, other_speed, loaded_speeds);
+  CHECK(loaded_params == params);
+  CHECK(loaded_speeds == speeds);
+  CHECK_THROWS_WITH(other.load(folder / "own.safetensors"), Contains("own.safetensors"));   // it is not AdamW's
+}
+
 TEST_CASE("a configuration that makes no sense is refused by the member's name") {
   ha::CheckpointHeader header;
   header.json = ha::checkpoint::describe(Model{small()});

@@ -2,6 +2,7 @@
 #include "catch.hpp"
 
 #include "golden.hpp"
+#include "released.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
@@ -14,14 +15,10 @@ using ha::Index;
 
 namespace {
 
-template <int rotary_percent, ha::Text text>
-using ModelOf = ha::LanguageModel<ha::Pattern<
-    text, ha::Alphabet<ha::Letter<'L', ha::GDN>, ha::Letter<'F', ha::FullAttention<ha::FullOptions{.rotary_percent = rotary_percent}>>>>>;
-
 // f<Model>() for the folder's own model, if this test compiles it.
 template <int rotary_percent, ha::Text... patterns, class F> bool try_patterns(hf::Settings const& s, F& f) {
   auto const is = [&]<std::size_t size>(ha::Text<size> text) { return s.pattern == std::string(text.letters); };
-  return s.rotary_share * 100 == rotary_percent &&
+  return rotary_percent_of(s) == rotary_percent &&
          ((is(patterns) && (f.template operator()<ModelOf<rotary_percent, patterns>>(), true)) || ...);
 }
 
@@ -146,7 +143,7 @@ TEST_CASE("released models decode token by token what the published implementati
     auto f = [&]<class Model>() { check_decoding<Model>(entry.path()); };
     bool const compiled = try_patterns<25, "LFFL", "LF", "LLLF">(s, f) || try_patterns<50, "LFFL", "LF", "LLLF">(s, f) ||
                           try_patterns<100, "LFFL", "LF", "LLLF">(s, f);
-    INFO(name << " has pattern " << s.pattern << " and rotary share " << s.rotary_share << ", which this test does not compile");
+    INFO(name << " has pattern " << s.pattern << " and turns " << rotary_percent_of(s) << " % of a head, which this test does not compile");
     CHECK(compiled);
   }
   CHECK((found > 0 || golden::elsewhere()));

@@ -7,8 +7,8 @@
 #include <hybridattn/infer/generate.hpp>
 #include <hybridattn/io/safetensors.hpp>
 #include <hybridattn/io/text.hpp>
+#include <hybridattn/store/hugging_face.hpp>
 #include <hybridattn/testing/judge.hpp>
-#include <hybridattn/train/hugging_face.hpp>
 
 #include <regex>
 #include <set>

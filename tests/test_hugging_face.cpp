@@ -136,7 +136,7 @@ template <class T, int rotary_percent, ha::Text... patterns> void add_makers(Mak
 // The folder's own model, or nothing when this program was not compiled for it.
 std::unique_ptr<AnyModel> open_model(Makers const& makers, fs::path const& folder) {
   auto const s = hf::read_settings(folder);
-  auto const found = makers.find({s.pattern, s.rotary_share * 100});
+  auto const found = makers.find({s.pattern, rotary_percent_of(s)});
   return found == makers.end() ? nullptr : found->second(folder);
 }
 std::unique_ptr<AnyModel> open_in_double(fs::path const& folder) {

@@ -362,7 +362,7 @@ TEST_CASE("values of a config.json arrive at every layer's configuration") {
 }
 
 TEST_CASE("what no released model has is not saved, and named") {
-  auto const message = [](auto change, hf::Family family = hf::Family::qwen3_next) {
+  auto const message = [](auto change, hf::Family const& family = hf::qwen3_next) {
     auto config = hf::config<Tiny>(tiny);
     change(config);
     return error_of([&] { hf::settings_of(Tiny{config}, family); });
@@ -375,5 +375,5 @@ TEST_CASE("what no released model has is not saved, and named") {
   check_says(message([](auto& c) { c.template policy<ha::GDN>().scale = 1; }), {"the scale of GDN is 1, not 0.25"});
   check_says(message([](auto& c) { c.feed_forward.balance = ha::Balance::per_layer, c.feed_forward.balance_coefficient = 1; }),
              {"not Balance::pooled"});
-  check_says(message([](auto&) {}, hf::Family::qwen3_5_text), {"cannot save the model as qwen3_5_text", "mixtures"});
+  check_says(message([](auto&) {}, hf::qwen3_5_text), {"cannot save the model as qwen3_5_text", "mixtures"});
 }

@@ -39,7 +39,7 @@ TEST_CASE("a tied model may hold its head too, when it is the embedding") {
   std::string const head = "lm_head.weight", embedding = "model.embed_tokens.weight";
   tied[head] = tied.at(embedding);
   CHECK(message() == no_error);
-  load_and_save<TinySplit>(scratch.path(), written.path(), hf::Family::qwen3_5_text);
+  load_and_save<TinySplit>(scratch.path(), written.path(), hf::qwen3_5_text);
   CHECK(differing_tensor(written.path(), tiny_split) == "");
 
   auto doubles = floats_of(tied[head]);
@@ -102,7 +102,7 @@ TEST_CASE("all experts of a layer may lie in one tensor") {
   ScratchFolder const scratch, written;
   scratch.file("config.json", content_of(tiny / "config.json"));
   write(scratch, "model.safetensors", fused);
-  load_and_save<Tiny>(scratch.path(), written.path(), hf::Family::qwen3_next);
+  load_and_save<Tiny>(scratch.path(), written.path(), hf::qwen3_next);
   CHECK(differing_tensor(written.path(), tiny) == "");
 }
 
@@ -116,7 +116,7 @@ TEST_CASE("the text model is read out of a multimodal folder") {
   Json config = {{"model_type", "qwen3_5"}, {"text_config", text}, {"vision_config", {{"depth", 1}}}, {"tie_word_embeddings", true}};
   scratch.file("config.json", config.dump());
   write(scratch, "model.safetensors", multimodal);
-  load_and_save<TinySplit>(scratch.path(), written.path(), hf::Family::qwen3_5_text);
+  load_and_save<TinySplit>(scratch.path(), written.path(), hf::qwen3_5_text);
   CHECK(differing_tensor(written.path(), tiny_split) == "");
   CHECK(hf::format(scratch.path()).prefix == "model.language_model.");
 
@@ -178,7 +178,7 @@ TEST_CASE("a model of one's own is saved as a released one, and comes back bit f
         CHECK(same_bits<float>({download(cpu, a)}, {download(cpu, b)}));
       },
       params, loaded);
-  CHECK(hf::config_text(hf::settings_of(again, hf::Family::qwen3_next)) == content_of(scratch / "new/config.json"));
+  CHECK(hf::config_text(hf::settings_of(again, hf::qwen3_next)) == content_of(scratch / "new/config.json"));
 
   SECTION("but not into a folder with the shards of another one") {
     scratch.file("model.safetensors.index.json", "{}");
@@ -236,7 +236,7 @@ struct TwoFiles {
   std::string message() const { return load_message<Tiny>(scratch.path()); }
   // What was loaded, and saved again.
   Checkpoint loaded() const {
-    load_and_save<Tiny>(scratch.path(), written.path(), hf::Family::qwen3_next);
+    load_and_save<Tiny>(scratch.path(), written.path(), hf::qwen3_next);
     return checkpoint_of(written.path());
   }
   // Whether the tensor of the first file is loaded with its numbers there.

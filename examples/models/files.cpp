@@ -1,7 +1,8 @@
 // All that the models of train and generate read and write.
 #include "typed.hpp"
 
-#include <hybridattn/io.hpp>
+#include <hybridattn/store.hpp>
+#include <hybridattn/train/checkpoint.hpp>
 
 #include <tuple>
 

@@ -3,8 +3,9 @@
 #ifndef HYBRIDATTN_EXAMPLES_MODELS_TYPED_HPP
 #define HYBRIDATTN_EXAMPLES_MODELS_TYPED_HPP
 
-#include "../any_model.hpp"
 #include "../models.hpp"
+#include "../new_model.hpp"
+#include "../stored_model.hpp"
 
 namespace models {
 

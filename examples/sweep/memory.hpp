@@ -9,7 +9,7 @@
 #include "report.hpp"
 #include "settings.hpp"
 
-#include <hybridattn/train/checkpoint.hpp>
+#include <hybridattn/store/checkpoint.hpp>
 
 #include <filesystem>
 #include <optional>

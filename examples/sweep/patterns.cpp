@@ -3,6 +3,8 @@
 
 #include "../study_models.hpp"
 
+#include <hybridattn/train/checkpoint.hpp>
+
 // Another pattern is one more word here, or -DHYBRIDATTN_SWEEP_PATTERNS='"LFFL","LLLF"'.
 #ifndef HYBRIDATTN_SWEEP_PATTERNS
 #define HYBRIDATTN_SWEEP_PATTERNS "LFFL", "FLFL", "LLFF", "FFLL", "LDDL", "DLDL", "LLDD", "DDLL", "LLLL", "FFFF", "DDDD"

@@ -2,7 +2,7 @@
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_PATTERNS_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_PATTERNS_HPP
 
-#include <hybridattn/train/checkpoint.hpp>
+#include <hybridattn/store/progress.hpp>
 #include <hybridattn/train/train_step.hpp>
 
 #include <algorithm>

@@ -5,7 +5,7 @@
 #include <hybridattn/io/atomic_file.hpp>
 #include <hybridattn/io/safetensors.hpp>
 #include <hybridattn/io/text.hpp>
+#include <hybridattn/store.hpp>
 #include <hybridattn/train/checkpoint.hpp>
-#include <hybridattn/train/hugging_face.hpp>
 
 #endif

@@ -1303,20 +1303,25 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   return owned;
 }
 
+namespace detail {
+struct CountBytes {
+  Index total = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
+    try {
+      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
+};
+}  // namespace detail
+
 // Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  Index total = 0;
-  G<In<T>> const types;
-  zip(
-      [&](Path const& path, auto const& shape, auto const& view) {
-        try {
-          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
-        } catch (Error const& error) {
-          fail(path.str(), ": ", error.what());
-        }
-      },
-      shapes, types);
-  return static_cast<std::size_t>(total);
+  detail::CountBytes counted;
+  zip(counted, shapes, G<In<T>>{});
+  return static_cast<std::size_t>(counted.total);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -24,11 +24,15 @@ struct Run {
   void load(std::filesystem::path const& path) { progress = load_checkpoint(cpu, path, model, params, optimizer); }
   void save(std::filesystem::path const& path) { save_checkpoint(cpu, path, model, params, optimizer, progress); }
 
+  std::vector<ha::checkpoint::StoredTensor> tensors() const {
+    auto const of_params = ha::checkpoint::tensors_of(params);
+    return ha::checkpoint::tensors_of(params, ha::checkpoint::groups_of(optimizer, std::vector<Index>(of_params.size()), of_params));
+  }
   // All that a checkpoint keeps, bit for bit.
   std::string state() {
     std::string bytes = std::to_string(progress.step) + progress.note + progress.data.description;
     auto const append = [&](void const* data, std::size_t size) { bytes.append(static_cast<char const*>(data), size); };
-    for (auto const& tensor : ha::checkpoint::tensors_of(params, optimizer)) append(tensor.data, tensor.bytes);
+    for (auto const& tensor : tensors()) append(tensor.data, tensor.bytes);
     for (std::uint64_t const number : {progress.data.seed, progress.data.content, progress.data.drawn}) append(&number, sizeof number);
     for (auto const& [name, numbers] : progress.history) bytes += name, append(numbers.data(), numbers.size() * sizeof(double));
     for (Index const updates : optimizer.updates(cpu)) bytes += std::to_string(updates) + " ";
@@ -40,7 +44,7 @@ struct Run {
 void write_described(std::filesystem::path const& path, std::string_view description) {
   static Run const run{1};
   ha::SafetensorsWriter writer;
-  for (auto const& tensor : ha::checkpoint::tensors_of(run.params, run.optimizer))
+  for (auto const& tensor : run.tensors())
     if (tensor.bytes > 0) writer.add_elsewhere(tensor.name, tensor.info, {static_cast<char const*>(tensor.data), tensor.bytes});
   std::vector<double> const losses{2.5, 2.25};
   writer.add("history.loss", {2}, losses);

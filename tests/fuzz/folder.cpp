@@ -43,9 +43,9 @@ void load_and_save(std::filesystem::path const& path, std::filesystem::path cons
   check_files(again, 2);
   must("loading what was saved", [&] {
     Model const same{hf::config<Model>(again)};
-    demand(
-        hf::config_text(hf::settings_of(same, hf::format(path).family)) == hf::config_text(hf::settings_of(model, hf::format(path).family)),
-        "another configuration comes back");
+    demand(hf::config_text(hf::settings_of(same, *hf::format(path).family)) ==
+               hf::config_text(hf::settings_of(model, *hf::format(path).family)),
+           "another configuration comes back");
     demand(bits_of(hf::load<float>(cpu, same, again)) == bits_of(params), "other parameters come back");
   });
 }

@@ -6,8 +6,8 @@ cd "$(dirname "$0")/../.."
 target=$1
 case $target in
   safetensors) file=io/safetensors.hpp fault='s/end - begin == bytes/end - begin >= bytes/' ;;                 # offsets beyond the shape
-  checkpoint) file=train/checkpoint/file.hpp fault='s/= progress.note;/= progress.note.substr(0, 5);/' ;;       # a long note is cut
-  folder) file=train/hugging_face/weights.hpp fault='s/info.shape == shape/info.shape.size() == shape.size()/' ;;   # a larger tensor
+  checkpoint) file=store/checkpoint/file.hpp fault='s/= progress.note;/= progress.note.substr(0, 5);/' ;;       # a long note is cut
+  folder) file=store/hugging_face/weights.hpp fault='s/info.shape == shape/info.shape.size() == shape.size()/' ;;   # a larger tensor
   text) file=io/text.hpp fault='s/point < 0xe000/point < 0xda00/' ;;                                           # a surrogate in UTF-8
   command_line) file=../../examples/options.hpp fault='s/ \&\& value <= most)/)/' ;;                       # sizes without end
   sampling) file=infer/sampling.hpp fault='s/a.token < b.token); }/a.token > b.token); }/' ;;                  # ties the wrong way

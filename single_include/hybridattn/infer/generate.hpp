@@ -2264,20 +2264,25 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   return owned;
 }
 
+namespace detail {
+struct CountBytes {
+  Index total = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
+    try {
+      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
+};
+}  // namespace detail
+
 // Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  Index total = 0;
-  G<In<T>> const types;
-  zip(
-      [&](Path const& path, auto const& shape, auto const& view) {
-        try {
-          total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(*view.data))));
-        } catch (Error const& error) {
-          fail(path.str(), ": ", error.what());
-        }
-      },
-      shapes, types);
-  return static_cast<std::size_t>(total);
+  detail::CountBytes counted;
+  zip(counted, shapes, G<In<T>>{});
+  return static_cast<std::size_t>(counted.total);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -4038,6 +4043,33 @@ template <> struct On<Embedding, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+// For loops over the tensors of a model. Named, so that a layer in several models is visited by one instantiation.
+namespace detail {
+struct CountElements {
+  Index count = 0;
+
+  template <int Rank> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> shape) {
+    try {
+      count = size_sum(count, shape.count());
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
+};
+template <class B> struct DrawFirstValues {
+  B& backend;
+  Seed seed;
+
+  template <class T, int Rank> [[gnu::noinline]] void operator()(Path const& path, Tensor<T, Rank, B>& tensor, Initial const& start) const {
+    Random random{seed, path.str()};
+    std::vector<T> host;
+    resize(host, tensor.shape().count(), "a parameter's first values");
+    for (T& element : host) element = static_cast<T>(start.draw(random));
+    upload(backend, host, tensor);
+  }
+};
+}  // namespace detail
+
 template <class S_> class LanguageModel {
  public:
   using Stack = S_;
@@ -4116,9 +4148,9 @@ template <class S_> class LanguageModel {
   }
   // Throws Error, with the path, where the elements of a tensor cannot be counted.
   Index parameter_count() const {
-    Index count = 0;
-    zip([&](Path const& path, auto const& shape) { add_elements(path, shape, count); }, params());
-    return count;
+    detail::CountElements elements;
+    zip(elements, params());
+    return elements.count;
   }
 
   // Each tensor is drawn by a generator of its own, seeded by the seed and the tensor's path: what two models share starts equal.
@@ -4128,15 +4160,7 @@ template <class S_> class LanguageModel {
                                 .norm = Initial::constant(config_.norm.weight == NormWeight::plain ? 1 : 0),
                                 .head = config_.initialization.linear(config_.model_dim)};
     auto params = allocate_together<T>(backend, this->params());
-    zip(
-        [&]<class E, int Rank>(Path const& path, Tensor<E, Rank, B>& tensor, Initial const& start) {
-          Random random{seed, path.str()};
-          std::vector<E> host;
-          resize(host, tensor.shape().count(), "a parameter's first values");
-          for (E& element : host) element = static_cast<E>(start.draw(random));
-          upload(backend, host, tensor);
-        },
-        params, starts);
+    zip(detail::DrawFirstValues<B>{backend, seed}, params, starts);
     return params;
   }
 
@@ -4220,13 +4244,6 @@ template <class S_> class LanguageModel {
   }
 
  private:
-  template <int Rank> static void add_elements(Path const& path, Shape<Rank> shape, Index& sum) {
-    try {
-      sum = size_sum(sum, shape.count());
-    } catch (Error const& error) {
-      fail(path.str(), ": ", error.what());
-    }
-  }
   Params<Shapes> shapes(typename Stack::template Params<Shapes> blocks) const {
     Shape<2> const table{config_.vocab_size, config_.model_dim};
     return {

@@ -1,11 +1,12 @@
 // The fields of a config.json. Each one is read, or known to change nothing, or an error.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_FIELDS_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_FIELDS_HPP
+#ifndef HYBRIDATTN_STORE_HUGGING_FACE_FIELDS_HPP
+#define HYBRIDATTN_STORE_HUGGING_FACE_FIELDS_HPP
 
 #include <hybridattn/core/view.hpp>
 #include <hybridattn/io/json.hpp>
 #include <hybridattn/io/regular_file.hpp>
-#include <hybridattn/train/hugging_face/table.hpp>
+#include <hybridattn/nn/feed_forward.hpp>
+#include <hybridattn/store/hugging_face/family.hpp>
 
 #include <cstdint>
 #include <filesystem>
@@ -19,11 +20,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 struct ReadOptions {
   // Fields of config.json that are read as if they were not there: "conv_window", "rope_parameters.factor".
   std::vector<std::string> ignore = {};
+  // Families that the library does not know, which the folder may be of.
+  std::vector<Family const*> families = {};
 };
 
 namespace detail {
-
-using Json = nlohmann::json;
 
 // Fields that change nothing a text model computes. A * stands for any letters.
 struct Harmless {
@@ -111,7 +112,15 @@ inline std::string shown(Json const& value) {   // in letters of ASCII
 }
 
 // No model comes near it, and products of three do not overflow.
-inline constexpr Index largest_size = 1 << 20;
+inline constexpr Index largest_size = 1 << 20, max_layers = 10'000;
+
+inline bool is_mixed(FeedForwardConfig const& c, Index layers) {
+  for (Index layer = 0; layer < layers; ++layer)
+    if (c.is_mixture(layer)) return true;
+  return false;
+}
+
+}  // namespace detail
 
 // An object of a config.json; each field that is asked for counts as known.
 class Fields {
@@ -132,27 +141,27 @@ class Fields {
     check(has(name), where_, "the field ", name, " is missing");
     return object_[name];
   }
-  Index size(std::string const& name, Index smallest = 1, Index largest = largest_size) {
+  Index size(std::string const& name, Index smallest = 1, Index largest = detail::largest_size) {
     return integer(name, at(name), smallest, largest);
   }
   Index size_or(std::string const& name, Index otherwise) { return has(name) ? size(name) : otherwise; }
   std::vector<Index> sizes_or_none(std::string const& name, std::size_t most) {
     std::vector<Index> result;
     if (!has(name)) return result;
-    check(at(name).is_array() && at(name).size() <= most, where_, name, " is ", shown(at(name)), "; it must be a list of at most ", most,
-          " integers");
-    for (auto const& element : at(name)) result.push_back(integer("an element of " + name, element, 0, largest_size));
+    check(at(name).is_array() && at(name).size() <= most, where_, name, " is ", detail::shown(at(name)), "; it must be a list of at most ",
+          most, " integers");
+    for (auto const& element : at(name)) result.push_back(integer("an element of " + name, element, 0, detail::largest_size));
     return result;
   }
   double real_or(std::string const& name, double otherwise, double smallest, double largest) {
     if (!has(name)) return otherwise;
     bool const fits = at(name).is_number() && smallest <= at(name).get<double>() && at(name).get<double>() <= largest;
-    check(fits, where_, name, " is ", shown(at(name)), "; it must be a number from ", smallest, " to ", largest);
+    check(fits, where_, name, " is ", detail::shown(at(name)), "; it must be a number from ", smallest, " to ", largest);
     return at(name).get<double>();
   }
   bool flag_or(std::string const& name, bool otherwise) {
     if (!has(name)) return otherwise;
-    check(at(name).is_boolean(), where_, name, " is ", shown(at(name)), "; it must be true or false");
+    check(at(name).is_boolean(), where_, name, " is ", detail::shown(at(name)), "; it must be true or false");
     return at(name).get<bool>();
   }
   // Whether it has this value; it is not read by that.
@@ -164,7 +173,7 @@ class Fields {
   void check_all_known(Json const* inner = nullptr) const {
     for (auto const& [name, value] : object_.items()) {
       bool const repeated = inner != nullptr && inner->contains(name) && (*inner)[name] == value;
-      if (known_.contains(name) || value.is_null() || is_ignored(name) || repeated || matches_any(passed_over_, name)) continue;
+      if (known_.contains(name) || value.is_null() || is_ignored(name) || repeated || detail::matches_any(passed_over_, name)) continue;
       check_harmless(name, value);
     }
   }
@@ -175,26 +184,27 @@ class Fields {
   Index integer(std::string const& name, Json const& value, Index smallest, Index largest) const {
     bool const fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= static_cast<std::uint64_t>(largest)
                                                  : value.is_number_integer() && value.get<std::int64_t>() <= largest;
-    check(fits && value.get<Index>() >= smallest, where_, name, " is ", shown(value), "; it must be an integer from ", smallest, " to ",
-          largest);
+    check(fits && value.get<Index>() >= smallest, where_, name, " is ", detail::shown(value), "; it must be an integer from ", smallest,
+          " to ", largest);
     return value.get<Index>();
   }
 
   void check_harmless(std::string const& name, Json const& value) const {
     std::string supported;
     bool is_named = false;
-    for (Harmless const& row : harmless) {
-      if (!matches_any(row.names, name)) continue;
+    for (detail::Harmless const& row : detail::harmless) {
+      if (!detail::matches_any(row.names, name)) continue;
       if (row.values == "any" || has_value(row, value)) return;
       is_named = is_named || row.same_as.empty();
       if (supported.empty()) supported = row.values;
     }
     std::string const field = one_line(name, 80), hint = to_ignore(one_line(path_ + name, 200));
-    check(is_named, where_, "the field ", field, " (", shown(value),
+    check(is_named, where_, "the field ", field, " (", detail::shown(value),
           ") is unknown; it may change what the model computes, which would not be the model that was released. ", hint);
-    fail(where_, field, " is ", shown(value), supported.empty() ? "; it is not supported. " : "; supported is " + supported + ". ", hint);
+    fail(where_, field, " is ", detail::shown(value), supported.empty() ? "; it is not supported. " : "; supported is " + supported + ". ",
+         hint);
   }
-  bool has_value(Harmless const& row, Json const& value) const {
+  bool has_value(detail::Harmless const& row, Json const& value) const {
     std::string const other{row.same_as};
     if (!other.empty()) return object_.contains(other) && object_[other] == value;
     auto const values = Json::parse("[" + std::string(row.values) + "]");
@@ -211,6 +221,33 @@ class Fields {
   std::set<std::string> known_;
   std::string passed_over_;
 };
+
+// The layers as most config.json files have them: a word for each in layer_types or, where that is absent, every interval-th layer
+// of the family's last kind and the others of its first.
+inline std::string read_layer_types(Fields& fields, Family const& family, Index interval) {
+  Index const depth = fields.size("num_hidden_layers", 1, detail::max_layers);
+  std::string letters;
+  if (!fields.has("layer_types")) {
+    for (Index i = 1; i <= depth; ++i) letters += (i % interval == 0 ? family.kinds.back() : family.kinds.front()).letter;
+    return letters;
+  }
+  auto const& types = fields.at("layer_types");
+  check(types.is_array() && static_cast<Index>(types.size()) == depth, fields.where(), "layer_types is ", detail::shown(types),
+        "; it must name num_hidden_layers = ", depth, " layers");
+  for (auto const& type : types) {
+    auto const* const kind = type.is_string() ? family.kind_of_word(type.get_ref<std::string const&>()) : nullptr;
+    check(kind != nullptr, fields.where(), "layer_types has ", detail::shown(type), "; supported are ", family.words());
+    letters += kind->letter;
+  }
+  return letters;
+}
+inline void write_layer_types(Settings const& s, Json& json) {
+  json["num_hidden_layers"] = s.pattern.size();
+  json["layer_types"] = Json::array();
+  for (char const letter : s.pattern) json["layer_types"].push_back(s.family->kind_of_letter(letter)->word);
+}
+
+namespace detail {
 
 // A JSON file of a folder. Real ones have a few kilobytes; an index of many tensors has some megabytes.
 inline std::string read_json_text(std::filesystem::path const& path, std::size_t largest) {

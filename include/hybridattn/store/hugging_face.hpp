@@ -8,14 +8,15 @@
 //   hugging_face::save(cpu, model, params, another_folder);
 //
 // Which name is which field: hugging_face/table.hpp.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_HPP
+#ifndef HYBRIDATTN_STORE_HUGGING_FACE_HPP
+#define HYBRIDATTN_STORE_HUGGING_FACE_HPP
 
 #include <hybridattn/nn/language_model.hpp>
-#include <hybridattn/train/hugging_face/config_file.hpp>
-#include <hybridattn/train/hugging_face/table.hpp>
-#include <hybridattn/train/hugging_face/types.hpp>
-#include <hybridattn/train/hugging_face/weights.hpp>
+#include <hybridattn/store/checkpoint.hpp>
+#include <hybridattn/store/hugging_face/config_file.hpp>
+#include <hybridattn/store/hugging_face/table.hpp>
+#include <hybridattn/store/hugging_face/types.hpp>
+#include <hybridattn/store/hugging_face/weights.hpp>
 
 #include <deque>
 
@@ -49,33 +50,16 @@ inline Format format(std::filesystem::path const& folder, ReadOptions const& opt
 template <class Model> typename Model::Config config(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   Settings const s = read_settings(folder, options);
   check_types<typename Model::Stack>(s);
-  typename Model::Config c{.vocab_size = s.vocab_size,
-                           .model_dim = s.model_dim,
-                           .num_heads = s.full.num_heads,
-                           .feed_forward = s.feed_forward,
-                           .norm = {NormWeight::zero_centred, s.norm_eps},
-                           .tie_embedding = s.tie_embedding,
-                           .initialization = {s.initializer_range, s.initializer_range},
-                           .layers = {}};
-  set_policies(typename Model::Stack::Kinds{}, s, c.layers);
-  return c;
+  return checkpoint::configuration<Model>(detail::description(s), s.where);
 }
 
 namespace detail {
 
-// The memory of every tensor of a group of parameters, by path; nullptr for a tensor that is not there.
+// The memory of every tensor of a group of parameters, by path; without elements for a tensor that is absent.
 template <class T> using Memory = std::map<std::string, std::span<T>>;
-template <class T, class Group> Memory<T> memory_of(Group& group) {
+template <class T> Memory<T> memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
   Memory<T> result;
-  zip(
-      [&](Path const& path, auto& tensor) {
-        auto const view = [&] {
-          if constexpr (std::is_const_v<T>) return in(tensor);
-          else return out(tensor);
-        }();
-        result[path.str()] = {view.data, static_cast<std::size_t>(view.count())};
-      },
-      group);
+  for (auto const& tensor : tensors) result[tensor.name] = {static_cast<T*>(const_cast<void*>(tensor.data)), tensor.bytes / sizeof(T)};
   return result;
 }
 
@@ -115,7 +99,7 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   check_types<typename Model::Stack>(settings);
   Weights const weights{folder};
   Format const format = detail::format_of(settings, weights);
-  Outline const wanted = outline(model);
+  Outline const wanted = outline(model, *settings.family);
   bool const is_apart =
       detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;   // a name for each expert
   check(!is_apart || wanted.experts <= weights.count(), settings.where, "num_experts is ", wanted.experts, ", but the folder has ",
@@ -123,7 +107,7 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   auto const entries = table(wanted, format);
   weights.check_against(entries, model.config().tie_embedding ? format.prefix + "embed_tokens.weight" : "");
   auto params = allocate_together<T>(backend, model.params());
-  auto const memory = detail::memory_of<T>(params);
+  auto const memory = detail::memory_of<T>(checkpoint::tensors_of(params));
   for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
   return params;
 }
@@ -133,8 +117,8 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
 template <class B, class Model, class Params, class F>
 void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
   using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
-  auto const memory = detail::memory_of<T const>(params);
-  for (Entry const& entry : table(outline(model), format)) {
+  auto const memory = detail::memory_of<T const>(checkpoint::tensors_of(params));
+  for (Entry const& entry : table(outline(model, *format.family), format)) {
     auto fields = detail::download_fields<B, T>(backend, entry, memory);
     std::vector<T> released;
     for_each_share(entry.groups, fields, [&](std::span<T> share) { released.insert(released.end(), share.begin(), share.end()); });
@@ -151,7 +135,7 @@ void for_each_tensor(B& backend, Model const& model, Params const& params, F f, 
 // naming it, at an option that no released model of the family has, and at a folder with shards.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
-  std::string const config = config_text(settings_of(model, format.family));
+  std::string const config = config_text(settings_of(model, *format.family));
   std::error_code ignored;
   check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
         ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");

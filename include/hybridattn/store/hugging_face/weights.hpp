@@ -1,10 +1,10 @@
 // The tensors of a released model by name: model.safetensors, or the files that model.safetensors.index.json names.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_WEIGHTS_HPP
+#ifndef HYBRIDATTN_STORE_HUGGING_FACE_WEIGHTS_HPP
+#define HYBRIDATTN_STORE_HUGGING_FACE_WEIGHTS_HPP
 
 #include <hybridattn/io/safetensors.hpp>
-#include <hybridattn/train/hugging_face/fields.hpp>
-#include <hybridattn/train/hugging_face/table.hpp>
+#include <hybridattn/store/hugging_face/fields.hpp>
+#include <hybridattn/store/hugging_face/table.hpp>
 
 #include <algorithm>
 #include <array>

@@ -4,10 +4,10 @@
 // one rename, and no reader ever sees the one without the other, or half of either.
 //
 //   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
-//   optimizer.mean.<path>, optimizer.square.<path>   AdamW's moments
+//   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square
 //   history.<name>                                   F64 [steps], what the program counts
-#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
-#define HYBRIDATTN_TRAIN_CHECKPOINT_FILE_HPP
+#ifndef HYBRIDATTN_STORE_CHECKPOINT_FILE_HPP
+#define HYBRIDATTN_STORE_CHECKPOINT_FILE_HPP
 
 #include <hybridattn/io/safetensors.hpp>
 #include <hybridattn/store/progress.hpp>
@@ -19,11 +19,6 @@
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-struct LoadOptions {
-  // Keep the optimizer's own options where the file's are others: another learning rate from here on.
-  bool other_optimizer_options = false;
-};
 
 // What a checkpoint says of itself.
 struct CheckpointHeader {
@@ -41,7 +36,7 @@ using Json = nlohmann::json;
 
 inline constexpr Index version = 1;
 inline constexpr char const* metadata_key = "hybridattn";
-inline constexpr std::string_view mean_prefix = "optimizer.mean.", square_prefix = "optimizer.square.", history_prefix = "history.";
+inline constexpr std::string_view optimizer_prefix = "optimizer.", history_prefix = "history.";
 
 // A tensor of a run, where its backend has it. One that is not there has no bytes.
 struct StoredTensor {
@@ -69,6 +64,21 @@ struct Collect {
 template <class Group> void collect(std::string_view prefix, Group const& group, std::vector<StoredTensor>& list) {
   zip(Collect{prefix, list}, group);
 }
+
+}  // namespace checkpoint
+
+// What an optimizer keeps: groups of tensors with the structure of the parameters, each under a name, and numbers.
+struct NamedGroups {
+  std::vector<checkpoint::StoredTensor> tensors;   // optimizer.<name>.<path>
+  nlohmann::json numbers;
+
+  // Names the tensors of a group, which must live until they are written or read.
+  template <class Group> void add(std::string_view name, Group const& group) {
+    checkpoint::collect(std::string(checkpoint::optimizer_prefix) + std::string(name) + ".", group, tensors);
+  }
+};
+
+namespace checkpoint {
 
 // In one line, whatever a file says.
 inline std::string words(std::vector<std::string> const& list) {
@@ -186,19 +196,9 @@ class File {
             .json = std::move(json_)};
   }
   Index step() const { return count(json_, "step"); }
-  // The optimizer's steps, and of each parameter how many of them had a gradient for it.
-  std::pair<Index, std::vector<Index>> optimizer_steps(std::span<StoredTensor const> params) const {
-    Index const steps = count(member("optimizer"), "steps");
-    Json const& fewer = safetensors::member(member("optimizer"), "updates", where_);
-    check(fewer.is_object(), where_, "'updates' must be a group of numbers");
-    std::pair<Index, std::vector<Index>> result{steps, {}};
-    for (auto const& param : params) {
-      Index const updates = param.bytes == 0 ? 0 : fewer.contains(param.name) ? count(fewer, param.name.c_str()) : steps;
-      check(updates <= steps, where_, "updates of ", param.name, ": ", updates, " in ", steps, " steps");
-      result.second.push_back(updates);
-    }
-    return result;
-  }
+  // The numbers of the optimizer that wrote it, and how an error about them begins.
+  Json const& optimizer() const { return member("optimizer"); }
+  std::string const& where() const { return where_; }
 
   // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
@@ -216,17 +216,13 @@ class File {
       compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
     }
   }
-  void check_optimizer(Json const& optimizer) const {
-    static constexpr std::string_view ignored[] = {"steps", "updates"};
-    Comparison{where_, "optimizer", ignored}(member("optimizer"), optimizer, "optimizer");
-  }
   // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
   void check_tensors(std::vector<StoredTensor> const& tensors, bool training) const {
     std::set<std::string> ours;
     for (auto const& tensor : tensors)
       if (tensor.bytes > 0) check_tensor(tensor), ours.insert(tensor.name);
     for (auto const& [name, info] : file_.tensors()) {
-      if (name.starts_with(history_prefix) || (!training && name.starts_with("optimizer."))) continue;
+      if (name.starts_with(history_prefix) || (!training && name.starts_with(optimizer_prefix))) continue;
       check(ours.contains(name), where_, "tensor ", escaped(name), " is in the file, but not in the model");
     }
   }

@@ -1,14 +1,13 @@
-// A model and an optimizer as JSON: what a checkpoint says of them, and what it is compared with.
+// A model as JSON: what a checkpoint says of it, and what it is compared with.
 //
 // A policy of your own is described by its name alone, unless there is members(config, f), as for the policies here, and
 // another one for the type of P::options, in the namespace of these types.
-#ifndef HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
-#define HYBRIDATTN_TRAIN_CHECKPOINT_DESCRIBE_HPP
+#ifndef HYBRIDATTN_STORE_CHECKPOINT_DESCRIBE_HPP
+#define HYBRIDATTN_STORE_CHECKPOINT_DESCRIBE_HPP
 
 #include <hybridattn/attention/attention.hpp>
 #include <hybridattn/io/safetensors.hpp>
 #include <hybridattn/nn/language_model.hpp>
-#include <hybridattn/train/adamw.hpp>
 
 #include <nlohmann/json.hpp>
 
@@ -115,15 +114,6 @@ template <checkpoint::Either<FeedForwardConfig> C> void members(C& c, auto f) {
   f("mlp_only_layers", c.mlp_only_layers);
   f("balance_coefficient", c.balance_coefficient);
   f("balance", c.balance);
-}
-template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
-  f("learning_rate", o.learning_rate);
-  f("beta_1", o.beta_1);
-  f("beta_2", o.beta_2);
-  f("epsilon", o.epsilon);
-  f("weight_decay", o.weight_decay);
-  f("max_norm", o.max_norm);
-  f("bias_correction", o.bias_correction);
 }
 
 namespace checkpoint {

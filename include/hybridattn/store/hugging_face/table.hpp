@@ -1,9 +1,10 @@
 // Released parameter names and our fields: a table, and what one row of it becomes in one layer of a model.
-#ifndef HYBRIDATTN_TRAIN_HUGGING_FACE_TABLE_HPP
-#define HYBRIDATTN_TRAIN_HUGGING_FACE_TABLE_HPP
+#ifndef HYBRIDATTN_STORE_HUGGING_FACE_TABLE_HPP
+#define HYBRIDATTN_STORE_HUGGING_FACE_TABLE_HPP
 
 #include <hybridattn/core/check.hpp>
 #include <hybridattn/core/view.hpp>
+#include <hybridattn/store/hugging_face/families.hpp>
 
 #include <map>
 #include <span>
@@ -13,83 +14,23 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
-enum class Family {
-  qwen3_next,    // model_type qwen3_next: projections of Gated DeltaNet fused head by head; dense layers and mixtures
-  qwen3_5_text   // model_type qwen3_5_text: projections side by side; dense layers only
-};
-
 // How a folder's parameters are named and laid out, beyond what its config.json says.
 struct Format {
-  Family family = Family::qwen3_next;
+  Family const* family = &qwen3_next;
   bool fused_experts = false;      // all experts of a layer in one tensor, gate and up together, or one matrix each
   std::string prefix = "model.";   // of all names but the head's; model.language_model. in multimodal files
 };
 
-// How fields, which are [rows, ...] each, lie in a released tensor.
-enum class Layout {
-  stacked,      // all rows of the first field, then those of the next; a single field as it is
-  convolution,  // stacked, with an axis between: [channels, 1, width]
-  by_head,      // for each head (key head of GDN, query head of full attention) its rows of each field
-  by_expert,    // [E, rows, C]: for each expert its rows of each field
-  each_expert   // a tensor of its own for each expert; {} in the name is its number
-};
-
-// `fields` are the paths of ours that make one released tensor, in order.
-struct Row {
-  std::string_view name, fields;
-  Layout layout = Layout::stacked;
-};
-
-namespace rows {
-
-inline constexpr Row whole_model[] = {{"embed_tokens.weight", "embedding"}, {"norm.weight", "norm"}};
-inline constexpr Row head[] = {{"lm_head.weight", "head"}};   // without the prefix
-inline constexpr Row block[] = {{"input_layernorm.weight", "attention_norm"}, {"post_attention_layernorm.weight", "feed_forward_norm"}};
-inline constexpr Row gdn[] = {{"conv1d.weight", "prepare.conv_q prepare.conv_k prepare.conv_v", Layout::convolution},
-                              {"A_log", "prepare.a_log"},
-                              {"dt_bias", "prepare.dt_bias"},
-                              {"norm.weight", "finish.norm"},
-                              {"out_proj.weight", "w_o"}};
-inline constexpr Row gdn_fused[] = {{"in_proj_qkvz.weight", "w.q w.k w.v w_gate", Layout::by_head},
-                                    {"in_proj_ba.weight", "w.beta w.g", Layout::by_head}};
-inline constexpr Row gdn_split[] = {
-    {"in_proj_qkv.weight", "w.q w.k w.v"}, {"in_proj_z.weight", "w_gate"}, {"in_proj_b.weight", "w.beta"}, {"in_proj_a.weight", "w.g"}};
-inline constexpr Row full[] = {{"q_proj.weight", "w.q w_gate", Layout::by_head},
-                               {"k_proj.weight", "w.k"},
-                               {"v_proj.weight", "w.v"},
-                               {"o_proj.weight", "w_o"},
-                               {"q_norm.weight", "prepare.q_norm"},
-                               {"k_norm.weight", "prepare.k_norm"}};
-inline constexpr Row dense[] = {{"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
-inline constexpr Row mixture[] = {{"gate.weight", "router"},
-                                  {"shared_expert.gate_proj.weight", "shared.gate"},
-                                  {"shared_expert.up_proj.weight", "shared.up"},
-                                  {"shared_expert.down_proj.weight", "shared.down"},
-                                  {"shared_expert_gate.weight", "shared_gate"}};
-inline constexpr Row experts[] = {{"experts.{}.gate_proj.weight", "experts.gate", Layout::each_expert},
-                                  {"experts.{}.up_proj.weight", "experts.up", Layout::each_expert},
-                                  {"experts.{}.down_proj.weight", "experts.down", Layout::each_expert}};
-inline constexpr Row experts_fused[] = {{"experts.gate_up_proj", "experts.gate experts.up", Layout::by_expert},
-                                        {"experts.down_proj", "experts.down", Layout::by_expert}};
-
-}  // namespace rows
-
 // What the table must know of a model.
 using Extents = std::vector<Index>;
 struct Layer {
-  char letter = 0;   // L linear_attention, F full_attention
+  char letter = 0;   // of the family's kinds
   Index heads = 0;   // of Layout::by_head
 };
 struct Outline {
   std::vector<Layer> layers;
   Index experts = 0;
   std::map<std::string, Extents> fields;   // every tensor of the model, by path
-
-  std::string pattern() const {
-    std::string letters;
-    for (Layer const& layer : layers) letters += layer.letter;
-    return letters;
-  }
 };
 
 // A row in a layer: the released tensors of these names, one after the other, hold `groups` times a share of each field.
@@ -178,25 +119,25 @@ class Builder {
 
 // Every tensor of a model under its released name; throws, naming it, when one has none.
 inline std::vector<Entry> table(Outline const& outline, Format const& format) {
+  using Place = RowGroup::Place;
+  using Experts = RowGroup::Experts;
   detail::Builder builder{outline};
-  builder.add(format.prefix, "", rows::whole_model);
-  builder.add("", "", rows::head);
+  std::vector<RowGroup const*> groups;
+  for (RowGroup const& group : format.family->tensors)
+    if (group.experts == Experts::either || (group.experts == Experts::fused) == format.fused_experts) groups.push_back(&group);
+  auto const add = [&](RowGroup const& group, std::string const& name, std::string const& field, Layer const& layer) {
+    builder.add(name + std::string(group.name), field + std::string(group.field), group.rows, layer);
+  };
+  for (auto const* group : groups) {
+    if (group->place == Place::model) add(*group, format.prefix, "", {});
+    if (group->place == Place::outside) add(*group, "", "", {});
+  }
   std::size_t number = 0;
   for (Layer const& layer : outline.layers) {
     std::string const i = std::to_string(number++) + ".", name = format.prefix + "layers." + i, field = "blocks." + i;
-    builder.add(name, field, rows::block);
-    if (layer.letter == 'L') {
-      bool const fused = format.family == Family::qwen3_next;
-      builder.add(name + "linear_attn.", field + "attention.", rows::gdn, layer);
-      builder.add(name + "linear_attn.", field + "attention.",
-                  fused ? std::span<Row const>(rows::gdn_fused) : std::span<Row const>(rows::gdn_split), layer);
-    } else {
-      builder.add(name + "self_attn.", field + "attention.", rows::full, layer);
-    }
-    std::string const mlp = name + "mlp.", feed_forward = field + "feed_forward.";
-    builder.add(mlp, feed_forward, rows::dense);
-    builder.add(mlp, feed_forward, rows::mixture);
-    builder.add(mlp, feed_forward, format.fused_experts ? std::span<Row const>(rows::experts_fused) : std::span<Row const>(rows::experts));
+    for (auto const* group : groups)
+      if (group->place == Place::each_layer || (group->place == Place::kind && group->letter == layer.letter))
+        add(*group, name, field, layer);
   }
   return builder.take();
 }

@@ -1,0 +1,82 @@
+// Checkpoints: models in files, with what a training run needs to go on. The file is a safetensors file (checkpoint/file.hpp says
+// what is in it), which other programs read too.
+//
+//   auto const header = read_checkpoint_header("run.safetensors");
+//   Model const model{checkpoint_config<Model>(header)};
+//   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
+//
+// No optimizer is known here. Whoever trains hands in what an optimizer keeps as NamedGroups: train/checkpoint.hpp does it for AdamW.
+#ifndef HYBRIDATTN_STORE_CHECKPOINT_HPP
+#define HYBRIDATTN_STORE_CHECKPOINT_HPP
+
+#include <hybridattn/store/checkpoint/describe.hpp>
+#include <hybridattn/store/checkpoint/file.hpp>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace checkpoint {
+
+template <class Params> std::vector<StoredTensor> tensors_of(Params const& params) {
+  std::vector<StoredTensor> list;
+  collect("", params, list);
+  return list;
+}
+template <class Params> std::vector<StoredTensor> tensors_of(Params const& params, NamedGroups const& optimizer) {
+  auto list = tensors_of(params);
+  list.insert(list.end(), optimizer.tensors.begin(), optimizer.tensors.end());
+  return list;
+}
+
+}  // namespace checkpoint
+
+// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name.
+template <class B, class Model, class Params>
+void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params, NamedGroups const& optimizer,
+                     Progress const& progress = {}) {
+  auto json = checkpoint::describe(model);
+  json["optimizer"] = optimizer.numbers;
+  checkpoint::write(backend, path, std::move(json), checkpoint::tensors_of(params, optimizer), progress);
+}
+
+// Takes parameters and the optimizer's groups out of a file. check_numbers(numbers, where) sees the numbers that the file has for the
+// optimizer, and throws an Error beginning with `where` unless they fit. Throws Error, too, where the file is damaged, or of another
+// pattern, size, dtype or version, and names both, or cannot be read to its end; then nothing was touched.
+template <class B, class Model, class Params, class CheckNumbers>
+Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, NamedGroups const& optimizer,
+                         CheckNumbers check_numbers) {
+  checkpoint::File const file{path};
+  auto const tensors = checkpoint::tensors_of(params, optimizer);
+  file.check_model(checkpoint::describe(model), tensors.front().info.dtype, false);
+  check_numbers(file.optimizer(), file.where());
+  file.check_tensors(tensors, true);
+  auto progress = file.progress();
+  file.read_all_or_none(backend, tensors);
+  return progress;
+}
+
+// The parameters alone, for a model that is not trained any more: what only training reads may differ from the file's.
+//   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
+template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
+  checkpoint::File const file{path};
+  std::error_code ignored;   // then reading will fail
+  auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path, ignored));
+  check(needed <= there, "checkpoint ", one_line(path.string()), ": the model's parameters take ", needed, " bytes, the whole file has ",
+        there);
+  auto params = allocate_together<T>(backend, model.params());
+  auto const tensors = checkpoint::tensors_of(params);
+  file.check_model(checkpoint::describe(model), tensors.front().info.dtype, true);
+  file.check_tensors(tensors, false);
+  file.read(backend, tensors);
+  return params;
+}
+
+// The configuration of a checkpoint's model, whose pattern must be that of Model; the header comes from read_checkpoint_header.
+template <class Model> typename Model::Config checkpoint_config(CheckpointHeader const& header) {
+  return checkpoint::configuration<Model>(header.json, "checkpoint: ");
+}
+
+// What stands in a file: its pattern, configuration and step, without any tensor.
+inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif

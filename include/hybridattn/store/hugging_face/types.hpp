@@ -1,0 +1,105 @@
+// What a model's types say, held against a config.json, and what a model says, as one.
+#ifndef HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
+#define HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
+
+#include <hybridattn/nn/language_model.hpp>
+#include <hybridattn/store/hugging_face/config_file.hpp>
+#include <hybridattn/store/hugging_face/table.hpp>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
+
+namespace detail {
+
+// {"policy", "options", "sizes"} of each layer, the sizes being defaults.
+template <class Stack> struct TypesOf;
+template <class... Policies> struct TypesOf<hybridattn::Stack<Policies...>> {
+  static std::vector<Json> layers() { return {checkpoint::describe_policy<Policies>(typename Policies::Config{})...}; }
+};
+
+// The letter of a layer of ours, or '?' where the family has none like it.
+inline char letter_of(Family const& family, Json const& layer) {
+  auto const* const kind = family.kind_of_policy(layer["policy"].get_ref<std::string const&>());
+  return kind == nullptr ? '?' : kind->letter;
+}
+inline std::string legend(Family const& family) {
+  std::string text;
+  for (auto const& kind : family.kinds) text.append(text.empty() ? "" : ", ").append({kind.letter, ' '}).append(kind.word);
+  return text;
+}
+inline void check_layers(Settings const& s, std::vector<Json> const& layers) {
+  std::string ours;
+  for (auto const& layer : layers) ours += letter_of(*s.family, layer);
+  check(s.pattern == ours, s.where, "layer_types are ", one_line(s.pattern, 200), ", but the model's layers are ", ours, " (",
+        legend(*s.family), ")");
+  for (std::size_t i = 0; i < layers.size(); ++i) s.family->check_options(s, ours[i], layers[i]["options"]);
+}
+
+}  // namespace detail
+
+// Throws when a config.json is that of other types than the stack's.
+template <class Stack> void check_types(Settings const& s) { detail::check_layers(s, detail::TypesOf<Stack>::layers()); }
+
+namespace detail {
+
+// As checkpoint::describe says it of a model of these settings.
+inline Json description(Settings const& s) {
+  Json json;
+  json["model"] = s.model;
+  json["layers"] = Json::array();
+  for (char letter : s.pattern) json["layers"].push_back(s.layers.at(letter));
+  return json;
+}
+
+struct CollectShapes {
+  std::map<std::string, Extents>& fields;
+
+  template <int Rank> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape) const {
+    fields[path.str()] = Extents(shape.extent, shape.extent + Rank);
+  }
+};
+inline Outline outline(Json const& description, Family const& family) {
+  Outline result;
+  result.experts = description["model"]["feed_forward"]["num_experts"].get<Index>();
+  for (Json const& layer : description["layers"]) {
+    char const letter = letter_of(family, layer);
+    check(letter != '?', "Hugging Face: models of ", family.model_type, " have no layer of ",
+          layer["policy"].get_ref<std::string const&>());
+    bool const has_heads = layer.contains("sizes") && layer["sizes"].contains("num_heads");
+    result.layers.push_back({letter, has_heads ? layer["sizes"]["num_heads"].get<Index>() : 1});
+  }
+  return result;
+}
+
+inline Settings settings_of(Json const& description, Family const& family) {
+  Settings s;
+  s.where = "cannot save the model as " + std::string(family.model_type) + ": ";
+  s.family = &family;
+  s.model = description["model"];
+  for (Json const& layer : description["layers"]) {
+    char const letter = letter_of(family, layer);
+    check(letter != '?', s.where, "it has a layer of ", layer["policy"].get_ref<std::string const&>(), "; supported are ", family.words());
+    s.pattern += letter;
+    s.layers[letter] = layer;
+  }
+  family.check_model(s);
+  for (auto const& [letter, layer] : s.layers)
+    if (s.pattern.find(letter) != s.pattern.npos) family.check_options(s, letter, layer["options"]);
+  return s;
+}
+
+}  // namespace detail
+
+// What the table must know of a model.
+template <class Stack> Outline outline(LanguageModel<Stack> const& model, Family const& family) {
+  Outline result = detail::outline(checkpoint::describe(model), family);
+  zip(detail::CollectShapes{result.fields}, model.params());
+  return result;
+}
+
+// A model as the config.json of a family; throws at what no released model of it has.
+template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, Family const& family) {
+  return detail::settings_of(checkpoint::describe(model), family);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face
+#endif
