@@ -29,14 +29,18 @@ using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5, .index_norm = t
 using Model = ha::LanguageModel<ha::Stack<ha::GDN, ha::Full, Sparse>>;
 using Params = Model::Params<ha::Owned<float, ha::Cpu>>;
 
-// Dense layers first and last, a mixture of experts between them; norms do not decay.
+// Dense layers first and last, a mixture of experts between them; the last layer has its norms after its branches.
 Model::Config small() {
-  return {.vocab_size = 64,
-          .model_dim = 16,
-          .num_heads = 2,
-          .feed_forward = {
-              .hidden_dim = 24, .num_experts = 3, .expert_dim = 8, .shared_dim = 8, .decoder_sparse_step = 2, .balance_coefficient = 0.01}};
+  Model::Config config{
+      .vocab_size = 64,
+      .model_dim = 16,
+      .num_heads = 2,
+      .feed_forward = {
+          .hidden_dim = 24, .num_experts = 3, .expert_dim = 8, .shared_dim = 8, .decoder_sparse_step = 2, .balance_coefficient = 0.01}};
+  config.norm_placement<Sparse>() = ha::NormPlacement::after;
+  return config;
 }
+// Norms do not decay.
 ha::AdamWOptions adamw() {
   return {.learning_rate = 3e-3, .decays = [](std::string_view path) { return !path.ends_with("norm"); }};
 }
@@ -188,6 +192,8 @@ TEST_CASE("a header says what a file holds") {
   CHECK(json["layers"][1]["options"]["qk_norm"] == "zero_centred");
   CHECK(json["layers"][0]["sizes"]["key_dim"] == 8);   // completed
   CHECK(!json["layers"][2]["sizes"].contains("stage"));
+  CHECK(json["layers"][2]["norm_placement"] == "after");
+  CHECK(!json["layers"][0].contains("norm_placement"));
   CHECK(json["optimizer"]["learning_rate"] == 3e-3);
   CHECK(json["optimizer"]["steps"] == 3);
   CHECK(json["optimizer"]["without_decay"].size() == 12);
@@ -285,6 +291,7 @@ TEST_CASE("a configuration that makes no sense is refused by the member's name")
   refused("/model/norm/weight", "\x1b[2J", "unknown word '\\x1b[2J'");
   refused("/model/norm/weight", "heavy", "unknown word 'heavy'");
   refused("/layers", Json::array(), "'layers' does not fit the pattern");
+  refused("/layers/0/norm_placement", "beside", "unknown word 'beside'");
   refused("/layers/0/sizes", Json::object(), "no 'num_heads'");
 }
 
@@ -316,6 +323,8 @@ TEST_CASE("another configuration is refused, and both values are named") {
            {[](Model::Config& c) { c.feed_forward.balance = ha::Balance::pooled; }, "balance: 'per_layer' in the file, 'pooled'"},
            {[](Model::Config& c) { c.policy<ha::GDN>().norm_eps = 1e-5; }, "layer 0 (GDN).sizes.norm_eps: 1e-06 in the file"},
            {[](Model::Config& c) { c.policy<Sparse>().index_loss = 2; }, "index_loss: 1.0 in the file, 2.0 in the model"},
+           {[](Model::Config& c) { c.norm_placement<ha::Full>() = ha::NormPlacement::after; },
+            "norm_placement: nothing in the file, 'after'"},
        }) {
     auto config = small();
     make(config);

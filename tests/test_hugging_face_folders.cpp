@@ -372,6 +372,7 @@ TEST_CASE("what no released model has is not saved, and named") {
   check_says(message([](auto& c) { c.feed_forward.shared_dim = -1; }), {"no shared expert"});
   check_says(message([](auto& c) { c.norm.weight = ha::NormWeight::plain; }), {"norms are plain"});
   check_says(message([](auto& c) { c.norm.eps = 1e-5; }), {"norm_eps of GDN is 1e-06, that of the blocks 1e-05"});
+  check_says(message([](auto& c) { c.template norm_placement<ha::GDN>() = ha::NormPlacement::after; }), {"they must come before"});
   check_says(message([](auto& c) { c.template policy<ha::GDN>().scale = 1; }), {"the scale of GDN is 1, not 0.25"});
   check_says(message([](auto& c) { c.feed_forward.balance = ha::Balance::per_layer, c.feed_forward.balance_coefficient = 1; }),
              {"not Balance::pooled"});

@@ -17,8 +17,7 @@
 #include <functional>
 #include <iterator>
 #include <limits>
-#include <memory>
-#include <mutex>
+#include <list>
 #include <new>
 #include <numbers>
 #include <numeric>
@@ -319,1363 +318,40 @@ template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { re
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/core/allowed.hpp
-// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
-// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
-#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
-#define HYBRIDATTN_CORE_ALLOWED_HPP
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
 
-namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 
-namespace detail {
-template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
-  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
-}
-inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
-}  // namespace detail
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
 
-inline void check_number(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
-}
-inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
-}
-// Not below the smallest normal float: a smaller one may be 0 where the model computes.
-inline void check_positive(std::string_view owner, std::string_view name, double value) {
-  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
-  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
-}
-inline void check_share(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
-}
-// A share that is less than the whole.
-inline void check_below_one(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
-}
-inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
-  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/random.hpp
-// Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
-#ifndef HYBRIDATTN_CORE_RANDOM_HPP
-#define HYBRIDATTN_CORE_RANDOM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-struct Seed {
-  std::uint64_t value = 0;
-};
-
-// SplitMix64's finaliser: every bit of the input reaches every bit of the result.
-HYBRIDATTN_HD constexpr std::uint64_t mix(std::uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
-// Numbers 0, 1, 2, ... of the stream (seed, name). Two names are two independent streams.
-class Random {
- public:
-  explicit Random(Seed seed, std::string_view name = {}) : key_(mix(seed.value + 0x9e3779b97f4a7c15u)) {
-    for (char letter : name) key_ = mix(key_ ^ static_cast<unsigned char>(letter)) + 0x9e3779b97f4a7c15u;
+  // Changes the reference. Returns the factor e^(old - next) for everything that was weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
   }
-  std::uint64_t bits() { return mix(key_ + 0x9e3779b97f4a7c15u * ++counter_); }
-  // In [0, 1).
-  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
-  double uniform(double low, double high) { return low + (high - low) * uniform(); }
-  // In 0 .. count - 1; the bias of the remainder is below count * 2^-64.
-  Index below(Index count) { return static_cast<Index>(bits() % static_cast<std::uint64_t>(count)); }
-  // Mean 0, variance 1 (Box-Muller).
-  double normal() {
-    double const radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
-    return radius * std::cos(2.0 * std::numbers::pi * uniform());
-  }
-
-  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
-  // number `drawn`.
-  std::uint64_t drawn() const { return counter_; }
-  void jump_to(std::uint64_t drawn) { counter_ = drawn; }
-
- private:
-  std::uint64_t key_, counter_ = 0;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/tensor/initial.hpp
-// How a parameter starts.
-#ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
-#define HYBRIDATTN_TENSOR_INITIAL_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A distribution with two numbers.
-struct Initial {
-  enum class Kind {
-    constant,             // a
-    normal,               // mean 0, standard deviation a
-    uniform,              // in [a, b)
-    log_uniform_value,    // log x with x uniform in [a, b): GDN's A_log
-    inverse_softplus_of_log_uniform,  // y with softplus(y) = x, log x uniform, x in [a, b): GDN's dt_bias as fla draws it
+  // Adds the scores of another part. Returns both factors, for the sums that the weights of either part were used in.
+  struct Factors {
+    V own, other;
   };
-  Kind kind = Kind::constant;
-  double a = 0, b = 0;
-
-  static constexpr Initial constant(double value) { return {Kind::constant, value, 0}; }
-  static constexpr Initial normal(double deviation) { return {Kind::normal, deviation, 0}; }
-  static constexpr Initial uniform(double low, double high) { return {Kind::uniform, low, high}; }
-
-  double draw(Random& random) const {
-    switch (kind) {
-      case Kind::constant:
-        return a;
-      case Kind::normal:
-        return a * random.normal();
-      case Kind::uniform:
-        return random.uniform(a, b);
-      case Kind::log_uniform_value:
-        return std::log(random.uniform(a, b));
-      case Kind::inverse_softplus_of_log_uniform: {
-        double const x = std::exp(random.uniform(std::log(a), std::log(b)));
-        return x + std::log(-std::expm1(-x));
-      }
-    }
-    return 0;
+  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
+    total += other.total;
+    return factors;
   }
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
 };
 
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/math.hpp
-// The scalar functions equations are written in.
-#ifndef HYBRIDATTN_CORE_MATH_HPP
-#define HYBRIDATTN_CORE_MATH_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
-template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
-// d silu / dx = s (1 + x (1 - s))
-template <class T> HYBRIDATTN_HD T silu_slope(T x) {
-  T const s = sigmoid(x);
-  return s * (T(1) + x * (T(1) - s));
-}
-// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
-template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
-  T sum = 0;
-  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
-// elsewhere: for scores of 2^30 that is e^64 in a weight.
-template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
-// y += a x
-template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
-  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
-}
-template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
-  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
-}
-
-// Of a >= 0, up to the largest one.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/memory.hpp
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
-#ifndef HYBRIDATTN_CORE_MEMORY_HPP
-#define HYBRIDATTN_CORE_MEMORY_HPP
-
-#if defined(__linux__)
-#include <sys/sysinfo.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace detail {
-
-// The number in a file of the system's; nothing is limited where there is none.
-inline std::size_t limit_in(char const* path) {
-  unsigned long long limit = 0;
-  std::FILE* const file = std::fopen(path, "r");
-  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
-  bool const read = std::fscanf(file, "%llu", &limit) == 1;
-  std::fclose(file);
-  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
-}
-inline std::size_t memory_of_system() {
-#if defined(__linux__)
-  struct sysinfo info = {};
-  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
-  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
-  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
-#else
-  return std::numeric_limits<std::size_t>::max();
-#endif
-}
-
-}  // namespace detail
-
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
-inline std::size_t machine_memory() {
-  static std::size_t const bytes = detail::memory_of_system();
-  return bytes;
-}
-
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
-template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
-  try {
-    if (bytes <= machine_memory()) return f();
-  } catch (std::bad_alloc const&) {
-  } catch (std::length_error const&) {
-  }
-  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
-}
-// Before many pieces are taken one by one.
-inline void check_memory(std::size_t bytes, char const* what) {
-  within_memory(bytes, what, [] {});
-}
-// The vectors' own, for a number that a caller or a file chooses.
-template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
-}
-template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
-  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/backend/pool.hpp
-// Memory that was given back, for those who ask next.
-#ifndef HYBRIDATTN_BACKEND_POOL_HPP
-#define HYBRIDATTN_BACKEND_POOL_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
-struct BlockSize {
-  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
-
-  std::size_t bytes, number;
-
-  explicit constexpr BlockSize(std::size_t wanted) {
-    std::size_t const least = std::max<std::size_t>(wanted, 1);
-    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
-    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
-    bytes = steps * step;
-    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
-  }
-};
-
-// A block in which several tensors stand. The last one that ends gives it back.
-struct SharedBlock {
-  void* data = nullptr;
-  std::size_t bytes = 0;
-  Index tensors = 0;
-};
-
-// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
-//
-// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
-// most that was in use of late, as far as nobody used it of late.
-//
-// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
-// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
-// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
-// million: no block of a step waits longer.
-class Pool {
- public:
-  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
-  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
-    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
-    BlockSize const size{bytes};
-    Blocks& blocks = blocks_[size.number];
-    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
-    void* block = nullptr;
-    if (blocks.waiting.empty()) {
-      block = allocate_block(bytes, size, allocate, release, limit);
-    } else {
-      block = blocks.waiting.back().block;
-      blocks.waiting.pop_back();
-    }
-    in_use_ += bytes;
-    used_ += size.bytes;
-    peak_ = std::max(peak_, in_use_);
-    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
-    return block;
-  }
-  void give(void* block, std::size_t bytes) noexcept {
-    BlockSize const size{bytes};
-    in_use_ -= bytes;
-    used_ -= size.bytes;
-    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
-  }
-  // A record for a block that tensors will share, and back: records are used again, as blocks are.
-  SharedBlock* begin_sharing() {
-    if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
-      free_records_.push_back(records_.emplace_back(std::make_unique<SharedBlock>()).get());
-    }
-    SharedBlock* const record = free_records_.back();
-    free_records_.pop_back();
-    return record;
-  }
-  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
-  // Gives all blocks that wait back to the system.
-  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // as it was asked for
-  std::size_t peak() const { return peak_; }       // the most of it
-  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
-  std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
-  void reset_peak() { peak_ = in_use_; }
-
- private:
-  struct Waiting {
-    void* block;
-    std::size_t period;   // in which it was given back
-  };
-  struct Blocks {
-    std::vector<Waiting> waiting;   // the one given back last at the end
-    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
-  };
-  static constexpr std::size_t period_takes = 25, periods = 4;
-
-  template <class Allocate, class Release>
-  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
-    last_allocation_ = takes_;
-    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
-    else release_unused(size.bytes, release);
-    Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
-      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
-    void* block = allocate(size.bytes);
-    if (block == nullptr) {
-      trim(release);
-      block = allocate(size.bytes);
-    }
-    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
-          " held; the limit is ", limit);
-    blocks.bytes = size.bytes;
-    ++blocks.count;
-    ++allocations_;
-    held_ += size.bytes;
-    return block;
-  }
-  template <class Release> void next_period(Release release) {
-    takes_before_ = takes_;
-    allocations_before_ = allocations_;
-    peaks_[++period_ % peaks_.size()] = used_;
-    release_unused(0, release);
-  }
-  // For `more` bytes to come.
-  template <class Release> void release_unused(std::size_t more, Release release) {
-    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
-    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
-  }
-  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
-  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
-    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
-      auto const first = blocks->waiting.begin();
-      auto last = first;
-      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
-        release(last->block);
-        held_ -= blocks->bytes;
-        --blocks->count;
-      }
-      blocks->waiting.erase(first, last);
-    }
-  }
-
-  std::array<Blocks, BlockSize::classes> blocks_;
-  std::vector<std::unique_ptr<SharedBlock>> records_;
-  std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
-  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
-  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/backend/backend.hpp
-// Machines: where memory lives, and how an operation is computed there.
-#ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
-#define HYBRIDATTN_BACKEND_BACKEND_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class Op, class B> struct On;
-
-// What becomes of what stands where a result goes: several results may be added up in one place.
-enum class Into { overwrite, add };
-
-// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
-// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
-//
-// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
-// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
-// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
-//
-// owns(memory) says whether operations here may be given this memory.
-template <class B>
-concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
-  { b.take(bytes) } -> std::same_as<void*>;
-  { b.give(to, bytes) } noexcept;
-  b.trim();
-  b.upload(to, from, bytes);
-  b.download(to, from, bytes);
-  b.copy(to, from, bytes);
-  b.fill(to, std::byte{}, bytes);
-  b.synchronise();
-  { b.owns(from) } -> std::same_as<bool>;
-  { b.pool() } -> std::same_as<Pool&>;
-};
-
-// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
-// sees each argument of an operation first.
-template <class B>
-concept Wrapper = requires { typename B::Inner; };
-
-namespace detail {
-
-// The operations of the backend inside.
-template <class Op, class B> struct OnInner {};
-template <class Op, Wrapper B> struct OnInner<Op, B> {
-  template <class Inner = typename B::Inner, class... Args>
-  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
-    (backend.arrives(args), ...);
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
-    (backend.arrives(args), ...);
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
-  }
-  template <class Inner = typename B::Inner, class... Args>
-  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
-    (backend.arrives(args), ...);
-    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
-  }
-};
-
-}  // namespace detail
-
-// How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
-//   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
-//   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
-// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
-// A pair without a specialisation has none of them, unless the backend wraps one that does.
-template <class Op, class B> struct On : detail::OnInner<Op, B> {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/tensor/tensor.hpp
-// Owned elements.
-#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
-#define HYBRIDATTN_TENSOR_TENSOR_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace detail {
-// A block for tensors to share, with one share: the caller's.
-template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
-  SharedBlock* const block = backend.pool().begin_sharing();
-  try {
-    *block = {backend.take(bytes), bytes, 1};
-  } catch (...) {
-    backend.pool().end_sharing(block);
-    throw;
-  }
-  return block;
-}
-// A tensor leaves its block. The last one gives it back.
-template <class B> void leave(B& backend, SharedBlock* block) noexcept {
-  if (--block->tensors > 0) return;
-  backend.give(block->data, block->bytes);
-  backend.pool().end_sharing(block);
-}
-}  // namespace detail
-
-// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
-// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
-// Throws Error where the elements cannot be counted, or where there is no memory for them.
-template <class T, int Rank, class B> class Tensor {
- public:
-  Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : state_(State::held) {
-    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
-    view_ = {nullptr, shape};
-    if (bytes == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes));
-    backend_ = &backend;
-  }
-  // In a block that several tensors share, `offset` bytes from its start.
-  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : state_(State::held) {
-    view_ = {nullptr, shape};
-    if (shape.count() == 0) return;
-    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
-    backend_ = &backend;
-    shared_ = &block;
-    ++block.tensors;
-  }
-  Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
-        state_(std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_)),
-        view_(std::exchange(other.view_, {})) {}
-  Tensor& operator=(Tensor&& other) noexcept {
-    if (this == &other) return *this;
-    release();
-    backend_ = std::exchange(other.backend_, nullptr);
-    shared_ = std::exchange(other.shared_, nullptr);
-    state_ = std::exchange(other.state_, other.state_ == State::held ? State::moved : other.state_);
-    view_ = std::exchange(other.view_, {});
-    return *this;
-  }
-  ~Tensor() { release(); }
-
-  Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
-  explicit operator bool() const { return view_.data != nullptr; }
-
-  // The block that it shares with others, or nothing.
-  SharedBlock const* shared() const { return shared_; }
-
-  // What of the tensor may be read, written: see `in` and `out`.
-  View<T const, Rank> readable() const { return used(); }
-  View<T, Rank> writable() { return used(); }
-
- private:
-  enum class State : char { empty, held, moved };
-  void release() noexcept {
-    if (shared_ != nullptr) detail::leave(*backend_, shared_);
-    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
-    backend_ = nullptr;
-    shared_ = nullptr;
-    view_ = {};
-  }
-  View<T, Rank> const& used() const {
-    check(state_ != State::moved, "a tensor is used after it was moved away: Saved serves one backward");
-    return view_;
-  }
-
-  B* backend_ = nullptr;
-  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
-  State state_ = State::empty;
-  View<T, Rank> view_;
-};
-
-template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
-template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
-
-template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host;
-  resize(host, in(tensor).count(), "a copy of a tensor");
-  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
-  return host;
-}
-template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
-  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
-  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
-}
-template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
-  upload(backend, std::span<T const>(host), tensor);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/tensor/roles.hpp
-// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
-//
-//   template <class S> struct Inputs {
-//     Held<S, 3> q, k, v;                       // [N, H, D]
-//     Wide<S, 2> g;                             // [N, H], never narrower than float
-//     HYBRIDATTN_FIELDS(q, k, v, g)
-//   };
-//
-//   Inputs<Shapes>              how big each one is
-//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
-//   Inputs<In<float>>           what forward reads
-//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
-//
-// A gradient has the type of the thing it is a gradient of.
-#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
-#define HYBRIDATTN_TENSOR_ROLES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> struct WideOf {
-  using type = T;
-};
-// What a sum of Ts is kept in.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
-// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
-struct Absent {
-  Absent() = default;
-  template <class... Anything> constexpr Absent(Anything const&...) {}
-};
-
-struct Shapes {
-  template <int Rank> using Held = Shape<Rank>;
-  template <int Rank> using Wide = Shape<Rank>;
-  template <int Rank> using Whole = Shape<Rank>;
-  template <int Rank> using State = Shape<Rank>;
-};
-template <class T> struct In {
-  template <int Rank> using Held = View<T const, Rank>;
-  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
-  template <int Rank> using Whole = View<std::int32_t const, Rank>;
-  template <int Rank> using State = View<wide_t<T> const, Rank>;
-};
-template <class T> struct Out {
-  template <int Rank> using Held = View<T, Rank>;
-  template <int Rank> using Wide = View<wide_t<T>, Rank>;
-  template <int Rank> using Whole = View<std::int32_t, Rank>;
-  template <int Rank> using State = View<wide_t<T>, Rank>;
-};
-template <class T, class B> struct Owned {
-  template <int Rank> using Held = Tensor<T, Rank, B>;
-  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
-  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
-  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
-};
-// How each tensor of a group of parameters starts.
-struct Starts {
-  template <int Rank> using Held = Initial;
-  template <int Rank> using Wide = Initial;
-};
-// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
-template <class S> struct Matrix {
-  template <int Rank> using Held = typename S::template Held<2>;
-  template <int Rank> using Wide = typename S::template Held<2>;
-  template <int Rank> using State = Absent;
-};
-// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
-template <class S> struct Narrow {
-  template <int Rank> using Held = typename S::template Held<Rank>;
-  template <int Rank> using Wide = typename S::template Held<Rank>;
-  template <int Rank> using State = Absent;
-};
-
-template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
-template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
-template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide, and no projection of a token
-
-// Names the members of a group, in order. The library's one code-generating macro.
-#define HYBRIDATTN_FIELDS(...)                          \
-  auto fields() { return std::tie(__VA_ARGS__); }       \
-  auto fields() const { return std::tie(__VA_ARGS__); } \
-  static constexpr std::string_view field_list = #__VA_ARGS__;
-
-// A group without tensors.
-template <class S> struct Nothing {
-  HYBRIDATTN_FIELDS()
-};
-
-namespace detail {
-
-template <class G> using fields_t = decltype(std::declval<G&>().fields());
-template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
-
-// "q, k, v" -> {"q", "k", "v"}
-template <std::size_t N> constexpr auto split(std::string_view list) {
-  std::array<std::string_view, N> names{};
-  for (auto& name : names) {
-    auto const length = list.find(',');
-    name = list.substr(0, length);
-    list.remove_prefix(length == list.npos ? list.size() : length + 2);
-  }
-  return names;
-}
-template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
-
-// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
-template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
-  std::size_t end = 0, alignment = 1;
-  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
-    end = (end + align - 1) / align * align + size;
-    alignment = align > alignment ? align : alignment;
-  };
-  (place(sizeof(Fields), alignof(Fields)), ...);
-  end = (end + alignment - 1) / alignment * alignment;
-  return end == 0 ? 1 : end;
-}
-template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
-
-}  // namespace detail
-
-template <class G>
-concept FieldGroup = requires(G g) { g.fields(); };
-template <class G>
-concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
-
-// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
-struct Path {
-  Path const* parent = nullptr;
-  std::string_view name = {};
-  int index = -1;
-
-  std::string str() const {
-    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
-    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
-  }
-};
-
-template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
-
-template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
-  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
-  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
-}
-
-// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
-template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
-  using Group = std::remove_cvref_t<G>;
-  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
-    return;
-  } else if constexpr (LayerGroup<Group>) {
-    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
-  } else if constexpr (FieldGroup<Group>) {
-    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
-    [&]<std::size_t... I>(std::index_sequence<I...>) {
-      (zip_field<I>(path, f, first, rest...), ...);
-    }(std::make_index_sequence<detail::field_count<Group>>{});
-  } else {
-    f(path, first, rest...);
-  }
-}
-template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
-
-// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
-namespace detail {
-struct ToIn {
-  void operator()(Path const&, auto const& tensor, auto& view) const { view = in(tensor); }
-};
-struct ToOut {
-  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
-};
-struct ToRead {
-  void operator()(Path const&, auto const& written, auto& view) const { view = written; }
-};
-template <class B> struct Allocate {
-  B& backend;
-  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
-};
-// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
-template <class B> struct AllocateTogether {
-  B& backend;
-  SharedBlock* block = nullptr;
-  std::size_t bytes = 0;
-
-  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
-    if (block != nullptr) tensor = {backend, shape, *block, bytes};
-    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
-    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
-  }
-};
-}  // namespace detail
-
-// The scalar and the backend of a group of tensors.
-namespace detail {
-template <class G> struct OwnedGroup;
-template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
-  using Scalar = T;
-  using Backend = B;
-  using Sizes = G<Shapes>;
-};
-}  // namespace detail
-template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
-template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
-
-// The same group in another role.
-template <template <class> class G, class T, class B> G<In<T>> in(G<Owned<T, B>> const& owned) {
-  G<In<T>> views;
-  zip(detail::ToIn{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T, class B> G<Out<T>> out(G<Owned<T, B>>& owned) {
-  G<Out<T>> views;
-  zip(detail::ToOut{}, owned, views);
-  return views;
-}
-template <template <class> class G, class T> G<In<T>> in(G<Out<T>> const& written) {
-  G<In<T>> views;
-  zip(detail::ToRead{}, written, views);
-  return views;
-}
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
-  G<Owned<T, B>> owned;
-  zip(detail::Allocate<B>{backend}, shapes, owned);
-  return owned;
-}
-
-// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
-// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
-                                                                                       View<T, 1>* all = nullptr) {
-  G<Owned<T, B>> owned;
-  detail::AllocateTogether<B> place{backend};
-  zip(place, shapes, owned);
-  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
-  place.block = detail::take_shared(backend, bytes);
-  zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
-  detail::leave(backend, place.block);
-  return owned;
-}
-
-namespace detail {
-struct CountBytes {
-  Index total = 0;
-
-  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
-    try {
-      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
-    } catch (Error const& error) {
-      fail(path.str(), ": ", error.what());
-    }
-  }
-};
-}  // namespace detail
-
-// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
-template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  detail::CountBytes counted;
-  zip(counted, shapes, G<In<T>>{});
-  return static_cast<std::size_t>(counted.total);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
-#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
-#define HYBRIDATTN_CORE_SEQUENCES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
-// Nothing in one sequence ever meets another.
-struct Sequence {
-  Index start = 0, length = 0, past = 0;
-};
-
-// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
-// length is below 0, or where there is no memory for the tables.
-class Sequences {
- public:
-  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
-  static Sequences equal(Index count, Index length) {
-    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
-    Sequences result;
-    result.make_room(count, size_product(count, length));
-    for (Index i = 0; i < count; ++i) result.append(length);
-    return result;
-  }
-  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
-  // are allowed.
-  static Sequences packed(std::span<Index const> offsets) {
-    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
-      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-    Sequences result;
-    result.make_room(std::ssize(offsets) - 1, offsets.back());
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
-    return result;
-  }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
-  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
-    Sequences result;
-    result.assign(past, lengths);
-    return result;
-  }
-  // The same, in the memory that is there.
-  void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
-    Index tokens = 0;
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
-            "; a sequence has at most ", largest_int32);
-      tokens = size_sum(tokens, lengths[i]);
-    }
-    list_.clear();
-    positions_.clear();
-    owners_.clear();
-    make_room(std::ssize(past), tokens);
-    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
-  }
-  // Those that follow nothing; the others count as empty here.
-  Sequences beginnings() const {
-    Sequences result = *this;
-    for (Sequence& s : result.list_)
-      if (s.past > 0) s.length = 0;
-    return result;
-  }
-
-  std::size_t size() const { return list_.size(); }
-  std::span<Sequence const> list() const { return list_; }
-  Sequence operator[](std::size_t i) const { return list_[i]; }
-  auto begin() const { return list_.begin(); }
-  auto end() const { return list_.end(); }
-  Index count() const { return static_cast<Index>(list_.size()); }
-  Index tokens() const { return static_cast<Index>(positions_.size()); }
-  Index longest() const {
-    Index length = 0;
-    for (Sequence s : list_) length = std::max(length, s.length);
-    return length;
-  }
-  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
-  bool any_continue() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
-  }
-  bool any_begin() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
-  }
-  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
-  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
-  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
-
- private:
-  void make_room(Index sequences, Index tokens) {
-    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
-          " tokens in all; a batch has at most ", largest_int32, " of both");
-    reserve(list_, sequences, "a list of sequences");
-    reserve(positions_, tokens, "the positions of tokens");
-    reserve(owners_, tokens, "the sequences of tokens");
-  }
-  void append(Index length, Index past = 0) {
-    for (Index position = past; position < past + length; ++position) {
-      positions_.push_back(static_cast<std::int32_t>(position));
-      owners_.push_back(static_cast<std::int32_t>(list_.size()));
-    }
-    list_.push_back({tokens() - length, length, past});
-  }
-
-  std::vector<Sequence> list_;
-  std::vector<std::int32_t> positions_, owners_;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/tensor/sequences_on.hpp
-// The sequences of a batch on a machine.
-#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
-#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// What a kernel reads of a batch's sequences, in the memory of its machine.
-struct SequenceTable {
-  View<Sequence const, 1> list;                    // [count]
-  View<std::int32_t const, 1> positions, owners;   // [N]: as Sequences has them
-};
-
-// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
-// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
-template <class B> class SequencesOn : public Sequences {
- public:
-  SequencesOn() = default;
-  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
-
-  // As Sequences::continuing, in the memory that is there.
-  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
-    Sequences::assign(past, lengths);
-    fill_table(backend);
-  }
-  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
-
-  // Rotary angles [P, 2, rotary_dim/2] of the batch. The layer that asks first makes them by make(angles), the others find them.
-  // There is a row for each position up to the longest sequence's end, or for each token where a sequence follows earlier tokens.
-  // The list of angles grows although the batch is const: one thread at a time may work with a batch.
-  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
-    auto& known = std::get<std::vector<Angles<T>>>(angles_);
-    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
-    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
-    if (!found->made) {
-      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
-      if (found->values.shape() != shape) found->values = {backend, shape};
-      make(out(found->values));
-      found->made = true;
-    }
-    return in(found->values);
-  }
-
- private:
-  template <class T> struct Angles {
-    Index rotary_dim;
-    double theta;
-    bool made;
-    Tensor<T, 3, B> values;
-  };
-
-  void fill_table(B& backend) {
-    fill(backend, list(), list_);
-    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
-    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
-    forget(std::get<0>(angles_));
-    forget(std::get<1>(angles_));
-  }
-  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
-    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
-    upload(backend, host, tensor);
-  }
-  template <class T> static void forget(std::vector<Angles<T>>& known) {
-    for (auto& angles : known) angles.made = false;
-  }
-
-  Tensor<Sequence, 1, B> list_;
-  Tensor<std::int32_t, 1, B> positions_, owners_;
-  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/attention/policy.hpp
-// What every attention policy says about itself, and what it may leave to these defaults.
-//
-// A policy P declares
-//   P::Config                                   its sizes, as values; 0 stands for a default
-//   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
-//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read; each tensor of tokens is one projection of x
-//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
-//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
-//   On<P, Backend>                              forward and backward, see backend.hpp
-// and, to decode, declares too
-//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
-//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
-//   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
-//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
-//                                               any number of each sequence, 0 included; then they stand there too. What the
-//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
-// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
-// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
-// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
-#ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
-#define HYBRIDATTN_ATTENTION_POLICY_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
-// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
-// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params); a Finish has
-// forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
-// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
-struct NoStep {
-  static constexpr bool gated = false;
-  template <class S> using Params = Nothing<S>;
-  template <class Config> static Params<Shapes> params(Config const&) { return {}; }
-  template <class Config> static Params<Starts> starts(Config const&) { return {}; }
-  // Inputs that the step makes from a projection of their own; the others are the projections.
-  static constexpr bool makes(std::string_view) { return false; }
-};
-
-// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
-enum class Stage {
-  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
-  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
-  sparse           // both, each by its own loss
-};
-inline constexpr bool trains(Stage stage, bool detached) {
-  return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
-}
-
-struct PolicyDefaults {
-  static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
-  using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
-  using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
-  static constexpr bool detached(std::string_view) { return false; }
-  // What a batch's auxiliary loss counts in training.
-  template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
-};
-
-template <class P>
-concept HasAuxiliaryLoss = requires(typename P::template Outputs<Shapes> y) { y.auxiliary_loss; };
-template <class P>
-concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Index n) {
-  { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
-  { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
-  { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
-  { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
-  typename P::Prepare;
-  typename P::Finish;
-};
-
-template <class P, class B, class T>
-concept HasForward =
-    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
-             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
-template <class P, class B, class T>
-concept HasBackward =
-    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
-             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
-             typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
-template <class P>
-concept HasCache = requires(typename P::Config c, Index n) {
-  { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
-};
-template <class P, class B, class T>
-concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
-                                            typename P::template Cache<Out<T>> cache,
-                                            typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
-// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
-struct OtherExtend {
-  void extend();
-};
-template <class Step> struct WithOtherExtend : Step, OtherExtend {};
-template <class Step>
-concept NamesExtend = !std::is_final_v<Step> && !requires { &WithOtherExtend<Step>::extend; };
-template <class P, class B, class T>
-concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
-template <class P, class B, class T>
-concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
-
-// head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
-inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
-  if (head_dim != 0) return head_dim;
-  check(num_heads > 0 && model_dim > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ",
-        num_heads, "; set head_dim, or a num_heads that divides it");
-  return model_dim / num_heads;
-}
-// A size that is left at 0 has a default.
-inline void check_size(char const* policy, char const* name, Index size) {
-  check_at_least(policy, name, size, 0, ", where 0 stands for the default");
-}
-inline void check_groups(char const* policy, Index heads, Index kv_heads) {
-  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
-        " key/value heads; the first must be a positive multiple of the second");
-}
-
-// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
-inline void check_fits(Sequences const& s, Index batch, Index capacity) {
-  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
-  for (Index i = 0; i < batch; ++i) {
-    auto const [start, length, past] = s[static_cast<std::size_t>(i)];
-    check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/arithmetic/arithmetic.hpp
-// Element by element: what models need between the larger operations. No backward of their own.
-#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
-#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-struct Fill {};          // forward(backend, value, y)      y = value
-struct Add {};           // forward(backend, x, y)          y += x
-struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
-struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
-
-template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
-  Tensor<T, Rank, B> x{backend, shape};
-  On<Fill, B>::forward(backend, T(0), flat(out(x)));
-  return x;
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
-#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-class Cpu {
- public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
-  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
-  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
-    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
-    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
-          "; this machine allows at most ", thread_limit());
-  }
-  Cpu(Cpu const&) = delete;
-  Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() { trim(); }
-
-  // Throws Error inside parallel_for, whose threads cannot share the pool.
-  void* take(std::size_t bytes) {
-    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
-  }
-  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Gives memory that nobody uses back to the system.
-  void trim() noexcept { pool_.trim(release); }
-  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
-  void synchronise() {}
-  // Operations here work on any memory of the process.
-  bool owns(void const*) const { return true; }
-  Pool& pool() { return pool_; }
-  int threads() const { return threads_; }
-  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
-  static int thread_limit() {
-#if defined(_OPENMP)
-    return std::max(256, 4 * omp_get_num_procs());
-#else
-    return 256;
-#endif
-  }
-
-  // While parallel_for runs.
-  class Loop {
-   public:
-    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
-      if (cpu_ != nullptr) cpu_->in_loop_ = true;
-    }
-    Loop(Loop const&) = delete;
-    Loop& operator=(Loop const&) = delete;
-    ~Loop() {
-      if (cpu_ != nullptr) cpu_->in_loop_ = false;
-    }
-
-   private:
-    Cpu* cpu_;   // nothing in a loop inside a loop
-  };
-
- private:
-  static constexpr std::align_val_t alignment{64};
-
-  void* allocate(std::size_t bytes) const {
-    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
-    return ::operator new(bytes, alignment, std::nothrow);
-  }
-  static void release(void* block) noexcept { ::operator delete(block, alignment); }
-  static int available_threads() {
-#if defined(_OPENMP)
-    int const offered = omp_get_max_threads();
-    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
-#else
-    return 1;
-#endif
-  }
-
-  int threads_;
-  bool in_loop_ = false;
-  Pool pool_;
-};
-static_assert(Backend<Cpu>);
-
-namespace cpu {
-
-// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
-template <class T> class Scratch {
- public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
-    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
-  }
-  Scratch(Scratch const&) = delete;
-  Scratch& operator=(Scratch const&) = delete;
-  ~Scratch() {
-    if (data_ != nullptr) cpu_.give(data_, bytes_);
-  }
-  T* data() const { return data_; }
-
- private:
-  Cpu& cpu_;
-  std::size_t bytes_;
-  T* data_ = nullptr;
-};
-
-}  // namespace cpu
-
-namespace detail {
-
-// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
-class Failure {
- public:
-  void keep(Index task) noexcept {
-    std::lock_guard const lock{mutex_};
-    if (error_ == nullptr || task < task_) {
-      error_ = std::current_exception();
-      task_ = task;
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::mutex mutex_;
-  std::exception_ptr error_;
-  Index task_ = 0;
-};
-
-// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
-inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
-  Cpu::Loop const loop{cpu};
-#if defined(_OPENMP)
-  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) {
-      try {
-        run(f, task, omp_get_thread_num());
-      } catch (...) {
-        failure.keep(task);
-      }
-    }
-    failure.rethrow();
-    return;
-  }
-#endif
-  for (Index task = 0; task < count; ++task) run(f, task, 0);
-}
-
-}  // namespace detail
-
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
-  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
-}
-
-// f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
-template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
-    Index const first = block * grain;
-    f(first, std::min(first + grain, count));
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif
 
 // ==== hybridattn/backend/cpu/simd.hpp
@@ -1961,6 +637,1632 @@ template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sq
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
+// elsewhere: for scores of 2^30 that is e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// Of a >= 0, up to the largest one.
+constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The number in a file of the system's; nothing is limited where there is none.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
+// promises more than it has (Linux does) would end the process later, in the middle of work.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Before many pieces are taken one by one.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// The vectors' own, for a number that a caller or a file chooses.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
+// Nothing in one sequence ever meets another.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
+
+// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
+// length is below 0, or where there is no memory for the tables.
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    result.make_room(count, size_product(count, length));
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
+  // are allowed.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same, in the memory that is there.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
+  }
+  // Those that follow nothing; the others count as empty here.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/cpu_rows.hpp
+// What attention of one query is made of on the CPU: products with rows that are read where they are, entries of a head
+// standing in the lanes.
+#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// Rows of one head, [T, D].
+template <class T> struct Rows {
+  T* data;
+  Index stride;
+
+  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
+};
+template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+
+// The rows 0 .. count - 1. Others have the same members.
+struct AllRows {
+  Index count;
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
+};
+// Room for a number per key, in whole vectors.
+template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
+
+// Vectors of a row that are worked on together, from entry d on; the last one may be short.
+template <class T, int V> struct Piece {
+  static constexpr int vectors = V;
+  Index d;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
+  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
+};
+template <class T> struct ShortPiece {
+  static constexpr int vectors = 1;
+  cpu::Slot<T> slot;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
+  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
+};
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
+  constexpr int n = cpu::lanes<T>;
+  Index d = 0;
+  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
+  if (d + 2 * n <= D) {
+    f(Piece<T, 2>{d});
+    d += 2 * n;
+  }
+  if (d + n <= D) {
+    f(Piece<T, 1>{d});
+    d += n;
+  }
+  if (d < D) f(ShortPiece<T>{{d, D - d}});
+}
+
+// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
+// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
+
+ private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
+}
+
+// products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
+template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  constexpr int n = cpu::lanes<T>;
+  Range<T> range;
+  for (Index j = 0; j < keys.count; j += n) {
+    T const* row[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
+    cpu::Vec<T> sums[std::size_t{n}] = {};
+    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) {
+        HYBRIDATTN_UNROLL
+        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
+      }
+    });
+    cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
+  }
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
+}
+// x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
+template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
+  cpu::Vec<T> sum{};
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
+  });
+  T result;
+  cpu::sum_each<1, T>(&sum, &result);
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
+}
+
+// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all else would be NaN too
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
+
+// p = exp(scale p - reference), where the reference is the largest of scale p. Room behind the last of `count` numbers, up to a
+// whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
+template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
+  using cpu::lanes;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
+  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
+  T const largest = cpu::largest<T>(most);
+  for (Index j = 0; j < count; j += lanes<T>) {
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
+    sum += e;
+    cpu::store<T>(p + j, e);
+  }
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
+}
+
+// total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
+  constexpr int chains = V == 4 ? 2 : 4;
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
+  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
+    T const* const row = rows[keys[j]];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
+  };
+  Index j = 0;
+  for (; j + chains <= keys.count; j += chains) {
+    HYBRIDATTN_UNROLL
+    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
+  }
+  for (; j < keys.count; ++j) add(j, 0);
+  HYBRIDATTN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    total[v] = sum[0][v];
+    HYBRIDATTN_UNROLL
+    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
+  }
+}
+// o = factor * sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
+  });
+}
+// o += sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_rows.hpp
+// Rows of chosen keys.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
+    attention::weighted_rows;
+
+// The keys of one query, relative to the start of its sequence.
+struct Keys {
+  std::int32_t const* indices;
+  Index count;
+
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/core/allowed.hpp
+// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
+// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
+#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
+#define HYBRIDATTN_CORE_ALLOWED_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
+  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
+}
+inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
+}  // namespace detail
+
+inline void check_number(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
+}
+inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
+}
+// Not below the smallest normal float: a smaller one may be 0 where the model computes.
+inline void check_positive(std::string_view owner, std::string_view name, double value) {
+  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
+  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
+}
+inline void check_share(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
+}
+// A share that is less than the whole.
+inline void check_below_one(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
+}
+inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
+  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/random.hpp
+// Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
+#ifndef HYBRIDATTN_CORE_RANDOM_HPP
+#define HYBRIDATTN_CORE_RANDOM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Seed {
+  std::uint64_t value = 0;
+};
+
+// SplitMix64's finaliser: every bit of the input reaches every bit of the result.
+HYBRIDATTN_HD constexpr std::uint64_t mix(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// Numbers 0, 1, 2, ... of the stream (seed, name). Two names are two independent streams.
+class Random {
+ public:
+  explicit Random(Seed seed, std::string_view name = {}) : key_(mix(seed.value + 0x9e3779b97f4a7c15u)) {
+    for (char letter : name) key_ = mix(key_ ^ static_cast<unsigned char>(letter)) + 0x9e3779b97f4a7c15u;
+  }
+  std::uint64_t bits() { return mix(key_ + 0x9e3779b97f4a7c15u * ++counter_); }
+  // In [0, 1).
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
+  double uniform(double low, double high) { return low + (high - low) * uniform(); }
+  // In 0 .. count - 1; the bias of the remainder is below count * 2^-64.
+  Index below(Index count) { return static_cast<Index>(bits() % static_cast<std::uint64_t>(count)); }
+  // Mean 0, variance 1 (Box-Muller).
+  double normal() {
+    double const radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
+    return radius * std::cos(2.0 * std::numbers::pi * uniform());
+  }
+
+  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
+  // number `drawn`.
+  std::uint64_t drawn() const { return counter_; }
+  void jump_to(std::uint64_t drawn) { counter_ = drawn; }
+
+ private:
+  std::uint64_t key_, counter_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/initial.hpp
+// How a parameter starts.
+#ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
+#define HYBRIDATTN_TENSOR_INITIAL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A distribution with two numbers.
+struct Initial {
+  enum class Kind {
+    constant,             // a
+    normal,               // mean 0, standard deviation a
+    uniform,              // in [a, b)
+    log_uniform_value,    // log x with x uniform in [a, b): GDN's A_log
+    inverse_softplus_of_log_uniform,  // y with softplus(y) = x, log x uniform, x in [a, b): GDN's dt_bias as fla draws it
+  };
+  Kind kind = Kind::constant;
+  double a = 0, b = 0;
+
+  static constexpr Initial constant(double value) { return {Kind::constant, value, 0}; }
+  static constexpr Initial normal(double deviation) { return {Kind::normal, deviation, 0}; }
+  static constexpr Initial uniform(double low, double high) { return {Kind::uniform, low, high}; }
+
+  double draw(Random& random) const {
+    switch (kind) {
+      case Kind::constant:
+        return a;
+      case Kind::normal:
+        return a * random.normal();
+      case Kind::uniform:
+        return random.uniform(a, b);
+      case Kind::log_uniform_value:
+        return std::log(random.uniform(a, b));
+      case Kind::inverse_softplus_of_log_uniform: {
+        double const x = std::exp(random.uniform(std::log(a), std::log(b)));
+        return x + std::log(-std::expm1(-x));
+      }
+    }
+    return 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/pool.hpp
+// Memory that was given back, for those who ask next.
+#ifndef HYBRIDATTN_BACKEND_POOL_HPP
+#define HYBRIDATTN_BACKEND_POOL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
+struct BlockSize {
+  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
+
+  std::size_t bytes, number;
+
+  explicit constexpr BlockSize(std::size_t wanted) {
+    std::size_t const least = std::max<std::size_t>(wanted, 1);
+    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
+    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
+    bytes = steps * step;
+    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
+  }
+};
+
+// A block in which several tensors stand. The last one that ends gives it back.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
+};
+
+// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+//
+// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
+// most that was in use of late, as far as nobody used it of late.
+//
+// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
+// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// million: no block of a step waits longer.
+class Pool {
+ public:
+  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
+  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    BlockSize const size{bytes};
+    Blocks& blocks = blocks_[size.number];
+    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
+    void* block = nullptr;
+    if (blocks.waiting.empty()) {
+      block = allocate_block(bytes, size, allocate, release, limit);
+    } else {
+      block = blocks.waiting.back().block;
+      blocks.waiting.pop_back();
+    }
+    in_use_ += bytes;
+    used_ += size.bytes;
+    peak_ = std::max(peak_, in_use_);
+    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    BlockSize const size{bytes};
+    in_use_ -= bytes;
+    used_ -= size.bytes;
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+  }
+  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  SharedBlock* begin_sharing() {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
+  // Gives all blocks that wait back to the system.
+  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
+  std::size_t in_use() const { return in_use_; }   // as it was asked for
+  std::size_t peak() const { return peak_; }       // the most of it
+  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t allocations() const { return allocations_; }
+  // From now on peak() counts afresh.
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  struct Waiting {
+    void* block;
+    std::size_t period;   // in which it was given back
+  };
+  struct Blocks {
+    std::vector<Waiting> waiting;   // the one given back last at the end
+    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+  };
+  static constexpr std::size_t period_takes = 25, periods = 4;
+
+  template <class Allocate, class Release>
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
+    last_allocation_ = takes_;
+    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
+    else release_unused(size.bytes, release);
+    Blocks& blocks = blocks_[size.number];
+    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
+    void* block = allocate(size.bytes);
+    if (block == nullptr) {
+      trim(release);
+      block = allocate(size.bytes);
+    }
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
+    blocks.bytes = size.bytes;
+    ++blocks.count;
+    ++allocations_;
+    held_ += size.bytes;
+    return block;
+  }
+  template <class Release> void next_period(Release release) {
+    takes_before_ = takes_;
+    allocations_before_ = allocations_;
+    peaks_[++period_ % peaks_.size()] = used_;
+    release_unused(0, release);
+  }
+  // For `more` bytes to come.
+  template <class Release> void release_unused(std::size_t more, Release release) {
+    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
+    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
+  }
+  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
+    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
+      auto const first = blocks->waiting.begin();
+      auto last = first;
+      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
+        release(last->block);
+        held_ -= blocks->bytes;
+        --blocks->count;
+      }
+      blocks->waiting.erase(first, last);
+    }
+  }
+
+  std::array<Blocks, BlockSize::classes> blocks_;
+  std::list<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
+  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/backend.hpp
+// Machines: where memory lives, and how an operation is computed there.
+#ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
+#define HYBRIDATTN_BACKEND_BACKEND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class Op, class B> struct On;
+
+// What becomes of what stands where a result goes: several results may be added up in one place.
+enum class Into { overwrite, add };
+
+// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
+// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+//
+// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
+// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
+// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+//
+// owns(memory) says whether operations here may be given this memory.
+template <class B>
+concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
+  { b.take(bytes) } -> std::same_as<void*>;
+  { b.give(to, bytes) } noexcept;
+  b.trim();
+  b.upload(to, from, bytes);
+  b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
+  { b.pool() } -> std::same_as<Pool&>;
+};
+
+// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
+// sees each argument of an operation first.
+template <class B>
+concept Wrapper = requires { typename B::Inner; };
+
+namespace detail {
+
+// The operations of the backend inside.
+template <class Op, class B> struct OnInner {};
+template <class Op, Wrapper B> struct OnInner<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace detail
+
+// How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
+//   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
+//   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
+// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
+// A pair without a specialisation has none of them, unless the backend wraps one that does.
+template <class Op, class B> struct On : detail::OnInner<Op, B> {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/tensor.hpp
+// Owned elements.
+#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
+#define HYBRIDATTN_TENSOR_TENSOR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// A block for tensors to share, with one share: the caller's.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// A tensor leaves its block. The last one gives it back.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
+
+// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
+// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
+// Throws Error where the elements cannot be counted, or where there is no memory for them.
+template <class T, int Rank, class B> class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(B& backend, Shape<Rank> shape) : status_(Status::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
+    backend_ = &backend;
+  }
+  // In a block that several tensors share, `offset` bytes from its start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
+  Tensor(Tensor&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
+        status_(std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_)),
+        view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this == &other) return *this;
+    release();
+    backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
+    status_ = std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
+  ~Tensor() { release(); }
+
+  Shape<Rank> shape() const { return view_.shape; }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
+  explicit operator bool() const { return view_.data != nullptr; }
+
+  // The block that it shares with others, or nothing.
+  SharedBlock const* shared() const { return shared_; }
+
+  // What of the tensor may be read, written: see `in` and `out`.
+  View<T const, Rank> readable() const { return used(); }
+  View<T, Rank> writable() { return used(); }
+
+ private:
+  enum class Status : char { empty, held, moved };
+  void release() noexcept {
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    backend_ = nullptr;
+    shared_ = nullptr;
+    view_ = {};
+  }
+  View<T, Rank> const& used() const {
+    check(status_ != Status::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    return view_;
+  }
+
+  B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
+  Status status_ = Status::empty;
+  View<T, Rank> view_;
+};
+
+template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
+template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
+
+template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
+  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
+  return host;
+}
+template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
+  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
+  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
+}
+template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
+  upload(backend, std::span<T const>(host), tensor);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/roles.hpp
+// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
+//
+//   template <class S> struct Inputs {
+//     Held<S, 3> q, k, v;                       // [N, H, D]
+//     Wide<S, 2> g;                             // [N, H], never narrower than float
+//     HYBRIDATTN_FIELDS(q, k, v, g)
+//   };
+//
+//   Inputs<Shapes>              how big each one is
+//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
+//   Inputs<In<float>>           what forward reads
+//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//
+// A gradient has the type of the thing it is a gradient of.
+#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
+#define HYBRIDATTN_TENSOR_ROLES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> struct WideOf {
+  using type = T;
+};
+// What a sum of Ts is kept in.
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+struct Absent {
+  Absent() = default;
+  template <class... Anything> constexpr Absent(Anything const&...) {}
+};
+
+struct Shapes {
+  template <int Rank> using Held = Shape<Rank>;
+  template <int Rank> using Wide = Shape<Rank>;
+  template <int Rank> using Whole = Shape<Rank>;
+  template <int Rank> using State = Shape<Rank>;
+};
+template <class T> struct In {
+  template <int Rank> using Held = View<T const, Rank>;
+  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
+  template <int Rank> using Whole = View<std::int32_t const, Rank>;
+  template <int Rank> using State = View<wide_t<T> const, Rank>;
+};
+template <class T> struct Out {
+  template <int Rank> using Held = View<T, Rank>;
+  template <int Rank> using Wide = View<wide_t<T>, Rank>;
+  template <int Rank> using Whole = View<std::int32_t, Rank>;
+  template <int Rank> using State = View<wide_t<T>, Rank>;
+};
+template <class T, class B> struct Owned {
+  template <int Rank> using Held = Tensor<T, Rank, B>;
+  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
+  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
+  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// How each tensor of a group of parameters starts.
+struct Starts {
+  template <int Rank> using Held = Initial;
+  template <int Rank> using Wide = Initial;
+};
+// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+template <class S> struct Matrix {
+  template <int Rank> using Held = typename S::template Held<2>;
+  template <int Rank> using Wide = typename S::template Held<2>;
+  template <int Rank> using State = Absent;
+};
+// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+template <class S> struct Narrow {
+  template <int Rank> using Held = typename S::template Held<Rank>;
+  template <int Rank> using Wide = typename S::template Held<Rank>;
+  template <int Rank> using State = Absent;
+};
+
+// What `in` and `out` make of a group: the role of views of its tensors.
+namespace detail {
+template <class S> struct ReadingOf;
+template <class T, class B> struct ReadingOf<Owned<T, B>> {
+  using type = In<T>;
+};
+template <class T> struct ReadingOf<Out<T>> {
+  using type = In<T>;
+};
+template <class S> struct ReadingOf<Narrow<S>> {
+  using type = Narrow<typename ReadingOf<S>::type>;
+};
+template <class S> struct WritingOf;
+template <class T, class B> struct WritingOf<Owned<T, B>> {
+  using type = Out<T>;
+};
+template <class S> struct WritingOf<Narrow<S>> {
+  using type = Narrow<typename WritingOf<S>::type>;
+};
+}  // namespace detail
+template <class S> using Reading = typename detail::ReadingOf<S>::type;
+template <class S> using Writing = typename detail::WritingOf<S>::type;
+
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
+template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: what a sequence hands on to the next call
+
+// Names the members of a group, in order. The library's one code-generating macro.
+#define HYBRIDATTN_FIELDS(...)                          \
+  auto fields() { return std::tie(__VA_ARGS__); }       \
+  auto fields() const { return std::tie(__VA_ARGS__); } \
+  static constexpr std::string_view field_list = #__VA_ARGS__;
+
+// A group without tensors.
+template <class S> struct Nothing {
+  HYBRIDATTN_FIELDS()
+};
+
+namespace detail {
+
+template <class G> using fields_t = decltype(std::declval<G&>().fields());
+template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
+
+// "q, k, v" -> {"q", "k", "v"}
+template <std::size_t N> constexpr auto split(std::string_view list) {
+  std::array<std::string_view, N> names{};
+  for (auto& name : names) {
+    auto const length = list.find(',');
+    name = list.substr(0, length);
+    list.remove_prefix(length == list.npos ? list.size() : length + 2);
+  }
+  return names;
+}
+template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
+
+// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
+  std::size_t end = 0, alignment = 1;
+  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
+    end = (end + align - 1) / align * align + size;
+    alignment = align > alignment ? align : alignment;
+  };
+  (place(sizeof(Fields), alignof(Fields)), ...);
+  end = (end + alignment - 1) / alignment * alignment;
+  return end == 0 ? 1 : end;
+}
+template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
+
+}  // namespace detail
+
+template <class G>
+concept FieldGroup = requires(G g) { g.fields(); };
+template <class G>
+concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+
+// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+struct Path {
+  Path const* parent = nullptr;
+  std::string_view name = {};
+  int index = -1;
+
+  std::string str() const {
+    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
+    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
+  }
+};
+
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
+
+template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
+  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
+  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
+}
+
+// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
+  using Group = std::remove_cvref_t<G>;
+  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
+    return;
+  } else if constexpr (LayerGroup<Group>) {
+    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
+  } else if constexpr (FieldGroup<Group>) {
+    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (zip_field<I>(path, f, first, rest...), ...);
+    }(std::make_index_sequence<detail::field_count<Group>>{});
+  } else {
+    f(path, first, rest...);
+  }
+}
+template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
+
+// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+namespace detail {
+struct ToIn {
+  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
+    view = in(tensor);
+  }
+  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
+    view = written;
+  }
+};
+struct ToOut {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
+};
+template <class B> struct Allocate {
+  B& backend;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
+};
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
+}  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+
+// The same group in another role.
+template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
+  G<Reading<S>> views;
+  zip(detail::ToIn{}, group, views);
+  return views;
+}
+template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
+  G<Writing<S>> views;
+  zip(detail::ToOut{}, owned, views);
+  return views;
+}
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
+// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
+                                                                                       View<T, 1>* all = nullptr) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
+  place.block = detail::take_shared(backend, bytes);
+  zip(place, shapes, owned);
+  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
+  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  detail::leave(backend, place.block);
+  return owned;
+}
+
+namespace detail {
+struct CountBytes {
+  Index total = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
+    try {
+      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
+};
+}  // namespace detail
+
+// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
+template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
+  detail::CountBytes counted;
+  zip(counted, shapes, G<In<T>>{});
+  return static_cast<std::size_t>(counted.total);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/sequences_on.hpp
+// The sequences of a batch on a machine.
+#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// What a kernel reads of a batch's sequences, in the memory of its machine.
+struct SequenceTable {
+  View<Sequence const, 1> list;                    // [count]
+  View<std::int32_t const, 1> positions, owners;   // [N]: as Sequences has them
+};
+
+// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
+// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+template <class B> class SequencesOn : public Sequences {
+ public:
+  SequencesOn() = default;
+  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
+
+  // As Sequences::continuing, in the memory that is there.
+  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences::assign(past, lengths);
+    fill_table(backend);
+  }
+  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
+
+  // Rotary angles [P, 2, rotary_dim/2] of the batch. The layer that asks first makes them by make(angles), the others find them.
+  // There is a row for each position up to the longest sequence's end, or for each token where a sequence follows earlier tokens.
+  // The list of angles grows although the batch is const: one thread at a time may work with a batch.
+  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
+    auto& known = std::get<std::vector<Angles<T>>>(angles_);
+    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
+    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
+    if (!found->made) {
+      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
+      if (found->values.shape() != shape) found->values = {backend, shape};
+      make(out(found->values));
+      found->made = true;
+    }
+    return in(found->values);
+  }
+
+ private:
+  template <class T> struct Angles {
+    Index rotary_dim;
+    double theta;
+    bool made;
+    Tensor<T, 3, B> values;
+  };
+
+  void fill_table(B& backend) {
+    fill(backend, list(), list_);
+    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
+    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
+    forget(std::get<0>(angles_));
+    forget(std::get<1>(angles_));
+  }
+  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
+    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
+    upload(backend, host, tensor);
+  }
+  template <class T> static void forget(std::vector<Angles<T>>& known) {
+    for (auto& angles : known) angles.made = false;
+  }
+
+  Tensor<Sequence, 1, B> list_;
+  Tensor<std::int32_t, 1, B> positions_, owners_;
+  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/policy.hpp
+// What every attention policy says about itself, and what it may leave to these defaults.
+//
+// A policy P declares
+//   P::Config                                   its sizes, as values; 0 stands for a default
+//   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
+//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read
+//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
+//   On<P, Backend>                              forward and backward, see backend.hpp
+// and, to decode, declares too
+//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
+//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
+//   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
+//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
+//                                               any number of each sequence, 0 included; then they stand there too. What the
+//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
+// A layer projects x to each input (x w^T), and P::Prepare changes some of them. A policy whose inputs are not projections of x names
+// what is, and its Prepare makes the inputs of them:
+//   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
+// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
+// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
+// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
+// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+#ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
+#define HYBRIDATTN_ATTENTION_POLICY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
+// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections; a Finish has
+// forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
+// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
+// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
+struct NoStep {
+  static constexpr bool gated = false;
+  template <class S> using Params = Nothing<S>;
+  template <class Config> static Params<Shapes> params(Config const&) { return {}; }
+  template <class Config> static Params<Starts> starts(Config const&) { return {}; }
+  // Inputs that the step makes from the projection of their name; the others are that projection. Asked where P has no Projections.
+  static constexpr bool makes(std::string_view) { return false; }
+};
+
+// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
+enum class Stage {
+  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
+  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
+  sparse           // both, each by its own loss
+};
+inline constexpr bool trains(Stage stage, bool detached) {
+  return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
+}
+
+struct PolicyDefaults {
+  static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
+  using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
+  using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
+  // Inputs, projections, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  static constexpr bool detached(std::string_view) { return false; }
+  // What a batch's auxiliary loss counts in training.
+  template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
+};
+
+template <class P>
+concept NamesProjections = requires(typename P::Config c, Sequences const& s) { P::projections(c, s); };
+// The projections of P's layer, as a group over roles, and their shapes.
+template <class P> struct ProjectionsOf {
+  template <class S> using Group = typename P::template Inputs<Narrow<S>>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) {
+    Group<Shapes> narrow{};
+    zip([](Path const&, auto const& input, auto& projection) { projection = input; }, P::inputs(c, s), narrow);
+    return narrow;
+  }
+};
+template <NamesProjections P> struct ProjectionsOf<P> {
+  template <class S> using Group = typename P::template Projections<S>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) { return P::projections(c, s); }
+};
+
+template <class P>
+concept HasAuxiliaryLoss = requires(typename P::template Outputs<Shapes> y) { y.auxiliary_loss; };
+template <class P>
+concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Index n) {
+  { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
+  { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
+  { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
+  { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
+  typename P::Prepare;
+  typename P::Finish;
+};
+
+template <class P, class B, class T>
+concept HasForward =
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+template <class P, class B, class T>
+concept HasBackward =
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+             typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
+template <class P>
+concept HasCache = requires(typename P::Config c, Index n) {
+  { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
+};
+template <class P, class B, class T>
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+                                            typename P::template Cache<Out<T>> cache,
+                                            typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
+// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
+struct OtherExtend {
+  void extend();
+};
+template <class Step> struct WithOtherExtend : Step, OtherExtend {};
+template <class Step>
+concept NamesExtend = !std::is_final_v<Step> && !requires { &WithOtherExtend<Step>::extend; };
+template <class P, class B, class T>
+concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
+template <class P, class B, class T>
+concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
+
+// head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
+inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
+  if (head_dim != 0) return head_dim;
+  check(num_heads > 0 && model_dim > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ",
+        num_heads, "; set head_dim, or a num_heads that divides it");
+  return model_dim / num_heads;
+}
+// A size that is left at 0 has a default.
+inline void check_size(char const* policy, char const* name, Index size) {
+  check_at_least(policy, name, size, 0, ", where 0 stands for the default");
+}
+inline void check_groups(char const* policy, Index heads, Index kv_heads) {
+  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
+        " key/value heads; the first must be a positive multiple of the second");
+}
+
+// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
+inline void check_fits(Sequences const& s, Index batch, Index capacity) {
+  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
+  for (Index i = 0; i < batch; ++i) {
+    auto const [start, length, past] = s[static_cast<std::size_t>(i)];
+    check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/arithmetic/arithmetic.hpp
+// Element by element: what models need between the larger operations. No backward of their own.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Fill {};          // forward(backend, value, y)      y = value
+struct Add {};           // forward(backend, x, y)          y += x
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
+
+template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
+  Tensor<T, Rank, B> x{backend, shape};
+  On<Fill, B>::forward(backend, T(0), flat(out(x)));
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/cpu.hpp
+// The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
+#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Cpu {
+ public:
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
+  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
+  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
+    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
+  }
+  Cpu(Cpu const&) = delete;
+  Cpu& operator=(Cpu const&) = delete;
+  ~Cpu() { trim(); }
+
+  // Throws Error inside parallel_for, whose threads cannot share the pool.
+  void* take(std::size_t bytes) {
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Gives memory that nobody uses back to the system.
+  void trim() noexcept { pool_.trim(release); }
+  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations here work on any memory of the process.
+  bool owns(void const*) const { return true; }
+  Pool& pool() { return pool_; }
+  int threads() const { return threads_; }
+  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nothing in a loop inside a loop
+  };
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block) noexcept { ::operator delete(block, alignment); }
+  static int available_threads() {
+#if defined(_OPENMP)
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
+#else
+    return 1;
+#endif
+  }
+
+  int threads_;
+  bool in_loop_ = false;
+  Pool pool_;
+};
+static_assert(Backend<Cpu>);
+
+namespace cpu {
+
+// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
+namespace detail {
+
+#if defined(_OPENMP)
+// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+#pragma omp critical(hybridattn_failure)
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+#endif
+
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
+  Cpu::Loop const loop{cpu};
+#if defined(_OPENMP)
+  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    Failure failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
+    for (Index task = 0; task < count; ++task) {
+      try {
+        run(f, task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
+    return;
+  }
+#endif
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
+// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
+// run too: check before the loop, and take memory there.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+}
+
+// f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
+template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
+    Index const first = block * grain;
+    f(first, std::min(first + grain, count));
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/arithmetic/cpu.hpp
@@ -2417,7 +2719,7 @@ struct SigmoidFinish {
 #endif
 
 // ==== hybridattn/attention/dsa/types.hpp
-// Options, sizes and tensors of sparse attention: what its kernels know of it. The equations are those of dsa.hpp.
+// Options, sizes and tensors of sparse attention. The equations are those of dsa.hpp.
 #ifndef HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 #define HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
 
@@ -2460,7 +2762,7 @@ template <class S> struct Inputs {
 };
 template <class S> struct Outputs {
   Held<S, 3> o;               // [N, H, D]
-  State<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
+  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
   HYBRIDATTN_FIELDS(o, auxiliary_loss)
 };
 template <class S> struct Saved {
@@ -2483,497 +2785,10 @@ inline Index selection_size(SparseOptions o, Index length) {
 }
 
 }  // namespace dsa
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 
-// ==== hybridattn/attention/dsa/dsa.hpp
-// DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
-//   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
-//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0,
-//       NaN ranks last
-//   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
-//   (4) d_q, d_k, d_v as in full attention, over S_t alone
-// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
-//   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
-//   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
-//       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
-//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
-//       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
-//       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
-// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
-#ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
-#define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace dsa {
-
-// The steps around it in a layer: steps.hpp.
-template <SparseOptions O> struct Prepare;
-
-}  // namespace dsa
-
-template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefaults {
-  static_assert((O.top_k > 0) != (O.top_k_percent > 0),
-                "SparseOptions: set top_k (a count of keys, >= 1), or top_k = 0 and top_k_percent (1 .. 100)");
-  static_assert(O.top_k >= 0 && 0 <= O.top_k_percent && O.top_k_percent <= 100, "SparseOptions: top_k >= 1, or top_k_percent in 1 .. 100");
-  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100 && 0 <= O.index_rotary_percent && O.index_rotary_percent <= 100,
-                "SparseOptions: a rotary percentage is a share of the head, 0 .. 100");
-
-  static constexpr std::string_view name = "DSA";
-  static constexpr SparseOptions options = O;
-  using Config = dsa::Config;
-  template <class S> using Inputs = dsa::Inputs<S>;
-  template <class S> using Outputs = dsa::Outputs<S>;
-  template <class S> using Saved = dsa::Saved<S>;
-  template <class S> using Cache = dsa::Cache<S>;
-  using Prepare = dsa::Prepare<O>;
-  using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
-
-  static constexpr bool detached(std::string_view input) { return input.starts_with("index_"); }
-  static double auxiliary_weight(Config const& c, Index tokens) { return tokens == 0 ? 0 : c.index_loss / static_cast<double>(tokens); }
-
-  static Config complete(Config c, Index model_dim, Index num_heads) {
-    check_numbers(c);
-    if (c.num_heads == 0) c.num_heads = num_heads;
-    if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
-    c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
-    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
-    if (c.index_dim == 0) c.index_dim = c.head_dim;
-    if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
-    check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
-    return c;
-  }
-  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
-    Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
-    return {.q = {s.tokens(), c.num_heads, c.head_dim},
-            .k = keys,
-            .v = keys,
-            .index_q = {s.tokens(), c.index_heads, c.index_dim},
-            .index_k = {s.tokens(), c.index_dim},
-            .index_w = {s.tokens(), c.index_heads}};
-  }
-  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
-    Shape<1> const loss{c.stage == Stage::language_model ? 0 : 1};
-    return {.o = {s.tokens(), c.num_heads, c.head_dim}, .auxiliary_loss = loss};
-  }
-  static Saved<Shapes> saved(Config const& c, Sequences const& s) {
-    Shape<2> const chosen{s.tokens(), c.stage == Stage::dense_warm_up ? 0 : dsa::selection_size(O, s.longest())};
-    Shape<1> const index_lse{c.stage == Stage::language_model ? 0 : s.tokens()};
-    return {.lse = {s.tokens(), c.num_heads}, .indices = chosen, .index_lse = index_lse};
-  }
-  // A share of a length is known when the sequence is whole: to decode, give the same parameters to a policy with top_k.
-  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
-    Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
-    return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
-  }
-
- private:
-  static void check_numbers(Config const& c) {
-    check_size("SparseAttention", "num_heads", c.num_heads);
-    check_size("SparseAttention", "num_kv_heads", c.num_kv_heads);
-    check_size("SparseAttention", "head_dim", c.head_dim);
-    check_number("SparseAttention", "scale", c.scale);
-    check_at_least("SparseAttention", "index_heads", c.index_heads, 1);
-    check_size("SparseAttention", "index_dim", c.index_dim);
-    check_number("SparseAttention", "index_scale", c.index_scale);
-    check_positive("SparseAttention", "rope_theta", c.rope_theta);
-    check_positive("SparseAttention", "norm_eps", c.norm_eps);
-    check_not_negative("SparseAttention", "index_loss", c.index_loss);
-  }
-};
-using DSA = SparseAttention<>;
+template <SparseOptions O> struct SparseAttention;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/layer_norm/layer_norm.hpp
-// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
-//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
-#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
-#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, eps, x, w, b, y)
-//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
-struct LayerNorm {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/layer_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
-        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
-                       View<T, 1> d_b) {
-    Index const C = x.extent(1);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      auto const [mean, rstd] = moments(x.row(n), C, eps);
-      T g_mean = 0, along = 0;
-      for (Index c = 0; c < C; ++c) {
-        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
-        g_mean += g / static_cast<T>(C);
-        along += g * xh / static_cast<T>(C);
-        sum[c] += d_y(n, c) * xh;
-      }
-      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
-    });
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
-      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
-    });
-  }
-
- private:
-  template <class T> struct Moments {
-    T mean, rstd;
-  };
-  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
-    T mean = 0, variance = 0;
-    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
-    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
-    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/attention/dsa/steps.hpp
-// Around sparse attention in a layer: norm and rotary on queries and keys, and what the indexer does to its own.
-#ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
-#define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
-
-template <class S> struct PrepareParams {
-  Wide<S, 1> q_norm, k_norm;                  // [D], or nothing without qk_norm
-  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], or nothing without index_norm
-  HYBRIDATTN_FIELDS(q_norm, k_norm, index_norm_weight, index_norm_bias)
-};
-
-template <SparseOptions O> struct Prepare {
-  template <class S> using Params = PrepareParams<S>;
-
-  static constexpr bool changes = O.qk_norm != QkNorm::none || O.rotary_percent > 0;
-  static constexpr bool makes(std::string_view input) {
-    if (input == "q" || input == "k") return changes;
-    if (input == "index_q") return O.index_rotary_percent > 0;
-    return input == "index_k" && (O.index_rotary_percent > 0 || O.index_norm);
-  }
-
-  static Params<Shapes> params(Config const& c) {
-    Shape<1> const weight{O.qk_norm == QkNorm::none ? 0 : c.head_dim}, index_weight{O.index_norm ? c.index_dim : 0};
-    return {.q_norm = weight, .k_norm = weight, .index_norm_weight = index_weight, .index_norm_bias = index_weight};
-  }
-  static Params<Starts> starts(Config const& c) {
-    return {.q_norm = norm(c).start(),
-            .k_norm = norm(c).start(),
-            .index_norm_weight = Initial::constant(1),
-            .index_norm_bias = Initial::constant(0)};
-  }
-
-  template <class B, class T>
-  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
-    if constexpr (changes) {
-      Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
-      norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
-      norm(c).forward(backend, turn, raw.k, p.k_norm, x.k);
-    }
-    View<T const, 2> index_k = raw.index_k;
-    if constexpr (O.index_norm) {
-      On<LayerNorm, B>::forward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, p.index_norm_bias, x.index_k);
-      index_k = x.index_k;
-    }
-    if constexpr (O.index_rotary_percent > 0) {
-      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
-      turn.forward(backend, raw.index_q, x.index_q);
-      turn.forward(backend, one_head(index_k), one_head(x.index_k));
-    }
-  }
-  // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
-  template <class B, class T>
-  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
-                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
-    if constexpr (changes) {
-      if (!d_raw.q.empty()) {
-        Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
-        norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
-        norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
-      }
-    }
-    if constexpr (O.index_rotary_percent > 0 || O.index_norm) {
-      if (!d_raw.index_k.empty()) index_backward(backend, c, s, raw, p, d_x, d_raw, d_p);
-    }
-  }
-
- private:
-  // Rotary, then the norm, as HeadNorm does.
-  template <class B, class T>
-  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
-                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
-    [[maybe_unused]] Tensor<T, 2, B> turned;
-    View<T const, 2> d_normed = d_x.index_k;
-    if constexpr (O.index_rotary_percent > 0) {
-      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
-      if constexpr (O.index_norm) turned = {backend, d_x.index_k.shape};
-      View<T, 2> const d_index_k = O.index_norm ? out(turned) : d_raw.index_k;
-      turn.backward(backend, d_x.index_q, d_raw.index_q);
-      turn.backward(backend, one_head(d_normed), one_head(d_index_k));
-      d_normed = d_index_k;
-    }
-    if constexpr (O.index_norm)
-      On<LayerNorm, B>::backward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, d_normed, d_raw.index_k, d_p.index_norm_weight,
-                                 d_p.index_norm_bias);
-  }
-  static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
-  template <class T> static View<T, 3> one_head(View<T, 2> x) { return {x.data, {x.extent(0), 1, x.extent(1)}}; }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
-#endif
-
-// ==== hybridattn/attention/cpu_rows.hpp
-// What attention of one query is made of on the CPU: products with rows that are read where they are, entries of a head
-// standing in the lanes.
-#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
-#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// Rows of one head, [T, D].
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
-};
-template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
-
-// The rows 0 .. count - 1. Others have the same members.
-struct AllRows {
-  Index count;
-  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
-};
-// Room for a number per key, in whole vectors.
-template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
-
-// Vectors of a row that are worked on together, from entry d on; the last one may be short.
-template <class T, int V> struct Piece {
-  static constexpr int vectors = V;
-  Index d;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
-  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
-};
-template <class T> struct ShortPiece {
-  static constexpr int vectors = 1;
-  cpu::Slot<T> slot;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
-  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
-};
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
-  constexpr int n = cpu::lanes<T>;
-  Index d = 0;
-  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
-  if (d + 2 * n <= D) {
-    f(Piece<T, 2>{d});
-    d += 2 * n;
-  }
-  if (d + n <= D) {
-    f(Piece<T, 1>{d});
-    d += n;
-  }
-  if (d < D) f(ShortPiece<T>{{d, D - d}});
-}
-
-// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
-// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
-template <class T> class Range {
- public:
-  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
-    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
-    largest_ = size > largest_ ? size : largest_;
-  }
-  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
-  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
-
- private:
-  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
-  using Mask = cpu::Mask<T>;
-  using Bits = typename cpu::BitsOf<T>::type;
-  Mask largest_{};
-};
-template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
-  Range<T> range;
-  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
-  return range.is_moderate();
-}
-
-template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
-}
-
-// products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
-template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  constexpr int n = cpu::lanes<T>;
-  Range<T> range;
-  for (Index j = 0; j < keys.count; j += n) {
-    T const* row[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[std::size_t{n}] = {};
-    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) {
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
-      }
-    });
-    cpu::sum_each<n, T>(sums, products + j);
-    range.add(cpu::load(products + j));
-  }
-  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
-}
-// x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
-template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
-  cpu::Vec<T> sum{};
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
-  });
-  T result;
-  cpu::sum_each<1, T>(&sum, &result);
-  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
-}
-
-// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
-template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
-  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-  T largest = -infinity, sum = 0;
-  for (Index j = 0; j < count; ++j) {
-    T const score = scaled_dot(scale, q, key_at(j).k, D);
-    if (!(score < infinity)) {   // all else would be NaN too
-      std::fill_n(o, D, nan);
-      return nan;
-    }
-    largest = std::max(largest, score);
-  }
-  std::fill_n(o, D, T(0));
-  for (Index j = 0; j < count; ++j) {
-    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
-    sum += p;
-    axpy(p, key_at(j).v, o, D);
-  }
-  for (Index d = 0; d < D; ++d) o[d] /= sum;
-  return largest + std::log(sum);
-}
-template <class T> struct KeyRows {
-  T const *k, *v;
-};
-
-// p = exp(scale p - largest), largest being that of scale p, and total the sum of p. Room behind the last of `count` numbers,
-// up to a whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
-template <class T> struct Exponentials {
-  T largest, total;
-};
-template <class T> HYBRIDATTN_INLINE Exponentials<T> exponentials(T scale, Index count, T* p) {
-  using cpu::lanes;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
-  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
-  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
-  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
-  T const largest = cpu::largest<T>(most);
-  for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
-    sum += e;
-    cpu::store<T>(p + j, e);
-  }
-  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
-}
-
-// total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
-template <class T, class Piece, class Keys>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
-  constexpr int V = Piece::vectors;
-  constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
-  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
-    T const* const row = rows[keys[j]];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
-  };
-  Index j = 0;
-  for (; j + chains <= keys.count; j += chains) {
-    HYBRIDATTN_UNROLL
-    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
-  }
-  for (; j < keys.count; ++j) add(j, 0);
-  HYBRIDATTN_UNROLL
-  for (int v = 0; v < V; ++v) {
-    total[v] = sum[0][v];
-    HYBRIDATTN_UNROLL
-    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
-  }
-}
-// o = factor * sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
-  });
-}
-// o += sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
-#endif
-
-// ==== hybridattn/attention/dsa/cpu_rows.hpp
-// Rows of chosen keys.
-#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
-#define HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
-
-using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
-    attention::weighted_rows;
-
-// The keys of one query, relative to the start of its sequence.
-struct Keys {
-  std::int32_t const* indices;
-  Index count;
-
-  HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_attention.hpp
@@ -3017,9 +2832,9 @@ template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count,
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
   dot_rows<T>(D, q, k, keys, p);
-  auto const [largest, total] = attention::exponentials(scale, keys.count, p);
-  weighted_rows<T>(D, p, v, keys, T(1) / total, o);
-  lse = static_cast<wide_t<T>>(largest + std::log(total));
+  auto const softmax = attention::exponentials(scale, keys.count, p);
+  weighted_rows<T>(D, p, v, keys, T(1) / softmax.total, o);
+  lse = static_cast<wide_t<T>>(softmax.lse());
   if (attention::is_moderate<T>(D, o)) return;
   auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
   T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
@@ -3128,7 +2943,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
 // exchanged by exchanging the strides, so a transposed operand costs nothing.
-template <class T> struct Broadcast {
+template <class T> struct Scalars {
   T const* data;
   Index row, depth;
 };
@@ -3142,7 +2957,7 @@ template <class T> struct Columns {
 // order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
 // using a smaller one.
 template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Broadcast<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
   Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -3341,7 +3156,7 @@ template <class T> class KeyPanels {
 
 // scores [panel_keys] (+)= the share of MR heads in (1): the rows of a tile are the heads of one query.
 template <int MR, class T>
-HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
+HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
   constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
     cpu::Vec<T> sum[std::size_t{NV}];
@@ -3355,10 +3170,10 @@ HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Broadcast<T> q, T const* weigh
   }
 }
 // (1) for one query and the keys of a panel. The weights hold index_scale, which relu lets through.
-template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Broadcast<T> q, T const* weights, T const* panel, T* scores) {
+template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scalars<T> q, T const* weights, T const* panel, T* scores) {
   Index const HI = c.index_heads, DI = c.index_dim;
   Index j = 0;
-  auto const from = [&] { return cpu::Broadcast<T>{q.data + j * q.row, q.row, 1}; };
+  auto const from = [&] { return cpu::Scalars<T>{q.data + j * q.row, q.row, 1}; };
   for (; j + 8 <= HI; j += 8) score_heads<8>(DI, from(), weights + j, panel, j == 0, scores);
   for (; j + 4 <= HI; j += 4) score_heads<4>(DI, from(), weights + j, panel, j == 0, scores);
   for (; j < HI; ++j) score_heads<1>(DI, from(), weights + j, panel, j == 0, scores);
@@ -3589,7 +3404,7 @@ template <class T> class KlQuery {
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(most, cpu::load(scores + i)); });
     T const largest = cpu::largest<T>(most);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { sum += real(i, cpu::exp<T>(cpu::load(scores + i) - largest)); });
-    return largest + std::log(cpu::sum<T>(sum));
+    return attention::OnlineSoftmax<T>{largest, cpu::sum<T>(sum)}.lse();
   }
   HYBRIDATTN_INLINE T divergence(T const* scores, T const* target, T index_lse) const {
     cpu::Vec<T> sum{};
@@ -3899,77 +3714,207 @@ template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
-#endif
 
-// ==== hybridattn/attention/full/full.hpp
-// Full causal attention (Vaswani et al., arXiv 1706.03762), computed tile by tile (arXiv 2205.14135).
-//   (1) s_ij = scale q_i . k_j                 j <= i in the same sequence, and i - j < window when a window is set
-//   (2) lse_i = log sum_j exp(s_ij)            P_ij = exp(s_ij - lse_i)
-//   (3) o_i = sum_j P_ij v_j                   a row that sees no key: o_i = 0, lse_i = -inf
-//   (4) dS_ij = scale P_ij (d_o_i . v_j - delta_i)      delta_i = d_o_i . o_i
-//   (5) d_q_i = sum_j dS_ij k_j    d_k_j = sum_i dS_ij q_i    d_v_j = sum_i P_ij d_o_i
-// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. P is recomputed in backward, never kept.
-#ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
-#define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+// ==== hybridattn/ops/layer_norm/layer_norm.hpp
+// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
+//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-struct FullOptions {
-  int window = 0;                        // a query sees its last `window` keys, itself included; 0: all
-  QkNorm qk_norm = QkNorm::zero_centred;
-  bool output_gate = true;               // o * sigmoid(x w_gate)
-  int rotary_percent = 25;               // share of a head that rotates; 0: none
-  Rotary rotary = Rotary::half_split;
+//   forward (backend, eps, x, w, b, y)
+//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
+struct LayerNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/layer_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
+template <> struct On<LayerNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
+        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
+                       View<T, 1> d_b) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      auto const [mean, rstd] = moments(x.row(n), C, eps);
+      T g_mean = 0, along = 0;
+      for (Index c = 0; c < C; ++c) {
+        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
+        g_mean += g / static_cast<T>(C);
+        along += g * xh / static_cast<T>(C);
+        sum[c] += d_y(n, c) * xh;
+      }
+      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
+    });
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
+      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
+    });
+  }
+
+ private:
+  template <class T> struct Moments {
+    T mean, rstd;
+  };
+  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
+    T mean = 0, variance = 0;
+    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
+    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
+    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
+  }
 };
 
-namespace full {
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
 
-struct Config {
-  Index num_heads = 0;      // H;  0: the model's
-  Index num_kv_heads = 0;   // HK; 0: num_heads
-  Index head_dim = 0;       // D;  0: model_dim / num_heads
-  double scale = 0;         // 0: head_dim^-1/2
-  double rope_theta = 10000;
-  double norm_eps = 1e-6;   // of the q/k norm
+// ==== hybridattn/attention/dsa/steps.hpp
+// Around sparse attention in a layer: norm and rotary on queries and keys, and what the indexer does to its own.
+#ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class S> struct PrepareParams {
+  Wide<S, 1> q_norm, k_norm;                  // [D], or nothing without qk_norm
+  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], or nothing without index_norm
+  HYBRIDATTN_FIELDS(q_norm, k_norm, index_norm_weight, index_norm_bias)
 };
 
-template <class S> struct Inputs {
-  Held<S, 3> q;     // [N, H, D]
-  Held<S, 3> k, v;  // [N, HK, D]
-  HYBRIDATTN_FIELDS(q, k, v)
-};
-template <class S> struct Outputs {
-  Held<S, 3> o;  // [N, H, D]
-  HYBRIDATTN_FIELDS(o)
-};
-template <class S> struct Saved {
-  Wide<S, 2> lse;  // [N, H], natural logarithm
-  HYBRIDATTN_FIELDS(lse)
-};
-// Of earlier tokens, as they are after norm and rotary: position p stands in row p, or in row p % window where there is a window.
-template <class S> struct Cache {
-  Held<S, 4> keys, values;  // [batch, capacity or window, HK, D]
-  HYBRIDATTN_FIELDS(keys, values)
+template <SparseOptions O> struct Prepare {
+  template <class S> using Params = PrepareParams<S>;
+
+  static constexpr bool changes = O.qk_norm != QkNorm::none || O.rotary_percent > 0;
+  static constexpr bool makes(std::string_view input) {
+    if (input == "q" || input == "k") return changes;
+    if (input == "index_q") return O.index_rotary_percent > 0;
+    return input == "index_k" && (O.index_rotary_percent > 0 || O.index_norm);
+  }
+
+  static Params<Shapes> params(Config const& c) {
+    Shape<1> const weight{O.qk_norm == QkNorm::none ? 0 : c.head_dim}, index_weight{O.index_norm ? c.index_dim : 0};
+    return {.q_norm = weight, .k_norm = weight, .index_norm_weight = index_weight, .index_norm_bias = index_weight};
+  }
+  static Params<Starts> starts(Config const& c) {
+    return {.q_norm = norm(c).start(),
+            .k_norm = norm(c).start(),
+            .index_norm_weight = Initial::constant(1),
+            .index_norm_bias = Initial::constant(0)};
+  }
+
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+    if constexpr (changes) {
+      Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+      norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
+      norm(c).forward(backend, turn, raw.k, p.k_norm, x.k);
+    }
+    View<T const, 2> index_k = raw.index_k;
+    if constexpr (O.index_norm) {
+      On<LayerNorm, B>::forward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, p.index_norm_bias, x.index_k);
+      index_k = x.index_k;
+    }
+    if constexpr (O.index_rotary_percent > 0) {
+      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
+      turn.forward(backend, raw.index_q, x.index_q);
+      turn.forward(backend, one_head(index_k), one_head(x.index_k));
+    }
+  }
+  // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    if constexpr (changes) {
+      if (!d_raw.q.empty()) {
+        Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+        norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
+        norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
+      }
+    }
+    if constexpr (O.index_rotary_percent > 0 || O.index_norm) {
+      if (!d_raw.index_k.empty()) index_backward(backend, c, s, raw, p, d_x, d_raw, d_p);
+    }
+  }
+
+ private:
+  // Rotary, then the norm, as HeadNorm does.
+  template <class B, class T>
+  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
+                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    [[maybe_unused]] Tensor<T, 2, B> turned;
+    View<T const, 2> d_normed = d_x.index_k;
+    if constexpr (O.index_rotary_percent > 0) {
+      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
+      if constexpr (O.index_norm) turned = {backend, d_x.index_k.shape};
+      View<T, 2> const d_index_k = O.index_norm ? out(turned) : d_raw.index_k;
+      turn.backward(backend, d_x.index_q, d_raw.index_q);
+      turn.backward(backend, one_head(d_normed), one_head(d_index_k));
+      d_normed = d_index_k;
+    }
+    if constexpr (O.index_norm)
+      On<LayerNorm, B>::backward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, d_normed, d_raw.index_k, d_p.index_norm_weight,
+                                 d_p.index_norm_bias);
+  }
+  static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
+  template <class T> static View<T, 3> one_head(View<T, 2> x) { return {x.data, {x.extent(0), 1, x.extent(1)}}; }
 };
 
-// The steps around it in a layer: steps.hpp.
-template <FullOptions O> struct Prepare;
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
 
-}  // namespace full
+// ==== hybridattn/attention/dsa/dsa.hpp
+// DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
+//   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
+//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0,
+//       NaN ranks last
+//   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
+//   (4) d_q, d_k, d_v as in full attention, over S_t alone
+// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
+//   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
+//   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
+//       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
+//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
+//       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
+//       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
+// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
+#ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
+#define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 
-template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
-  static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
-  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100, "FullOptions: rotary_percent is a share of the head, 0 .. 100");
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
-  static constexpr std::string_view name = "Full";
-  static constexpr FullOptions options = O;
-  using Config = full::Config;
-  template <class S> using Inputs = full::Inputs<S>;
-  template <class S> using Outputs = full::Outputs<S>;
-  template <class S> using Saved = full::Saved<S>;
-  template <class S> using Cache = full::Cache<S>;
-  using Prepare = full::Prepare<O>;
+template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefaults {
+  static_assert((O.top_k > 0) != (O.top_k_percent > 0),
+                "SparseOptions: set top_k (a count of keys, >= 1), or top_k = 0 and top_k_percent (1 .. 100)");
+  static_assert(O.top_k >= 0 && 0 <= O.top_k_percent && O.top_k_percent <= 100, "SparseOptions: top_k >= 1, or top_k_percent in 1 .. 100");
+  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100 && 0 <= O.index_rotary_percent && O.index_rotary_percent <= 100,
+                "SparseOptions: a rotary percentage is a share of the head, 0 .. 100");
+
+  static constexpr std::string_view name = "DSA";
+  static constexpr SparseOptions options = O;
+  using Config = dsa::Config;
+  template <class S> using Inputs = dsa::Inputs<S>;
+  template <class S> using Outputs = dsa::Outputs<S>;
+  template <class S> using Saved = dsa::Saved<S>;
+  template <class S> using Cache = dsa::Cache<S>;
+  using Prepare = dsa::Prepare<O>;
   using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
+
+  static constexpr bool detached(std::string_view input) { return input.starts_with("index_"); }
+  static double auxiliary_weight(Config const& c, Index tokens) { return tokens == 0 ? 0 : c.index_loss / static_cast<double>(tokens); }
 
   static Config complete(Config c, Index model_dim, Index num_heads) {
     check_numbers(c);
@@ -3977,84 +3922,52 @@ template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
     if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
     c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
     if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
-    check_groups("FullAttention", c.num_heads, c.num_kv_heads);
+    if (c.index_dim == 0) c.index_dim = c.head_dim;
+    if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
+    check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
     return c;
   }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
     Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
-    return {.q = {s.tokens(), c.num_heads, c.head_dim}, .k = keys, .v = keys};
+    return {.q = {s.tokens(), c.num_heads, c.head_dim},
+            .k = keys,
+            .v = keys,
+            .index_q = {s.tokens(), c.index_heads, c.index_dim},
+            .index_k = {s.tokens(), c.index_dim},
+            .index_w = {s.tokens(), c.index_heads}};
   }
-  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {.o = {s.tokens(), c.num_heads, c.head_dim}}; }
-  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.lse = {s.tokens(), c.num_heads}}; }
-  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) {
-    Shape<4> const rows{batch, O.window == 0 ? capacity : std::min<Index>(O.window, capacity), c.num_kv_heads, c.head_dim};
-    return {.keys = rows, .values = rows};
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
+    Shape<1> const loss{c.stage == Stage::language_model ? 0 : 1};
+    return {.o = {s.tokens(), c.num_heads, c.head_dim}, .auxiliary_loss = loss};
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) {
+    Shape<2> const chosen{s.tokens(), c.stage == Stage::dense_warm_up ? 0 : dsa::selection_size(O, s.longest())};
+    Shape<1> const index_lse{c.stage == Stage::language_model ? 0 : s.tokens()};
+    return {.lse = {s.tokens(), c.num_heads}, .indices = chosen, .index_lse = index_lse};
+  }
+  // A share of a length is known when the sequence is whole: to decode, give the same parameters to a policy with top_k.
+  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
+    Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
+    return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
   }
 
  private:
   static void check_numbers(Config const& c) {
-    check_size("FullAttention", "num_heads", c.num_heads);
-    check_size("FullAttention", "num_kv_heads", c.num_kv_heads);
-    check_size("FullAttention", "head_dim", c.head_dim);
-    check_number("FullAttention", "scale", c.scale);
-    check_positive("FullAttention", "rope_theta", c.rope_theta);
-    check_positive("FullAttention", "norm_eps", c.norm_eps);
+    check_size("SparseAttention", "num_heads", c.num_heads);
+    check_size("SparseAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("SparseAttention", "head_dim", c.head_dim);
+    check_number("SparseAttention", "scale", c.scale);
+    check_at_least("SparseAttention", "index_heads", c.index_heads, 1);
+    check_size("SparseAttention", "index_dim", c.index_dim);
+    check_number("SparseAttention", "index_scale", c.index_scale);
+    check_positive("SparseAttention", "rope_theta", c.rope_theta);
+    check_positive("SparseAttention", "norm_eps", c.norm_eps);
+    check_not_negative("SparseAttention", "index_loss", c.index_loss);
   }
 };
-using Full = FullAttention<>;
+using DSA = SparseAttention<>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/attention/full/steps.hpp
-// Around full attention in a layer: norm and rotary on queries and keys.
-#ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
-#define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::full {
-
-template <class S> struct PrepareParams {
-  Wide<S, 1> q_norm, k_norm;  // [D], or nothing without qk_norm
-  HYBRIDATTN_FIELDS(q_norm, k_norm)
-};
-
-template <FullOptions O> struct Prepare {
-  template <class S> using Params = PrepareParams<S>;
-
-  static constexpr bool changes = O.qk_norm != QkNorm::none || O.rotary_percent > 0;
-  static constexpr bool makes(std::string_view input) { return changes && input != "v"; }
-
-  static Params<Shapes> params(Config const& c) {
-    Shape<1> const weight{O.qk_norm == QkNorm::none ? 0 : c.head_dim};
-    return {.q_norm = weight, .k_norm = weight};
-  }
-  static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
-
-  template <class B, class T>
-  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
-    if constexpr (changes) {
-      auto const turn = rotation<T>(backend, c, s);
-      norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
-      norm(c).forward(backend, turn, raw.k, p.k_norm, x.k);
-    }
-  }
-  template <class B, class T>
-  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
-                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
-    if constexpr (changes) {
-      auto const turn = rotation<T>(backend, c, s);
-      norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
-      norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
-    }
-  }
-
- private:
-  static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
-  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
-    return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/attention/full/cpu_tiles.hpp
@@ -4073,7 +3986,7 @@ using attention::Rows, attention::head_of;
 inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
 
 // As a tile reads them: rows first .. first + tile_rows. Rows past the end are zeros, in a copy in pad [tile_rows, D].
-template <class T, class Dim> HYBRIDATTN_INLINE cpu::Broadcast<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
+template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
   if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
   std::fill_n(pad, cpu::tile_rows * D, T(0));
   for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
@@ -4105,7 +4018,7 @@ struct Band {
 
 // cpu::tile over a band. Every sum runs over k in order.
 template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void band_tile(Band band, cpu::Broadcast<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
+HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
   cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
   HYBRIDATTN_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -4252,7 +4165,7 @@ template <class T, class Dim> class BackwardHead {
   HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.
-  HYBRIDATTN_INLINE void add_product(Band band, cpu::Broadcast<T> a, Rows<T const> b, Rows<T> to, Index rows) {
+  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
     for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
       band_tile<MR, vectors, T>(
           band, a, {b.data + d, b.stride},
@@ -4290,6 +4203,58 @@ template <class T, class Dim> class BackwardHead {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/attention/full/types.hpp
+// Options, sizes and tensors of full attention. The equations are those of full.hpp.
+#ifndef HYBRIDATTN_ATTENTION_FULL_TYPES_HPP
+#define HYBRIDATTN_ATTENTION_FULL_TYPES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct FullOptions {
+  int window = 0;                        // a query sees its last `window` keys, itself included; 0: all
+  QkNorm qk_norm = QkNorm::zero_centred;
+  bool output_gate = true;               // o * sigmoid(x w_gate)
+  int rotary_percent = 25;               // share of a head that rotates; 0: none
+  Rotary rotary = Rotary::half_split;
+};
+
+namespace full {
+
+struct Config {
+  Index num_heads = 0;      // H;  0: the model's
+  Index num_kv_heads = 0;   // HK; 0: num_heads
+  Index head_dim = 0;       // D;  0: model_dim / num_heads
+  double scale = 0;         // 0: head_dim^-1/2
+  double rope_theta = 10000;
+  double norm_eps = 1e-6;   // of the q/k norm
+};
+
+template <class S> struct Inputs {
+  Held<S, 3> q;     // [N, H, D]
+  Held<S, 3> k, v;  // [N, HK, D]
+  HYBRIDATTN_FIELDS(q, k, v)
+};
+template <class S> struct Outputs {
+  Held<S, 3> o;  // [N, H, D]
+  HYBRIDATTN_FIELDS(o)
+};
+template <class S> struct Saved {
+  Wide<S, 2> lse;  // [N, H], natural logarithm
+  HYBRIDATTN_FIELDS(lse)
+};
+// Of earlier tokens, as they are after norm and rotary: position p stands in row p, or in row p % window where there is a window.
+template <class S> struct Cache {
+  Held<S, 4> keys, values;  // [batch, capacity or window, HK, D]
+  HYBRIDATTN_FIELDS(keys, values)
+};
+
+}  // namespace full
+
+template <FullOptions O> struct FullAttention;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/attention/full/cpu_extend.hpp
@@ -4355,7 +4320,7 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
   for (Index g = 0; g < group; ++g) {
     std::fill_n(o[g], D, T(0));
     T* const weights = p + g * room;
-    auto const [largest, total] = attention::exponentials(scale, keys.count(t), weights);                             // (2)
+    T const total = attention::exponentials(scale, keys.count(t), weights).total;                                     // (2)
     for (Index j = 0, count = keys.count(t); j < count; ++j) weights[j] *= T(1) / total;
   }
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
@@ -4492,10 +4457,7 @@ template <class T, class Dim> class ForwardBlock {
         sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
         cpu::store<T>(p, e);
       }
-    for (int v = 0; v < NV; ++v) {
-      reference_[v] = largest[v];
-      sum_[v] = sum[v];
-    }
+    for (int v = 0; v < NV; ++v) softmax_[v] = {largest[v], sum[v]};
     add_values<true>(first_, count);
   }
 
@@ -4503,7 +4465,7 @@ template <class T, class Dim> class ForwardBlock {
   template <bool masked> HYBRIDATTN_INLINE void weights(Index key, Index count, Vec (&largest)[NV], Vec (&sum)[NV]) {
     Vec reference[NV];
     for (int v = 0; v < NV; ++v) {
-      reference[v] = reference_[v];
+      reference[v] = softmax_[v].reference;
       largest[v] = cpu::broadcast<T>(-std::numeric_limits<T>::infinity());
       sum[v] = Vec{};
     }
@@ -4535,17 +4497,16 @@ template <class T, class Dim> class ForwardBlock {
         sum[v] *= shrink;
         for (T* p = p_ + v * cpu::lanes<T>; p < p_ + count * queries; p += queries) cpu::store<T>(p, shrink * cpu::load(p));
       }
-    for (int v = 0; v < NV; ++v) sum_[v] += sum[v];
+    for (int v = 0; v < NV; ++v) softmax_[v].total += sum[v];
     add_values<false>(key, count);
   }
 
   bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
-  Mask beaten(int v, Vec largest, T by) const { return (largest - reference_[v]) * size_ > by; }
+  Mask beaten(int v, Vec largest, T by) const { return (largest - softmax_[v].reference) * size_ > by; }
   // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
   Vec raise_reference(int v, Vec largest, T by) {
-    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, reference_[v]), shrink = exponential(reference_[v], raised);
-    reference_[v] = raised;
-    sum_[v] *= shrink;
+    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, softmax_[v].reference);
+    Vec const shrink = softmax_[v].rebase(raised, [&](Vec x, Vec y) HYBRIDATTN_INLINE_LAMBDA { return exponential(x, y); });
     for (int lane = 0; lane < cpu::lanes<T>; ++lane)
       for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
     return shrink;
@@ -4570,10 +4531,10 @@ template <class T, class Dim> class ForwardBlock {
     alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
     attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
-      Vec const score = cpu::in_register<T>(size_ * reference_[v]);   // rounded, as backward rounds it
+      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as backward rounds it
       range.add(score);
-      cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / sum_[v]);
-      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(sum_[v]));
+      cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / softmax_[v].total);
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(softmax_[v].total));
     }
     Index const count = std::min(queries, length_ - first_);
     for (Index i = 0; i < count; ++i) {
@@ -4603,7 +4564,7 @@ template <class T, class Dim> class ForwardBlock {
   T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
-  Vec reference_[NV], sum_[NV];
+  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products, to be scaled
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::full
@@ -4620,25 +4581,25 @@ namespace full {
 template <class T, class Dim>
 void forward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                    Saved<Out<T>> saved) {
-  using Block = ForwardBlock<T, Dim>;
+  using Queries = ForwardBlock<T, Dim>;
   if (s.tokens() == 0) return;
   Index const H = c.num_heads, group = H / c.num_kv_heads, heads = s.count() * H, tasks = cpu.threads() == 1 ? 1 : 8 * cpu.threads();
-  Index const piece = round_up(ceil_div(s.longest() * heads, tasks), Block::queries), pieces = ceil_div(s.longest(), piece);
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Block::scratch(D)}};
+  Index const piece = round_up(ceil_div(s.longest() * heads, tasks), Queries::queries), pieces = ceil_div(s.longest(), piece);
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Queries::scratch(D)}};
   auto const memory = out(scratch);
   parallel_for(cpu, pieces * heads, [&](Index task, int thread) {
     Sequence const sequence = s[static_cast<std::size_t>(task % heads / H)];
     Index const begin = (pieces - 1 - task / heads) * piece, end = std::min(begin + piece, sequence.length);
     if (begin >= end) return;
     Index const h = task % H, hk = h / group;
-    Block block{D,
-                sequence,
-                reach(window, sequence),
-                static_cast<T>(c.scale),
-                head_of(x.k, sequence, hk),
-                head_of(x.v, sequence, hk),
-                memory.row(thread)};
-    for (Index first = begin; first < end; first += Block::queries)
+    Queries block{D,
+                  sequence,
+                  reach(window, sequence),
+                  static_cast<T>(c.scale),
+                  head_of(x.k, sequence, hk),
+                  head_of(x.v, sequence, hk),
+                  memory.row(thread)};
+    for (Index first = begin; first < end; first += Queries::queries)
       block.run(first, head_of(x.q, sequence, h), head_of(y.o, sequence, h), {&saved.lse(sequence.start, h), saved.lse.stride[0]});
   });
 }
@@ -4761,25 +4722,1072 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
+
+// ==== hybridattn/attention/full/steps.hpp
+// Around full attention in a layer: norm and rotary on queries and keys.
+#ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+template <class S> struct PrepareParams {
+  Wide<S, 1> q_norm, k_norm;  // [D], or nothing without qk_norm
+  HYBRIDATTN_FIELDS(q_norm, k_norm)
+};
+
+template <FullOptions O> struct Prepare {
+  template <class S> using Params = PrepareParams<S>;
+
+  static constexpr bool changes = O.qk_norm != QkNorm::none || O.rotary_percent > 0;
+  static constexpr bool makes(std::string_view input) { return changes && input != "v"; }
+
+  static Params<Shapes> params(Config const& c) {
+    Shape<1> const weight{O.qk_norm == QkNorm::none ? 0 : c.head_dim};
+    return {.q_norm = weight, .k_norm = weight};
+  }
+  static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
+
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+    if constexpr (changes) {
+      auto const turn = rotation<T>(backend, c, s);
+      norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
+      norm(c).forward(backend, turn, raw.k, p.k_norm, x.k);
+    }
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    if constexpr (changes) {
+      auto const turn = rotation<T>(backend, c, s);
+      norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
+      norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
+    }
+  }
+
+ private:
+  static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
+  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
+    return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
-// ==== hybridattn/attention/gdn/gdn.hpp
-// Gated DeltaNet (arXiv 2412.06464): a linear attention whose state forgets, then corrects itself.
-// For each value head, S is [K, V] and S_0 = initial_state, or zero:
-//   (1) S~_t = exp(g_t) S_{t-1}                        forget before error
-//   (2) e_t = v_t - S~_t^T k_t                         delta_t = beta_t e_t
-//   (3) S_t = S~_t + k_t delta_t^T
-//   (4) o_t = scale S_t^T q_t                          the updated state; final_state = S_T
-// Backward, with X_t the gradient of S_t, from the last token to the first:
-//   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
-//   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
-//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    what passes through the decay of token t, and nothing else
-//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is the same on paper alone:
-//       its terms do not fade with the decay that their sum fades with)
-// Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
-// underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
-#ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
-#define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
+// ==== hybridattn/attention/full/full.hpp
+// Full causal attention (Vaswani et al., arXiv 1706.03762), computed tile by tile (arXiv 2205.14135).
+//   (1) s_ij = scale q_i . k_j                 j <= i in the same sequence, and i - j < window when a window is set
+//   (2) lse_i = log sum_j exp(s_ij)            P_ij = exp(s_ij - lse_i)
+//   (3) o_i = sum_j P_ij v_j                   a row that sees no key: o_i = 0, lse_i = -inf
+//   (4) dS_ij = scale P_ij (d_o_i . v_j - delta_i)      delta_i = d_o_i . o_i
+//   (5) d_q_i = sum_j dS_ij k_j    d_k_j = sum_i dS_ij q_i    d_v_j = sum_i P_ij d_o_i
+// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. P is recomputed in backward, never kept.
+#ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+#define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
+  static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
+  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100, "FullOptions: rotary_percent is a share of the head, 0 .. 100");
+
+  static constexpr std::string_view name = "Full";
+  static constexpr FullOptions options = O;
+  using Config = full::Config;
+  template <class S> using Inputs = full::Inputs<S>;
+  template <class S> using Outputs = full::Outputs<S>;
+  template <class S> using Saved = full::Saved<S>;
+  template <class S> using Cache = full::Cache<S>;
+  using Prepare = full::Prepare<O>;
+  using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
+
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
+    c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    check_groups("FullAttention", c.num_heads, c.num_kv_heads);
+    return c;
+  }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
+    return {.q = {s.tokens(), c.num_heads, c.head_dim}, .k = keys, .v = keys};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {.o = {s.tokens(), c.num_heads, c.head_dim}}; }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.lse = {s.tokens(), c.num_heads}}; }
+  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) {
+    Shape<4> const rows{batch, O.window == 0 ? capacity : std::min<Index>(O.window, capacity), c.num_kv_heads, c.head_dim};
+    return {.keys = rows, .values = rows};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("FullAttention", "num_heads", c.num_heads);
+    check_size("FullAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("FullAttention", "head_dim", c.head_dim);
+    check_number("FullAttention", "scale", c.scale);
+    check_positive("FullAttention", "rope_theta", c.rope_theta);
+    check_positive("FullAttention", "norm_eps", c.norm_eps);
+  }
+};
+using Full = FullAttention<>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_groups.hpp
+// What the sweeps over the tokens of a head share. Tokens go in groups of four: one pass over a state takes in four of them
+// and is as long as four, but loads and stores the state once. Groups are counted from the start of the sequence and the
+// last one is padded with zeros, so what a token gets does not depend on how many follow. Sixteen groups are a block: the
+// small terms of its groups are made together, one group in each lane.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
+
+inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
+
+// Columns of a state that one pass handles: one vector, whose 13 accumulators and factors stay in registers.
+template <class T> inline constexpr int panel_width = lanes<T>;
+// Panels in turn: the short, serial work between two passes over one panel runs under the passes over the others. A panel has
+// twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
+// K and V in whole panels and whole groups of rows.
+template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
+
+// Consecutive tokens of one sequence, at most block_tokens.
+struct TokenBlock {
+  Index first;   // in the batch
+  Index tokens;
+
+  Index groups() const { return ceil_div(tokens, group_tokens); }
+};
+inline Index count_blocks(Sequence s) { return ceil_div(s.length, block_tokens); }
+inline TokenBlock block_of(Sequence s, Index b) {
+  return {s.start + b * block_tokens, std::min<Index>(block_tokens, s.length - b * block_tokens)};
+}
+
+// TokenRows of one head, one for each token.
+template <class T> struct TokenRows {
+  T* data;
+  Index stride;
+
+  HYBRIDATTN_INLINE operator TokenRows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
+  HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
+  HYBRIDATTN_INLINE TokenRows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
+  HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }
+};
+
+// Kernels want whole groups of rows and whole panels of columns. TokenRows that are that already are used where they stand,
+// others through a copy, padded with zeros.
+template <class T> bool is_whole(View<T, 3> x, TokenBlock block, TokenRows<std::remove_const_t<T>> copy) {
+  return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
+}
+template <class T> TokenRows<T const> rows_to_read(View<T const, 3> x, TokenBlock block, Index head, TokenRows<T> copy) {
+  if (is_whole(x, block, copy)) return {x.row(block.first, head), x.stride[0]};
+  for (Index n = 0; n < block.groups() * group_tokens; ++n) {
+    Index const columns = n < block.tokens ? x.extent(2) : 0;
+    if (columns > 0) std::copy_n(x.row(block.first + n, head), columns, copy[n]);
+    std::fill_n(copy[n] + columns, copy.stride - columns, T(0));
+  }
+  return {copy.data, copy.stride};
+}
+template <class T> TokenRows<T> rows_to_write(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
+  if (y.empty() || !is_whole(y, block, copy)) return copy;
+  return {y.row(block.first, head), y.stride[0]};
+}
+// Afterwards: what was written to the copy moves to where it belongs.
+template <class T> void write_back(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
+  if (y.empty() || is_whole(y, block, copy)) return;
+  for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
+}
+
+// Numbers of the groups of a block, one in each lane.
+template <class T> struct alignas(cpu::vector_bytes) PerGroup {
+  T group[block_groups];
+
+  HYBRIDATTN_INLINE T operator[](Index g) const { return group[g]; }
+  HYBRIDATTN_INLINE Vec<T> get(int g) const { return load(group + g); }
+  HYBRIDATTN_INLINE void put(int g, Vec<T> x) { store(group + g, x); }
+};
+// f(g) for g .. g + lanes - 1 at a time.
+template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
+  for (int g = 0; g < block_groups; g += lanes<T>) f(g);
+}
+
+// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i. Sixteen in all.
+inline constexpr int pairs = 16;
+constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
+constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
+
+// The gates of a block. Padding neither forgets nor learns: decay 1, beta 0.
+template <class T> struct Gates {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
+  PerGroup<T> until[group_tokens];      // [i] exp(g_0 + ... + g_i)
+  PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
+};
+
+// log 2 = high + low. The product of high with a whole number below 2^11 has no rounding.
+template <class T> struct LogTwo;
+template <> struct LogTwo<float> {
+  static constexpr float high = 0x1.62ep-1f, low = 0x1.0bfbe8p-15f;
+};
+template <> struct LogTwo<double> {
+  static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
+};
+
+// exp(g), and 0 where it is no normal number. Of g log2(e) alone the rounding would be |g| times that of the result.
+template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
+  using E = cpu::detail::Exp2<T>;
+  Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
+  Vec<T> const rest = (g - whole * LogTwo<T>::high) - whole * LogTwo<T>::low;
+  Vec<T> const decay = cpu::exp2<T>(whole) * cpu::exp2<T>(rest * cpu::log2_e<T>);
+  Vec<T> const in_range = cpu::select<T>(exponent < E::least, Vec<T>{}, decay);
+  Vec<T> const any = cpu::select<T>(exponent > -E::least, cpu::broadcast(std::numeric_limits<T>::infinity()), in_range);
+  return cpu::select<T>(g == g, any, g);
+}
+
+template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens], Gates<T>& gates) {
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> until = cpu::broadcast<T>(1), after = until;
+    gates.after[group_tokens].put(g, after);
+    for (int i = 0; i < group_tokens; ++i) {
+      gates.until[i].put(g, until *= decay[i].get(g));
+      gates.after[group_tokens - 1 - i].put(g, after *= decay[group_tokens - 1 - i].get(g));
+      Vec<T> between = cpu::broadcast<T>(1);
+      for (int j = i; j >= 0; --j) {
+        gates.between[upto(i, j)].put(g, between);
+        if (j < i) gates.between[below(i, j)].put(g, between);
+        between *= decay[j].get(g);
+      }
+    }
+  });
+}
+template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, TokenBlock block, Index h, Gates<T>& gates) {
+  PerGroup<T> decay[group_tokens];
+  for (Index n = 0; n < block_tokens; ++n) {
+    bool const is_token = n < block.tokens;
+    decay[n % group_tokens].group[n / group_tokens] = is_token ? g(block.first + n, h) : T(0);
+    gates.beta[n % group_tokens].group[n / group_tokens] = is_token ? beta(block.first + n, h) : T(0);
+  }
+  for (auto& of_token : decay)
+    for_groups<T>([&](int first) HYBRIDATTN_INLINE_LAMBDA { of_token.put(first, decay_of<T>(of_token.get(first))); });
+  multiply_decays(decay, gates);
+}
+
+// A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
+// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
+// When the carry leaves its range it is folded back.
+template <class T> struct Carry {
+  static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
+
+  PerGroup<T> before;   // the carry when the group comes
+  PerGroup<T> inverse;  // 1 / the carry after the group
+  PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
+
+  // `decay` of the whole group; the carry is taken from group to group in the order of the sweep.
+  HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
+    before.group[g] = carry;
+    carry *= decay;
+    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
+    fold.group[g] = in_range ? T(1) : carry / start;
+    carry = in_range ? carry : start;
+    inverse.group[g] = 1 / carry;
+    return carry;
+  }
+};
+
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
+// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
+template <class T> inline constexpr T dot_share = T(0x1p-8);
+template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
+                                                     T* dots) {
+  Vec<T> sum[pairs] = {};
+  for (Index d = 0; d < width; d += lanes<T>) {
+    Vec<T> x[group_tokens];
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < group_tokens; ++j) x[j] = dot_share<T> * load(c[j] + d);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < i; ++j) sum[below(i, j)] += y * x[j];
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) sum[upto(i, j)] += z * x[j];
+    }
+  }
+  cpu::sum_each<pairs>(sum, dots);
+}
+// Sixteen numbers of each group, one group in each lane.
+template <class T> using GroupDots = T[block_groups][pairs];
+template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
+  for (int p = 0; p < pairs; p += lanes<T>)
+    for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+}
+template <class T>
+void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width, Index groups,
+               PerGroup<T> (&products)[pairs]) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+  to_lanes<T>(dots, products);
+}
+
+// k_i . k_j and scale q_i . k_j, with the decay between.
+template <class T>
+void key_pairs(Gates<T> const& gates, TokenRows<T const> q, TokenRows<T const> k, Index K, Index groups, T scale,
+               PerGroup<T> (&pair)[pairs]) {
+  pair_dots(k, q, k, K, groups, pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int p = 0; p < pairs; ++p)
+      pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) / dot_share<T> * gates.between[p].get(g) * pair[p].get(g));
+  });
+}
+
+// dots[i] = a_i . b_i
+template <class T> HYBRIDATTN_INLINE void token_dots(TokenRows<T const> a, TokenRows<T const> b, Index width, T* dots) {
+  Vec<T> sum[group_tokens] = {};
+  for (Index d = 0; d < width; d += lanes<T>) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) sum[i] += load(a[i] + d) * load(b[i] + d);
+  }
+  cpu::sum_each<group_tokens>(sum, dots);
+}
+
+// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
+// Carry::start * stored.
+template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
+  std::fill_n(state, rows * columns, T(0));
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); v += panel_width<T>)
+      std::transform(states.row(i, h, k) + v, states.row(i, h, k) + std::min<Index>(v + panel_width<T>, states.extent(3)),
+                     state + v * rows + k * panel_width<T>, [](T x) { return x / Carry<T>::start; });
+}
+template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k) {
+    T* const row = states.row(i, h, k);
+    for (Index v = 0; v < states.extent(3); ++v)
+      row[v] = carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>];
+  }
+}
+
+// <states, carry * state>, summed in double.
+template <class T> double dot_state(View<T const, 4> states, Index i, Index h, Index rows, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) *
+             static_cast<double>(carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>]);
+  return sum;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_decay.hpp
+// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads; what a pair gives to d_g_t,
+// j < t <= l, passes the decay of token t. For token i of a group these are
+//   pairs inside the group, j < i <= l                         reads by tokens l >= i of the S before the group
+//   writes of tokens j < i that the X after the group reads    what passes the whole group, from S before to X after
+// No pair j = l takes part: it knows no decay, and at strong decays would be all of the rounding. What passes the whole group
+// follows from <S, X> after it less its writes, from the last group to the first, so that no token sees an earlier one's d_o.
+// That difference is nothing but rounding where the group's decay is below rounding: there it counts as 0. Its rounding does not
+// fade as the products do; so once a block, what passes a group is formed afresh from S and X.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// Of one block of one head.
+template <class T> struct DecayPaths {
+  PerGroup<T> through[group_tokens];   // what passes the decay of token i, but for what passes the whole group
+  PerGroup<T> reads, writes;           // by the group of the S before it; of the group for the X after it
+  PerGroup<T> decay;                   // of the whole group
+  Index fresh;                         // the group that what passes it is formed afresh for
+  T* gradient;                         // X after that group is carry * gradient [K, V], in panels
+  T carry;
+  double passes;                       // decay <S before that group, X after it>
+};
+
+// Where to form afresh, from the last group to the first: once the decay since the last time is below 2^-10, or else at the
+// first group. `since` is carried from block to block.
+template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& since) {
+  Index fresh = groups - 1;
+  while (fresh > 0 && (since *= decay[fresh]) >= T(0x1p-10)) --fresh;
+  since = 1;
+  for (Index g = 0; g < fresh; ++g) since *= decay[g];
+  return fresh;
+}
+
+// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are dot_share times w_l . e_j
+// and d_o_l . e_j.
+template <class T>
+void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
+                  DecayPaths<T>& paths) {
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> through[group_tokens] = {};
+    for (int l = 1; l < group_tokens; ++l)
+      for (int j = 0; j < l; ++j) {
+        Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
+        Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
+        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) / dot_share<T> * (read - erased);
+      }
+    for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
+  });
+}
+
+// Reads and writes of all groups. `crossing` [groups, 8, panel] holds, for each lane of the columns, what tokens read of the S
+// before their group, then k . stored X e; `write` leads from the latter to what the token writes.
+inline constexpr int crossing_rows = 2 * group_tokens;
+template <class T>
+void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) {
+    Vec<T> sum[crossing_rows];
+    for (int i = 0; i < crossing_rows; ++i) sum[i] = load(crossing + (g * crossing_rows + i) * panel_width<T>);
+    cpu::sum_each<crossing_rows>(sum, dots[g]);
+  }
+  PerGroup<T> sums[pairs];
+  to_lanes<T>(dots, sums);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> reads{}, writes{}, by_later[group_tokens];
+    for (int i = group_tokens - 1; i >= 0; --i) by_later[i] = reads += sums[i].get(g);
+    for (int i = 0; i < group_tokens; ++i) {
+      paths.through[i].put(g, paths.through[i].get(g) + by_later[i] + writes);
+      writes += write[i].get(g) * sums[group_tokens + i].get(g);
+    }
+    paths.reads.put(g, reads);
+    paths.writes.put(g, writes);
+  });
+}
+
+// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
+// by square: sums of few terms round less.
+template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
+  Vec<T> sum{};
+  for (Index v = 0; v < V; v += panel_width<T>) {
+    alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
+    cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
+    Vec<T> square{};
+    HYBRIDATTN_UNROLL
+    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    sum += square;
+  }
+  return sum;
+}
+
+// The blocks of one head of one sequence.
+template <class T> class DecayGradients {
+ public:
+  // `paths(b)`: of block b. before, after: <S_0, X_0> (a function, for the odd case that needs it) and <S_T, X_T>.
+  template <class Paths, class Before>
+  static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
+    for (Index b = count_blocks(sequence); b-- > 0;) {
+      TokenBlock const block = block_of(sequence, b);
+      DecayPaths<T> const& own = paths(b);
+      for (Index g = block.groups(); g-- > 0;) {
+        double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));
+        if (!std::isfinite(passes)) passes = from_the_front(paths, before, b, g);
+        for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+          d_g(block.first + g * group_tokens + i, h) = own.through[i][g] + static_cast<T>(passes);
+        after = passes + number(own.reads[g]);
+      }
+    }
+  }
+
+ private:
+  static double number(T x) { return static_cast<double>(x); }
+  static double passing(DecayPaths<T> const& paths, Index g, double difference) {
+    return paths.decay[g] <= std::numeric_limits<T>::epsilon() / 2 ? 0 : difference;
+  }
+  // What passes group g of block b, by <S, X> before each group less its reads: a NaN or infinite value of a token is none of an
+  // earlier token's business.
+  template <class Paths, class Before> static double from_the_front(Paths paths, Before before, Index last_block, Index last) {
+    Index b = last_block, g = last;
+    auto const is_fresh = [&] { return g == paths(b).fresh; };
+    while (!is_fresh() && (b > 0 || g > 0)) g > 0 ? --g : (g = block_groups - 1, --b);
+    double passes = is_fresh() ? paths(b).passes : passing(paths(b), g, before() - number(paths(b).reads[g]));
+    while (b < last_block || g < last) {
+      double const after = passes + number(paths(b).writes[g]);
+      if (++g == block_groups) g = 0, ++b;
+      passes = passing(paths(b), g, after - number(paths(b).reads[g]));
+    }
+    return passes;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_forward.hpp
+// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens understood,
+//   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
+// so a group needs eight products with S, a 4x4 triangle is solved, and four updates enter S. One pass over S adds a group
+// and forms the products of the next: 12 multiply-adds for each element loaded and stored.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// What the tokens of a group have to do with each other and with the state; S = carry * stored.
+template <class T> struct ForwardTerms {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> forget[group_tokens];  // from the stored state to token i
+  PerGroup<T> read[group_tokens];    // scale forget
+  PerGroup<T> keep[group_tokens];    // from token i to the stored state after the group
+  PerGroup<T> pair[pairs];           // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
+  Carry<T> carry;
+};
+// The rows of a block, and where its results go. `error` has no data when nobody will run backward.
+template <class T> struct ForwardRows {
+  Index groups, K, V;
+  TokenRows<T const> q, k, v;
+  TokenRows<T> o, error;
+};
+// The part of a state and of all rows that one pass handles.
+template <class T> struct ForwardPanel {
+  T* state;     // [K, panel]
+  T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
+  T* updates;   // [4, panel] keep delta of the group to be added
+};
+
+// Returns the carry after the block.
+template <class T>
+T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T carry, ForwardTerms<T>& terms) {
+  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
+      terms.beta[i].put(g, gates.beta[i].get(g));
+      terms.forget[i].put(g, forget);
+      terms.read[i].put(g, scale * forget);
+      terms.keep[i].put(g, gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
+    }
+  });
+  return carry;
+}
+
+// The products of a block's first group.
+template <class T> void multiply(ForwardPanel<T> panel, Index K, TokenRows<T const> k, TokenRows<T const> q) {
+  Vec<T> products[2 * group_tokens] = {};
+  for (Index r = 0; r < K; ++r) {
+    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      products[i] += k[i][r] * s;
+      products[group_tokens + i] += q[i][r] * s;
+    }
+  }
+  for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+}
+
+// (2) and (4) for one group.
+template <class T>
+HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, TokenRows<T const> v, TokenRows<T> error, TokenRows<T> o,
+                             ForwardPanel<T> panel) {
+  Vec<T> delta[group_tokens];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> e = load(v[i]) - terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
+    if (error.data != nullptr) store(error[i], e);
+    delta[i] = terms.beta[i][g] * e;
+    store(panel.updates + i * panel_width<T>, terms.keep[i][g] * delta[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
+    store(o[i], y);
+  }
+}
+
+// (3) for one group, and the products of the next when `multiplies`.
+template <bool folds, bool multiplies, class T>
+HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> k,
+                            [[maybe_unused]] TokenRows<T const> next_k, [[maybe_unused]] TokenRows<T const> next_q) {
+  Vec<T> update[group_tokens], products[2 * group_tokens] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (Index r = 0; r < K; ++r) {
+    T* const row = panel.state + r * panel_width<T>;
+    Vec<T> s = load(row);
+    if constexpr (folds) s *= fold;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) s += k[i][r] * update[i];
+    store(row, s);
+    if constexpr (multiplies) {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        products[i] += next_k[i][r] * s;
+        products[group_tokens + i] += next_q[i][r] * s;
+      }
+    }
+  }
+  if constexpr (multiplies) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  }
+}
+template <class T>
+HYBRIDATTN_INLINE void add_group(ForwardPanel<T> panel, ForwardRows<T> const& rows, Index g, T fold) {
+  TokenRows<T const> const k = rows.k.group(g), next_k = rows.k.group(g + 1), next_q = rows.q.group(g + 1);
+  if (g + 1 == rows.groups) pass<true, false>(panel, rows.K, fold, k, next_k, next_q);
+  else if (fold == 1) pass<false, true>(panel, rows.K, fold, k, next_k, next_q);
+  else pass<true, true>(panel, rows.K, fold, k, next_k, next_q);
+}
+
+// One block of one head: `panels_in_turn` panels at a time, through all its groups.
+template <class T>
+void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* state, T* panel_memory) {
+  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
+    ForwardPanel<T> turn[panels_in_turn];
+    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
+    for (Index p = 0; p < count; ++p) {
+      T* const own = panel_memory + p * panel_rows * panel_width<T>;
+      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + 2 * group_tokens * panel_width<T>};
+      multiply(turn[p], rows.K, rows.k, rows.q);
+    }
+    for (Index g = 0; g < rows.groups; ++g)
+      for (Index p = 0; p < count; ++p) {
+        Index const column = first + p * panel_width<T>;
+        TokenRows<T> const error = rows.error.data == nullptr ? rows.error : rows.error.group(g).columns(column);
+        solve(terms, g, rows.v.group(g).columns(column), error, rows.o.group(g).columns(column), turn[p]);
+        add_group(turn[p], rows, g, terms.carry.fold[g]);
+      }
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_reverse.hpp
+// The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
+// With X the gradient of the state after a group and decays between tokens understood,
+//   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
+// As in forward, one pass over X adds a group and forms the products of the next one: 12 multiply-adds for each element
+// loaded and stored. Besides d_v and d_beta the sweep leaves X e_i and the dots of each group.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// The rows of a block. d_v holds w until the block's reverse sweep is finished.
+template <class T> struct BackwardRows {
+  Index groups, K, V;
+  TokenRows<T const> q, k, error, d_o;
+  TokenRows<T> d_v;
+};
+// What the reverse sweep needs to know about the groups of a block; X = carry * stored.
+template <class T> struct ReverseTerms {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> forget[group_tokens];      // from the stored X after the group to token i
+  PerGroup<T> keep_query[group_tokens];  // scale * keep, keep: from token i to the stored X before the group
+  PerGroup<T> keep_key[group_tokens];    // -beta keep
+  PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
+  Carry<T> carry;
+};
+// What it hands to the forward sweep, besides X e, and what both leave for d_g.
+template <class T> struct Handover {
+  PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
+  PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
+  DecayPaths<T> paths;
+};
+template <class T> struct ReversePanel {
+  T* state;     // [K, panel] X
+  T* products;  // [4, panel] stored^T k of the group to be solved
+  T* updates;   // [8, panel] keep_query d_o, then keep_key w of the group to be added
+};
+
+// Returns the carry before the block.
+template <class T>
+T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T carry, ReverseTerms<T>& terms) {
+  for (Index g = block_groups; g-- > 0;) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const keep = gates.until[i].get(g) * terms.carry.inverse.get(g), beta = gates.beta[i].get(g);
+      terms.beta[i].put(g, beta);
+      terms.forget[i].put(g, terms.carry.before.get(g) * gates.after[i + 1].get(g));
+      terms.keep_query[i].put(g, scale * keep);
+      terms.keep_key[i].put(g, -beta * keep);
+    }
+  });
+  return carry;
+}
+
+// The products of a block's last group.
+template <class T> void multiply(ReversePanel<T> panel, Index K, TokenRows<T const> k) {
+  Vec<T> products[group_tokens] = {};
+  for (Index r = 0; r < K; ++r) {
+    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) products[i] += k[i][r] * s;
+  }
+  for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+}
+
+// w of one group, from its last token to its first.
+template <class T>
+HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T const> d_o, TokenRows<T> w, ReversePanel<T> panel) {
+  Vec<T> d_v[group_tokens], up[group_tokens];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    up[i] = load(d_o[i]);
+    store(panel.updates + i * panel_width<T>, terms.keep_query[i][g] * up[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = group_tokens - 1; i >= 0; --i) {
+    Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+    HYBRIDATTN_UNROLL
+    for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
+    store(w[i], y);
+    d_v[i] = terms.beta[i][g] * y;
+    store(panel.updates + (group_tokens + i) * panel_width<T>, terms.keep_key[i][g] * y);
+  }
+}
+
+// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
+// chains of four, not one of eight: the serial chain would be what the pass waits for.
+template <bool folds, bool multiplies, class T>
+HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
+                            [[maybe_unused]] TokenRows<T const> next_k) {
+  Vec<T> update[2 * group_tokens], products[group_tokens] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (Index r = 0; r < K; ++r) {
+    T* const row = panel.state + r * panel_width<T>;
+    Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
+    if constexpr (folds) s *= fold;
+    s += q[0][r] * update[0];
+    HYBRIDATTN_UNROLL
+    for (int i = 1; i < group_tokens; ++i) {
+      s += q[i][r] * update[i];
+      by_keys += k[i][r] * update[group_tokens + i];
+    }
+    s += by_keys;
+    store(row, s);
+    if constexpr (multiplies) {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) products[i] += next_k[i][r] * s;
+    }
+  }
+  if constexpr (multiplies) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  }
+}
+template <class T>
+HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& rows, Index g, T fold) {
+  TokenRows<T const> const q = rows.q.group(g), k = rows.k.group(g), next_k = g == 0 ? k : rows.k.group(g - 1);
+  if (g == 0) pass<true, false>(panel, rows.K, fold, q, k, next_k);
+  else if (fold == 1) pass<false, true>(panel, rows.K, fold, q, k, next_k);
+  else pass<true, true>(panel, rows.K, fold, q, k, next_k);
+}
+
+// X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
+// they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
+template <class T>
+HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, TokenRows<T const> error, bool first, T* to) {
+  for (Index r = 0; r < K; r += group_tokens) {
+    Vec<T> sum[pairs] = {};
+    for (Index p = 0; p < count; ++p) {
+      T const* const state = panels[p].state + r * panel_width<T>;
+      Vec<T> s[group_tokens];
+      HYBRIDATTN_UNROLL
+      for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        Vec<T> const e = load(error[i] + p * panel_width<T>);
+        HYBRIDATTN_UNROLL
+        for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
+      }
+    }
+    alignas(cpu::vector_bytes) T sums[pairs];
+    cpu::sum_each<pairs>(sum, sums);
+    T* const tile = to + r * group_tokens;
+    for (int p = 0; p < pairs; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
+  }
+}
+
+// One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
+template <class T>
+void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
+                   DecayPaths<T> const& paths) {
+  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
+    ReversePanel<T> turn[panels_in_turn];
+    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
+    for (Index p = 0; p < count; ++p) {
+      T* const own = panel_memory + p * panel_rows * panel_width<T>;
+      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + group_tokens * panel_width<T>};
+      multiply(turn[p], rows.K, rows.k.group(rows.groups - 1));
+    }
+    for (Index g = rows.groups; g-- > 0;) {
+      times_error(turn, count, rows.K, rows.error.group(g).columns(first), first == 0, state_error + g * group_tokens * rows.K);
+      for (Index p = 0; p < count; ++p) {
+        Index const column = first + p * panel_width<T>;
+        if (g == paths.fresh) std::copy_n(turn[p].state, rows.K * panel_width<T>, paths.gradient + column * rows.K);
+        solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
+        add_group(turn[p], rows, g, terms.carry.fold[g]);
+      }
+    }
+  }
+}
+
+// With w complete: the dots of each group, d_beta by (5) and d_v.
+template <class T>
+void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, TokenBlock block, Index h,
+                    View<T, 2> d_beta, Handover<T>& handover) {
+  TokenRows<T const> const w = rows.d_v;
+  pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
+  paths_inside(terms.beta, terms.pair, handover.pair, handover.paths);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
+      for (int j = 0; j <= i; ++j) {
+        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g) / dot_share<T>;
+        handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
+        if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
+      }
+    }
+  });
+  for (Index g = 0; g < rows.groups; ++g) {
+    T with_error[group_tokens];
+    token_dots(w.group(g), rows.error.group(g), rows.V, with_error);
+    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+      d_beta(block.first + g * group_tokens + i, h) = with_error[i];
+    for (Index i = 0; i < group_tokens; ++i) {
+      T* const row = rows.d_v.group(g)[i];
+      for (Index d = 0; d < rows.V; d += lanes<T>) store(row + d, terms.beta[i][g] * load(row + d));
+    }
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_rebuild.hpp
+// The forward sweep of backward: S, rebuilt from the errors e that forward saved, for
+//   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
+//   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
+//         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
+// with S the state before a group of four, X the gradient of the state after it, and decays between tokens understood.
+// Nothing is left to solve. S is held as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// What the forward sweep needs; S = carry * stored.
+template <class T> struct RebuildTerms {
+  PerGroup<T> forget[group_tokens];  // from the stored S before the group to token i
+  PerGroup<T> read[group_tokens];    // scale forget
+  PerGroup<T> keep[group_tokens];    // beta times the decay from token i to the stored S after the group
+  Carry<T> carry;
+};
+// Returns the carry after the block.
+template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, RebuildTerms<T>& terms) {
+  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
+      terms.forget[i].put(g, forget);
+      terms.read[i].put(g, scale * forget);
+      terms.keep[i].put(g, gates.beta[i].get(g) * gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
+    }
+  });
+  return carry;
+}
+
+// products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
+template <bool folds, class T>
+HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, TokenRows<T const> k, TokenRows<T const> d_o,
+                               TokenRows<T const> d_v, TokenRows<T const> error, T* products) {
+  Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
+  for (Index r = 0; r < V; ++r) {
+    T* const row = state + r * panel_width<T>;
+    Vec<T> s = cpu::in_register<T>(load(row));
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      by_d_o[i] += d_o[i][r] * s;
+      by_d_v[i] += d_v[i][r] * s;
+    }
+    if constexpr (folds) s *= terms.carry.fold[g];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) s += error[i][r] * key[i];
+    store(row, s);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    store(products + i * panel_width<T>, by_d_o[i]);
+    store(products + (group_tokens + i) * panel_width<T>, by_d_v[i]);
+  }
+}
+
+// d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
+// each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
+template <class T>
+HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
+                               TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
+  Vec<T> key[group_tokens], query[group_tokens];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    key[i] = load(k[i]);
+    query[i] = load(q[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
+    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
+    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
+    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
+    store(reads, first ? read : load(reads) + read);
+    store(writes, first ? written : load(writes) + written);
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+    HYBRIDATTN_UNROLL
+    for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < group_tokens; ++j)
+      if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
+    store(d_q[i], y);
+    store(d_k[i], z);
+  }
+}
+
+// [K / 4][token][row of 4] to one row for each token.
+template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, TokenRows<T> to) {
+  for (Index r = 0; r < K; r += group_tokens)
+    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
+}
+
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
+template <class T>
+void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
+                   T* products, TokenRows<T> d_q, TokenRows<T> d_k, T* crossing) {
+  DecayPaths<T>& paths = handover.paths;
+  Vec<T> product{};
+  for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
+  for (Index column = 0; column < rows.K; column += panel_width<T>)
+    for (Index g = 0; g < rows.groups; ++g) {
+      TokenRows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
+      T* const panel = state + column * rows.V;
+      if (g == paths.fresh) product += panel_product(panel, paths.gradient, rows.K, rows.V, column);
+      if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
+      else rebuild<true>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
+      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column), column == 0,
+              crossing + g * crossing_rows * panel_width<T>);
+    }
+  auto const factor = [](T x) { return static_cast<double>(x); };
+  paths.passes =
+      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
+}
+
+// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
+template <class T>
+void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlock block, Index hk, bool first, View<T, 3> d_q,
+                    View<T, 3> d_k) {
+  for (Index n = 0; n < block.tokens; ++n) {
+    T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
+    cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {
+      d.put(to_q, first ? d.get(own_q[n]) : d.get(to_q) + d.get(own_q[n]));
+      d.put(to_k, first ? d.get(own_k[n]) : d.get(to_k) + d.get(own_k[n]));
+    });
+  }
+}
+
+// The state as S^T, panels of K: row k of column v at (k / panel) panel V + v panel + k % panel.
+template <class T> Index transposed_place(Index k, Index v, Index V) {
+  return k / panel_width<T> * panel_width<T> * V + v * panel_width<T> + k % panel_width<T>;
+}
+template <class T> void read_transposed(View<T const, 4> states, Index i, Index h, Index K, Index V, T* state) {
+  std::fill_n(state, K * V, T(0));
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v) / Carry<T>::start;
+}
+template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) * static_cast<double>(carry * state[transposed_place<T>(k, v, V)]);
+  return sum;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_step.hpp
+// Equations (1) to (4) for one token of each sequence, on states that stay where they are: decoding. The states are read
+// twice and written once, a few columns at a time, so that the second time they come from the first cache.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// One token of one head.
+template <class T> struct Token {
+  T const *q, *k, *v;
+  T decay, beta;
+  T scale, scaled_qk;  // scaled_qk = scale q . k
+  T *state, *o;
+  Index K, row;        // row k of the state starts at state + k row
+};
+
+// `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
+template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
+  auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
+  Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
+  for (Index a = 0; a < t.K; ++a) {
+    HYBRIDATTN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      Vec<T> const s = column(n).get(t.state + a * t.row);
+      with_k[n] += t.k[a] * s;
+      with_q[n] += t.q[a] * s;
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int n = 0; n < N; ++n) {
+    delta[n] = t.beta * (column(n).get(t.v) - t.decay * with_k[n]);                          // (2)
+    column(n).put(t.o, t.scale * t.decay * with_q[n] + t.scaled_qk * delta[n]);              // (4)
+  }
+  for (Index a = 0; a < t.K; ++a) {
+    HYBRIDATTN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      T* const row = t.state + a * t.row;
+      column(n).put(row, t.decay * column(n).get(row) + t.k[a] * delta[n]);                  // (1), (3)
+    }
+  }
+}
+template <class T> void step_head(Token<T> const& t, Index V) {
+  constexpr int wide = 4;
+  Index v = 0;
+  for (; v + wide * lanes<T> <= V; v += wide * lanes<T>) step_columns<wide>(t, cpu::Slot<T>{v, lanes<T>});
+  cpu::for_each_vector<T>(v, V, [&](cpu::Slot<T> slot) { step_columns<1>(t, slot); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/types.hpp
+// Options, sizes and tensors of Gated DeltaNet. The equations are those of gdn.hpp.
+#ifndef HYBRIDATTN_ATTENTION_GDN_TYPES_HPP
+#define HYBRIDATTN_ATTENTION_GDN_TYPES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -4831,69 +5839,267 @@ template <class S> struct Cache {
 
 inline Shape<4> state_shape(Config const& c, Sequences const& s) { return {s.count(), c.num_value_heads, c.key_dim, c.value_dim}; }
 
-// The steps around it in a layer: steps.hpp.
-template <GdnOptions O> struct Prepare;
-template <GdnOptions O> struct Finish;
+}  // namespace gdn
+
+template <GdnOptions O> struct GatedDeltaNet;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/gdn/cpu.hpp
+// The gated delta rule on the CPU: which heads run side by side, and the memory that a head needs.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gdn {
+namespace detail {
+
+// Memory of one thread in forward. K and V are rounded up to whole panels.
+template <class T> struct ForwardScratch {
+  Index K, V;
+  T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
+  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
+
+  static Index size(Index K, Index V) {
+    return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
+  }
+  ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
+    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
+    auto const take_rows = [&](Index width) { return TokenRows<T>{take(block_tokens * width), width}; };
+    state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), v = take_rows(V), o = take_rows(V), error = take_rows(V);
+  }
+};
+
+template <class T>
+void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
+                  Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
+  Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
+  T carry = Carry<T>::start;
+  Gates<T> gates;
+  ForwardTerms<T> terms;
+  read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
+  for (Index b = 0; b < count_blocks(sequence); ++b) {
+    TokenBlock const block = block_of(sequence, b);
+    ForwardRows<T> rows{.groups = block.groups(),
+                        .K = K,
+                        .V = scratch.V,
+                        .q = rows_to_read(x.q, block, hk, scratch.q),
+                        .k = rows_to_read(x.k, block, hk, scratch.k),
+                        .v = rows_to_read(x.v, block, h, scratch.v),
+                        .o = rows_to_write(y.o, block, h, scratch.o),
+                        .error = {nullptr, 0}};
+    if (!saved.error.empty()) rows.error = rows_to_write(saved.error, block, h, scratch.error);
+    read_gates(x.g, x.beta, block, h, gates);
+    carry = forward_terms(gates, static_cast<T>(c.scale), rows, carry, terms);
+    forward_block(terms, rows, scratch.state, scratch.panels);
+    write_back(y.o, block, h, scratch.o);
+    write_back(saved.error, block, h, scratch.error);
+  }
+  write_state(scratch.state, carry, i, h, K, y.final_state);
+}
+
+// Memory of one thread in backward. K and V are rounded up to whole panels.
+template <class T> struct BackwardScratch {
+  Index K, V;
+  T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
+  T* panels;                         // the rows of the panels in turn
+  T* crossing;                       // of one block, for d_g
+  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
+  TokenRows<T> d_q, d_k;                  // one block of one value head
+  T* state_error;                    // X e of all tokens of a head
+  T* gradients;                      // an X of each block, for d_g
+  Handover<T>* handover;             // one for each block
+
+  static Index size(Index K, Index V, Index longest) {
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
+    return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+                                round_up(longest, group_tokens) * K);
+  }
+  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
+    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
+    auto const take_rows = [&](Index width) { return TokenRows<T>{take(block_tokens * width), width}; };
+    gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
+    crossing = take(block_groups * crossing_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
+    d_q = take_rows(K), d_k = take_rows(K);
+    state_error = take(round_up(longest, group_tokens) * K);
+    gradients = memory;
+  }
+};
+
+// One call of backward.
+template <class T> struct BackwardCall {
+  Config const& c;
+  Inputs<In<T>> x;
+  Saved<In<T>> saved;
+  Outputs<In<T>> d_y;
+  Inputs<Out<T>> d_x;
+
+  Index key_head(Index h) const { return h / (c.num_value_heads / c.num_heads); }
+  BackwardRows<T> rows(TokenBlock block, Index h, BackwardScratch<T> const& scratch) const {
+    Index const hk = key_head(h);
+    return {.groups = block.groups(),
+            .K = scratch.K,
+            .V = scratch.V,
+            .q = rows_to_read(x.q, block, hk, scratch.q),
+            .k = rows_to_read(x.k, block, hk, scratch.k),
+            .error = rows_to_read(saved.error, block, h, scratch.error),
+            .d_o = rows_to_read(d_y.o, block, h, scratch.d_o),
+            .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
+  }
+};
+
+// Returns <S_0, X_0>, as a function.
+template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
+  T const scale = static_cast<T>(call.c.scale);
+  T carry = Carry<T>::start, since_fresh = 1;
+  Gates<T> gates;
+  ReverseTerms<T> terms;
+  read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
+  for (Index b = count_blocks(sequence); b-- > 0;) {
+    TokenBlock const block = block_of(sequence, b);
+    BackwardRows<T> const rows = call.rows(block, h, scratch);
+    read_gates(call.x.g, call.x.beta, block, h, gates);
+    carry = reverse_terms(gates, scale, rows, carry, terms);
+    DecayPaths<T>& paths = scratch.handover[b].paths;
+    paths.decay = gates.after[0];
+    paths.fresh = fresh_group(paths.decay, rows.groups, since_fresh);
+    paths.gradient = scratch.gradients + b * scratch.K * scratch.V;
+    paths.carry = terms.carry.before[paths.fresh];
+    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K, paths);
+    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.beta, scratch.handover[b]);
+    write_back(call.d_x.v, block, h, scratch.d_v);
+  }
+  write_state(scratch.gradient, carry, i, h, scratch.K, call.d_x.initial_state);
+  return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
+}
+
+// Returns <S_T, d_final_state>.
+template <class T>
+double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
+  T carry = Carry<T>::start;
+  Gates<T> gates;
+  RebuildTerms<T> terms;
+  read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
+  for (Index b = 0; b < count_blocks(sequence); ++b) {
+    TokenBlock const block = block_of(sequence, b);
+    BackwardRows<T> const rows = call.rows(block, h, scratch);
+    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // as the reverse sweep left it
+    read_gates(call.x.g, call.x.beta, block, h, gates);
+    carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
+    rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
+                  scratch.d_q, scratch.d_k, scratch.crossing);
+    paths_across(scratch.crossing, rows.groups, scratch.handover[b].gradient, scratch.handover[b].paths);
+    finish_rebuild<T>(scratch.d_q, scratch.d_k, block, call.key_head(h), first, call.d_x.q, call.d_x.k);
+  }
+  return dot_transposed(call.d_y.final_state, i, h, scratch.V, scratch.state, carry);
+}
+
+}  // namespace detail
+
+// Heads are independent of each other.
+template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
+  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
+    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{scratch.row(thread), K, V});
+  });
+}
+
+// Key heads are independent of each other; the value heads of a key head add to its d_q and d_k one after the other.
+template <class T>
+void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>>, Saved<In<T>> saved, Outputs<In<T>> d_y,
+              Inputs<Out<T>> d_x) {
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
+  Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
+  Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
+  View<T, 2> const rows = out(memory);
+  View<detail::Handover<T>, 2> const blocks = out(handover);
+  detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
+  parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_heads, hk = task % c.num_heads;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    detail::BackwardScratch<T> const scratch{rows.row(thread), blocks.row(thread), K, V, longest};
+    for (Index h = hk * group; h < (hk + 1) * group; ++h) {
+      auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
+      double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
+      auto const paths = [&](Index b) -> detail::DecayPaths<T> const& { return scratch.handover[b].paths; };
+      detail::DecayGradients<T>::write(sequence, h, paths, before, after, d_x.g);
+    }
+  });
+}
+
+namespace detail {
+
+// Token n in head h, on a state [K, V] that it changes.
+template <class T> void step_token(Config const& c, Inputs<In<T>> const& x, Index n, Index h, View<T, 4> states, Index i, View<T, 3> o) {
+  Index const hk = h / (c.num_value_heads / c.num_heads);
+  T const *q = x.q.row(n, hk), *k = x.k.row(n, hk);
+  T const scale = static_cast<T>(c.scale), decay = decay_of<T>(cpu::broadcast(x.g(n, h)))[0];
+  T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
+  step_head<T>({q, k, x.v.row(n, h), decay, x.beta(n, h), scale, scale * qk, states.row(i, h, 0), o.row(n, h), c.key_dim, states.stride[2]},
+               c.value_dim);
+}
+
+}  // namespace detail
+
+// x holds one token for each of B sequences: q, k [B, H, K], v [B, HV, V], g, beta [B, HV]; x.initial_state is not used.
+// state [B, HV, K, V] is updated in place, o is [B, HV, V].
+template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
+  parallel_for(cpu, o.extent(0) * c.num_value_heads, [&](Index task, int) {
+    Index const b = task / c.num_value_heads, h = task % c.num_value_heads;
+    detail::step_token(c, x, b, h, state, b, o);
+  });
+}
+
+// One token is a step on the state where it stands, several are a forward from it to it.
+template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
+  check_fits(s, state.extent(0), std::numeric_limits<Index>::max());
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  bool const only_steps = s.longest() <= 1;
+  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, only_steps ? 0 : detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
+  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    if (sequence.length == 0) return;
+    if (sequence.length == 1) {
+      for (Index k = 0; sequence.past == 0 && k < c.key_dim; ++k) std::fill_n(state.row(i, h, k), c.value_dim, T(0));
+      return detail::step_token(c, x, sequence.start, h, state, i, o);
+    }
+    Inputs<In<T>> from = x;
+    from.initial_state = sequence.past == 0 ? View<T const, 4>{} : state;
+    detail::forward_head<T>(c, sequence, i, h, from, {.o = o, .final_state = state}, {}, {scratch.row(thread), K, V});
+  });
+}
 
 }  // namespace gdn
 
-template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
-  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of tokens, or 0 for no convolution");
-
-  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of taps, or 0 for no convolution");
-
-  static constexpr std::string_view name = "GDN";
-  static constexpr GdnOptions options = O;
-  using Config = gdn::Config;
-  template <class S> using Inputs = gdn::Inputs<S>;
-  template <class S> using Outputs = gdn::Outputs<S>;
-  template <class S> using Saved = gdn::Saved<S>;
-  template <class S> using Cache = gdn::Cache<S>;
-  using Prepare = gdn::Prepare<O>;
-  using Finish = gdn::Finish<O>;
-
-  static Config complete(Config c, Index model_dim, Index num_heads) {
-    check_numbers(c);
-    if (c.num_heads == 0) c.num_heads = num_heads;
-    if (c.num_value_heads == 0) c.num_value_heads = c.num_heads;
-    c.key_dim = default_head_dim(c.key_dim, model_dim, c.num_heads);
-    if (c.value_dim == 0) c.value_dim = c.key_dim;
-    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.key_dim));
-    check_groups("GatedDeltaNet", c.num_value_heads, c.num_heads);
-    return c;
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
+                      gdn::Saved<Out<T>> saved) {
+    gdn::forward(cpu, c, s, x, y, saved);
   }
-  // States stand in no batch of training: inputs() and outputs() leave them out, gdn::state_shape says how large they are.
-  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
-    Shape<3> const keys{s.tokens(), c.num_heads, c.key_dim};
-    Shape<2> const gates{s.tokens(), c.num_value_heads};
-    return {.q = keys, .k = keys, .v = {s.tokens(), c.num_value_heads, c.value_dim}, .g = gates, .beta = gates, .initial_state = {}};
+  template <class T>
+  static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
   }
-  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
-    return {.o = {s.tokens(), c.num_value_heads, c.value_dim}, .final_state = {}};
-  }
-  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
-  static Cache<Shapes> cache(Config const& c, Index batch, Index) {
-    Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
-    Shape<3> const keys{batch, rows, size_product(c.num_heads, c.key_dim)};
-    return {.conv_q = keys,
-            .conv_k = keys,
-            .conv_v = {batch, rows, size_product(c.num_value_heads, c.value_dim)},
-            .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
-  }
-
- private:
-  static void check_numbers(Config const& c) {
-    check_size("GatedDeltaNet", "num_heads", c.num_heads);
-    check_size("GatedDeltaNet", "num_value_heads", c.num_value_heads);
-    check_size("GatedDeltaNet", "key_dim", c.key_dim);
-    check_size("GatedDeltaNet", "value_dim", c.value_dim);
-    check_number("GatedDeltaNet", "scale", c.scale);
-    check_positive("GatedDeltaNet", "norm_eps", c.norm_eps);
+  template <class T>
+  static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
+                     gdn::Outputs<Out<T>> y) {
+    gdn::extend(cpu, c, s, x, cache.state, y.o);
   }
 };
-using GDN = GatedDeltaNet<>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
 
 // ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
 // Short depthwise causal convolution, one filter a channel, silu after it:
@@ -5311,1202 +6517,81 @@ template <GdnOptions O> struct Finish {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
 #endif
 
-// ==== hybridattn/attention/gdn/cpu_groups.hpp
-// What the sweeps over the tokens of a head share. Tokens go in groups of four: one pass over a state takes in four of them
-// and is as long as four, but loads and stores the state once. Groups are counted from the start of the sequence and the
-// last one is padded with zeros, so what a token gets does not depend on how many follow. Sixteen groups are a block: the
-// small terms of its groups are made together, one group in each lane.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
+// ==== hybridattn/attention/gdn/gdn.hpp
+// Gated DeltaNet (arXiv 2412.06464): a linear attention whose state forgets, then corrects itself.
+// For each value head, S is [K, V] and S_0 = initial_state, or zero:
+//   (1) S~_t = exp(g_t) S_{t-1}                        forget before error
+//   (2) e_t = v_t - S~_t^T k_t                         delta_t = beta_t e_t
+//   (3) S_t = S~_t + k_t delta_t^T
+//   (4) o_t = scale S_t^T q_t                          the updated state; final_state = S_T
+// Backward, with X_t the gradient of S_t, from the last token to the first:
+//   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
+//   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
+//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    what passes through the decay of token t, and nothing else
+//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is the same on paper alone:
+//       its terms do not fade with the decay that their sum fades with)
+// Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
+// underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
+#ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
+#define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 
-namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
-using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
+template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
+  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of tokens, or 0 for no convolution");
 
-inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
+  static constexpr std::string_view name = "GDN";
+  static constexpr GdnOptions options = O;
+  using Config = gdn::Config;
+  template <class S> using Inputs = gdn::Inputs<S>;
+  template <class S> using Outputs = gdn::Outputs<S>;
+  template <class S> using Saved = gdn::Saved<S>;
+  template <class S> using Cache = gdn::Cache<S>;
+  using Prepare = gdn::Prepare<O>;
+  using Finish = gdn::Finish<O>;
 
-// Columns of a state that one pass handles: one vector, whose 13 accumulators and factors stay in registers.
-template <class T> inline constexpr int panel_width = lanes<T>;
-// Panels in turn: the short, serial work between two passes over one panel runs under the passes over the others. A panel has
-// twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
-inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
-// K and V in whole panels and whole groups of rows.
-template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
-
-// Consecutive tokens of one sequence, at most block_tokens.
-struct Block {
-  Index first;   // in the batch
-  Index tokens;
-
-  Index groups() const { return ceil_div(tokens, group_tokens); }
-};
-inline Index count_blocks(Sequence s) { return ceil_div(s.length, block_tokens); }
-inline Block block_of(Sequence s, Index b) {
-  return {s.start + b * block_tokens, std::min<Index>(block_tokens, s.length - b * block_tokens)};
-}
-
-// Rows of one head, one for each token.
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  HYBRIDATTN_INLINE operator Rows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
-  HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
-  HYBRIDATTN_INLINE Rows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
-  HYBRIDATTN_INLINE Rows columns(Index first) const { return {data + first, stride}; }
-};
-
-// Kernels want whole groups of rows and whole panels of columns. Rows that are that already are used where they stand,
-// others through a copy, padded with zeros.
-template <class T> bool is_whole(View<T, 3> x, Block block, Rows<std::remove_const_t<T>> copy) {
-  return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
-}
-template <class T> Rows<T const> rows_to_read(View<T const, 3> x, Block block, Index head, Rows<T> copy) {
-  if (is_whole(x, block, copy)) return {x.row(block.first, head), x.stride[0]};
-  for (Index n = 0; n < block.groups() * group_tokens; ++n) {
-    Index const columns = n < block.tokens ? x.extent(2) : 0;
-    if (columns > 0) std::copy_n(x.row(block.first + n, head), columns, copy[n]);
-    std::fill_n(copy[n] + columns, copy.stride - columns, T(0));
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_value_heads == 0) c.num_value_heads = c.num_heads;
+    c.key_dim = default_head_dim(c.key_dim, model_dim, c.num_heads);
+    if (c.value_dim == 0) c.value_dim = c.key_dim;
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.key_dim));
+    check_groups("GatedDeltaNet", c.num_value_heads, c.num_heads);
+    return c;
   }
-  return {copy.data, copy.stride};
-}
-template <class T> Rows<T> rows_to_write(View<T, 3> y, Block block, Index head, Rows<T> copy) {
-  if (y.empty() || !is_whole(y, block, copy)) return copy;
-  return {y.row(block.first, head), y.stride[0]};
-}
-// Afterwards: what was written to the copy moves to where it belongs.
-template <class T> void write_back(View<T, 3> y, Block block, Index head, Rows<T> copy) {
-  if (y.empty() || is_whole(y, block, copy)) return;
-  for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
-}
-
-// Numbers of the groups of a block, one in each lane.
-template <class T> struct alignas(cpu::vector_bytes) PerGroup {
-  T group[block_groups];
-
-  HYBRIDATTN_INLINE T operator[](Index g) const { return group[g]; }
-  HYBRIDATTN_INLINE Vec<T> get(int g) const { return load(group + g); }
-  HYBRIDATTN_INLINE void put(int g, Vec<T> x) { store(group + g, x); }
-};
-// f(g) for g .. g + lanes - 1 at a time.
-template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
-  for (int g = 0; g < block_groups; g += lanes<T>) f(g);
-}
-
-// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i. Sixteen in all.
-inline constexpr int pairs = 16;
-constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
-constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
-
-// The gates of a block. Padding neither forgets nor learns: decay 1, beta 0.
-template <class T> struct Gates {
-  PerGroup<T> beta[group_tokens];
-  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
-  PerGroup<T> until[group_tokens];      // [i] exp(g_0 + ... + g_i)
-  PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
-};
-
-// log 2 = high + low. The product of high with a whole number below 2^11 has no rounding.
-template <class T> struct LogTwo;
-template <> struct LogTwo<float> {
-  static constexpr float high = 0x1.62ep-1f, low = 0x1.0bfbe8p-15f;
-};
-template <> struct LogTwo<double> {
-  static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
-};
-
-// exp(g), and 0 where it is no normal number. Of g log2(e) alone the rounding would be |g| times that of the result.
-template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
-  using E = cpu::detail::Exp2<T>;
-  Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
-  Vec<T> const rest = (g - whole * LogTwo<T>::high) - whole * LogTwo<T>::low;
-  Vec<T> const decay = cpu::exp2<T>(whole) * cpu::exp2<T>(rest * cpu::log2_e<T>);
-  Vec<T> const in_range = cpu::select<T>(exponent < E::least, Vec<T>{}, decay);
-  Vec<T> const any = cpu::select<T>(exponent > -E::least, cpu::broadcast(std::numeric_limits<T>::infinity()), in_range);
-  return cpu::select<T>(g == g, any, g);
-}
-
-template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens], Gates<T>& gates) {
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    Vec<T> until = cpu::broadcast<T>(1), after = until;
-    gates.after[group_tokens].put(g, after);
-    for (int i = 0; i < group_tokens; ++i) {
-      gates.until[i].put(g, until *= decay[i].get(g));
-      gates.after[group_tokens - 1 - i].put(g, after *= decay[group_tokens - 1 - i].get(g));
-      Vec<T> between = cpu::broadcast<T>(1);
-      for (int j = i; j >= 0; --j) {
-        gates.between[upto(i, j)].put(g, between);
-        if (j < i) gates.between[below(i, j)].put(g, between);
-        between *= decay[j].get(g);
-      }
-    }
-  });
-}
-template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, Block block, Index h, Gates<T>& gates) {
-  PerGroup<T> decay[group_tokens];
-  for (Index n = 0; n < block_tokens; ++n) {
-    bool const is_token = n < block.tokens;
-    decay[n % group_tokens].group[n / group_tokens] = is_token ? g(block.first + n, h) : T(0);
-    gates.beta[n % group_tokens].group[n / group_tokens] = is_token ? beta(block.first + n, h) : T(0);
+  // States stand in no batch of training: inputs() and outputs() leave them out, gdn::state_shape says how large they are.
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_heads, c.key_dim};
+    Shape<2> const gates{s.tokens(), c.num_value_heads};
+    return {.q = keys, .k = keys, .v = {s.tokens(), c.num_value_heads, c.value_dim}, .g = gates, .beta = gates, .initial_state = {}};
   }
-  for (auto& of_token : decay)
-    for_groups<T>([&](int first) HYBRIDATTN_INLINE_LAMBDA { of_token.put(first, decay_of<T>(of_token.get(first))); });
-  multiply_decays(decay, gates);
-}
-
-// A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
-// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
-// When the carry leaves its range it is folded back.
-template <class T> struct Carry {
-  static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
-
-  PerGroup<T> before;   // the carry when the group comes
-  PerGroup<T> inverse;  // 1 / the carry after the group
-  PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
-
-  // `decay` of the whole group; the carry is taken from group to group in the order of the sweep.
-  HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
-    before.group[g] = carry;
-    carry *= decay;
-    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
-    fold.group[g] = in_range ? T(1) : carry / start;
-    carry = in_range ? carry : start;
-    inverse.group[g] = 1 / carry;
-    return carry;
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
+    return {.o = {s.tokens(), c.num_value_heads, c.value_dim}, .final_state = {}};
   }
-};
-
-// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
-// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
-template <class T> inline constexpr T dot_share = T(0x1p-8);
-template <class T> HYBRIDATTN_INLINE void group_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, T* dots) {
-  Vec<T> sum[pairs] = {};
-  for (Index d = 0; d < width; d += lanes<T>) {
-    Vec<T> x[group_tokens];
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j) x[j] = dot_share<T> * load(c[j] + d);
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
-      HYBRIDATTN_UNROLL
-      for (int j = 0; j < i; ++j) sum[below(i, j)] += y * x[j];
-      HYBRIDATTN_UNROLL
-      for (int j = 0; j <= i; ++j) sum[upto(i, j)] += z * x[j];
-    }
-  }
-  cpu::sum_each<pairs>(sum, dots);
-}
-// Sixteen numbers of each group, one group in each lane.
-template <class T> using GroupDots = T[block_groups][pairs];
-template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
-  for (int p = 0; p < pairs; p += lanes<T>)
-    for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
-}
-template <class T>
-void pair_dots(Rows<T const> a, Rows<T const> b, Rows<T const> c, Index width, Index groups, PerGroup<T> (&products)[pairs]) {
-  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
-  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
-  to_lanes<T>(dots, products);
-}
-
-// k_i . k_j and scale q_i . k_j, with the decay between.
-template <class T>
-void key_pairs(Gates<T> const& gates, Rows<T const> q, Rows<T const> k, Index K, Index groups, T scale, PerGroup<T> (&pair)[pairs]) {
-  pair_dots(k, q, k, K, groups, pair);
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int p = 0; p < pairs; ++p)
-      pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) / dot_share<T> * gates.between[p].get(g) * pair[p].get(g));
-  });
-}
-
-// dots[i] = a_i . b_i
-template <class T> HYBRIDATTN_INLINE void token_dots(Rows<T const> a, Rows<T const> b, Index width, T* dots) {
-  Vec<T> sum[group_tokens] = {};
-  for (Index d = 0; d < width; d += lanes<T>) {
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) sum[i] += load(a[i] + d) * load(b[i] + d);
-  }
-  cpu::sum_each<group_tokens>(sum, dots);
-}
-
-// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
-// Carry::start * stored.
-template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
-  std::fill_n(state, rows * columns, T(0));
-  if (states.empty()) return;
-  for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); v += panel_width<T>)
-      std::transform(states.row(i, h, k) + v, states.row(i, h, k) + std::min<Index>(v + panel_width<T>, states.extent(3)),
-                     state + v * rows + k * panel_width<T>, [](T x) { return x / Carry<T>::start; });
-}
-template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
-  if (states.empty()) return;
-  for (Index k = 0; k < states.extent(2); ++k) {
-    T* const row = states.row(i, h, k);
-    for (Index v = 0; v < states.extent(3); ++v)
-      row[v] = carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>];
-  }
-}
-
-// <states, carry * state>, summed in double.
-template <class T> double dot_state(View<T const, 4> states, Index i, Index h, Index rows, T const* state, T carry) {
-  double sum = 0;
-  if (states.empty()) return sum;
-  for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); ++v)
-      sum += static_cast<double>(states(i, h, k, v)) *
-             static_cast<double>(carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>]);
-  return sum;
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
-#endif
-
-// ==== hybridattn/attention/gdn/cpu_decay.hpp
-// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads; what a pair gives to d_g_t,
-// j < t <= l, passes the decay of token t. For token i of a group these are
-//   pairs inside the group, j < i <= l                         reads by tokens l >= i of the S before the group
-//   writes of tokens j < i that the X after the group reads    what passes the whole group, from S before to X after
-// No pair j = l takes part: it knows no decay, and at strong decays would be all of the rounding. What passes the whole group
-// follows from <S, X> after it less its writes, from the last group to the first, so that no token sees an earlier one's d_o.
-// That difference is nothing but rounding where the group's decay is below rounding: there it counts as 0. Its rounding does not
-// fade as the products do; so once a block, what passes a group is formed afresh from S and X.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
-
-// Of one block of one head.
-template <class T> struct DecayPaths {
-  PerGroup<T> through[group_tokens];   // what passes the decay of token i, but for what passes the whole group
-  PerGroup<T> reads, writes;           // by the group of the S before it; of the group for the X after it
-  PerGroup<T> decay;                   // of the whole group
-  Index fresh;                         // the group that what passes it is formed afresh for
-  T* gradient;                         // X after that group is carry * gradient [K, V], in panels
-  T carry;
-  double passes;                       // decay <S before that group, X after it>
-};
-
-// Where to form afresh, from the last group to the first: once the decay since the last time is below 2^-10, or else at the
-// first group. `since` is carried from block to block.
-template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& since) {
-  Index fresh = groups - 1;
-  while (fresh > 0 && (since *= decay[fresh]) >= T(0x1p-10)) --fresh;
-  since = 1;
-  for (Index g = 0; g < fresh; ++g) since *= decay[g];
-  return fresh;
-}
-
-// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are dot_share times w_l . e_j
-// and d_o_l . e_j.
-template <class T>
-void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
-                  DecayPaths<T>& paths) {
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    Vec<T> through[group_tokens] = {};
-    for (int l = 1; l < group_tokens; ++l)
-      for (int j = 0; j < l; ++j) {
-        Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
-        Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
-        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) / dot_share<T> * (read - erased);
-      }
-    for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
-  });
-}
-
-// Reads and writes of all groups. `crossing` [groups, 8, panel] holds, for each lane of the columns, what tokens read of the S
-// before their group, then k . stored X e; `write` leads from the latter to what the token writes.
-inline constexpr int crossing_rows = 2 * group_tokens;
-template <class T>
-void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
-  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
-  for (Index g = 0; g < groups; ++g) {
-    Vec<T> sum[crossing_rows];
-    for (int i = 0; i < crossing_rows; ++i) sum[i] = load(crossing + (g * crossing_rows + i) * panel_width<T>);
-    cpu::sum_each<crossing_rows>(sum, dots[g]);
-  }
-  PerGroup<T> sums[pairs];
-  to_lanes<T>(dots, sums);
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    Vec<T> reads{}, writes{}, by_later[group_tokens];
-    for (int i = group_tokens - 1; i >= 0; --i) by_later[i] = reads += sums[i].get(g);
-    for (int i = 0; i < group_tokens; ++i) {
-      paths.through[i].put(g, paths.through[i].get(g) + by_later[i] + writes);
-      writes += write[i].get(g) * sums[group_tokens + i].get(g);
-    }
-    paths.reads.put(g, reads);
-    paths.writes.put(g, writes);
-  });
-}
-
-// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
-// by square: sums of few terms round less.
-template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
-  Vec<T> sum{};
-  for (Index v = 0; v < V; v += panel_width<T>) {
-    alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
-    cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
-    Vec<T> square{};
-    HYBRIDATTN_UNROLL
-    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
-    sum += square;
-  }
-  return sum;
-}
-
-// The blocks of one head of one sequence.
-template <class T> class DecayGradients {
- public:
-  // `paths(b)`: of block b. before, after: <S_0, X_0> (a function, for the odd case that needs it) and <S_T, X_T>.
-  template <class Paths, class Before>
-  static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
-    for (Index b = count_blocks(sequence); b-- > 0;) {
-      Block const block = block_of(sequence, b);
-      DecayPaths<T> const& own = paths(b);
-      for (Index g = block.groups(); g-- > 0;) {
-        double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));
-        if (!std::isfinite(passes)) passes = from_the_front(paths, before, b, g);
-        for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
-          d_g(block.first + g * group_tokens + i, h) = own.through[i][g] + static_cast<T>(passes);
-        after = passes + number(own.reads[g]);
-      }
-    }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
+  static Cache<Shapes> cache(Config const& c, Index batch, Index) {
+    Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
+    Shape<3> const keys{batch, rows, size_product(c.num_heads, c.key_dim)};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {batch, rows, size_product(c.num_value_heads, c.value_dim)},
+            .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
   }
 
  private:
-  static double number(T x) { return static_cast<double>(x); }
-  static double passing(DecayPaths<T> const& paths, Index g, double difference) {
-    return paths.decay[g] <= std::numeric_limits<T>::epsilon() / 2 ? 0 : difference;
-  }
-  // What passes group g of block b, by <S, X> before each group less its reads: a NaN or infinite value of a token is none of an
-  // earlier token's business.
-  template <class Paths, class Before> static double from_the_front(Paths paths, Before before, Index last_block, Index last) {
-    Index b = last_block, g = last;
-    auto const is_fresh = [&] { return g == paths(b).fresh; };
-    while (!is_fresh() && (b > 0 || g > 0)) g > 0 ? --g : (g = block_groups - 1, --b);
-    double passes = is_fresh() ? paths(b).passes : passing(paths(b), g, before() - number(paths(b).reads[g]));
-    while (b < last_block || g < last) {
-      double const after = passes + number(paths(b).writes[g]);
-      if (++g == block_groups) g = 0, ++b;
-      passes = passing(paths(b), g, after - number(paths(b).reads[g]));
-    }
-    return passes;
+  static void check_numbers(Config const& c) {
+    check_size("GatedDeltaNet", "num_heads", c.num_heads);
+    check_size("GatedDeltaNet", "num_value_heads", c.num_value_heads);
+    check_size("GatedDeltaNet", "key_dim", c.key_dim);
+    check_size("GatedDeltaNet", "value_dim", c.value_dim);
+    check_number("GatedDeltaNet", "scale", c.scale);
+    check_positive("GatedDeltaNet", "norm_eps", c.norm_eps);
   }
 };
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
-#endif
-
-// ==== hybridattn/attention/gdn/cpu_forward.hpp
-// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens understood,
-//   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
-// so a group needs eight products with S, a 4x4 triangle is solved, and four updates enter S. One pass over S adds a group
-// and forms the products of the next: 12 multiply-adds for each element loaded and stored.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
-
-// What the tokens of a group have to do with each other and with the state; S = carry * stored.
-template <class T> struct ForwardTerms {
-  PerGroup<T> beta[group_tokens];
-  PerGroup<T> forget[group_tokens];  // from the stored state to token i
-  PerGroup<T> read[group_tokens];    // scale forget
-  PerGroup<T> keep[group_tokens];    // from token i to the stored state after the group
-  PerGroup<T> pair[pairs];           // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
-  Carry<T> carry;
-};
-// The rows of a block, and where its results go. `error` has no data when nobody will run backward.
-template <class T> struct ForwardRows {
-  Index groups, K, V;
-  Rows<T const> q, k, v;
-  Rows<T> o, error;
-};
-// The part of a state and of all rows that one pass handles.
-template <class T> struct ForwardPanel {
-  T* state;     // [K, panel]
-  T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
-  T* updates;   // [4, panel] keep delta of the group to be added
-};
-
-// Returns the carry after the block.
-template <class T>
-T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T carry, ForwardTerms<T>& terms) {
-  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
-  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
-      terms.beta[i].put(g, gates.beta[i].get(g));
-      terms.forget[i].put(g, forget);
-      terms.read[i].put(g, scale * forget);
-      terms.keep[i].put(g, gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
-    }
-  });
-  return carry;
-}
-
-// The products of a block's first group.
-template <class T> void multiply(ForwardPanel<T> panel, Index K, Rows<T const> k, Rows<T const> q) {
-  Vec<T> products[2 * group_tokens] = {};
-  for (Index r = 0; r < K; ++r) {
-    Vec<T> const s = load(panel.state + r * panel_width<T>);
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      products[i] += k[i][r] * s;
-      products[group_tokens + i] += q[i][r] * s;
-    }
-  }
-  for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
-}
-
-// (2) and (4) for one group.
-template <class T>
-HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, Rows<T const> v, Rows<T> error, Rows<T> o, ForwardPanel<T> panel) {
-  Vec<T> delta[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> e = load(v[i]) - terms.forget[i][g] * load(panel.products + i * panel_width<T>);
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
-    if (error.data != nullptr) store(error[i], e);
-    delta[i] = terms.beta[i][g] * e;
-    store(panel.updates + i * panel_width<T>, terms.keep[i][g] * delta[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T>);
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
-    store(o[i], y);
-  }
-}
-
-// (3) for one group, and the products of the next when `multiplies`.
-template <bool folds, bool multiplies, class T>
-HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> k, [[maybe_unused]] Rows<T const> next_k,
-                            [[maybe_unused]] Rows<T const> next_q) {
-  Vec<T> update[group_tokens], products[2 * group_tokens] = {};
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
-  for (Index r = 0; r < K; ++r) {
-    T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s = load(row);
-    if constexpr (folds) s *= fold;
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) s += k[i][r] * update[i];
-    store(row, s);
-    if constexpr (multiplies) {
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) {
-        products[i] += next_k[i][r] * s;
-        products[group_tokens + i] += next_q[i][r] * s;
-      }
-    }
-  }
-  if constexpr (multiplies) {
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
-  }
-}
-template <class T>
-HYBRIDATTN_INLINE void add_group(ForwardPanel<T> panel, ForwardRows<T> const& rows, Index g, T fold) {
-  Rows<T const> const k = rows.k.group(g), next_k = rows.k.group(g + 1), next_q = rows.q.group(g + 1);
-  if (g + 1 == rows.groups) pass<true, false>(panel, rows.K, fold, k, next_k, next_q);
-  else if (fold == 1) pass<false, true>(panel, rows.K, fold, k, next_k, next_q);
-  else pass<true, true>(panel, rows.K, fold, k, next_k, next_q);
-}
-
-// One block of one head: `panels_in_turn` panels at a time, through all its groups.
-template <class T>
-void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* state, T* panel_memory) {
-  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
-    ForwardPanel<T> turn[panels_in_turn];
-    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
-    for (Index p = 0; p < count; ++p) {
-      T* const own = panel_memory + p * panel_rows * panel_width<T>;
-      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + 2 * group_tokens * panel_width<T>};
-      multiply(turn[p], rows.K, rows.k, rows.q);
-    }
-    for (Index g = 0; g < rows.groups; ++g)
-      for (Index p = 0; p < count; ++p) {
-        Index const column = first + p * panel_width<T>;
-        Rows<T> const error = rows.error.data == nullptr ? rows.error : rows.error.group(g).columns(column);
-        solve(terms, g, rows.v.group(g).columns(column), error, rows.o.group(g).columns(column), turn[p]);
-        add_group(turn[p], rows, g, terms.carry.fold[g]);
-      }
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
-#endif
-
-// ==== hybridattn/attention/gdn/cpu_reverse.hpp
-// The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
-// With X the gradient of the state after a group and decays between tokens understood,
-//   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
-// As in forward, one pass over X adds a group and forms the products of the next one: 12 multiply-adds for each element
-// loaded and stored. Besides d_v and d_beta the sweep leaves X e_i and the dots of each group.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
-
-// The rows of a block. d_v holds w until the block's reverse sweep is finished.
-template <class T> struct BackwardRows {
-  Index groups, K, V;
-  Rows<T const> q, k, error, d_o;
-  Rows<T> d_v;
-};
-// What the reverse sweep needs to know about the groups of a block; X = carry * stored.
-template <class T> struct ReverseTerms {
-  PerGroup<T> beta[group_tokens];
-  PerGroup<T> forget[group_tokens];      // from the stored X after the group to token i
-  PerGroup<T> keep_query[group_tokens];  // scale * keep, keep: from token i to the stored X before the group
-  PerGroup<T> keep_key[group_tokens];    // -beta keep
-  PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
-  Carry<T> carry;
-};
-// What it hands to the forward sweep, besides X e, and what both leave for d_g.
-template <class T> struct Handover {
-  PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
-  PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
-  DecayPaths<T> paths;
-};
-template <class T> struct ReversePanel {
-  T* state;     // [K, panel] X
-  T* products;  // [4, panel] stored^T k of the group to be solved
-  T* updates;   // [8, panel] keep_query d_o, then keep_key w of the group to be added
-};
-
-// Returns the carry before the block.
-template <class T>
-T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T carry, ReverseTerms<T>& terms) {
-  for (Index g = block_groups; g-- > 0;) carry = terms.carry.pass(carry, g, gates.after[0][g]);
-  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> const keep = gates.until[i].get(g) * terms.carry.inverse.get(g), beta = gates.beta[i].get(g);
-      terms.beta[i].put(g, beta);
-      terms.forget[i].put(g, terms.carry.before.get(g) * gates.after[i + 1].get(g));
-      terms.keep_query[i].put(g, scale * keep);
-      terms.keep_key[i].put(g, -beta * keep);
-    }
-  });
-  return carry;
-}
-
-// The products of a block's last group.
-template <class T> void multiply(ReversePanel<T> panel, Index K, Rows<T const> k) {
-  Vec<T> products[group_tokens] = {};
-  for (Index r = 0; r < K; ++r) {
-    Vec<T> const s = load(panel.state + r * panel_width<T>);
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) products[i] += k[i][r] * s;
-  }
-  for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
-}
-
-// w of one group, from its last token to its first.
-template <class T>
-HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, Rows<T const> d_o, Rows<T> w, ReversePanel<T> panel) {
-  Vec<T> d_v[group_tokens], up[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    up[i] = load(d_o[i]);
-    store(panel.updates + i * panel_width<T>, terms.keep_query[i][g] * up[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = group_tokens - 1; i >= 0; --i) {
-    Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T>);
-    HYBRIDATTN_UNROLL
-    for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
-    HYBRIDATTN_UNROLL
-    for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
-    store(w[i], y);
-    d_v[i] = terms.beta[i][g] * y;
-    store(panel.updates + (group_tokens + i) * panel_width<T>, terms.keep_key[i][g] * y);
-  }
-}
-
-// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
-// chains of four, not one of eight: the serial chain would be what the pass waits for.
-template <bool folds, bool multiplies, class T>
-HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, Rows<T const> q, Rows<T const> k,
-                            [[maybe_unused]] Rows<T const> next_k) {
-  Vec<T> update[2 * group_tokens], products[group_tokens] = {};
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
-  for (Index r = 0; r < K; ++r) {
-    T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
-    if constexpr (folds) s *= fold;
-    s += q[0][r] * update[0];
-    HYBRIDATTN_UNROLL
-    for (int i = 1; i < group_tokens; ++i) {
-      s += q[i][r] * update[i];
-      by_keys += k[i][r] * update[group_tokens + i];
-    }
-    s += by_keys;
-    store(row, s);
-    if constexpr (multiplies) {
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) products[i] += next_k[i][r] * s;
-    }
-  }
-  if constexpr (multiplies) {
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
-  }
-}
-template <class T>
-HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& rows, Index g, T fold) {
-  Rows<T const> const q = rows.q.group(g), k = rows.k.group(g), next_k = g == 0 ? k : rows.k.group(g - 1);
-  if (g == 0) pass<true, false>(panel, rows.K, fold, q, k, next_k);
-  else if (fold == 1) pass<false, true>(panel, rows.K, fold, q, k, next_k);
-  else pass<true, true>(panel, rows.K, fold, q, k, next_k);
-}
-
-// X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
-// they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
-template <class T>
-HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, Rows<T const> error, bool first, T* to) {
-  for (Index r = 0; r < K; r += group_tokens) {
-    Vec<T> sum[pairs] = {};
-    for (Index p = 0; p < count; ++p) {
-      T const* const state = panels[p].state + r * panel_width<T>;
-      Vec<T> s[group_tokens];
-      HYBRIDATTN_UNROLL
-      for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) {
-        Vec<T> const e = load(error[i] + p * panel_width<T>);
-        HYBRIDATTN_UNROLL
-        for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
-      }
-    }
-    alignas(cpu::vector_bytes) T sums[pairs];
-    cpu::sum_each<pairs>(sum, sums);
-    T* const tile = to + r * group_tokens;
-    for (int p = 0; p < pairs; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
-  }
-}
-
-// One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
-template <class T>
-void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
-                   DecayPaths<T> const& paths) {
-  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
-    ReversePanel<T> turn[panels_in_turn];
-    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
-    for (Index p = 0; p < count; ++p) {
-      T* const own = panel_memory + p * panel_rows * panel_width<T>;
-      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + group_tokens * panel_width<T>};
-      multiply(turn[p], rows.K, rows.k.group(rows.groups - 1));
-    }
-    for (Index g = rows.groups; g-- > 0;) {
-      times_error(turn, count, rows.K, rows.error.group(g).columns(first), first == 0, state_error + g * group_tokens * rows.K);
-      for (Index p = 0; p < count; ++p) {
-        Index const column = first + p * panel_width<T>;
-        if (g == paths.fresh) std::copy_n(turn[p].state, rows.K * panel_width<T>, paths.gradient + column * rows.K);
-        solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
-        add_group(turn[p], rows, g, terms.carry.fold[g]);
-      }
-    }
-  }
-}
-
-// With w complete: the dots of each group, d_beta by (5) and d_v.
-template <class T>
-void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, Block block, Index h,
-                    View<T, 2> d_beta, Handover<T>& handover) {
-  Rows<T const> const w = rows.d_v;
-  pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
-  paths_inside(terms.beta, terms.pair, handover.pair, handover.paths);
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int i = 0; i < group_tokens; ++i) {
-      handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
-      for (int j = 0; j <= i; ++j) {
-        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g) / dot_share<T>;
-        handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
-        if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
-      }
-    }
-  });
-  for (Index g = 0; g < rows.groups; ++g) {
-    T with_error[group_tokens];
-    token_dots(w.group(g), rows.error.group(g), rows.V, with_error);
-    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
-      d_beta(block.first + g * group_tokens + i, h) = with_error[i];
-    for (Index i = 0; i < group_tokens; ++i) {
-      T* const row = rows.d_v.group(g)[i];
-      for (Index d = 0; d < rows.V; d += lanes<T>) store(row + d, terms.beta[i][g] * load(row + d));
-    }
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
-#endif
-
-// ==== hybridattn/attention/gdn/cpu_rebuild.hpp
-// The forward sweep of backward: S, rebuilt from the errors e that forward saved, for
-//   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
-//   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
-//         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
-// with S the state before a group of four, X the gradient of the state after it, and decays between tokens understood.
-// Nothing is left to solve. S is held as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
-
-// What the forward sweep needs; S = carry * stored.
-template <class T> struct RebuildTerms {
-  PerGroup<T> forget[group_tokens];  // from the stored S before the group to token i
-  PerGroup<T> read[group_tokens];    // scale forget
-  PerGroup<T> keep[group_tokens];    // beta times the decay from token i to the stored S after the group
-  Carry<T> carry;
-};
-// Returns the carry after the block.
-template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, RebuildTerms<T>& terms) {
-  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
-  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
-    for (int i = 0; i < group_tokens; ++i) {
-      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
-      terms.forget[i].put(g, forget);
-      terms.read[i].put(g, scale * forget);
-      terms.keep[i].put(g, gates.beta[i].get(g) * gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
-    }
-  });
-  return carry;
-}
-
-// products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
-template <bool folds, class T>
-HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, Rows<T const> k, Rows<T const> d_o,
-                               Rows<T const> d_v, Rows<T const> error, T* products) {
-  Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
-  for (Index r = 0; r < V; ++r) {
-    T* const row = state + r * panel_width<T>;
-    Vec<T> s = cpu::in_register<T>(load(row));
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) {
-      by_d_o[i] += d_o[i][r] * s;
-      by_d_v[i] += d_v[i][r] * s;
-    }
-    if constexpr (folds) s *= terms.carry.fold[g];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) s += error[i][r] * key[i];
-    store(row, s);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    store(products + i * panel_width<T>, by_d_o[i]);
-    store(products + (group_tokens + i) * panel_width<T>, by_d_v[i]);
-  }
-}
-
-// d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
-// each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
-template <class T>
-HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, Rows<T const> q, Rows<T const> k,
-                               T const* products, Rows<T> d_q, Rows<T> d_k, bool first, T* crossing) {
-  Vec<T> key[group_tokens], query[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    key[i] = load(k[i]);
-    query[i] = load(q[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
-    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
-    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
-    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
-    store(reads, first ? read : load(reads) + read);
-    store(writes, first ? written : load(writes) + written);
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
-    HYBRIDATTN_UNROLL
-    for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j)
-      if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
-    store(d_q[i], y);
-    store(d_k[i], z);
-  }
-}
-
-// [K / 4][token][row of 4] to one row for each token.
-template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, Rows<T> to) {
-  for (Index r = 0; r < K; r += group_tokens)
-    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
-}
-
-// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
-template <class T>
-void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
-                   T* products, Rows<T> d_q, Rows<T> d_k, T* crossing) {
-  DecayPaths<T>& paths = handover.paths;
-  Vec<T> product{};
-  for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
-  for (Index column = 0; column < rows.K; column += panel_width<T>)
-    for (Index g = 0; g < rows.groups; ++g) {
-      Rows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
-      T* const panel = state + column * rows.V;
-      if (g == paths.fresh) product += panel_product(panel, paths.gradient, rows.K, rows.V, column);
-      if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
-      else rebuild<true>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
-      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column), column == 0,
-              crossing + g * crossing_rows * panel_width<T>);
-    }
-  auto const factor = [](T x) { return static_cast<double>(x); };
-  paths.passes =
-      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
-}
-
-// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
-template <class T>
-void finish_rebuild(Rows<T const> own_q, Rows<T const> own_k, Block block, Index hk, bool first, View<T, 3> d_q, View<T, 3> d_k) {
-  for (Index n = 0; n < block.tokens; ++n) {
-    T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
-    cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {
-      d.put(to_q, first ? d.get(own_q[n]) : d.get(to_q) + d.get(own_q[n]));
-      d.put(to_k, first ? d.get(own_k[n]) : d.get(to_k) + d.get(own_k[n]));
-    });
-  }
-}
-
-// The state as S^T, panels of K: row k of column v at (k / panel) panel V + v panel + k % panel.
-template <class T> Index transposed_place(Index k, Index v, Index V) {
-  return k / panel_width<T> * panel_width<T> * V + v * panel_width<T> + k % panel_width<T>;
-}
-template <class T> void read_transposed(View<T const, 4> states, Index i, Index h, Index K, Index V, T* state) {
-  std::fill_n(state, K * V, T(0));
-  if (states.empty()) return;
-  for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v) / Carry<T>::start;
-}
-template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
-  double sum = 0;
-  if (states.empty()) return sum;
-  for (Index k = 0; k < states.extent(2); ++k)
-    for (Index v = 0; v < states.extent(3); ++v)
-      sum += static_cast<double>(states(i, h, k, v)) * static_cast<double>(carry * state[transposed_place<T>(k, v, V)]);
-  return sum;
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
-#endif
-
-// ==== hybridattn/attention/gdn/cpu_step.hpp
-// Equations (1) to (4) for one token of each sequence, on states that stay where they are: decoding. The states are read
-// twice and written once, a few columns at a time, so that the second time they come from the first cache.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
-
-// One token of one head.
-template <class T> struct Token {
-  T const *q, *k, *v;
-  T decay, beta;
-  T scale, scaled_qk;  // scaled_qk = scale q . k
-  T *state, *o;
-  Index K, row;        // row k of the state starts at state + k row
-};
-
-// `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
-template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
-  auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
-  Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
-  for (Index a = 0; a < t.K; ++a) {
-    HYBRIDATTN_UNROLL
-    for (int n = 0; n < N; ++n) {
-      Vec<T> const s = column(n).get(t.state + a * t.row);
-      with_k[n] += t.k[a] * s;
-      with_q[n] += t.q[a] * s;
-    }
-  }
-  HYBRIDATTN_UNROLL
-  for (int n = 0; n < N; ++n) {
-    delta[n] = t.beta * (column(n).get(t.v) - t.decay * with_k[n]);                          // (2)
-    column(n).put(t.o, t.scale * t.decay * with_q[n] + t.scaled_qk * delta[n]);              // (4)
-  }
-  for (Index a = 0; a < t.K; ++a) {
-    HYBRIDATTN_UNROLL
-    for (int n = 0; n < N; ++n) {
-      T* const row = t.state + a * t.row;
-      column(n).put(row, t.decay * column(n).get(row) + t.k[a] * delta[n]);                  // (1), (3)
-    }
-  }
-}
-template <class T> void step_head(Token<T> const& t, Index V) {
-  constexpr int wide = 4;
-  Index v = 0;
-  for (; v + wide * lanes<T> <= V; v += wide * lanes<T>) step_columns<wide>(t, cpu::Slot<T>{v, lanes<T>});
-  cpu::for_each_vector<T>(v, V, [&](cpu::Slot<T> slot) { step_columns<1>(t, slot); });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
-#endif
-
-// ==== hybridattn/attention/gdn/cpu.hpp
-// The gated delta rule on the CPU: which heads run side by side, and the memory that a head needs.
-#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
-#define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace gdn {
-namespace detail {
-
-// Memory of one thread in forward. K and V are rounded up to whole panels.
-template <class T> struct ForwardScratch {
-  Index K, V;
-  T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
-  Rows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
-
-  static Index size(Index K, Index V) {
-    return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
-  }
-  ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
-    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
-    auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
-    state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
-    q = take_rows(K), k = take_rows(K), v = take_rows(V), o = take_rows(V), error = take_rows(V);
-  }
-};
-
-template <class T>
-void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
-                  Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
-  Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
-  T carry = Carry<T>::start;
-  Gates<T> gates;
-  ForwardTerms<T> terms;
-  read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
-  for (Index b = 0; b < count_blocks(sequence); ++b) {
-    Block const block = block_of(sequence, b);
-    ForwardRows<T> rows{.groups = block.groups(),
-                        .K = K,
-                        .V = scratch.V,
-                        .q = rows_to_read(x.q, block, hk, scratch.q),
-                        .k = rows_to_read(x.k, block, hk, scratch.k),
-                        .v = rows_to_read(x.v, block, h, scratch.v),
-                        .o = rows_to_write(y.o, block, h, scratch.o),
-                        .error = {nullptr, 0}};
-    if (!saved.error.empty()) rows.error = rows_to_write(saved.error, block, h, scratch.error);
-    read_gates(x.g, x.beta, block, h, gates);
-    carry = forward_terms(gates, static_cast<T>(c.scale), rows, carry, terms);
-    forward_block(terms, rows, scratch.state, scratch.panels);
-    write_back(y.o, block, h, scratch.o);
-    write_back(saved.error, block, h, scratch.error);
-  }
-  write_state(scratch.state, carry, i, h, K, y.final_state);
-}
-
-// Memory of one thread in backward. K and V are rounded up to whole panels.
-template <class T> struct BackwardScratch {
-  Index K, V;
-  T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
-  T* panels;                         // the rows of the panels in turn
-  T* crossing;                       // of one block, for d_g
-  Rows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
-  Rows<T> d_q, d_k;                  // one block of one value head
-  T* state_error;                    // X e of all tokens of a head
-  T* gradients;                      // an X of each block, for d_g
-  Handover<T>* handover;             // one for each block
-
-  static Index size(Index K, Index V, Index longest) {
-    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
-    return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
-                                round_up(longest, group_tokens) * K);
-  }
-  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
-    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
-    auto const take_rows = [&](Index width) { return Rows<T>{take(block_tokens * width), width}; };
-    gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
-    crossing = take(block_groups * crossing_rows * panel_width<T>);
-    q = take_rows(K), k = take_rows(K), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
-    d_q = take_rows(K), d_k = take_rows(K);
-    state_error = take(round_up(longest, group_tokens) * K);
-    gradients = memory;
-  }
-};
-
-// One call of backward.
-template <class T> struct BackwardCall {
-  Config const& c;
-  Inputs<In<T>> x;
-  Saved<In<T>> saved;
-  Outputs<In<T>> d_y;
-  Inputs<Out<T>> d_x;
-
-  Index key_head(Index h) const { return h / (c.num_value_heads / c.num_heads); }
-  BackwardRows<T> rows(Block block, Index h, BackwardScratch<T> const& scratch) const {
-    Index const hk = key_head(h);
-    return {.groups = block.groups(),
-            .K = scratch.K,
-            .V = scratch.V,
-            .q = rows_to_read(x.q, block, hk, scratch.q),
-            .k = rows_to_read(x.k, block, hk, scratch.k),
-            .error = rows_to_read(saved.error, block, h, scratch.error),
-            .d_o = rows_to_read(d_y.o, block, h, scratch.d_o),
-            .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
-  }
-};
-
-// Returns <S_0, X_0>, as a function.
-template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
-  T const scale = static_cast<T>(call.c.scale);
-  T carry = Carry<T>::start, since_fresh = 1;
-  Gates<T> gates;
-  ReverseTerms<T> terms;
-  read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
-  for (Index b = count_blocks(sequence); b-- > 0;) {
-    Block const block = block_of(sequence, b);
-    BackwardRows<T> const rows = call.rows(block, h, scratch);
-    read_gates(call.x.g, call.x.beta, block, h, gates);
-    carry = reverse_terms(gates, scale, rows, carry, terms);
-    DecayPaths<T>& paths = scratch.handover[b].paths;
-    paths.decay = gates.after[0];
-    paths.fresh = fresh_group(paths.decay, rows.groups, since_fresh);
-    paths.gradient = scratch.gradients + b * scratch.K * scratch.V;
-    paths.carry = terms.carry.before[paths.fresh];
-    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K, paths);
-    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.beta, scratch.handover[b]);
-    write_back(call.d_x.v, block, h, scratch.d_v);
-  }
-  write_state(scratch.gradient, carry, i, h, scratch.K, call.d_x.initial_state);
-  return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
-}
-
-// Returns <S_T, d_final_state>.
-template <class T>
-double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
-  T carry = Carry<T>::start;
-  Gates<T> gates;
-  RebuildTerms<T> terms;
-  read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
-  for (Index b = 0; b < count_blocks(sequence); ++b) {
-    Block const block = block_of(sequence, b);
-    BackwardRows<T> const rows = call.rows(block, h, scratch);
-    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // as the reverse sweep left it
-    read_gates(call.x.g, call.x.beta, block, h, gates);
-    carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
-    rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
-                  scratch.d_q, scratch.d_k, scratch.crossing);
-    paths_across(scratch.crossing, rows.groups, scratch.handover[b].gradient, scratch.handover[b].paths);
-    finish_rebuild<T>(scratch.d_q, scratch.d_k, block, call.key_head(h), first, call.d_x.q, call.d_x.k);
-  }
-  return dot_transposed(call.d_y.final_state, i, h, scratch.V, scratch.state, carry);
-}
-
-}  // namespace detail
-
-// Heads are independent of each other.
-template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
-  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
-  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
-  View<T, 2> const scratch = out(memory);
-  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
-    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
-    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{scratch.row(thread), K, V});
-  });
-}
-
-// Key heads are independent of each other; the value heads of a key head add to its d_q and d_k one after the other.
-template <class T>
-void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>>, Saved<In<T>> saved, Outputs<In<T>> d_y,
-              Inputs<Out<T>> d_x) {
-  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
-  Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
-  Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
-  Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
-  View<T, 2> const rows = out(memory);
-  View<detail::Handover<T>, 2> const blocks = out(handover);
-  detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
-  parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
-    Index const i = task / c.num_heads, hk = task % c.num_heads;
-    Sequence const sequence = s[static_cast<std::size_t>(i)];
-    detail::BackwardScratch<T> const scratch{rows.row(thread), blocks.row(thread), K, V, longest};
-    for (Index h = hk * group; h < (hk + 1) * group; ++h) {
-      auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
-      double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
-      auto const paths = [&](Index b) -> detail::DecayPaths<T> const& { return scratch.handover[b].paths; };
-      detail::DecayGradients<T>::write(sequence, h, paths, before, after, d_x.g);
-    }
-  });
-}
-
-namespace detail {
-
-// Token n in head h, on a state [K, V] that it changes.
-template <class T> void step_token(Config const& c, Inputs<In<T>> const& x, Index n, Index h, View<T, 4> states, Index i, View<T, 3> o) {
-  Index const hk = h / (c.num_value_heads / c.num_heads);
-  T const *q = x.q.row(n, hk), *k = x.k.row(n, hk);
-  T const scale = static_cast<T>(c.scale), decay = decay_of<T>(cpu::broadcast(x.g(n, h)))[0];
-  T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
-  step_head<T>({q, k, x.v.row(n, h), decay, x.beta(n, h), scale, scale * qk, states.row(i, h, 0), o.row(n, h), c.key_dim, states.stride[2]},
-               c.value_dim);
-}
-
-}  // namespace detail
-
-// x holds one token for each of B sequences: q, k [B, H, K], v [B, HV, V], g, beta [B, HV]; x.initial_state is not used.
-// state [B, HV, K, V] is updated in place, o is [B, HV, V].
-template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
-  parallel_for(cpu, o.extent(0) * c.num_value_heads, [&](Index task, int) {
-    Index const b = task / c.num_value_heads, h = task % c.num_value_heads;
-    detail::step_token(c, x, b, h, state, b, o);
-  });
-}
-
-// One token is a step on the state where it stands, several are a forward from it to it.
-template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
-  check_fits(s, state.extent(0), std::numeric_limits<Index>::max());
-  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
-  bool const only_steps = s.longest() <= 1;
-  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, only_steps ? 0 : detail::ForwardScratch<T>::size(K, V)}};
-  View<T, 2> const scratch = out(memory);
-  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
-    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
-    Sequence const sequence = s[static_cast<std::size_t>(i)];
-    if (sequence.length == 0) return;
-    if (sequence.length == 1) {
-      for (Index k = 0; sequence.past == 0 && k < c.key_dim; ++k) std::fill_n(state.row(i, h, k), c.value_dim, T(0));
-      return detail::step_token(c, x, sequence.start, h, state, i, o);
-    }
-    Inputs<In<T>> from = x;
-    from.initial_state = sequence.past == 0 ? View<T const, 4>{} : state;
-    detail::forward_head<T>(c, sequence, i, h, from, {.o = o, .final_state = state}, {}, {scratch.row(thread), K, V});
-  });
-}
-
-}  // namespace gdn
-
-template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
-                      gdn::Saved<Out<T>> saved) {
-    gdn::forward(cpu, c, s, x, y, saved);
-  }
-  template <class T>
-  static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
-                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
-    gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
-  }
-  template <class T>
-  static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
-                     gdn::Outputs<Out<T>> y) {
-    gdn::extend(cpu, c, s, x, cache.state, y.o);
-  }
-};
+using GDN = GatedDeltaNet<>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/attention/attention.hpp

@@ -30,6 +30,7 @@ template <class E> inline constexpr std::array<char const*, 0> words_of{};
 template <> inline constexpr std::array words_of<QkNorm>{"none", "plain", "zero_centred"};
 template <> inline constexpr std::array words_of<Rotary>{"half_split", "interleaved"};
 template <> inline constexpr std::array words_of<NormWeight>{"plain", "zero_centred"};
+template <> inline constexpr std::array words_of<NormPlacement>{"before", "after"};
 template <> inline constexpr std::array words_of<Balance>{"per_layer", "pooled"};
 template <> inline constexpr std::array words_of<gdn::GateStart>{"fla", "transformers"};
 
@@ -187,6 +188,13 @@ template <class P> Json describe_policy(typename P::Config const& config) {
   return json;
 }
 
+// Norms that come before their branches, as in files that are older than the other placement, are not mentioned.
+template <class P> Json describe_layer(LayerConfig<P> const& layer) {
+  Json json = describe_policy<P>(layer.policy);
+  if (layer.norm_placement != NormPlacement::before) Write{json}("norm_placement", layer.norm_placement);
+  return json;
+}
+
 // layers[i] = kinds[kind_of_layer[i]]
 inline Json describe_stack(BlockConfig const& block, std::vector<Json> const& kinds, std::vector<std::size_t> const& kind_of_layer) {
   Json json;
@@ -202,13 +210,13 @@ inline Json describe_stack(BlockConfig const& block, std::vector<Json> const& ki
   return json;
 }
 
-// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes"}, ...], "model": {"vocab_size", ...}}, with
+// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes", "norm_placement"}, ...], "model": {"vocab_size", ...}}, with
 // every size as it is used, none left to a default.
 template <class Model> Json describe(Model const& model) {
   using Stack = typename Model::Stack;
   auto const& stack = model.stack_config();
   std::vector<Json> kinds;
-  auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_policy<Ps>(stack.layers.template get<Ps>().policy)), ...); };
+  auto const add_all = [&]<class... Ps>(Types<Ps...>) { (kinds.push_back(describe_layer(stack.layers.template get<Ps>())), ...); };
   add_all(typename Stack::Kinds{});
   std::vector<std::size_t> kind_of_layer;
   for (auto const slot : Stack::Blocks::places) kind_of_layer.push_back(slot.type);
@@ -234,13 +242,16 @@ template <class Model> typename Model::Config configuration(Json const& json, st
   members(config.initialization, Read{safetensors::member(model, "initialization", where), where});
   Json const& layers = safetensors::member(json, "layers", where);
   check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
-  auto const read_sizes = [&]<class P>(std::size_t kind, typename P::Config& sizes) {
-    for (std::size_t i = 0; i < Stack::depth; ++i)
-      if (Stack::Blocks::places[i].type == kind) members(sizes, Read{safetensors::member(layers[i], "sizes", where), where});
+  auto const read_layer = [&]<class P>(std::size_t kind, LayerConfig<P>& layer) {
+    for (std::size_t i = 0; i < Stack::depth; ++i) {
+      if (Stack::Blocks::places[i].type != kind) continue;
+      members(layer.policy, Read{safetensors::member(layers[i], "sizes", where), where});
+      if (layers[i].contains("norm_placement")) Read{layers[i], where}("norm_placement", layer.norm_placement);
+    }
   };
   [&]<class... Ps>(Types<Ps...>) {
     std::size_t kind = 0;
-    (read_sizes.template operator()<Ps>(kind++, config.layers.template get<Ps>().policy), ...);
+    (read_layer(kind++, config.layers.template get<Ps>()), ...);
   }(typename Stack::Kinds{});
   return config;
 }
