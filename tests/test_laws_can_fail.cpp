@@ -337,9 +337,9 @@ TEST_CASE("one unit in the last place is seen by the law about it, and else by t
   CHECK(broken<Flaw::gradient_sees_another_sequence>() == Laws{"independent of the batch", "packed equals its sequences"});
   CHECK(broken<Flaw::counts_sequences>() == bad_values + Laws{"packed equals its sequences"});
   CHECK(broken<Flaw::counts_threads>() == Laws{"repeatable"});
-  CHECK(broken<Flaw::reads_outside>() == Laws{"fills everything"});
-  CHECK(broken<Flaw::writes_outside>() == Laws{"fills everything"});
-  CHECK(broken<Flaw::ignores_strides>() == Laws{"fills everything"});
+  CHECK(broken<Flaw::reads_outside>() == Laws{"fenced"});
+  CHECK(broken<Flaw::writes_outside>() == Laws{"fenced"});
+  CHECK(broken<Flaw::ignores_strides>() == Laws{"strided"});
 }
 
 TEST_CASE("a result that depends on what ran before is seen, by chance under other laws too") {

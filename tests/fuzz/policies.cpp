@@ -51,7 +51,7 @@ std::string described(Draw const& draw, laws::Case const& x) {
   return text + (draw.around.spaced ? ", spaced" : "");
 }
 
-// The first result that is beyond `times` the budget of law 8.
+// The first result that is beyond `times` the budget of true values.
 std::string wrong_values(laws::AnyPolicy const& policy, laws::Result const& result, laws::detail::Judges const& judges, double times) {
   auto const wrong = [&](laws::HostGroup laws::Result::* part) {
     return laws::detail::beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times);

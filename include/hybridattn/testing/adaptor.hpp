@@ -11,16 +11,6 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// The type's name as the compiler spells it, without the library's namespace.
-template <class P> std::string type_name() {
-  std::string text = __PRETTY_FUNCTION__;
-  auto const first = text.find("P = ") + 4;
-  text = text.substr(first, text.find_first_of(";]", first) - first);
-  for (std::string_view const space : {"hybridattn::", "(anonymous namespace)::", "{anonymous}::"})
-    while (text.find(space) != text.npos) text.erase(text.find(space), space.size());
-  return text;
-}
-
 template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
   if constexpr (Rank == 0) return false;
   else return shape[0] == count;
@@ -30,7 +20,7 @@ template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
 template <class B> struct Place {
   B& backend;
   bool spaced;
-  double unwritten;
+  Unwritten unwritten;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor.place(backend, shape, spaced, unwritten); }
 };
 template <class B> struct Write {
@@ -181,7 +171,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
   template <class M, class G, class Tensors>
   static void fill(M& backend, G const& shapes, Tensors& tensors, HostGroup const& values, Surroundings const& around = {}) {
-    zip(detail::Place<M>{backend, around.spaced, around.unwritten}, shapes, tensors);
+    zip(detail::Place<M>{backend, around.spaced, {around.unwritten, around.fence}}, shapes, tensors);
     zip(detail::Write<M>{backend, values}, tensors);
   }
   template <class M, class Tensors> static HostGroup values(M& backend, Tensors& tensors, HostGroup group, std::string& trespass) {
@@ -204,7 +194,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     fill(backend, in_shapes, gradients, {}, around);
     fill(backend, out_shapes, outputs, {}, around);
     fill(backend, out_shapes, d_outputs, x.d_outputs, around);
-    fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten});   // a layer keeps these in one piece
+    fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten, .fence = around.fence});  // a layer keeps these in one piece
 
     Result result;
     auto const before = backend.pool().in_use();
@@ -219,8 +209,9 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     result.outputs = values(backend, outputs, empty_group(out_shapes, outputs_of), result.trespass);
     result.saved = values(backend, saved, empty_group(saved_shapes, saved_of), result.trespass);
     result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
-    values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass);
-    values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass);
+    detail::note_overwritten(x.inputs, values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass), result.trespass);
+    detail::note_overwritten(x.d_outputs, values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass),
+                             result.trespass);
     return result;
   }
 
@@ -229,7 +220,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
       return P::cache(c, s.count(), std::max<Index>(1, x.sequences.longest()));
     };
     typename P::template Cache<FencedRole<T, B>> cache;
-    fill(backend, cache_of(config_, x.sequences), cache, {}, {.unwritten = around.unwritten});
+    fill(backend, cache_of(config_, x.sequences), cache, {}, {.unwritten = around.unwritten, .fence = around.fence});
     Decoded result;
     result.outputs = empty_group(output_shapes(x.sequences, false), outputs_of);
     for (HostTensor& tensor : result.outputs)

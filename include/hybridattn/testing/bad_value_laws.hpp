@@ -148,7 +148,7 @@ class BadValues {
 
 }  // namespace detail
 
-// 14. Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
+// Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
 // it so, in the policy's scalar and on the kernel's own choices; what does not read a NaN keeps every bit; a gradient that is
 // judged head by head may differ by 128 roundings. A policy that overflows like its loops is NaN and infinite, with the sign, where
 // they are, and on large finite inputs too.

@@ -1,21 +1,19 @@
-// Laws that hold to the last bit, in every scalar. Each returns a verdict on one policy at one size.
+// Laws that hold to the last bit, in every scalar. Each returns a verdict on one policy or operation at one size.
 #ifndef HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 #define HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 
-#include <hybridattn/testing/any_policy.hpp>
+#include <hybridattn/testing/subject.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 struct Verdict {
   std::string law;
   bool holds;
-  std::string why;   // of a broken law: the first offender with its place and values; of one without a subject: the reason
+  std::string why;   // of a broken law: the first offender with its place and values; of one that has nothing to judge: the reason
 };
 
 namespace detail {
 
-// Every length at which a kernel's blocks begin, end or are missing.
-inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
 // For each sequence the position at which it is cut in two.
 using Cut = std::vector<Index>;
 // At the edges of blocks, the same in all sequences: of many kinds, each has its turn with some. And anywhere.
@@ -56,13 +54,13 @@ inline std::string told(std::string const& why, std::string const& circumstances
 }
 
 // The first offender that check(x, what x computes, changed inputs and d_outputs, cut) finds, for many kinds, cuts and changes.
-template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check check) {
-  Sequences const s = all_lengths();
-  auto const kinds = policy.kinds();
+template <class Check> std::string first_at_a_cut(Subject const& subject, Check check) {
+  Sequences const s = subject.batch();
+  auto const kinds = subject.kinds();
   for (std::size_t kind = 0; kind < kinds.size(); ++kind) {
-    Case const x = policy.sample(kinds[kind], s, 1, true), other = policy.sample(kinds[kind], s, 2, true);
+    Case const x = subject.sample(kinds[kind], s, 1, true), other = subject.sample(kinds[kind], s, 2, true);
     Case const nan{s, all_nan(x.inputs), all_nan(x.d_outputs), true};
-    Result const before = policy.run(x, {});
+    Result const before = subject.run(x, {});
     for (Cut const& cut : cuts(s, kind, kinds.size()))
       for (bool const with_nan : {false, true}) {
         std::string const why = check(x, before, with_nan ? nan : other, cut);
@@ -76,41 +74,41 @@ template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check
 
 }  // namespace detail
 
-// 1. Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
-inline Verdict causal_forward(AnyPolicy const& policy) {
+// Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
+inline Verdict causal_forward(Subject const& subject) {
   return detail::verdict(
-      "causal forward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
+      "causal forward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
           return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
         };
         replace_rows(x.inputs, other.inputs,
                      [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
-        Result const after = policy.run(x, {});
+        Result const after = subject.run(x, {});
         return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
                                 [&] { return first_difference(before.saved, after.saved, is_early); });
       }));
 }
 
-// 2. d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
-inline Verdict causal_backward(AnyPolicy const& policy) {
+// d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
+inline Verdict causal_backward(Subject const& subject) {
   return detail::verdict(
-      "causal backward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
+      "causal backward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
           return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
         };
         auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); };
         replace_rows(x.d_outputs, other.d_outputs, is_early);
-        return first_difference(before.gradients, policy.run(x, {}).gradients, is_late);
+        return first_difference(before.gradients, subject.run(x, {}).gradients, is_late);
       }));
 }
 
-// 3. Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
-inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
-  Sequences const s = detail::all_lengths();
-  std::string const kind = policy.kinds().front();
-  Case const x = policy.sample(kind, s, 1, true), other = policy.sample(kind, s, 2, true);
+// Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
+inline Verdict independent_of_the_batch(Subject const& subject) {
+  Sequences const s = subject.batch();
+  std::string const kind = subject.kinds().front();
+  Case const x = subject.sample(kind, s, 1, true), other = subject.sample(kind, s, 2, true);
   HostGroup const nan = all_nan(x.inputs), nan_upstream = all_nan(x.d_outputs);
-  Result const before = policy.run(x, {});
+  Result const before = subject.run(x, {});
   std::string why;
   for (Index parity : {0, 1})
     for (bool const with_nan : {false, true}) {
@@ -122,7 +120,7 @@ inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
       Case changed = x;
       replace_rows(changed.inputs, with_nan ? nan : other.inputs, changes);
       replace_rows(changed.d_outputs, with_nan ? nan_upstream : other.d_outputs, changes);
-      Result const after = policy.run(changed, {});
+      Result const after = subject.run(changed, {});
       why = detail::told(detail::first_of([&] { return first_difference(before.outputs, after.outputs, stays); },
                                           [&] { return first_difference(before.saved, after.saved, stays); },
                                           [&] { return first_difference(before.gradients, after.gradients, stays); }),
@@ -131,16 +129,17 @@ inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
   return detail::verdict("independent of the batch", why);
 }
 
-// 4. A packed batch is its sequences, one by one: outputs, states and gradients.
-inline Verdict packed_equals_its_sequences(AnyPolicy const& policy) {
-  Sequences const s = detail::all_lengths();
+// A packed batch is its sequences, one by one: outputs, states and gradients.
+inline Verdict packed_equals_its_sequences(Subject const& subject) {
+  if (subject.has_tables()) return {"packed equals its sequences", true, "an input speaks of the batch as a whole"};
+  Sequences const s = subject.batch();
   std::string why;
-  for (std::string const& kind : {policy.kinds().front(), policy.kinds().back()}) {
-    Case const x = policy.sample(kind, s, 1, true);
-    Result const whole = policy.run(x, {});
+  for (std::string const& kind : {subject.kinds().front(), subject.kinds().back()}) {
+    Case const x = subject.sample(kind, s, 1, true);
+    Result const whole = subject.run(x, {});
     for (Index i = 0; i < s.count() && why.empty(); ++i) {
       std::vector<Part> const own{{i, 0, s[static_cast<std::size_t>(i)].length}};
-      Result const alone = policy.run(cut(x, own), {});
+      Result const alone = subject.run(cut(x, own), {});
       auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != Rows::other; };
       why = detail::told(
           detail::first_of([&] { return first_difference(detail::rows_of(whole.outputs, s, own), alone.outputs, has_rows); },
@@ -159,14 +158,14 @@ inline std::string first_difference_of_runs(Result const& a, Result const& b) {
 }
 }  // namespace detail
 
-// 5. Two runs agree, and so do runs on any number of threads.
-inline Verdict repeatable(AnyPolicy const& policy) {
-  Case const x = policy.sample(policy.kinds().back(), detail::all_lengths(), 1, true);
-  Result const one = policy.run(x, {});
+// Two runs agree, and so do runs on any number of threads.
+inline Verdict repeatable(Subject const& subject) {
+  Case const x = subject.sample(subject.kinds().back(), subject.batch(), 1, true);
+  Result const one = subject.run(x, {});
   std::string why;
   for (int threads : {1, 2, 3})
     if (why.empty())
-      why = detail::told(detail::first_difference_of_runs(one, policy.run(x, {.threads = threads})),
+      why = detail::told(detail::first_difference_of_runs(one, subject.run(x, {.threads = threads})),
                          threads == 1 ? std::string("in two equal runs") : sentence("on 1 and on ", threads, " threads"));
   return detail::verdict("repeatable", why);
 }
@@ -182,33 +181,78 @@ inline std::string first_not_finite(HostGroup const& group, bool infinity_too) {
 }
 }  // namespace detail
 
-// 6. Results come back finite and complete whatever stood in their place, beside them and in scratch memory, and however
-// their rows are spaced; nothing beside them is written.
-inline Verdict fills_everything(AnyPolicy const& policy) {
-  Case const x = policy.sample(policy.kinds().front(), detail::all_lengths(), 1, true);
-  Result const plain = policy.run(x, {});
-  std::string why = detail::first_of([&] { return plain.trespass; },
-                                     [&] { return detail::told(detail::first_not_finite(plain.outputs, true), "in outputs"); },
-                                     [&] { return detail::told(detail::first_not_finite(plain.saved, false), "in what is saved"); },
-                                     [&] { return detail::told(detail::first_not_finite(plain.gradients, true), "in gradients"); });
-  auto const compare = [&](Surroundings const& around, char const* circumstances) {
-    if (!why.empty()) return;
-    Result const other = policy.run(x, around);
-    why = detail::first_of([&] { return other.trespass; },
-                           [&] { return detail::told(detail::first_difference_of_runs(plain, other), circumstances); });
+namespace detail {
+inline std::string first_unfilled(Result const& result) {
+  return first_of([&] { return told(first_not_finite(result.outputs, true), "in outputs"); },
+                  [&] { return told(first_not_finite(result.saved, false), "in what is saved"); },
+                  [&] { return told(first_not_finite(result.gradients, true), "in gradients"); });
+}
+// The first difference that other surroundings make.
+inline std::string changed_by(Subject const& subject, Case const& x, Result const& plain, Surroundings const& around,
+                              char const* circumstances) {
+  return told(first_difference_of_runs(plain, subject.run(x, around)), circumstances);
+}
+}  // namespace detail
+
+// Every element of a result is written, of a batch without tokens too: among NaN results are finite, and they have the same bits
+// whatever stood in their place and in scratch memory.
+inline Verdict fills_everything(Subject const& subject) {
+  std::string why;
+  for (std::vector<Index> const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}, {0, 2, 0}}) {
+    Case const x = subject.sample(subject.kinds().front(), packed(lengths), 1, true);
+    if (why.empty())
+      why = detail::told(detail::first_unfilled(subject.run(x, {.leftovers = true})), "of sequences of lengths " + listed(lengths));
+  }
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
+  Result const plain = subject.run(x, {});
+  auto const changed_by = [&](Surroundings const& around, char const* circumstances) {
+    return detail::changed_by(subject, x, plain, around, circumstances);
   };
-  compare({.unwritten = 3}, "among NaN and among 3, in results before they are written and beside all tensors");
-  compare({.spaced = true}, "without and with gaps between the rows");
-  compare({.unwritten = -1e6, .spaced = true}, "without gaps, and with gaps among -1e6");
-  compare({.leftovers = true}, "in fresh scratch memory, and in what a run on NaN left");
-  compare({.threads = 2, .leftovers = true}, "in fresh scratch memory, and in what a run on NaN left, on 2 threads");
-  return detail::verdict("fills everything", why);
+  return detail::verdict(
+      "fills everything",
+      detail::first_of([&] { return why; }, [&] { return detail::first_unfilled(plain); },
+                       [&] { return changed_by({.unwritten = 3}, "among NaN and among 3, in results before they are written"); },
+                       [&] { return changed_by({.leftovers = true}, "in fresh scratch memory, and in what a run on NaN left"); },
+                       [&] {
+                         return changed_by({.threads = 2, .leftovers = true},
+                                           "in fresh scratch memory, and in what a run on NaN left, on 2 threads");
+                       }));
+}
+
+// Nothing beside a tensor is written or used. Its fence is NaN or another number; a run leaves it as it was, for a batch without
+// tokens too.
+inline Verdict fenced(Subject const& subject) {
+  std::string const kind = subject.kinds().front();
+  auto const trespass = [&](Sequences const& s, Surroundings const& around) {
+    return subject.run(subject.sample(kind, s, 1, true), around).trespass;
+  };
+  Case const x = subject.sample(kind, subject.batch(), 1, true);
+  Result const plain = subject.run(x, {});
+  return detail::verdict(
+      "fenced", detail::first_of(
+                    [&] { return plain.trespass; }, [&] { return trespass(packed({0, 1}), {}); },
+                    [&] { return trespass(subject.batch(), {.spaced = true}); },
+                    [&] { return detail::changed_by(subject, x, plain, {.fence = -1e6}, "among NaN and among -1e6 beside all tensors"); }));
+}
+
+// Strides are honoured: with gaps between the rows of every axis results have the bits that they have without.
+inline Verdict strided(Subject const& subject) {
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
+  return detail::verdict("strided",
+                         detail::changed_by(subject, x, subject.run(x, {}), {.spaced = true}, "without and with gaps between the rows"));
+}
+
+// An operation that may work in place computes the same bits where a result stands in the memory of its argument.
+inline Verdict in_place(Subject const& subject) {
+  if (!subject.works_in_place()) return {"in place", true, "nothing may stand in the memory of an argument"};
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
+  return detail::verdict("in place", detail::changed_by(subject, x, subject.run(x, {}), {.in_place = true}, "apart and in place"));
 }
 
 namespace detail {
-inline std::string first_not_zero(HostGroup const& gradients, AnyPolicy const& policy, bool detached) {
+inline std::string first_not_zero(HostGroup const& gradients, Subject const& subject, bool detached) {
   for (HostTensor const& tensor : gradients) {
-    if (policy.detached(tensor.name) != detached) continue;
+    if (subject.detached(tensor.name) != detached) continue;
     for (Index e = 0; e < std::ssize(tensor.values); ++e)
       if (double const x = tensor.values[static_cast<std::size_t>(e)]; x != 0)
         return sentence("the gradient of ", tensor.name, tensor.place(e), " is ", number(x));
@@ -217,26 +261,26 @@ inline std::string first_not_zero(HostGroup const& gradients, AnyPolicy const& p
 }
 }  // namespace detail
 
-// 7. The main loss gives exactly zero to detached inputs, the auxiliary loss exactly zero to all others.
-inline Verdict isolated(AnyPolicy const& policy) {
-  Sequences const s = detail::all_lengths();
-  Case x = policy.sample(policy.kinds().front(), s, 1, true);
+// The main loss gives exactly zero to detached inputs, the auxiliary loss exactly zero to all others.
+inline Verdict isolated(Subject const& subject) {
+  Sequences const s = subject.batch();
+  Case x = subject.sample(subject.kinds().front(), s, 1, true);
   bool const has_detached =
-      std::any_of(x.inputs.begin(), x.inputs.end(), [&](HostTensor const& tensor) { return policy.detached(tensor.name); });
+      std::any_of(x.inputs.begin(), x.inputs.end(), [&](HostTensor const& tensor) { return subject.detached(tensor.name); });
   HostTensor* const auxiliary = x.d_outputs.find("auxiliary_loss");
   if (!has_detached && auxiliary == nullptr) return {"isolated", true, "no input is detached"};
   if (auxiliary != nullptr) std::fill(auxiliary->values.begin(), auxiliary->values.end(), 0);
-  std::string why = detail::told(detail::first_not_zero(policy.run(x, {}).gradients, policy, true), "of the main loss");
+  std::string why = detail::told(detail::first_not_zero(subject.run(x, {}).gradients, subject, true), "of the main loss");
   if (auxiliary != nullptr && why.empty()) {
     for (HostTensor& tensor : x.d_outputs) std::fill(tensor.values.begin(), tensor.values.end(), tensor.name == "auxiliary_loss" ? 1 : 0);
-    why = detail::told(detail::first_not_zero(policy.run(x, {}).gradients, policy, false), "of the auxiliary loss");
+    why = detail::told(detail::first_not_zero(subject.run(x, {}).gradients, subject, false), "of the auxiliary loss");
   }
   return detail::verdict("isolated", why);
 }
 
-// Of one policy on two machines that shall compute the same bits.
-inline Verdict same_on_both(AnyPolicy const& a, AnyPolicy const& b) {
-  Case const x = a.sample(a.kinds().front(), detail::all_lengths(), 1, true);
+// Of one policy or operation on two backends that shall compute the same bits.
+inline Verdict same_on_both(Subject const& a, Subject const& b) {
+  Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   return detail::verdict(
       "same on both", detail::told(detail::first_difference_of_runs(a.run(x, {}), b.run(x, {})), "on the first backend and on the second"));
 }

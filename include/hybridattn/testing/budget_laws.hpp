@@ -1,14 +1,16 @@
-// Laws that hold within a stated budget of rounding, and the one about memory.
+// Laws that hold within a stated budget of rounding, and the one about memory. Each returns a verdict on one policy or operation at
+// one size.
 #ifndef HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
 #define HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
 
+#include <hybridattn/testing/any_policy.hpp>
 #include <hybridattn/testing/bitwise_laws.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// The reference loops on the kernel's own choices: in double, the truth; in the policy's scalar, the yardstick.
+// The reference on the kernel's own choices: in double, the truth; in the subject's scalar, the yardstick.
 struct Judges {
   Result truth, naive;
 };
@@ -17,29 +19,29 @@ inline HostGroup choices_in(HostGroup const& saved) {
   std::copy_if(saved.begin(), saved.end(), std::back_inserter(choices), [](HostTensor const& tensor) { return tensor.whole; });
   return choices;
 }
-inline Judges judges_of(AnyPolicy const& policy, Case const& x, Result const& result) {
+inline Judges judges_of(Subject const& subject, Case const& x, Result const& result) {
   HostGroup const choices = choices_in(result.saved);
-  Judges judges{policy.loops(x, choices, true), {}};
-  if (!policy.in_double()) judges.naive = policy.loops(x, choices, false);
+  Judges judges{subject.loops(x, choices, true), {}};
+  if (!subject.in_double()) judges.naive = subject.loops(x, choices, false);
   return judges;
 }
 
 // In double, a share of the largest element. Otherwise twice the error of the loops in that scalar, and 4 roundings of the
 // largest element: loops may be right by luck. What is zero on paper may be rounding: elements below 1e-3 count as that much.
-inline double budget(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
+inline double budget(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const largest = std::max(max_abs(truth), 1e-3);
-  return naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest;
+  return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest;
 }
 // Tensors that the loops leave unwritten are no part of the equations.
 inline bool is_unwritten(HostTensor const& truth) {
   return std::all_of(truth.values.begin(), truth.values.end(), [](double x) { return x != x; });
 }
 // The first tensor of x that is further from `expected` than `times` the budget.
-inline std::string beyond_budget(AnyPolicy const& policy, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
+inline std::string beyond_budget(Subject const& subject, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
                                  HostGroup const& naive, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
     if (x[i].whole || is_unwritten(truth[i])) continue;
-    double const allowed = times * budget(policy, truth[i], naive.empty() ? nullptr : &naive[i]);
+    double const allowed = times * budget(subject, truth[i], naive.empty() ? nullptr : &naive[i]);
     Difference const worst = max_difference(x[i], expected[i]);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))
@@ -62,19 +64,19 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
   return head;
 }
 // The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
-inline double budget_of_head(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
-  double const least = policy.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
+inline double budget_of_head(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
+  double const least = subject.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
-  return least + (naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest);
+  return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest);
 }
 // The first head of those gradients that are judged head by head which is further from the truth than `times` its budget.
-inline std::string beyond_budget_of_head(AnyPolicy const& policy, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
+inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
                                          double times) {
   for (std::size_t i = 0; i < x.size(); ++i)
-    for (Index h = 0; policy.by_head(x[i].name) && h < x[i].row_size(); ++h) {
+    for (Index h = 0; subject.by_head(x[i].name) && h < x[i].row_size(); ++h) {
       HostTensor const result = head_of(x[i], h), true_head = head_of(truth[i], h);
       HostTensor const by_loops = naive.empty() ? HostTensor{} : head_of(naive[i], h);
-      double const allowed = times * budget_of_head(policy, true_head, naive.empty() ? nullptr : &by_loops);
+      double const allowed = times * budget_of_head(subject, true_head, naive.empty() ? nullptr : &by_loops);
       Difference const worst = max_difference(result, true_head);
       auto const at = static_cast<std::size_t>(worst.element);
       if (!(worst.size <= allowed))
@@ -84,53 +86,53 @@ inline std::string beyond_budget_of_head(AnyPolicy const& policy, HostGroup cons
   return {};
 }
 // Outputs, what is saved and gradients, with `times` the budget.
-inline std::string wrong_values(AnyPolicy const& policy, Values const& of, std::uint64_t seed, double times) {
-  Case const x = policy.sample(of.kind, of.sequences, seed, of.carried);
-  Result const result = policy.run(x, {});
-  Judges const judges = judges_of(policy, x, result);
+inline std::string wrong_values(Subject const& subject, Values const& of, std::uint64_t seed, double times) {
+  Case const x = subject.sample(of.kind, of.sequences, seed, of.carried);
+  Result const result = subject.run(x, {});
+  Judges const judges = judges_of(subject, x, result);
   auto const say = [&](std::string const& why, char const* name) {
     return told(why,
                 sentence(name, ", kind ", of.kind, ", longest sequence ", of.sequences.longest(), of.carried ? "" : ", without states"));
   };
   auto const group = [&](char const* name, HostGroup Result::* part) {
-    return say(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times), name);
+    return say(beyond_budget(subject, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times), name);
   };
   auto const heads = [&] {
-    return say(beyond_budget_of_head(policy, result.gradients, judges.truth.gradients, judges.naive.gradients, times), "gradient");
+    return say(beyond_budget_of_head(subject, result.gradients, judges.truth.gradients, judges.naive.gradients, times), "gradient");
   };
   return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
                   [&] { return group("gradient", &Result::gradients); }, heads);
 }
 // Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
 // result in less than double that misses the budget, but not by far, is drawn again.
-inline std::string wrong_values(AnyPolicy const& policy, Values const& of) {
-  std::string why = wrong_values(policy, of, 1, 1);
+inline std::string wrong_values(Subject const& subject, Values const& of) {
+  std::string why = wrong_values(subject, of, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
-    if (!why.empty() && !policy.in_double() && wrong_values(policy, of, seed - 1, 4).empty()) why = wrong_values(policy, of, seed, 1);
+    if (!why.empty() && !subject.in_double() && wrong_values(subject, of, seed - 1, 4).empty()) why = wrong_values(subject, of, seed, 1);
   return why;
 }
 
 }  // namespace detail
 
-// 8. Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
-inline Verdict true_values(AnyPolicy const& policy) {
+// Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
+inline Verdict true_values(Subject const& subject) {
   std::vector<detail::Values> all;
-  for (std::string const& kind : policy.kinds()) all.push_back({kind, detail::all_lengths()});
-  all.push_back({policy.kinds().front(), detail::all_lengths(), false});
-  for (Index length : {1, 2, 63, 64, 65, 130}) all.push_back({policy.kinds().front(), Sequences::equal(1, length)});
+  for (std::string const& kind : subject.kinds()) all.push_back({kind, subject.batch()});
+  all.push_back({subject.kinds().front(), subject.batch(), false});
+  for (Index length : {1, 2, 63, 64, 65, 130}) all.push_back({subject.kinds().front(), Sequences::equal(1, length)});
   std::string why;
   for (detail::Values const& values : all)
-    if (why.empty()) why = detail::wrong_values(policy, values);
+    if (why.empty()) why = detail::wrong_values(subject, values);
   return detail::verdict("true values", why);
 }
 
-// 9. Choices are those of the exact scores, as far as rounding can tell.
+// Choices are those of the exact scores, as far as rounding can tell.
 inline Verdict right_choices(AnyPolicy const& policy) {
   std::string why;
   for (std::string const& kind : policy.kinds())
     for (std::uint64_t seed : {1u, 2u, 3u}) {
       if (!why.empty()) continue;
-      Case const x = policy.sample(kind, detail::all_lengths(), seed, true);
+      Case const x = policy.sample(kind, policy.batch(), seed, true);
       HostGroup const choices = detail::choices_in(policy.run(x, {}).saved);
       if (choices.empty()) return {"right choices", true, "nothing is chosen"};
       why = detail::told(policy.wrong_choice(x, choices), "kind " + kind);
@@ -154,29 +156,39 @@ inline double product_length(HostGroup const& a, HostGroup const& b) {
   return std::sqrt(sum);
 }
 // Of what `input` has the gradient of: a detached one of the auxiliary loss, with the choices fixed, another one of the rest.
-inline HostGroup upstream_for(AnyPolicy const& policy, Case const& x, std::size_t input) {
+inline HostGroup upstream_for(Subject const& subject, Case const& x, std::size_t input) {
   HostGroup upstream = x.d_outputs;
   for (HostTensor& tensor : upstream)
-    if ((tensor.name == "auxiliary_loss") != policy.detached(x.inputs[input].name)) set_each(tensor, [] { return 0.0; });
+    if ((tensor.name == "auxiliary_loss") != subject.detached(x.inputs[input].name)) set_each(tensor, [] { return 0.0; });
   return upstream;
 }
-inline double loss_at(AnyPolicy const& policy, Case x, Result const& result, std::size_t input, HostTensor const& direction, double step) {
-  HostGroup const upstream = upstream_for(policy, x, input);
+// The outputs with one input moved.
+inline HostGroup outputs_at(Subject const& subject, Case x, Result const& result, std::size_t input, HostTensor const& direction,
+                            double step) {
   for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
-  bool const choices_fixed = policy.detached(direction.name);
-  return inner((choices_fixed ? policy.loops(x, choices_in(result.saved), true) : policy.run(x, {})).outputs, upstream);
+  bool const choices_fixed = subject.detached(direction.name);
+  return (choices_fixed ? subject.loops(x, choices_in(result.saved), true) : subject.run(x, {})).outputs;
 }
-inline std::string wrong_slope(AnyPolicy const& policy, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
-  constexpr double step = 0x1p-18;
+inline HostGroup difference(HostGroup x, HostGroup const& y) {
+  for (std::size_t i = 0; i < x.size(); ++i)
+    for (std::size_t e = 0; e < x[i].values.size(); ++e) x[i].values[e] -= y[i].values[e];
+  return x;
+}
+// The central difference at a step h is off by its truncation, a multiple of h^2 of which 2h shows three times as much, and by the
+// rounding of each output.
+inline std::string wrong_slope(Subject const& subject, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
+  constexpr double step = 0x1p-16;
   Random random{Seed{seed}, "direction"};
   HostTensor direction = x.inputs[input];
   set_normal(direction, random);
   HostTensor const& gradient = result.gradients[input];
-  double const along = inner({gradient}, {direction}), length = std::sqrt(inner({gradient}, {gradient}));
-  double const slope =
-      (loss_at(policy, x, result, input, direction, step) - loss_at(policy, x, result, input, direction, -step)) / (2 * step);
-  double const rounding = product_length(result.outputs, upstream_for(policy, x, input));
-  double const allowed = 1e-7 * length + 8 * policy.eps() / step * rounding + 1e-14;
+  HostGroup const upstream = upstream_for(subject, x, input);
+  auto const slope_at = [&](double h) {
+    auto const outputs = [&](double by) { return outputs_at(subject, x, result, input, direction, by); };
+    return inner(difference(outputs(h), outputs(-h)), upstream) / (2 * h);
+  };
+  double const along = inner({gradient}, {direction}), slope = slope_at(step), truncation = std::abs(slope_at(2 * step) - slope);
+  double const allowed = truncation + 8 * subject.eps() / step * product_length(result.outputs, upstream) + 1e-14;
   if (std::abs(along - slope) <= allowed) return {};
   return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope),
                   "; ", allowed, " is allowed");
@@ -184,24 +196,24 @@ inline std::string wrong_slope(AnyPolicy const& policy, Case const& x, Result co
 
 }  // namespace detail
 
-// 10. In double: gradients are slopes, in random directions of each input alone. Where detached inputs decide choices, these
-// stay fixed: the slope is that of the loops, which law 8 compares with the kernel.
-inline Verdict finite_differences(AnyPolicy const& policy) {
-  if (!policy.in_double()) return {"finite differences", true, "taken in double"};
-  Case const x = policy.sample(policy.kinds().front(), packed({1, 2, 0, 19, 40}), 4, true);
-  Result const result = policy.run(x, {});
+// In double: gradients are slopes, in random directions of each input alone. Where detached inputs decide choices, these
+// stay fixed: the slope is that of the loops, which the law of true values compares with the kernel.
+inline Verdict finite_differences(Subject const& subject) {
+  if (!subject.in_double()) return {"finite differences", true, "taken in double"};
+  Case const x = subject.sample(subject.kinds().front(), subject.small_batch(), 4, true);
+  Result const result = subject.run(x, {});
   std::string why;
-  for (std::size_t input = 0; input < x.inputs.size(); ++input)
+  for (std::size_t input = 0; input < result.gradients.size(); ++input)
     for (std::uint64_t seed : {1u, 2u, 3u})
-      if (why.empty() && !x.inputs[input].values.empty()) why = detail::wrong_slope(policy, x, result, input, seed);
+      if (why.empty() && !result.gradients[input].values.empty()) why = detail::wrong_slope(subject, x, result, input, seed);
   return detail::verdict("finite differences", why);
 }
 
-// 11. Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b). a and b are multiples of 1/64, so that the
+// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that the
 // sum on the left has no rounding.
-inline Verdict linear(AnyPolicy const& policy) {
-  Case a = policy.sample(policy.kinds().front(), detail::all_lengths(), 1, true), b = a;
-  b.d_outputs = policy.sample(policy.kinds().front(), detail::all_lengths(), 2, true).d_outputs;
+inline Verdict linear(Subject const& subject) {
+  Case a = subject.sample(subject.kinds().front(), subject.batch(), 1, true), b = a;
+  b.d_outputs = subject.sample(subject.kinds().front(), subject.batch(), 2, true).d_outputs;
   Case sum = a;
   for (std::size_t i = 0; i < a.d_outputs.size(); ++i)
     for (std::size_t e = 0; e < a.d_outputs[i].values.size(); ++e) {
@@ -210,11 +222,11 @@ inline Verdict linear(AnyPolicy const& policy) {
       y = std::round(64 * y) / 64;
       sum.d_outputs[i].values[e] = 2 * x - 3 * y;
     }
-  HostGroup const at_a = policy.run(a, {}).gradients, at_b = policy.run(b, {}).gradients, at_sum = policy.run(sum, {}).gradients;
+  HostGroup const at_a = subject.run(a, {}).gradients, at_b = subject.run(b, {}).gradients, at_sum = subject.run(sum, {}).gradients;
   for (std::size_t i = 0; i < at_sum.size(); ++i) {
     HostTensor expected = at_a[i];
     for (std::size_t e = 0; e < expected.values.size(); ++e) expected.values[e] = 2 * at_a[i].values[e] - 3 * at_b[i].values[e];
-    double const allowed = 1024 * policy.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
+    double const allowed = 1024 * subject.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
     Difference const worst = max_difference(at_sum[i], expected);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))
@@ -223,6 +235,11 @@ inline Verdict linear(AnyPolicy const& policy) {
                        " for 2a - 3b and ", number(expected.values[at]), " by its parts, off by ", worst.size, " where ", allowed,
                        " is allowed")};
   }
+  for (HostTensor& tensor : a.d_outputs) set_each(tensor, [] { return 0.0; });
+  for (HostTensor const& gradient : subject.run(a, {}).gradients)
+    for (double const d : gradient.values)
+      if (d != 0)
+        return {"linear", false, sentence("a gradient of ", gradient.name, " is ", number(d), " where all gradients of outputs are 0")};
   return {"linear", true, ""};
 }
 
@@ -245,13 +262,14 @@ inline std::vector<Case> three_parts(Case const& x) {
   }
   return {cut(x, parts[0]), cut(x, parts[1]), cut(x, parts[2])};
 }
-// Rows of tokens from the parts, in the order of the whole; the rest from part `states`.
+// Rows of tokens from the parts, in the order of the whole; states from part `states`; what has no rows is a sum over tokens.
 inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
-    if (whole[i].rows != Rows::tokens) {
-      whole[i].values = groups[states][i].values;
-      continue;
-    }
+    if (whole[i].rows == Rows::sequences) whole[i].values = groups[states][i].values;
+    if (whole[i].rows == Rows::other)
+      for (std::size_t e = 0; e < whole[i].values.size(); ++e)
+        whole[i].values[e] = groups[0][i].values[e] + groups[1][i].values[e] + groups[2][i].values[e];
+    if (whole[i].rows != Rows::tokens) continue;
     Index const size = whole[i].row_size();
     auto to = whole[i].values.begin();
     for (std::size_t sequence = 0; sequence < parts[0].sequences.size(); ++sequence)
@@ -265,24 +283,24 @@ inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vect
 
 }  // namespace detail
 
-// 12. Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
-inline Verdict agrees_in_parts(AnyPolicy const& policy) {
-  if (!policy.has_states()) return {"agrees in parts", true, "no state is carried"};
-  Case const x = policy.sample(policy.kinds().front(), detail::all_lengths(), 5, true);
-  Result const whole = policy.run(x, {});
+// Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
+inline Verdict agrees_in_parts(Subject const& subject) {
+  if (!subject.has_states()) return {"agrees in parts", true, "no state is carried"};
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 5, true);
+  Result const whole = subject.run(x, {});
   std::vector<Case> parts = detail::three_parts(x);
   std::vector<HostGroup> outputs(3), gradients(3);
   for (std::size_t p = 0; p < 3; ++p) {
     if (p > 0) detail::pass_states(outputs[p - 1], "final_", parts[p].inputs, "initial_");
-    outputs[p] = policy.run(parts[p], {}).outputs;
+    outputs[p] = subject.run(parts[p], {}).outputs;
   }
   for (std::size_t p = 3; p-- > 0;) {
     if (p < 2) detail::pass_states(gradients[p + 1], "initial_", parts[p].d_outputs, "final_");
-    gradients[p] = policy.run(parts[p], {}).gradients;
+    gradients[p] = subject.run(parts[p], {}).gradients;
   }
-  detail::Judges const judges = detail::judges_of(policy, x, whole);
+  detail::Judges const judges = detail::judges_of(subject, x, whole);
   auto const compare = [&](HostGroup Result::* part, std::vector<HostGroup> const& groups, std::size_t states) {
-    return detail::beyond_budget(policy, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part,
+    return detail::beyond_budget(subject, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part,
                                  judges.naive.*part, 2);
   };
   return detail::verdict("agrees in parts", detail::told(detail::first_of([&] { return compare(&Result::outputs, outputs, 2); },
@@ -290,11 +308,11 @@ inline Verdict agrees_in_parts(AnyPolicy const& policy) {
                                                          "in three parts and whole"));
 }
 
-// 13. What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
+// What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
 // neither what is saved nor scratch memory grows faster than the number of tokens.
-inline Verdict memory_as_announced(AnyPolicy const& policy) {
+inline Verdict memory_as_announced(Subject const& subject) {
   std::vector<Footprint> prints;
-  for (Index length : {128, 256, 512}) prints.push_back(policy.footprint(Sequences::equal(1, length)));
+  for (Index length : {128, 256, 512}) prints.push_back(subject.footprint(Sequences::equal(1, length)));
   for (Footprint const& print : prints) {
     if (print.announced_saved != print.taken_saved)
       return {"memory as announced", false, sentence(print.announced_saved, " bytes announced for Saved, ", print.taken_saved, " taken")};
@@ -309,7 +327,7 @@ inline Verdict memory_as_announced(AnyPolicy const& policy) {
   };
   return detail::verdict(
       "memory as announced",
-      detail::first_of([&] { return policy.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
+      detail::first_of([&] { return subject.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
                        [&] { return growth("scratch memory", &Footprint::scratch); }));
 }
 

@@ -1,4 +1,4 @@
-// Law 12 for policies that decode: reading a sequence in parts, each continuing what a cache holds, is reading it whole.
+// The laws of policies that decode: reading a sequence in parts, each continuing what a cache holds, is reading it whole.
 #ifndef HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 #define HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 
@@ -53,7 +53,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
   return told(beyond_budget(policy, decoded.outputs, judges.truth.outputs, judges.truth.outputs, judges.naive.outputs, times),
               sentence("decoded ", splitting.name, ", kind ", kind));
 }
-// Drawn again where the budget is missed by little, as law 8 does.
+// Drawn again where the budget is missed by little, as the law of true values does.
 inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& kind, Splitting const& splitting) {
   std::string why = wrong_decoding(policy, kind, splitting, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
@@ -64,7 +64,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
 
 }  // namespace detail
 
-// 12. Outputs are those of the whole sequence, within the budget of law 8, however it is split.
+// Outputs are those of the whole sequence, within the budget of true values, however it is split.
 inline Verdict decodes_the_whole(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes the whole", true, "it does not decode"};
   auto const splittings = detail::splittings(detail::all_lengths(), 1);
@@ -137,7 +137,7 @@ inline std::string decoding_depends(AnyPolicy const& policy, Case const& x, Call
   compare({}, "in two equal runs of decoding");
   compare({.threads = 2}, "decoded on 1 and on 2 threads");
   compare({.threads = 3}, "decoded on 1 and on 3 threads");
-  compare({.unwritten = 3}, "decoded among NaN and among 3, in the cache and in results before they are written");
+  compare({.unwritten = 3, .fence = 3}, "decoded among NaN and among 3, in the cache and in results before they are written");
   compare({.spaced = true}, "decoded without and with gaps between the rows");
   compare({.leftovers = true}, "decoded in fresh scratch memory, and in what a run on NaN left");
   return why;
@@ -151,7 +151,7 @@ inline std::string decoding_keeps_memory(AnyPolicy const& policy, Case const& x,
 
 }  // namespace detail
 
-// 12, the bits: decoding keeps the laws 1 and 3 to 6, never reads what the cache does not hold, changes nothing of sequences
+// Decoding keeps the laws of bits, never reads what the cache does not hold, changes nothing of sequences
 // without new tokens, and allocates nothing from step to step.
 inline Verdict decodes_cleanly(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes cleanly", true, "it does not decode"};

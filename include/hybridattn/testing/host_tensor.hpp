@@ -50,17 +50,18 @@ struct HostGroup : std::vector<HostTensor> {
 
   HostTensor const* find(std::string_view name) const { return find_in(*this, name); }
   HostTensor* find(std::string_view name) { return find_in(*this, name); }
-  HostTensor& at(std::string_view name) {
-    HostTensor* const found = find(name);
-    check(found != nullptr, "no tensor is called ", name);
-    return *found;
-  }
+  HostTensor& at(std::string_view name) { return found(find(name), name); }
+  HostTensor const& at(std::string_view name) const { return found(find(name), name); }
 
  private:
   template <class Group> static auto find_in(Group& group, std::string_view name) -> decltype(group.data()) {
     for (auto& tensor : group)
       if (tensor.name == name) return &tensor;
     return nullptr;
+  }
+  template <class Tensor> static Tensor& found(Tensor* tensor, std::string_view name) {
+    check(tensor != nullptr, "no tensor is called ", name);
+    return *tensor;
   }
 };
 

@@ -63,10 +63,14 @@ template <> struct On<Route, Cpu> {
 
 template <> struct On<Permute, Cpu> {
   static void forward(Cpu&, View<std::int32_t const, 2> experts, View<std::int32_t, 1> offsets, View<std::int32_t, 2> places) {
+    auto const for_each_choice = [&](auto f) {
+      for (Index n = 0; n < experts.extent(0); ++n)
+        for (Index j = 0; j < experts.extent(1); ++j) f(n, j, experts(n, j));
+    };
     std::fill_n(offsets.data, offsets.count(), 0);
-    for (Index i = 0; i < experts.count(); ++i) ++offsets(experts.data[i] + 1);
+    for_each_choice([&](Index, Index, Index e) { ++offsets(e + 1); });
     for (Index e = 1; e < offsets.extent(0); ++e) offsets(e) += offsets(e - 1);
-    for (Index i = 0; i < experts.count(); ++i) places.data[i] = offsets(experts.data[i])++;
+    for_each_choice([&](Index n, Index j, Index e) { places(n, j) = offsets(e)++; });
     for (Index e = offsets.extent(0) - 1; e > 0; --e) offsets(e) = offsets(e - 1);
     offsets(0) = 0;
   }

@@ -1,0 +1,380 @@
+// One operation on one backend in one scalar, as the laws see it. operations.hpp names the groups of the library's operations.
+#ifndef HYBRIDATTN_TESTING_OPERATION_HPP
+#define HYBRIDATTN_TESTING_OPERATION_HPP
+
+#include <hybridattn/tensor/sequences_on.hpp>
+#include <hybridattn/testing/fenced.hpp>
+#include <hybridattn/testing/machine.hpp>
+#include <hybridattn/testing/subject.hpp>
+
+#include <functional>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// A tensor of elements of one type, whatever the scalar is: sums in double, losses.
+namespace detail {
+template <class S, class E, int Rank> struct OfType;
+template <class E, int Rank> struct OfType<Shapes, E, Rank> {
+  using type = Shape<Rank>;
+};
+template <class T, class E, int Rank> struct OfType<In<T>, E, Rank> {
+  using type = View<E const, Rank>;
+};
+template <class T, class E, int Rank> struct OfType<Out<T>, E, Rank> {
+  using type = View<E, Rank>;
+};
+}  // namespace detail
+template <class S, class E, int Rank> using OfType = typename detail::OfType<S, E, Rank>::type;
+
+// An operation names its groups like a policy, and how it is called with them, in an Operation<Op>:
+//
+//   template <> struct Operation<Op> : PlainOperation {
+//     Config, sizes()                                     its arguments on the host, and those that it is judged at
+//     Inputs<S>,  inputs(config, sequences)               a shape of no extents: a view that is not there
+//     Outputs<S>, outputs(config, sequences)
+//     forward<B, T>(backend, config, sequences, x, y)     calls On<Op, B>::forward
+//     backward<B, T>(backend, config, sequences, x, y, d_y, d_x)
+//   };
+//
+// A tensor whose first axis counts tokens has rows; where `rows_stand_alone`, a row depends on no other one.
+template <class Op> struct Operation;
+
+struct PlainOperation {
+  // Whether each row is a sequence of its own. Otherwise the operation works on sequences, as a policy does.
+  static constexpr bool rows_stand_alone = true;
+  // Whether an input speaks of the batch as a whole, so that no part of it can be judged by itself.
+  template <class Config> static bool has_tables(Config const&) { return false; }
+  // Results that may stand in the memory of an argument: {"y", "x"} says that forward's y may stand in x, {"d_x", "d_y"} that
+  // backward's d_x may stand in d_y.
+  static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {}; }
+  // Whether a result ("y" or "d_x") is formed from what stands in its place: it is added, or moved.
+  template <class Config> static bool starts_from(Config const&, std::string_view) { return false; }
+  // Whether backward makes the gradient of an input, and takes that of an output. Whole numbers have none.
+  template <class Config> static bool has_gradient(Config const&, std::string_view) { return true; }
+  template <class Config> static bool takes_gradient(Config const&, std::string_view) { return true; }
+  // The values of inputs that are no noise. Whole numbers must be drawn without `random` where they are tables of the batch.
+  template <class Config> static void draw(Config const&, Sequences const&, Random&, HostGroup&) {}
+  // The config with what backward takes from the host of the gradients of its results, where it takes a number.
+  template <class Config> static Config with_upstream(Config c, HostGroup const&) { return c; }
+};
+
+template <class Op>
+concept HasOperation = requires { Operation<Op>::sizes(); };
+
+namespace detail {
+
+// A tensor of a group before it has memory.
+struct Declared {
+  std::string name;
+  Element const* element;
+  std::vector<Index> extents;
+  Rows rows = Rows::other;
+};
+// What the first axis of each counts, by the shapes for two sequences of five tokens and for three of seven.
+inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<Declared> const& few, std::vector<Declared> const& more) {
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    auto const counts = [&](Index two, Index three) { return few[i].extents[0] == two && more[i].extents[0] == three; };
+    list[i].rows = counts(10, 21) ? Rows::tokens : counts(2, 3) ? Rows::sequences : Rows::other;
+  }
+  return list;
+}
+struct Declare {
+  std::vector<Declared>& list;
+  template <class E, int Rank> void operator()(Path const& path, Shape<Rank> const& shape, View<E, Rank> const&) const {
+    list.push_back({path.str(), &element_of<std::remove_const_t<E>>, {shape.extent, shape.extent + Rank}});
+  }
+};
+template <class T, template <class> class G> std::vector<Declared> declared(G<Shapes> const& shapes) {
+  std::vector<Declared> list;
+  zip(Declare{list}, shapes, G<In<T>>{});
+  return list;
+}
+
+template <class B> using Blocks = std::vector<FencedBlock<B>*>;
+// Views of blocks, in the order of the group's fields.
+template <class B> struct NextView {
+  FencedBlock<B>* const* next;
+  template <class E, int Rank> void operator()(Path const&, View<E, Rank>& view) { view = (*next++)->template view<E, Rank>(); }
+};
+template <class Group, class B> Group views(Blocks<B> const& blocks) {
+  Group group;
+  NextView<B> next{blocks.data()};
+  zip(next, group);
+  return group;
+}
+
+// An operation with its config, to be run in one scalar on one backend. Everything that depends on the operation's type is here.
+template <class B> struct Call {
+  virtual ~Call() = default;
+  virtual bool has_backward() const = 0;
+  virtual void forward(B&, SequencesOn<B> const&, Blocks<B> const& x, Blocks<B> const& y) const = 0;
+  virtual void backward(B&, SequencesOn<B> const&, HostGroup const& upstream, Blocks<B> const& x, Blocks<B> const& y, Blocks<B> const& d_y,
+                        Blocks<B> const& d_x) const = 0;
+};
+template <class Op, class B, class T> struct CallOf final : Call<B> {
+  using O = Operation<Op>;
+  using Config = typename O::Config;
+  template <class S> using Inputs = typename O::template Inputs<S>;
+  template <class S> using Outputs = typename O::template Outputs<S>;
+  static constexpr bool with_backward = requires(B& b, Config c, SequencesOn<B> s, Inputs<In<T>> x, Outputs<In<T>> y, Inputs<Out<T>> d_x) {
+    O::template backward<B, T>(b, c, s, x, y, y, d_x);
+  };
+  Config config;
+
+  explicit CallOf(Config c) : config(c) {}
+  bool has_backward() const override { return with_backward; }
+  void forward(B& backend, SequencesOn<B> const& s, Blocks<B> const& x, Blocks<B> const& y) const override {
+    O::template forward<B, T>(backend, config, s, views<Inputs<In<T>>>(x), views<Outputs<Out<T>>>(y));
+  }
+  void backward([[maybe_unused]] B& backend, [[maybe_unused]] SequencesOn<B> const& s, [[maybe_unused]] HostGroup const& upstream,
+                [[maybe_unused]] Blocks<B> const& x, [[maybe_unused]] Blocks<B> const& y, [[maybe_unused]] Blocks<B> const& d_y,
+                [[maybe_unused]] Blocks<B> const& d_x) const override {
+    if constexpr (with_backward)
+      O::template backward<B, T>(backend, O::with_upstream(config, upstream), s, views<Inputs<In<T>>>(x), views<Outputs<In<T>>>(y),
+                                 views<Outputs<In<T>>>(d_y), views<Inputs<Out<T>>>(d_x));
+  }
+};
+
+// What a result starts from that is added to is a tensor of the case: for a result of forward an input, for a gradient the gradient
+// of an output, as if the input were passed on as an output too.
+inline std::string before(std::string const& output) { return output + " before"; }
+inline std::string passed_on(std::string const& input) { return input + " passed on"; }
+
+// An operation as lists of tensors, without a type.
+struct Description {
+  std::vector<Declared> inputs, outputs;
+  std::vector<std::pair<std::string_view, std::string_view>> in_place;
+  std::function<bool(std::string const&)> starts_from, has_gradient;
+};
+
+// A tensor without values.
+inline HostTensor host_tensor(Declared const& d, std::string name) {
+  HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}};
+  Index count = d.element->numbers;
+  for (Index const extent : d.extents) count *= extent;
+  if (d.element->numbers > 1) tensor.shape.push_back(d.element->numbers);
+  tensor.values.resize(static_cast<std::size_t>(count));
+  return tensor;
+}
+
+// Declared tensors in memory.
+template <class B> struct Placed {
+  std::vector<Declared> const& declared;
+  std::vector<FencedBlock<B>> blocks;
+
+  Placed(B& backend, std::vector<Declared> const& list, Surroundings const& around) : declared(list), blocks(list.size()) {
+    for (std::size_t i = 0; i < blocks.size(); ++i)
+      blocks[i].place(backend, *list[i].element, list[i].extents, around.spaced, {around.unwritten, around.fence});
+  }
+  void write(B& backend, HostGroup const& values) {
+    for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].write(backend, values[i].values);
+  }
+  HostGroup read(B& backend, std::string& trespass) const {
+    HostGroup group;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      HostTensor& tensor = group.emplace_back(host_tensor(declared[i], declared[i].name));
+      blocks[i].read(backend, tensor, trespass);
+    }
+    return group;
+  }
+  Blocks<B> all() {
+    Blocks<B> list;
+    for (FencedBlock<B>& block : blocks) list.push_back(&block);
+    return list;
+  }
+};
+
+// One forward and backward.
+template <class B> class OperationRun {
+ public:
+  OperationRun(B& backend, Description const& description, Call<B> const& call, Case const& x, Surroundings const& around)
+      : backend_(backend), description_(description), call_(call), case_(x), around_(around), sequences_(backend, x.sequences),
+        inputs_(backend, description.inputs, around), outputs_(backend, description.outputs, around) {}
+
+  Result run() {
+    inputs_.write(backend_, case_.inputs);
+    start(outputs_, case_.inputs, "", before);
+    forward();
+    result_.outputs = outputs_.read(backend_, result_.trespass);
+    for (std::size_t i = description_.outputs.size(); i < case_.d_outputs.size(); ++i) pass_on(case_.d_outputs[i].name);
+    result_.gradients = no_gradients();
+    if (call_.has_backward()) backward();
+    note_overwritten(declared_part(case_.inputs, inputs_), inputs_.read(backend_, result_.trespass), result_.trespass);
+    return std::move(result_);
+  }
+
+ private:
+  void forward() {
+    Blocks<B> arguments = inputs_.all();
+    share(arguments, inputs_, case_.inputs, outputs_, "");
+    measured([&] { call_.forward(backend_, sequences_, arguments, outputs_.all()); });
+  }
+  void backward() {
+    Placed<B> d_outputs{backend_, description_.outputs, around_};
+    d_outputs.write(backend_, case_.d_outputs);
+    std::vector<Declared> const wanted = those_with_a_gradient();
+    Placed<B> gradients{backend_, wanted, around_};
+    start(gradients, case_.d_outputs, "d_", passed_on);
+    Blocks<B> upstream = d_outputs.all();
+    share(upstream, d_outputs, case_.d_outputs, gradients, "d_");
+    measured([&] { call_.backward(backend_, sequences_, case_.d_outputs, inputs_.all(), outputs_.all(), upstream, gradients.all()); });
+    result_.gradients = gradients.read(backend_, result_.trespass);
+    note_overwritten(declared_part(case_.d_outputs, d_outputs), d_outputs.read(backend_, result_.trespass), result_.trespass);
+  }
+
+  // Without memory where there is none.
+  std::vector<Declared> those_with_a_gradient() const {
+    std::vector<Declared> list = description_.inputs;
+    for (Declared& d : list)
+      if (d.element->whole || !description_.has_gradient(d.name)) std::fill(d.extents.begin(), d.extents.end(), 0);
+    return list;
+  }
+  HostGroup no_gradients() const {
+    HostGroup group;
+    for (Declared const& d : description_.inputs) group.emplace_back(host_tensor(d, d.name)).values.clear();
+    return group;
+  }
+  // Results that do not start from nothing.
+  void start(Placed<B>& results, HostGroup const& from, std::string const& prefix, std::string (*name)(std::string const&)) {
+    for (std::size_t i = 0; i < results.blocks.size(); ++i)
+      if (description_.starts_from(prefix + results.declared[i].name))
+        if (HostTensor const* const values = from.find(name(results.declared[i].name))) results.blocks[i].write(backend_, values->values);
+  }
+  // In place, a result's block takes the values of its argument and stands for it.
+  void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, Placed<B>& results, std::string const& prefix) {
+    for (auto const& [result, argument] : description_.in_place)
+      for (std::size_t r = 0; r < results.blocks.size(); ++r)
+        for (std::size_t a = 0; a < arguments.size(); ++a)
+          if (around_.in_place && result == prefix + results.declared[r].name && argument == prefix + named.declared[a].name) {
+            results.blocks[r].write(backend_, values[a].values);
+            arguments[a] = &results.blocks[r];
+          }
+  }
+  template <class F> void measured(F f) {
+    auto const in_use = backend_.pool().in_use();
+    backend_.pool().reset_peak();
+    f();
+    result_.scratch = std::max(result_.scratch, backend_.pool().peak() - in_use);
+    result_.kept += static_cast<std::ptrdiff_t>(backend_.pool().in_use()) - static_cast<std::ptrdiff_t>(in_use);
+  }
+  void pass_on(std::string const& name) {
+    HostTensor& tensor = result_.outputs.emplace_back(*case_.inputs.find(name.substr(0, name.size() - passed_on("").size())));
+    tensor.name = name;
+  }
+  static HostGroup declared_part(HostGroup const& group, Placed<B> const& placed) {
+    return HostGroup(group.begin(), group.begin() + std::ssize(placed.blocks));
+  }
+
+  B& backend_;
+  Description const& description_;
+  Call<B> const& call_;
+  Case const& case_;
+  Surroundings const& around_;
+  SequencesOn<B> sequences_;
+  Placed<B> inputs_, outputs_;
+  Result result_;
+};
+
+// What the laws ask of an operation, but for the calls.
+class AnyOperation : public Subject {
+ public:
+  std::vector<std::string> kinds() const override { return {"noise"}; }
+  double tolerance() const override { return 1e-12; }
+  bool has_states() const override {
+    auto const inputs = describe(Sequences::equal(1, 1)).inputs;
+    return std::any_of(inputs.begin(), inputs.end(), [](Declared const& d) { return d.name.starts_with("initial_"); });
+  }
+  Case sample(std::string const&, Sequences const& s, std::uint64_t seed, bool carried) const override {
+    Description const d = describe(s);
+    Case x{s, tensors_of(d.inputs), tensors_of(d.outputs), carried};
+    for (Declared const& output : d.outputs)
+      if (d.starts_from(output.name)) x.inputs.push_back(host_tensor(output, before(output.name)));
+    for (Declared const& input : d.inputs)
+      if (d.starts_from("d_" + input.name)) x.d_outputs.push_back(host_tensor(input, passed_on(input.name)));
+    Random random{Seed{seed}, "inputs"}, upstream{Seed{seed}, "upstream"};
+    for (HostTensor& tensor : x.inputs)
+      if (!tensor.whole) set_normal(tensor, random);
+    draw(s, random, x.inputs);
+    for (HostTensor& tensor : x.d_outputs)
+      if (!tensor.whole && takes_gradient(tensor.name)) set_normal(tensor, upstream);
+    for (std::size_t i = 0; i < d.outputs.size(); ++i)   // of a loss and its counts, the counts have none
+      if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
+    round_to_float(x.inputs);
+    round_to_float(x.d_outputs);
+    return x;
+  }
+  Footprint footprint(Sequences const& s) const override { return footprint_of(sample("noise", s, 1, true)); }
+
+ protected:
+  virtual Description describe(Sequences const& s) const = 0;
+  virtual void draw(Sequences const& s, Random& random, HostGroup& inputs) const = 0;
+  virtual bool takes_gradient(std::string_view output) const = 0;
+  virtual Footprint footprint_of(Case const& x) const = 0;
+
+ private:
+  static HostGroup tensors_of(std::vector<Declared> const& list) {
+    HostGroup group;
+    for (Declared const& d : list) group.push_back(host_tensor(d, d.name));
+    return group;
+  }
+};
+
+}  // namespace detail
+
+template <class Op, class B, class T> class OperationOn final : public detail::AnyOperation {
+  using O = Operation<Op>;
+  using Config = typename O::Config;
+
+ public:
+  explicit OperationOn(Config config, std::string name = detail::type_name<Op>()) : config_(config), name_(std::move(name)) {}
+
+  std::string name() const override { return name_ + ", " + detail::type_name<T>(); }
+  double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
+  Sequences batch() const override { return O::rows_stand_alone ? Sequences::equal(150, 1) : Subject::batch(); }
+  Sequences small_batch() const override { return O::rows_stand_alone ? Sequences::equal(40, 1) : Subject::small_batch(); }
+  bool has_tables() const override { return O::has_tables(config_); }
+  bool works_in_place() const override { return !O::in_place().empty(); }
+
+  Result run(Case const& x, Surroundings const& around) const override {
+    B backend = Machine<B>::make(around.threads);
+    if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around);
+    return run_on<T>(backend, x, around);
+  }
+  Result loops(Case const& x, HostGroup const&, bool in_double) const override {
+    Cpu cpu{1};
+    return in_double ? run_on<double>(cpu, x, {}) : run_on<T>(cpu, x, {});
+  }
+
+ private:
+  detail::Description describe(Sequences const& s) const override { return describe_in<T>(s); }
+  void draw(Sequences const& s, Random& random, HostGroup& inputs) const override { O::draw(config_, s, random, inputs); }
+  bool takes_gradient(std::string_view output) const override { return O::takes_gradient(config_, output); }
+  Footprint footprint_of(Case const& x) const override {
+    B backend = Machine<B>::make(1);
+    Result const first = run_on<T>(backend, x, {});
+    auto const allocations = backend.pool().allocations();
+    run_on<T>(backend, x, {});
+    return {0, 0, first.scratch, first.kept, backend.pool().allocations() - allocations};
+  }
+
+  template <class U> detail::Description describe_in(Sequences const& s) const {
+    auto const declare = [&](auto const& shapes_of) {
+      return detail::with_rows(detail::declared<U>(shapes_of(s)), detail::declared<U>(shapes_of(Sequences::equal(2, 5))),
+                               detail::declared<U>(shapes_of(Sequences::equal(3, 7))));
+    };
+    return {declare([&](Sequences const& of) { return O::inputs(config_, of); }),
+            declare([&](Sequences const& of) { return O::outputs(config_, of); }), O::in_place(),
+            [&](std::string const& result) { return O::starts_from(config_, result); },
+            [&](std::string const& input) { return O::has_gradient(config_, input); }};
+  }
+  template <class U, class M> Result run_on(M& backend, Case const& x, Surroundings const& around) const {
+    detail::Description const description = describe_in<U>(x.sequences);
+    return detail::OperationRun<M>{backend, description, detail::CallOf<Op, M, U>{config_}, x, around}.run();
+  }
+
+  Config config_;
+  std::string name_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif

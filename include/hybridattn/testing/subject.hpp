@@ -1,0 +1,151 @@
+// What the laws judge: a policy or an operation, as tensors on the host that go in and tensors on the host that come out. The laws
+// are ordinary run-time code over this. Only what makes a Subject of a policy (adaptor.hpp) or of an operation (operation.hpp), on a
+// backend and in a scalar, is a template.
+#ifndef HYBRIDATTN_TESTING_SUBJECT_HPP
+#define HYBRIDATTN_TESTING_SUBJECT_HPP
+
+#include <hybridattn/testing/host_tensor.hpp>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// What a forward and a backward read.
+struct Case {
+  Sequences sequences;
+  HostGroup inputs, d_outputs;
+  bool carried = true;   // with the states that pass from one part of a sequence to the next
+};
+
+// What surrounds a run, and must not matter.
+struct Surroundings {
+  int threads = 1;
+  double unwritten = not_a_number;   // in all results before they are written
+  double fence = not_a_number;       // in the memory beside all tensors
+  bool spaced = false;               // rows of inputs, outputs and gradients with gaps between them
+  bool leftovers = false;            // scratch memory holds what a run on NaNs left
+  bool in_place = false;             // a result stands in the memory of an argument, wherever an operation allows it
+};
+
+struct Result {
+  HostGroup outputs, saved, gradients;   // gradients have the names of their inputs
+  std::string trespass;                  // where a run wrote outside, or nothing
+  std::size_t scratch = 0;               // bytes of the backend's pool that the run took at most, on top of the tensors
+  std::ptrdiff_t kept = 0;               // and those that it did not give back
+};
+
+struct Footprint {   // of a run on one thread
+  std::size_t announced_saved, taken_saved;   // bytes
+  std::size_t scratch;
+  std::ptrdiff_t kept;
+  std::size_t later_allocations;              // of a second run on the same backend
+};
+
+namespace detail {
+
+// The type's name as the compiler spells it, without the library's namespace.
+template <class P> std::string type_name() {
+  std::string const text = __PRETTY_FUNCTION__;
+  auto const library = text.find("hybridattn::"), flags = library + 12;
+  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
+  auto const first = text.find("P = ") + 4;
+  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
+  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
+                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
+    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
+  return name;
+}
+
+// Every length at which a kernel's blocks begin, end or are missing.
+inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
+
+}  // namespace detail
+
+class Subject {
+ public:
+  virtual ~Subject() = default;
+
+  virtual std::string name() const = 0;
+  virtual double eps() const = 0;         // of the scalar
+  virtual double tolerance() const = 0;   // of a result in double, relative to the largest element
+  // Kinds of inputs. The first is ordinary and smooth: finite differences are taken there.
+  virtual std::vector<std::string> kinds() const = 0;
+  // Batches that the laws are judged on. What one sequence holds must not depend on another: the rows of an operation on rows are
+  // sequences of one token.
+  virtual Sequences batch() const { return detail::all_lengths(); }
+  virtual Sequences small_batch() const { return packed({1, 2, 0, 19, 40}); }
+  virtual bool has_tables() const { return false; }           // an input speaks of the batch as a whole
+  virtual bool works_in_place() const { return false; }       // a result may stand in the memory of an argument
+  virtual bool has_states() const { return false; }           // an input initial_x for an output final_x
+  virtual bool saved_is_linear() const { return true; }       // in the number of tokens
+  virtual bool detached(std::string_view) const { return false; }
+  virtual bool by_head(std::string_view) const { return false; }   // the input's gradient is judged head by head
+
+  // Two seeds differ in every value.
+  virtual Case sample(std::string const& kind, Sequences const& sequences, std::uint64_t seed, bool carried) const = 0;
+  virtual Result run(Case const& x, Surroundings const& around) const = 0;
+  // The reference in the subject's scalar or in double, with the choices that `chosen` holds.
+  virtual Result loops(Case const& x, HostGroup const& chosen, bool in_double) const = 0;
+  virtual Footprint footprint(Sequences const& sequences) const = 0;
+
+  bool in_double() const { return eps() == std::numeric_limits<double>::epsilon(); }
+};
+
+// Tokens first .. last of sequence `index`.
+struct Part {
+  Index index, first, last;
+};
+
+namespace detail {
+
+// Rows of tokens or sequences from `from`, of a batch of `from_sequences`, to the rows of consecutive parts.
+inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, std::vector<Part> const& parts) {
+  if (from.rows == Rows::other || from.values.empty()) return from;
+  HostTensor to = from;
+  to.values.clear();
+  to.shape[0] = 0;
+  auto const append = [&](Index first, Index count) {
+    to.values.insert(to.values.end(), from.row(first), from.row(first) + count * from.row_size());
+    to.shape[0] += count;
+  };
+  for (Part const& part : parts) {
+    if (from.rows == Rows::sequences) append(part.index, 1);
+    else append(sequences[static_cast<std::size_t>(part.index)].start + part.first, part.last - part.first);
+  }
+  return to;
+}
+inline HostGroup rows_of(HostGroup const& from, Sequences const& sequences, std::vector<Part> const& parts) {
+  HostGroup to;
+  for (HostTensor const& tensor : from) to.push_back(rows_of(tensor, sequences, parts));
+  return to;
+}
+
+}  // namespace detail
+
+namespace detail {
+// What is only read must stand there as it did: trespass names the first number that does not.
+inline void note_overwritten(HostGroup const& before, HostGroup const& after, std::string& trespass) {
+  if (std::string const changed = first_difference(before, after); trespass.empty() && !changed.empty())
+    trespass = sentence("a run overwrites what it reads: ", changed);
+}
+}  // namespace detail
+
+// A batch of parts of the sequences of another one.
+inline Case cut(Case const& x, std::vector<Part> const& parts) {
+  std::vector<Index> lengths;
+  for (Part const& part : parts) lengths.push_back(part.last - part.first);
+  return {packed(lengths), detail::rows_of(x.inputs, x.sequences, parts), detail::rows_of(x.d_outputs, x.sequences, parts), x.carried};
+}
+// x, with the rows that `wanted(tensor, row)` names taken from y.
+template <class Wanted> void replace_rows(HostGroup& x, HostGroup const& y, Wanted wanted) {
+  for (std::size_t i = 0; i < x.size(); ++i)
+    for (Index row = 0; row < x[i].row_count(); ++row)
+      if (wanted(x[i], row)) std::copy_n(y[i].row(row), y[i].row_size(), x[i].row(row));
+}
+// Whole numbers stay: they are indices.
+inline HostGroup all_nan(HostGroup x) {
+  for (HostTensor& tensor : x)
+    if (!tensor.whole) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif

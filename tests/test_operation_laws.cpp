@@ -1,0 +1,214 @@
+// Every operation inherits the laws by standing in the list. Operations with one flaw each show that each law can be broken, and that
+// no other law is.
+#include "catch.hpp"
+
+#include <hybridattn/testing/fake.hpp>
+#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing/operations.hpp>
+
+#include <set>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+// AdamWCheck is judged with AdamWStep.
+using Operations = std::tuple<ha::Fill, ha::Add, ha::AddWeighted, ha::Swiglu, ha::SigmoidGate, ha::GdnGate, ha::RmsNorm, ha::GatedRmsNorm,
+                              ha::LayerNorm, ha::L2Norm, ha::RopeAngles, ha::Rope, ha::Linear, ha::GroupedLinear, ha::Embedding,
+                              ha::CausalConv1d, ha::SoftmaxLoss, ha::CrossEntropy, ha::TopK, ha::Route, ha::Permute, ha::Distribute,
+                              ha::Combine, ha::AddGated, ha::ExpertUse, ha::BalanceLoss, ha::AdamWSquares, ha::AdamWStep>;
+
+void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
+  CHECK_FALSE(verdicts.empty());
+  for (auto const& verdict : verdicts) {
+    INFO(verdict.law << ": " << verdict.why);
+    CHECK(verdict.holds);
+  }
+}
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("an operation keeps every law in float", "[float]", Operations) {
+  check_all(ha::testing::judge<TestType, ha::Cpu, float>());
+}
+TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double", "[double]", Operations) {
+  check_all(ha::testing::judge<TestType, ha::Cpu, double>());
+}
+TEMPLATE_LIST_TEST_CASE("an operation has the bits of the CPU on a device that the host cannot read", "[float]", Operations) {
+  for (auto const& size : ha::testing::Operation<TestType>::sizes()) {
+    ha::testing::OperationOn<TestType, ha::testing::Fake, float> const there{size};
+    check_all({same_on_both(ha::testing::OperationOn<TestType, ha::Cpu, float>{size}, there), fenced(there), agrees_with_cpu(there)});
+  }
+}
+
+namespace {
+
+enum class Flaw {
+  none,
+  sees_the_next_token,
+  gradient_sees_the_token_before,
+  sees_another_sequence,
+  counts_sequences,
+  counts_threads,
+  leaves_a_hole_without_tokens,
+  needs_fresh_memory,
+  reads_outside,
+  writes_outside,
+  overwrites_an_argument,
+  ignores_strides,
+  wrong_sign,
+  is_not_linear,
+  makes_something_of_nothing,
+  moves_the_state,
+  keeps_memory,
+  quadratic_memory,
+  is_not_in_place,
+  rounds_coarsely,
+};
+// A convolution over sequences with states: every law speaks of it.
+struct Flawed {
+  static inline Flaw flaw = Flaw::none;   // not a type: one operation is enough to compile
+};
+bool has(Flaw flaw) { return Flawed::flaw == flaw; }
+
+template <class T> void nudge_if(bool condition, T& x) {
+  if (condition) x = std::nextafter(x, std::numeric_limits<T>::infinity());
+}
+template <class T> void nudge_by_much(ha::View<T, 2> y) {
+  for (Index n = 0; n < y.extent(0); ++n) y(n, 0) += T(1e-3);
+}
+using Convolution = ha::testing::Operation<ha::CausalConv1d>;
+
+template <class T> void spoil(ha::Cpu& cpu, ha::Sequences const& s, Convolution::Inputs<ha::In<T>> x, Convolution::Outputs<ha::Out<T>> y) {
+  Index const N = s.tokens(), C = x.x.extent(1);
+  if (has(Flaw::is_not_in_place) && y.final_state.data == x.initial_state.data) nudge_if(!y.final_state.empty(), y.final_state(0, 0, 0));
+  for (Index i = 0; i < s.count() && has(Flaw::moves_the_state); ++i) y.final_state(i, 0, 0) *= T(1 + 1e-10);
+  if (N == 0) return;
+  if (has(Flaw::counts_sequences)) nudge_if(s.count() > 1, y.y(N - 1, 0));
+  if (has(Flaw::counts_threads)) nudge_if(cpu.threads() > 2, y.y(N - 1, 0));
+  if (has(Flaw::reads_outside)) nudge_if((&x.x(N - 1, C - 1))[1] < 0, y.y(N - 1, 0));
+  if (has(Flaw::writes_outside)) (&y.y(0, 0))[-1] = 0;
+  if (has(Flaw::overwrites_an_argument)) nudge_if(true, const_cast<T&>(x.w(0, 0)));
+  if (has(Flaw::ignores_strides)) nudge_if(N > 1 && y.y.data[C] != y.y.data[C], y.y(N - 1, 0));
+  if (has(Flaw::rounds_coarsely) && sizeof(T) == sizeof(float)) nudge_by_much(y.y);
+  if (has(Flaw::needs_fresh_memory)) {
+    ha::Tensor<T, 1, ha::Cpu> scratch{cpu, {12345}};
+    nudge_if(out(scratch)(7) != out(scratch)(7), y.y(N - 1, 0));
+    out(scratch)(7) = x.x(0, 0);
+  }
+  if (has(Flaw::keeps_memory)) {
+    static auto& kept = *new std::vector<void*>;   // within reach for ever, so that a leak checker has nothing to say
+    kept.push_back(cpu.take(64));
+  }
+  if (has(Flaw::quadratic_memory)) ha::Tensor<T, 2, ha::Cpu> scores{cpu, {N, N}};
+  for (ha::Sequence const q : s)
+    for (Index t = q.start; t < q.start + q.length; ++t) {
+      if (has(Flaw::sees_the_next_token)) nudge_if(t + 1 < q.start + q.length && x.x(t + 1, 0) > 0, y.y(t, 0));
+      if (has(Flaw::sees_another_sequence)) nudge_if(q.start > 0 && x.x(0, 0) == x.x(0, 0), y.y(t, 0));
+    }
+}
+template <class T> void spoil_gradients(ha::Sequences const& s, Convolution::Outputs<ha::In<T>> d_y, Convolution::Inputs<ha::Out<T>> d_x) {
+  if (has(Flaw::leaves_a_hole_without_tokens) && s.tokens() == 0) d_x.w(0, 0) = std::numeric_limits<T>::quiet_NaN();
+  if (has(Flaw::wrong_sign)) d_x.w(0, 0) = -d_x.w(0, 0);
+  for (ha::Sequence const q : s)
+    for (Index t = q.start; t < q.start + q.length; ++t) {
+      if (has(Flaw::gradient_sees_the_token_before)) nudge_if(t > q.start && d_y.y(t - 1, 0) > 0, d_x.x(t, 0));
+      if (has(Flaw::is_not_linear)) d_x.x(t, 0) += T(1e-11) * d_y.y(t, 0) * d_y.y(t, 0);
+      if (has(Flaw::makes_something_of_nothing) && d_x.x(t, 0) == 0) d_x.x(t, 0) = T(1e-30);
+    }
+}
+
+// One that adds where it is told to, and one that does not.
+struct OverwritesASum {};
+// A product summed from the last column to the first, and one that is wrong besides.
+template <bool wrong> struct OtherOrder {};
+
+}  // namespace
+
+template <> struct ha::testing::Operation<Flawed> : Convolution {
+  static std::vector<Config> sizes() { return {{5, 3}}; }
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    Convolution::forward<B, T>(backend, c, s, x, y);
+    spoil<T>(backend, s, x, y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<In<T>> y, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    Convolution::backward<B, T>(backend, c, s, x, y, d_y, d_x);
+    spoil_gradients<T>(s, d_y, d_x);
+  }
+};
+template <> struct ha::testing::Operation<OverwritesASum> : Operation<RmsNorm> {
+  template <class B, class T>
+  static void backward(B& backend, Config c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<In<T>> y, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    c.into = Into::overwrite;
+    Operation<RmsNorm>::backward<B, T>(backend, c, s, x, y, d_y, d_x);
+  }
+};
+template <bool wrong> struct ha::testing::Operation<OtherOrder<wrong>> : Operation<Linear> {
+  template <class B, class T> static void forward(B&, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    for (Index n = 0; n < y.y.extent(0); ++n)
+      for (Index m = 0; m < c.features; ++m) {
+        T sum = 0;
+        for (Index e = c.columns; e-- > 0;) sum += x.x(n, e) * x.w(m, e);
+        y.y(n, m) = wrong && n == 7 ? sum * T(1 + 1e-4) : sum;
+      }
+  }
+};
+
+namespace {
+
+using Laws = std::set<std::string>;
+template <class Op, class T> Laws broken(typename ha::testing::Operation<Op>::Config const& size) {
+  Laws names;
+  for (auto const& verdict : judge(ha::testing::OperationOn<Op, ha::Cpu, T>{size}))
+    if (!verdict.holds) {
+      names.insert(verdict.law);
+      CHECK_FALSE(verdict.why.empty());
+    }
+  return names;
+}
+// In double, where every law is judged.
+Laws broken(Flaw flaw) {
+  Flawed::flaw = flaw;
+  return broken<Flawed, double>({5, 3});
+}
+
+}  // namespace
+
+TEST_CASE("an operation with a flaw breaks the law about it, and no other") {
+  CHECK(broken(Flaw::none) == Laws{});
+  CHECK(broken(Flaw::sees_the_next_token) == Laws{"causal forward"});
+  CHECK(broken(Flaw::gradient_sees_the_token_before) == Laws{"causal backward"});
+  CHECK(broken(Flaw::sees_another_sequence) == Laws{"independent of the batch", "packed equals its sequences"});
+  CHECK(broken(Flaw::counts_sequences) == Laws{"packed equals its sequences"});
+  CHECK(broken(Flaw::counts_threads) == Laws{"repeatable"});
+  CHECK(broken(Flaw::leaves_a_hole_without_tokens) == Laws{"fills everything"});
+  CHECK(broken(Flaw::needs_fresh_memory).contains("fills everything"));   // by chance others too
+  CHECK(broken(Flaw::reads_outside) == Laws{"fenced"});
+  CHECK(broken(Flaw::writes_outside) == Laws{"fenced"});
+  CHECK(broken(Flaw::overwrites_an_argument) == Laws{"fenced"});
+  CHECK(broken(Flaw::ignores_strides) == Laws{"strided"});
+  CHECK(broken(Flaw::wrong_sign) == Laws{"finite differences"});
+  CHECK(broken(Flaw::is_not_linear) == Laws{"linear"});
+  CHECK(broken(Flaw::makes_something_of_nothing) == Laws{"linear"});
+  CHECK(broken(Flaw::moves_the_state) == Laws{"agrees in parts"});
+  CHECK(broken(Flaw::keeps_memory) == Laws{"memory as announced"});
+  CHECK(broken(Flaw::quadratic_memory) == Laws{"memory as announced"});
+  CHECK(broken(Flaw::is_not_in_place) == Laws{"in place"});
+  CHECK(broken<OverwritesASum, double>({7, {}, ha::Into::add}) == Laws{"finite differences"});
+  Flawed::flaw = Flaw::rounds_coarsely;
+  CHECK(broken<Flawed, float>({5, 3}) == Laws{"agrees with Cpu"});
+}
+
+TEST_CASE("two backends that sum in another order agree within the budget and not in their bits; a wrong one does not") {
+  ha::testing::OperationOn<ha::Linear, ha::Cpu, float> const linear{{40, 33}};
+  ha::testing::OperationOn<OtherOrder<false>, ha::Cpu, float> const other{{40, 33}};
+  ha::testing::OperationOn<OtherOrder<true>, ha::Cpu, float> const wrong{{40, 33}};
+  check_all({agree_within_budget(linear, other)});
+  CHECK_FALSE(same_on_both(linear, other).holds);
+  CHECK_FALSE(agree_within_budget(linear, wrong).holds);
+}
