@@ -6,7 +6,9 @@
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/operations.hpp>
 
+#include <fstream>
 #include <set>
+#include <sstream>
 
 namespace ha = hybridattn;
 using ha::Index;
@@ -19,6 +21,11 @@ using Operations = std::tuple<ha::Fill, ha::Add, ha::AddWeighted, ha::Swiglu, ha
                               ha::CausalConv1d, ha::SoftmaxLoss, ha::CrossEntropy, ha::TopK, ha::Route, ha::Permute, ha::Distribute,
                               ha::Combine, ha::AddGated, ha::ExpertUse, ha::BalanceLoss, ha::AdamWSquares, ha::AdamWStep>;
 
+std::string the_page() {
+  std::ostringstream text;
+  text << std::ifstream(HYBRIDATTN_SOURCE_DIR "/docs/add_an_operation.md").rdbuf();
+  return text.str();
+}
 void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
   CHECK_FALSE(verdicts.empty());
   for (auto const& verdict : verdicts) {
@@ -32,8 +39,17 @@ void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
 TEMPLATE_LIST_TEST_CASE("an operation keeps every law in float", "[float]", Operations) {
   check_all(ha::testing::judge<TestType, ha::Cpu, float>());
 }
-TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double", "[double]", Operations) {
-  check_all(ha::testing::judge<TestType, ha::Cpu, double>());
+TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double, and the page lists those that speak of it", "[double]", Operations) {
+  auto const verdicts = ha::testing::judge<TestType, ha::Cpu, double>();
+  check_all(verdicts);
+  std::string row = "\n| `" + ha::testing::detail::type_name<TestType>() + "` |";
+  for (char const* law :
+       {"independent of the batch", "packed equals its sequences", "causal forward", "finite differences", "agrees in parts", "in place"}) {
+    auto const speaks = [&](ha::testing::Verdict const& verdict) { return verdict.law == law && verdict.why.empty(); };
+    row += std::any_of(verdicts.begin(), verdicts.end(), speaks) ? " yes |" : " - |";
+  }
+  INFO(row);
+  CHECK(the_page().find(row) != std::string::npos);
 }
 TEMPLATE_LIST_TEST_CASE("an operation has the bits of the CPU on a device that the host cannot read", "[float]", Operations) {
   for (auto const& size : ha::testing::Operation<TestType>::sizes()) {

@@ -221,3 +221,24 @@ TEST_CASE("a preset's build type says what it builds: Release is what CMake mean
     CHECK(presets.find("\"CMAKE_CXX_FLAGS_" + type + "\": ") != presets.npos);
   }
 }
+
+TEST_CASE("every operation is judged by the laws, or the page says why it is not") {
+  std::string const page = contents(fs::path(root) / "docs/add_an_operation.md"), groups = headers().at("testing/operations.hpp"),
+                    judged = contents(fs::path(root) / "tests/test_operation_laws.cpp");
+  std::string const without_laws = page.substr(page.find("## Operations without laws"));
+  std::regex const on_cpu("template <> struct On<(\\w+), Cpu>");
+  std::set<std::string> folders;
+  for (Line const& line : header_lines()) {
+    std::smatch match;
+    if (!line.file.starts_with("ops/") || !std::regex_search(line.text, match, on_cpu)) continue;
+    folders.insert(parts(line.file)[1]);
+    std::string const name = match[1];
+    bool const has_laws =
+        groups.find("struct Operation<" + name + "> ") != groups.npos && std::regex_search(judged, std::regex("\\bha::" + name + "[,>]"));
+    bool const has_a_reason = std::regex_search(without_laws, std::regex("\\| `" + name + "` \\| \\w.* \\|"));
+    INFO(name);
+    CHECK(has_laws != has_a_reason);
+  }
+  for (auto const& folder : fs::directory_iterator(fs::path(root) / "include/hybridattn/ops"))
+    CHECK(folders.contains(folder.path().filename().string()));
+}

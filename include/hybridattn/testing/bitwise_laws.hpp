@@ -76,6 +76,7 @@ template <class Check> std::string first_at_a_cut(Subject const& subject, Check 
 
 // Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
 inline Verdict causal_forward(Subject const& subject) {
+  if (subject.batch().longest() < 2) return {"causal forward", true, "every row is a sequence of its own"};
   return detail::verdict(
       "causal forward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
@@ -91,6 +92,7 @@ inline Verdict causal_forward(Subject const& subject) {
 
 // d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
 inline Verdict causal_backward(Subject const& subject) {
+  if (subject.batch().longest() < 2) return {"causal backward", true, "every row is a sequence of its own"};
   return detail::verdict(
       "causal backward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
@@ -102,6 +104,13 @@ inline Verdict causal_backward(Subject const& subject) {
       }));
 }
 
+namespace detail {
+inline bool any_has_rows(HostGroup const& group) {
+  return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.rows != Rows::other && !x.values.empty(); });
+}
+inline bool any_has_rows(Result const& result) { return any_has_rows(result.outputs) || any_has_rows(result.gradients); }
+}  // namespace detail
+
 // Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
 inline Verdict independent_of_the_batch(Subject const& subject) {
   Sequences const s = subject.batch();
@@ -109,6 +118,8 @@ inline Verdict independent_of_the_batch(Subject const& subject) {
   Case const x = subject.sample(kind, s, 1, true), other = subject.sample(kind, s, 2, true);
   HostGroup const nan = all_nan(x.inputs), nan_upstream = all_nan(x.d_outputs);
   Result const before = subject.run(x, {});
+  if (!detail::any_has_rows(before)) return {"independent of the batch", true, "no result has rows"};
+  if (first_difference(x.inputs, other.inputs).empty()) return {"independent of the batch", true, "every batch has the same rows"};
   std::string why;
   for (Index parity : {0, 1})
     for (bool const with_nan : {false, true}) {
@@ -137,6 +148,7 @@ inline Verdict packed_equals_its_sequences(Subject const& subject) {
   for (std::string const& kind : {subject.kinds().front(), subject.kinds().back()}) {
     Case const x = subject.sample(kind, s, 1, true);
     Result const whole = subject.run(x, {});
+    if (!detail::any_has_rows(whole)) return {"packed equals its sequences", true, "no result has rows"};
     for (Index i = 0; i < s.count() && why.empty(); ++i) {
       std::vector<Part> const own{{i, 0, s[static_cast<std::size_t>(i)].length}};
       Result const alone = subject.run(cut(x, own), {});

@@ -336,7 +336,7 @@ template <> struct Operation<RopeAngles> : PlainOperation {
     HYBRIDATTN_FIELDS(angles)
   };
   // Without positions a row is that of its place in the batch.
-  static bool has_tables(Config const&) { return true; }
+  static bool has_tables(Config const& c) { return !c.positions; }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {c.positions ? Shape<1>{s.tokens()} : Shape<1>{}}; }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), 2, c.options.rotary_dim / 2}}; }
   static void draw(Config const&, Sequences const&, Random& random, HostGroup& inputs) {
@@ -393,7 +393,7 @@ template <> struct Operation<Linear> : PlainOperation {
     Wanted wanted = Wanted::both;
   };
   static std::vector<Config> sizes() {
-    return {{40, 33}, {7, 5, Into::add}, {7, 5, Into::overwrite, Wanted::of_x}, {7, 5, Into::overwrite, Wanted::of_w}};
+    return {{40, 33}, {7, 5, Into::add}, {7, 5, Into::overwrite, Wanted::of_x}, {7, 5, Into::overwrite, Wanted::of_w}, {0, 2}, {2, 0}};
   }
   template <class S> struct Inputs {
     Held<S, 2> x, w;   // [N, C], [M, C]
@@ -433,7 +433,6 @@ template <> struct Operation<GroupedLinear> : PlainOperation {
     Held<S, 2> y;   // [R, M]
     HYBRIDATTN_FIELDS(y)
   };
-  // Twice as many rows as tokens: more than one task has.
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
     return {{detail::experts + 1}, {s.tokens(), c.columns}, {detail::experts, c.features, c.columns}};
   }
@@ -529,6 +528,7 @@ template <> struct Operation<CausalConv1d> : PlainOperation {
 struct LossOperation : PlainOperation {
   struct Config {
     Index columns = 0, vocabulary = 0;
+    bool counts = true;   // any token
     double scale = 1;
   };
   static bool starts_from(Config const&, std::string_view result) { return result == "loss"; }
@@ -536,15 +536,15 @@ struct LossOperation : PlainOperation {
     c.scale = d_outputs.at("loss").values[0];
     return c;
   }
-  // Some tokens are not counted.
+  // Some tokens are not counted, or none is.
   static void draw(Config const& c, Sequences const&, Random& random, HostGroup& inputs) {
-    detail::draw_whole(inputs.at("targets"), random, -1, c.vocabulary);
+    detail::draw_whole(inputs.at("targets"), random, -1, c.counts ? c.vocabulary : 0);
     inputs.at("loss before").values = {2.5, 3, 1};
   }
 };
 
 template <> struct Operation<SoftmaxLoss> : LossOperation {
-  static std::vector<Config> sizes() { return {{0, 21}, {0, 5}}; }
+  static std::vector<Config> sizes() { return {{0, 21}, {0, 5}, {0, 5, false}}; }
   template <class S> struct Inputs {
     Held<S, 2> logits;     // [N, V]
     Whole<S, 1> targets;   // [N]
@@ -570,14 +570,14 @@ template <> struct Operation<SoftmaxLoss> : LossOperation {
 };
 
 template <> struct Operation<CrossEntropy> : LossOperation {
-  static std::vector<Config> sizes() { return {{12, 21}, {7, 5}}; }   // in a batch of more rows than CrossEntropy::block_rows
+  static std::vector<Config> sizes() { return {{12, 21}, {7, 5}, {7, 5, false}}; }  // in a batch of more rows than CrossEntropy::block_rows
   template <class S> struct Inputs {
-    Held<S, 2> x, w;       // [N, C], [V, C]
-    Whole<S, 1> targets;   // [N]
+    Held<S, 2> x, w;  // [N, C], [V, C]
+    Whole<S, 1> targets;  // [N]
     HYBRIDATTN_FIELDS(x, w, targets)
   };
   template <class S> struct Outputs {
-    OfType<S, LossSum, 1> loss;   // [1]
+    OfType<S, LossSum, 1> loss;  // [1]
     HYBRIDATTN_FIELDS(loss)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
@@ -602,13 +602,13 @@ template <> struct Operation<TopK> : PlainOperation {
   struct Config {
     Index scores = 0, k = 0;
   };
-  static std::vector<Config> sizes() { return {{40, 7}, {5, 8}}; }
+  static std::vector<Config> sizes() { return {{40, 7}, {5, 8}, {40, 0}, {0, 3}}; }
   template <class S> struct Inputs {
-    Held<S, 2> scores;   // [R, n]
+    Held<S, 2> scores;  // [R, n]
     HYBRIDATTN_FIELDS(scores)
   };
   template <class S> struct Outputs {
-    Whole<S, 2> indices;   // [R, k]
+    Whole<S, 2> indices;  // [R, k]
     HYBRIDATTN_FIELDS(indices)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.scores}}; }
@@ -627,13 +627,13 @@ template <> struct Operation<Route> : PlainOperation {
   static constexpr Index experts = 5, top_k = 2;
   static std::vector<Config> sizes() { return {{{.renormalise = true}}, {{.renormalise = false}}, {{.renormalise = true}, false}}; }
   template <class S> struct Inputs {
-    Held<S, 2> logits;   // [N, E]
+    Held<S, 2> logits;  // [N, E]
     HYBRIDATTN_FIELDS(logits)
   };
   template <class S> struct Outputs {
-    Held<S, 2> probabilities, weights;   // [N, E], [N, k]
-    Whole<S, 2> experts;                 // [N, k]
-    Held<S, 1> use;                      // [E]
+    Held<S, 2> probabilities, weights;  // [N, E], [N, k]
+    Whole<S, 2> experts;  // [N, k]
+    Held<S, 1> use;  // [E]
     HYBRIDATTN_FIELDS(probabilities, weights, experts, use)
   };
   static Inputs<Shapes> inputs(Config const&, Sequences const& s) { return {{s.tokens(), experts}}; }
@@ -668,19 +668,19 @@ template <> struct Operation<Permute> : PlainOperation {
   static std::vector<Config> sizes() { return {{2}, {1}}; }
   static bool has_tables(Config const&) { return true; }
   template <class S> struct Inputs {
-    Whole<S, 2> experts;   // [N, k]
+    Whole<S, 2> experts;  // [N, k]
     HYBRIDATTN_FIELDS(experts)
   };
   template <class S> struct Outputs {
-    Whole<S, 1> offsets;   // [E + 1]
-    Whole<S, 2> places;    // [N, k]
+    Whole<S, 1> offsets;  // [E + 1]
+    Whole<S, 2> places;  // [N, k]
     HYBRIDATTN_FIELDS(offsets, places)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.top_k}}; }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{detail::experts + 1}, {s.tokens(), c.top_k}}; }
   static void draw(Config const&, Sequences const&, Random&, HostGroup& inputs) {
     Random random{Seed{1}, "experts"};
-    detail::draw_whole(inputs.at("experts"), random, 0, detail::experts - 1);   // the last one is idle
+    detail::draw_whole(inputs.at("experts"), random, 0, detail::experts - 1);  // the last one is idle
   }
   template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
     On<Permute, B>::forward(backend, x.experts, y.offsets, y.places);
@@ -704,12 +704,12 @@ struct PlacedOperation : PlainOperation {
 template <> struct Operation<Distribute> : PlacedOperation {
   static std::vector<Config> sizes() { return {{20}, {7, Into::add}}; }
   template <class S> struct Inputs {
-    Held<S, 2> x;         // [N, C]
-    Whole<S, 2> places;   // [N, k]
+    Held<S, 2> x;  // [N, C]
+    Whole<S, 2> places;  // [N, k]
     HYBRIDATTN_FIELDS(x, places)
   };
   template <class S> struct Outputs {
-    Held<S, 2> rows;   // [N k, C]
+    Held<S, 2> rows;  // [N k, C]
     HYBRIDATTN_FIELDS(rows)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {tokens(c, s), choices(s)}; }
@@ -728,12 +728,12 @@ template <> struct Operation<Distribute> : PlacedOperation {
 template <> struct Operation<Combine> : PlacedOperation {
   static std::vector<Config> sizes() { return {{20}, {7}}; }
   template <class S> struct Inputs {
-    Held<S, 2> rows, weights;   // [N k, C], [N, k]
-    Whole<S, 2> places;         // [N, k]
+    Held<S, 2> rows, weights;  // [N k, C], [N, k]
+    Whole<S, 2> places;  // [N, k]
     HYBRIDATTN_FIELDS(rows, weights, places)
   };
   template <class S> struct Outputs {
-    Held<S, 2> y;   // [N, C]
+    Held<S, 2> y;  // [N, C]
     HYBRIDATTN_FIELDS(y)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {rows(c, s), choices(s), choices(s)}; }
@@ -750,7 +750,7 @@ template <> struct Operation<Combine> : PlacedOperation {
 
 template <> struct Operation<AddGated> : RowOperation {
   template <class S> struct Inputs {
-    Held<S, 2> x, logit;   // [N, C], [N, 1]
+    Held<S, 2> x, logit;  // [N, C], [N, 1]
     HYBRIDATTN_FIELDS(x, logit)
   };
   template <class S> struct Outputs {
@@ -774,15 +774,15 @@ template <> struct Operation<ExpertUse> : PlainOperation {
   struct Config {
     Index experts = 0;
   };
-  static std::vector<Config> sizes() { return {{21}, {4}}; }   // more than one task has, and fewer
+  static std::vector<Config> sizes() { return {{21}, {4}}; }  // more than one task has, and fewer
   static bool has_tables(Config const&) { return true; }
   template <class S> struct Inputs {
-    Whole<S, 1> offsets;         // [E + 1]
-    Held<S, 2> probabilities;    // [N, E]
+    Whole<S, 1> offsets;  // [E + 1]
+    Held<S, 2> probabilities;  // [N, E]
     HYBRIDATTN_FIELDS(offsets, probabilities)
   };
   template <class S> struct Outputs {
-    OfType<S, double, 2> sums;   // [2, E]
+    OfType<S, double, 2> sums;  // [2, E]
     HYBRIDATTN_FIELDS(sums)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{c.experts + 1}, {s.tokens(), c.experts}}; }
@@ -809,7 +809,7 @@ template <> struct Operation<BalanceLoss> : PlainOperation {
   static bool has_tables(Config const&) { return true; }
   template <class S> using Inputs = Use::Inputs<S>;
   template <class S> struct Outputs {
-    OfType<S, double, 1> value;   // [1]
+    OfType<S, double, 1> value;  // [1]
     HYBRIDATTN_FIELDS(value)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return Use::inputs({c.experts}, s); }
@@ -866,7 +866,7 @@ struct AdamWOperation : PlainOperation {
 
 template <> struct Operation<AdamWSquares> : AdamWOperation {
   template <class S> struct Outputs {
-    OfType<S, double, 1> squares;   // [1]
+    OfType<S, double, 1> squares;  // [1]
     HYBRIDATTN_FIELDS(squares)
   };
   static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
@@ -880,7 +880,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
 template <> struct Operation<AdamWStep> : AdamWOperation {
   template <class S> struct Outputs {
     Held<S, 1> p, m, v;
-    OfType<S, StepFault, 1> found;   // [1]
+    OfType<S, StepFault, 1> found;  // [1]
     HYBRIDATTN_FIELDS(p, m, v, found)
   };
   static Outputs<Shapes> outputs(Config const& c, Sequences const&) { return {{c.count}, {c.count}, {c.count}, {1}}; }
@@ -896,7 +896,6 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
     On<AdamWStep, B>::forward(backend, in(table), in(its_rates), in(numbers));
   }
 };
-template <> struct Operation<AdamWCheck> : Operation<AdamWStep> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

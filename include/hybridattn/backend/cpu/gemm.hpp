@@ -84,6 +84,11 @@ void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Ind
   }
 }
 
+// A product without depth.
+template <class T> void sum_nothing(View<T, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+}
+
 }  // namespace detail
 
 // c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
@@ -91,11 +96,7 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
   if (c.count() == 0) return;
-  if (a.columns == 0) {
-    if (into == Into::overwrite)
-      for (Index r = 0; r < a.rows; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
-    return;
-  }
+  if (a.columns == 0) return detail::sum_nothing(c, into);
   using detail::panel_columns;
   Index const panels = ceil_div(b.columns, panel_columns<T>);
   // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
@@ -116,9 +117,13 @@ template <class T> struct Product {
   View<T, 2> c;
 };
 
-// The products first .. last in one parallel loop. All have as many columns, and a depth that is not 0.
+// The products first .. last in one parallel loop. All have as many columns, and either all have a depth or none has.
 template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
   if (first == last) return;
+  if (first->a.columns == 0) {
+    for (; first != last; ++first) detail::sum_nothing(first->c, into);
+    return;
+  }
   using detail::panel_columns;
   Index const panels = ceil_div(first->b.columns, panel_columns<T>);
   constexpr Index panel = detail::depth_block * panel_columns<T>;
