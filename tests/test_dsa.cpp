@@ -248,79 +248,6 @@ TEMPLATE_TEST_CASE("sparse attention equals its equations for groups of heads an
   check_values<TestType>(cpu, {.top_k = 20}, {.num_heads = 3, .num_kv_heads = 3, .head_dim = 48, .scale = 3}, packed({70, 3}));
 }
 
-TEMPLATE_TEST_CASE("sparse attention: no change of a later token, not even to NaN, reaches an earlier output", "", float, double) {
-  ha::Cpu cpu{1};
-  for (Index D : {20, 32, 64})
-    for (int k : {8, 64})
-      for (Index t : {1, 37, 64, 129}) {
-        Run<TestType> before({.top_k = k}, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, ha::Sequences::equal(1, 130));
-        Run<TestType> after = before;
-        for (Index n = t; n < 130; ++n) {
-          for (auto* x : {&after.q, &after.k, &after.v, &after.index_q}) x->fill_token(n, unwritten<TestType>);
-          for (auto* x : {&after.index_k, &after.index_w}) x->fill_token(n, unwritten<TestType>);
-        }
-        before.forward(cpu);
-        after.forward(cpu);
-        INFO("head_dim " << D << ", top_k " << k << ", changed from token " << t);
-        CHECK(same_outputs(before, after, 0, t, 0));
-      }
-}
-
-TEMPLATE_TEST_CASE("sparse attention: no upstream gradient of an earlier token, not even NaN, reaches a later one's gradients", "", float,
-                   double) {
-  ha::Cpu cpu{1};
-  for (Index D : {20, 32, 64})
-    for (int k : {8, 64})
-      for (Index t : {1, 37, 64, 129}) {
-        Run<TestType> before({.top_k = k}, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, ha::Sequences::equal(1, 130));
-        Run<TestType> after = before;
-        for (Index n = 0; n < t; ++n) after.d_y.fill_token(n, unwritten<TestType>);
-        INFO("head_dim " << D << ", top_k " << k << ", changed before token " << t);
-        CHECK(same_bits(computed(cpu, before).gradients(t, 130), computed(cpu, after).gradients(t, 130)));
-      }
-}
-
-TEMPLATE_TEST_CASE("a key that is not chosen is not used, not even NaN", "", float, double) {
-  ha::Cpu cpu{1};
-  Run<TestType> before({.top_k = 9}, {.num_heads = 2, .num_kv_heads = 1, .head_dim = 32}, ha::Sequences::equal(1, 130));
-  before.forward(cpu);
-  Run<TestType> after = before;
-  auto const chosen = before.indices.tokens(129, 130);
-  for (std::int32_t n = 0; n < 130; ++n)
-    if (std::find(chosen.begin(), chosen.end(), n) == chosen.end())
-      for (auto* x : {&after.k, &after.v}) x->fill_token(n, unwritten<TestType>);
-  after.forward(cpu);
-  CHECK(same_outputs(before, after, 129, 130, 129));
-}
-
-TEMPLATE_TEST_CASE("sparse attention of a packed batch equals its sequences alone, on any number of threads, bitwise", "", float, double) {
-  ha::Cpu one{1}, two{2}, five{5};
-  for (ha::SparseOptions o : {ha::SparseOptions{.top_k = 16}, ha::SparseOptions{.top_k = 0, .top_k_percent = 50}}) {
-    dsa::Config const config{.num_heads = 4, .num_kv_heads = 2, .head_dim = 32};
-    auto batch = computed(one, Run<TestType>(o, config, packed(all_lengths)));
-    Index const N = batch.s.tokens();
-    for (ha::Cpu* cpu : {&two, &five}) {
-      auto again = computed(*cpu, Run<TestType>(o, config, packed(all_lengths)));
-      CHECK(same_outputs(batch, again, 0, N, 0));
-      CHECK(same_bits(batch.gradients(0, N), again.gradients(0, N)));
-    }
-    for (ha::Sequence const sequence : batch.s) {
-      Run<TestType> alone(o, config, ha::Sequences::equal(1, sequence.length));
-      for (Index n = 0; n < sequence.length; ++n) {
-        auto const copy = [&](auto& from, auto& to) { std::copy_n(from.token(sequence.start + n), from.token_size(), to.token(n)); };
-        copy(batch.q, alone.q), copy(batch.k, alone.k), copy(batch.v, alone.v), copy(batch.d_y, alone.d_y);
-        copy(batch.index_q, alone.index_q), copy(batch.index_k, alone.index_k), copy(batch.index_w, alone.index_w);
-      }
-      alone = computed(two, alone);
-      Index const start = sequence.start, end = start + sequence.length;
-      CHECK(same_bits(batch.results(start, end), alone.results(0, sequence.length)));
-      CHECK(same_bits(batch.gradients(start, end), alone.gradients(0, sequence.length)));
-      for (Index n = 0; n < sequence.length; ++n)
-        CHECK(std::equal(alone.indices.token(n), alone.indices.token(n) + alone.indices.token_size(), batch.indices.token(start + n)));
-    }
-  }
-}
-
 TEMPLATE_TEST_CASE("choosing has no gradient, and none is written where none is wanted", "", float, double) {
   ha::Cpu cpu{2};
   auto run = computed(cpu, Run<TestType>({.top_k = 8}, {.num_heads = 2, .head_dim = 32}, packed({40, 3})));
@@ -336,20 +263,6 @@ TEMPLATE_TEST_CASE("choosing has no gradient, and none is written where none is 
   d_x.index_q = {}, d_x.index_k = {}, d_x.index_w = {};
   dsa::backward<TestType>(cpu, run.o, run.c, run.s, again.x(), in(again.outputs()), in(again.saved()), again.upstream(), d_x);
   CHECK(same_bits(run.gradients(0, 43), again.gradients(0, 43)));
-}
-
-TEST_CASE("sparse attention's type hands its options to the kernels; a second step allocates nothing") {
-  using Half = ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 50}>;
-  ha::Cpu cpu{2};
-  Run<float> a(Half::options, {.num_heads = 2, .head_dim = 32}, ha::Sequences::equal(2, 70)), b = a;
-  a.forward(cpu);
-  a.backward(cpu);
-  auto const allocations = cpu.pool().allocations();
-  ha::On<Half, ha::Cpu>::forward<float>(cpu, b.c, b.s, b.x(), b.outputs(), b.saved());
-  ha::On<Half, ha::Cpu>::backward<float>(cpu, b.c, b.s, b.x(), in(b.outputs()), in(b.saved()), b.upstream(), b.d_x());
-  CHECK(same_outputs(a, b, 0, 140, 0));
-  CHECK(same_bits(a.gradients(0, 140), b.gradients(0, 140)));
-  CHECK(cpu.pool().allocations() == allocations);
 }
 
 namespace {

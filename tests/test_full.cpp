@@ -156,44 +156,6 @@ TEMPLATE_TEST_CASE("full attention is right where one key takes all", "", float,
       for (int window : {0, 40}) check_values<TestType>(cpu, window, {.num_heads = 1, .head_dim = D}, packed({257, 33}), steepness);
 }
 
-TEMPLATE_TEST_CASE("no change of a later token, not even to NaN, reaches an earlier output", "", float, double) {
-  ha::Cpu cpu{1};
-  for (Index D : {20, 32, 64})
-    for (int window : {0, 3, 16, 70})
-      for (Index t : {1, 37, 64, 129}) {
-        Run<TestType> before(window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, ha::Sequences::equal(1, 130)), after = before;
-        for (Index n = t; n < 130; ++n)
-          for (auto* x : {&after.q, &after.k, &after.v}) x->fill_token(n, not_a_number<TestType>);
-        before.forward(cpu);
-        after.forward(cpu);
-        INFO("head_dim " << D << ", window " << window << ", changed from token " << t);
-        CHECK(same_bits(before.outputs(0, t), after.outputs(0, t)));
-      }
-}
-
-TEMPLATE_TEST_CASE("no upstream gradient of an earlier token, not even NaN, reaches a later token's gradients", "", float, double) {
-  ha::Cpu cpu{1};
-  for (Index D : {20, 32, 64})
-    for (int window : {0, 3, 16, 70})
-      for (Index t : {1, 37, 64, 129}) {
-        Run<TestType> before(window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, ha::Sequences::equal(1, 130)), after = before;
-        for (Index n = 0; n < t; ++n) after.d_y.fill_token(n, not_a_number<TestType>);
-        INFO("head_dim " << D << ", window " << window << ", changed before token " << t);
-        CHECK(same_bits(computed(cpu, before).gradients(t, 130), computed(cpu, after).gradients(t, 130)));
-      }
-}
-
-TEMPLATE_TEST_CASE("what left the window is not used, not even NaN", "", float, double) {
-  ha::Cpu cpu{1};
-  for (int window : {1, 3, 16, 70}) {
-    Run<TestType> before(window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = 32}, ha::Sequences::equal(1, 130)), after = before;
-    for (Index n = 0; n < 20; ++n)
-      for (auto* x : {&after.k, &after.v}) x->fill_token(n, not_a_number<TestType>);
-    Index const free = 19 + window;   // the first query that sees none of them
-    CHECK(same_bits(computed(cpu, before).outputs(free, 130), computed(cpu, after).outputs(free, 130)));
-  }
-}
-
 TEMPLATE_TEST_CASE("a query depends on no other query, even when its scores jump", "", float, double) {
   ha::Cpu cpu{1};
   Run<TestType> before(0, {.num_heads = 1, .head_dim = 32}, ha::Sequences::equal(1, 130)), after = before;
@@ -203,42 +165,4 @@ TEMPLATE_TEST_CASE("a query depends on no other query, even when its scores jump
   CHECK(same_bits(before.outputs(0, 70), after.outputs(0, 70)));
   CHECK(same_bits(before.outputs(71, 130), after.outputs(71, 130)));
   CHECK_FALSE(same_bits(before.outputs(70, 71), after.outputs(70, 71)));
-}
-
-TEMPLATE_TEST_CASE("a packed batch equals its sequences alone, on any number of threads, bitwise", "", float, double) {
-  ha::Cpu one{1}, two{2}, five{5};
-  for (int window : {0, 16}) {
-    full::Config const config{.num_heads = 2, .num_kv_heads = 1, .head_dim = 32};
-    auto batch = computed(one, Run<TestType>(window, config, packed(all_lengths)));
-    CHECK(same_bits(batch.everything(), computed(two, batch).everything()));
-    CHECK(same_bits(batch.everything(), computed(five, batch).everything()));
-    for (ha::Sequence const sequence : batch.s) {
-      Run<TestType> alone(window, config, ha::Sequences::equal(1, sequence.length));
-      for (Index n = 0; n < sequence.length; ++n) {
-        auto const copy = [&](auto& from, auto& to) { std::copy_n(from.token(sequence.start + n), from.token_size(), to.token(n)); };
-        copy(batch.q, alone.q);
-        copy(batch.k, alone.k);
-        copy(batch.v, alone.v);
-        copy(batch.d_y, alone.d_y);
-      }
-      Index const end = sequence.start + sequence.length;
-      alone = computed(two, alone);
-      CHECK(same_bits(batch.outputs(sequence.start, end), alone.outputs(0, sequence.length)));
-      CHECK(same_bits(batch.gradients(sequence.start, end), alone.gradients(0, sequence.length)));
-    }
-  }
-}
-
-TEST_CASE("the policy's type hands its options to the kernels; a second step allocates nothing") {
-  using Windowed = ha::FullAttention<ha::FullOptions{.window = 16}>;
-  ha::Cpu cpu{2};
-  Run<float> a(16, {.num_heads = 2, .head_dim = 32}, ha::Sequences::equal(2, 70)), b = a;
-  a.forward(cpu);
-  a.backward(cpu);
-  auto const allocations = cpu.pool().allocations();
-  ha::On<Windowed, ha::Cpu>::forward<float>(cpu, b.c, b.s, b.x(), {.o = b.y.view()}, {.lse = b.lse.view()});
-  ha::On<Windowed, ha::Cpu>::backward<float>(cpu, b.c, b.s, b.x(), {.o = b.y.view()}, {.lse = b.lse.view()}, {.o = b.d_y.view()},
-                                             {.q = b.d_q.view(), .k = b.d_k.view(), .v = b.d_v.view()});
-  CHECK(same_bits(a.everything(), b.everything()));
-  CHECK(cpu.pool().allocations() == allocations);
 }

@@ -278,61 +278,6 @@ TEMPLATE_TEST_CASE("gated delta rule: inference without a place for the error gi
   CHECK(same_bits<TestType>({o, last}, {run.o.rows(), run.last.rows()}));
 }
 
-TEMPLATE_TEST_CASE("gated delta rule: a packed batch is the loop over its sequences, whatever the threads, bitwise", "", float, double) {
-  ha::Cpu one{1}, two{2};
-  Problem const problem{.sizes = sizes(32, 24, 2, 4)};
-  auto whole = computed(one, Run<TestType>(problem, packed(all_lengths)));
-  CHECK(same_bits(whole.everything(), computed(two, Run<TestType>(problem, packed(all_lengths))).everything()));
-  for (Index i = 0; i < whole.s.count(); ++i) {
-    ha::Sequence const sequence = whole.s[static_cast<std::size_t>(i)];
-    Run<TestType> part(problem, packed({sequence.length}));
-    auto const copy = [&](auto& from, auto& to, Index first) {
-      for (Index n = 0; n < to.view().extent(0); ++n) std::copy_n(from.row(first + n), to.row_size(), to.row(n));
-    };
-    copy(whole.q, part.q, sequence.start), copy(whole.k, part.k, sequence.start), copy(whole.v, part.v, sequence.start);
-    copy(whole.g, part.g, sequence.start), copy(whole.beta, part.beta, sequence.start), copy(whole.d_o, part.d_o, sequence.start);
-    copy(whole.initial, part.initial, i), copy(whole.d_last, part.d_last, i);
-    part = computed(two, part);
-    Index const end = sequence.start + sequence.length;
-    CHECK(same_bits(part.outputs(0, sequence.length), whole.outputs(sequence.start, end)));
-    CHECK(same_bits(part.gradients(0, sequence.length), whole.gradients(sequence.start, end)));
-    CHECK(same_bits<TestType>({part.last.rows(), part.d_initial.rows()}, {whole.last.rows(i, i + 1), whole.d_initial.rows(i, i + 1)}));
-  }
-}
-
-TEMPLATE_TEST_CASE("gated delta rule: outputs do not depend on later tokens, even if those are NaN, bitwise", "", float, double) {
-  ha::Cpu cpu{1};
-  for (Index V : {Index{32}, Index{20}}) {
-    Run<TestType> const original({.sizes = sizes(32, V, 1, 2)}, packed({130}));
-    auto before = computed(cpu, original);
-    for (Index t : {1, 2, 3, 4, 63, 64, 65, 66, 67, 128, 129})
-      for (TestType value : {TestType(0.5), not_a_number<TestType>}) {
-        Run<TestType> changed = original;
-        changed.q.fill_rows(t, 130, value), changed.k.fill_rows(t, 130, value), changed.v.fill_rows(t, 130, value);
-        changed.g.fill_rows(t, 130, -value), changed.beta.fill_rows(t, 130, value);
-        changed.forward(cpu);
-        CHECK(same_bits(changed.outputs(0, t), before.outputs(0, t)));
-        CHECK_FALSE(same_bits(changed.outputs(t, 130), before.outputs(t, 130)));
-      }
-  }
-}
-
-TEMPLATE_TEST_CASE("gated delta rule: gradients do not depend on earlier d_o, even if those are NaN, bitwise", "", float, double) {
-  ha::Cpu cpu{1};
-  for (Index V : {Index{32}, Index{20}}) {
-    Run<TestType> const original({.sizes = sizes(32, V, 1, 2)}, packed({130}));
-    auto before = computed(cpu, original);
-    for (Index t : {1, 2, 3, 4, 63, 64, 65, 66, 67, 128, 129})
-      for (TestType value : {TestType(0.5), not_a_number<TestType>}) {
-        Run<TestType> changed = original;
-        changed.d_o.fill_rows(0, t, value);
-        changed = computed(cpu, changed);
-        CHECK(same_bits(changed.gradients(t, 130), before.gradients(t, 130)));
-        CHECK_FALSE(same_bits(changed.gradients(0, t), before.gradients(0, t)));
-      }
-  }
-}
-
 namespace {
 
 // How far the gradients of one head's decays are from the truth: relative L2 error, and |sum g (d_g - truth)| in sum |g truth|,
@@ -436,40 +381,6 @@ TEST_CASE("gated delta rule: the gates' parameters in a layer have in float the 
       INFO((i < 8 ? "a_log" : "dt_bias") << " of head " << i % 8 << ", start " << static_cast<int>(start));
       CHECK(std::abs(rounded[i] - exact[i]) <= 1e-4 * std::abs(exact[i]));
     }
-  }
-}
-
-TEST_CASE("gated delta rule: gradients are the slopes of the loss") {
-  ha::Cpu cpu{1};
-  for (Beta kind : {Beta::between, Beta::two}) {
-    auto run = computed(cpu, Run<double>({.sizes = sizes(8, 12, 1, 2), .decay = Decay::mild, .beta = kind}, packed({9, 0, 70})));
-    auto const loss = [&] {
-      run.forward(cpu);
-      double sum = 0;
-      auto const add = [&](std::vector<double> const& a, std::vector<double> const& b) {
-        for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-      };
-      add(run.o.rows(), run.d_o.rows());
-      add(run.last.rows(), run.d_last.rows());
-      return sum;
-    };
-    auto const check_slope = [&](auto& x, auto& d_x) {
-      ha::Random random{ha::Seed{11}};
-      double const h = 1e-5;
-      double slope = 0;
-      std::vector<double> direction;
-      for (double d : d_x.rows()) slope += d * direction.emplace_back(random.normal());
-      auto const move = [&](double by) {
-        for (Index n = 0, e = 0; n < x.view().extent(0); ++n)
-          for (Index i = 0; i < x.row_size(); ++i) x.row(n)[i] += by * direction[static_cast<std::size_t>(e++)];
-        return loss();
-      };
-      double const up = move(h), down = move(-2 * h);
-      move(h);
-      CHECK((up - down) / (2 * h) == Approx(slope).epsilon(1e-6));
-    };
-    check_slope(run.q, run.d_q), check_slope(run.k, run.d_k), check_slope(run.v, run.d_v), check_slope(run.g, run.d_g);
-    check_slope(run.beta, run.d_beta), check_slope(run.initial, run.d_initial);
   }
 }
 
@@ -602,14 +513,4 @@ TEMPLATE_TEST_CASE("gated delta rule: decoding spreads NaN, infinite and huge nu
                                [&](std::size_t) { return bad.keeps_bits; });
       }
   }
-}
-
-TEST_CASE("gated delta rule: after the first step nothing is allocated") {
-  ha::Cpu cpu{2};
-  Run<float> run({.sizes = sizes(32, 32, 2, 4)}, packed(all_lengths));
-  run = computed(cpu, run);
-  auto const allocations = cpu.pool().allocations();
-  run = computed(cpu, run);
-  CHECK(cpu.pool().allocations() == allocations);
-  CHECK(cpu.pool().in_use() == 0);
 }

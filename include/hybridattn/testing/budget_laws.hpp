@@ -177,8 +177,8 @@ inline HostGroup difference(HostGroup x, HostGroup const& y) {
     for (std::size_t e = 0; e < x[i].values.size(); ++e) x[i].values[e] -= y[i].values[e];
   return x;
 }
-// The central difference at a step h is off by its truncation, a multiple of h^2 of which 2h shows three times as much, and by the
-// rounding of each output.
+// The central difference at a step h is off by its truncation and by the rounding of each output. How much the step 2h changes it shows the
+// truncation: three times as much where the function is smooth, and just as much where it has a kink at x, as a rectified score has.
 inline std::string wrong_slope(Subject const& subject, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
   constexpr double step = 0x1p-16;
   Random random{Seed{seed}, "direction"};
@@ -190,7 +190,7 @@ inline std::string wrong_slope(Subject const& subject, Case const& x, Result con
     auto const outputs = [&](double by) { return outputs_at(subject, x, result, input, direction, by); };
     return inner(difference(outputs(h), outputs(-h)), upstream) / (2 * h);
   };
-  double const along = inner({gradient}, {direction}), slope = slope_at(step), truncation = std::abs(slope_at(2 * step) - slope);
+  double const along = inner({gradient}, {direction}), slope = slope_at(step), truncation = 2 * std::abs(slope_at(2 * step) - slope);
   double const allowed = truncation + 8 * subject.eps() / step * product_length(result.outputs, upstream) + 1e-14;
   if (std::abs(along - slope) <= allowed) return {};
   return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope),

@@ -245,7 +245,8 @@ template <class B> class OperationRun {
     for (auto const& [result, argument] : description_.in_place)
       for (std::size_t r = 0; r < results.blocks.size(); ++r)
         for (std::size_t a = 0; a < arguments.size(); ++a)
-          if (around_.in_place && result == prefix + results.declared[r].name && argument == prefix + named.declared[a].name) {
+          if (around_.in_place && !values[a].values.empty() && result == prefix + results.declared[r].name &&
+              argument == prefix + named.declared[a].name) {
             results.blocks[r].write(backend_, values[a].values);
             arguments[a] = &results.blocks[r];
           }
@@ -282,7 +283,7 @@ class AnyOperation : public Subject {
   double tolerance() const override { return 1e-12; }
   bool has_states() const override {
     auto const inputs = describe(Sequences::equal(1, 1)).inputs;
-    return std::any_of(inputs.begin(), inputs.end(), [](Declared const& d) { return d.name.starts_with("initial_"); });
+    return std::any_of(inputs.begin(), inputs.end(), [](Declared const& d) { return d.name.starts_with("initial_") && d.extents[0] > 0; });
   }
   Case sample(std::string const&, Sequences const& s, std::uint64_t seed, bool carried) const override {
     Description const d = describe(s);

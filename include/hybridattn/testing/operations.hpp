@@ -489,9 +489,10 @@ template <> struct Operation<CausalConv1d> : PlainOperation {
   struct Config {
     Index columns = 0, width = 0;
     Activation activation = Activation::silu;
+    bool begins = false;   // without an initial state
   };
   static constexpr bool rows_stand_alone = false;
-  static std::vector<Config> sizes() { return {{20, 4}, {5, 3, Activation::none}, {5, 1}, {5, 0}}; }
+  static std::vector<Config> sizes() { return {{20, 4}, {5, 3, Activation::none}, {5, 4, Activation::silu, true}, {5, 1}, {5, 0}}; }
   template <class S> struct Inputs {
     Held<S, 2> x, w;            // [N, C], [C, W]
     State<S, 3> initial_state;  // [number of sequences, W - 1, C]
@@ -507,7 +508,7 @@ template <> struct Operation<CausalConv1d> : PlainOperation {
     return c.width < 2 ? Shape<3>{} : Shape<3>{s.count(), c.width - 1, c.columns};
   }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
-    return {{s.tokens(), c.columns}, {c.columns, c.width}, states(c, s)};
+    return {{s.tokens(), c.columns}, {c.columns, c.width}, c.begins ? Shape<3>{} : states(c, s)};
   }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}, states(c, s)}; }
   template <class B, class T>
