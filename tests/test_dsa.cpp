@@ -236,8 +236,8 @@ TEMPLATE_TEST_CASE("the choice is a top k within rounding", "", float, double) {
 
 TEMPLATE_TEST_CASE("sparse attention equals its equations for every head dim, length and number of keys", "", float, double) {
   ha::Cpu cpu{2};
-  for (Index D : {8, 16, 20, 32, 64, 112, 128})
-    for (auto o : D == 20 || D == 32 ? all_options : some_options)
+  for (Index D : {8, 20, 64, 112})   // the laws have others
+    for (auto o : D == 20 || D == 64 ? all_options : some_options)
       check_values<TestType>(cpu, o, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, packed(all_lengths));
   check_values<TestType>(cpu, {.top_k = 16}, {.num_heads = 2, .num_kv_heads = 1, .head_dim = 256}, packed({65, 0, 2, 33}));
 }
@@ -352,6 +352,7 @@ TEST_CASE("each loss has its gradient alone where the other one has none") {
       CHECK(all_are(main_alone[i], 7.f));
     }
     CHECK_FALSE(all_are(both[4], 0.f));
+    for (auto const& gradient : f.backward({}, f.wanted())) CHECK(all_are(gradient, 0.f));
   }
 }
 

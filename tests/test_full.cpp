@@ -136,7 +136,7 @@ template <class T> void check_values(ha::Cpu& cpu, int window, full::Config cons
 
 TEMPLATE_TEST_CASE("full attention equals its equations for every head dim, length and window", "", float, double) {
   ha::Cpu cpu{2};
-  for (Index D : {8, 16, 20, 32, 64, 128})
+  for (Index D : {8, 20, 64})   // the laws have others
     for (int window : {0, 1, 16, 64})
       check_values<TestType>(cpu, window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, packed(all_lengths));
   for (int window : {0, 16})

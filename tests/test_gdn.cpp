@@ -212,9 +212,8 @@ TEMPLATE_TEST_CASE("gated delta rule: every size gives the values of the loops a
   struct Dims {
     Index K, V;
   };
-  for (Dims d : {Dims{32, 32}, {64, 64}, {64, 32}, {16, 16}, {16, 8}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})
+  for (Dims d : {Dims{64, 32}, {16, 16}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})   // the laws have others
     check_values<TestType>(cpu, {.sizes = sizes(d.K, d.V, 2, 4)}, packed(all_lengths));
-  check_values<TestType>(cpu, {.sizes = sizes(128, 128)}, packed({130, 3}));
   check_values<TestType>(cpu, {.sizes = sizes(160, 48, 1, 3)}, packed({65}));
   check_values<TestType>(cpu, {.sizes = sizes(256, 256)}, packed({65, 3}));
 }
@@ -245,9 +244,9 @@ TEMPLATE_TEST_CASE("gated delta rule: states may be there or not, in any combina
 
 TEMPLATE_TEST_CASE("gated delta rule: where no gradient of o is given it is zero, bitwise", "", float, double) {
   ha::Cpu cpu{2};
-  auto const s = packed(all_lengths);
   for (gdn::Config const& c : {sizes(32, 32, 1, 2), sizes(12, 20, 2, 4), sizes(64, 96)})
     for (bool last : {false, true}) {
+      auto const s = packed(all_lengths);
       Problem const problem{.sizes = c, .final_state = last, .d_o = false};
       Run<TestType> zeros(problem, s);
       zeros.p.d_o = true;
@@ -256,6 +255,7 @@ TEMPLATE_TEST_CASE("gated delta rule: where no gradient of o is given it is zero
       CHECK(same_bits(with.everything(), without.everything()));
       CHECK((max_abs(doubles(without.d_k.rows())) > 0) == last);
       check_values<TestType>(cpu, problem, s);
+      for (auto const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}}) check_values<TestType>(cpu, problem, packed(lengths));
     }
 }
 
@@ -334,6 +334,7 @@ TEST_CASE("gated delta rule: the gradient of a decay is right in every head, how
   for (Gate const& gate : strong_gates())
     for (Index length : {130, 2048})
       for (bool states : {false, true}) {
+        if (length == 2048 && !states) continue;
         Problem const problem{.sizes = sizes(32, 32, 1, 2), .initial_state = states, .final_state = states};
         check_decays<float>(cpu, problem, length, gate, 1e-5);
         if (length == 130) check_decays<double>(cpu, problem, length, gate, 1e-13);

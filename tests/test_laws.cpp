@@ -84,7 +84,7 @@ template <class P> typename P::Config with_head_dim(ha::Index D) {
 }
 
 template <class P, class T> void check_bad_values_for_odd_head_dims() {
-  for (ha::Index const D : {5, 33, 80}) check_all({bears_bad_values(ha::testing::Adaptor<P, ha::Cpu, T>{with_head_dim<P>(D)})});
+  for (ha::Index const D : {33, 80}) check_all({bears_bad_values(ha::testing::Adaptor<P, ha::Cpu, T>{with_head_dim<P>(D)})});
 }
 
 // One early key ahead of all others by `lead`, values of about `size`.

@@ -148,3 +148,63 @@ TEST_CASE("without tokens a balancing loss and its gradient are 0") {
   CHECK(value == 7);
   CHECK(slopes == std::vector<double>(2));
 }
+
+namespace {
+
+// Tensors of a group that hold anything but finite numbers.
+template <class Group> std::string not_finite(ha::Cpu& cpu, Group const& group) {
+  std::string paths;
+  ha::zip(
+      [&]<class T, int Rank>(ha::Path const& path, ha::Tensor<T, Rank, ha::Cpu> const& tensor) {
+        if constexpr (std::is_same_v<T, float>)
+          if (!ha::On<ha::AllFinite, ha::Cpu>::forward(cpu, flat(in(tensor)))) paths += path.str() + " ";
+      },
+      group);
+  return paths;
+}
+template <class T, int Rank> void set(ha::Tensor<T, Rank, ha::Cpu>& tensor, float scale, ha::Random& random) {
+  for (T& x : std::span(out(tensor).data, static_cast<std::size_t>(out(tensor).count())))
+    x = static_cast<T>(std::is_same_v<T, float> ? scale * static_cast<float>(random.normal()) : -1);
+}
+// A group of tensors of small numbers, or of NaN.
+template <template <class> class G> G<ha::Owned<float, ha::Cpu>> filled(ha::Cpu& cpu, G<ha::Shapes> const& shapes, float scale) {
+  auto group = ha::allocate<float>(cpu, shapes);
+  ha::Random random{ha::Seed{3}, "group"};
+  ha::zip([&](ha::Path const&, auto& tensor) { set(tensor, scale, random); }, group);
+  return group;
+}
+constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
+
+}  // namespace
+
+TEST_CASE("a mixture whose experts have no tokens has gradients for all of them, and a shared expert may be nothing but its gate") {
+  for (Index shared_dim : {-1, 0, 5})
+    for (bool gated : {false, true})
+      for (Index N : {1, 9}) {
+        INFO(shared_dim << " " << gated << " " << N);
+        ha::Cpu cpu{2};
+        ha::FeedForwardConfig const c =
+            ha::FeedForwardConfig{.hidden_dim = 6, .gated = gated, .num_experts = 4, .top_k = 1, .shared_dim = shared_dim}.completed(8);
+        auto const shapes = ha::FeedForward::params(c, 0, 8);
+        for (float scale : {not_a_number, 1.0f}) {   // first a run on NaN
+          auto params = filled(cpu, shapes, scale), gradients = filled(cpu, shapes, not_a_number);
+          ha::On<ha::Fill, ha::Cpu>::forward(cpu, 0.0f, flat(out(params.router)));   // every token goes to expert 0
+          ha::Tensor<float, 2, ha::Cpu> x{cpu, {N, 8}}, d_y{cpu, {N, 8}};
+          ha::Random random{ha::Seed{5}, "x"};
+          set(x, scale, random);
+          set(d_y, scale, random);
+          ha::FeedForward::Saved<ha::Owned<float, ha::Cpu>> saved;
+          auto const y = ha::FeedForward::forward<ha::Cpu, float>(cpu, c, 0, in(params), in(x), saved);
+          auto const finite = not_finite(cpu, saved);
+          auto const d_x =
+              ha::FeedForward::backward<ha::Cpu, float>(cpu, c, 0, in(params), in(x), std::move(saved), in(d_y), out(gradients));
+          if (std::isnan(scale)) continue;
+          CHECK(finite == "");
+          CHECK(not_finite(cpu, gradients) == "");
+          for (auto const* tensor : {&y, &d_x}) CHECK(ha::On<ha::AllFinite, ha::Cpu>::forward(cpu, flat(in(*tensor))));
+          auto const d_down = download(cpu, gradients.experts.down);
+          CHECK(std::any_of(d_down.begin(), d_down.begin() + 48, [](float v) { return v != 0; }));
+          CHECK(std::all_of(d_down.begin() + 48, d_down.end(), [](float v) { return v == 0; }));
+        }
+      }
+}

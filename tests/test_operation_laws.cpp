@@ -51,7 +51,9 @@ TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double, and the page li
   INFO(row);
   CHECK(the_page().find(row) != std::string::npos);
 }
-TEMPLATE_LIST_TEST_CASE("an operation has the bits of the CPU on a device that the host cannot read", "[float]", Operations) {
+// What passes numbers by way of the host, or tables of its own, would show here; whole models run on a Fake elsewhere.
+using OnFake = std::tuple<ha::CausalConv1d, ha::CrossEntropy, ha::GroupedLinear, ha::Route, ha::BalanceLoss, ha::AdamWStep>;
+TEMPLATE_LIST_TEST_CASE("an operation has the bits of the CPU on a device that the host cannot read", "[float]", OnFake) {
   for (auto const& size : ha::testing::Operation<TestType>::sizes()) {
     ha::testing::OperationOn<TestType, ha::testing::Fake, float> const there{size};
     check_all({same_on_both(ha::testing::OperationOn<TestType, ha::Cpu, float>{size}, there), fenced(there), agrees_with_cpu(there)});
@@ -143,7 +145,7 @@ template <bool wrong> struct OtherOrder {};
 }  // namespace
 
 template <> struct ha::testing::Operation<Flawed> : Convolution {
-  static std::vector<Config> sizes() { return {{5, 3}}; }
+  static std::vector<Config> sizes() { return {{2, 3}}; }
   template <class B, class T>
   static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
     Convolution::forward<B, T>(backend, c, s, x, y);
@@ -190,7 +192,7 @@ template <class Op, class T> Laws broken(typename ha::testing::Operation<Op>::Co
 // In double, where every law is judged.
 Laws broken(Flaw flaw) {
   Flawed::flaw = flaw;
-  return broken<Flawed, double>({5, 3});
+  return broken<Flawed, double>({2, 3});
 }
 
 }  // namespace
@@ -217,7 +219,7 @@ TEST_CASE("an operation with a flaw breaks the law about it, and no other") {
   CHECK(broken(Flaw::is_not_in_place) == Laws{"in place"});
   CHECK(broken<OverwritesASum, double>({7, {}, ha::Into::add}) == Laws{"finite differences"});
   Flawed::flaw = Flaw::rounds_coarsely;
-  CHECK(broken<Flawed, float>({5, 3}) == Laws{"agrees with Cpu"});
+  CHECK(broken<Flawed, float>({2, 3}) == Laws{"agrees with Cpu"});
 }
 
 TEST_CASE("two backends that sum in another order agree within the budget and not in their bits; a wrong one does not") {

@@ -8,7 +8,20 @@
 #include <hybridattn/testing/subject.hpp>
 
 #include <functional>
+#include <memory>
 
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace testing::detail {
+// Stand for a model's scalar, and for what is never narrower than float.
+struct AnyScalar {};
+struct AnyWide {};
+}  // namespace testing::detail
+template <> struct WideOf<testing::detail::AnyScalar> {
+  using type = testing::detail::AnyWide;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 // A tensor of elements of one type, whatever the scalar is: sums in double, losses.
@@ -78,15 +91,26 @@ inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<D
   }
   return list;
 }
+// What a scalar and its sums are in memory.
+struct Elements {
+  Element const *scalar, *wide;
+};
+template <class T> inline constexpr Elements elements_in{&element_of<T>, &element_of<wide_t<T>>};
+
 struct Declare {
   std::vector<Declared>& list;
-  template <class E, int Rank> void operator()(Path const& path, Shape<Rank> const& shape, View<E, Rank> const&) const {
-    list.push_back({path.str(), &element_of<std::remove_const_t<E>>, {shape.extent, shape.extent + Rank}});
+  Elements elements;
+  template <class E, int Rank> void operator()(Path const& path, Shape<Rank> const& shape, View<E const, Rank> const&) const {
+    Element const* element;
+    if constexpr (std::is_same_v<E, AnyScalar>) element = elements.scalar;
+    else if constexpr (std::is_same_v<E, AnyWide>) element = elements.wide;
+    else element = &element_of<E>;
+    list.push_back({path.str(), element, {shape.extent, shape.extent + Rank}});
   }
 };
-template <class T, template <class> class G> std::vector<Declared> declared(G<Shapes> const& shapes) {
+template <template <class> class G> std::vector<Declared> declared(G<Shapes> const& shapes, Elements elements) {
   std::vector<Declared> list;
-  zip(Declare{list}, shapes, G<In<T>>{});
+  zip(Declare{list, elements}, shapes, G<In<AnyScalar>>{});
   return list;
 }
 
@@ -276,11 +300,46 @@ template <class B> class OperationRun {
   Result result_;
 };
 
-// What the laws ask of an operation, but for the calls.
+// What an operation says of itself, with its config, in any scalar.
+struct Facts {
+  virtual ~Facts() = default;
+  virtual Description describe(Sequences const& s, Elements elements) const = 0;
+  virtual void draw(Sequences const& s, Random& random, HostGroup& inputs) const = 0;
+  virtual bool takes_gradient(std::string_view output) const = 0;
+  virtual bool rows_stand_alone() const = 0;
+  virtual bool has_tables() const = 0;
+};
+template <class Op> struct FactsOf final : Facts {
+  using O = Operation<Op>;
+  typename O::Config config;
+
+  explicit FactsOf(typename O::Config c) : config(c) {}
+  Description describe(Sequences const& s, Elements elements) const override {
+    auto const declare = [&](auto const& shapes, auto const& few, auto const& more) {
+      return with_rows(declared(shapes, elements), declared(few, elements), declared(more, elements));
+    };
+    Sequences const few = Sequences::equal(2, 5), more = Sequences::equal(3, 7);
+    return {declare(O::inputs(config, s), O::inputs(config, few), O::inputs(config, more)),
+            declare(O::outputs(config, s), O::outputs(config, few), O::outputs(config, more)), O::in_place(),
+            [this](std::string const& result) { return O::starts_from(config, result); },
+            [this](std::string const& input) { return O::has_gradient(config, input); }};
+  }
+  void draw(Sequences const& s, Random& random, HostGroup& inputs) const override { O::draw(config, s, random, inputs); }
+  bool takes_gradient(std::string_view output) const override { return O::takes_gradient(config, output); }
+  bool rows_stand_alone() const override { return O::rows_stand_alone; }
+  bool has_tables() const override { return O::has_tables(config); }
+};
+
 class AnyOperation : public Subject {
  public:
-  std::vector<std::string> kinds() const override { return {"noise"}; }
+  std::string name() const override { return name_; }
+  double eps() const override { return eps_; }
   double tolerance() const override { return 1e-12; }
+  std::vector<std::string> kinds() const override { return {"noise"}; }
+  Sequences batch() const override { return facts_->rows_stand_alone() ? Sequences::equal(150, 1) : Subject::batch(); }
+  Sequences small_batch() const override { return facts_->rows_stand_alone() ? Sequences::equal(40, 1) : Subject::small_batch(); }
+  bool has_tables() const override { return facts_->has_tables(); }
+  bool works_in_place() const override { return !describe(Sequences::equal(1, 1)).in_place.empty(); }
   bool has_states() const override {
     auto const inputs = describe(Sequences::equal(1, 1)).inputs;
     return std::any_of(inputs.begin(), inputs.end(), [](Declared const& d) { return d.name.starts_with("initial_") && d.extents[0] > 0; });
@@ -295,22 +354,24 @@ class AnyOperation : public Subject {
     Random random{Seed{seed}, "inputs"}, upstream{Seed{seed}, "upstream"};
     for (HostTensor& tensor : x.inputs)
       if (!tensor.whole) set_normal(tensor, random);
-    draw(s, random, x.inputs);
+    facts_->draw(s, random, x.inputs);
     for (HostTensor& tensor : x.d_outputs)
-      if (!tensor.whole && takes_gradient(tensor.name)) set_normal(tensor, upstream);
+      if (!tensor.whole && facts_->takes_gradient(tensor.name)) set_normal(tensor, upstream);
     for (std::size_t i = 0; i < d.outputs.size(); ++i)   // of a loss and its counts, the counts have none
       if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
     round_to_float(x.inputs);
     round_to_float(x.d_outputs);
     return x;
   }
-  Footprint footprint(Sequences const& s) const override { return footprint_of(sample("noise", s, 1, true)); }
 
  protected:
-  virtual Description describe(Sequences const& s) const = 0;
-  virtual void draw(Sequences const& s, Random& random, HostGroup& inputs) const = 0;
-  virtual bool takes_gradient(std::string_view output) const = 0;
-  virtual Footprint footprint_of(Case const& x) const = 0;
+  AnyOperation(std::string name, double eps, Elements elements, std::unique_ptr<Facts> facts)
+      : facts_(std::move(facts)), elements_(elements), name_(std::move(name)), eps_(eps) {}
+  Description describe(Sequences const& s) const { return facts_->describe(s, elements_); }
+  template <class M> Result run_on(M& backend, Call<M> const& call, Elements elements, Case const& x, Surroundings const& around) const {
+    Description const description = facts_->describe(x.sequences, elements);
+    return OperationRun<M>{backend, description, call, x, around}.run();
+  }
 
  private:
   static HostGroup tensors_of(std::vector<Declared> const& list) {
@@ -318,63 +379,62 @@ class AnyOperation : public Subject {
     for (Declared const& d : list) group.push_back(host_tensor(d, d.name));
     return group;
   }
+
+  std::unique_ptr<Facts> facts_;
+  Elements elements_;
+  std::string name_;
+  double eps_;
+};
+
+// Any operation on one backend in one scalar.
+template <class B, class T> class OperationIn : public AnyOperation {
+ public:
+  Result run(Case const& x, Surroundings const& around) const override {
+    B backend = Machine<B>::make(around.threads);
+    if (around.leftovers) run_here(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around);
+    return run_here(backend, x, around);
+  }
+  Result loops(Case const& x, HostGroup const&, bool in_double) const override {
+    Cpu cpu{1};
+    return in_double ? this->run_on(cpu, *in_double_, elements_in<double>, x, {}) : this->run_on(cpu, *on_cpu_, elements_in<T>, x, {});
+  }
+  Footprint footprint(Sequences const& s) const override {
+    B backend = Machine<B>::make(1);
+    Case const x = this->sample("noise", s, 1, true);
+    Result const first = run_here(backend, x, {});
+    auto const allocations = backend.pool().allocations();
+    run_here(backend, x, {});
+    return {0, 0, first.scratch, first.kept, backend.pool().allocations() - allocations};
+  }
+
+ protected:
+  OperationIn(std::string const& name, std::unique_ptr<Facts> facts, std::unique_ptr<Call<B>> here, std::unique_ptr<Call<Cpu>> on_cpu,
+              std::unique_ptr<Call<Cpu>> in_double)
+      : AnyOperation(name + ", " + type_name<T>(), static_cast<double>(std::numeric_limits<T>::epsilon()), elements_in<T>,
+                     std::move(facts)),
+        here_(std::move(here)), on_cpu_(std::move(on_cpu)), in_double_(std::move(in_double)) {}
+
+ private:
+  Result run_here(B& backend, Case const& x, Surroundings const& around) const {
+    return this->run_on(backend, *here_, elements_in<T>, x, around);
+  }
+
+  std::unique_ptr<Call<B>> here_;
+  std::unique_ptr<Call<Cpu>> on_cpu_, in_double_;
 };
 
 }  // namespace detail
 
-template <class Op, class B, class T> class OperationOn final : public detail::AnyOperation {
-  using O = Operation<Op>;
-  using Config = typename O::Config;
+// One operation on one backend in one scalar.
+template <class Op, class B, class T> class OperationOn final : public detail::OperationIn<B, T> {
+  template <class M, class U> using CallOf = detail::CallOf<Op, M, U>;
+  using Config = typename Operation<Op>::Config;
 
  public:
-  explicit OperationOn(Config config, std::string name = detail::type_name<Op>()) : config_(config), name_(std::move(name)) {}
-
-  std::string name() const override { return name_ + ", " + detail::type_name<T>(); }
-  double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
-  Sequences batch() const override { return O::rows_stand_alone ? Sequences::equal(150, 1) : Subject::batch(); }
-  Sequences small_batch() const override { return O::rows_stand_alone ? Sequences::equal(40, 1) : Subject::small_batch(); }
-  bool has_tables() const override { return O::has_tables(config_); }
-  bool works_in_place() const override { return !O::in_place().empty(); }
-
-  Result run(Case const& x, Surroundings const& around) const override {
-    B backend = Machine<B>::make(around.threads);
-    if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around);
-    return run_on<T>(backend, x, around);
-  }
-  Result loops(Case const& x, HostGroup const&, bool in_double) const override {
-    Cpu cpu{1};
-    return in_double ? run_on<double>(cpu, x, {}) : run_on<T>(cpu, x, {});
-  }
-
- private:
-  detail::Description describe(Sequences const& s) const override { return describe_in<T>(s); }
-  void draw(Sequences const& s, Random& random, HostGroup& inputs) const override { O::draw(config_, s, random, inputs); }
-  bool takes_gradient(std::string_view output) const override { return O::takes_gradient(config_, output); }
-  Footprint footprint_of(Case const& x) const override {
-    B backend = Machine<B>::make(1);
-    Result const first = run_on<T>(backend, x, {});
-    auto const allocations = backend.pool().allocations();
-    run_on<T>(backend, x, {});
-    return {0, 0, first.scratch, first.kept, backend.pool().allocations() - allocations};
-  }
-
-  template <class U> detail::Description describe_in(Sequences const& s) const {
-    auto const declare = [&](auto const& shapes_of) {
-      return detail::with_rows(detail::declared<U>(shapes_of(s)), detail::declared<U>(shapes_of(Sequences::equal(2, 5))),
-                               detail::declared<U>(shapes_of(Sequences::equal(3, 7))));
-    };
-    return {declare([&](Sequences const& of) { return O::inputs(config_, of); }),
-            declare([&](Sequences const& of) { return O::outputs(config_, of); }), O::in_place(),
-            [&](std::string const& result) { return O::starts_from(config_, result); },
-            [&](std::string const& input) { return O::has_gradient(config_, input); }};
-  }
-  template <class U, class M> Result run_on(M& backend, Case const& x, Surroundings const& around) const {
-    detail::Description const description = describe_in<U>(x.sequences);
-    return detail::OperationRun<M>{backend, description, detail::CallOf<Op, M, U>{config_}, x, around}.run();
-  }
-
-  Config config_;
-  std::string name_;
+  explicit OperationOn(Config const& c, std::string const& name = detail::type_name<Op>())
+      : detail::OperationIn<B, T>(
+            name, std::unique_ptr<detail::Facts>(new detail::FactsOf<Op>(c)), std::unique_ptr<detail::Call<B>>(new CallOf<B, T>(c)),
+            std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, T>(c)), std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, double>(c))) {}
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing

@@ -492,7 +492,7 @@ template <> struct Operation<CausalConv1d> : PlainOperation {
     bool begins = false;   // without an initial state
   };
   static constexpr bool rows_stand_alone = false;
-  static std::vector<Config> sizes() { return {{20, 4}, {5, 3, Activation::none}, {5, 4, Activation::silu, true}, {5, 1}, {5, 0}}; }
+  static std::vector<Config> sizes() { return {{17, 4}, {5, 3, Activation::none}, {5, 4, Activation::silu, true}, {5, 1}, {5, 0}}; }
   template <class S> struct Inputs {
     Held<S, 2> x, w;            // [N, C], [C, W]
     State<S, 3> initial_state;  // [number of sequences, W - 1, C]
