@@ -85,7 +85,8 @@ TEST_CASE("backward adds the loss that forward adds, to the last bit") {
   ha::View<std::int32_t const, 1> const at{targets.data(), {5}};
   ha::LossSum forward{2, 3, 1}, backward = forward;
   ha::On<ha::CrossEntropy, ha::Cpu>::forward(cpu, read(x), read(w), at, ha::View<ha::LossSum, 1>{&forward, {1}});
-  ha::On<ha::CrossEntropy, ha::Cpu>::backward(cpu, read(x), read(w), at, 0.5, view(d_x), view(d_w),
+  double const half = 0.5;
+  ha::On<ha::CrossEntropy, ha::Cpu>::backward(cpu, read(x), read(w), at, {&half, {1}}, view(d_x), view(d_w),
                                               ha::View<ha::LossSum, 1>{&backward, {1}});
   CHECK(forward.loss > 2);
   CHECK(backward.loss == forward.loss);

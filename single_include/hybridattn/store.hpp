@@ -7637,6 +7637,11 @@ void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Ind
   }
 }
 
+// A product without depth.
+template <class T> void sum_nothing(View<T, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+}
+
 }  // namespace detail
 
 // c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
@@ -7644,11 +7649,7 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
   if (c.count() == 0) return;
-  if (a.columns == 0) {
-    if (into == Into::overwrite)
-      for (Index r = 0; r < a.rows; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
-    return;
-  }
+  if (a.columns == 0) return detail::sum_nothing(c, into);
   using detail::panel_columns;
   Index const panels = ceil_div(b.columns, panel_columns<T>);
   // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
@@ -7669,9 +7670,13 @@ template <class T> struct Product {
   View<T, 2> c;
 };
 
-// The products first .. last in one parallel loop. All have as many columns, and a depth that is not 0.
+// The products first .. last in one parallel loop. All have as many columns, and either all have a depth or none has.
 template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
   if (first == last) return;
+  if (first->a.columns == 0) {
+    for (; first != last; ++first) detail::sum_nothing(first->c, into);
+    return;
+  }
   using detail::panel_columns;
   Index const panels = ceil_div(first->b.columns, panel_columns<T>);
   constexpr Index panel = detail::depth_block * panel_columns<T>;
@@ -7894,10 +7899,14 @@ template <> struct On<Route, Cpu> {
 
 template <> struct On<Permute, Cpu> {
   static void forward(Cpu&, View<std::int32_t const, 2> experts, View<std::int32_t, 1> offsets, View<std::int32_t, 2> places) {
+    auto const for_each_choice = [&](auto f) {
+      for (Index n = 0; n < experts.extent(0); ++n)
+        for (Index j = 0; j < experts.extent(1); ++j) f(n, j, experts(n, j));
+    };
     std::fill_n(offsets.data, offsets.count(), 0);
-    for (Index i = 0; i < experts.count(); ++i) ++offsets(experts.data[i] + 1);
+    for_each_choice([&](Index, Index, Index e) { ++offsets(e + 1); });
     for (Index e = 1; e < offsets.extent(0); ++e) offsets(e) += offsets(e - 1);
-    for (Index i = 0; i < experts.count(); ++i) places.data[i] = offsets(experts.data[i])++;
+    for_each_choice([&](Index n, Index j, Index e) { places(n, j) = offsets(e)++; });
     for (Index e = offsets.extent(0) - 1; e > 0; --e) offsets(e) = offsets(e - 1);
     offsets(0) = 0;
   }
@@ -9161,11 +9170,11 @@ template <> struct On<CrossEntropy, Cpu> {
   template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
-    if (x.extent(0) == 0) std::fill_n(d_w.data, d_w.count(), T(0));
+    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
-      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}};
-      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}};
+      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
       cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
       cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
@@ -9181,7 +9190,7 @@ template <> struct On<CrossEntropy, Cpu> {
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}}), cpu::operand(w).transposed(), logits);
+      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), cpu::operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;

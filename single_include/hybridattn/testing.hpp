@@ -20,6 +20,7 @@
 #include <iterator>
 #include <limits>
 #include <list>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <numbers>
@@ -1570,17 +1571,18 @@ struct HostGroup : std::vector<HostTensor> {
 
   HostTensor const* find(std::string_view name) const { return find_in(*this, name); }
   HostTensor* find(std::string_view name) { return find_in(*this, name); }
-  HostTensor& at(std::string_view name) {
-    HostTensor* const found = find(name);
-    check(found != nullptr, "no tensor is called ", name);
-    return *found;
-  }
+  HostTensor& at(std::string_view name) { return found(find(name), name); }
+  HostTensor const& at(std::string_view name) const { return found(find(name), name); }
 
  private:
   template <class Group> static auto find_in(Group& group, std::string_view name) -> decltype(group.data()) {
     for (auto& tensor : group)
       if (tensor.name == name) return &tensor;
     return nullptr;
+  }
+  template <class Tensor> static Tensor& found(Tensor* tensor, std::string_view name) {
+    check(tensor != nullptr, "no tensor is called ", name);
+    return *tensor;
   }
 };
 
@@ -1670,11 +1672,12 @@ inline Sequences packed(std::vector<Index> const& lengths) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
-// ==== hybridattn/testing/any_policy.hpp
-// A policy as the laws see it: tensors on the host go in, tensors on the host come out. The laws are ordinary run-time code
-// over this; only Adaptor, which makes one of a policy, a backend and a scalar, is a template.
-#ifndef HYBRIDATTN_TESTING_ANY_POLICY_HPP
-#define HYBRIDATTN_TESTING_ANY_POLICY_HPP
+// ==== hybridattn/testing/subject.hpp
+// What the laws judge: a policy or an operation, as tensors on the host that go in and tensors on the host that come out. The laws
+// are ordinary run-time code over this. Only what makes a Subject of a policy (adaptor.hpp) or of an operation (operation.hpp), on a
+// backend and in a scalar, is a template.
+#ifndef HYBRIDATTN_TESTING_SUBJECT_HPP
+#define HYBRIDATTN_TESTING_SUBJECT_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
@@ -1688,9 +1691,11 @@ struct Case {
 // What surrounds a run, and must not matter.
 struct Surroundings {
   int threads = 1;
-  double unwritten = not_a_number;   // in all results before they are written, and in the memory beside all tensors
+  double unwritten = not_a_number;   // in all results before they are written
+  double fence = not_a_number;       // in the memory beside all tensors
   bool spaced = false;               // rows of inputs, outputs and gradients with gaps between them
   bool leftovers = false;            // scratch memory holds what a run on NaNs left
+  bool in_place = false;             // a result stands in the memory of an argument, wherever an operation allows it
 };
 
 struct Result {
@@ -1707,42 +1712,52 @@ struct Footprint {   // of a run on one thread
   std::size_t later_allocations;              // of a second run on the same backend
 };
 
-// Decoding: in call c, calls[c][i] more tokens of sequence i.
-using Calls = std::vector<std::vector<Index>>;
-struct Decoded {
-  HostGroup outputs;                   // of all tokens that the calls gave, at their places in the whole; what counts no tokens is empty
-  HostGroup cache;                     // at the end
-  std::string trespass;
-  std::ptrdiff_t kept = 0;             // bytes of the pool that are not given back, besides the cache
-  std::size_t later_allocations = 0;   // of the calls after the second
-};
+namespace detail {
 
-class AnyPolicy {
+// The type's name as the compiler spells it, without the library's namespace.
+template <class P> std::string type_name() {
+  std::string const text = __PRETTY_FUNCTION__;
+  auto const library = text.find("hybridattn::"), flags = library + 12;
+  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
+  auto const first = text.find("P = ") + 4;
+  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
+  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
+                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
+    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
+  return name;
+}
+
+// Every length at which a kernel's blocks begin, end or are missing.
+inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
+
+}  // namespace detail
+
+class Subject {
  public:
-  virtual ~AnyPolicy() = default;
+  virtual ~Subject() = default;
 
   virtual std::string name() const = 0;
-  virtual double eps() const = 0;             // of the scalar
-  virtual double tolerance() const = 0;       // of a result in double, relative to the largest element
+  virtual double eps() const = 0;         // of the scalar
+  virtual double tolerance() const = 0;   // of a result in double, relative to the largest element
   // Kinds of inputs. The first is ordinary and smooth: finite differences are taken there.
   virtual std::vector<std::string> kinds() const = 0;
-  virtual bool has_states() const = 0;        // an input initial_x for an output final_x
-  virtual bool saved_is_linear() const = 0;   // in the number of tokens
-  virtual bool overflows_like_loops() const = 0;   // NaN and infinite results are so, with their sign, where the reference's are
-  virtual bool detached(std::string_view input) const = 0;
-  virtual bool by_head(std::string_view input) const = 0;   // its gradient is judged head by head
+  // Batches that the laws are judged on. What one sequence holds must not depend on another: the rows of an operation on rows are
+  // sequences of one token.
+  virtual Sequences batch() const { return detail::all_lengths(); }
+  virtual Sequences small_batch() const { return packed({1, 2, 0, 19, 40}); }
+  virtual bool has_tables() const { return false; }           // an input speaks of the batch as a whole
+  virtual bool works_in_place() const { return false; }       // a result may stand in the memory of an argument
+  virtual bool has_states() const { return false; }           // an input initial_x for an output final_x
+  virtual bool saved_is_linear() const { return true; }       // in the number of tokens
+  virtual bool detached(std::string_view) const { return false; }
+  virtual bool by_head(std::string_view) const { return false; }   // the input's gradient is judged head by head
 
   // Two seeds differ in every value.
   virtual Case sample(std::string const& kind, Sequences const& sequences, std::uint64_t seed, bool carried) const = 0;
   virtual Result run(Case const& x, Surroundings const& around) const = 0;
-  // The reference loops in the policy's scalar or in double, with the choices that `chosen` holds.
+  // The reference in the subject's scalar or in double, with the choices that `chosen` holds.
   virtual Result loops(Case const& x, HostGroup const& chosen, bool in_double) const = 0;
-  // What is wrong with the choices in `saved`, or "".
-  virtual std::string wrong_choice(Case const& x, HostGroup const& saved) const = 0;
   virtual Footprint footprint(Sequences const& sequences) const = 0;
-  virtual bool decodes() const = 0;
-  // The tokens of x, with a cache that just holds them.
-  virtual Decoded decode(Case const& x, Calls const& calls, Surroundings const& around) const = 0;
 
   bool in_double() const { return eps() == std::numeric_limits<double>::epsilon(); }
 };
@@ -1778,6 +1793,14 @@ inline HostGroup rows_of(HostGroup const& from, Sequences const& sequences, std:
 
 }  // namespace detail
 
+namespace detail {
+// What is only read must stand there as it did: trespass names the first number that does not.
+inline void note_overwritten(HostGroup const& before, HostGroup const& after, std::string& trespass) {
+  if (std::string const changed = first_difference(before, after); trespass.empty() && !changed.empty())
+    trespass = sentence("a run overwrites what it reads: ", changed);
+}
+}  // namespace detail
+
 // A batch of parts of the sequences of another one.
 inline Case cut(Case const& x, std::vector<Part> const& parts) {
   std::vector<Index> lengths;
@@ -1790,12 +1813,77 @@ template <class Wanted> void replace_rows(HostGroup& x, HostGroup const& y, Want
     for (Index row = 0; row < x[i].row_count(); ++row)
       if (wanted(x[i], row)) std::copy_n(y[i].row(row), y[i].row_size(), x[i].row(row));
 }
+// Whole numbers stay: they are indices.
 inline HostGroup all_nan(HostGroup x) {
-  for (HostTensor& tensor : x) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
+  for (HostTensor& tensor : x)
+    if (!tensor.whole) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
   return x;
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/testing/any_policy.hpp
+// A policy as the laws see it.
+#ifndef HYBRIDATTN_TESTING_ANY_POLICY_HPP
+#define HYBRIDATTN_TESTING_ANY_POLICY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// Decoding: in call c, calls[c][i] more tokens of sequence i.
+using Calls = std::vector<std::vector<Index>>;
+struct Decoded {
+  HostGroup outputs;                   // of all tokens that the calls gave, at their places in the whole; what counts no tokens is empty
+  HostGroup cache;                     // at the end
+  std::string trespass;
+  std::ptrdiff_t kept = 0;             // bytes of the pool that are not given back, besides the cache
+  std::size_t later_allocations = 0;   // of the calls after the second
+};
+
+class AnyPolicy : public Subject {
+ public:
+  virtual bool overflows_like_loops() const = 0;   // NaN and infinite results are so, with their sign, where the reference's are
+  // What is wrong with the choices in `saved`, or "".
+  virtual std::string wrong_choice(Case const& x, HostGroup const& saved) const = 0;
+  virtual bool decodes() const = 0;
+  // The tokens of x, with a cache that just holds them.
+  virtual Decoded decode(Case const& x, Calls const& calls, Surroundings const& around) const = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/core/losses.hpp
+// What tokens lost, as sums.
+#ifndef HYBRIDATTN_CORE_LOSSES_HPP
+#define HYBRIDATTN_CORE_LOSSES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Over the counted tokens of a batch, or of several.
+struct LossSum {
+  double loss = 0;     // nats
+  Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
+
+  double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
+  LossSum& operator+=(LossSum const& other) {
+    loss += other.loss;
+    count += other.count;
+    correct += other.correct;
+    return *this;
+  }
+};
+
+// What a batch lost. The auxiliary losses are weighted.
+struct BatchLosses {
+  LossSum loss;         // over the counted tokens
+  double balance = 0;   // load balancing
+  double policy = 0;    // of the policies
+
+  double auxiliary() const { return policy + balance; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/testing/fenced.hpp
@@ -1844,60 +1932,131 @@ struct Layout {
   static constexpr Index guard = 64;   // elements before and behind: a whole number of cache lines
 };
 
-template <class E> E element(double value) {
-  if constexpr (std::is_integral_v<E>) return value == value ? static_cast<E>(value) : std::numeric_limits<E>::min();
-  else return static_cast<E>(value);
+// What an element is in memory, and its numbers on the host.
+struct Element {
+  std::size_t bytes;
+  Index numbers;   // of one element
+  bool whole;
+  void (*fill)(double number, Index count, std::byte* elements);   // with one number, all of an element's
+  void (*write)(double const* numbers, Index count, std::byte* elements);
+  void (*read)(std::byte const* elements, Index count, double* numbers);
+};
+namespace detail {
+
+template <class E> E from_numbers(double const* x) {
+  if constexpr (std::is_integral_v<E>) return *x == *x ? static_cast<E>(*x) : std::numeric_limits<E>::min();
+  else if constexpr (std::is_enum_v<E>) return static_cast<E>(from_numbers<std::underlying_type_t<E>>(x));
+  else return static_cast<E>(*x);
+}
+template <class E> void to_numbers(E const& element, double* x) { *x = static_cast<double>(element); }
+template <> inline LossSum from_numbers<LossSum>(double const* x) { return {x[0], from_numbers<Index>(x + 1), from_numbers<Index>(x + 2)}; }
+inline void to_numbers(LossSum const& sum, double* x) {
+  x[0] = sum.loss, x[1] = static_cast<double>(sum.count), x[2] = static_cast<double>(sum.correct);
+}
+template <class E> inline constexpr Index numbers_of = std::is_same_v<E, LossSum> ? 3 : 1;
+
+template <class E> void fill(double number, Index count, std::byte* to) {
+  double const numbers[] = {number, number, number};
+  E const element = from_numbers<E>(numbers);
+  for (Index i = 0; i < count; ++i, to += sizeof(E)) std::memcpy(to, &element, sizeof(E));
+}
+template <class E> void write(double const* numbers, Index count, std::byte* to) {
+  for (Index i = 0; i < count; ++i, numbers += numbers_of<E>, to += sizeof(E)) {
+    E const element = from_numbers<E>(numbers);
+    std::memcpy(to, &element, sizeof(E));
+  }
+}
+template <class E> void read(std::byte const* from, Index count, double* numbers) {
+  for (Index i = 0; i < count; ++i, numbers += numbers_of<E>, from += sizeof(E)) {
+    E element;
+    std::memcpy(&element, from, sizeof(E));
+    to_numbers(element, numbers);
+  }
 }
 
-template <class E, int Rank, class B> class Fenced {
+}  // namespace detail
+template <class E> inline constexpr Element element_of{sizeof(E),       detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
+                                                       detail::fill<E>, detail::write<E>,      detail::read<E>};
+
+// What stands in memory before a run writes there, and beside it.
+struct Unwritten {
+  double inside = not_a_number, beside = not_a_number;
+};
+
+// A tensor of elements of any type in a block of a backend.
+template <class B> class FencedBlock {
  public:
-  // Memory for a tensor that holds `unwritten`, as does everything around it.
-  void place(B& backend, Shape<Rank> shape, bool spaced, double unwritten) {
-    shape_ = shape;
-    if (shape.count() == 0) return;
-    layout_ = Layout({shape.extent, shape.extent + Rank}, spaced);
-    host_.assign(static_cast<std::size_t>(layout_.size), element<E>(unwritten));
-    memory_ = {backend, {layout_.size}};
+  void place(B& backend, Element const& element, std::vector<Index> extents, bool spaced, Unwritten unwritten) {
+    element_ = &element;
+    layout_ = Layout(std::move(extents), spaced);
+    memory_ = {};
+    if (layout_.count() == 0) return;
+    host_.resize(static_cast<std::size_t>(layout_.size) * element.bytes);
+    element.fill(unwritten.beside, layout_.size, host_.data());
+    layout_.for_each_row([&](Index, Index place, Index length) { element.fill(unwritten.inside, length, at(host_, place)); });
+    memory_ = {backend, {std::ssize(host_)}};
     upload(backend, host_, memory_);
   }
   void write(B& backend, std::vector<double> const& values) {
-    check(std::ssize(values) == shape_.count(), "a tensor of ", shape_.count(), " elements cannot take ", values.size());
+    Index const count = element_ == nullptr ? 0 : layout_.count() * element_->numbers;
+    check(std::ssize(values) == count, "a tensor of ", count, " numbers cannot take ", values.size());
     if (!memory_) return;
-    layout_.for_each_row([&](Index e, Index place, Index length) {
-      std::transform(values.begin() + e, values.begin() + e + length, host_.begin() + place, element<E>);
-    });
+    layout_.for_each_row(
+        [&](Index e, Index place, Index length) { element_->write(values.data() + e * element_->numbers, length, at(host_, place)); });
     upload(backend, host_, memory_);
   }
-  View<E, Rank> view() {
-    if (!memory_) return {nullptr, shape_};
+  template <class E, int Rank> View<E, Rank> view(Shape<Rank> shape) {
+    if (!memory_) return {nullptr, shape};
     Shape<Rank> stride;
     for (int axis = 0; axis < Rank; ++axis) stride.extent[axis] = layout_.stride[static_cast<std::size_t>(axis)];
-    return {out(memory_).data + layout_.first, shape_, stride};
+    return {reinterpret_cast<E*>(out(memory_).data) + layout_.first, shape, stride};
+  }
+  template <class E, int Rank> View<E, Rank> view() {
+    Shape<Rank> shape;
+    for (int axis = 0; axis < Rank; ++axis) shape.extent[axis] = layout_.shape[static_cast<std::size_t>(axis)];
+    return view<E>(shape);
   }
   // What it holds now. `trespass` names the first number beside it that has changed since.
   void read(B& backend, HostTensor& to, std::string& trespass) const {
-    to.shape.assign(shape_.extent, shape_.extent + Rank);
     if (!memory_) return;
-    std::vector<E> now = download(backend, memory_);
-    to.values.resize(static_cast<std::size_t>(layout_.count()));
+    std::vector<std::byte> now = download(backend, memory_);
+    to.values.resize(static_cast<std::size_t>(layout_.count() * element_->numbers));
     layout_.for_each_row([&](Index e, Index place, Index length) {
-      std::copy_n(now.begin() + place, length, to.values.begin() + e);
-      std::copy_n(host_.begin() + place, length, now.begin() + place);
+      element_->read(at(now, place), length, to.values.data() + e * element_->numbers);
+      std::memcpy(at(now, place), at(host_, place), static_cast<std::size_t>(length) * element_->bytes);
     });
-    auto const as_it_was = [&](Index place) {
-      return std::memcmp(&now[static_cast<std::size_t>(place)], &host_[static_cast<std::size_t>(place)], sizeof(E)) == 0;
-    };
-    if (!trespass.empty() || std::memcmp(now.data(), host_.data(), now.size() * sizeof(E)) == 0) return;
+    if (!trespass.empty() || std::memcmp(now.data(), host_.data(), now.size()) == 0) return;
     Index place = 0;
-    while (as_it_was(place)) ++place;
+    while (std::memcmp(at(now, place), at(host_, place), element_->bytes) == 0) ++place;
     trespass = sentence("memory beside ", to.name, " is overwritten, ", place - layout_.first, " elements from its start");
   }
 
  private:
-  Shape<Rank> shape_;
+  template <class Bytes> auto* at(Bytes& bytes, Index i) const { return bytes.data() + static_cast<std::size_t>(i) * element_->bytes; }
+
+  Element const* element_ = nullptr;
   Layout layout_;
-  std::vector<E> host_;
-  Tensor<E, 1, B> memory_;
+  std::vector<std::byte> host_;
+  Tensor<std::byte, 1, B> memory_;
+};
+
+template <class E, int Rank, class B> class Fenced {
+ public:
+  // Memory for a tensor.
+  void place(B& backend, Shape<Rank> shape, bool spaced, Unwritten unwritten) {
+    shape_ = shape;
+    block_.place(backend, element_of<E>, {shape.extent, shape.extent + Rank}, spaced, unwritten);
+  }
+  void write(B& backend, std::vector<double> const& values) { block_.write(backend, values); }
+  View<E, Rank> view() { return block_.template view<E>(shape_); }
+  void read(B& backend, HostTensor& to, std::string& trespass) const {
+    to.shape.assign(shape_.extent, shape_.extent + Rank);
+    block_.read(backend, to, trespass);
+  }
+
+ private:
+  Shape<Rank> shape_;
+  FencedBlock<B> block_;
 };
 
 // The role of a group of such tensors.
@@ -2269,16 +2428,6 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// The type's name as the compiler spells it, without the library's namespace.
-template <class P> std::string type_name() {
-  std::string text = __PRETTY_FUNCTION__;
-  auto const first = text.find("P = ") + 4;
-  text = text.substr(first, text.find_first_of(";]", first) - first);
-  for (std::string_view const space : {"hybridattn::", "(anonymous namespace)::", "{anonymous}::"})
-    while (text.find(space) != text.npos) text.erase(text.find(space), space.size());
-  return text;
-}
-
 template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
   if constexpr (Rank == 0) return false;
   else return shape[0] == count;
@@ -2288,7 +2437,7 @@ template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
 template <class B> struct Place {
   B& backend;
   bool spaced;
-  double unwritten;
+  Unwritten unwritten;
   void operator()(Path const&, auto const& shape, auto& tensor) const { tensor.place(backend, shape, spaced, unwritten); }
 };
 template <class B> struct Write {
@@ -2439,7 +2588,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   }
   template <class M, class G, class Tensors>
   static void fill(M& backend, G const& shapes, Tensors& tensors, HostGroup const& values, Surroundings const& around = {}) {
-    zip(detail::Place<M>{backend, around.spaced, around.unwritten}, shapes, tensors);
+    zip(detail::Place<M>{backend, around.spaced, {around.unwritten, around.fence}}, shapes, tensors);
     zip(detail::Write<M>{backend, values}, tensors);
   }
   template <class M, class Tensors> static HostGroup values(M& backend, Tensors& tensors, HostGroup group, std::string& trespass) {
@@ -2462,7 +2611,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     fill(backend, in_shapes, gradients, {}, around);
     fill(backend, out_shapes, outputs, {}, around);
     fill(backend, out_shapes, d_outputs, x.d_outputs, around);
-    fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten});   // a layer keeps these in one piece
+    fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten, .fence = around.fence});  // a layer keeps these in one piece
 
     Result result;
     auto const before = backend.pool().in_use();
@@ -2477,8 +2626,9 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     result.outputs = values(backend, outputs, empty_group(out_shapes, outputs_of), result.trespass);
     result.saved = values(backend, saved, empty_group(saved_shapes, saved_of), result.trespass);
     result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
-    values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass);
-    values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass);
+    detail::note_overwritten(x.inputs, values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass), result.trespass);
+    detail::note_overwritten(x.d_outputs, values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass),
+                             result.trespass);
     return result;
   }
 
@@ -2487,7 +2637,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
       return P::cache(c, s.count(), std::max<Index>(1, x.sequences.longest()));
     };
     typename P::template Cache<FencedRole<T, B>> cache;
-    fill(backend, cache_of(config_, x.sequences), cache, {}, {.unwritten = around.unwritten});
+    fill(backend, cache_of(config_, x.sequences), cache, {}, {.unwritten = around.unwritten, .fence = around.fence});
     Decoded result;
     result.outputs = empty_group(output_shapes(x.sequences, false), outputs_of);
     for (HostTensor& tensor : result.outputs)
@@ -2534,7 +2684,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
 #endif
 
 // ==== hybridattn/testing/bitwise_laws.hpp
-// Laws that hold to the last bit, in every scalar. Each returns a verdict on one policy at one size.
+// Laws that hold to the last bit, in every scalar. Each returns a verdict on one policy or operation at one size.
 #ifndef HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 #define HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 
@@ -2543,13 +2693,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 struct Verdict {
   std::string law;
   bool holds;
-  std::string why;   // of a broken law: the first offender with its place and values; of one without a subject: the reason
+  std::string why;   // of a broken law: the first offender with its place and values; of one that has nothing to judge: the reason
 };
 
 namespace detail {
 
-// Every length at which a kernel's blocks begin, end or are missing.
-inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
 // For each sequence the position at which it is cut in two.
 using Cut = std::vector<Index>;
 // At the edges of blocks, the same in all sequences: of many kinds, each has its turn with some. And anywhere.
@@ -2590,13 +2738,13 @@ inline std::string told(std::string const& why, std::string const& circumstances
 }
 
 // The first offender that check(x, what x computes, changed inputs and d_outputs, cut) finds, for many kinds, cuts and changes.
-template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check check) {
-  Sequences const s = all_lengths();
-  auto const kinds = policy.kinds();
+template <class Check> std::string first_at_a_cut(Subject const& subject, Check check) {
+  Sequences const s = subject.batch();
+  auto const kinds = subject.kinds();
   for (std::size_t kind = 0; kind < kinds.size(); ++kind) {
-    Case const x = policy.sample(kinds[kind], s, 1, true), other = policy.sample(kinds[kind], s, 2, true);
+    Case const x = subject.sample(kinds[kind], s, 1, true), other = subject.sample(kinds[kind], s, 2, true);
     Case const nan{s, all_nan(x.inputs), all_nan(x.d_outputs), true};
-    Result const before = policy.run(x, {});
+    Result const before = subject.run(x, {});
     for (Cut const& cut : cuts(s, kind, kinds.size()))
       for (bool const with_nan : {false, true}) {
         std::string const why = check(x, before, with_nan ? nan : other, cut);
@@ -2610,41 +2758,52 @@ template <class Check> std::string first_at_a_cut(AnyPolicy const& policy, Check
 
 }  // namespace detail
 
-// 1. Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
-inline Verdict causal_forward(AnyPolicy const& policy) {
+// Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
+inline Verdict causal_forward(Subject const& subject) {
+  if (subject.batch().longest() < 2) return {"causal forward", true, "every row is a sequence of its own"};
   return detail::verdict(
-      "causal forward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
+      "causal forward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
           return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
         };
         replace_rows(x.inputs, other.inputs,
                      [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
-        Result const after = policy.run(x, {});
+        Result const after = subject.run(x, {});
         return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
                                 [&] { return first_difference(before.saved, after.saved, is_early); });
       }));
 }
 
-// 2. d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
-inline Verdict causal_backward(AnyPolicy const& policy) {
+// d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
+inline Verdict causal_backward(Subject const& subject) {
+  if (subject.batch().longest() < 2) return {"causal backward", true, "every row is a sequence of its own"};
   return detail::verdict(
-      "causal backward", detail::first_at_a_cut(policy, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
+      "causal backward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
           return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
         };
         auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); };
         replace_rows(x.d_outputs, other.d_outputs, is_early);
-        return first_difference(before.gradients, policy.run(x, {}).gradients, is_late);
+        return first_difference(before.gradients, subject.run(x, {}).gradients, is_late);
       }));
 }
 
-// 3. Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
-inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
-  Sequences const s = detail::all_lengths();
-  std::string const kind = policy.kinds().front();
-  Case const x = policy.sample(kind, s, 1, true), other = policy.sample(kind, s, 2, true);
+namespace detail {
+inline bool any_has_rows(HostGroup const& group) {
+  return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.rows != Rows::other && !x.values.empty(); });
+}
+inline bool any_has_rows(Result const& result) { return any_has_rows(result.outputs) || any_has_rows(result.gradients); }
+}  // namespace detail
+
+// Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
+inline Verdict independent_of_the_batch(Subject const& subject) {
+  Sequences const s = subject.batch();
+  std::string const kind = subject.kinds().front();
+  Case const x = subject.sample(kind, s, 1, true), other = subject.sample(kind, s, 2, true);
   HostGroup const nan = all_nan(x.inputs), nan_upstream = all_nan(x.d_outputs);
-  Result const before = policy.run(x, {});
+  Result const before = subject.run(x, {});
+  if (!detail::any_has_rows(before)) return {"independent of the batch", true, "no result has rows"};
+  if (first_difference(x.inputs, other.inputs).empty()) return {"independent of the batch", true, "every batch has the same rows"};
   std::string why;
   for (Index parity : {0, 1})
     for (bool const with_nan : {false, true}) {
@@ -2656,7 +2815,7 @@ inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
       Case changed = x;
       replace_rows(changed.inputs, with_nan ? nan : other.inputs, changes);
       replace_rows(changed.d_outputs, with_nan ? nan_upstream : other.d_outputs, changes);
-      Result const after = policy.run(changed, {});
+      Result const after = subject.run(changed, {});
       why = detail::told(detail::first_of([&] { return first_difference(before.outputs, after.outputs, stays); },
                                           [&] { return first_difference(before.saved, after.saved, stays); },
                                           [&] { return first_difference(before.gradients, after.gradients, stays); }),
@@ -2665,16 +2824,18 @@ inline Verdict independent_of_the_batch(AnyPolicy const& policy) {
   return detail::verdict("independent of the batch", why);
 }
 
-// 4. A packed batch is its sequences, one by one: outputs, states and gradients.
-inline Verdict packed_equals_its_sequences(AnyPolicy const& policy) {
-  Sequences const s = detail::all_lengths();
+// A packed batch is its sequences, one by one: outputs, states and gradients.
+inline Verdict packed_equals_its_sequences(Subject const& subject) {
+  if (subject.has_tables()) return {"packed equals its sequences", true, "an input speaks of the batch as a whole"};
+  Sequences const s = subject.batch();
   std::string why;
-  for (std::string const& kind : {policy.kinds().front(), policy.kinds().back()}) {
-    Case const x = policy.sample(kind, s, 1, true);
-    Result const whole = policy.run(x, {});
+  for (std::string const& kind : {subject.kinds().front(), subject.kinds().back()}) {
+    Case const x = subject.sample(kind, s, 1, true);
+    Result const whole = subject.run(x, {});
+    if (!detail::any_has_rows(whole)) return {"packed equals its sequences", true, "no result has rows"};
     for (Index i = 0; i < s.count() && why.empty(); ++i) {
       std::vector<Part> const own{{i, 0, s[static_cast<std::size_t>(i)].length}};
-      Result const alone = policy.run(cut(x, own), {});
+      Result const alone = subject.run(cut(x, own), {});
       auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != Rows::other; };
       why = detail::told(
           detail::first_of([&] { return first_difference(detail::rows_of(whole.outputs, s, own), alone.outputs, has_rows); },
@@ -2693,14 +2854,14 @@ inline std::string first_difference_of_runs(Result const& a, Result const& b) {
 }
 }  // namespace detail
 
-// 5. Two runs agree, and so do runs on any number of threads.
-inline Verdict repeatable(AnyPolicy const& policy) {
-  Case const x = policy.sample(policy.kinds().back(), detail::all_lengths(), 1, true);
-  Result const one = policy.run(x, {});
+// Two runs agree, and so do runs on any number of threads.
+inline Verdict repeatable(Subject const& subject) {
+  Case const x = subject.sample(subject.kinds().back(), subject.batch(), 1, true);
+  Result const one = subject.run(x, {});
   std::string why;
   for (int threads : {1, 2, 3})
     if (why.empty())
-      why = detail::told(detail::first_difference_of_runs(one, policy.run(x, {.threads = threads})),
+      why = detail::told(detail::first_difference_of_runs(one, subject.run(x, {.threads = threads})),
                          threads == 1 ? std::string("in two equal runs") : sentence("on 1 and on ", threads, " threads"));
   return detail::verdict("repeatable", why);
 }
@@ -2716,33 +2877,78 @@ inline std::string first_not_finite(HostGroup const& group, bool infinity_too) {
 }
 }  // namespace detail
 
-// 6. Results come back finite and complete whatever stood in their place, beside them and in scratch memory, and however
-// their rows are spaced; nothing beside them is written.
-inline Verdict fills_everything(AnyPolicy const& policy) {
-  Case const x = policy.sample(policy.kinds().front(), detail::all_lengths(), 1, true);
-  Result const plain = policy.run(x, {});
-  std::string why = detail::first_of([&] { return plain.trespass; },
-                                     [&] { return detail::told(detail::first_not_finite(plain.outputs, true), "in outputs"); },
-                                     [&] { return detail::told(detail::first_not_finite(plain.saved, false), "in what is saved"); },
-                                     [&] { return detail::told(detail::first_not_finite(plain.gradients, true), "in gradients"); });
-  auto const compare = [&](Surroundings const& around, char const* circumstances) {
-    if (!why.empty()) return;
-    Result const other = policy.run(x, around);
-    why = detail::first_of([&] { return other.trespass; },
-                           [&] { return detail::told(detail::first_difference_of_runs(plain, other), circumstances); });
+namespace detail {
+inline std::string first_unfilled(Result const& result) {
+  return first_of([&] { return told(first_not_finite(result.outputs, true), "in outputs"); },
+                  [&] { return told(first_not_finite(result.saved, false), "in what is saved"); },
+                  [&] { return told(first_not_finite(result.gradients, true), "in gradients"); });
+}
+// The first difference that other surroundings make.
+inline std::string changed_by(Subject const& subject, Case const& x, Result const& plain, Surroundings const& around,
+                              char const* circumstances) {
+  return told(first_difference_of_runs(plain, subject.run(x, around)), circumstances);
+}
+}  // namespace detail
+
+// Every element of a result is written, of a batch without tokens too: among NaN results are finite, and they have the same bits
+// whatever stood in their place and in scratch memory.
+inline Verdict fills_everything(Subject const& subject) {
+  std::string why;
+  for (std::vector<Index> const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}, {0, 2, 0}}) {
+    Case const x = subject.sample(subject.kinds().front(), packed(lengths), 1, true);
+    if (why.empty())
+      why = detail::told(detail::first_unfilled(subject.run(x, {.leftovers = true})), "of sequences of lengths " + listed(lengths));
+  }
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
+  Result const plain = subject.run(x, {});
+  auto const changed_by = [&](Surroundings const& around, char const* circumstances) {
+    return detail::changed_by(subject, x, plain, around, circumstances);
   };
-  compare({.unwritten = 3}, "among NaN and among 3, in results before they are written and beside all tensors");
-  compare({.spaced = true}, "without and with gaps between the rows");
-  compare({.unwritten = -1e6, .spaced = true}, "without gaps, and with gaps among -1e6");
-  compare({.leftovers = true}, "in fresh scratch memory, and in what a run on NaN left");
-  compare({.threads = 2, .leftovers = true}, "in fresh scratch memory, and in what a run on NaN left, on 2 threads");
-  return detail::verdict("fills everything", why);
+  return detail::verdict(
+      "fills everything",
+      detail::first_of([&] { return why; }, [&] { return detail::first_unfilled(plain); },
+                       [&] { return changed_by({.unwritten = 3}, "among NaN and among 3, in results before they are written"); },
+                       [&] { return changed_by({.leftovers = true}, "in fresh scratch memory, and in what a run on NaN left"); },
+                       [&] {
+                         return changed_by({.threads = 2, .leftovers = true},
+                                           "in fresh scratch memory, and in what a run on NaN left, on 2 threads");
+                       }));
+}
+
+// Nothing beside a tensor is written or used. Its fence is NaN or another number; a run leaves it as it was, for a batch without
+// tokens too.
+inline Verdict fenced(Subject const& subject) {
+  std::string const kind = subject.kinds().front();
+  auto const trespass = [&](Sequences const& s, Surroundings const& around) {
+    return subject.run(subject.sample(kind, s, 1, true), around).trespass;
+  };
+  Case const x = subject.sample(kind, subject.batch(), 1, true);
+  Result const plain = subject.run(x, {});
+  return detail::verdict(
+      "fenced", detail::first_of(
+                    [&] { return plain.trespass; }, [&] { return trespass(packed({0, 1}), {}); },
+                    [&] { return trespass(subject.batch(), {.spaced = true}); },
+                    [&] { return detail::changed_by(subject, x, plain, {.fence = -1e6}, "among NaN and among -1e6 beside all tensors"); }));
+}
+
+// Strides are honoured: with gaps between the rows of every axis results have the bits that they have without.
+inline Verdict strided(Subject const& subject) {
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
+  return detail::verdict("strided",
+                         detail::changed_by(subject, x, subject.run(x, {}), {.spaced = true}, "without and with gaps between the rows"));
+}
+
+// An operation that may work in place computes the same bits where a result stands in the memory of its argument.
+inline Verdict in_place(Subject const& subject) {
+  if (!subject.works_in_place()) return {"in place", true, "nothing may stand in the memory of an argument"};
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
+  return detail::verdict("in place", detail::changed_by(subject, x, subject.run(x, {}), {.in_place = true}, "apart and in place"));
 }
 
 namespace detail {
-inline std::string first_not_zero(HostGroup const& gradients, AnyPolicy const& policy, bool detached) {
+inline std::string first_not_zero(HostGroup const& gradients, Subject const& subject, bool detached) {
   for (HostTensor const& tensor : gradients) {
-    if (policy.detached(tensor.name) != detached) continue;
+    if (subject.detached(tensor.name) != detached) continue;
     for (Index e = 0; e < std::ssize(tensor.values); ++e)
       if (double const x = tensor.values[static_cast<std::size_t>(e)]; x != 0)
         return sentence("the gradient of ", tensor.name, tensor.place(e), " is ", number(x));
@@ -2751,26 +2957,26 @@ inline std::string first_not_zero(HostGroup const& gradients, AnyPolicy const& p
 }
 }  // namespace detail
 
-// 7. The main loss gives exactly zero to detached inputs, the auxiliary loss exactly zero to all others.
-inline Verdict isolated(AnyPolicy const& policy) {
-  Sequences const s = detail::all_lengths();
-  Case x = policy.sample(policy.kinds().front(), s, 1, true);
+// The main loss gives exactly zero to detached inputs, the auxiliary loss exactly zero to all others.
+inline Verdict isolated(Subject const& subject) {
+  Sequences const s = subject.batch();
+  Case x = subject.sample(subject.kinds().front(), s, 1, true);
   bool const has_detached =
-      std::any_of(x.inputs.begin(), x.inputs.end(), [&](HostTensor const& tensor) { return policy.detached(tensor.name); });
+      std::any_of(x.inputs.begin(), x.inputs.end(), [&](HostTensor const& tensor) { return subject.detached(tensor.name); });
   HostTensor* const auxiliary = x.d_outputs.find("auxiliary_loss");
   if (!has_detached && auxiliary == nullptr) return {"isolated", true, "no input is detached"};
   if (auxiliary != nullptr) std::fill(auxiliary->values.begin(), auxiliary->values.end(), 0);
-  std::string why = detail::told(detail::first_not_zero(policy.run(x, {}).gradients, policy, true), "of the main loss");
+  std::string why = detail::told(detail::first_not_zero(subject.run(x, {}).gradients, subject, true), "of the main loss");
   if (auxiliary != nullptr && why.empty()) {
     for (HostTensor& tensor : x.d_outputs) std::fill(tensor.values.begin(), tensor.values.end(), tensor.name == "auxiliary_loss" ? 1 : 0);
-    why = detail::told(detail::first_not_zero(policy.run(x, {}).gradients, policy, false), "of the auxiliary loss");
+    why = detail::told(detail::first_not_zero(subject.run(x, {}).gradients, subject, false), "of the auxiliary loss");
   }
   return detail::verdict("isolated", why);
 }
 
-// Of one policy on two machines that shall compute the same bits.
-inline Verdict same_on_both(AnyPolicy const& a, AnyPolicy const& b) {
-  Case const x = a.sample(a.kinds().front(), detail::all_lengths(), 1, true);
+// Of one policy or operation on two backends that shall compute the same bits.
+inline Verdict same_on_both(Subject const& a, Subject const& b) {
+  Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   return detail::verdict(
       "same on both", detail::told(detail::first_difference_of_runs(a.run(x, {}), b.run(x, {})), "on the first backend and on the second"));
 }
@@ -2779,7 +2985,8 @@ inline Verdict same_on_both(AnyPolicy const& a, AnyPolicy const& b) {
 #endif
 
 // ==== hybridattn/testing/budget_laws.hpp
-// Laws that hold within a stated budget of rounding, and the one about memory.
+// Laws that hold within a stated budget of rounding, and the one about memory. Each returns a verdict on one policy or operation at
+// one size.
 #ifndef HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
 #define HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
 
@@ -2787,7 +2994,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// The reference loops on the kernel's own choices: in double, the truth; in the policy's scalar, the yardstick.
+// The reference on the kernel's own choices: in double, the truth; in the subject's scalar, the yardstick.
 struct Judges {
   Result truth, naive;
 };
@@ -2796,29 +3003,29 @@ inline HostGroup choices_in(HostGroup const& saved) {
   std::copy_if(saved.begin(), saved.end(), std::back_inserter(choices), [](HostTensor const& tensor) { return tensor.whole; });
   return choices;
 }
-inline Judges judges_of(AnyPolicy const& policy, Case const& x, Result const& result) {
+inline Judges judges_of(Subject const& subject, Case const& x, Result const& result) {
   HostGroup const choices = choices_in(result.saved);
-  Judges judges{policy.loops(x, choices, true), {}};
-  if (!policy.in_double()) judges.naive = policy.loops(x, choices, false);
+  Judges judges{subject.loops(x, choices, true), {}};
+  if (!subject.in_double()) judges.naive = subject.loops(x, choices, false);
   return judges;
 }
 
 // In double, a share of the largest element. Otherwise twice the error of the loops in that scalar, and 4 roundings of the
 // largest element: loops may be right by luck. What is zero on paper may be rounding: elements below 1e-3 count as that much.
-inline double budget(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
+inline double budget(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const largest = std::max(max_abs(truth), 1e-3);
-  return naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest;
+  return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest;
 }
 // Tensors that the loops leave unwritten are no part of the equations.
 inline bool is_unwritten(HostTensor const& truth) {
   return std::all_of(truth.values.begin(), truth.values.end(), [](double x) { return x != x; });
 }
 // The first tensor of x that is further from `expected` than `times` the budget.
-inline std::string beyond_budget(AnyPolicy const& policy, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
+inline std::string beyond_budget(Subject const& subject, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
                                  HostGroup const& naive, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
     if (x[i].whole || is_unwritten(truth[i])) continue;
-    double const allowed = times * budget(policy, truth[i], naive.empty() ? nullptr : &naive[i]);
+    double const allowed = times * budget(subject, truth[i], naive.empty() ? nullptr : &naive[i]);
     Difference const worst = max_difference(x[i], expected[i]);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))
@@ -2841,19 +3048,19 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
   return head;
 }
 // The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
-inline double budget_of_head(AnyPolicy const& policy, HostTensor const& truth, HostTensor const* naive) {
-  double const least = policy.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
+inline double budget_of_head(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
+  double const least = subject.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
-  return least + (naive == nullptr ? policy.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * policy.eps() * largest);
+  return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest);
 }
 // The first head of those gradients that are judged head by head which is further from the truth than `times` its budget.
-inline std::string beyond_budget_of_head(AnyPolicy const& policy, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
+inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
                                          double times) {
   for (std::size_t i = 0; i < x.size(); ++i)
-    for (Index h = 0; policy.by_head(x[i].name) && h < x[i].row_size(); ++h) {
+    for (Index h = 0; subject.by_head(x[i].name) && h < x[i].row_size(); ++h) {
       HostTensor const result = head_of(x[i], h), true_head = head_of(truth[i], h);
       HostTensor const by_loops = naive.empty() ? HostTensor{} : head_of(naive[i], h);
-      double const allowed = times * budget_of_head(policy, true_head, naive.empty() ? nullptr : &by_loops);
+      double const allowed = times * budget_of_head(subject, true_head, naive.empty() ? nullptr : &by_loops);
       Difference const worst = max_difference(result, true_head);
       auto const at = static_cast<std::size_t>(worst.element);
       if (!(worst.size <= allowed))
@@ -2863,53 +3070,53 @@ inline std::string beyond_budget_of_head(AnyPolicy const& policy, HostGroup cons
   return {};
 }
 // Outputs, what is saved and gradients, with `times` the budget.
-inline std::string wrong_values(AnyPolicy const& policy, Values const& of, std::uint64_t seed, double times) {
-  Case const x = policy.sample(of.kind, of.sequences, seed, of.carried);
-  Result const result = policy.run(x, {});
-  Judges const judges = judges_of(policy, x, result);
+inline std::string wrong_values(Subject const& subject, Values const& of, std::uint64_t seed, double times) {
+  Case const x = subject.sample(of.kind, of.sequences, seed, of.carried);
+  Result const result = subject.run(x, {});
+  Judges const judges = judges_of(subject, x, result);
   auto const say = [&](std::string const& why, char const* name) {
     return told(why,
                 sentence(name, ", kind ", of.kind, ", longest sequence ", of.sequences.longest(), of.carried ? "" : ", without states"));
   };
   auto const group = [&](char const* name, HostGroup Result::* part) {
-    return say(beyond_budget(policy, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times), name);
+    return say(beyond_budget(subject, result.*part, judges.truth.*part, judges.truth.*part, judges.naive.*part, times), name);
   };
   auto const heads = [&] {
-    return say(beyond_budget_of_head(policy, result.gradients, judges.truth.gradients, judges.naive.gradients, times), "gradient");
+    return say(beyond_budget_of_head(subject, result.gradients, judges.truth.gradients, judges.naive.gradients, times), "gradient");
   };
   return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
                   [&] { return group("gradient", &Result::gradients); }, heads);
 }
 // Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
 // result in less than double that misses the budget, but not by far, is drawn again.
-inline std::string wrong_values(AnyPolicy const& policy, Values const& of) {
-  std::string why = wrong_values(policy, of, 1, 1);
+inline std::string wrong_values(Subject const& subject, Values const& of) {
+  std::string why = wrong_values(subject, of, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
-    if (!why.empty() && !policy.in_double() && wrong_values(policy, of, seed - 1, 4).empty()) why = wrong_values(policy, of, seed, 1);
+    if (!why.empty() && !subject.in_double() && wrong_values(subject, of, seed - 1, 4).empty()) why = wrong_values(subject, of, seed, 1);
   return why;
 }
 
 }  // namespace detail
 
-// 8. Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
-inline Verdict true_values(AnyPolicy const& policy) {
+// Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
+inline Verdict true_values(Subject const& subject) {
   std::vector<detail::Values> all;
-  for (std::string const& kind : policy.kinds()) all.push_back({kind, detail::all_lengths()});
-  all.push_back({policy.kinds().front(), detail::all_lengths(), false});
-  for (Index length : {1, 2, 63, 64, 65, 130}) all.push_back({policy.kinds().front(), Sequences::equal(1, length)});
+  for (std::string const& kind : subject.kinds()) all.push_back({kind, subject.batch()});
+  all.push_back({subject.kinds().front(), subject.batch(), false});
+  for (Index length : {1, 2, 63, 64, 65, 130}) all.push_back({subject.kinds().front(), Sequences::equal(1, length)});
   std::string why;
   for (detail::Values const& values : all)
-    if (why.empty()) why = detail::wrong_values(policy, values);
+    if (why.empty()) why = detail::wrong_values(subject, values);
   return detail::verdict("true values", why);
 }
 
-// 9. Choices are those of the exact scores, as far as rounding can tell.
+// Choices are those of the exact scores, as far as rounding can tell.
 inline Verdict right_choices(AnyPolicy const& policy) {
   std::string why;
   for (std::string const& kind : policy.kinds())
     for (std::uint64_t seed : {1u, 2u, 3u}) {
       if (!why.empty()) continue;
-      Case const x = policy.sample(kind, detail::all_lengths(), seed, true);
+      Case const x = policy.sample(kind, policy.batch(), seed, true);
       HostGroup const choices = detail::choices_in(policy.run(x, {}).saved);
       if (choices.empty()) return {"right choices", true, "nothing is chosen"};
       why = detail::told(policy.wrong_choice(x, choices), "kind " + kind);
@@ -2933,29 +3140,42 @@ inline double product_length(HostGroup const& a, HostGroup const& b) {
   return std::sqrt(sum);
 }
 // Of what `input` has the gradient of: a detached one of the auxiliary loss, with the choices fixed, another one of the rest.
-inline HostGroup upstream_for(AnyPolicy const& policy, Case const& x, std::size_t input) {
+inline HostGroup upstream_for(Subject const& subject, Case const& x, std::size_t input) {
   HostGroup upstream = x.d_outputs;
   for (HostTensor& tensor : upstream)
-    if ((tensor.name == "auxiliary_loss") != policy.detached(x.inputs[input].name)) set_each(tensor, [] { return 0.0; });
+    if ((tensor.name == "auxiliary_loss") != subject.detached(x.inputs[input].name)) set_each(tensor, [] { return 0.0; });
   return upstream;
 }
-inline double loss_at(AnyPolicy const& policy, Case x, Result const& result, std::size_t input, HostTensor const& direction, double step) {
-  HostGroup const upstream = upstream_for(policy, x, input);
-  for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
-  bool const choices_fixed = policy.detached(direction.name);
-  return inner((choices_fixed ? policy.loops(x, choices_in(result.saved), true) : policy.run(x, {})).outputs, upstream);
+inline bool any_gradient(Result const& result) {
+  return std::any_of(result.gradients.begin(), result.gradients.end(), [](HostTensor const& x) { return !x.values.empty(); });
 }
-inline std::string wrong_slope(AnyPolicy const& policy, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
-  constexpr double step = 0x1p-18;
+// The outputs with one input moved.
+inline HostGroup outputs_at(Subject const& subject, Case x, Result const& result, std::size_t input, HostTensor const& direction,
+                            double step) {
+  for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
+  bool const choices_fixed = subject.detached(direction.name);
+  return (choices_fixed ? subject.loops(x, choices_in(result.saved), true) : subject.run(x, {})).outputs;
+}
+inline HostGroup difference(HostGroup x, HostGroup const& y) {
+  for (std::size_t i = 0; i < x.size(); ++i)
+    for (std::size_t e = 0; e < x[i].values.size(); ++e) x[i].values[e] -= y[i].values[e];
+  return x;
+}
+// The central difference at a step h is off by its truncation and by the rounding of each output. How much the step 2h changes it shows the
+// truncation: three times as much where the function is smooth, and just as much where it has a kink at x, as a rectified score has.
+inline std::string wrong_slope(Subject const& subject, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
+  constexpr double step = 0x1p-16;
   Random random{Seed{seed}, "direction"};
   HostTensor direction = x.inputs[input];
   set_normal(direction, random);
   HostTensor const& gradient = result.gradients[input];
-  double const along = inner({gradient}, {direction}), length = std::sqrt(inner({gradient}, {gradient}));
-  double const slope =
-      (loss_at(policy, x, result, input, direction, step) - loss_at(policy, x, result, input, direction, -step)) / (2 * step);
-  double const rounding = product_length(result.outputs, upstream_for(policy, x, input));
-  double const allowed = 1e-7 * length + 8 * policy.eps() / step * rounding + 1e-14;
+  HostGroup const upstream = upstream_for(subject, x, input);
+  auto const slope_at = [&](double h) {
+    auto const outputs = [&](double by) { return outputs_at(subject, x, result, input, direction, by); };
+    return inner(difference(outputs(h), outputs(-h)), upstream) / (2 * h);
+  };
+  double const along = inner({gradient}, {direction}), slope = slope_at(step), truncation = 2 * std::abs(slope_at(2 * step) - slope);
+  double const allowed = truncation + 8 * subject.eps() / step * product_length(result.outputs, upstream) + 1e-14;
   if (std::abs(along - slope) <= allowed) return {};
   return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope),
                   "; ", allowed, " is allowed");
@@ -2963,24 +3183,25 @@ inline std::string wrong_slope(AnyPolicy const& policy, Case const& x, Result co
 
 }  // namespace detail
 
-// 10. In double: gradients are slopes, in random directions of each input alone. Where detached inputs decide choices, these
-// stay fixed: the slope is that of the loops, which law 8 compares with the kernel.
-inline Verdict finite_differences(AnyPolicy const& policy) {
-  if (!policy.in_double()) return {"finite differences", true, "taken in double"};
-  Case const x = policy.sample(policy.kinds().front(), packed({1, 2, 0, 19, 40}), 4, true);
-  Result const result = policy.run(x, {});
+// In double: gradients are slopes, in random directions of each input alone. Where detached inputs decide choices, these
+// stay fixed: the slope is that of the loops, which the law of true values compares with the kernel.
+inline Verdict finite_differences(Subject const& subject) {
+  if (!subject.in_double()) return {"finite differences", true, "taken in double"};
+  Case const x = subject.sample(subject.kinds().front(), subject.small_batch(), 4, true);
+  Result const result = subject.run(x, {});
+  if (!detail::any_gradient(result)) return {"finite differences", true, "there is no backward"};
   std::string why;
-  for (std::size_t input = 0; input < x.inputs.size(); ++input)
+  for (std::size_t input = 0; input < result.gradients.size(); ++input)
     for (std::uint64_t seed : {1u, 2u, 3u})
-      if (why.empty() && !x.inputs[input].values.empty()) why = detail::wrong_slope(policy, x, result, input, seed);
+      if (why.empty() && !result.gradients[input].values.empty()) why = detail::wrong_slope(subject, x, result, input, seed);
   return detail::verdict("finite differences", why);
 }
 
-// 11. Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b). a and b are multiples of 1/64, so that the
+// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that the
 // sum on the left has no rounding.
-inline Verdict linear(AnyPolicy const& policy) {
-  Case a = policy.sample(policy.kinds().front(), detail::all_lengths(), 1, true), b = a;
-  b.d_outputs = policy.sample(policy.kinds().front(), detail::all_lengths(), 2, true).d_outputs;
+inline Verdict linear(Subject const& subject) {
+  Case a = subject.sample(subject.kinds().front(), subject.batch(), 1, true), b = a;
+  b.d_outputs = subject.sample(subject.kinds().front(), subject.batch(), 2, true).d_outputs;
   Case sum = a;
   for (std::size_t i = 0; i < a.d_outputs.size(); ++i)
     for (std::size_t e = 0; e < a.d_outputs[i].values.size(); ++e) {
@@ -2989,11 +3210,13 @@ inline Verdict linear(AnyPolicy const& policy) {
       y = std::round(64 * y) / 64;
       sum.d_outputs[i].values[e] = 2 * x - 3 * y;
     }
-  HostGroup const at_a = policy.run(a, {}).gradients, at_b = policy.run(b, {}).gradients, at_sum = policy.run(sum, {}).gradients;
+  Result const first = subject.run(a, {});
+  if (!detail::any_gradient(first)) return {"linear", true, "there is no backward"};
+  HostGroup const at_a = first.gradients, at_b = subject.run(b, {}).gradients, at_sum = subject.run(sum, {}).gradients;
   for (std::size_t i = 0; i < at_sum.size(); ++i) {
     HostTensor expected = at_a[i];
     for (std::size_t e = 0; e < expected.values.size(); ++e) expected.values[e] = 2 * at_a[i].values[e] - 3 * at_b[i].values[e];
-    double const allowed = 1024 * policy.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
+    double const allowed = 1024 * subject.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
     Difference const worst = max_difference(at_sum[i], expected);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))
@@ -3002,6 +3225,11 @@ inline Verdict linear(AnyPolicy const& policy) {
                        " for 2a - 3b and ", number(expected.values[at]), " by its parts, off by ", worst.size, " where ", allowed,
                        " is allowed")};
   }
+  for (HostTensor& tensor : a.d_outputs) set_each(tensor, [] { return 0.0; });
+  for (HostTensor const& gradient : subject.run(a, {}).gradients)
+    for (double const d : gradient.values)
+      if (d != 0)
+        return {"linear", false, sentence("a gradient of ", gradient.name, " is ", number(d), " where all gradients of outputs are 0")};
   return {"linear", true, ""};
 }
 
@@ -3024,13 +3252,14 @@ inline std::vector<Case> three_parts(Case const& x) {
   }
   return {cut(x, parts[0]), cut(x, parts[1]), cut(x, parts[2])};
 }
-// Rows of tokens from the parts, in the order of the whole; the rest from part `states`.
+// Rows of tokens from the parts, in the order of the whole; states from part `states`; what has no rows is a sum over tokens.
 inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
-    if (whole[i].rows != Rows::tokens) {
-      whole[i].values = groups[states][i].values;
-      continue;
-    }
+    if (whole[i].rows == Rows::sequences) whole[i].values = groups[states][i].values;
+    if (whole[i].rows == Rows::other)
+      for (std::size_t e = 0; e < whole[i].values.size(); ++e)
+        whole[i].values[e] = groups[0][i].values[e] + groups[1][i].values[e] + groups[2][i].values[e];
+    if (whole[i].rows != Rows::tokens) continue;
     Index const size = whole[i].row_size();
     auto to = whole[i].values.begin();
     for (std::size_t sequence = 0; sequence < parts[0].sequences.size(); ++sequence)
@@ -3044,24 +3273,24 @@ inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vect
 
 }  // namespace detail
 
-// 12. Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
-inline Verdict agrees_in_parts(AnyPolicy const& policy) {
-  if (!policy.has_states()) return {"agrees in parts", true, "no state is carried"};
-  Case const x = policy.sample(policy.kinds().front(), detail::all_lengths(), 5, true);
-  Result const whole = policy.run(x, {});
+// Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
+inline Verdict agrees_in_parts(Subject const& subject) {
+  if (!subject.has_states()) return {"agrees in parts", true, "no state is carried"};
+  Case const x = subject.sample(subject.kinds().front(), subject.batch(), 5, true);
+  Result const whole = subject.run(x, {});
   std::vector<Case> parts = detail::three_parts(x);
   std::vector<HostGroup> outputs(3), gradients(3);
   for (std::size_t p = 0; p < 3; ++p) {
     if (p > 0) detail::pass_states(outputs[p - 1], "final_", parts[p].inputs, "initial_");
-    outputs[p] = policy.run(parts[p], {}).outputs;
+    outputs[p] = subject.run(parts[p], {}).outputs;
   }
   for (std::size_t p = 3; p-- > 0;) {
     if (p < 2) detail::pass_states(gradients[p + 1], "initial_", parts[p].d_outputs, "final_");
-    gradients[p] = policy.run(parts[p], {}).gradients;
+    gradients[p] = subject.run(parts[p], {}).gradients;
   }
-  detail::Judges const judges = detail::judges_of(policy, x, whole);
+  detail::Judges const judges = detail::judges_of(subject, x, whole);
   auto const compare = [&](HostGroup Result::* part, std::vector<HostGroup> const& groups, std::size_t states) {
-    return detail::beyond_budget(policy, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part,
+    return detail::beyond_budget(subject, detail::join(whole.*part, parts, groups, states), whole.*part, judges.truth.*part,
                                  judges.naive.*part, 2);
   };
   return detail::verdict("agrees in parts", detail::told(detail::first_of([&] { return compare(&Result::outputs, outputs, 2); },
@@ -3069,11 +3298,11 @@ inline Verdict agrees_in_parts(AnyPolicy const& policy) {
                                                          "in three parts and whole"));
 }
 
-// 13. What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
+// What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
 // neither what is saved nor scratch memory grows faster than the number of tokens.
-inline Verdict memory_as_announced(AnyPolicy const& policy) {
+inline Verdict memory_as_announced(Subject const& subject) {
   std::vector<Footprint> prints;
-  for (Index length : {128, 256, 512}) prints.push_back(policy.footprint(Sequences::equal(1, length)));
+  for (Index length : {128, 256, 512}) prints.push_back(subject.footprint(Sequences::equal(1, length)));
   for (Footprint const& print : prints) {
     if (print.announced_saved != print.taken_saved)
       return {"memory as announced", false, sentence(print.announced_saved, " bytes announced for Saved, ", print.taken_saved, " taken")};
@@ -3088,7 +3317,7 @@ inline Verdict memory_as_announced(AnyPolicy const& policy) {
   };
   return detail::verdict(
       "memory as announced",
-      detail::first_of([&] { return policy.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
+      detail::first_of([&] { return subject.saved_is_linear() ? growth("Saved", &Footprint::announced_saved) : std::string(); },
                        [&] { return growth("scratch memory", &Footprint::scratch); }));
 }
 
@@ -3096,7 +3325,7 @@ inline Verdict memory_as_announced(AnyPolicy const& policy) {
 #endif
 
 // ==== hybridattn/testing/decoding_laws.hpp
-// Law 12 for policies that decode: reading a sequence in parts, each continuing what a cache holds, is reading it whole.
+// The laws of policies that decode: reading a sequence in parts, each continuing what a cache holds, is reading it whole.
 #ifndef HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 #define HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 
@@ -3149,7 +3378,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
   return told(beyond_budget(policy, decoded.outputs, judges.truth.outputs, judges.truth.outputs, judges.naive.outputs, times),
               sentence("decoded ", splitting.name, ", kind ", kind));
 }
-// Drawn again where the budget is missed by little, as law 8 does.
+// Drawn again where the budget is missed by little, as the law of true values does.
 inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& kind, Splitting const& splitting) {
   std::string why = wrong_decoding(policy, kind, splitting, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
@@ -3160,7 +3389,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
 
 }  // namespace detail
 
-// 12. Outputs are those of the whole sequence, within the budget of law 8, however it is split.
+// Outputs are those of the whole sequence, within the budget of true values, however it is split.
 inline Verdict decodes_the_whole(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes the whole", true, "it does not decode"};
   auto const splittings = detail::splittings(detail::all_lengths(), 1);
@@ -3233,7 +3462,7 @@ inline std::string decoding_depends(AnyPolicy const& policy, Case const& x, Call
   compare({}, "in two equal runs of decoding");
   compare({.threads = 2}, "decoded on 1 and on 2 threads");
   compare({.threads = 3}, "decoded on 1 and on 3 threads");
-  compare({.unwritten = 3}, "decoded among NaN and among 3, in the cache and in results before they are written");
+  compare({.unwritten = 3, .fence = 3}, "decoded among NaN and among 3, in the cache and in results before they are written");
   compare({.spaced = true}, "decoded without and with gaps between the rows");
   compare({.leftovers = true}, "decoded in fresh scratch memory, and in what a run on NaN left");
   return why;
@@ -3247,7 +3476,7 @@ inline std::string decoding_keeps_memory(AnyPolicy const& policy, Case const& x,
 
 }  // namespace detail
 
-// 12, the bits: decoding keeps the laws 1 and 3 to 6, never reads what the cache does not hold, changes nothing of sequences
+// Decoding keeps the laws of bits, never reads what the cache does not hold, changes nothing of sequences
 // without new tokens, and allocates nothing from step to step.
 inline Verdict decodes_cleanly(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes cleanly", true, "it does not decode"};
@@ -3469,7 +3698,7 @@ class BadValues {
 
 }  // namespace detail
 
-// 14. Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
+// Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
 // it so, in the policy's scalar and on the kernel's own choices; what does not read a NaN keeps every bit; a gradient that is
 // judged head by head may differ by 128 roundings. A policy that overflows like its loops is NaN and infinite, with the sign, where
 // they are, and on large finite inputs too.
@@ -3489,103 +3718,731 @@ inline Verdict bears_bad_values(AnyPolicy const& policy) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
+// ==== hybridattn/testing/operation.hpp
+// One operation on one backend in one scalar, as the laws see it. operations.hpp names the groups of the library's operations.
+#ifndef HYBRIDATTN_TESTING_OPERATION_HPP
+#define HYBRIDATTN_TESTING_OPERATION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace testing::detail {
+// Stand for a model's scalar, and for what is never narrower than float.
+struct AnyScalar {};
+struct AnyWide {};
+}  // namespace testing::detail
+template <> struct WideOf<testing::detail::AnyScalar> {
+  using type = testing::detail::AnyWide;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+// A tensor of elements of one type, whatever the scalar is: sums in double, losses.
+namespace detail {
+template <class S, class E, int Rank> struct OfType;
+template <class E, int Rank> struct OfType<Shapes, E, Rank> {
+  using type = Shape<Rank>;
+};
+template <class T, class E, int Rank> struct OfType<In<T>, E, Rank> {
+  using type = View<E const, Rank>;
+};
+template <class T, class E, int Rank> struct OfType<Out<T>, E, Rank> {
+  using type = View<E, Rank>;
+};
+}  // namespace detail
+template <class S, class E, int Rank> using OfType = typename detail::OfType<S, E, Rank>::type;
+
+// An operation names its groups like a policy, and how it is called with them, in an Operation<Op>:
+//
+//   template <> struct Operation<Op> : PlainOperation {
+//     Config, sizes()                                     its arguments on the host, and those that it is judged at
+//     Inputs<S>,  inputs(config, sequences)               a shape of no extents: a view that is not there
+//     Outputs<S>, outputs(config, sequences)
+//     forward<B, T>(backend, config, sequences, x, y)     calls On<Op, B>::forward
+//     backward<B, T>(backend, config, sequences, x, y, d_y, d_x)
+//   };
+//
+// A tensor whose first axis counts tokens has rows; where `rows_stand_alone`, a row depends on no other one.
+template <class Op> struct Operation;
+
+struct PlainOperation {
+  // Whether each row is a sequence of its own. Otherwise the operation works on sequences, as a policy does.
+  static constexpr bool rows_stand_alone = true;
+  // Whether an input speaks of the batch as a whole, so that no part of it can be judged by itself.
+  template <class Config> static bool has_tables(Config const&) { return false; }
+  // Results that may stand in the memory of an argument: {"y", "x"} says that forward's y may stand in x, {"d_x", "d_y"} that
+  // backward's d_x may stand in d_y.
+  static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {}; }
+  // Whether a result ("y" or "d_x") is formed from what stands in its place: it is added, or moved.
+  template <class Config> static bool starts_from(Config const&, std::string_view) { return false; }
+  // Whether backward makes the gradient of an input, and takes that of an output. Whole numbers have none.
+  template <class Config> static bool has_gradient(Config const&, std::string_view) { return true; }
+  template <class Config> static bool takes_gradient(Config const&, std::string_view) { return true; }
+  // The values of inputs that are no noise. Whole numbers must be drawn without `random` where they are tables of the batch.
+  template <class Config> static void draw(Config const&, Sequences const&, Random&, HostGroup&) {}
+  // The config with what backward takes from the host of the gradients of its results, where it takes a number.
+  template <class Config> static Config with_upstream(Config c, HostGroup const&) { return c; }
+};
+
+template <class Op>
+concept HasOperation = requires { Operation<Op>::sizes(); };
+
+namespace detail {
+
+// A tensor of a group before it has memory.
+struct Declared {
+  std::string name;
+  Element const* element;
+  std::vector<Index> extents;
+  Rows rows = Rows::other;
+};
+// What the first axis of each counts, by the shapes for two sequences of five tokens and for three of seven.
+inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<Declared> const& few, std::vector<Declared> const& more) {
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    auto const counts = [&](Index two, Index three) { return few[i].extents[0] == two && more[i].extents[0] == three; };
+    list[i].rows = counts(10, 21) ? Rows::tokens : counts(2, 3) ? Rows::sequences : Rows::other;
+  }
+  return list;
+}
+// What a scalar and its sums are in memory.
+struct Elements {
+  Element const *scalar, *wide;
+};
+template <class T> inline constexpr Elements elements_in{&element_of<T>, &element_of<wide_t<T>>};
+
+struct Declare {
+  std::vector<Declared>& list;
+  Elements elements;
+  template <class E, int Rank> void operator()(Path const& path, Shape<Rank> const& shape, View<E const, Rank> const&) const {
+    Element const* element;
+    if constexpr (std::is_same_v<E, AnyScalar>) element = elements.scalar;
+    else if constexpr (std::is_same_v<E, AnyWide>) element = elements.wide;
+    else element = &element_of<E>;
+    list.push_back({path.str(), element, {shape.extent, shape.extent + Rank}});
+  }
+};
+template <template <class> class G> std::vector<Declared> declared(G<Shapes> const& shapes, Elements elements) {
+  std::vector<Declared> list;
+  zip(Declare{list, elements}, shapes, G<In<AnyScalar>>{});
+  return list;
+}
+
+template <class B> using Blocks = std::vector<FencedBlock<B>*>;
+// Views of blocks, in the order of the group's fields.
+template <class B> struct NextView {
+  FencedBlock<B>* const* next;
+  template <class E, int Rank> void operator()(Path const&, View<E, Rank>& view) { view = (*next++)->template view<E, Rank>(); }
+};
+template <class Group, class B> Group views(Blocks<B> const& blocks) {
+  Group group;
+  NextView<B> next{blocks.data()};
+  zip(next, group);
+  return group;
+}
+
+// An operation with its config, to be run in one scalar on one backend. Everything that depends on the operation's type is here.
+template <class B> struct Call {
+  virtual ~Call() = default;
+  virtual bool has_backward() const = 0;
+  virtual void forward(B&, SequencesOn<B> const&, Blocks<B> const& x, Blocks<B> const& y) const = 0;
+  virtual void backward(B&, SequencesOn<B> const&, HostGroup const& upstream, Blocks<B> const& x, Blocks<B> const& y, Blocks<B> const& d_y,
+                        Blocks<B> const& d_x) const = 0;
+};
+template <class Op, class B, class T> struct CallOf final : Call<B> {
+  using O = Operation<Op>;
+  using Config = typename O::Config;
+  template <class S> using Inputs = typename O::template Inputs<S>;
+  template <class S> using Outputs = typename O::template Outputs<S>;
+  static constexpr bool with_backward = requires(B& b, Config c, SequencesOn<B> s, Inputs<In<T>> x, Outputs<In<T>> y, Inputs<Out<T>> d_x) {
+    O::template backward<B, T>(b, c, s, x, y, y, d_x);
+  };
+  Config config;
+
+  explicit CallOf(Config c) : config(c) {}
+  bool has_backward() const override { return with_backward; }
+  void forward(B& backend, SequencesOn<B> const& s, Blocks<B> const& x, Blocks<B> const& y) const override {
+    O::template forward<B, T>(backend, config, s, views<Inputs<In<T>>>(x), views<Outputs<Out<T>>>(y));
+  }
+  void backward([[maybe_unused]] B& backend, [[maybe_unused]] SequencesOn<B> const& s, [[maybe_unused]] HostGroup const& upstream,
+                [[maybe_unused]] Blocks<B> const& x, [[maybe_unused]] Blocks<B> const& y, [[maybe_unused]] Blocks<B> const& d_y,
+                [[maybe_unused]] Blocks<B> const& d_x) const override {
+    if constexpr (with_backward)
+      O::template backward<B, T>(backend, O::with_upstream(config, upstream), s, views<Inputs<In<T>>>(x), views<Outputs<In<T>>>(y),
+                                 views<Outputs<In<T>>>(d_y), views<Inputs<Out<T>>>(d_x));
+  }
+};
+
+// What a result starts from that is added to is a tensor of the case: for a result of forward an input, for a gradient the gradient
+// of an output, as if the input were passed on as an output too.
+inline std::string before(std::string const& output) { return output + " before"; }
+inline std::string passed_on(std::string const& input) { return input + " passed on"; }
+
+// An operation as lists of tensors, without a type.
+struct Description {
+  std::vector<Declared> inputs, outputs;
+  std::vector<std::pair<std::string_view, std::string_view>> in_place;
+  std::function<bool(std::string const&)> starts_from, has_gradient;
+};
+
+// A tensor without values.
+inline HostTensor host_tensor(Declared const& d, std::string name) {
+  HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}};
+  Index count = d.element->numbers;
+  for (Index const extent : d.extents) count *= extent;
+  if (d.element->numbers > 1) tensor.shape.push_back(d.element->numbers);
+  tensor.values.resize(static_cast<std::size_t>(count));
+  return tensor;
+}
+
+// Declared tensors in memory.
+template <class B> struct Placed {
+  std::vector<Declared> const& declared;
+  std::vector<FencedBlock<B>> blocks;
+
+  Placed(B& backend, std::vector<Declared> const& list, Surroundings const& around) : declared(list), blocks(list.size()) {
+    for (std::size_t i = 0; i < blocks.size(); ++i)
+      blocks[i].place(backend, *list[i].element, list[i].extents, around.spaced, {around.unwritten, around.fence});
+  }
+  void write(B& backend, HostGroup const& values) {
+    for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i].write(backend, values[i].values);
+  }
+  HostGroup read(B& backend, std::string& trespass) const {
+    HostGroup group;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      HostTensor& tensor = group.emplace_back(host_tensor(declared[i], declared[i].name));
+      blocks[i].read(backend, tensor, trespass);
+    }
+    return group;
+  }
+  Blocks<B> all() {
+    Blocks<B> list;
+    for (FencedBlock<B>& block : blocks) list.push_back(&block);
+    return list;
+  }
+};
+
+// One forward and backward.
+template <class B> class OperationRun {
+ public:
+  OperationRun(B& backend, Description const& description, Call<B> const& call, Case const& x, Surroundings const& around)
+      : backend_(backend), description_(description), call_(call), case_(x), around_(around), sequences_(backend, x.sequences),
+        inputs_(backend, description.inputs, around), outputs_(backend, description.outputs, around) {}
+
+  Result run() {
+    inputs_.write(backend_, case_.inputs);
+    start(outputs_, case_.inputs, "", before);
+    forward();
+    result_.outputs = outputs_.read(backend_, result_.trespass);
+    for (std::size_t i = description_.outputs.size(); i < case_.d_outputs.size(); ++i) pass_on(case_.d_outputs[i].name);
+    result_.gradients = no_gradients();
+    if (call_.has_backward()) backward();
+    note_overwritten(declared_part(case_.inputs, inputs_), inputs_.read(backend_, result_.trespass), result_.trespass);
+    return std::move(result_);
+  }
+
+ private:
+  void forward() {
+    Blocks<B> arguments = inputs_.all();
+    share(arguments, inputs_, case_.inputs, outputs_, "");
+    measured([&] { call_.forward(backend_, sequences_, arguments, outputs_.all()); });
+  }
+  void backward() {
+    Placed<B> d_outputs{backend_, description_.outputs, around_};
+    d_outputs.write(backend_, case_.d_outputs);
+    std::vector<Declared> const wanted = those_with_a_gradient();
+    Placed<B> gradients{backend_, wanted, around_};
+    start(gradients, case_.d_outputs, "d_", passed_on);
+    Blocks<B> upstream = d_outputs.all();
+    share(upstream, d_outputs, case_.d_outputs, gradients, "d_");
+    measured([&] { call_.backward(backend_, sequences_, case_.d_outputs, inputs_.all(), outputs_.all(), upstream, gradients.all()); });
+    result_.gradients = gradients.read(backend_, result_.trespass);
+    note_overwritten(declared_part(case_.d_outputs, d_outputs), d_outputs.read(backend_, result_.trespass), result_.trespass);
+  }
+
+  // Without memory where there is none.
+  std::vector<Declared> those_with_a_gradient() const {
+    std::vector<Declared> list = description_.inputs;
+    for (Declared& d : list)
+      if (d.element->whole || !description_.has_gradient(d.name)) std::fill(d.extents.begin(), d.extents.end(), 0);
+    return list;
+  }
+  HostGroup no_gradients() const {
+    HostGroup group;
+    for (Declared const& d : description_.inputs) group.emplace_back(host_tensor(d, d.name)).values.clear();
+    return group;
+  }
+  // Results that do not start from nothing.
+  void start(Placed<B>& results, HostGroup const& from, std::string const& prefix, std::string (*name)(std::string const&)) {
+    for (std::size_t i = 0; i < results.blocks.size(); ++i)
+      if (description_.starts_from(prefix + results.declared[i].name))
+        if (HostTensor const* const values = from.find(name(results.declared[i].name))) results.blocks[i].write(backend_, values->values);
+  }
+  // In place, a result's block takes the values of its argument and stands for it.
+  void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, Placed<B>& results, std::string const& prefix) {
+    for (auto const& [result, argument] : description_.in_place)
+      for (std::size_t r = 0; r < results.blocks.size(); ++r)
+        for (std::size_t a = 0; a < arguments.size(); ++a)
+          if (around_.in_place && !values[a].values.empty() && result == prefix + results.declared[r].name &&
+              argument == prefix + named.declared[a].name) {
+            results.blocks[r].write(backend_, values[a].values);
+            arguments[a] = &results.blocks[r];
+          }
+  }
+  template <class F> void measured(F f) {
+    auto const in_use = backend_.pool().in_use();
+    backend_.pool().reset_peak();
+    f();
+    result_.scratch = std::max(result_.scratch, backend_.pool().peak() - in_use);
+    result_.kept += static_cast<std::ptrdiff_t>(backend_.pool().in_use()) - static_cast<std::ptrdiff_t>(in_use);
+  }
+  void pass_on(std::string const& name) {
+    HostTensor& tensor = result_.outputs.emplace_back(*case_.inputs.find(name.substr(0, name.size() - passed_on("").size())));
+    tensor.name = name;
+  }
+  static HostGroup declared_part(HostGroup const& group, Placed<B> const& placed) {
+    return HostGroup(group.begin(), group.begin() + std::ssize(placed.blocks));
+  }
+
+  B& backend_;
+  Description const& description_;
+  Call<B> const& call_;
+  Case const& case_;
+  Surroundings const& around_;
+  SequencesOn<B> sequences_;
+  Placed<B> inputs_, outputs_;
+  Result result_;
+};
+
+// What an operation says of itself, with its config, in any scalar.
+struct Facts {
+  virtual ~Facts() = default;
+  virtual Description describe(Sequences const& s, Elements elements) const = 0;
+  virtual void draw(Sequences const& s, Random& random, HostGroup& inputs) const = 0;
+  virtual bool takes_gradient(std::string_view output) const = 0;
+  virtual bool rows_stand_alone() const = 0;
+  virtual bool has_tables() const = 0;
+};
+template <class Op> struct FactsOf final : Facts {
+  using O = Operation<Op>;
+  typename O::Config config;
+
+  explicit FactsOf(typename O::Config c) : config(c) {}
+  Description describe(Sequences const& s, Elements elements) const override {
+    auto const declare = [&](auto const& shapes, auto const& few, auto const& more) {
+      return with_rows(declared(shapes, elements), declared(few, elements), declared(more, elements));
+    };
+    Sequences const few = Sequences::equal(2, 5), more = Sequences::equal(3, 7);
+    return {declare(O::inputs(config, s), O::inputs(config, few), O::inputs(config, more)),
+            declare(O::outputs(config, s), O::outputs(config, few), O::outputs(config, more)), O::in_place(),
+            [this](std::string const& result) { return O::starts_from(config, result); },
+            [this](std::string const& input) { return O::has_gradient(config, input); }};
+  }
+  void draw(Sequences const& s, Random& random, HostGroup& inputs) const override { O::draw(config, s, random, inputs); }
+  bool takes_gradient(std::string_view output) const override { return O::takes_gradient(config, output); }
+  bool rows_stand_alone() const override { return O::rows_stand_alone; }
+  bool has_tables() const override { return O::has_tables(config); }
+};
+
+class AnyOperation : public Subject {
+ public:
+  std::string name() const override { return name_; }
+  double eps() const override { return eps_; }
+  double tolerance() const override { return 1e-12; }
+  std::vector<std::string> kinds() const override { return {"noise"}; }
+  Sequences batch() const override { return facts_->rows_stand_alone() ? Sequences::equal(150, 1) : Subject::batch(); }
+  Sequences small_batch() const override { return facts_->rows_stand_alone() ? Sequences::equal(40, 1) : Subject::small_batch(); }
+  bool has_tables() const override { return facts_->has_tables(); }
+  bool works_in_place() const override { return !describe(Sequences::equal(1, 1)).in_place.empty(); }
+  bool has_states() const override {
+    auto const inputs = describe(Sequences::equal(1, 1)).inputs;
+    return std::any_of(inputs.begin(), inputs.end(), [](Declared const& d) { return d.name.starts_with("initial_") && d.extents[0] > 0; });
+  }
+  Case sample(std::string const&, Sequences const& s, std::uint64_t seed, bool carried) const override {
+    Description const d = describe(s);
+    Case x{s, tensors_of(d.inputs), tensors_of(d.outputs), carried};
+    for (Declared const& output : d.outputs)
+      if (d.starts_from(output.name)) x.inputs.push_back(host_tensor(output, before(output.name)));
+    for (Declared const& input : d.inputs)
+      if (d.starts_from("d_" + input.name)) x.d_outputs.push_back(host_tensor(input, passed_on(input.name)));
+    Random random{Seed{seed}, "inputs"}, upstream{Seed{seed}, "upstream"};
+    for (HostTensor& tensor : x.inputs)
+      if (!tensor.whole) set_normal(tensor, random);
+    facts_->draw(s, random, x.inputs);
+    for (HostTensor& tensor : x.d_outputs)
+      if (!tensor.whole && facts_->takes_gradient(tensor.name)) set_normal(tensor, upstream);
+    for (std::size_t i = 0; i < d.outputs.size(); ++i)   // of a loss and its counts, the counts have none
+      if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
+    round_to_float(x.inputs);
+    round_to_float(x.d_outputs);
+    return x;
+  }
+
+ protected:
+  AnyOperation(std::string name, double eps, Elements elements, std::unique_ptr<Facts> facts)
+      : facts_(std::move(facts)), elements_(elements), name_(std::move(name)), eps_(eps) {}
+  Description describe(Sequences const& s) const { return facts_->describe(s, elements_); }
+  template <class M> Result run_on(M& backend, Call<M> const& call, Elements elements, Case const& x, Surroundings const& around) const {
+    Description const description = facts_->describe(x.sequences, elements);
+    return OperationRun<M>{backend, description, call, x, around}.run();
+  }
+
+ private:
+  static HostGroup tensors_of(std::vector<Declared> const& list) {
+    HostGroup group;
+    for (Declared const& d : list) group.push_back(host_tensor(d, d.name));
+    return group;
+  }
+
+  std::unique_ptr<Facts> facts_;
+  Elements elements_;
+  std::string name_;
+  double eps_;
+};
+
+// Any operation on one backend in one scalar.
+template <class B, class T> class OperationIn : public AnyOperation {
+ public:
+  Result run(Case const& x, Surroundings const& around) const override {
+    B backend = Machine<B>::make(around.threads);
+    if (around.leftovers) run_here(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around);
+    return run_here(backend, x, around);
+  }
+  Result loops(Case const& x, HostGroup const&, bool in_double) const override {
+    Cpu cpu{1};
+    return in_double ? this->run_on(cpu, *in_double_, elements_in<double>, x, {}) : this->run_on(cpu, *on_cpu_, elements_in<T>, x, {});
+  }
+  Footprint footprint(Sequences const& s) const override {
+    B backend = Machine<B>::make(1);
+    Case const x = this->sample("noise", s, 1, true);
+    Result const first = run_here(backend, x, {});
+    auto const allocations = backend.pool().allocations();
+    run_here(backend, x, {});
+    return {0, 0, first.scratch, first.kept, backend.pool().allocations() - allocations};
+  }
+
+ protected:
+  OperationIn(std::string const& name, std::unique_ptr<Facts> facts, std::unique_ptr<Call<B>> here, std::unique_ptr<Call<Cpu>> on_cpu,
+              std::unique_ptr<Call<Cpu>> in_double)
+      : AnyOperation(name + ", " + type_name<T>(), static_cast<double>(std::numeric_limits<T>::epsilon()), elements_in<T>,
+                     std::move(facts)),
+        here_(std::move(here)), on_cpu_(std::move(on_cpu)), in_double_(std::move(in_double)) {}
+
+ private:
+  Result run_here(B& backend, Case const& x, Surroundings const& around) const {
+    return this->run_on(backend, *here_, elements_in<T>, x, around);
+  }
+
+  std::unique_ptr<Call<B>> here_;
+  std::unique_ptr<Call<Cpu>> on_cpu_, in_double_;
+};
+
+}  // namespace detail
+
+// One operation on one backend in one scalar.
+template <class Op, class B, class T> class OperationOn final : public detail::OperationIn<B, T> {
+  template <class M, class U> using CallOf = detail::CallOf<Op, M, U>;
+  using Config = typename Operation<Op>::Config;
+
+ public:
+  explicit OperationOn(Config const& c, std::string const& name = detail::type_name<Op>())
+      : detail::OperationIn<B, T>(
+            name, std::unique_ptr<detail::Facts>(new detail::FactsOf<Op>(c)), std::unique_ptr<detail::Call<B>>(new CallOf<B, T>(c)),
+            std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, T>(c)), std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, double>(c))) {}
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/testing/operation_laws.hpp
+// The laws of an operation that policies have in another form, and how two backends are compared.
+#ifndef HYBRIDATTN_TESTING_OPERATION_LAWS_HPP
+#define HYBRIDATTN_TESTING_OPERATION_LAWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+namespace detail {
+
+// Every number moves by up to a rounding of a scalar with this eps.
+inline void move_by_rounding(HostGroup& group, double eps, Random& random) {
+  for (HostTensor& tensor : group)
+    if (!tensor.whole)
+      for (double& x : tensor.values) x *= 1 + eps * random.uniform(-1, 1);
+}
+// How far each tensor of a group may be off.
+using Budgets = std::vector<double>;
+inline void widen(Budgets& budgets, HostGroup const& moved, HostGroup const& truth) {
+  budgets.resize(truth.size());
+  for (std::size_t i = 0; i < truth.size(); ++i) budgets[i] = std::max(budgets[i], 8 * max_difference(moved[i], truth[i]).size);
+}
+
+// In double, and what rounding in a scalar with this eps may make of it. A sum of rounded terms is the exact sum of terms that are moved
+// by as much, so the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings
+// of its largest element.
+struct Truth {
+  Result result;
+  Budgets outputs, gradients;
+
+  Truth(Subject const& subject, Case const& x, HostGroup const& choices, double eps) : result(subject.loops(x, choices, true)) {
+    for (std::uint64_t seed : {1u, 2u, 3u}) {
+      Random random{Seed{seed}, "roundings"};
+      Case moved = x;
+      move_by_rounding(moved.inputs, eps, random);
+      move_by_rounding(moved.d_outputs, eps, random);
+      Result const other = subject.loops(moved, choices, true);
+      widen(outputs, other.outputs, result.outputs);
+      widen(gradients, other.gradients, result.gradients);
+    }
+    for (std::size_t i = 0; i < outputs.size(); ++i) outputs[i] += 4 * eps * max_abs(result.outputs[i]);
+    for (std::size_t i = 0; i < gradients.size(); ++i) gradients[i] += 4 * eps * max_abs(result.gradients[i]);
+  }
+};
+// The first tensor that is further from another one than `times` the budget. Whole numbers must be equal.
+inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& budgets, double times) {
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    double const allowed = x[i].whole ? 0 : times * budgets[i];
+    Difference const worst = max_difference(x[i], y[i]);
+    auto const at = static_cast<std::size_t>(worst.element);
+    if (!(worst.size <= allowed))
+      return sentence(x[i].name, x[i].place(worst.element), " is ", number(x[i].values[at]), " and ", number(y[i].values[at]),
+                      ", apart by ", worst.size, " where ", allowed, " is allowed");
+  }
+  return {};
+}
+inline std::string apart(Result const& x, Result const& y, Truth const& truth, double times) {
+  return first_of([&] { return apart(x.outputs, y.outputs, truth.outputs, times); },
+                  [&] { return apart(x.gradients, y.gradients, truth.gradients, times); });
+}
+
+}  // namespace detail
+
+// Two backends, or two scalars, agree: each may be off by the budget, so they differ by twice as much at most. `a` says what the truth
+// is. Choices are those of `a`.
+inline Verdict agree_within_budget(Subject const& a, Subject const& b) {
+  Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
+  Result const of_a = a.run(x, {});
+  detail::Truth const truth{a, x, detail::choices_in(of_a.saved), std::max(a.eps(), b.eps())};
+  return detail::verdict("agree within budget",
+                         detail::told(detail::apart(of_a, b.run(x, {}), truth, 2), "on the first backend and on the second"));
+}
+
+// An operation's results are those of Cpu in double, within the budget of its scalar.
+inline Verdict agrees_with_cpu(Subject const& operation) {
+  std::string why;
+  for (Sequences const& s : {operation.batch(), Sequences::equal(1, 1), Sequences::equal(1, 33)}) {
+    Case const x = operation.sample(operation.kinds().front(), s, 1, true);
+    detail::Truth const truth{operation, x, {}, operation.eps()};
+    if (why.empty()) why = detail::told(detail::apart(operation.run(x, {}), truth.result, truth, 1), "here and on Cpu in double");
+  }
+  return detail::verdict("agrees with Cpu", why);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
 // ==== hybridattn/testing/judge.hpp
-// The laws that every attention policy keeps, for the library's policies and for yours: testing::judge<MyPolicy, Cpu, float>()
-// returns a verdict for each law at each size, and a broken one says why. It needs no test framework. traits.hpp says what a
-// policy may add: sizes, inputs as they occur, a reference.
+// The laws that every attention policy and every operation keeps, for the library's and for yours: testing::judge<MyPolicy, Cpu, float>()
+// returns a verdict for each law at each size, and a broken one says why. It needs no test framework. traits.hpp says what a policy may
+// add: sizes, inputs as they occur, a reference. operation.hpp says how an operation names its groups.
 #ifndef HYBRIDATTN_TESTING_JUDGE_HPP
 #define HYBRIDATTN_TESTING_JUDGE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-struct Law {
+template <class Of> struct Law {
   char const* name;
-  Verdict (*judge)(AnyPolicy const&);
+  Verdict (*judge)(Of const&);
 };
-inline constexpr Law all_laws[] = {
+// Of a policy and of an operation alike.
+inline constexpr Law<Subject> common_laws[] = {
     {"causal forward", causal_forward},
     {"causal backward", causal_backward},
     {"independent of the batch", independent_of_the_batch},
     {"packed equals its sequences", packed_equals_its_sequences},
     {"repeatable", repeatable},
     {"fills everything", fills_everything},
-    {"isolated", isolated},
-    {"true values", true_values},
-    {"right choices", right_choices},
+    {"fenced", fenced},
+    {"strided", strided},
     {"finite differences", finite_differences},
     {"linear", linear},
     {"agrees in parts", agrees_in_parts},
+    {"memory as announced", memory_as_announced},
+};
+inline constexpr Law<AnyPolicy> policy_laws[] = {
+    {"isolated", [](AnyPolicy const& policy) { return isolated(policy); }},
+    {"true values", [](AnyPolicy const& policy) { return true_values(policy); }},
+    {"right choices", right_choices},
     {"decodes the whole", decodes_the_whole},
     {"decodes cleanly", decodes_cleanly},
-    {"memory as announced", memory_as_announced},
     {"bears bad values", bears_bad_values},
 };
+inline constexpr Law<Subject> operation_laws[] = {
+    {"agrees with Cpu", agrees_with_cpu},
+    {"in place", in_place},
+};
 
-// All verdicts on one policy at one size. A policy that throws breaks the law under which it did.
-inline std::vector<Verdict> judge(AnyPolicy const& policy) {
-  std::vector<Verdict> verdicts;
-  for (Law const& law : all_laws) {
+namespace detail {
+
+// One that throws breaks the law under which it did.
+template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count], Of const& subject, std::vector<Verdict>& verdicts) {
+  for (Law<Of> const& law : laws) {
     try {
-      verdicts.push_back(law.judge(policy));
+      verdicts.push_back(law.judge(subject));
     } catch (std::exception const& error) {
       verdicts.push_back({law.name, false, sentence("it throws: ", error.what())});
     }
   }
+}
+// `why`, if there is one, starts with the name and the number of the size.
+inline void append(std::vector<Verdict>& all, std::vector<Verdict> verdicts, Subject const& subject, std::size_t size) {
+  for (Verdict& verdict : verdicts) {
+    if (!verdict.why.empty()) verdict.why = sentence(subject.name(), ", size ", size, ": ", verdict.why);
+    all.push_back(std::move(verdict));
+  }
+}
+
+}  // namespace detail
+
+// All verdicts at one size.
+inline std::vector<Verdict> judge(AnyPolicy const& policy) {
+  std::vector<Verdict> verdicts;
+  detail::judge_by<Subject>(common_laws, policy, verdicts);
+  detail::judge_by(policy_laws, policy, verdicts);
+  return verdicts;
+}
+inline std::vector<Verdict> judge(detail::AnyOperation const& operation) {
+  std::vector<Verdict> verdicts;
+  detail::judge_by<Subject>(common_laws, operation, verdicts);
+  detail::judge_by<Subject>(operation_laws, operation, verdicts);
   return verdicts;
 }
 
-// At all the sizes of Samples<P>; `why`, if there is one, starts with the policy's name and the number of the size.
+// At all the sizes of Samples<P>, or of Operation<P>.
 template <class P, class B, class T> std::vector<Verdict> judge() {
   std::vector<Verdict> verdicts;
-  auto const sizes = Samples<P>::sizes();
-  for (std::size_t size = 0; size < sizes.size(); ++size) {
-    Adaptor<P, B, T> const policy{sizes[size]};
-    for (Verdict& verdict : judge(policy)) {
-      if (!verdict.why.empty()) verdict.why = sentence(policy.name(), ", size ", size, ": ", verdict.why);
-      verdicts.push_back(std::move(verdict));
+  auto const at = [&](auto const& sizes, auto make) {
+    for (std::size_t size = 0; size < sizes.size(); ++size) {
+      auto const subject = make(sizes[size]);
+      detail::append(verdicts, judge(subject), subject, size);
     }
-  }
+  };
+  if constexpr (HasOperation<P>) at(Operation<P>::sizes(), [](auto const& config) { return OperationOn<P, B, T>{config}; });
+  else at(Samples<P>::sizes(), [](auto const& config) { return Adaptor<P, B, T>{config}; });
   return verdicts;
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
-// ==== hybridattn/attention/online_softmax.hpp
-// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
-#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+// ==== hybridattn/ops/adamw/step_numbers.hpp
+// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
+// the host waits for a step only where it asks for its numbers.
+#ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+#define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
-// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
-template <class V> struct OnlineSoftmax {
-  V reference, total;
-
-  // Changes the reference. Returns the factor e^(old - next) for everything that was weighted by e^(s_j - old).
-  // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
-    V const factor = exponential(reference, next);
-    reference = next;
-    total *= factor;
-    return factor;
-  }
-  // Adds the scores of another part. Returns both factors, for the sums that the weights of either part were used in.
-  struct Factors {
-    V own, other;
-  };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
-    V const next = reference > other.reference ? reference : other.reference;
-    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
-    total += other.total;
-    return factors;
-  }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
+// What kept a step from moving anything.
+enum class StepFault : std::int32_t {
+  none,
+  loss,             // the loss is not finite
+  auxiliary_loss,   // the auxiliary losses are not finite
+  gradient,         // the gradient of a tensor holds a NaN or an infinity
+  tensor_norm,      // the gradient of a tensor is finite, its norm is not
+  global_norm,      // the norms of all gradients are finite, their common norm is not
+  mean,             // the mean of the gradients would become a NaN or an infinity
+  square,           // the mean of the squared gradients would
+  parameter         // a parameter would
+};
+struct BadStep {
+  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  LossSum loss;
+  double auxiliary_loss = 0;
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;   // which, in the order of the parameters
+};
+struct StepNumbers {
+  // Of the step under way, or of the last one.
+  Index counted = 0;   // tokens that have a target
+  double scale = 0;    // of their losses in the mean: 1 / counted, or 0
+  LossSum loss;
+  double auxiliary_loss = 0, policy_loss = 0;   // weighted; the second is a part of the first
+  double gradient_norm = 0;                     // before clipping
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;
+  // From step to step.
+  double rate = 1;        // factor for the learning rate
+  Index steps = 0;        // that moved something
+  BadStep first_bad;      // since the host last read
 };
 
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+// How a tensor of the parameters takes part in a step: bits of a number.
+struct StepRole {
+  static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
+};
+
+// The factors of one tensor's update by AdamW.
+struct AdamWRates {
+  double learning_rate, beta_1, beta_2, epsilon, weight_decay;
+  double correction_1, correction_2;   // c1, c2 = 1 - beta^step, or 1
+  double gradient_scale;               // g is multiplied by it first: clipping by the global norm
+};
+
+// In all of them numbers [1], and a list has an element for each tensor of the parameters, in order.
+//   forward(backend, numbers)                  a step begins: nothing is lost yet
+struct OpenStep {};
+//   forward(backend, share, losses, numbers)   adds the share of a batch's auxiliary losses, and all of its loss; losses [1]
+struct AddBatchLosses {};
+// The norm of the gradients, and from it the factors of each tensor's update; or the fault that keeps the step from moving.
+//   forward(backend, options, roles, squares, updates, rates, numbers)
+//     squares: sums of squares, NaN where an element is not finite; updates: steps that had a gradient for the tensor
+struct DecideStep {
+  struct Options {
+    double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
+    bool bias_correction;
+  };
+};
+// A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
+//   forward(backend, roles, found, updates, numbers)
+struct CloseStep {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
 #endif
+
+// ==== hybridattn/ops/adamw/adamw.hpp
+// One step of AdamW (arXiv 1711.05101), decay first:
+//   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
+// An operation takes all tensors of a model at once, from a table of where they stand.
+#ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
+#define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// One tensor of the parameters, with its gradient and moments.
+template <class T> struct AdamWTensor {
+  T* p = nullptr;
+  T const* g = nullptr;
+  T *m = nullptr, *v = nullptr;
+  Index count = 0;         // of elements; 0 without a gradient
+  Index first_block = 0;   // blocks of all tensors before it
+
+  static constexpr Index block = 16384;   // elements that one task works on
+  Index blocks() const { return ceil_div(count, block); }
+  friend bool operator==(AdamWTensor const&, AdamWTensor const&) = default;
+};
+
+// In all of them tensors [n], numbers [1]; the other lists have an element for each tensor.
+//   forward(backend, tensors, squares)                 sums of squares of the gradients, in blocks of fixed size, combined in order;
+//                                                      NaN where an element is not finite, infinite where only the sum is not
+struct AdamWSquares {};
+// What a step would turn into a NaN or an infinity: a moment or the parameter itself.
+//   forward(backend, tensors, rates, numbers, found)   found: of StepFault
+struct AdamWCheck {};
+// Moves nothing where the numbers of the step hold a fault.
+//   forward(backend, tensors, rates, numbers)
+struct AdamWStep {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/simd.hpp
 // Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
@@ -3872,6 +4729,2712 @@ inline constexpr Index element_grain = 16384, sum_rows = 32;
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
+// ==== hybridattn/ops/adamw/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ADAMW_CPU_HPP
+#define HYBRIDATTN_OPS_ADAMW_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace cpu::detail {
+
+// The rule for a vector of elements.
+template <class T> struct AdamWRule {
+  T keep, clip, b1, b2, eps, add1, add2, step, root;
+
+  explicit AdamWRule(AdamWRates const& r)
+      : keep(static_cast<T>(1 - r.learning_rate * r.weight_decay)), clip(static_cast<T>(r.gradient_scale)), b1(static_cast<T>(r.beta_1)),
+        b2(static_cast<T>(r.beta_2)), eps(static_cast<T>(r.epsilon)), add1(static_cast<T>(1 - r.beta_1)),
+        add2(static_cast<T>(1 - r.beta_2)), step(static_cast<T>(r.learning_rate / r.correction_1)),
+        root(static_cast<T>(1 / std::sqrt(r.correction_2))) {}
+
+  struct Result {
+    Vec<T> mean, square, parameter;
+  };
+  HYBRIDATTN_INLINE Result operator()(Vec<T> g, Vec<T> m, Vec<T> v, Vec<T> p) const {
+    Vec<T> const gradient = g * clip, mean = b1 * m + add1 * gradient, square = b2 * v + add2 * gradient * gradient;
+    return {mean, square, keep * p - step * mean / (cpu::sqrt<T>(square) * root + eps)};
+  }
+};
+
+// f(number of the tensor, number of the block, first, last) for the blocks of all tensors.
+template <class T, class F> void for_each_block(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, F f) {
+  using Tensor = AdamWTensor<T>;
+  static_assert(Tensor::block == element_grain);
+  if (tensors.count() == 0) return;
+  Tensor const *const begin = tensors.data, *const end = begin + tensors.count();
+  parallel_for(cpu, end[-1].first_block + end[-1].blocks(), [&](Index block, int) {
+    auto const* tensor = std::upper_bound(begin, end, block, [](Index b, Tensor const& t) { return b < t.first_block; }) - 1;
+    Index const first = (block - tensor->first_block) * Tensor::block;
+    f(tensor - begin, block, first, std::min(first + Tensor::block, tensor->count));
+  });
+}
+template <class T> Index blocks_of_all(View<AdamWTensor<T> const, 1> tensors) {
+  Index const n = tensors.count();
+  return n == 0 ? 0 : tensors(n - 1).first_block + tensors(n - 1).blocks();
+}
+// A vector of doubles at a time: squares of floats do not overflow.
+template <class T> double sum_of_squares(T const* x, Index count) {
+  double lane[8] = {};
+  Index i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  for (; i < count; ++i) lane[i % 8] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  double sum = 0;
+  for (double value : lane) sum += value;
+  return sum;
+}
+
+}  // namespace cpu::detail
+
+template <> struct On<AdamWSquares, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
+    cpu::Scratch<double> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = cpu::detail::sum_of_squares(tensors(i).g + first, last - first);
+    });
+    for (Index i = 0; i < tensors.count(); ++i) {
+      auto const& t = tensors(i);
+      squares(i) = 0;
+      for (Index block = 0; block < t.blocks(); ++block) squares(i) += partial.data()[t.first_block + block];
+      if (!std::isfinite(squares(i)) && !std::all_of(t.g, t.g + t.count, [](T value) { return std::isfinite(value); }))
+        squares(i) = std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+};
+
+template <> struct On<AdamWStep, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates,
+                      View<StepNumbers const, 1> numbers) {
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index, Index first, Index last) {
+      auto const t = tensors(i);
+      cpu::detail::AdamWRule<T> const rule{rates(i)};
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+        s.put(t.m, next.mean);
+        s.put(t.v, next.square);
+        s.put(t.p, next.parameter);
+      });
+    });
+  }
+};
+
+template <> struct On<AdamWCheck, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers,
+                      View<StepFault, 1> found) {
+    std::fill_n(found.data, found.count(), StepFault::none);
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::Scratch<StepFault> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = in_block(tensors(i), cpu::detail::AdamWRule<T>{rates(i)}, first, last);
+    });
+    for (Index i = 0; i < tensors.count(); ++i)
+      for (Index block = 0; block < tensors(i).blocks() && found(i) == StepFault::none; ++block)
+        found(i) = partial.data()[tensors(i).first_block + block];
+  }
+
+ private:
+  template <class T> static StepFault in_block(AdamWTensor<T> const& t, cpu::detail::AdamWRule<T> const& rule, Index first, Index last) {
+    cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+    cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+      mean += next.mean - next.mean;
+      square += next.square - next.square;
+      parameter += next.parameter - next.parameter;
+    });
+    return cpu::sum<T>(mean) != 0        ? StepFault::mean
+           : cpu::sum<T>(square) != 0    ? StepFault::square
+           : cpu::sum<T>(parameter) != 0 ? StepFault::parameter
+                                         : StepFault::none;
+  }
+};
+
+template <> struct On<OpenStep, Cpu> {
+  static void forward(Cpu&, View<StepNumbers, 1> numbers) {
+    StepNumbers const last = numbers(0);
+    numbers(0) = {};
+    numbers(0).rate = last.rate;
+    numbers(0).steps = last.steps;
+    numbers(0).first_bad = last.first_bad;
+  }
+};
+
+template <> struct On<AddBatchLosses, Cpu> {
+  static void forward(Cpu&, double share, View<BatchLosses const, 1> losses, View<StepNumbers, 1> numbers) {
+    numbers(0).loss += losses(0).loss;
+    numbers(0).auxiliary_loss += share * losses(0).auxiliary();
+    numbers(0).policy_loss += share * losses(0).policy;
+  }
+};
+
+template <> struct On<DecideStep, Cpu> {
+  static void forward(Cpu&, DecideStep::Options const& o, View<std::int32_t const, 1> roles, View<double const, 1> squares,
+                      View<Index const, 1> updates, View<AdamWRates, 1> rates, View<StepNumbers, 1> numbers) {
+    StepNumbers& step = numbers(0);
+    if (!std::isfinite(step.loss.loss)) step.fault = StepFault::loss;
+    else if (!std::isfinite(step.auxiliary_loss)) step.fault = StepFault::auxiliary_loss;
+    double others = 0, detached = 0;   // norms
+    for (Index i = 0; i < roles.count(); ++i) {
+      (roles(i) & StepRole::detached ? detached : others) += squares(i);
+      if (std::isfinite(squares(i)) || step.tensor >= 0) continue;
+      step.tensor = static_cast<std::int32_t>(i);
+      if (step.fault == StepFault::none) step.fault = std::isnan(squares(i)) ? StepFault::gradient : StepFault::tensor_norm;
+    }
+    others = std::sqrt(others);
+    detached = std::sqrt(detached);
+    step.gradient_norm = std::hypot(others, detached);
+    if (step.fault != StepFault::none) return;
+    if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
+    for (Index i = 0; i < roles.count(); ++i)
+      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
+  }
+
+ private:
+  static AdamWRates rates_of(DecideStep::Options const& o, std::int32_t role, double step, double rate, double norm) {
+    return {.learning_rate = o.learning_rate * rate,
+            .beta_1 = o.beta_1,
+            .beta_2 = o.beta_2,
+            .epsilon = o.epsilon,
+            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
+            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
+            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
+            .gradient_scale = o.max_norm == 0 ? 1 : std::min(1.0, o.max_norm / (norm + 1e-6))};
+  }
+};
+
+template <> struct On<CloseStep, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> roles, View<StepFault const, 1> found, View<Index, 1> updates,
+                      View<StepNumbers, 1> numbers) {
+    StepNumbers& step = numbers(0);
+    for (Index i = 0; i < found.count() && step.fault == StepFault::none; ++i) {
+      step.fault = found(i);
+      if (found(i) != StepFault::none) step.tensor = static_cast<std::int32_t>(i);
+    }
+    if (step.fault != StepFault::none) {
+      if (step.first_bad.step == 0) step.first_bad = {step.steps + 1, step.loss, step.auxiliary_loss, step.fault, step.tensor};
+      return;
+    }
+    ++step.steps;
+    for (Index i = 0; i < roles.count(); ++i) updates(i) += roles(i) & StepRole::has_gradient ? 1 : 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/arithmetic/arithmetic.hpp
+// Element by element: what models need between the larger operations. No backward of their own.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Fill {};          // forward(backend, value, y)      y = value
+struct Add {};           // forward(backend, x, y)          y += x
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
+
+template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
+  Tensor<T, Rank, B> x{backend, shape};
+  On<Fill, B>::forward(backend, T(0), flat(out(x)));
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/arithmetic/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Fill, Cpu> {
+  template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) { std::fill(y.data + first, y.data + last, value); });
+  }
+};
+
+template <> struct On<Add, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
+    });
+  }
+};
+
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
+  }
+};
+
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/balance/balance.hpp
+// Load balancing over the experts of mixtures: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
+// (sum f = top_k) and P_e its mean probability.
+//   d loss / d p_ne = coefficient E f_e / tokens
+#ifndef HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+#define HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, offsets, probabilities, sums)      offsets [E + 1], probabilities [N, E]; adds to sums [2, E], in double:
+//     how many tokens chose each expert, and its probabilities' sum over the tokens. Layers that are pooled add to the same sums
+struct ExpertUse {};
+//   forward (backend, coefficient, tokens, sums, value)                      adds to value [1], in double
+//   backward(backend, coefficient, tokens, sums, d_value, d_probability)     overwrites d_probability [E], the same for every token
+// `tokens` are those of all layers that the sums are of. Without tokens both are 0.
+struct BalanceLoss {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/balance/cpu.hpp
+#ifndef HYBRIDATTN_OPS_BALANCE_CPU_HPP
+#define HYBRIDATTN_OPS_BALANCE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<ExpertUse, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<std::int32_t const, 1> offsets, View<T const, 2> probabilities, View<double, 2> sums) {
+    parallel_blocks(cpu, sums.extent(1), experts, [&](Index first, Index last) {
+      double sum[experts] = {};
+      for (Index n = 0; n < probabilities.extent(0); ++n)
+        for (Index e = first; e < last; ++e) sum[e - first] += static_cast<double>(probabilities(n, e));
+      for (Index e = first; e < last; ++e) {
+        sums(0, e) += offsets(e + 1) - offsets(e);
+        sums(1, e) += sum[e - first];
+      }
+    });
+  }
+
+ private:
+  static constexpr Index experts = 16;   // of one task
+};
+
+template <> struct On<BalanceLoss, Cpu> {
+  static void forward(Cpu&, double coefficient, Index count, View<double const, 2> sums, View<double, 1> value) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    double sum = 0;
+    for (Index e = 0; e < sums.extent(1); ++e) sum += sums(0, e) / tokens * (sums(1, e) / tokens);
+    value(0) += count == 0 ? 0 : coefficient * experts * sum;
+  }
+  template <class T>
+  static void backward(Cpu&, double coefficient, Index count, View<double const, 2> sums, double d_value, View<T, 1> d_probability) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    for (Index e = 0; e < sums.extent(1); ++e)
+      d_probability(e) = count == 0 ? T(0) : static_cast<T>(d_value * coefficient * experts * sums(0, e) / tokens / tokens);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
+// Short depthwise causal convolution, one filter a channel, silu after it:
+//   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
+//   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
+// What stands before a sequence is its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// final state. A sequence never sees its neighbour.
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class Activation { none, silu };
+
+//   forward (backend, activation, sequences, x, w, initial_state, y, final_state)     x, y [N, C], w [C, W]
+//   backward(backend, activation, sequences, x, w, initial_state, d_y, d_final_state, d_x, d_w, d_initial_state)
+// States are [number of sequences, W - 1, C] or empty; forward's final_state may be its initial_state. W = 0 is no
+// convolution: y = silu(x). Backward overwrites everything.
+struct CausalConv1d {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/sum_rows.hpp
+// Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+#define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
+template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
+  Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
+  Scratch<T> const partial{cpu, blocks * C};
+  View<T, 2> const sums{partial.data(), {blocks, C}};
+  parallel_for(cpu, blocks, [&](Index block, int) {
+    std::fill_n(sums.row(block), C, T(0));
+    for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
+  });
+  std::fill_n(total.data, C, T(0));
+  for (Index block = 0; block < blocks; ++block)
+    for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/cpu.hpp
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+// The inputs of a convolution as rows: of x, of the initial state, or nothing.
+template <class T> struct ConvRows {
+  View<T const, 2> x;
+  View<T const, 3> initial_state;
+  Index width;
+
+  // The row `back` tokens before token n, which has `position` tokens of sequence `owner` before it in x; null for zeros.
+  T const* at(Index n, Index position, Index owner, Index back) const {
+    if (back <= position) return x.row(n - back);
+    return initial_state.empty() ? nullptr : initial_state.row(owner, width - 1 - (back - position));
+  }
+};
+
+}  // namespace cpu::detail
+
+template <> struct On<CausalConv1d, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+    Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
+    View<T const, 2> const taps = taps_of(w, out(taps_storage));
+    cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        convolve(rows, taps, s, n, y.row(n));
+        if (activation == Activation::silu) silu_row(y.row(n), x.extent(1));
+      }
+    });
+    if (!final_state.empty()) keep_last(s, rows, final_state);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       View<T, 3> d_initial_state) {
+    Index const C = x.extent(1), W = w.extent(1);
+    Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
+    View<T const, 2> const taps = taps_of(w, out(taps_storage));
+    View<T, 2> const d_s = out(d_s_storage), d_taps = out(d_taps_storage);
+    cpu::detail::ConvRows<T> const rows{x, initial_state, W};
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        convolve(rows, taps, s, n, d_s.row(n));
+        through_activation(activation, d_y.row(n), d_s.row(n), C);
+      }
+    });
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) gradient_row(s, taps, View<T const, 2>(d_s), d_final_state, n, d_x.row(n));
+    });
+    if (W > 0) {
+      cpu::sum_over_rows<T>(cpu, x.extent(0), flat(d_taps), [&](Index n, T* sum) { add_taps(rows, s, n, d_s.row(n), sum); });
+      for (Index c = 0; c < C; ++c)
+        for (Index tap = 0; tap < W; ++tap) d_w(c, tap) = d_taps(tap, c);
+    }
+    if (!d_initial_state.empty()) initial_gradient(s, taps, View<T const, 2>(d_s), d_final_state, d_initial_state);
+  }
+
+ private:
+  static Index position_of(Sequences const& s, Index n) { return n - s[static_cast<std::size_t>(s.owners()(n))].start; }
+  // Filters by tap, so that channels are neighbours.
+  template <class T> static View<T, 2> taps_of(View<T const, 2> w, View<T, 2> taps) {
+    for (Index c = 0; c < w.extent(0); ++c)
+      for (Index tap = 0; tap < w.extent(1); ++tap) taps(tap, c) = w(c, tap);
+    return taps;
+  }
+  template <class T>
+  static void convolve(cpu::detail::ConvRows<T> const& rows, View<T const, 2> taps, Sequences const& s, Index n, T* y) {
+    Index const C = rows.x.extent(1), W = rows.width;
+    if (W == 0) {
+      std::copy_n(rows.x.row(n), C, y);
+      return;
+    }
+    Index const owner = s.owners()(n), position = position_of(s, n);
+    std::fill_n(y, C, T(0));
+    for (Index tap = 0; tap < W; ++tap)
+      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(taps.row(tap), row, y, C);
+  }
+  template <class T> static void add_product(T const* a, T const* b, T* y, Index C) {
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) + v.get(a) * v.get(b)); });
+  }
+  template <class T> static void silu_row(T* y, Index C) {
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) * cpu::sigmoid<T>(v.get(y))); });
+  }
+  // d_s holds s and becomes d_y silu'(s).
+  template <class T> static void through_activation(Activation activation, T const* d_y, T* d_s, Index C) {
+    if (activation == Activation::none) {
+      std::copy_n(d_y, C, d_s);
+      return;
+    }
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const s = v.get(d_s), open = cpu::sigmoid<T>(s);
+      v.put(d_s, v.get(d_y) * (open * (T(1) + s * (T(1) - open))));
+    });
+  }
+  template <class T>
+  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
+                           T* d_x) {
+    Index const C = d_s.extent(1), W = taps.extent(0);
+    if (W == 0) {
+      std::copy_n(d_s.row(n), C, d_x);
+      return;
+    }
+    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - position_of(s, n);
+    std::fill_n(d_x, C, T(0));
+    for (Index ahead = 0; ahead < std::min(W, after + 1); ++ahead) add_product(taps.row(W - 1 - ahead), d_s.row(n + ahead), d_x, C);
+    if (!d_final_state.empty() && after < W - 1) axpy(T(1), d_final_state.row(owner, W - 2 - after), d_x, C);
+  }
+  template <class T> static void add_taps(cpu::detail::ConvRows<T> const& rows, Sequences const& s, Index n, T const* d_s, T* sum) {
+    Index const C = rows.x.extent(1), W = rows.width, position = position_of(s, n), owner = s.owners()(n);
+    for (Index tap = 0; tap < W; ++tap)
+      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
+  }
+  // Row j of a state is the input W - 1 - j tokens before the end.
+  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
+    for (Index i = 0; i < s.count(); ++i)
+      for (Index j = 0; j < rows.width - 1; ++j) {
+        Sequence const q = s[static_cast<std::size_t>(i)];
+        T const* row = rows.at(q.start + q.length, q.length, i, rows.width - 1 - j);
+        T* const to = final_state.row(i, j);   // in place, where an empty sequence keeps its rows
+        if (row == nullptr) std::fill_n(to, rows.x.extent(1), T(0));
+        else if (row != to) std::copy_n(row, rows.x.extent(1), to);
+      }
+  }
+  // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
+  template <class T>
+  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
+                               View<T, 3> d_initial_state) {
+    Index const C = d_s.extent(1), W = taps.extent(0);
+    for (Index i = 0; i < s.count(); ++i)
+      for (Index j = 0; j < W - 1; ++j) {
+        Sequence const q = s[static_cast<std::size_t>(i)];
+        T* const d = d_initial_state.row(i, j);
+        std::fill_n(d, C, T(0));
+        for (Index t = 0; t < std::min(j + 1, q.length); ++t) add_product(taps.row(j - t), d_s.row(q.start + t), d, C);
+        if (!d_final_state.empty() && j >= q.length) axpy(T(1), d_final_state.row(i, j - q.length), d, C);
+      }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
+// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
+//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
+// A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
+// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
+// the machine, so that a captured step can be replayed for a batch with another number of targets.
+struct CrossEntropy {
+  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+};
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
+//   scale and d_logits are empty.
+struct SoftmaxLoss {};
+//   forward(backend, targets, count, scale)   adds the number of counted tokens to count [1]; scale [1] = 1 / count, or 0
+struct CountTargets {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/tile.hpp
+// The register tile: the one loop in which the library multiplies matrices on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
+#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
+// exchanged by exchanging the strides, so a transposed operand costs nothing.
+template <class T> struct Scalars {
+  T const* data;
+  Index row, depth;
+};
+// A matrix read by vectors: row k of the columns starts at data + k * depth.
+template <class T> struct Columns {
+  T const* data;
+  Index depth;
+};
+
+// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
+// order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
+// using a smaller one.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/gemm.hpp
+// Matrix products on the CPU, over the register tile. One row of a result is a function of that row of `a` and of `b`
+// alone: summed over the depth in one fixed order, whatever the number of rows and threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  Operand transposed() const { return {data, columns, rows, column, row}; }
+  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
+
+namespace detail {
+
+inline constexpr int panel_vectors = 2;
+template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
+inline constexpr Index depth_block = 256, row_block = 64;
+
+// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
+template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
+  constexpr Index width = panel_columns<T>;
+  Index const here = std::min(width, b.columns - first);
+  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
+  if (b.column == 1) {
+    for (Index k = k0; k < k1; ++k)
+      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
+    return;
+  }
+  Index j = 0;
+  for (; j + lanes<T> <= here; j += lanes<T>) {
+    T const* from = b.data + (first + j) * b.column;
+    Index k = k0;
+    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
+    for (; k < k1; ++k)
+      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
+  }
+  for (; j < here; ++j)
+    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+}
+
+// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
+template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tile_rows, NV = panel_vectors;
+  if (rows == MR && columns == panel_columns<T>) {
+    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
+    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+    Columns<T> const b{panel, panel_columns<T>};
+    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+    return;
+  }
+  // At an edge the same whole tile runs on copies: rows of zeros, columns that nobody reads.
+  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
+  for (Index r = 0; r < rows; ++r) {
+    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
+    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
+  }
+  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
+  for (Index r = 0; r < rows; ++r)
+    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
+}
+
+// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+template <class T>
+void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
+  Index const columns = std::min(panel_columns<T>, b.columns - first);
+  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
+    Index const k1 = std::min(a.columns, k0 + depth_block);
+    pack_panel(b, first, k0, k1, panel);
+    for (Index r = r0; r < r1; r += tile_rows)
+      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
+                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+  }
+}
+
+// A product without depth.
+template <class T> void sum_nothing(View<T, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+}
+
+}  // namespace detail
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  if (c.count() == 0) return;
+  if (a.columns == 0) return detail::sum_nothing(c, into);
+  using detail::panel_columns;
+  Index const panels = ceil_div(b.columns, panel_columns<T>);
+  // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
+  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
+  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
+    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
+    if (r0 < r1)
+      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+  });
+}
+
+// One product of several.
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+// The products first .. last in one parallel loop. All have as many columns, and either all have a depth or none has.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  if (first == last) return;
+  if (first->a.columns == 0) {
+    for (; first != last; ++first) detail::sum_nothing(first->c, into);
+    return;
+  }
+  using detail::panel_columns;
+  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
+    Product<T> const& p = first[task / panels];
+    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
+                           into);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cpu.hpp
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<CountTargets, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> targets, View<Index, 1> count, View<double, 1> scale) {
+    count(0) += std::count_if(targets.data, targets.data + targets.count(), [](std::int32_t target) { return target >= 0; });
+    scale(0) = count(0) == 0 ? 0 : 1 / static_cast<double>(count(0));
+  }
+};
+
+template <> struct On<SoftmaxLoss, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                      View<T, 2> d_logits, View<LossSum, 1> loss) {
+    Index const N = logits.extent(0);
+    T const factor = d_logits.empty() ? T(0) : static_cast<T>(scale(0));
+    Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
+    Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
+    auto const losses = out(losses_storage);
+    auto const hits = out(hits_storage);
+    parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), factor, d_logits.empty() ? nullptr : d_logits.row(n));
+        losses(n) = row.loss;
+        hits(n) = row.correct;
+      }
+    });
+    LossSum total;
+    for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
+    loss(0) += total;
+  }
+
+ private:
+  struct Row {
+    double loss;
+    bool correct;
+  };
+  template <class T> static Row one_row(T const* logits, Index V, std::int32_t target, T scale, T* d_logits) {
+    check_target(target, V);
+    if (target < 0) {
+      if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
+      return {0, false};
+    }
+    Index best = 0;
+    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
+    T const peak = logits[best], own = logits[target];
+    cpu::Vec<T> sums{};
+    cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
+      if (s.count < cpu::lanes<T>)
+        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      sums += e;
+      if (d_logits != nullptr) s.put(d_logits, e);
+    });
+    T const sum = cpu::sum<T>(sums);
+    if (d_logits != nullptr) {
+      for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
+      d_logits[target] -= scale;
+    }
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+  }
+  // The model checks targets before it calls this. Who calls the operation checks them himself.
+  static void check_target(std::int32_t target, Index V) {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (target >= V) std::abort();
+#else
+    (void)target, (void)V;
+#endif
+  }
+};
+
+template <> struct On<CrossEntropy, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
+    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
+      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
+      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
+      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+    });
+  }
+
+ private:
+  // f(logits, targets, first row, sum) adds the loss of a block of rows to a sum; one block after the other.
+  template <class T, class F>
+  static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
+    Index const N = x.extent(0), V = w.extent(0);
+    Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
+    LossSum total;
+    for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
+      Index const rows = std::min(N - first, CrossEntropy::block_rows);
+      View<T, 2> const logits{out(storage).data, {rows, V}};
+      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), cpu::operand(w).transposed(), logits);
+      LossSum of_block;
+      f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
+      total += of_block;
+    }
+    loss(0) += total;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/embedding/embedding.hpp
+// One row of a table for each token: y[n] = table[tokens[n]].   d_table[v] = sum of d_y[n] over the tokens that are v
+#ifndef HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; tokens are in 0 .. V - 1
+//   backward(backend, tokens, d_y, d_table, into)   d_table is added, where a tied head has been there, or overwritten
+struct Embedding {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/embedding/cpu.hpp
+#ifndef HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Embedding, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+    parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
+    });
+  }
+  // Threads share out the columns, so that each sum runs over the tokens in order.
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
+                                          Into into) {
+    parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
+      for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/gate/gate.hpp
+// One tensor opens or closes another, element by element.
+//   Swiglu (arXiv 2002.05202):  y = silu(gate) up, or silu(gate) without up
+//       d_gate = d_y up silu'(gate)      d_up = d_y silu(gate)
+//   SigmoidGate:  y = x sigmoid(z)
+//       d_x = d_y sigmoid(z)             d_z = d_y x sigmoid(z) (1 - sigmoid(z))
+#ifndef HYBRIDATTN_OPS_GATE_GATE_HPP
+#define HYBRIDATTN_OPS_GATE_GATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, gate, up, y);   backward(backend, gate, up, d_y, d_gate, d_up)     up and d_up may be empty
+struct Swiglu {};
+//   forward(backend, x, z, y);       backward(backend, x, z, d_y, d_x, d_z)
+struct SigmoidGate {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/gate/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GATE_CPU_HPP
+#define HYBRIDATTN_OPS_GATE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Swiglu, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
+        s.put(y.data, up.empty() ? silu : silu * s.get(up.data));
+      });
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
+    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const x = s.get(gate.data), dy = s.get(d_y.data), open = cpu::sigmoid<T>(x);
+        cpu::Vec<T> const slope = open * (T(1) + x * (T(1) - open));
+        if (up.empty()) {
+          s.put(d_gate.data, dy * slope);
+        } else {
+          s.put(d_gate.data, dy * s.get(up.data) * slope);
+          s.put(d_up.data, dy * x * open);
+        }
+      });
+    });
+  }
+};
+
+template <> struct On<SigmoidGate, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(
+          first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
+    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const open = cpu::sigmoid<T>(s.get(z.data)), dy = s.get(d_y.data);
+        s.put(d_x.data, dy * open);
+        s.put(d_z.data, dy * s.get(x.data) * open * (T(1) - open));
+      });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/gdn_gate/gdn_gate.hpp
+// The gates of Gated DeltaNet, from their projections a and b:
+//   g = -exp(a_log) softplus(a + dt_bias)      beta = range sigmoid(b), range 1 or 2
+//   d_a = d_dt_bias = -exp(a_log) sigmoid(a + dt_bias) d_g      d_a_log = sum d_g g      d_b = beta (1 - beta / range) d_beta
+#ifndef HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
+//   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
+struct GdnGate {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/gdn_gate/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: one number a head and token.
+template <> struct On<GdnGate, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                      View<T, 2> g, View<T, 2> beta) {
+    parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index h = 0; h < a.extent(1); ++h) {
+          g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
+          beta(n, h) = range * sigmoid(b(n, h));
+        }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
+                       View<T, 1> d_dt_bias) {
+    cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
+      for (Index h = 0; h < a.extent(1); ++h) {
+        T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
+        d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
+        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        sum[h] += rate * softplus(shifted) * d_g(n, h);
+      }
+    });
+    cpu::sum_over_rows<T>(cpu, a.extent(0), d_dt_bias, [&](Index n, T* sum) {
+      for (Index h = 0; h < a.extent(1); ++h) sum[h] += d_a(n, h);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/grouped_linear/grouped_linear.hpp
+// Linear projections of many experts as one operation. Rows are sorted by expert: rows offsets[e] .. offsets[e + 1] belong to e.
+//   y = x w[e]^T      d_x = d_y w[e]      d_w[e] = d_y^T x      over the rows of e
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
+//   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
+//                                                           rows
+// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+struct GroupedLinear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/grouped_linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<GroupedLinear, Cpu> {
+  using Offsets = View<std::int32_t const, 1>;
+
+  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 3> d_w, Into into) {
+    if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
+    if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
+  }
+
+ private:
+  // Rows of one task. A task packs its part of the matrix by itself, which many rows pay for.
+  static constexpr Index block_rows = 256;
+
+  template <class T>
+  static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, into);
+  }
+  template <class T>
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
+    Index const E = d_w.extent(0), F = d_w.extent(1);
+    cpu::Scratch<cpu::Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    cpu::Product<T>* next = products.data();
+    for (Index e = 0; e < E; ++e) {
+      if (is_idle(offsets, e)) continue;
+      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      for (Index first = 0; first < F; first += block_rows) {
+        Index const last = std::min(F, first + block_rows);
+        *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
+      }
+    }
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    parallel_for(cpu, E, [&](Index e, int) {
+      if (!is_idle(offsets, e)) return;
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
+    });
+  }
+
+  static bool is_idle(Offsets offsets, Index e) { return offsets(e) == offsets(e + 1); }
+  // f(expert, first row, last row) for blocks of rows, each of one expert.
+  template <class F> static void for_each_block(Offsets offsets, F f) {
+    for (Index e = 0; e + 1 < offsets.extent(0); ++e)
+      for (Index first = offsets(e); first < offsets(e + 1); first += block_rows)
+        f(e, first, std::min<Index>(first + block_rows, offsets(e + 1)));
+  }
+  // However R rows are shared out among E experts: equal steps take equal memory.
+  static Index most_blocks(Index E, Index R) { return std::min(E, R) + R / block_rows; }
+  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
+    return {all.data + e * all.stride[0], {all.extent(1), all.extent(2)}, {all.stride[1], 1}};
+  }
+  template <class T> static View<T, 2> rows(View<T, 2> all, Index first, Index last) {
+    return {all.data + first * all.stride[0], {last - first, all.extent(1)}, all.stride};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/l2_norm/l2_norm.hpp
+// Rows of length one: y = x rnorm,  rnorm = (sum x^2 + eps)^-1/2;   d_x = rnorm (d_y - y (y . d_y)).  A row of zeros stays zero.
+#ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
+#define HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, y)            x, y [N, C]
+//   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
+struct L2Norm {
+  static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/l2_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_L2_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_L2_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<L2Norm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rnorm = inverse_norm(row, C);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rnorm); });
+      }
+    });
+  }
+
+  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *xn = x.row(n), *d_yn = d_y.row(n), rnorm = inverse_norm(xn, C);
+        T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); }) * rnorm;
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along)); });
+      }
+    });
+  }
+
+ private:
+  template <class T> static T inverse_norm(T const* x, Index C) {
+    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const v = s.get(x);
+      return v * v;
+    });
+    return cpu::inverse_root(squares + static_cast<T>(L2Norm::eps));
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/layer_norm/layer_norm.hpp
+// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
+//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, eps, x, w, b, y)
+//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
+struct LayerNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/layer_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
+template <> struct On<LayerNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
+        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
+                       View<T, 1> d_b) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      auto const [mean, rstd] = moments(x.row(n), C, eps);
+      T g_mean = 0, along = 0;
+      for (Index c = 0; c < C; ++c) {
+        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
+        g_mean += g / static_cast<T>(C);
+        along += g * xh / static_cast<T>(C);
+        sum[c] += d_y(n, c) * xh;
+      }
+      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
+    });
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
+      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
+    });
+  }
+
+ private:
+  template <class T> struct Moments {
+    T mean, rstd;
+  };
+  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
+    T mean = 0, variance = 0;
+    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
+    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
+    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/linear/linear.hpp
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
+//   d_w. An empty d_x or d_w is not wanted.
+struct Linear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Linear, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, into);
+    if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/moe/moe.hpp
+// Mixture of experts, dropless: every token goes to its top_k experts (arXiv 2101.03961, 2401.04088).
+//   p = softmax(router logits)      the top_k largest, ties to the smaller index
+//   weight of a chosen expert: p_e; or p_e / sum of the chosen (renormalised), which is the softmax over the chosen logits
+//   y = sum over the chosen of weight * expert(x)
+// Experts receive their tokens in token order, so a later token never changes an earlier one's place among the sums.
+#ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
+#define HYBRIDATTN_OPS_MOE_MOE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, options, logits, probabilities, weights, experts)      [N, E] [N, E] [N, k] [N, k]; highest first
+//   backward(backend, options, probabilities, weights, experts, d_weights, d_probability, d_logits)
+//     d_probability [E], the same for every token, is what a balancing loss adds; overwrites d_logits
+struct Route {
+  struct Options {
+    bool renormalise = true;
+  };
+};
+//   forward(backend, experts, offsets, places)     experts [N, k] -> rows offsets[e] .. offsets[e + 1] belong to expert e
+//   offsets [E + 1], places [N, k]: the row of each choice
+struct Permute {};
+//   forward (backend, x, places, rows)             rows[places[n, j]] = x[n]
+//   backward(backend, places, d_rows, d_x, into)   d_x is added or overwritten
+struct Distribute {};
+//   forward (backend, rows, weights, places, y)    y[n] = sum_j weights[n, j] rows[places[n, j]]
+//   backward(backend, rows, weights, places, d_y, d_rows, d_weights)   overwrites both
+struct Combine {};
+//   y[n] += sigmoid(logit[n]) x[n]: how a shared expert joins
+//   forward (backend, x, logit, y)                 x, y [N, C], logit [N, 1]
+//   backward(backend, x, logit, d_y, d_x, d_logit) overwrites both
+struct AddGated {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/moe/cpu.hpp
+#ifndef HYBRIDATTN_OPS_MOE_CPU_HPP
+#define HYBRIDATTN_OPS_MOE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Route, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
+                      View<std::int32_t, 2> experts) {
+    parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        choose(logits.row(n), logits.extent(1), experts.row(n), experts.extent(1));
+        softmax(logits.row(n), logits.extent(1), logits(n, experts(n, 0)), probabilities.row(n));
+        T sum = 0;
+        for (Index j = 0; j < experts.extent(1); ++j) sum += weights(n, j) = probabilities(n, experts(n, j));
+        if (o.renormalise)
+          for (Index j = 0; j < experts.extent(1); ++j) weights(n, j) /= sum;
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
+                       View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
+                       View<T, 2> d_logits) {
+    Index const E = probabilities.extent(1), k = experts.extent(1);
+    parallel_blocks(cpu, probabilities.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const* p = probabilities.row(n);
+        T along = 0, along_chosen = 0;   // of the softmax over all, over the chosen
+        for (Index e = 0; e < E && !d_probability.empty(); ++e) along += p[e] * d_probability(e);
+        for (Index j = 0; j < k; ++j) (o.renormalise ? along_chosen : along) += weights(n, j) * d_weights(n, j);
+        for (Index e = 0; e < E; ++e) d_logits(n, e) = p[e] * ((d_probability.empty() ? T(0) : d_probability(e)) - along);
+        for (Index j = 0; j < k; ++j) d_logits(n, experts(n, j)) += weights(n, j) * (d_weights(n, j) - along_chosen);
+      }
+    });
+  }
+
+ private:
+  // Highest first, the smaller index of equal ones first.
+  template <class T> static void choose(T const* logits, Index E, std::int32_t* chosen, Index k) {
+    for (Index j = 0; j < k; ++j) {
+      Index best = -1;
+      for (Index e = 0; e < E; ++e)
+        if (std::find(chosen, chosen + j, e) == chosen + j && (best < 0 || logits[e] > logits[best])) best = e;
+      chosen[j] = static_cast<std::int32_t>(best);
+    }
+  }
+  template <class T> static void softmax(T const* logits, Index E, T peak, T* probabilities) {
+    T sum = 0;
+    for (Index e = 0; e < E; ++e) sum += probabilities[e] = std::exp(logits[e] - peak);
+    for (Index e = 0; e < E; ++e) probabilities[e] /= sum;
+  }
+};
+
+template <> struct On<Permute, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 2> experts, View<std::int32_t, 1> offsets, View<std::int32_t, 2> places) {
+    auto const for_each_choice = [&](auto f) {
+      for (Index n = 0; n < experts.extent(0); ++n)
+        for (Index j = 0; j < experts.extent(1); ++j) f(n, j, experts(n, j));
+    };
+    std::fill_n(offsets.data, offsets.count(), 0);
+    for_each_choice([&](Index, Index, Index e) { ++offsets(e + 1); });
+    for (Index e = 1; e < offsets.extent(0); ++e) offsets(e) += offsets(e - 1);
+    for_each_choice([&](Index n, Index j, Index e) { places(n, j) = offsets(e)++; });
+    for (Index e = offsets.extent(0) - 1; e > 0; --e) offsets(e) = offsets(e - 1);
+    offsets(0) = 0;
+  }
+};
+
+template <> struct On<Distribute, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
+    });
+  }
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
+                                          Into into) {
+    parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
+        for (Index j = 0; j < places.extent(1); ++j) axpy(T(1), d_rows.row(places(n, j)), d_x.row(n), d_x.extent(1));
+      }
+    });
+  }
+};
+
+template <> struct On<Combine, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+    parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        std::fill_n(y.row(n), y.extent(1), T(0));
+        for (Index j = 0; j < places.extent(1); ++j) axpy(weights(n, j), rows.row(places(n, j)), y.row(n), y.extent(1));
+      }
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, View<T, 2> d_weights) {
+    Index const C = d_y.extent(1);
+    parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) {
+          T const *d_yn = d_y.row(n), *row = rows.row(places(n, j));
+          T* const d_row = d_rows.row(places(n, j));
+          for (Index c = 0; c < C; ++c) d_row[c] = weights(n, j) * d_yn[c];
+          d_weights(n, j) = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * s.get(row); });
+        }
+    });
+  }
+};
+
+template <> struct On<AddGated, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+    parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
+    Index const C = d_y.extent(1);
+    parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const open = sigmoid(logit(n, 0)), *xn = x.row(n), *d_yn = d_y.row(n);
+        for (Index c = 0; c < C; ++c) d_x(n, c) = open * d_yn[c];
+        d_logit(n, 0) =
+            open * (T(1) - open) * cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); });
+      }
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/rms_norm/rms_norm.hpp
+// RMSNorm over the last axis (arXiv 1910.07467), one row at a time:
+//   y = x rstd w (plain) or x rstd (1 + w) (zero-centred),   rstd = (mean x^2 + eps)^-1/2
+//   with g = d_y w (or d_y (1 + w)) and xh = x rstd:   d_x = rstd (g - xh mean(g xh))      d_w = sum d_y xh
+// and its gated form, norm before gate, as in Gated DeltaNet:   y = x rstd w silu(z)
+#ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class NormWeight { plain, zero_centred };
+
+//   forward (backend, options, x, w, y)              x, y [N, C], w [C]
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
+struct RmsNorm {
+  struct Options {
+    NormWeight weight = NormWeight::zero_centred;
+    double eps = 1e-6;
+  };
+};
+
+//   forward (backend, eps, x, z, w, y)                     an empty z: no gate
+//   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
+struct GatedRmsNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/rms_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+template <class T> T row_rstd(T const* x, Index C, double eps) {
+  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> const v = s.get(x);
+    return v * v;
+  });
+  return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
+}
+
+}  // namespace cpu::detail
+
+template <> struct On<RmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 1> d_w, Into into) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
+      T const along = cpu::sum_vectors<T>(
+                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
+                      rstd / static_cast<T>(C);
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
+        s.put(sum, s.get(sum) + dy * xh);
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+      });
+    });
+  }
+};
+
+template <> struct On<GatedRmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, eps);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+          cpu::Vec<T> normed = s.get(row) * rstd * s.get(w.data);
+          if (!z.empty()) {
+            cpu::Vec<T> const gate = s.get(z.row(n));
+            normed *= gate * cpu::sigmoid<T>(gate);
+          }
+          s.put(y.row(n), normed);
+        });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
+      T* const d_xn = d_x.row(n);
+      // First d_xn holds d of the normed row: d_y w silu(z).
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, wide = s.get(w.data);
+        cpu::Vec<T> dy = s.get(d_yn);
+        if (!z.empty()) {
+          cpu::Vec<T> const gate = s.get(z.row(n)), open = cpu::sigmoid<T>(gate);
+          s.put(d_z.row(n), dy * xh * wide * (open * (T(1) + gate * (T(1) - open))));
+          dy *= gate * open;
+        }
+        s.put(sum, s.get(sum) + dy * xh);
+        s.put(d_xn, dy * wide);
+      });
+      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
+                      static_cast<T>(C);
+      cpu::for_each_vector<T>(
+          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/rope/rope.hpp
+// Rotary positions (arXiv 2104.09864): pair number i of a head turns by position * theta^(-2i / rotary_dim).
+// Pairs are (i, i + rotary_dim/2), or (2i, 2i + 1) when interleaved; entries from rotary_dim on stay as they are.
+// Backward turns back.
+#ifndef HYBRIDATTN_OPS_ROPE_ROPE_HPP
+#define HYBRIDATTN_OPS_ROPE_ROPE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
+//                                                            nothing for row n of token n; y may be x
+//   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
+// They throw on a rotary_dim that is odd or does not fit the head.
+struct Rope {
+  struct Options {
+    Index rotary_dim = 0;
+    double theta = 10000;
+    bool interleaved = false;
+  };
+};
+//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+struct RopeAngles {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/rope/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ROPE_CPU_HPP
+#define HYBRIDATTN_OPS_ROPE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace cpu::detail {
+inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+}  // namespace cpu::detail
+
+template <> struct On<RopeAngles, Cpu> {
+  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    check_positive("Rope", "theta", o.theta);
+    Index const half = angles.extent(2);
+    cpu::Scratch<double> const frequencies{cpu, half};
+    for (Index i = 0; i < half; ++i)
+      frequencies.data()[i] = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
+    parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index row = first; row < last; ++row)
+        for (Index i = 0; i < half; ++i) {
+          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
+          angles(row, 0, i) = static_cast<T>(std::cos(angle));
+          angles(row, 1, i) = static_cast<T>(std::sin(angle));
+        }
+    });
+  }
+};
+
+template <> struct On<Rope, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                      View<T, 3> y) {
+    turn(cpu, o, angles, positions, x, y, T(1));
+  }
+  template <class T>
+  static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+                       View<T, 3> d_x) {
+    turn(cpu, o, angles, positions, d_y, d_x, T(-1));
+  }
+
+ private:
+  template <class T>
+  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                   View<T, 3> y, T direction) {
+    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        Index const row = cpu::detail::row_of(positions, n);
+        T const *cosine = half == 0 ? nullptr : angles.row(row, 0), *sine = half == 0 ? nullptr : angles.row(row, 1);
+        for (Index h = 0; h < x.extent(1); ++h) {
+          T const* from = x.row(n, h);
+          T* to = y.row(n, h);
+          for (Index i = 0; i < half; ++i) {
+            T const a = from[i * step], b = from[i * step + partner], s = direction * sine[i];
+            to[i * step] = a * cosine[i] - b * s;
+            to[i * step + partner] = b * cosine[i] + a * s;
+          }
+          for (Index d = o.rotary_dim; d < x.extent(2); ++d) to[d] = from[d];
+        }
+      }
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/top_k/top_k.hpp
+// The k largest scores of a row, exactly: an order on (score, index) and no approximation.
+//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
+//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
+//   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
+#ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+#define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
+struct TopK {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/top_k/cpu.hpp
+#ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
+#define HYBRIDATTN_OPS_TOP_K_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu {
+
+// One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
+// counts the larger keys, a vector at a time; it ends as soon as a bound has exactly k keys above it, after about 16 steps
+// of 32 when scores are random.
+template <class T> class RowTopK {
+ public:
+  using Key = typename BitsOf<T>::type;
+  // Keys that a row of n scores needs room for.
+  static Index scratch(Index n) { return round_up(n, lanes<T>); }
+
+  RowTopK(T const* scores, Index n, Key* keys) : keys_(keys), n_(n) {
+    Mask<T> largest = broadcast_key(lowest);
+    for_each_vector<T>(0, n, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      Mask<T> key = ordered(s.get(scores));
+      if (s.count < lanes<T>) key = lane_numbers<T>() < static_cast<Key>(s.count) ? key : broadcast_key(lowest);
+      largest = key > largest ? key : largest;
+      store<Key>(keys_ + s.i, key);
+    });
+    for (int lane = 0; lane < lanes<T>; ++lane) largest_ = std::max(largest_, static_cast<Key>(largest[lane]));
+  }
+
+  // k <= n of them, ascending.
+  void select(Index k, std::int32_t* indices) const {
+    Bound const bound = find(k);
+    Index const tied = end_of_ties(bound);
+    Index chosen = 0, i = 0;
+    for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
+    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
+  }
+
+ private:
+  // The chosen keys: those above `key`, and the first `ties` of those equal to it.
+  struct Bound {
+    Key key;
+    Index ties;
+  };
+  static constexpr Key lowest = std::numeric_limits<Key>::min();   // no score: padding
+
+  static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
+  // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
+  static Mask<T> ordered(Vec<T> x) {
+    constexpr int sign = 8 * sizeof(Key) - 1;
+    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> sign) & std::numeric_limits<Key>::max());
+    return x == x ? key : broadcast_key(lowest + 1);
+  }
+
+  // Without a branch: what is not chosen is overwritten by the next.
+  HYBRIDATTN_INLINE Index take(Index i, Key above, std::int32_t* indices, Index chosen) const {
+    indices[chosen] = static_cast<std::int32_t>(i);
+    return chosen + (keys_[i] > above);
+  }
+  // Behind the last tie that is chosen.
+  Index end_of_ties(Bound bound) const {
+    Index i = 0;
+    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
+    return i;
+  }
+  Index count_above(Key bound) const {
+    Mask<T> count{};
+    for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;
+    return static_cast<Index>(sum<Key>(count));
+  }
+  Bound find(Index k) const {
+    Key low = lowest, high = largest_;   // more than k keys are above low, or all; fewer than k above high
+    Index above = 0;                     // high
+    while (high > low + 1) {
+      Key const middle = std::midpoint(low, high);
+      Index const count = count_above(middle);
+      if (count == k) return {middle, 0};
+      low = count > k ? middle : low;
+      high = count > k ? high : middle;
+      above = count > k ? above : count;
+    }
+    return {high, k - above};
+  }
+
+  Key* keys_;
+  Index n_;
+  Key largest_ = lowest;
+};
+
+}  // namespace cpu
+
+template <> struct On<TopK, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+    using Row = cpu::RowTopK<T>;
+    Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
+    Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
+    auto const keys = out(scratch);
+    parallel_for(cpu, scores.extent(0), [&](Index r, int thread) {
+      if (chosen > 0) Row{scores.row(r), n, keys.row(thread)}.select(chosen, indices.row(r));
+      std::fill(indices.row(r) + chosen, indices.row(r) + k, -1);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/testing/operations.hpp
+// The groups of the library's operations, and the one place where the laws call each of them. They stand here and not in the
+// operations' own headers because only the laws need them: every include of the library would pay for them otherwise.
+#ifndef HYBRIDATTN_TESTING_OPERATIONS_HPP
+#define HYBRIDATTN_TESTING_OPERATIONS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::testing {
+
+namespace detail {
+
+// Whole numbers from first to before last. Tables of a batch are drawn from a Random of their own, the same for every seed.
+inline void draw_whole(HostTensor& tensor, Random& random, Index first, Index last) {
+  set_each(tensor, [&] { return static_cast<double>(first + random.below(last - first)); });
+}
+// Where each of the batch's choices stands among the rows of all experts: any order, the same for every seed.
+inline void draw_places(HostTensor& places) {
+  Random random{Seed{1}, "places"};
+  for (std::size_t i = 0; i < places.values.size(); ++i) {
+    places.values[i] = static_cast<double>(i);
+    std::swap(places.values[i], places.values[static_cast<std::size_t>(random.below(static_cast<Index>(i) + 1))]);
+  }
+}
+// Four experts: one without rows, one with most of them, one with the rest, one without.
+inline constexpr Index experts = 4;
+inline void draw_offsets(HostTensor& offsets, Index rows) {
+  double const most = static_cast<double>(rows - rows / 3), all = static_cast<double>(rows);
+  offsets.values = {0, 0, most, all, all};
+}
+template <class T> void copy_rows(auto& backend, View<T const, 1> from, View<T, 2> to) {
+  for (Index n = 0; n < to.extent(0); ++n) backend.copy(to.row(n), from.data, static_cast<std::size_t>(from.count()) * sizeof(T));
+}
+
+}  // namespace detail
+
+// ---- arithmetic
+
+template <> struct Operation<Fill> : PlainOperation {
+  struct Config {
+    Index count = 0;   // elements of a token
+    double value = 0;
+  };
+  static std::vector<Config> sizes() { return {{1, 0.25}, {120, -3}}; }
+  static bool has_tables(Config const& c) { return c.count > 1; }
+  template <class S> using Inputs = Nothing<S>;
+  template <class S> struct Outputs {
+    Held<S, 1> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const&, Sequences const&) { return {}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens() * c.count}}; }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>>, Outputs<Out<T>> y) {
+    On<Fill, B>::forward(backend, static_cast<T>(c.value), y.y);
+  }
+};
+
+// One element of a token, or more than one task has.
+struct ElementwiseOperation : PlainOperation {
+  struct Config {
+    Index count = 0;   // elements of a token
+  };
+  static std::vector<Config> sizes() { return {{1}, {120}}; }
+  static bool has_tables(Config const& c) { return c.count > 1; }   // of more elements than tokens none is a token's own
+  static Shape<1> line(Config const& c, Sequences const& s) { return {s.tokens() * c.count}; }
+};
+
+template <> struct Operation<Add> : ElementwiseOperation {
+  template <class S> struct Inputs {
+    Held<S, 1> x;
+    HYBRIDATTN_FIELDS(x)
+  };
+  template <class S> struct Outputs {
+    Held<S, 1> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {line(c, s)}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {line(c, s)}; }
+  static bool starts_from(Config const&, std::string_view result) { return result == "y"; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Add, B>::forward(backend, x.x, y.y);
+  }
+};
+
+template <> struct Operation<AddWeighted> : PlainOperation {
+  struct Config {
+    double weight = 0;
+  };
+  static std::vector<Config> sizes() { return {{0.3}, {0}}; }
+  template <class S> struct Inputs {
+    Held<S, 1> x;
+    HYBRIDATTN_FIELDS(x)
+  };
+  template <class S> struct Outputs {
+    OfType<S, double, 1> sum;
+    HYBRIDATTN_FIELDS(sum)
+  };
+  static Inputs<Shapes> inputs(Config const&, Sequences const&) { return {{1}}; }
+  static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
+  static bool starts_from(Config const&, std::string_view result) { return result == "sum"; }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<AddWeighted, B>::forward(backend, c.weight, x.x, y.sum);
+  }
+};
+
+// ---- gates
+
+template <> struct Operation<Swiglu> : PlainOperation {
+  struct Config {
+    Index count = 0;   // elements of a token
+    bool up = true;
+  };
+  static std::vector<Config> sizes() { return {{120}, {1}, {1, false}}; }
+  static bool has_tables(Config const& c) { return c.count > 1; }
+  template <class S> struct Inputs {
+    Held<S, 1> gate, up;
+    HYBRIDATTN_FIELDS(gate, up)
+  };
+  template <class S> struct Outputs {
+    Held<S, 1> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {line(c, s), c.up ? line(c, s) : Shape<1>{}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {line(c, s)}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Swiglu, B>::forward(backend, x.gate, x.up, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Swiglu, B>::backward(backend, x.gate, x.up, d_y.y, d_x.gate, d_x.up);
+  }
+
+ private:
+  static Shape<1> line(Config const& c, Sequences const& s) { return {s.tokens() * c.count}; }
+};
+
+template <> struct Operation<SigmoidGate> : ElementwiseOperation {
+  template <class S> struct Inputs {
+    Held<S, 1> x, z;
+    HYBRIDATTN_FIELDS(x, z)
+  };
+  template <class S> struct Outputs {
+    Held<S, 1> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {line(c, s), line(c, s)}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {line(c, s)}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<SigmoidGate, B>::forward(backend, x.x, x.z, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<SigmoidGate, B>::backward(backend, x.x, x.z, d_y.y, d_x.x, d_x.z);
+  }
+};
+
+template <> struct Operation<GdnGate> : PlainOperation {
+  struct Config {
+    Index heads = 0;
+    double range = 1;
+  };
+  static std::vector<Config> sizes() { return {{5, 1}, {3, 2}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> a, b;             // [N, HV]
+    Held<S, 1> a_log, dt_bias;   // [HV]
+    HYBRIDATTN_FIELDS(a, b, a_log, dt_bias)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> g, beta;
+    HYBRIDATTN_FIELDS(g, beta)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    return {{s.tokens(), c.heads}, {s.tokens(), c.heads}, {c.heads}, {c.heads}};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.heads}, {s.tokens(), c.heads}}; }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<GdnGate, B>::forward(backend, static_cast<T>(c.range), x.a, x.b, x.a_log, x.dt_bias, y.g, y.beta);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<GdnGate, B>::backward(backend, static_cast<T>(c.range), x.a, x.b, x.a_log, x.dt_bias, d_y.g, d_y.beta, d_x.a, d_x.b, d_x.a_log,
+                             d_x.dt_bias);
+  }
+};
+
+// ---- norms
+
+template <> struct Operation<RmsNorm> : PlainOperation {
+  struct Config {
+    Index columns = 0;
+    RmsNorm::Options options = {};
+    Into into = Into::overwrite;
+  };
+  static std::vector<Config> sizes() { return {{40}, {7, {NormWeight::plain, 1e-5}, Into::add}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> x;   // [N, C]
+    Held<S, 1> w;   // [C]
+    HYBRIDATTN_FIELDS(x, w)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}, {c.columns}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}}; }
+  static bool starts_from(Config const& c, std::string_view result) { return result == "d_x" && c.into == Into::add; }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<RmsNorm, B>::forward(backend, c.options, x.x, x.w, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<RmsNorm, B>::backward(backend, c.options, x.x, x.w, d_y.y, d_x.x, d_x.w, c.into);
+  }
+};
+
+template <> struct Operation<GatedRmsNorm> : PlainOperation {
+  struct Config {
+    Index columns = 0;
+    bool gated = true;
+  };
+  static std::vector<Config> sizes() { return {{40}, {7, false}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> x, z;   // [N, C]
+    Held<S, 1> w;      // [C]
+    HYBRIDATTN_FIELDS(x, z, w)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<2> const rows{s.tokens(), c.columns};
+    return {rows, c.gated ? rows : Shape<2>{}, {c.columns}};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<GatedRmsNorm, B>::forward(backend, 1e-6, x.x, x.z, x.w, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<GatedRmsNorm, B>::backward(backend, 1e-6, x.x, x.z, x.w, d_y.y, d_x.x, d_x.z, d_x.w);
+  }
+};
+
+// Rows of so many columns.
+struct RowOperation : PlainOperation {
+  struct Config {
+    Index columns = 0;
+  };
+  static std::vector<Config> sizes() { return {{40}, {7}}; }
+  static Shape<2> rows(Config const& c, Sequences const& s) { return {s.tokens(), c.columns}; }
+};
+
+template <> struct Operation<LayerNorm> : RowOperation {
+  template <class S> struct Inputs {
+    Held<S, 2> x;      // [N, C]
+    Held<S, 1> w, b;   // [C]
+    HYBRIDATTN_FIELDS(x, w, b)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {rows(c, s), {c.columns}, {c.columns}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {rows(c, s)}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<LayerNorm, B>::forward(backend, 1e-6, x.x, x.w, x.b, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<LayerNorm, B>::backward(backend, 1e-6, x.x, x.w, d_y.y, d_x.x, d_x.w, d_x.b);
+  }
+};
+
+template <> struct Operation<L2Norm> : RowOperation {
+  template <class S> struct Inputs {
+    Held<S, 2> x;   // [N, C]
+    HYBRIDATTN_FIELDS(x)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {{"y", "x"}, {"d_x", "d_y"}}; }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {rows(c, s)}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {rows(c, s)}; }
+  // A row of zeros stays zero.
+  static void draw(Config const&, Sequences const& s, Random&, HostGroup& inputs) {
+    if (HostTensor& x = inputs.at("x"); s.tokens() > 9) std::fill_n(x.row(9), x.row_size(), 0);
+  }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<L2Norm, B>::forward(backend, x.x, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<L2Norm, B>::backward(backend, x.x, d_y.y, d_x.x);
+  }
+};
+
+// ---- rotary positions
+
+template <> struct Operation<RopeAngles> : PlainOperation {
+  struct Config {
+    Rope::Options options;
+    bool positions = true;
+  };
+  static std::vector<Config> sizes() { return {{{.rotary_dim = 6}}, {{.rotary_dim = 4, .theta = 100}, false}}; }
+  template <class S> struct Inputs {
+    Whole<S, 1> positions;   // [N], or nothing
+    HYBRIDATTN_FIELDS(positions)
+  };
+  template <class S> struct Outputs {
+    Held<S, 3> angles;   // [N, 2, rotary_dim/2]
+    HYBRIDATTN_FIELDS(angles)
+  };
+  // Without positions a row is that of its place in the batch.
+  static bool has_tables(Config const& c) { return !c.positions; }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {c.positions ? Shape<1>{s.tokens()} : Shape<1>{}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), 2, c.options.rotary_dim / 2}}; }
+  static void draw(Config const&, Sequences const&, Random& random, HostGroup& inputs) {
+    detail::draw_whole(inputs.at("positions"), random, 0, 1000);
+  }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<RopeAngles, B>::forward(backend, c.options, x.positions, y.angles);
+  }
+};
+
+template <> struct Operation<Rope> : PlainOperation {
+  struct Config {
+    Rope::Options options;
+  };
+  static constexpr Index heads = 2, head_dim = 8, positions = 50;
+  static std::vector<Config> sizes() { return {{{.rotary_dim = 8}}, {{.rotary_dim = 4, .interleaved = true}}, {{.rotary_dim = 0}}}; }
+  template <class S> struct Inputs {
+    Held<S, 3> angles, x;    // [P, 2, rotary_dim/2], [N, H, D]
+    Whole<S, 1> positions;   // [N]
+    HYBRIDATTN_FIELDS(angles, x, positions)
+  };
+  template <class S> struct Outputs {
+    Held<S, 3> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {{"y", "x"}, {"d_x", "d_y"}}; }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    return {{positions, 2, c.options.rotary_dim / 2}, {s.tokens(), heads, head_dim}, {s.tokens()}};
+  }
+  static Outputs<Shapes> outputs(Config const&, Sequences const& s) { return {{s.tokens(), heads, head_dim}}; }
+  static bool has_gradient(Config const&, std::string_view input) { return input != "angles"; }
+  static void draw(Config const&, Sequences const&, Random& random, HostGroup& inputs) {
+    detail::draw_whole(inputs.at("positions"), random, 0, positions);
+  }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Rope, B>::forward(backend, c.options, x.angles, x.positions, x.x, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Rope, B>::backward(backend, c.options, x.angles, x.positions, d_y.y, d_x.x);
+  }
+};
+
+// ---- products and tables
+
+// Which of the gradients of x and w are wanted.
+enum class Wanted { both, of_x, of_w };
+
+template <> struct Operation<Linear> : PlainOperation {
+  struct Config {
+    Index columns = 0, features = 0;
+    Into into = Into::overwrite;
+    Wanted wanted = Wanted::both;
+  };
+  static std::vector<Config> sizes() {
+    return {{40, 33}, {7, 5, Into::add}, {7, 5, Into::overwrite, Wanted::of_x}, {7, 5, Into::overwrite, Wanted::of_w}, {0, 2}, {2, 0}};
+  }
+  template <class S> struct Inputs {
+    Held<S, 2> x, w;   // [N, C], [M, C]
+    HYBRIDATTN_FIELDS(x, w)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;   // [N, M]
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}, {c.features, c.columns}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.features}}; }
+  static bool starts_from(Config const& c, std::string_view result) { return result == "d_x" && c.into == Into::add; }
+  static bool has_gradient(Config const& c, std::string_view input) {
+    return c.wanted == Wanted::both || (c.wanted == Wanted::of_x) == (input == "x");
+  }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Linear, B>::forward(backend, x.x, x.w, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Linear, B>::backward(backend, x.x, x.w, d_y.y, d_x.x, d_x.w, c.into);
+  }
+};
+
+template <> struct Operation<GroupedLinear> : PlainOperation {
+  using Config = Operation<Linear>::Config;
+  static std::vector<Config> sizes() { return Operation<Linear>::sizes(); }
+  static bool has_tables(Config const&) { return true; }
+  template <class S> struct Inputs {
+    Whole<S, 1> offsets;   // [E + 1]
+    Held<S, 2> x;          // [R, C]
+    Held<S, 3> w;          // [E, M, C]
+    HYBRIDATTN_FIELDS(offsets, x, w)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;   // [R, M]
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    return {{detail::experts + 1}, {s.tokens(), c.columns}, {detail::experts, c.features, c.columns}};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.features}}; }
+  static bool starts_from(Config const& c, std::string_view result) { return Operation<Linear>::starts_from(c, result); }
+  static bool has_gradient(Config const& c, std::string_view input) { return Operation<Linear>::has_gradient(c, input); }
+  static void draw(Config const&, Sequences const& s, Random&, HostGroup& inputs) {
+    detail::draw_offsets(inputs.at("offsets"), s.tokens());
+  }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<GroupedLinear, B>::forward(backend, x.offsets, x.x, x.w, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<GroupedLinear, B>::backward(backend, x.offsets, x.x, x.w, d_y.y, d_x.x, d_x.w, c.into);
+  }
+};
+
+template <> struct Operation<Embedding> : PlainOperation {
+  struct Config {
+    Index columns = 0;
+    Into into = Into::overwrite;
+  };
+  static constexpr Index vocabulary = 9;
+  static std::vector<Config> sizes() { return {{70}, {7, Into::add}}; }
+  template <class S> struct Inputs {
+    Whole<S, 1> tokens;   // [N]
+    Held<S, 2> table;     // [V, C]
+    HYBRIDATTN_FIELDS(tokens, table)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;   // [N, C]
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens()}, {vocabulary, c.columns}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}}; }
+  static bool starts_from(Config const& c, std::string_view result) { return result == "d_table" && c.into == Into::add; }
+  // The last one occurs nowhere.
+  static void draw(Config const&, Sequences const&, Random& random, HostGroup& inputs) {
+    detail::draw_whole(inputs.at("tokens"), random, 0, vocabulary - 1);
+  }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Embedding, B>::forward(backend, x.tokens, x.table, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Embedding, B>::backward(backend, x.tokens, d_y.y, d_x.table, c.into);
+  }
+};
+
+template <> struct Operation<CausalConv1d> : PlainOperation {
+  struct Config {
+    Index columns = 0, width = 0;
+    Activation activation = Activation::silu;
+    bool begins = false;   // without an initial state
+  };
+  static constexpr bool rows_stand_alone = false;
+  static std::vector<Config> sizes() { return {{17, 4}, {5, 3, Activation::none}, {5, 4, Activation::silu, true}, {5, 1}, {5, 0}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> x, w;            // [N, C], [C, W]
+    State<S, 3> initial_state;  // [number of sequences, W - 1, C]
+    HYBRIDATTN_FIELDS(x, w, initial_state)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;
+    State<S, 3> final_state;
+    HYBRIDATTN_FIELDS(y, final_state)
+  };
+  static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {{"final_state", "initial_state"}}; }
+  static Shape<3> states(Config const& c, Sequences const& s) {
+    return c.width < 2 ? Shape<3>{} : Shape<3>{s.count(), c.width - 1, c.columns};
+  }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    return {{s.tokens(), c.columns}, {c.columns, c.width}, c.begins ? Shape<3>{} : states(c, s)};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}, states(c, s)}; }
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<CausalConv1d, B>::forward(backend, c.activation, s, x.x, x.w, x.initial_state, y.y, y.final_state);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<CausalConv1d, B>::backward(backend, c.activation, s, x.x, x.w, x.initial_state, d_y.y, d_y.final_state, d_x.x, d_x.w,
+                                  d_x.initial_state);
+  }
+};
+
+// ---- losses
+
+// The scale is the gradient of the loss; a number on the host.
+struct LossOperation : PlainOperation {
+  struct Config {
+    Index columns = 0, vocabulary = 0;
+    bool counts = true;   // any token
+    double scale = 1;
+  };
+  static bool starts_from(Config const&, std::string_view result) { return result == "loss"; }
+  static Config with_upstream(Config c, HostGroup const& d_outputs) {
+    c.scale = d_outputs.at("loss").values[0];
+    return c;
+  }
+  // Some tokens are not counted, or none is.
+  static void draw(Config const& c, Sequences const&, Random& random, HostGroup& inputs) {
+    detail::draw_whole(inputs.at("targets"), random, -1, c.counts ? c.vocabulary : 0);
+    inputs.at("loss before").values = {2.5, 3, 1};
+  }
+};
+
+template <> struct Operation<SoftmaxLoss> : LossOperation {
+  static std::vector<Config> sizes() { return {{0, 21}, {0, 5}, {0, 5, false}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> logits;     // [N, V]
+    Whole<S, 1> targets;   // [N]
+    HYBRIDATTN_FIELDS(logits, targets)
+  };
+  template <class S> struct Outputs {
+    OfType<S, LossSum, 1> loss;   // [1]
+    HYBRIDATTN_FIELDS(loss)
+  };
+  static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {{"d_logits", "logits"}}; }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.vocabulary}, {s.tokens()}}; }
+  static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<SoftmaxLoss, B>::forward(backend, x.logits, x.targets, View<double const, 1>{}, View<T, 2>{}, y.loss);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>>,
+                       Inputs<Out<T>> d_x) {
+    Tensor<LossSum, 1, B> again{backend, {1}};
+    On<Fill, B>::forward(backend, LossSum{}, out(again));
+    Tensor<double, 1, B> scale{backend, {1}};
+    On<Fill, B>::forward(backend, c.scale, out(scale));
+    On<SoftmaxLoss, B>::forward(backend, x.logits, x.targets, in(scale), d_x.logits, out(again));
+  }
+};
+
+template <> struct Operation<CrossEntropy> : LossOperation {
+  static std::vector<Config> sizes() { return {{12, 21}, {7, 5}, {7, 5, false}}; }  // in a batch of more rows than CrossEntropy::block_rows
+  template <class S> struct Inputs {
+    Held<S, 2> x, w;  // [N, C], [V, C]
+    Whole<S, 1> targets;  // [N]
+    HYBRIDATTN_FIELDS(x, w, targets)
+  };
+  template <class S> struct Outputs {
+    OfType<S, LossSum, 1> loss;  // [1]
+    HYBRIDATTN_FIELDS(loss)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    return {{s.tokens(), c.columns}, {c.vocabulary, c.columns}, {s.tokens()}};
+  }
+  static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<CrossEntropy, B>::forward(backend, x.x, x.w, x.targets, y.loss);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>>,
+                       Inputs<Out<T>> d_x) {
+    Tensor<LossSum, 1, B> again{backend, {1}};
+    On<Fill, B>::forward(backend, LossSum{}, out(again));
+    Tensor<double, 1, B> scale{backend, {1}};
+    On<Fill, B>::forward(backend, c.scale, out(scale));
+    On<CrossEntropy, B>::backward(backend, x.x, x.w, x.targets, in(scale), d_x.x, d_x.w, out(again));
+  }
+};
+
+// ---- mixtures of experts
+
+template <> struct Operation<TopK> : PlainOperation {
+  struct Config {
+    Index scores = 0, k = 0;
+  };
+  static std::vector<Config> sizes() { return {{40, 7}, {5, 8}, {40, 0}, {0, 3}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> scores;  // [R, n]
+    HYBRIDATTN_FIELDS(scores)
+  };
+  template <class S> struct Outputs {
+    Whole<S, 2> indices;  // [R, k]
+    HYBRIDATTN_FIELDS(indices)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.scores}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.k}}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<TopK, B>::forward(backend, x.scores, y.indices);
+  }
+};
+
+// `use` is the sum of all probabilities of an expert, whose gradient is the same for every token.
+template <> struct Operation<Route> : PlainOperation {
+  struct Config {
+    Route::Options options;
+    bool balanced = true;
+  };
+  static constexpr Index experts = 5, top_k = 2;
+  static std::vector<Config> sizes() { return {{{.renormalise = true}}, {{.renormalise = false}}, {{.renormalise = true}, false}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> logits;  // [N, E]
+    HYBRIDATTN_FIELDS(logits)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> probabilities, weights;  // [N, E], [N, k]
+    Whole<S, 2> experts;  // [N, k]
+    Held<S, 1> use;  // [E]
+    HYBRIDATTN_FIELDS(probabilities, weights, experts, use)
+  };
+  static Inputs<Shapes> inputs(Config const&, Sequences const& s) { return {{s.tokens(), experts}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
+    return {{s.tokens(), experts}, {s.tokens(), top_k}, {s.tokens(), top_k}, c.balanced ? Shape<1>{experts} : Shape<1>{}};
+  }
+  static bool takes_gradient(Config const&, std::string_view output) { return output != "probabilities"; }
+  // Far enough from each other that no rounding makes a choice.
+  static void draw(Config const&, Sequences const& s, Random& random, HostGroup& inputs) {
+    HostTensor& logits = inputs.at("logits");
+    for (Index n = 0; n < s.tokens(); ++n)
+      for (Index e = 0; e < experts; ++e) logits.row(n)[e] = static_cast<double>((e * 2 + n) % experts) / 2 + random.uniform(0, 0.25);
+  }
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Route, B>::forward(backend, c.options, x.logits, y.probabilities, y.weights, y.experts);
+    if (!c.balanced) return;
+    On<Fill, B>::forward(backend, T(0), y.use);
+    for (Index n = 0; n < s.tokens(); ++n) On<Add, B>::forward(backend, View<T const, 1>{y.probabilities.row(n), {experts}}, y.use);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>>, Outputs<In<T>> y, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Route, B>::backward(backend, c.options, y.probabilities, y.weights, y.experts, d_y.weights, d_y.use, d_x.logits);
+  }
+};
+
+template <> struct Operation<Permute> : PlainOperation {
+  struct Config {
+    Index top_k = 0;
+  };
+  static std::vector<Config> sizes() { return {{2}, {1}}; }
+  static bool has_tables(Config const&) { return true; }
+  template <class S> struct Inputs {
+    Whole<S, 2> experts;  // [N, k]
+    HYBRIDATTN_FIELDS(experts)
+  };
+  template <class S> struct Outputs {
+    Whole<S, 1> offsets;  // [E + 1]
+    Whole<S, 2> places;  // [N, k]
+    HYBRIDATTN_FIELDS(offsets, places)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.top_k}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{detail::experts + 1}, {s.tokens(), c.top_k}}; }
+  static void draw(Config const&, Sequences const&, Random&, HostGroup& inputs) {
+    Random random{Seed{1}, "experts"};
+    detail::draw_whole(inputs.at("experts"), random, 0, detail::experts - 1);  // the last one is idle
+  }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Permute, B>::forward(backend, x.experts, y.offsets, y.places);
+  }
+};
+
+// Rows of two choices of each token.
+struct PlacedOperation : PlainOperation {
+  struct Config {
+    Index columns = 0;
+    Into into = Into::overwrite;
+  };
+  static constexpr Index top_k = 2;
+  static bool has_tables(Config const&) { return true; }
+  static Shape<2> tokens(Config const& c, Sequences const& s) { return {s.tokens(), c.columns}; }
+  static Shape<2> rows(Config const& c, Sequences const& s) { return {s.tokens() * top_k, c.columns}; }
+  static Shape<2> choices(Sequences const& s) { return {s.tokens(), top_k}; }
+  static void draw(Config const&, Sequences const&, Random&, HostGroup& inputs) { detail::draw_places(inputs.at("places")); }
+};
+
+template <> struct Operation<Distribute> : PlacedOperation {
+  static std::vector<Config> sizes() { return {{20}, {7, Into::add}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> x;  // [N, C]
+    Whole<S, 2> places;  // [N, k]
+    HYBRIDATTN_FIELDS(x, places)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> rows;  // [N k, C]
+    HYBRIDATTN_FIELDS(rows)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {tokens(c, s), choices(s)}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {rows(c, s)}; }
+  static bool starts_from(Config const& c, std::string_view result) { return result == "d_x" && c.into == Into::add; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Distribute, B>::forward(backend, x.x, x.places, y.rows);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Distribute, B>::backward(backend, x.places, d_y.rows, d_x.x, c.into);
+  }
+};
+
+template <> struct Operation<Combine> : PlacedOperation {
+  static std::vector<Config> sizes() { return {{20}, {7}}; }
+  template <class S> struct Inputs {
+    Held<S, 2> rows, weights;  // [N k, C], [N, k]
+    Whole<S, 2> places;  // [N, k]
+    HYBRIDATTN_FIELDS(rows, weights, places)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;  // [N, C]
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {rows(c, s), choices(s), choices(s)}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {tokens(c, s)}; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<Combine, B>::forward(backend, x.rows, x.weights, x.places, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<Combine, B>::backward(backend, x.rows, x.weights, x.places, d_y.y, d_x.rows, d_x.weights);
+  }
+};
+
+template <> struct Operation<AddGated> : RowOperation {
+  template <class S> struct Inputs {
+    Held<S, 2> x, logit;  // [N, C], [N, 1]
+    HYBRIDATTN_FIELDS(x, logit)
+  };
+  template <class S> struct Outputs {
+    Held<S, 2> y;
+    HYBRIDATTN_FIELDS(y)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {rows(c, s), {s.tokens(), 1}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {rows(c, s)}; }
+  static bool starts_from(Config const&, std::string_view result) { return result == "y"; }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<AddGated, B>::forward(backend, x.x, x.logit, y.y);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
+                       Inputs<Out<T>> d_x) {
+    On<AddGated, B>::backward(backend, x.x, x.logit, d_y.y, d_x.x, d_x.logit);
+  }
+};
+
+template <> struct Operation<ExpertUse> : PlainOperation {
+  struct Config {
+    Index experts = 0;
+  };
+  static std::vector<Config> sizes() { return {{21}, {4}}; }  // more than one task has, and fewer
+  static bool has_tables(Config const&) { return true; }
+  template <class S> struct Inputs {
+    Whole<S, 1> offsets;  // [E + 1]
+    Held<S, 2> probabilities;  // [N, E]
+    HYBRIDATTN_FIELDS(offsets, probabilities)
+  };
+  template <class S> struct Outputs {
+    OfType<S, double, 2> sums;  // [2, E]
+    HYBRIDATTN_FIELDS(sums)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{c.experts + 1}, {s.tokens(), c.experts}}; }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const&) { return {{2, c.experts}}; }
+  static bool starts_from(Config const&, std::string_view result) { return result == "sums"; }
+  static void draw(Config const&, Sequences const&, Random&, HostGroup& inputs) {
+    Random random{Seed{1}, "offsets"};
+    double last = 0;
+    set_each(inputs.at("offsets"), [&] { return std::exchange(last, last + static_cast<double>(random.below(9))); });
+  }
+  template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    On<ExpertUse, B>::forward(backend, x.offsets, x.probabilities, y.sums);
+  }
+};
+
+// Of one layer: sums by ExpertUse, and the gradient of a probability the same for every token.
+template <> struct Operation<BalanceLoss> : PlainOperation {
+  struct Config {
+    Index experts = 0;
+    double coefficient = 0, d_value = 0;
+  };
+  using Use = Operation<ExpertUse>;
+  static std::vector<Config> sizes() { return {{21, 0.3}, {4, 1.5}}; }
+  static bool has_tables(Config const&) { return true; }
+  template <class S> using Inputs = Use::Inputs<S>;
+  template <class S> struct Outputs {
+    OfType<S, double, 1> value;  // [1]
+    HYBRIDATTN_FIELDS(value)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return Use::inputs({c.experts}, s); }
+  static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
+  static bool starts_from(Config const&, std::string_view result) { return result == "value"; }
+  static Config with_upstream(Config c, HostGroup const& d_outputs) {
+    c.d_value = d_outputs.at("value").values[0];
+    return c;
+  }
+  static void draw(Config const& c, Sequences const& s, Random& random, HostGroup& inputs) { Use::draw({c.experts}, s, random, inputs); }
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    auto const sums = sums_of<B, T>(backend, c, x);
+    On<BalanceLoss, B>::forward(backend, c.coefficient, s.tokens(), in(sums), y.value);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>>,
+                       Inputs<Out<T>> d_x) {
+    auto const sums = sums_of<B, T>(backend, c, x);
+    Tensor<T, 1, B> d_probability{backend, {c.experts}};
+    On<BalanceLoss, B>::backward(backend, c.coefficient, s.tokens(), in(sums), c.d_value, out(d_probability));
+    detail::copy_rows<T>(backend, in(d_probability), d_x.probabilities);
+  }
+
+ private:
+  template <class B, class T> static Tensor<double, 2, B> sums_of(B& backend, Config const& c, Inputs<In<T>> x) {
+    auto sums = zeros<double>(backend, Shape<2>{2, c.experts});
+    On<ExpertUse, B>::forward(backend, x.offsets, x.probabilities, out(sums));
+    return sums;
+  }
+};
+
+// ---- the optimizer
+
+// One tensor of parameters, in more blocks than one.
+struct AdamWOperation : PlainOperation {
+  struct Config {
+    Index count = 0;
+    double rate = 0;
+  };
+  static std::vector<Config> sizes() { return {{AdamWTensor<float>::block + 5, 0.01}, {7, 0}}; }
+  template <class S> struct Inputs {
+    Held<S, 1> g;
+    HYBRIDATTN_FIELDS(g)
+  };
+  static Inputs<Shapes> inputs(Config const& c, Sequences const&) { return {{c.count}}; }
+  template <class E, class B> static Tensor<E, 1, B> on_machine(B& backend, E const& element) {
+    Tensor<E, 1, B> tensor{backend, {1}};
+    upload(backend, std::vector<E>{element}, tensor);
+    return tensor;
+  }
+  static AdamWRates rates(Config const& c) { return {c.rate, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05, 0.7}; }
+};
+
+template <> struct Operation<AdamWSquares> : AdamWOperation {
+  template <class S> struct Outputs {
+    OfType<S, double, 1> squares;  // [1]
+    HYBRIDATTN_FIELDS(squares)
+  };
+  static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    auto const table = on_machine(backend, AdamWTensor<T>{nullptr, x.g.data, nullptr, nullptr, c.count, 0});
+    On<AdamWSquares, B>::forward(backend, in(table), y.squares);
+  }
+};
+
+// The step, and whether its check finds a fault.
+template <> struct Operation<AdamWStep> : AdamWOperation {
+  template <class S> struct Outputs {
+    Held<S, 1> p, m, v;
+    OfType<S, StepFault, 1> found;  // [1]
+    HYBRIDATTN_FIELDS(p, m, v, found)
+  };
+  static Outputs<Shapes> outputs(Config const& c, Sequences const&) { return {{c.count}, {c.count}, {c.count}, {1}}; }
+  static bool starts_from(Config const&, std::string_view result) { return result != "found"; }
+  static void draw(Config const&, Sequences const&, Random&, HostGroup& inputs) {
+    for (double& v : inputs.at("v before").values) v = std::abs(v);
+  }
+  template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
+    auto const table = on_machine(backend, AdamWTensor<T>{y.p.data, x.g.data, y.m.data, y.v.data, c.count, 0});
+    auto const its_rates = on_machine(backend, rates(c));
+    auto const numbers = on_machine(backend, StepNumbers{});
+    On<AdamWCheck, B>::forward(backend, in(table), in(its_rates), in(numbers), y.found);
+    On<AdamWStep, B>::forward(backend, in(table), in(its_rates), in(numbers));
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
+
+  // Changes the reference. Returns the factor e^(old - next) for everything that was weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
+  }
+  // Adds the scores of another part. Returns both factors, for the sums that the weights of either part were used in.
+  struct Factors {
+    V own, other;
+  };
+  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
+    total += other.total;
+    return factors;
+  }
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
 // ==== hybridattn/attention/cpu_rows.hpp
 // What attention of one query is made of on the CPU: products with rows that are read where they are, entries of a head
 // standing in the lanes.
@@ -4097,381 +7660,6 @@ struct Keys {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
-#endif
-
-// ==== hybridattn/ops/arithmetic/arithmetic.hpp
-// Element by element: what models need between the larger operations. No backward of their own.
-#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
-#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-struct Fill {};          // forward(backend, value, y)      y = value
-struct Add {};           // forward(backend, x, y)          y += x
-struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
-struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
-
-template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
-  Tensor<T, Rank, B> x{backend, shape};
-  On<Fill, B>::forward(backend, T(0), flat(out(x)));
-  return x;
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/arithmetic/cpu.hpp
-#ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
-#define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <> struct On<Fill, Cpu> {
-  template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) { std::fill(y.data + first, y.data + last, value); });
-  }
-};
-
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
-    });
-  }
-};
-
-template <> struct On<AddWeighted, Cpu> {
-  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
-    sum(0) += weight * static_cast<double>(loss(0));
-  }
-};
-
-template <> struct On<AllFinite, Cpu> {
-  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/ops/gate/gate.hpp
-// One tensor opens or closes another, element by element.
-//   Swiglu (arXiv 2002.05202):  y = silu(gate) up, or silu(gate) without up
-//       d_gate = d_y up silu'(gate)      d_up = d_y silu(gate)
-//   SigmoidGate:  y = x sigmoid(z)
-//       d_x = d_y sigmoid(z)             d_z = d_y x sigmoid(z) (1 - sigmoid(z))
-#ifndef HYBRIDATTN_OPS_GATE_GATE_HPP
-#define HYBRIDATTN_OPS_GATE_GATE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward(backend, gate, up, y);   backward(backend, gate, up, d_y, d_gate, d_up)     up and d_up may be empty
-struct Swiglu {};
-//   forward(backend, x, z, y);       backward(backend, x, z, d_y, d_x, d_z)
-struct SigmoidGate {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/gate/cpu.hpp
-#ifndef HYBRIDATTN_OPS_GATE_CPU_HPP
-#define HYBRIDATTN_OPS_GATE_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <> struct On<Swiglu, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
-        s.put(y.data, up.empty() ? silu : silu * s.get(up.data));
-      });
-    });
-  }
-  template <class T>
-  static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
-    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const x = s.get(gate.data), dy = s.get(d_y.data), open = cpu::sigmoid<T>(x);
-        cpu::Vec<T> const slope = open * (T(1) + x * (T(1) - open));
-        if (up.empty()) {
-          s.put(d_gate.data, dy * slope);
-        } else {
-          s.put(d_gate.data, dy * s.get(up.data) * slope);
-          s.put(d_up.data, dy * x * open);
-        }
-      });
-    });
-  }
-};
-
-template <> struct On<SigmoidGate, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
-    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::for_each_vector<T>(
-          first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
-    });
-  }
-  template <class T>
-  static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
-    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
-      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const open = cpu::sigmoid<T>(s.get(z.data)), dy = s.get(d_y.data);
-        s.put(d_x.data, dy * open);
-        s.put(d_z.data, dy * s.get(x.data) * open * (T(1) - open));
-      });
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/ops/rms_norm/rms_norm.hpp
-// RMSNorm over the last axis (arXiv 1910.07467), one row at a time:
-//   y = x rstd w (plain) or x rstd (1 + w) (zero-centred),   rstd = (mean x^2 + eps)^-1/2
-//   with g = d_y w (or d_y (1 + w)) and xh = x rstd:   d_x = rstd (g - xh mean(g xh))      d_w = sum d_y xh
-// and its gated form, norm before gate, as in Gated DeltaNet:   y = x rstd w silu(z)
-#ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
-#define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-enum class NormWeight { plain, zero_centred };
-
-//   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
-struct RmsNorm {
-  struct Options {
-    NormWeight weight = NormWeight::zero_centred;
-    double eps = 1e-6;
-  };
-};
-
-//   forward (backend, eps, x, z, w, y)                     an empty z: no gate
-//   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
-struct GatedRmsNorm {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/backend/cpu/sum_rows.hpp
-// Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
-#define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
-template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
-  Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
-  Scratch<T> const partial{cpu, blocks * C};
-  View<T, 2> const sums{partial.data(), {blocks, C}};
-  parallel_for(cpu, blocks, [&](Index block, int) {
-    std::fill_n(sums.row(block), C, T(0));
-    for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
-  });
-  std::fill_n(total.data, C, T(0));
-  for (Index block = 0; block < blocks; ++block)
-    for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/ops/rms_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace cpu::detail {
-
-template <class T> T row_rstd(T const* x, Index C, double eps) {
-  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-    Vec<T> const v = s.get(x);
-    return v * v;
-  });
-  return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
-}
-
-}  // namespace cpu::detail
-
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
-    Index const C = x.extent(1);
-    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
-        cpu::for_each_vector<T>(
-            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w, Into into) {
-    Index const C = x.extent(1);
-    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
-      T const along = cpu::sum_vectors<T>(
-                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
-                      rstd / static_cast<T>(C);
-      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
-        s.put(sum, s.get(sum) + dy * xh);
-        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
-        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
-      });
-    });
-  }
-};
-
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
-    Index const C = x.extent(1);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, eps);
-        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-          cpu::Vec<T> normed = s.get(row) * rstd * s.get(w.data);
-          if (!z.empty()) {
-            cpu::Vec<T> const gate = s.get(z.row(n));
-            normed *= gate * cpu::sigmoid<T>(gate);
-          }
-          s.put(y.row(n), normed);
-        });
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
-                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
-    Index const C = x.extent(1);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
-      T* const d_xn = d_x.row(n);
-      // First d_xn holds d of the normed row: d_y w silu(z).
-      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const xh = s.get(xn) * rstd, wide = s.get(w.data);
-        cpu::Vec<T> dy = s.get(d_yn);
-        if (!z.empty()) {
-          cpu::Vec<T> const gate = s.get(z.row(n)), open = cpu::sigmoid<T>(gate);
-          s.put(d_z.row(n), dy * xh * wide * (open * (T(1) + gate * (T(1) - open))));
-          dy *= gate * open;
-        }
-        s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_xn, dy * wide);
-      });
-      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
-                      static_cast<T>(C);
-      cpu::for_each_vector<T>(
-          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/ops/rope/rope.hpp
-// Rotary positions (arXiv 2104.09864): pair number i of a head turns by position * theta^(-2i / rotary_dim).
-// Pairs are (i, i + rotary_dim/2), or (2i, 2i + 1) when interleaved; entries from rotary_dim on stay as they are.
-// Backward turns back.
-#ifndef HYBRIDATTN_OPS_ROPE_ROPE_HPP
-#define HYBRIDATTN_OPS_ROPE_ROPE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
-//                                                            nothing for row n of token n; y may be x
-//   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
-// They throw on a rotary_dim that is odd or does not fit the head.
-struct Rope {
-  struct Options {
-    Index rotary_dim = 0;
-    double theta = 10000;
-    bool interleaved = false;
-  };
-};
-//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
-//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
-struct RopeAngles {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/rope/cpu.hpp
-#ifndef HYBRIDATTN_OPS_ROPE_CPU_HPP
-#define HYBRIDATTN_OPS_ROPE_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace cpu::detail {
-inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
-}  // namespace cpu::detail
-
-template <> struct On<RopeAngles, Cpu> {
-  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
-    check_positive("Rope", "theta", o.theta);
-    Index const half = angles.extent(2);
-    cpu::Scratch<double> const frequencies{cpu, half};
-    for (Index i = 0; i < half; ++i)
-      frequencies.data()[i] = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
-    parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index row = first; row < last; ++row)
-        for (Index i = 0; i < half; ++i) {
-          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
-          angles(row, 0, i) = static_cast<T>(std::cos(angle));
-          angles(row, 1, i) = static_cast<T>(std::sin(angle));
-        }
-    });
-  }
-};
-
-template <> struct On<Rope, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
-                      View<T, 3> y) {
-    turn(cpu, o, angles, positions, x, y, T(1));
-  }
-  template <class T>
-  static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
-                       View<T, 3> d_x) {
-    turn(cpu, o, angles, positions, d_y, d_x, T(-1));
-  }
-
- private:
-  template <class T>
-  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
-                   View<T, 3> y, T direction) {
-    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
-          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
-    Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        Index const row = cpu::detail::row_of(positions, n);
-        T const *cosine = half == 0 ? nullptr : angles.row(row, 0), *sine = half == 0 ? nullptr : angles.row(row, 1);
-        for (Index h = 0; h < x.extent(1); ++h) {
-          T const* from = x.row(n, h);
-          T* to = y.row(n, h);
-          for (Index i = 0; i < half; ++i) {
-            T const a = from[i * step], b = from[i * step + partner], s = direction * sine[i];
-            to[i * step] = a * cosine[i] - b * s;
-            to[i * step + partner] = b * cosine[i] + a * s;
-          }
-          for (Index d = o.rotary_dim; d < x.extent(2); ++d) to[d] = from[d];
-        }
-      }
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/attention/heads.hpp
@@ -4786,178 +7974,6 @@ void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, 
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
-#endif
-
-// ==== hybridattn/backend/cpu/tile.hpp
-// The register tile: the one loop in which the library multiplies matrices on the CPU.
-#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
-#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
-// exchanged by exchanging the strides, so a transposed operand costs nothing.
-template <class T> struct Scalars {
-  T const* data;
-  Index row, depth;
-};
-// A matrix read by vectors: row k of the columns starts at data + k * depth.
-template <class T> struct Columns {
-  T const* data;
-  Index depth;
-};
-
-// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
-// using a smaller one.
-template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
-  }
-  for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[std::size_t{NV}];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
-    HYBRIDATTN_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      T const x = a.data[r * a.row + k * a.depth];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
-    }
-  }
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/ops/top_k/top_k.hpp
-// The k largest scores of a row, exactly: an order on (score, index) and no approximation.
-//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
-//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
-//   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
-#ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
-#define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
-struct TopK {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/top_k/cpu.hpp
-#ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
-#define HYBRIDATTN_OPS_TOP_K_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace cpu {
-
-// One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
-// counts the larger keys, a vector at a time; it ends as soon as a bound has exactly k keys above it, after about 16 steps
-// of 32 when scores are random.
-template <class T> class RowTopK {
- public:
-  using Key = typename BitsOf<T>::type;
-  // Keys that a row of n scores needs room for.
-  static Index scratch(Index n) { return round_up(n, lanes<T>); }
-
-  RowTopK(T const* scores, Index n, Key* keys) : keys_(keys), n_(n) {
-    Mask<T> largest = broadcast_key(lowest);
-    for_each_vector<T>(0, n, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      Mask<T> key = ordered(s.get(scores));
-      if (s.count < lanes<T>) key = lane_numbers<T>() < static_cast<Key>(s.count) ? key : broadcast_key(lowest);
-      largest = key > largest ? key : largest;
-      store<Key>(keys_ + s.i, key);
-    });
-    for (int lane = 0; lane < lanes<T>; ++lane) largest_ = std::max(largest_, static_cast<Key>(largest[lane]));
-  }
-
-  // k <= n of them, ascending.
-  void select(Index k, std::int32_t* indices) const {
-    Bound const bound = find(k);
-    Index const tied = end_of_ties(bound);
-    Index chosen = 0, i = 0;
-    for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
-    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
-  }
-
- private:
-  // The chosen keys: those above `key`, and the first `ties` of those equal to it.
-  struct Bound {
-    Key key;
-    Index ties;
-  };
-  static constexpr Key lowest = std::numeric_limits<Key>::min();   // no score: padding
-
-  static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
-  // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
-  static Mask<T> ordered(Vec<T> x) {
-    constexpr int sign = 8 * sizeof(Key) - 1;
-    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> sign) & std::numeric_limits<Key>::max());
-    return x == x ? key : broadcast_key(lowest + 1);
-  }
-
-  // Without a branch: what is not chosen is overwritten by the next.
-  HYBRIDATTN_INLINE Index take(Index i, Key above, std::int32_t* indices, Index chosen) const {
-    indices[chosen] = static_cast<std::int32_t>(i);
-    return chosen + (keys_[i] > above);
-  }
-  // Behind the last tie that is chosen.
-  Index end_of_ties(Bound bound) const {
-    Index i = 0;
-    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
-    return i;
-  }
-  Index count_above(Key bound) const {
-    Mask<T> count{};
-    for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;
-    return static_cast<Index>(sum<Key>(count));
-  }
-  Bound find(Index k) const {
-    Key low = lowest, high = largest_;   // more than k keys are above low, or all; fewer than k above high
-    Index above = 0;                     // high
-    while (high > low + 1) {
-      Key const middle = std::midpoint(low, high);
-      Index const count = count_above(middle);
-      if (count == k) return {middle, 0};
-      low = count > k ? middle : low;
-      high = count > k ? high : middle;
-      above = count > k ? above : count;
-    }
-    return {high, k - above};
-  }
-
-  Key* keys_;
-  Index n_;
-  Key largest_ = lowest;
-};
-
-}  // namespace cpu
-
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
-    using Row = cpu::RowTopK<T>;
-    Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
-    Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
-    auto const keys = out(scratch);
-    parallel_for(cpu, scores.extent(0), [&](Index r, int thread) {
-      if (chosen > 0) Row{scores.row(r), n, keys.row(thread)}.select(chosen, indices.row(r));
-      std::fill(indices.row(r) + chosen, indices.row(r) + k, -1);
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_indexer.hpp
@@ -5567,73 +8583,6 @@ template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/layer_norm/layer_norm.hpp
-// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
-//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
-#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
-#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, eps, x, w, b, y)
-//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
-struct LayerNorm {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/layer_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
-        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
-                       View<T, 1> d_b) {
-    Index const C = x.extent(1);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      auto const [mean, rstd] = moments(x.row(n), C, eps);
-      T g_mean = 0, along = 0;
-      for (Index c = 0; c < C; ++c) {
-        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
-        g_mean += g / static_cast<T>(C);
-        along += g * xh / static_cast<T>(C);
-        sum[c] += d_y(n, c) * xh;
-      }
-      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
-    });
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
-      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
-    });
-  }
-
- private:
-  template <class T> struct Moments {
-    T mean, rstd;
-  };
-  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
-    T mean = 0, variance = 0;
-    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
-    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
-    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/attention/dsa/steps.hpp
@@ -7955,292 +10904,6 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
-// Short depthwise causal convolution, one filter a channel, silu after it:
-//   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
-//   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
-// What stands before a sequence is its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
-// final state. A sequence never sees its neighbour.
-#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
-#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-enum class Activation { none, silu };
-
-//   forward (backend, activation, sequences, x, w, initial_state, y, final_state)     x, y [N, C], w [C, W]
-//   backward(backend, activation, sequences, x, w, initial_state, d_y, d_final_state, d_x, d_w, d_initial_state)
-// States are [number of sequences, W - 1, C] or empty; forward's final_state may be its initial_state. W = 0 is no
-// convolution: y = silu(x). Backward overwrites everything.
-struct CausalConv1d {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/causal_conv1d/cpu.hpp
-#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
-#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace cpu::detail {
-
-// The inputs of a convolution as rows: of x, of the initial state, or nothing.
-template <class T> struct ConvRows {
-  View<T const, 2> x;
-  View<T const, 3> initial_state;
-  Index width;
-
-  // The row `back` tokens before token n, which has `position` tokens of sequence `owner` before it in x; null for zeros.
-  T const* at(Index n, Index position, Index owner, Index back) const {
-    if (back <= position) return x.row(n - back);
-    return initial_state.empty() ? nullptr : initial_state.row(owner, width - 1 - (back - position));
-  }
-};
-
-}  // namespace cpu::detail
-
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
-    Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
-    View<T const, 2> const taps = taps_of(w, out(taps_storage));
-    cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        convolve(rows, taps, s, n, y.row(n));
-        if (activation == Activation::silu) silu_row(y.row(n), x.extent(1));
-      }
-    });
-    if (!final_state.empty()) keep_last(s, rows, final_state);
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
-                       View<T, 3> d_initial_state) {
-    Index const C = x.extent(1), W = w.extent(1);
-    Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
-    View<T const, 2> const taps = taps_of(w, out(taps_storage));
-    View<T, 2> const d_s = out(d_s_storage), d_taps = out(d_taps_storage);
-    cpu::detail::ConvRows<T> const rows{x, initial_state, W};
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        convolve(rows, taps, s, n, d_s.row(n));
-        through_activation(activation, d_y.row(n), d_s.row(n), C);
-      }
-    });
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) gradient_row(s, taps, View<T const, 2>(d_s), d_final_state, n, d_x.row(n));
-    });
-    if (W > 0) {
-      cpu::sum_over_rows<T>(cpu, x.extent(0), flat(d_taps), [&](Index n, T* sum) { add_taps(rows, s, n, d_s.row(n), sum); });
-      for (Index c = 0; c < C; ++c)
-        for (Index tap = 0; tap < W; ++tap) d_w(c, tap) = d_taps(tap, c);
-    }
-    if (!d_initial_state.empty()) initial_gradient(s, taps, View<T const, 2>(d_s), d_final_state, d_initial_state);
-  }
-
- private:
-  static Index position_of(Sequences const& s, Index n) { return n - s[static_cast<std::size_t>(s.owners()(n))].start; }
-  // Filters by tap, so that channels are neighbours.
-  template <class T> static View<T, 2> taps_of(View<T const, 2> w, View<T, 2> taps) {
-    for (Index c = 0; c < w.extent(0); ++c)
-      for (Index tap = 0; tap < w.extent(1); ++tap) taps(tap, c) = w(c, tap);
-    return taps;
-  }
-  template <class T>
-  static void convolve(cpu::detail::ConvRows<T> const& rows, View<T const, 2> taps, Sequences const& s, Index n, T* y) {
-    Index const C = rows.x.extent(1), W = rows.width;
-    if (W == 0) {
-      std::copy_n(rows.x.row(n), C, y);
-      return;
-    }
-    Index const owner = s.owners()(n), position = position_of(s, n);
-    std::fill_n(y, C, T(0));
-    for (Index tap = 0; tap < W; ++tap)
-      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(taps.row(tap), row, y, C);
-  }
-  template <class T> static void add_product(T const* a, T const* b, T* y, Index C) {
-    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) + v.get(a) * v.get(b)); });
-  }
-  template <class T> static void silu_row(T* y, Index C) {
-    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) * cpu::sigmoid<T>(v.get(y))); });
-  }
-  // d_s holds s and becomes d_y silu'(s).
-  template <class T> static void through_activation(Activation activation, T const* d_y, T* d_s, Index C) {
-    if (activation == Activation::none) {
-      std::copy_n(d_y, C, d_s);
-      return;
-    }
-    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> const s = v.get(d_s), open = cpu::sigmoid<T>(s);
-      v.put(d_s, v.get(d_y) * (open * (T(1) + s * (T(1) - open))));
-    });
-  }
-  template <class T>
-  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
-                           T* d_x) {
-    Index const C = d_s.extent(1), W = taps.extent(0);
-    if (W == 0) {
-      std::copy_n(d_s.row(n), C, d_x);
-      return;
-    }
-    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - position_of(s, n);
-    std::fill_n(d_x, C, T(0));
-    for (Index ahead = 0; ahead < std::min(W, after + 1); ++ahead) add_product(taps.row(W - 1 - ahead), d_s.row(n + ahead), d_x, C);
-    if (!d_final_state.empty() && after < W - 1) axpy(T(1), d_final_state.row(owner, W - 2 - after), d_x, C);
-  }
-  template <class T> static void add_taps(cpu::detail::ConvRows<T> const& rows, Sequences const& s, Index n, T const* d_s, T* sum) {
-    Index const C = rows.x.extent(1), W = rows.width, position = position_of(s, n), owner = s.owners()(n);
-    for (Index tap = 0; tap < W; ++tap)
-      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
-  }
-  // Row j of a state is the input W - 1 - j tokens before the end.
-  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
-    for (Index i = 0; i < s.count(); ++i)
-      for (Index j = 0; j < rows.width - 1; ++j) {
-        Sequence const q = s[static_cast<std::size_t>(i)];
-        T const* row = rows.at(q.start + q.length, q.length, i, rows.width - 1 - j);
-        T* const to = final_state.row(i, j);   // in place, where an empty sequence keeps its rows
-        if (row == nullptr) std::fill_n(to, rows.x.extent(1), T(0));
-        else if (row != to) std::copy_n(row, rows.x.extent(1), to);
-      }
-  }
-  // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
-  template <class T>
-  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
-                               View<T, 3> d_initial_state) {
-    Index const C = d_s.extent(1), W = taps.extent(0);
-    for (Index i = 0; i < s.count(); ++i)
-      for (Index j = 0; j < W - 1; ++j) {
-        Sequence const q = s[static_cast<std::size_t>(i)];
-        T* const d = d_initial_state.row(i, j);
-        std::fill_n(d, C, T(0));
-        for (Index t = 0; t < std::min(j + 1, q.length); ++t) add_product(taps.row(j - t), d_s.row(q.start + t), d, C);
-        if (!d_final_state.empty() && j >= q.length) axpy(T(1), d_final_state.row(i, j - q.length), d, C);
-      }
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/ops/gdn_gate/gdn_gate.hpp
-// The gates of Gated DeltaNet, from their projections a and b:
-//   g = -exp(a_log) softplus(a + dt_bias)      beta = range sigmoid(b), range 1 or 2
-//   d_a = d_dt_bias = -exp(a_log) sigmoid(a + dt_bias) d_g      d_a_log = sum d_g g      d_b = beta (1 - beta / range) d_beta
-#ifndef HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
-#define HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
-//   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
-struct GdnGate {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/gdn_gate/cpu.hpp
-#ifndef HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
-#define HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Plain loops: one number a head and token.
-template <> struct On<GdnGate, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                      View<T, 2> g, View<T, 2> beta) {
-    parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n)
-        for (Index h = 0; h < a.extent(1); ++h) {
-          g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
-          beta(n, h) = range * sigmoid(b(n, h));
-        }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
-                       View<T, 1> d_dt_bias) {
-    cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
-      for (Index h = 0; h < a.extent(1); ++h) {
-        T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
-        d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
-        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
-        sum[h] += rate * softplus(shifted) * d_g(n, h);
-      }
-    });
-    cpu::sum_over_rows<T>(cpu, a.extent(0), d_dt_bias, [&](Index n, T* sum) {
-      for (Index h = 0; h < a.extent(1); ++h) sum[h] += d_a(n, h);
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/ops/l2_norm/l2_norm.hpp
-// Rows of length one: y = x rnorm,  rnorm = (sum x^2 + eps)^-1/2;   d_x = rnorm (d_y - y (y . d_y)).  A row of zeros stays zero.
-#ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
-#define HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, x, y)            x, y [N, C]
-//   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
-struct L2Norm {
-  static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/l2_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_L2_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_L2_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <> struct On<L2Norm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
-    Index const C = x.extent(1);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *row = x.row(n), rnorm = inverse_norm(row, C);
-        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rnorm); });
-      }
-    });
-  }
-
-  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
-    Index const C = x.extent(1);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *xn = x.row(n), *d_yn = d_y.row(n), rnorm = inverse_norm(xn, C);
-        T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); }) * rnorm;
-        cpu::for_each_vector<T>(
-            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along)); });
-      }
-    });
-  }
-
- private:
-  template <class T> static T inverse_norm(T const* x, Index C) {
-    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> const v = s.get(x);
-      return v * v;
-    });
-    return cpu::inverse_root(squares + static_cast<T>(L2Norm::eps));
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
 // ==== hybridattn/attention/gdn/steps.hpp
 // Around the gated delta rule in a layer: short convolutions, lengths and gates before it, a gated norm after it.
 //   q, k = l2_norm(silu(conv(raw)))      v = silu(conv(raw))      g, beta from their projections (ops/gdn_gate)
@@ -9005,10 +11668,10 @@ template <FullOptions O> struct Reference<FullAttention<O>> {
 };
 template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
   static constexpr bool overflows_like_loops = true;
-  // The options are values to the kernels: other windows need not see every head dim again.
+  // The options are values to the kernels: other windows need not see every head dim again. Heads of 12 fill no vector.
   static std::vector<full::Config> sizes() {
     std::vector<full::Config> list{
-        {.num_heads = 2, .num_kv_heads = 1, .head_dim = 8}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
+        {.num_heads = 2, .num_kv_heads = 1, .head_dim = 12}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
     if (O.window == 0) {
       list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16});
       list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
@@ -9027,7 +11690,7 @@ template <GdnOptions O> struct Reference<GatedDeltaNet<O>> {
 template <GdnOptions O> struct Samples<GatedDeltaNet<O>> : GatedSamples<GatedDeltaNet<O>> {
   using P = GatedDeltaNet<O>;
   static std::vector<gdn::Config> sizes() {
-    return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 8, .value_dim = 16},
+    return {{.num_heads = 1, .num_value_heads = 2, .key_dim = 12, .value_dim = 20},
             {.num_heads = 2, .num_value_heads = 4, .key_dim = 16, .value_dim = 8},
             {.num_heads = 2, .key_dim = 32},
             {.num_heads = 1, .num_value_heads = 2, .key_dim = 64},
@@ -9059,7 +11722,7 @@ template <SparseOptions O> struct Reference<SparseAttention<O>> {
 template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<SparseAttention<O>> {
   using P = SparseAttention<O>;
   static std::vector<dsa::Config> sizes() {
-    std::vector<dsa::Config> list{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .index_heads = 2, .index_dim = 4, .index_scale = 0.5},
+    std::vector<dsa::Config> list{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 12, .index_heads = 2, .index_dim = 4, .index_scale = 0.5},
                                   {.num_heads = 2, .head_dim = 32, .index_scale = 0.25},
                                   {.num_heads = 1, .head_dim = 128, .index_dim = 32}};
     if (O.top_k == SparseOptions{}.top_k) {   // the default; as for windows
@@ -9101,7 +11764,7 @@ template <SparseOptions O> struct Choices<SparseAttention<O>> {
 #endif
 
 // ==== hybridattn/testing.hpp
-// The door to the laws: for the library's policies and for yours, on any backend. It needs no test framework.
+// The door to the laws: for the policies and operations of the library and for yours, on any backend. It needs no test framework.
 #ifndef HYBRIDATTN_TESTING_HPP
 #define HYBRIDATTN_TESTING_HPP
 

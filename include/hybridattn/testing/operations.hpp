@@ -559,14 +559,16 @@ template <> struct Operation<SoftmaxLoss> : LossOperation {
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.vocabulary}, {s.tokens()}}; }
   static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
   template <class B, class T> static void forward(B& backend, Config const&, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    On<SoftmaxLoss, B>::forward(backend, x.logits, x.targets, 0.0, View<T, 2>{}, y.loss);
+    On<SoftmaxLoss, B>::forward(backend, x.logits, x.targets, View<double const, 1>{}, View<T, 2>{}, y.loss);
   }
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>>,
                        Inputs<Out<T>> d_x) {
     Tensor<LossSum, 1, B> again{backend, {1}};
     On<Fill, B>::forward(backend, LossSum{}, out(again));
-    On<SoftmaxLoss, B>::forward(backend, x.logits, x.targets, c.scale, d_x.logits, out(again));
+    Tensor<double, 1, B> scale{backend, {1}};
+    On<Fill, B>::forward(backend, c.scale, out(scale));
+    On<SoftmaxLoss, B>::forward(backend, x.logits, x.targets, in(scale), d_x.logits, out(again));
   }
 };
 
@@ -593,7 +595,9 @@ template <> struct Operation<CrossEntropy> : LossOperation {
                        Inputs<Out<T>> d_x) {
     Tensor<LossSum, 1, B> again{backend, {1}};
     On<Fill, B>::forward(backend, LossSum{}, out(again));
-    On<CrossEntropy, B>::backward(backend, x.x, x.w, x.targets, c.scale, d_x.x, d_x.w, out(again));
+    Tensor<double, 1, B> scale{backend, {1}};
+    On<Fill, B>::forward(backend, c.scale, out(scale));
+    On<CrossEntropy, B>::backward(backend, x.x, x.w, x.targets, in(scale), d_x.x, d_x.w, out(again));
   }
 };
 
