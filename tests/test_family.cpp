@@ -118,7 +118,7 @@ TEST_CASE("a family defined outside the library is read, saved and read again") 
   ha::Cpu cpu{1};
   CHECK(hf::pattern(scratch.path(), reading) == "CPP");
   made_up::Model const model{hf::config<made_up::Model>(scratch.path(), reading)};
-  CHECK(model.config().mixer<made_up::Picky>().index_dim == 8);
+  CHECK(model.config().policy<made_up::Picky>().index_dim == 8);
   CHECK(model.config().feed_forward.hidden_dim == 24);
   auto const params = hf::load<float>(cpu, model, scratch.path(), reading);
 
