@@ -26,10 +26,10 @@ done <<'MISTAKES'
 6|pass what initialize() returned
 7|pass std::move(saved)
 8|this policy cannot decode: give it Cache<S> and cache(config, batch, capacity)
-9|the stack has no layer of this policy: ask for one of its policies, with the very options it has there
-10|the stack has no layer of this policy: ask for one of its policies, with the very options it has there
-11|Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>
-12|Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>
+9|the stack has no layer of this policy: ask for one of its policies, with exactly the same options
+10|the stack has no layer of this policy: ask for one of its policies, with exactly the same options
+11|Repeat: the number of repetitions must be at least 1: Repeat<3, GDN, Full>
+12|Repeat: the number of repetitions must be at least 1: Repeat<3, GDN, Full>
 MISTAKES
 
 # Options that no policy can have, and those at the edge of what it can have.

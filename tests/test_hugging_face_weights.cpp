@@ -386,8 +386,8 @@ TEST_CASE("an index is JSON, or the error says what it is") {
   says("{", "line 1, column 2: not JSON: it ends too early");
   says("{}", "there is no weight_map");
   says(R"({"weight_map": []})", "weight_map is not a JSON object");
-  says(R"({"weight_map": {"a": "x", "a": "y"}})", "the key 'a' stands twice");
-  says(R"({"weight_map": {}, "weight_map": {}})", "the key 'weight_map' stands twice");
+  says(R"({"weight_map": {"a": "x", "a": "y"}})", "the key 'a' occurs twice");
+  says(R"({"weight_map": {}, "weight_map": {}})", "the key 'weight_map' occurs twice");
   says("{\"metadata\": " + std::string(100'000, '['), "nested deeper than 64 levels");
   says("version https://git-lfs.github.com/spec/v1\n", "it is no JSON, but a git-lfs pointer");
   says("<html>", "it is no JSON, but an HTML page");

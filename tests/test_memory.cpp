@@ -264,7 +264,7 @@ TEST_CASE("products and sums of sizes are exact, or an error that names them") {
   CHECK(ha::ceil_div(far, far) == 1);
   CHECK(ha::ceil_div(0, 7) == 0);
   Index const large = Index{1} << 62;
-  CHECK(says(error_of([&] { ha::size_product(large, 8); }), {"[4611686018427387904, 8]", "cannot be counted"}));
+  CHECK(says(error_of([&] { ha::size_product(large, 8); }), {"[4611686018427387904, 8]", "their product is too large"}));
   CHECK(says(error_of([&] { ha::Shape<3>{0, large, 8}.count(); }), {"[0, 4611686018427387904, 8]"}));
   CHECK(says(error_of([&] { ha::Shape<3>{large, 8, 0}.count(); }), {"[4611686018427387904, 8, 0]"}));
   CHECK(says(error_of([&] { ha::Shape<2>{-3, 8}.count(); }), {"[-3, 8]", "below 0"}));

@@ -17,7 +17,7 @@
 #include <version>
 
 // ==== hybridattn/core/config.hpp
-// What the compiler is and what it can do. The only header that asks.
+// Macros that say which compiler this is and what it can do. Only this header asks the compiler.
 #ifndef HYBRIDATTN_CORE_CONFIG_HPP
 #define HYBRIDATTN_CORE_CONFIG_HPP
 
@@ -46,17 +46,17 @@
 #define HYBRIDATTN_UNROLL
 #endif
 
-// Indices are checked in debug builds only: a view is used inside the innermost loops.
+// Indices are checked in debug builds only, because the innermost loops use views.
 #if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 0
 #elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
-// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+// The library's code depends on some compiler flags. The name of everything that it defines, except Error, has these flags in it:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
-// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
+// So object files that were compiled with different flags have different functions, and the linker merges none of them.
+// A function that takes or returns a type of the library links only between equal flags. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -98,7 +98,7 @@
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#if defined(_LIBCPP_VERSION)   // the library's types have members of the standard library's types
 #define HYBRIDATTN_ABI_STD _libcxx
 #elif defined(_GLIBCXX_DEBUG)
 #define HYBRIDATTN_ABI_STD _std_debug
@@ -111,7 +111,8 @@
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
 
-// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+// A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
+// variable's name has the variable's type.
 namespace hybridattn {
 inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 }  // namespace hybridattn
@@ -119,13 +120,13 @@ inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 #endif
 
 // ==== hybridattn/core/check.hpp
-// Errors: one clear sentence that names the offending value and the allowed ones.
+// Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
 #define HYBRIDATTN_CORE_CHECK_HPP
 
 namespace hybridattn {
 
-// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+// The only type that the library throws. Its name has no flags (HYBRIDATTN_ABI) in it, so every object file of a program can catch it.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -134,7 +135,7 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
 template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
@@ -148,7 +149,7 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 #endif
 
 // ==== hybridattn/core/sizes.hpp
-// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+// Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
 #ifndef HYBRIDATTN_CORE_SIZES_HPP
 #define HYBRIDATTN_CORE_SIZES_HPP
 
@@ -156,7 +157,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
-// What counts tokens, positions, sequences and experts in tables of int32.
+// The limit of tokens, positions, sequences and experts, whose tables hold int32.
 inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
 
 namespace detail {
@@ -169,9 +170,9 @@ namespace detail {
     negative = negative || sizes[i] < 0;
   }
   if (negative) fail("sizes [", list.str(), "]: none may be below 0");
-  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+  fail("sizes [", list.str(), "]: their product is too large; the largest number is ", std::numeric_limits<Index>::max());
 }
-// A 0 makes the product 0, but excuses no size beside it.
+// A 0 makes the product 0, but the other sizes are still checked.
 constexpr Index product(Index const* sizes, int number) {
   Index all = 1;
   bool empty = false, counts = true;
@@ -185,7 +186,7 @@ constexpr Index product(Index const* sizes, int number) {
 
 }  // namespace detail
 
-// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+// The product of sizes. Throws Error where a size is below 0, or where the product of the sizes that are not 0 is too large.
 template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
   Index const list[] = {static_cast<Index>(sizes)...};
   return detail::product(list, sizeof...(Sizes));
@@ -197,7 +198,7 @@ inline Index size_sum(Index a, Index b) {
   check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
   return total;
 }
-// How many bytes `count` elements take. Throws Error as size_product does.
+// The bytes of `count` elements. Throws Error as size_product does.
 inline std::size_t byte_count(Index count, std::size_t element) {
   Index bytes = 0;
   bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
@@ -210,7 +211,7 @@ inline std::size_t byte_count(Index count, std::size_t element) {
 #endif
 
 // ==== hybridattn/core/view.hpp
-// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+// Shapes and views. A view does not own its elements and is small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
 #define HYBRIDATTN_CORE_VIEW_HPP
 
@@ -225,9 +226,9 @@ template <int Rank> struct Shape {
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  // The number of elements. Throws Error where an extent is below 0 or the number is too large. For the host, where sizes are made.
   constexpr Index count() const { return detail::product(extent, Rank); }
-  // The same of sizes that stand in memory already.
+  // The same without checks, for tensors that exist already.
   HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
@@ -236,9 +237,9 @@ template <int Rank> struct Shape {
   friend bool operator==(Shape const&, Shape const&) = default;
 };
 
-// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
-// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
-// that nobody wants.
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so a view can be a
+// part of a packed q|k|v. An empty view has no data: its tensor is not computed or not given, because an option is off or the
+// caller does not need it.
 template <class T, int Rank> struct View {
   using Element = T;
   T* data = nullptr;
@@ -251,7 +252,7 @@ template <class T, int Rank> struct View {
     for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
-  // What is written can be read.
+  // A view for writing converts to a view for reading.
   HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
@@ -288,7 +289,7 @@ template <class T, int Rank> struct View {
   }
 };
 
-// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+// [N, ...] as the matrix [N, rest] that a linear projection reads. Contiguous views only.
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
@@ -296,7 +297,7 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
-// All elements in a line.
+// All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

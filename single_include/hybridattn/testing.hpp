@@ -39,7 +39,7 @@
 #include <version>
 
 // ==== hybridattn/core/config.hpp
-// What the compiler is and what it can do. The only header that asks.
+// Macros that say which compiler this is and what it can do. Only this header asks the compiler.
 #ifndef HYBRIDATTN_CORE_CONFIG_HPP
 #define HYBRIDATTN_CORE_CONFIG_HPP
 
@@ -68,17 +68,17 @@
 #define HYBRIDATTN_UNROLL
 #endif
 
-// Indices are checked in debug builds only: a view is used inside the innermost loops.
+// Indices are checked in debug builds only, because the innermost loops use views.
 #if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 0
 #elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
-// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+// The library's code depends on some compiler flags. The name of everything that it defines, except Error, has these flags in it:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
-// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
+// So object files that were compiled with different flags have different functions, and the linker merges none of them.
+// A function that takes or returns a type of the library links only between equal flags. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -120,7 +120,7 @@
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#if defined(_LIBCPP_VERSION)   // the library's types have members of the standard library's types
 #define HYBRIDATTN_ABI_STD _libcxx
 #elif defined(_GLIBCXX_DEBUG)
 #define HYBRIDATTN_ABI_STD _std_debug
@@ -133,7 +133,8 @@
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
 
-// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+// A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
+// variable's name has the variable's type.
 namespace hybridattn {
 inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 }  // namespace hybridattn
@@ -141,13 +142,13 @@ inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 #endif
 
 // ==== hybridattn/core/check.hpp
-// Errors: one clear sentence that names the offending value and the allowed ones.
+// Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
 #define HYBRIDATTN_CORE_CHECK_HPP
 
 namespace hybridattn {
 
-// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+// The only type that the library throws. Its name has no flags (HYBRIDATTN_ABI) in it, so every object file of a program can catch it.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -156,7 +157,7 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
 template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
@@ -170,7 +171,7 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 #endif
 
 // ==== hybridattn/core/sizes.hpp
-// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+// Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
 #ifndef HYBRIDATTN_CORE_SIZES_HPP
 #define HYBRIDATTN_CORE_SIZES_HPP
 
@@ -178,7 +179,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
-// What counts tokens, positions, sequences and experts in tables of int32.
+// The limit of tokens, positions, sequences and experts, whose tables hold int32.
 inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
 
 namespace detail {
@@ -191,9 +192,9 @@ namespace detail {
     negative = negative || sizes[i] < 0;
   }
   if (negative) fail("sizes [", list.str(), "]: none may be below 0");
-  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+  fail("sizes [", list.str(), "]: their product is too large; the largest number is ", std::numeric_limits<Index>::max());
 }
-// A 0 makes the product 0, but excuses no size beside it.
+// A 0 makes the product 0, but the other sizes are still checked.
 constexpr Index product(Index const* sizes, int number) {
   Index all = 1;
   bool empty = false, counts = true;
@@ -207,7 +208,7 @@ constexpr Index product(Index const* sizes, int number) {
 
 }  // namespace detail
 
-// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+// The product of sizes. Throws Error where a size is below 0, or where the product of the sizes that are not 0 is too large.
 template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
   Index const list[] = {static_cast<Index>(sizes)...};
   return detail::product(list, sizeof...(Sizes));
@@ -219,7 +220,7 @@ inline Index size_sum(Index a, Index b) {
   check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
   return total;
 }
-// How many bytes `count` elements take. Throws Error as size_product does.
+// The bytes of `count` elements. Throws Error as size_product does.
 inline std::size_t byte_count(Index count, std::size_t element) {
   Index bytes = 0;
   bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
@@ -232,7 +233,7 @@ inline std::size_t byte_count(Index count, std::size_t element) {
 #endif
 
 // ==== hybridattn/core/memory.hpp
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+// The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
 #ifndef HYBRIDATTN_CORE_MEMORY_HPP
 #define HYBRIDATTN_CORE_MEMORY_HPP
 
@@ -244,7 +245,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
 
-// The number in a file of the system's; nothing is limited where there is none.
+// The limit in a file of the system. Without such a file or number there is no limit.
 inline std::size_t limit_in(char const* path) {
   unsigned long long limit = 0;
   std::FILE* const file = std::fopen(path, "r");
@@ -266,14 +267,14 @@ inline std::size_t memory_of_system() {
 
 }  // namespace detail
 
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
+// Bytes of memory and swap of this machine, or the limit of this container if that is less; read once. A system that
+// promises more memory than it has (Linux does) ends the process later, when this memory is used.
 inline std::size_t machine_memory() {
   static std::size_t const bytes = detail::memory_of_system();
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+// Runs f, which takes host memory for `what`. Throws Error where memory is short; the error's sentence begins with `where`.
 template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
@@ -282,11 +283,11 @@ template <class F> decltype(auto) within_memory(std::size_t bytes, char const* w
   }
   fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
-// Before many pieces are taken one by one.
+// Throws Error if `bytes` do not fit. For a check before many small allocations.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
-// The vectors' own, for a number that a caller or a file chooses.
+// resize and reserve of a vector, for a count that a caller or a file chooses. Both throw Error where memory is short.
 template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
@@ -298,7 +299,7 @@ template <class T> void reserve(std::vector<T>& list, Index count, char const* w
 #endif
 
 // ==== hybridattn/backend/pool.hpp
-// Memory that was given back, for those who ask next.
+// A pool of freed memory blocks, for later requests.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
 #define HYBRIDATTN_BACKEND_POOL_HPP
 
@@ -319,28 +320,28 @@ struct BlockSize {
   }
 };
 
-// A block in which several tensors stand. The last one that ends gives it back.
+// A block of several tensors. The last tensor that ends frees it.
 struct SharedBlock {
   void* data = nullptr;
   std::size_t bytes = 0;
   Index tensors = 0;
 };
 
-// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+// A freed block waits for the next request of its size, so a training step after the first one allocates no memory.
 //
-// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
-// most that was in use of late, as far as nobody used it of late.
+// The pool returns waiting blocks to the system before an allocation fails, and in trim(). When it holds more than 1.5 times the
+// largest recent in_use(), it also returns waiting blocks without recent use.
 //
-// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
-// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
-// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// "Recent" means the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks counts as unused, for any number of takes in a step. Where waiting blocks serve all
+// takes, a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
 // million: no block of a step waits longer.
 class Pool {
  public:
-  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block) returns it to the system.
+  // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
   template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
-    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
@@ -363,10 +364,10 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
-  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -374,23 +375,23 @@ class Pool {
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
-  // Gives all blocks that wait back to the system.
+  // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // as it was asked for
-  std::size_t peak() const { return peak_; }       // the most of it
-  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }       // the largest in_use()
+  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
+  // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
 
  private:
   struct Waiting {
     void* block;
-    std::size_t period;   // in which it was given back
+    std::size_t period;   // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;   // the one given back last at the end
-    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+    std::vector<Waiting> waiting;   // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -400,7 +401,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -421,12 +422,12 @@ class Pool {
     peaks_[++period_ % peaks_.size()] = used_;
     release_unused(0, release);
   }
-  // For `more` bytes to come.
+  // Releases waiting blocks without recent use, to make room for `more` bytes.
   template <class Release> void release_unused(std::size_t more, Release release) {
     std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
     if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
   }
-  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  // Releases blocks that were freed before a period, the largest blocks first, until no more than `enough` bytes are held.
   template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
     for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
       auto const first = blocks->waiting.begin();
@@ -443,7 +444,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -460,17 +461,18 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class Op, class B> struct On;
 
-// What becomes of what stands where a result goes: several results may be added up in one place.
+// Whether an operation overwrites its result's old contents, or adds to them: several results may be added in one tensor.
 enum class Into { overwrite, add };
 
-// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
-// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+// A machine with memory and copies, for the layers above. take(bytes) returns a block and throws Error where memory is short.
+// give(block, bytes) frees a block and never throws. trim() returns the pool's free blocks to the system. fill sets every byte. copy
+// copies on the machine.
 //
-// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
-// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
-// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+// A backend has one stream of work: operations, copies, takes and gives run in the order of the calls. So a freed block may serve the
+// next request although earlier work still uses it. upload may return before the copy is made, but the host may change its bytes at
+// once. download and synchronise wait until all earlier work is done.
 //
-// owns(memory) says whether operations here may be given this memory.
+// owns(memory) says whether operations of this backend accept this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -485,14 +487,14 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
-// sees each argument of an operation first.
+// A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
+// is called with each argument of an operation before the operation runs.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
 
 namespace detail {
 
-// The operations of the backend inside.
+// The operations of the inner backend.
 template <class Op, class B> struct OnInner {};
 template <class Op, Wrapper B> struct OnInner<Op, B> {
   template <class Inner = typename B::Inner, class... Args>
@@ -517,15 +519,15 @@ template <class Op, Wrapper B> struct OnInner<Op, B> {
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
-// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
-// A pair without a specialisation has none of them, unless the backend wraps one that does.
+// An operation leaves out arguments that it does not need. A policy that decodes also has `extend`, see attention/policy.hpp.
+// Without a specialisation On<Op, B> has no members, unless B wraps a backend with one.
 template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/view.hpp
-// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+// Shapes and views. A view does not own its elements and is small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
 #define HYBRIDATTN_CORE_VIEW_HPP
 
@@ -540,9 +542,9 @@ template <int Rank> struct Shape {
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  // The number of elements. Throws Error where an extent is below 0 or the number is too large. For the host, where sizes are made.
   constexpr Index count() const { return detail::product(extent, Rank); }
-  // The same of sizes that stand in memory already.
+  // The same without checks, for tensors that exist already.
   HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
@@ -551,9 +553,9 @@ template <int Rank> struct Shape {
   friend bool operator==(Shape const&, Shape const&) = default;
 };
 
-// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
-// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
-// that nobody wants.
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so a view can be a
+// part of a packed q|k|v. An empty view has no data: its tensor is not computed or not given, because an option is off or the
+// caller does not need it.
 template <class T, int Rank> struct View {
   using Element = T;
   T* data = nullptr;
@@ -566,7 +568,7 @@ template <class T, int Rank> struct View {
     for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
-  // What is written can be read.
+  // A view for writing converts to a view for reading.
   HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
@@ -603,7 +605,7 @@ template <class T, int Rank> struct View {
   }
 };
 
-// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+// [N, ...] as the matrix [N, rest] that a linear projection reads. Contiguous views only.
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
@@ -611,7 +613,7 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
-// All elements in a line.
+// All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -639,8 +641,8 @@ template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
   for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
-// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
-// elsewhere: for scores of 2^30 that is e^64 in a weight.
+// scale x . y, rounded. If the compiler fused it with a subtraction, it would differ by its rounding from the same score
+// elsewhere. For scores of 2^30 this is a factor e^64 in a weight.
 template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
 // y += a x
 template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
@@ -650,7 +652,7 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
   for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
 }
 
-// Of a >= 0, up to the largest one.
+// a / b, and a as a multiple of b, rounded up. For any a >= 0.
 constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
@@ -658,7 +660,7 @@ constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 #endif
 
 // ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
 #define HYBRIDATTN_BACKEND_CPU_CPU_HPP
 
@@ -670,8 +672,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
-  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
     check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
@@ -681,24 +683,24 @@ class Cpu {
   Cpu& operator=(Cpu const&) = delete;
   ~Cpu() { trim(); }
 
-  // Throws Error inside parallel_for, whose threads cannot share the pool.
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
     return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Gives memory that nobody uses back to the system.
+  // Returns the pool's free blocks to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
   void synchronise() {}
-  // Operations here work on any memory of the process.
+  // Operations of Cpu work on any memory of the process.
   bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
-  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
   static int thread_limit() {
 #if defined(_OPENMP)
     return std::max(256, 4 * omp_get_num_procs());
@@ -720,7 +722,7 @@ class Cpu {
     }
 
    private:
-    Cpu* cpu_;   // nothing in a loop inside a loop
+    Cpu* cpu_;   // nullptr for a loop inside a loop
   };
 
  private:
@@ -748,7 +750,7 @@ static_assert(Backend<Cpu>);
 
 namespace cpu {
 
-// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
 template <class T> class Scratch {
  public:
   Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
@@ -772,7 +774,7 @@ template <class T> class Scratch {
 namespace detail {
 
 #if defined(_OPENMP)
-// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
 class Failure {
  public:
   void keep(Index task) noexcept {
@@ -815,14 +817,14 @@ inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, in
 
 }  // namespace detail
 
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
 template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
   detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
 }
 
-// f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
   parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;
@@ -834,7 +836,7 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
 #endif
 
 // ==== hybridattn/core/random.hpp
-// Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
+// Random numbers that depend only on a seed, a name and a counter, so that a tensor's values do not depend on earlier draws.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
 #define HYBRIDATTN_CORE_RANDOM_HPP
 
@@ -869,7 +871,7 @@ class Random {
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
 
-  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
+  // The count of numbers drawn. Seed, name and this count are the whole state of a stream. After jump_to(drawn) the next number is
   // number `drawn`.
   std::uint64_t drawn() const { return counter_; }
   void jump_to(std::uint64_t drawn) { counter_ = drawn; }
@@ -882,7 +884,7 @@ class Random {
 #endif
 
 // ==== hybridattn/tensor/initial.hpp
-// How a parameter starts.
+// The initial values of a parameter.
 #ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
 #define HYBRIDATTN_TENSOR_INITIAL_HPP
 
@@ -927,14 +929,14 @@ struct Initial {
 #endif
 
 // ==== hybridattn/tensor/tensor.hpp
-// Owned elements.
+// Tensors: elements with an owner.
 #ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// A block for tensors to share, with one share: the caller's.
+// Takes a block for several tensors. The caller counts as its first tensor, until it calls leave.
 template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
   SharedBlock* const block = backend.pool().begin_sharing();
   try {
@@ -945,7 +947,7 @@ template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
   }
   return block;
 }
-// A tensor leaves its block. The last one gives it back.
+// Removes a tensor from its block. The last tensor frees the block.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -953,9 +955,9 @@ template <class B> void leave(B& backend, SharedBlock* block) noexcept {
 }
 }  // namespace detail
 
-// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
-// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
-// Throws Error where the elements cannot be counted, or where there is no memory for them.
+// A tensor in a backend's memory. It can be moved, but not copied. Its destructor returns the memory to the backend's pool. Elements
+// are not initialised. A tensor with an extent of 0 has no memory and gives empty views: an option is off.
+// The constructor throws Error where the number of elements is too large, or where memory is short.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
@@ -966,7 +968,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that several tensors share, `offset` bytes from its start.
+  // A tensor in a block that several tensors share, `offset` bytes after the block's start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
@@ -994,10 +996,10 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
-  // The block that it shares with others, or nothing.
+  // The block that this tensor shares with others, or nullptr.
   SharedBlock const* shared() const { return shared_; }
 
-  // What of the tensor may be read, written: see `in` and `out`.
+  // Views for reading and for writing, used by `in` and `out`. Throw Error after the tensor was moved away.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
 
@@ -1011,12 +1013,13 @@ template <class T, int Rank, class B> class Tensor {
     view_ = {};
   }
   View<T, Rank> const& used() const {
-    check(status_ != Status::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    check(status_ != Status::moved,
+          "a tensor is used after it was moved away; backward consumes Saved, so every backward needs a forward of its own");
     return view_;
   }
 
   B* backend_ = nullptr;
-  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
+  SharedBlock* shared_ = nullptr;   // nullptr: the tensor has a block of its own
   Status status_ = Status::empty;
   View<T, Rank> view_;
 };
@@ -1050,12 +1053,12 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
 //     HYBRIDATTN_FIELDS(q, k, v, g)
 //   };
 //
-//   Inputs<Shapes>              how big each one is
-//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
-//   Inputs<In<float>>           what forward reads
-//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//   Inputs<Shapes>              the shape of each tensor
+//   Inputs<Owned<float, Cpu>>   memory; tensors can be moved, but not copied
+//   Inputs<In<float>>           views that an operation reads
+//   Inputs<Out<float>>          views that an operation writes; backward writes d_q, d_k, d_v, d_g there
 //
-// A gradient has the type of the thing it is a gradient of.
+// The gradients of a group are a group of the same type.
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
@@ -1064,10 +1067,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <class T> struct WideOf {
   using type = T;
 };
-// What a sum of Ts is kept in.
+// The scalar of sums over Ts.
 template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
 
-// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+// A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
   template <class... Anything> constexpr Absent(Anything const&...) {}
@@ -1097,25 +1100,25 @@ template <class T, class B> struct Owned {
   template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
   template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
 };
-// How each tensor of a group of parameters starts.
+// The initial values of each tensor in a group of parameters.
 struct Starts {
   template <int Rank> using Held = Initial;
   template <int Rank> using Wide = Initial;
 };
-// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+// The projection matrix of every tensor in a group: Inputs<Matrix<S>> are the weights that project x to Inputs<S>.
 template <class S> struct Matrix {
   template <int Rank> using Held = typename S::template Held<2>;
   template <int Rank> using Wide = typename S::template Held<2>;
   template <int Rank> using State = Absent;
 };
-// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+// Every tensor of a group in the model's scalar, Wide ones too: Inputs<Narrow<S>> are projections before Prepare.
 template <class S> struct Narrow {
   template <int Rank> using Held = typename S::template Held<Rank>;
   template <int Rank> using Wide = typename S::template Held<Rank>;
   template <int Rank> using State = Absent;
 };
 
-// What `in` and `out` make of a group: the role of views of its tensors.
+// The roles that `in` and `out` return for a group: views of its tensors.
 namespace detail {
 template <class S> struct ReadingOf;
 template <class T, class B> struct ReadingOf<Owned<T, B>> {
@@ -1138,10 +1141,10 @@ template <class S> struct WritingOf<Narrow<S>> {
 template <class S> using Reading = typename detail::ReadingOf<S>::type;
 template <class S> using Writing = typename detail::WritingOf<S>::type;
 
-template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // in the model's scalar
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: what a sequence hands on to the next call
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: the state that a sequence passes to the next call
 
 // Names the members of a group, in order. The library's one code-generating macro.
 #define HYBRIDATTN_FIELDS(...)                          \
@@ -1171,7 +1174,7 @@ template <std::size_t N> constexpr auto split(std::string_view list) {
 }
 template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
 
-// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+// The size of a struct with exactly these members. If HYBRIDATTN_FIELDS misses a member, the real struct is larger.
 template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
   std::size_t end = 0, alignment = 1;
   [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
@@ -1191,7 +1194,7 @@ concept FieldGroup = requires(G g) { g.fields(); };
 template <class G>
 concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
 
-// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+// The path of a tensor in a loop over fields, such as `blocks.3.attention.w_o`. A chain on the call stack: only str() makes a string.
 struct Path {
   Path const* parent = nullptr;
   std::string_view name = {};
@@ -1210,7 +1213,7 @@ template <std::size_t I, class F, class G, class... Gs> void zip_field(Path cons
   zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
 }
 
-// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+// Calls f(path, leaf, ...) for the corresponding leaves of groups of equal structure. Skips a leaf that is Absent in one of the groups.
 template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
   using Group = std::remove_cvref_t<G>;
   if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
@@ -1228,7 +1231,7 @@ template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&&
 }
 template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
 
-// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+// Functors with a name, so a group inside many others is visited by one instantiation. A lambda would cost one for each outer group.
 namespace detail {
 struct ToIn {
   template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
@@ -1288,8 +1291,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
-// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
+// Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -1318,7 +1321,7 @@ struct CountBytes {
 };
 }  // namespace detail
 
-// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
+// The bytes of a group in memory. Throws Error, with the tensor's path, where the number of bytes is too large.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
   detail::CountBytes counted;
   zip(counted, shapes, G<In<T>>{});
@@ -1420,20 +1423,20 @@ static_assert(Backend<Fake> && Wrapper<Fake>);
 #endif
 
 // ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
 #ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
 #define HYBRIDATTN_CORE_SEQUENCES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
-// Nothing in one sequence ever meets another.
+// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
+// Sequences never influence each other.
 struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
-// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
-// length is below 0, or where there is no memory for the tables.
+// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
+// where a length is below 0, or where memory is short.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
@@ -1444,8 +1447,7 @@ class Sequences {
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
-  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
-  // are allowed.
+  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
@@ -1455,15 +1457,15 @@ class Sequences {
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
   static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
     Sequences result;
     result.assign(past, lengths);
     return result;
   }
-  // The same, in the memory that is there.
+  // The same as continuing, in the memory of this object.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
     Index tokens = 0;
     for (std::size_t i = 0; i < past.size(); ++i) {
       check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
@@ -1477,7 +1479,7 @@ class Sequences {
     make_room(std::ssize(past), tokens);
     for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
-  // Those that follow nothing; the others count as empty here.
+  // A copy in which sequences with past tokens have length 0.
   Sequences beginnings() const {
     Sequences result = *this;
     for (Sequence& s : result.list_)
@@ -1497,14 +1499,14 @@ class Sequences {
     for (Sequence s : list_) length = std::max(length, s.length);
     return length;
   }
-  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
   bool any_continue() const {
     return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
   }
   bool any_begin() const {
     return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
   }
-  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
   View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
@@ -1854,13 +1856,13 @@ class AnyPolicy : public Subject {
 #endif
 
 // ==== hybridattn/core/losses.hpp
-// What tokens lost, as sums.
+// Losses of tokens, as sums.
 #ifndef HYBRIDATTN_CORE_LOSSES_HPP
 #define HYBRIDATTN_CORE_LOSSES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Over the counted tokens of a batch, or of several.
+// Sums over the counted tokens of one or several batches. A token with a target is counted.
 struct LossSum {
   double loss = 0;     // nats
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
@@ -1874,7 +1876,7 @@ struct LossSum {
   }
 };
 
-// What a batch lost. The auxiliary losses are weighted.
+// All losses of a batch. The auxiliary losses are weighted.
 struct BatchLosses {
   LossSum loss;         // over the counted tokens
   double balance = 0;   // load balancing
@@ -2095,8 +2097,8 @@ template <> struct Machine<Fake> {
 #endif
 
 // ==== hybridattn/core/allowed.hpp
-// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
-// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
+// Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
+// "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
 #ifndef HYBRIDATTN_CORE_ALLOWED_HPP
 #define HYBRIDATTN_CORE_ALLOWED_HPP
 
@@ -2115,7 +2117,7 @@ inline void check_number(std::string_view owner, std::string_view name, double v
 inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
 }
-// Not below the smallest normal float: a smaller one may be 0 where the model computes.
+// At least the smallest normal float, because a smaller number may be 0 in the model's scalar.
 inline void check_positive(std::string_view owner, std::string_view name, double value) {
   constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
   detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
@@ -2123,7 +2125,7 @@ inline void check_positive(std::string_view owner, std::string_view name, double
 inline void check_share(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
 }
-// A share that is less than the whole.
+// In [0, 1).
 inline void check_below_one(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
 }
@@ -2141,29 +2143,29 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a kernel reads of a batch's sequences, in the memory of its machine.
+// The sequences of a batch for kernels, in the machine's memory.
 struct SequenceTable {
   View<Sequence const, 1> list;                    // [count]
-  View<std::int32_t const, 1> positions, owners;   // [N]: as Sequences has them
+  View<std::int32_t const, 1> positions, owners;   // [N]: as in Sequences
 };
 
-// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
-// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+// The list of sequences on the host, for sizes and shapes, and a table on the machine, for kernels. The table is made once, where
+// the batch's tokens are uploaded. An operation that does not need the table takes a Sequences const&.
 template <class B> class SequencesOn : public Sequences {
  public:
   SequencesOn() = default;
   SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
 
-  // As Sequences::continuing, in the memory that is there.
+  // The same as Sequences::continuing, in the memory of this object.
   void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
     Sequences::assign(past, lengths);
     fill_table(backend);
   }
   SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
 
-  // Rotary angles [P, 2, rotary_dim/2] of the batch. The layer that asks first makes them by make(angles), the others find them.
-  // There is a row for each position up to the longest sequence's end, or for each token where a sequence follows earlier tokens.
-  // The list of angles grows although the batch is const: one thread at a time may work with a batch.
+  // Rotary angles [P, 2, rotary_dim/2] of the batch. The first layer's call computes them by make(angles), later layers reuse them.
+  // P is the length of the longest sequence, or the number of tokens where a sequence follows earlier tokens.
+  // The list of angles grows although the batch is const, so only one thread at a time may use a batch.
   template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
     auto& known = std::get<std::vector<Angles<T>>>(angles_);
     auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
@@ -2209,53 +2211,56 @@ template <class B> class SequencesOn : public Sequences {
 #endif
 
 // ==== hybridattn/attention/policy.hpp
-// What every attention policy says about itself, and what it may leave to these defaults.
+// The declarations of every attention policy, and their defaults.
 //
 // A policy P declares
-//   P::Config                                   its sizes, as values; 0 stands for a default
+//   P::Config                                   its sizes, as values; 0 means the default
 //   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
-//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read
-//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
-//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
+//   P::Inputs<S>,  P::inputs(config, sequences)   the tensors that the equations read
+//   P::Outputs<S>, P::outputs(config, sequences)  the tensors that the equations compute: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    the tensors that backward reads besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
-// and, to decode, declares too
-//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
-//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
+// A policy that decodes also declares
+//   P::Cache<S>,  P::cache(config, batch, capacity)   the values of earlier tokens that the policy and Prepare need for later tokens, for
+//                                               `batch` sequences of at most `capacity` tokens; the first axis counts sequences
 //   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
-//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
-//                                               any number of each sequence, 0 included; then they stand there too. What the
-//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
-// A layer projects x to each input (x w^T), and P::Prepare changes some of them. A policy whose inputs are not projections of x names
-// what is, and its Prepare makes the inputs of them:
+//                                               computes y.o of new tokens: any number in each sequence, 0 included. The new tokens
+//                                               of sequence i follow sequence[i].past tokens in the cache, and are added to the
+//                                               cache. extend never reads the cache of a sequence with past 0, and writes only
+//                                               y.o and the cache.
+// A layer projects x to each input (x w^T), and P::Prepare changes some inputs. A policy whose inputs are not projections of x declares
+// its projections, and its Prepare computes the inputs from them:
 //   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
-// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
-// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
-// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+// A policy may have an auxiliary loss, Outputs::auxiliary_loss [1]. It trains only the inputs that P::detached names.
+// An empty output view means that the caller does not need this output. If d_y.o is empty, backward computes the gradients of the other
+// outputs only.
+// `sequences` is a SequencesOn<Backend>. A policy whose kernels do not read its table on the machine takes a Sequences const&.
+// N is the number of tokens of all sequences together. Tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
-// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
-// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections; a Finish has
+// A Prepare or Finish without parameters that leaves its tensors unchanged. Other steps have these members and more:
+// A Prepare has forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
-// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
+// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
   template <class S> using Params = Nothing<S>;
   template <class Config> static Params<Shapes> params(Config const&) { return {}; }
   template <class Config> static Params<Starts> starts(Config const&) { return {}; }
-  // Inputs that the step makes from the projection of their name; the others are that projection. Asked where P has no Projections.
+  // Whether the step computes the input of this name from its projection; other inputs are their projections. Used where P has no
+  // Projections.
   static constexpr bool makes(std::string_view) { return false; }
 };
 
-// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
+// The parameters that a training step changes. A policy whose computation depends on the stage has a `Stage stage` in its Config.
 enum class Stage {
-  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
-  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
+  language_model,  // parameters with a gradient of the model's loss; auxiliary losses are not computed, their parameters are frozen
+  dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
 inline constexpr bool trains(Stage stage, bool detached) {
@@ -2266,9 +2271,9 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs, projections, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
-  // What a batch's auxiliary loss counts in training.
+  // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
 };
 
@@ -2317,7 +2322,7 @@ template <class P, class B, class T>
 concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
-// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
+// Whether a step has an extend, with any arguments: a second extend makes the name ambiguous. The step may not be a final class.
 struct OtherExtend {
   void extend();
 };
@@ -2336,7 +2341,7 @@ inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) 
         num_heads, "; set head_dim, or a num_heads that divides it");
   return model_dim / num_heads;
 }
-// A size that is left at 0 has a default.
+// Throws Error where a size is below 0. 0 means the default.
 inline void check_size(char const* policy, char const* name, Index size) {
   check_at_least(policy, name, size, 0, ", where 0 stands for the default");
 }
@@ -2345,9 +2350,9 @@ inline void check_groups(char const* policy, Index heads, Index kv_heads) {
         " key/value heads; the first must be a positive multiple of the second");
 }
 
-// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
+// Throws Error where these tokens do not fit into a cache of `batch` sequences with room for `capacity` tokens each.
 inline void check_fits(Sequences const& s, Index batch, Index capacity) {
-  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
+  check(s.count() == batch, "cache: new tokens of ", s.count(), " sequences, but the cache was made for ", batch);
   for (Index i = 0; i < batch; ++i) {
     auto const [start, length, past] = s[static_cast<std::size_t>(i)];
     check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
@@ -2700,7 +2705,8 @@ namespace detail {
 
 // For each sequence the position at which it is cut in two.
 using Cut = std::vector<Index>;
-// At the edges of blocks, the same in all sequences: of many kinds, each has its turn with some. And anywhere.
+// Cuts at edges of blocks, equal in all sequences and shared out among the kinds of inputs to save time, and two random cuts for each
+// sequence.
 inline std::vector<Cut> cuts(Sequences const& s, std::size_t kind, std::size_t kinds) {
   std::vector<Cut> result;
   std::size_t const turns = std::min<std::size_t>(kinds, 4);
@@ -4483,8 +4489,9 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
-// loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
@@ -4519,7 +4526,7 @@ namespace detail {
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
   return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
 }
-// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
   if constexpr (half == 0) return x;
   else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
@@ -4548,7 +4555,7 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 #endif
 }
 
-// One fixed tree, whatever the lanes hold.
+// Summed in one fixed tree, for any values of the lanes.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
   return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
@@ -4576,15 +4583,15 @@ template <> struct Exp2<double> {
 }  // namespace detail
 
 template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
-// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
 template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
   using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
-  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  // The product, and not a sum of exponents: that would make a number of a NaN.
+  // A product, because a sum of exponents would turn a NaN into a number.
   Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
   return p * reinterpret_cast<Vec<T>>(power);
 }
@@ -4595,7 +4602,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
 }
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -4646,7 +4654,7 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 }
 
 namespace detail {
-// A register is made of parts of 16 bytes. A shuffle inside parts is cheap, one across them is dear: sums go across last.
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
 template <int size, bool upper, int m, class V, std::size_t... i>
@@ -4659,10 +4667,10 @@ HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
 template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
   return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
 }
-// Count vectors hold sums that are still spread over `left` places of each vector.
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {
@@ -4675,7 +4683,7 @@ template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) 
 }
 }  // namespace detail
 
-// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2): one fixed tree each. x is used up.
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
 template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
   detail::halve<N, lanes<T>, T>(x);
   if constexpr (N < lanes<T>) store_first(sums, x[0], N);
@@ -4687,8 +4695,8 @@ template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
 #endif
 
 // ==== hybridattn/backend/cpu/vectors.hpp
-// Loops over the elements of a row, a vector at a time. The last, shorter vector runs through the same arithmetic, padded
-// with zeros, so that an element's value does not depend on where its row ends.
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
 #ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 #define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 
@@ -4722,8 +4730,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T
 // One square root a row.
 template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
 
-// Elements a thread takes at a time, and rows whose sum is formed by one thread: sums over tokens run over these blocks
-// and combine them in order, whatever the threads.
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
@@ -5065,13 +5073,13 @@ struct CausalConv1d {};
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/sum_rows.hpp
-// Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
+// Sums over tokens in a fixed order: blocks of rows, combined in block order, for any number of threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 #define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
+// f(row, sum) adds the row's terms to sum [C]. total [C] is overwritten with the sum over all rows.
 template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
   Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
   Scratch<T> const partial{cpu, blocks * C};
@@ -5270,8 +5278,8 @@ struct CountTargets {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
-// exchanged by exchanging the strides, so a transposed operand costs nothing.
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
 template <class T> struct Scalars {
   T const* data;
   Index row, depth;
@@ -5283,8 +5291,8 @@ template <class T> struct Columns {
 };
 
 // For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
-// using a smaller one.
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
   Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
@@ -5315,14 +5323,14 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 #endif
 
 // ==== hybridattn/backend/cpu/gemm.hpp
-// Matrix products on the CPU, over the register tile. One row of a result is a function of that row of `a` and of `b`
-// alone: summed over the depth in one fixed order, whatever the number of rows and threads.
+// Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
+// summed over the depth in one fixed order, for any number of rows and threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
 template <class T> struct Operand {
   T const* data = nullptr;
   Index rows = 0, columns = 0, row = 0, column = 1;
@@ -5371,7 +5379,7 @@ template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T*
     else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
     return;
   }
-  // At an edge the same whole tile runs on copies: rows of zeros, columns that nobody reads.
+  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
   alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
   for (Index r = 0; r < rows; ++r) {
     for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
@@ -5402,7 +5410,7 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
 template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
@@ -5410,7 +5418,7 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   if (a.columns == 0) return detail::sum_nothing(c, into);
   using detail::panel_columns;
   Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
+  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
   Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
   Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
   constexpr Index panel = detail::depth_block * panel_columns<T>;
@@ -5428,7 +5436,7 @@ template <class T> struct Product {
   View<T, 2> c;
 };
 
-// The products first .. last in one parallel loop. All have as many columns, and either all have a depth or none has.
+// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
 template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
   if (first == last) return;
   if (first->a.columns == 0) {
@@ -7411,7 +7419,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 template <class V> struct OnlineSoftmax {
   V reference, total;
 
-  // Changes the reference. Returns the factor e^(old - next) for everything that was weighted by e^(s_j - old).
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
   // exponential(x, y) is e^(x - y).
   template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
     V const factor = exponential(reference, next);
@@ -7419,7 +7427,7 @@ template <class V> struct OnlineSoftmax {
     total *= factor;
     return factor;
   }
-  // Adds the scores of another part. Returns both factors, for the sums that the weights of either part were used in.
+  // Adds the scores of another part. Returns one factor for each part's weighted sums.
   struct Factors {
     V own, other;
   };
@@ -7436,8 +7444,7 @@ template <class V> struct OnlineSoftmax {
 #endif
 
 // ==== hybridattn/attention/cpu_rows.hpp
-// What attention of one query is made of on the CPU: products with rows that are read where they are, entries of a head
-// standing in the lanes.
+// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
 #ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 
@@ -7452,15 +7459,15 @@ template <class T> struct Rows {
 };
 template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
 
-// The rows 0 .. count - 1. Others have the same members.
+// The rows 0 .. count - 1. Other sets of rows have the same members.
 struct AllRows {
   Index count;
   HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
 };
-// Room for a number per key, in whole vectors.
+// The size of an array with a number for each key, in whole vectors.
 template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
 
-// Vectors of a row that are worked on together, from entry d on; the last one may be short.
+// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
 template <class T, int V> struct Piece {
   static constexpr int vectors = V;
   Index d;
@@ -7488,12 +7495,12 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim
   if (d < D) f(ShortPiece<T>{{d, D - d}});
 }
 
-// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
-// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
+// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
+// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
 template <class T> class Range {
  public:
   HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
-    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
     largest_ = size > largest_ ? size : largest_;
   }
   HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
@@ -7515,7 +7522,7 @@ template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D,
   for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
 }
 
-// products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
+// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
 template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
   constexpr int n = cpu::lanes<T>;
   Range<T> range;
@@ -7536,7 +7543,7 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
   }
   if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
 }
-// x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
+// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
   cpu::Vec<T> sum{};
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
@@ -7548,13 +7555,13 @@ template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T c
   return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
 }
 
-// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
+// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
 template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
   constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   T largest = -infinity, sum = 0;
   for (Index j = 0; j < count; ++j) {
     T const score = scaled_dot(scale, q, key_at(j).k, D);
-    if (!(score < infinity)) {   // all else would be NaN too
+    if (!(score < infinity)) {   // all results would be NaN
       std::fill_n(o, D, nan);
       return nan;
     }
@@ -7573,8 +7580,8 @@ template <class T> struct KeyRows {
   T const *k, *v;
 };
 
-// p = exp(scale p - reference), where the reference is the largest of scale p. Room behind the last of `count` numbers, up to a
-// whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
+// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
+// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
 template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
@@ -7591,7 +7598,7 @@ template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Inde
   return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
-// total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
+// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
 template <class T, class Piece, class Keys>
 HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
   constexpr int V = Piece::vectors;
@@ -7663,7 +7670,7 @@ struct Keys {
 #endif
 
 // ==== hybridattn/attention/heads.hpp
-// What layers with softmax heads have in common, before and after the attention itself: norm and rotary on queries and
+// Common steps of layers with softmax heads, before and after the attention itself: norm and rotary on queries and
 // keys, and the gate on the output.
 #ifndef HYBRIDATTN_ATTENTION_HEADS_HPP
 #define HYBRIDATTN_ATTENTION_HEADS_HPP
@@ -7690,7 +7697,7 @@ template <class T, class B> class Rotation {
     });
   }
   bool turns() const { return !angles_.empty(); }
-  // Without a rotary share these copy.
+  // Both copy where rotary_percent is 0.
   void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
   void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
     On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
@@ -7698,7 +7705,7 @@ template <class T, class B> class Rotation {
 
  private:
   Rope::Options options_;
-  View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
+  View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
   View<T const, 3> angles_;
 };
 
@@ -7708,7 +7715,7 @@ struct HeadNorm {
   double eps;
 
   RmsNorm::Options options() const { return {kind == QkNorm::plain ? NormWeight::plain : NormWeight::zero_centred, eps}; }
-  // What the weight starts from: the norm alone.
+  // The initial weight: the norm then multiplies by 1.
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>
@@ -7768,8 +7775,8 @@ struct SigmoidFinish {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct SparseOptions {
-  int top_k = 64;                        // keys a query attends to; 0: top_k_percent says it
-  int top_k_percent = 0;                 // of the sequence's length, at least one key; 0: top_k says it
+  int top_k = 64;                        // keys a query attends to; 0: top_k_percent sets their number
+  int top_k_percent = 0;                 // of the sequence's length, at least one key; 0: top_k sets the number
   QkNorm qk_norm = QkNorm::zero_centred;
   bool output_gate = true;               // o * sigmoid(x w_gate)
   int rotary_percent = 25;
@@ -7804,24 +7811,24 @@ template <class S> struct Inputs {
 };
 template <class S> struct Outputs {
   Held<S, 3> o;               // [N, H, D]
-  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
+  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens; empty where no loss trains the indexer
   HYBRIDATTN_FIELDS(o, auxiliary_loss)
 };
 template <class S> struct Saved {
   Wide<S, 2> lse;        // [N, H], over the keys of S_t
-  Whole<S, 2> indices;   // [N, k] ascending, relative to the start of the sequence, then -1; nothing in the dense warm-up
-  Wide<S, 1> index_lse;  // [N], over the same keys, or nothing: no loss trains the indexer
+  Whole<S, 2> indices;   // [N, k] ascending, relative to the start of the sequence, then -1; empty in the dense warm-up
+  Wide<S, 1> index_lse;  // [N], over the same keys; empty where no loss trains the indexer
   HYBRIDATTN_FIELDS(lse, indices, index_lse)
 };
 
-// Of earlier tokens, as they are after norms and rotary.
+// Keys and values of earlier tokens, after norms and rotary.
 template <class S> struct Cache {
   Held<S, 4> keys, values;  // [batch, capacity, HK, D]
   Held<S, 3> index_keys;    // [batch, capacity, DI]
   HYBRIDATTN_FIELDS(keys, values, index_keys)
 };
 
-// How many keys a query of a sequence of `length` tokens may select.
+// The largest number of keys that a query selects, in a sequence of `length` tokens.
 inline Index selection_size(SparseOptions o, Index length) {
   return o.top_k_percent > 0 ? std::max<Index>(1, length * o.top_k_percent / 100) : o.top_k;
 }
@@ -7840,7 +7847,7 @@ template <SparseOptions O> struct SparseAttention;
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-// The keys that each query attends to: those it chose, or in the dense warm-up all that it sees.
+// The keys that each query attends to: its chosen keys, or in the dense warm-up all keys that it sees.
 class KeySets {
  public:
   KeySets(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, View<std::int32_t const, 2> chosen)
@@ -7849,7 +7856,7 @@ class KeySets {
     if (dense_) std::iota(all_.data(), all_.data() + most_, 0);
   }
   Index most() const { return most_; }
-  // Of query t of a sequence.
+  // The keys of query t of a sequence.
   Keys of(Sequence s, Index t) const {
     if (dense_) return {all_.data(), t + 1};
     return {chosen_.row(s.start + t), std::min(selection_size(options_, s.length), t + 1)};
@@ -7863,14 +7870,14 @@ class KeySets {
   cpu::Scratch<std::int32_t> all_;   // 0, 1, 2, ...
 };
 
-// Zero behind the last of `count` keys, for the vector that starts with key j.
+// x, with zeros in the lanes after the last of `count` keys. x starts with key j.
 template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count, cpu::Vec<T> x) {
   using Bits = typename cpu::BitsOf<T>::type;
   if (j + cpu::lanes<T> <= count) return x;
   return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<Bits>(count - j), x, cpu::Vec<T>{});
 }
 
-// (3) for one query and one head; p has room for a number per key.
+// (3) for one query and one head. p is scratch with a number for each key.
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
   dot_rows<T>(D, q, k, keys, p);
@@ -7880,16 +7887,16 @@ HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<
   if (attention::is_moderate<T>(D, o)) return;
   auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
   T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
-  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise values are all that is large
+  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise only values are large
 }
 
-// One query and one head in backward.
+// The tensors of one query and one head in backward.
 template <class T> struct QueryGradient {
   T const *q, *o, *d_o;
   wide_t<T> lse;
   T* d_q;
 };
-// (4): overwrites d_q, adds to d_k and d_v. p and d_s have room for a number per key.
+// (4): overwrites d_q, adds to d_k and d_v. p and d_s are scratch with a number for each key.
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* d_s,
                                        Rows<T> d_k, Rows<T> d_v) {
@@ -7925,7 +7932,7 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
   });
 }
 
-// Tasks are a head and some of its queries: their keys and values stay in the second-level cache.
+// A task is a head and some of its queries, whose keys and values stay in the second-level cache.
 template <class T, class Dim>
 void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                 Saved<Out<T>> saved) {
@@ -7945,7 +7952,7 @@ void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences
   });
 }
 
-// One task owns a key/value head of a sequence: no two tasks write the same row, and its sums run over the queries in order.
+// One task owns a key/value head of a sequence. So no two tasks write the same row, and a task's sums run over the queries in order.
 template <class T, class Dim>
 void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
                          Saved<In<T>> saved, Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
@@ -7977,8 +7984,8 @@ void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, 
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_indexer.hpp
-// The indexer on the CPU: scores a tile at a time, then each query's choice. Of the scores, T x T in all, a thread holds the
-// rows of a few queries.
+// The indexer on the CPU: scores a tile at a time, then each query's choice. There are T x T scores in all, but a thread stores
+// only the rows of a few queries.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 
@@ -7986,9 +7993,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 inline constexpr int panel_vectors = 4;
 template <class T> inline constexpr Index panel_keys = panel_vectors * cpu::lanes<T>;
-inline constexpr Index panel_queries = 8;   // take turns on a panel while it is in the first-level cache
+inline constexpr Index panel_queries = 8;   // queries that take turns on a panel while it is in the first-level cache
 
-// Panel p of the index keys of a sequence: [DI, panel_keys] of consecutive keys, zero behind the last one.
+// Panel p of the index keys of a sequence: [DI, panel_keys] of consecutive keys, zero after the last key.
 template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence sequence, Index p, T* panel) {
   constexpr Index n = cpu::lanes<T>;
   for (Index j = 0; j < panel_keys<T>; j += n)
@@ -8013,7 +8020,7 @@ template <class T> class KeyPanels {
       : depth_(DI), memory_{cpu, {s.tokens() / panel_keys<T> + s.count(), round_up(DI, cpu::lanes<T>) * panel_keys<T>}},
         panels_(out(memory_)) {}
 
-  // Panel p of sequence i; those of a sequence of length T fit before those of the next, ceil(T / panel_keys) or more rows on.
+  // Panel p of sequence i. A sequence of length T has room for ceil(T / panel_keys) or more panels before those of the next sequence.
   T* panel(Sequences const& s, Index i, Index p) const { return panels_.row(s[static_cast<std::size_t>(i)].start / panel_keys<T> + i + p); }
 
   void pack(View<T const, 2> keys, Sequence sequence, Index p, T* panel) const { pack_panel<T>(depth_, keys, sequence, p, panel); }
@@ -8039,7 +8046,7 @@ HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights
     for (int v = 0; v < NV; ++v) cpu::store<T>(scores + column + v * cpu::lanes<T>, sum[v]);
   }
 }
-// (1) for one query and the keys of a panel. The weights hold index_scale, which relu lets through.
+// (1) for one query and the keys of a panel. The weights are multiplied by index_scale: it is positive, so relu does not change it.
 template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scalars<T> q, T const* weights, T const* panel, T* scores) {
   Index const HI = c.index_heads, DI = c.index_dim;
   Index j = 0;
@@ -8049,7 +8056,7 @@ template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scal
   for (; j < HI; ++j) score_heads<1>(DI, from(), weights + j, panel, j == 0, scores);
 }
 
-// A thread's rows of scores, and what it chooses from them.
+// Computes a thread's rows of scores, and chooses keys from them.
 template <class T> class Chooser {
  public:
   using Row = cpu::RowTopK<T>;
@@ -8059,7 +8066,7 @@ template <class T> class Chooser {
   Chooser(Config const& c, Inputs<In<T>> x, Index longest, T* memory, typename Row::Key* keys)
       : c_(c), x_(x), row_(row_size(longest)), scores_(memory), weights_(scores_ + panel_queries * row_), keys_(keys) {}
 
-  // The queries first .. last of sequence i.
+  // Chooses keys for the queries first .. last - 1 of sequence i.
   void run(SparseOptions o, Sequences const& s, Index i, Index first, Index last, KeyPanels<T> const& panels,
            View<std::int32_t, 2> indices) {
     Sequence const sequence = s[static_cast<std::size_t>(i)];
@@ -8084,7 +8091,7 @@ template <class T> class Chooser {
                        scores_ + (t - first) * row_ + p * panel_keys<T>);
     }
   }
-  // (2); a query that sees no more keys than it may choose takes them all.
+  // (2). A query that sees at most k keys chooses all of them.
   void choose(Index k, Index t, T const* scores, std::int32_t* indices, Index columns) {
     if (k == t + 1) std::iota(indices, indices + k, 0);
     else Row{scores, t + 1, keys_}.select(k, indices);
@@ -8126,14 +8133,14 @@ void choose_keys(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s,
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_extend.hpp
-// Decoding on the CPU: queries over the keys of a cache. Scores and attention are the sums of cpu_indexer.hpp and
-// cpu_attention.hpp, so a query chooses the same keys and gives the same bits whenever it comes.
+// Decoding on the CPU: queries over the keys of a cache. Scores and attention use the sums of cpu_indexer.hpp and
+// cpu_attention.hpp. So a query chooses the same keys and gives the same bits in a prompt and in a later step.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-// A few queries at a time: threads share out the panels of keys, then the queries.
+// Chooses keys for a few queries at a time: threads share out the panels of keys, then the queries.
 template <class T> class CachedIndexer {
  public:
   CachedIndexer(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> const& x, View<T const, 3> index_keys,
@@ -8144,7 +8151,7 @@ template <class T> class CachedIndexer {
         keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}), score_rows_(out(scores_)), panel_rows_(out(panels_)),
         key_rows_(out(keys_)) {}
 
-  // (2) for every token of the sequences that continue.
+  // (2) for every token of the sequences with past tokens.
   void run() {
     Index const parts = ceil_div(score_rows_.extent(1), part_keys);
     for (Index first = 0; first < s_.tokens(); first += queries) {
@@ -8162,7 +8169,7 @@ template <class T> class CachedIndexer {
   Index seen_by(Index n) const { return s_.positions()(n) + 1; }
   Index chosen_by(Index n) const { return std::min(indices_.extent(1), seen_by(n)); }
 
-  // (1) for some keys; a query that sees no more than it may choose needs no scores.
+  // (1) for some keys. A query that chooses all keys that it sees needs no scores.
   void score(Index n, Index query, Index part, int thread) {
     if (sequence_of(n).past == 0 || chosen_by(n) == seen_by(n)) return;
     Index const owner = s_.owners()(n), last = std::min((part + 1) * part_keys, seen_by(n));
@@ -8194,7 +8201,7 @@ template <class T> class CachedIndexer {
   View<typename Row::Key, 2> key_rows_;
 };
 
-// (3) for every token of the sequences that continue; without indices over all keys. Tasks are groups of heads.
+// (3) for every token of the sequences with past tokens, over all keys if indices are empty. Tasks are groups of heads.
 template <class T>
 void attend_cached(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, View<std::int32_t const, 2> indices,
                    View<T, 3> o) {
@@ -8233,13 +8240,13 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_kl.hpp
-// The indexer's loss on the CPU. Scores and shares of attention are formed again where they are needed, a query at a time.
+// The indexer's loss on the CPU. Scores and attention's weights are computed again where they are needed, a query at a time.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-// What a query's indexer says, and what it should say: numbers for each of its keys, in memory of the caller.
+// A query's distribution by the indexer, and its target: a number for each of its keys, in memory of the caller.
 template <class T> class KlQuery {
  public:
   KlQuery(Config const& c, Inputs<In<T>> const& x, Sequence s, Index t, Keys keys) : c_(c), x_(x), s_(s), n_(s.start + t), keys_(keys) {}
@@ -8253,14 +8260,14 @@ template <class T> class KlQuery {
       cpu::store<T>(scores + i, sum);
     });
   }
-  // target: p of (5). one_head has room for a number per key.
+  // target: p of (5). one_head is scratch with a number for each key.
   HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, T* one_head, T* target) const {
     Index const D = c_.head_dim, H = c_.num_heads, group = H / c_.num_kv_heads;
     T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(H);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(target + i, cpu::Vec<T>{}); });
     for (Index h = 0; h < H; ++h) {
       dot_rows<T>(D, x_.q.row(n_, h), head_of(x_.k, s_, h / group), keys_, one_head);
-      T const total = static_cast<T>(lse(n_, h));   // of scores that were stored: these are rounded like them
+      T const total = static_cast<T>(lse(n_, h));   // lse of rounded scores: the scores below are rounded too
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(one_head + i, scale * cpu::load(one_head + i)); });
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const p = cpu::exp<T>(cpu::load(one_head + i) - total);
@@ -8286,7 +8293,7 @@ template <class T> class KlQuery {
     return cpu::sum<T>(sum);
   }
 
-  // (7) of its own index_q and index_w; products become d_z.
+  // (7) for the query's index_q and index_w. d_z overwrites products.
   HYBRIDATTN_INLINE void slopes(T d_loss, T index_lse, T const* target, T* scores, T* products, Index room,
                                 Inputs<Out<T>> const& d_x) const {
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
@@ -8323,7 +8330,7 @@ template <class T> class KlQuery {
   Keys keys_;
 };
 
-// f(sequence number, first, last, thread) for `queries` queries of a sequence at a time, those with the most keys first.
+// Calls f(sequence number, first, last, thread) for `queries` queries of a sequence at a time, those with the most keys first.
 template <class F> void for_each_queries(Cpu& cpu, Sequences const& s, Index queries, F f) {
   Index const count = s.count(), pieces = ceil_div(s.longest(), queries);
   parallel_for(cpu, count * pieces, [&](Index task, int thread) {
@@ -8353,7 +8360,7 @@ void query_losses(Cpu& cpu, KeySets const& sets, Config const& c, Sequences cons
     }
   });
 }
-// (6), the queries' parts summed in order; nothing if it is not there.
+// (6), the sum of the queries' parts in order, unless loss is an empty view. Writes index_lse.
 template <class T>
 void index_loss(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Saved<Out<T>> saved,
                 State<Out<T>, 1> loss) {
@@ -8363,7 +8370,7 @@ void index_loss(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const&
     loss(0) = cpu::sum_vectors<T>(s.tokens(), [&](cpu::Slot<T> n) HYBRIDATTN_INLINE_LAMBDA { return n.get(losses.data()); });
 }
 
-// (7). Queries come in blocks: threads share out a block's queries, which leave d_z, and then the keys, which sum it over the
+// (7) in blocks of queries. Threads share out a block's queries, which store d_z, and then the keys, which sum d_z over the
 // queries in order.
 template <class T> class KlBackward {
  public:
@@ -8382,7 +8389,7 @@ template <class T> class KlBackward {
  private:
   static constexpr Index block = 32, task_queries = 4, task_keys = 64;
 
-  // d_z of a block: rows [HI, room] of each query of sequence i, behind those of the sequences before it.
+  // d_z of a block: rows [HI, room] of each query of sequence i, after those of earlier sequences.
   Index room(Sequence s) const { return std::min(room_, key_room<T>(s.length)); }
   static Index start(Index i, Index tokens_before) { return tokens_before + i * cpu::lanes<T>; }
   T* d_z(Index i, Sequence s, Index query) const { return d_z_.data() + c_.index_heads * (block * start(i, s.start) + query * room(s)); }
@@ -8402,7 +8409,7 @@ template <class T> class KlBackward {
     });
   }
 
-  // The first block overwrites.
+  // Adds a block's part of d_ik. The first block overwrites.
   void keys(Index first) {
     parallel_for(cpu_, s_.count() * ceil_div(s_.longest(), task_keys), [&](Index task, int) {
       Index const i = task % s_.count(), begin = task / s_.count() * task_keys;
@@ -8482,7 +8489,7 @@ template <Index... values, class Fast, class Generic> void with_constant(Index n
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
 
-// Views that are not there want no gradient.
+// Leaves out empty views: their gradient is not computed.
 template <class T, int Rank> void set_zero(View<T, Rank> x) {
   if (x.empty()) return;
   for (Index n = 0; n < x.extent(0); ++n) {
@@ -8493,7 +8500,7 @@ template <class T, int Rank> void set_zero(View<T, Rank> x) {
 }
 template <class T, int... Ranks> void set_all_zero(View<T, Ranks>... x) { (set_zero(x), ...); }
 
-// Usual head dims are constants: that gains up to 20 % with GCC, 10 to 30 % with Clang. 256 gains 1 %.
+// Common head dims are compile-time constants. That gains up to 20 % with GCC and 10 to 30 % with Clang; 256 would gain 1 %.
 template <class Run> void with_head_dim(Index D, Run run) {
   with_constant<16, 32, 64, 128>(D, run, [&] { run(D); });
 }
@@ -8502,7 +8509,7 @@ template <class T> void negate(View<T const, 3> x, View<T, 3> y) {
   for (Index n = 0; n < x.extent(0); ++n)
     for (Index j = 0; j < x.extent(1); ++j) std::transform(x.row(n, j), x.row(n, j) + x.extent(2), y.row(n, j), std::negate<T>());
 }
-// relu(s q . k) = relu(-s (-q) . k): kernels know a positive index_scale s only. f(config, inputs) gets one.
+// The kernels need an index_scale s above 0. relu(s q . k) = relu(-s (-q) . k), so this calls f(config, inputs) with -s and -q.
 template <class T, class F> void with_positive_scale(Cpu& cpu, Config c, Inputs<In<T>> x, F f) {
   Tensor<T, 3, Cpu> opposite{cpu, x.index_q.shape};
   negate(x.index_q, out(opposite));
@@ -8539,7 +8546,7 @@ void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, In
   else set_all_zero(d_x.index_q, d_x.index_k, d_x.index_w);
 }
 
-// Sequences that begin run through forward's kernels. No stage has a loss here.
+// Sequences without past tokens use the kernels of forward. Decoding computes no auxiliary loss in any stage.
 template <class T>
 void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
   if (c.index_scale < 0)
@@ -8586,15 +8593,15 @@ template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
 #endif
 
 // ==== hybridattn/attention/dsa/steps.hpp
-// Around sparse attention in a layer: norm and rotary on queries and keys, and what the indexer does to its own.
+// The step before sparse attention in a layer: norm and rotary on queries and keys, and those of the indexer.
 #ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 template <class S> struct PrepareParams {
-  Wide<S, 1> q_norm, k_norm;                  // [D], or nothing without qk_norm
-  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], or nothing without index_norm
+  Wide<S, 1> q_norm, k_norm;                  // [D], empty without qk_norm
+  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], empty without index_norm
   HYBRIDATTN_FIELDS(q_norm, k_norm, index_norm_weight, index_norm_bias)
 };
 
@@ -8637,7 +8644,7 @@ template <SparseOptions O> struct Prepare {
       turn.forward(backend, one_head(index_k), one_head(x.index_k));
     }
   }
-  // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
+  // Computes the gradients that are not empty views: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
@@ -8654,7 +8661,7 @@ template <SparseOptions O> struct Prepare {
   }
 
  private:
-  // Rotary, then the norm, as HeadNorm does.
+  // Backward of the rotary, then of the norm, as in HeadNorm.
   template <class B, class T>
   static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
                              Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
@@ -8686,14 +8693,14 @@ template <SparseOptions O> struct Prepare {
 //       NaN ranks last
 //   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
 //   (4) d_q, d_k, d_v as in full attention, over S_t alone
-// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
+// All heads use one selection. The choice has no gradient. A loss of its own trains the indexer to score keys as attention weights them:
 //   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
 //   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
 //       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
-//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
+//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: q and k get no gradient
 //       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
 //       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
-// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
+// In the dense warm-up S_t is every key that t sees, without a choice. No tensor ever has T x T elements.
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 #define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 
@@ -8748,7 +8755,8 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     Shape<1> const index_lse{c.stage == Stage::language_model ? 0 : s.tokens()};
     return {.lse = {s.tokens(), c.num_heads}, .indices = chosen, .index_lse = index_lse};
   }
-  // A share of a length is known when the sequence is whole: to decode, give the same parameters to a policy with top_k.
+  // Decoding needs a fixed top_k: top_k_percent is relative to the final length, which is unknown while tokens are generated. To decode,
+  // use the same parameters in a policy with top_k.
   static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
     Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
     return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
@@ -8774,7 +8782,7 @@ using DSA = SparseAttention<>;
 #endif
 
 // ==== hybridattn/attention/full/cpu_tiles.hpp
-// What the forward and the backward kernel share: rows of one head, their transposes, and products that know the mask.
+// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 
@@ -8788,7 +8796,7 @@ using attention::Rows, attention::head_of;
 // Keys j that query i sees: i - reach < j <= i.
 inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
 
-// As a tile reads them: rows first .. first + tile_rows. Rows past the end are zeros, in a copy in pad [tile_rows, D].
+// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
 template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
   if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
   std::fill_n(pad, cpu::tile_rows * D, T(0));
@@ -8796,7 +8804,7 @@ template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D
   return {pad, D, 1};
 }
 
-// to = the transpose of columns d .. d + lanes of rows first .. first + lanes; zero where there are no more rows.
+// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
 template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
   constexpr int n = cpu::lanes<T>;
   if (first + n <= length) {
@@ -8807,14 +8815,14 @@ template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Inde
   for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
   cpu::transpose<T>(rows, n, to, to_stride);
 }
-// to [D, width] = the transpose of rows first .. first + width.
+// to [D, width] = the transpose of rows first .. first + width - 1.
 template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
   for (Index i = 0; i < width; i += cpu::lanes<T>)
     for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
 }
 
-// In row r of a tile the sum runs over begin + r <= k < end + r, as far as 0 <= k < depth. The mask of causal attention and
-// of its window has this shape. What lies outside is never used: no mask is needed there, and a NaN there stays there.
+// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
+// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
 struct Band {
   Index begin, end, depth;
 };
@@ -8860,7 +8868,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b
   }
 }
 
-// f(column, vectors) over the columns 0 .. D of a row: whole tiles of two vectors, and one vector where D ends so.
+// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
 template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
   Index d = 0;
   for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});
@@ -8873,14 +8881,14 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_colu
 // ==== hybridattn/attention/full/cpu_backward.hpp
 // Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
 // one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
-// v x d_o become dS (4), both in their epilogues. The products (5) take from them what the band of the mask holds; what the
-// tiles leave outside is never read, so nothing is masked.
+// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
+// the band need no mask.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
-// One query head: what forward read and left, and what backward writes.
+// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
 template <class T> struct BackwardRows {
   Rows<T const> q, k, v, o, d_o;
   Rows<wide_t<T> const> lse;
@@ -8915,7 +8923,7 @@ template <class T, class Dim> class BackwardHead {
 
   Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
 
-  // What the tiles read; d_q = 0.
+  // Fills the tensors that the tiles read. Sets d_q to 0.
   void prepare(BackwardRows<T> const& x) {
     for (Index i = 0; i < padded_; i += block) {
       transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
@@ -8926,7 +8934,7 @@ template <class T, class Dim> class BackwardHead {
     for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
   }
 
-  // delta of one vector of queries, in the order in which a tile sums d_o . v: where one key takes all, their difference is 0.
+  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
   void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
     constexpr int n = cpu::lanes<T>;
     alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
@@ -8938,7 +8946,7 @@ template <class T, class Dim> class BackwardHead {
     cpu::store<T>(delta_ + first, delta);
   }
 
-  // P and dS, [keys, queries], of the tiles that hold a pair that sees each other.
+  // P and dS, [keys, queries], of the tiles in which a query sees a key.
   void weights(BackwardRows<T> const& x, Index key, Index query) {
     for (Index j = 0; j < rows_from(key); j += MR)
       for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
@@ -8964,7 +8972,7 @@ template <class T, class Dim> class BackwardHead {
                                                    scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
                                    });
   }
-  // exp(scale s - lse). lse holds a rounded score, so this one is rounded as well: where one key takes all, P is 1 exactly.
+  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
   HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.
@@ -9047,7 +9055,7 @@ template <class S> struct Saved {
   Wide<S, 2> lse;  // [N, H], natural logarithm
   HYBRIDATTN_FIELDS(lse)
 };
-// Of earlier tokens, as they are after norm and rotary: position p stands in row p, or in row p % window where there is a window.
+// Keys and values of earlier tokens, after norm and rotary. Position p is in row p, or with a window in row p % window.
 template <class S> struct Cache {
   Held<S, 4> keys, values;  // [batch, capacity or window, HK, D]
   HYBRIDATTN_FIELDS(keys, values)
@@ -9062,13 +9070,13 @@ template <FullOptions O> struct FullAttention;
 
 // ==== hybridattn/attention/full/cpu_extend.hpp
 // Decoding on the CPU: a query of each head over the keys and values of a cache. The heads of a group take turns on a block
-// of them while it is in the first-level cache, so that what is read from memory is read once.
+// of keys or values while the block is in the first-level cache, so each row is read from memory once.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
-// Keys and values of one head of one sequence, cached and new ones.
+// Cached and new keys and values of one head of one sequence.
 template <class T> class SequenceKeys {
  public:
   using Rows = attention::Rows<T const>;
@@ -9078,7 +9086,7 @@ template <class T> class SequenceKeys {
         cached_v_{cache.values.row(i, 0, hk), cache.values.stride[1]}, k_(attention::head_of(x.k, s, hk)),
         v_(attention::head_of(x.v, s, hk)) {}
 
-  // f(k, v, count) for each run of rows, one behind the other, that query t sees; the oldest first.
+  // Calls f(k, v, count) for each run of consecutive rows that query t sees, the oldest first.
   template <class F> HYBRIDATTN_INLINE void for_each_run(Index t, F f) const {
     Index const first = window_ == 0 ? 0 : std::max<Index>(0, past_ + t + 1 - window_);
     for (Index position = first, count = 0; position < past_; position += count) {
@@ -9089,7 +9097,7 @@ template <class T> class SequenceKeys {
     Index const first_new = std::max<Index>(0, first - past_);
     f(from(k_, first_new), from(v_, first_new), t + 1 - first_new);
   }
-  // The same in blocks: f(number of the first one, k, v, the block's rows)
+  // The same in blocks: f(number of the block's first row, k, v, number of the block's rows)
   template <class F> HYBRIDATTN_INLINE void for_each_block(Index t, F f) const {
     constexpr Index block = 32;
     Index seen = 0;
@@ -9098,7 +9106,7 @@ template <class T> class SequenceKeys {
       seen += count;
     });
   }
-  // Of those rows, number j.
+  // Row j of the rows that query t sees.
   attention::KeyRows<T> at(Index t, Index j) const {
     Index const position = past_ + t + 1 - count(t) + j, row = position < past_ ? position % ring_ : position - past_;
     return position < past_ ? attention::KeyRows<T>{cached_k_[row], cached_v_[row]} : attention::KeyRows<T>{k_[row], v_[row]};
@@ -9134,12 +9142,12 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
       attention::attend_in_order<T>(D, scale, q[g], keys.count(t), [&](Index j) { return keys.at(t, j); }, o[g]);
 }
 
-// The sequences that continue. Tasks are some queries of a group of heads.
+// Attention for the sequences with past tokens. Tasks are some queries of a group of heads.
 template <class T>
 void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, View<T, 3> o) {
   constexpr Index piece = 8;
   Index const HK = c.num_kv_heads, group = c.num_heads / HK, pieces = ceil_div(s.longest(), piece);
-  Index const room = attention::key_room<T>(cache.keys.extent(1)) + cpu::lanes<T>;   // a block's last vector may end behind it
+  Index const room = attention::key_room<T>(cache.keys.extent(1)) + cpu::lanes<T>;   // a block's last vector may end after the last key
   Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, group * room}};
   auto const memory = out(scratch);
   parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
@@ -9155,7 +9163,7 @@ void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, In
   });
 }
 
-// Keys and values of new tokens move into the cache: the last ones, where a window holds no more.
+// Copies keys and values of new tokens into the cache; with a window, those of the last `window` tokens.
 template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache) {
   Index const ring = cache.keys.extent(1), HK = cache.keys.extent(2), D = cache.keys.extent(3);
   parallel_blocks(cpu, s.tokens(), 16, [&](Index first, Index last) {
@@ -9175,13 +9183,13 @@ template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, 
 #endif
 
 // ==== hybridattn/attention/full/cpu_forward.hpp
-// Forward on the CPU. A block of queries stands in the lanes: scores are tiles of keys x queries, and the weights they
-// become are read transposed by the product with v.
+// Forward on the CPU. Each lane is a query: scores are tiles of keys x queries, and the product with v reads their weights
+// transposed.
 //
-// The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
-// are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
-// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Products q . k are compared, and scaled
-// afterwards: the largest one is its own reference exactly, however large it is, so one replacement is enough.
+// The block on the diagonal comes first. Its largest score is the query's reference for all other blocks, so weights are
+// computed in the score tile's epilogue and no sum is rescaled. Any reference gives the same o. Where a weight would exceed e^10, a
+// larger reference replaces it, for that query alone, so values up to 1e30 do not overflow. Products q . k are compared before they are
+// scaled. So the largest product is exactly its own reference, for any size, and one replacement is enough.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
@@ -9198,7 +9206,7 @@ template <class T, class Dim> class ForwardBlock {
       : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
         q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
 
-  // o and lse of the queries first .. first + queries, as far as they exist.
+  // Computes o and lse of the queries first .. first + queries - 1, up to the last query.
   void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     first_ = first;
     transpose_rows(D_, q, first, length_, queries, q_t_);
@@ -9215,7 +9223,7 @@ template <class T, class Dim> class ForwardBlock {
 
  private:
   static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  static constexpr T limit = 10, far = 80;   // exponents: what a weight may be, and what it may be and be scaled afterwards
+  static constexpr T limit = 10, far = 80;   // largest exponents: of a weight, and of a weight that can still be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
 
@@ -9225,7 +9233,7 @@ template <class T, class Dim> class ForwardBlock {
     Mask const newer = cpu::lane_numbers<T>() + static_cast<Bits>(first_ + v * cpu::lanes<T> - key);   // i - j
     return (newer >= Bits(0)) & (newer < static_cast<Bits>(reach_));
   }
-  // Vectors of queries that are older than every key of the tile have nothing to do there.
+  // Vectors of queries that are older than every key of the tile. The tile skips them.
   static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
 
   // p = q . k of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
@@ -9241,10 +9249,10 @@ template <class T, class Dim> class ForwardBlock {
         });
   }
 
-  // e^(score - reference), of products; more than e^88 may be any number.
+  // e^(score - reference), from products; above e^88 any number.
   HYBRIDATTN_INLINE Vec exponential(Vec s, Vec reference) const { return cpu::exp2_below_most<T>((s - reference) * slope_); }
 
-  // The largest product that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
+  // The largest product that a query sees becomes its reference. If a query sees one key only, this key's weight is exactly 1.
   void diagonal() {
     Index const count = std::min(queries, length_ - first_);
     Vec largest[NV], sum[NV] = {};
@@ -9306,7 +9314,8 @@ template <class T, class Dim> class ForwardBlock {
 
   bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
   Mask beaten(int v, Vec largest, T by) const { return (largest - softmax_[v].reference) * size_ > by; }
-  // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
+  // Makes `largest` the reference where its weight is above e^by. Returns the factor for earlier sums: 1, and no bit changes, where
+  // the reference stays.
   Vec raise_reference(int v, Vec largest, T by) {
     Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, softmax_[v].reference);
     Vec const shrink = softmax_[v].rebase(raised, [&](Vec x, Vec y) HYBRIDATTN_INLINE_LAMBDA { return exponential(x, y); });
@@ -9334,7 +9343,7 @@ template <class T, class Dim> class ForwardBlock {
     alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
     attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
-      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as backward rounds it
+      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as in backward
       range.add(score);
       cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / softmax_[v].total);
       cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(softmax_[v].total));
@@ -9350,7 +9359,7 @@ template <class T, class Dim> class ForwardBlock {
     }
     if (range.is_moderate()) return;
     for (Index i = 0; i < count; ++i) {
-      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then values are all that is large
+      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then only values are large
       if (keeps_lse && attention::is_moderate<T>(D_, o_ + i * D_)) continue;
       T const exact = in_order(first_ + i, q, o);
       if (!keeps_lse) *lse[first_ + i] = exact;
@@ -9367,7 +9376,7 @@ template <class T, class Dim> class ForwardBlock {
   T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
-  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products, to be scaled
+  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products before they are scaled
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::full
@@ -9380,7 +9389,7 @@ template <class T, class Dim> class ForwardBlock {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
 
-// Tasks are pieces of a head's queries, those with the most keys first; whole heads on one thread, or if there are many.
+// Tasks are pieces of a head's queries, those with the most keys first. On one thread, or with many heads, a task is a whole head.
 template <class T, class Dim>
 void forward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                    Saved<Out<T>> saved) {
@@ -9438,12 +9447,13 @@ void backward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences cons
   });
 }
 
-// As a constant, D = 32 gains 5 % of backward; 16 gains 1 to 4 %, 64, 128 and 256 less than 1 %: not worth compiling the kernels again.
+// A compile-time D = 32 makes backward 5 % faster; 16 gains 1 to 4 %, 64, 128 and 256 less than 1 %, too little to compile the
+// kernels again.
 template <class F> void with_head_dim(Index D, F f) {
   with_constant<32>(D, f, [&] { f(D); });
 }
 
-// The kernels want heads of whole vectors. Others go through copies that zeros fill up: zeros change no product.
+// The kernels need heads of whole vectors. Other heads are copied and padded with zeros, which change no product.
 template <class T> Tensor<T, 3, Cpu> widened(Cpu& cpu, View<T const, 3> x) {
   Index const H = x.extent(1), D = x.extent(2);
   Tensor<T, 3, Cpu> tensor{cpu, {x.extent(0), H, round_up(D, cpu::lanes<T>)}};
@@ -9490,12 +9500,12 @@ void backward(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inpu
   narrow(cpu, in(d_v), d_x.v);
 }
 
-// Sequences that begin run through the tiles of forward, the others over rows of the cache.
+// Sequences without past tokens are computed by the tiles of forward, other sequences over rows of the cache.
 template <class T>
 void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
   Index const ring = cache.keys.extent(1);
   check_fits(s, cache.keys.extent(0), ring == o.window ? std::numeric_limits<Index>::max() : ring);
-  if (s.any_begin()) {   // first: it may fill the rows of the others with anything
+  if (s.any_begin()) {   // first, because it may overwrite the rows of the other sequences
     Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
     forward<T>(cpu, o, c, s.beginnings(), x, y, {.lse = out(lse)});
   }
@@ -9527,14 +9537,14 @@ template <FullOptions O> struct On<FullAttention<O>, Cpu> {
 #endif
 
 // ==== hybridattn/attention/full/steps.hpp
-// Around full attention in a layer: norm and rotary on queries and keys.
+// The step before full attention in a layer: norm and rotary on queries and keys.
 #ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 template <class S> struct PrepareParams {
-  Wide<S, 1> q_norm, k_norm;  // [D], or nothing without qk_norm
+  Wide<S, 1> q_norm, k_norm;  // [D], empty without qk_norm
   HYBRIDATTN_FIELDS(q_norm, k_norm)
 };
 
@@ -9585,7 +9595,7 @@ template <FullOptions O> struct Prepare {
 //   (3) o_i = sum_j P_ij v_j                   a row that sees no key: o_i = 0, lse_i = -inf
 //   (4) dS_ij = scale P_ij (d_o_i . v_j - delta_i)      delta_i = d_o_i . o_i
 //   (5) d_q_i = sum_j dS_ij k_j    d_k_j = sum_i dS_ij q_i    d_v_j = sum_i P_ij d_o_i
-// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. P is recomputed in backward, never kept.
+// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. Backward computes P again.
 #ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
 #define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
 
@@ -9641,10 +9651,10 @@ using Full = FullAttention<>;
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_groups.hpp
-// What the sweeps over the tokens of a head share. Tokens go in groups of four: one pass over a state takes in four of them
-// and is as long as four, but loads and stores the state once. Groups are counted from the start of the sequence and the
-// last one is padded with zeros, so what a token gets does not depend on how many follow. Sixteen groups are a block: the
-// small terms of its groups are made together, one group in each lane.
+// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of four: one pass over a state has the arithmetic of
+// four tokens, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
+// padded with zeros, so a token's result does not depend on the number of later tokens. Sixteen groups are a block: the
+// small terms of its groups are computed together, one group in each lane.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 
@@ -9654,10 +9664,10 @@ using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
 inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
 
-// Columns of a state that one pass handles: one vector, whose 13 accumulators and factors stay in registers.
+// Columns of a state in one pass: one vector, so that 13 accumulators and factors stay in registers.
 template <class T> inline constexpr int panel_width = lanes<T>;
-// Panels in turn: the short, serial work between two passes over one panel runs under the passes over the others. A panel has
-// twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+// Panels that take turns: the short, serial work between two passes over one panel overlaps with the passes over the others. A panel
+// has twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
 inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
 // K and V in whole panels and whole groups of rows.
 template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
@@ -9685,8 +9695,8 @@ template <class T> struct TokenRows {
   HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }
 };
 
-// Kernels want whole groups of rows and whole panels of columns. TokenRows that are that already are used where they stand,
-// others through a copy, padded with zeros.
+// Kernels need whole groups of rows and whole panels of columns. Such rows are used in place, other rows through a copy, padded
+// with zeros.
 template <class T> bool is_whole(View<T, 3> x, TokenBlock block, TokenRows<std::remove_const_t<T>> copy) {
   return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
 }
@@ -9703,7 +9713,7 @@ template <class T> TokenRows<T> rows_to_write(View<T, 3> y, TokenBlock block, In
   if (y.empty() || !is_whole(y, block, copy)) return copy;
   return {y.row(block.first, head), y.stride[0]};
 }
-// Afterwards: what was written to the copy moves to where it belongs.
+// Copies the results from the copy, if there is one, to y.
 template <class T> void write_back(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
   if (y.empty() || is_whole(y, block, copy)) return;
   for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
@@ -9717,7 +9727,7 @@ template <class T> struct alignas(cpu::vector_bytes) PerGroup {
   HYBRIDATTN_INLINE Vec<T> get(int g) const { return load(group + g); }
   HYBRIDATTN_INLINE void put(int g, Vec<T> x) { store(group + g, x); }
 };
-// f(g) for g .. g + lanes - 1 at a time.
+// Calls f(g) for every vector of groups g .. g + lanes - 1.
 template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
   for (int g = 0; g < block_groups; g += lanes<T>) f(g);
 }
@@ -9727,7 +9737,7 @@ inline constexpr int pairs = 16;
 constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
 constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
 
-// The gates of a block. Padding neither forgets nor learns: decay 1, beta 0.
+// The gates of a block. Padding does not change the state: decay 1, beta 0.
 template <class T> struct Gates {
   PerGroup<T> beta[group_tokens];
   PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
@@ -9744,7 +9754,7 @@ template <> struct LogTwo<double> {
   static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
 };
 
-// exp(g), and 0 where it is no normal number. Of g log2(e) alone the rounding would be |g| times that of the result.
+// exp(g), or 0 below the smallest normal number. The rounding of g log2(e) alone would give an error |g| times that of the result.
 template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
   using E = cpu::detail::Exp2<T>;
   Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
@@ -9783,21 +9793,21 @@ template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, To
   multiply_decays(decay, gates);
 }
 
-// A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
-// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
-// When the carry leaves its range it is folded back.
+// A state is kept as carry * stored, so a decay costs a product of two numbers and no pass over memory. The carry stays well above 1,
+// so the stored matrix, and its products before they are scaled, overflow only where the state does. When the carry leaves its range,
+// it is multiplied into the stored matrix and starts again.
 template <class T> struct Carry {
   static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
 
-  PerGroup<T> before;   // the carry when the group comes
+  PerGroup<T> before;   // the carry before the group
   PerGroup<T> inverse;  // 1 / the carry after the group
-  PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
+  PerGroup<T> fold;     // factor of the stored state before the group is added, 1 for most groups
 
-  // `decay` of the whole group; the carry is taken from group to group in the order of the sweep.
+  // Returns the carry after group g, from the carry before it and the decay of the whole group. Called in the order of the sweep.
   HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
     before.group[g] = carry;
     carry *= decay;
-    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
+    bool const in_range = carry >= least && carry <= most;   // false for a NaN, which then reaches all of the state
     fold.group[g] = in_range ? T(1) : carry / start;
     carry = in_range ? carry : start;
     inverse.group[g] = 1 / carry;
@@ -9805,8 +9815,8 @@ template <class T> struct Carry {
   }
 };
 
-// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
-// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. There are
+// no products with later tokens. dot_share keeps a dot in range that would overflow before it is scaled.
 template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
                                                      T* dots) {
@@ -9840,7 +9850,7 @@ void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c,
   to_lanes<T>(dots, products);
 }
 
-// k_i . k_j and scale q_i . k_j, with the decay between.
+// k_i . k_j and scale q_i . k_j, times the decay from token j to token i.
 template <class T>
 void key_pairs(Gates<T> const& gates, TokenRows<T const> q, TokenRows<T const> k, Index K, Index groups, T scale,
                PerGroup<T> (&pair)[pairs]) {
@@ -9861,7 +9871,7 @@ template <class T> HYBRIDATTN_INLINE void token_dots(TokenRows<T const> a, Token
   cpu::sum_each<group_tokens>(sum, dots);
 }
 
-// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
+// A state [K, V] of one head as panels of columns: element (k, v) is at (v / panel) panel K + k panel + v % panel. Its value is
 // Carry::start * stored.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
   std::fill_n(state, rows * columns, T(0));
@@ -9895,32 +9905,32 @@ template <class T> double dot_state(View<T const, 4> states, Index i, Index h, I
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_decay.hpp
-// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads; what a pair gives to d_g_t,
-// j < t <= l, passes the decay of token t. For token i of a group these are
+// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads. A pair adds to d_g_t if it crosses
+// the decay of token t: j < t <= l. For token i of a group these are
 //   pairs inside the group, j < i <= l                         reads by tokens l >= i of the S before the group
-//   writes of tokens j < i that the X after the group reads    what passes the whole group, from S before to X after
-// No pair j = l takes part: it knows no decay, and at strong decays would be all of the rounding. What passes the whole group
-// follows from <S, X> after it less its writes, from the last group to the first, so that no token sees an earlier one's d_o.
-// That difference is nothing but rounding where the group's decay is below rounding: there it counts as 0. Its rounding does not
-// fade as the products do; so once a block, what passes a group is formed afresh from S and X.
+//   writes of tokens j < i that the X after the group reads    pairs across the whole group, from S before to X after
+// Pairs j = l are left out: they cross no decay, and at strong decays they would make most of the rounding error. The sum of the pairs
+// across a group is <S, X> after the group less the group's writes, from the last group to the first, so no token's d_g depends on an
+// earlier token's d_o. Where the group's decay is below rounding, this difference has no correct digit and counts as 0. Its rounding
+// error does not fade as the products do, so once a block the sum across a group is computed afresh from S and X.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// Of one block of one head.
+// The sums of one block of one head.
 template <class T> struct DecayPaths {
-  PerGroup<T> through[group_tokens];   // what passes the decay of token i, but for what passes the whole group
-  PerGroup<T> reads, writes;           // by the group of the S before it; of the group for the X after it
+  PerGroup<T> through[group_tokens];   // the pairs across the decay of token i, except those across the whole group
+  PerGroup<T> reads, writes;           // reads by the group of the S before it; writes of the group that the X after it reads
   PerGroup<T> decay;                   // of the whole group
-  Index fresh;                         // the group that what passes it is formed afresh for
+  Index fresh;                         // the group whose pairs across it are computed afresh
   T* gradient;                         // X after that group is carry * gradient [K, V], in panels
   T carry;
   double passes;                       // decay <S before that group, X after it>
 };
 
-// Where to form afresh, from the last group to the first: once the decay since the last time is below 2^-10, or else at the
-// first group. `since` is carried from block to block.
+// The group to compute afresh, from the last group to the first: where the decay since the last such group is below 2^-10, or else
+// the first group. `since` is carried from block to block.
 template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& since) {
   Index fresh = groups - 1;
   while (fresh > 0 && (since *= decay[fresh]) >= T(0x1p-10)) --fresh;
@@ -9946,8 +9956,8 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
   });
 }
 
-// Reads and writes of all groups. `crossing` [groups, 8, panel] holds, for each lane of the columns, what tokens read of the S
-// before their group, then k . stored X e; `write` leads from the latter to what the token writes.
+// Reads and writes of all groups. `crossing` [groups, 8, panel] has, for each lane of the columns, the tokens' reads of the S
+// before their group, then k . stored X e. `write` times the latter is the token's write.
 inline constexpr int crossing_rows = 2 * group_tokens;
 template <class T>
 void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
@@ -9971,8 +9981,8 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
-// by square: sums of few terms round less.
+// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Summed
+// square by square, because sums of few terms round less.
 template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
   Vec<T> sum{};
   for (Index v = 0; v < V; v += panel_width<T>) {
@@ -9986,10 +9996,10 @@ template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index
   return sum;
 }
 
-// The blocks of one head of one sequence.
+// d_g of one head of one sequence.
 template <class T> class DecayGradients {
  public:
-  // `paths(b)`: of block b. before, after: <S_0, X_0> (a function, for the odd case that needs it) and <S_T, X_T>.
+  // `paths(b)` are the sums of block b. before() is <S_0, X_0>, a function because few cases need it; after is <S_T, X_T>.
   template <class Paths, class Before>
   static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
     for (Index b = count_blocks(sequence); b-- > 0;) {
@@ -10010,8 +10020,8 @@ template <class T> class DecayGradients {
   static double passing(DecayPaths<T> const& paths, Index g, double difference) {
     return paths.decay[g] <= std::numeric_limits<T>::epsilon() / 2 ? 0 : difference;
   }
-  // What passes group g of block b, by <S, X> before each group less its reads: a NaN or infinite value of a token is none of an
-  // earlier token's business.
+  // The pairs across group g of block b, from <S, X> before each group less its reads. So a NaN or infinite value of a token does not
+  // reach the d_g of earlier tokens.
   template <class Paths, class Before> static double from_the_front(Paths paths, Before before, Index last_block, Index last) {
     Index b = last_block, g = last;
     auto const is_fresh = [&] { return g == paths(b).fresh; };
@@ -10030,16 +10040,16 @@ template <class T> class DecayGradients {
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_forward.hpp
-// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens understood,
+// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens not written,
 //   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
-// so a group needs eight products with S, a 4x4 triangle is solved, and four updates enter S. One pass over S adds a group
-// and forms the products of the next: 12 multiply-adds for each element loaded and stored.
+// So a group needs eight products with S, the solution of a 4x4 triangle, and four updates of S. One pass over S adds a group
+// and computes the products of the next group: 12 multiply-adds for each element loaded and stored.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// What the tokens of a group have to do with each other and with the state; S = carry * stored.
+// Factors between the tokens of a group, and between tokens and the state; S = carry * stored.
 template <class T> struct ForwardTerms {
   PerGroup<T> beta[group_tokens];
   PerGroup<T> forget[group_tokens];  // from the stored state to token i
@@ -10048,13 +10058,13 @@ template <class T> struct ForwardTerms {
   PerGroup<T> pair[pairs];           // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
   Carry<T> carry;
 };
-// The rows of a block, and where its results go. `error` has no data when nobody will run backward.
+// The input rows and result rows of a block. `error` has no data when no backward follows.
 template <class T> struct ForwardRows {
   Index groups, K, V;
   TokenRows<T const> q, k, v;
   TokenRows<T> o, error;
 };
-// The part of a state and of all rows that one pass handles.
+// The panel of a state and of all rows that one pass computes.
 template <class T> struct ForwardPanel {
   T* state;     // [K, panel]
   T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
@@ -10176,22 +10186,22 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
 
 // ==== hybridattn/attention/gdn/cpu_reverse.hpp
 // The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
-// With X the gradient of the state after a group and decays between tokens understood,
+// With X the gradient of the state after a group and decays between tokens not written,
 //   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
-// As in forward, one pass over X adds a group and forms the products of the next one: 12 multiply-adds for each element
-// loaded and stored. Besides d_v and d_beta the sweep leaves X e_i and the dots of each group.
+// As in forward, one pass over X adds a group and computes the products of the next group: 12 multiply-adds for each element
+// loaded and stored. The sweep writes d_v, d_beta, X e_i and the dots of each group.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// The rows of a block. d_v holds w until the block's reverse sweep is finished.
+// The rows of a block. d_v has w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
   Index groups, K, V;
   TokenRows<T const> q, k, error, d_o;
   TokenRows<T> d_v;
 };
-// What the reverse sweep needs to know about the groups of a block; X = carry * stored.
+// Factors for the reverse sweep over the groups of a block; X = carry * stored.
 template <class T> struct ReverseTerms {
   PerGroup<T> beta[group_tokens];
   PerGroup<T> forget[group_tokens];      // from the stored X after the group to token i
@@ -10200,7 +10210,7 @@ template <class T> struct ReverseTerms {
   PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
   Carry<T> carry;
 };
-// What it hands to the forward sweep, besides X e, and what both leave for d_g.
+// The results of the reverse sweep for the forward sweep, besides X e, and those of both sweeps for d_g.
 template <class T> struct Handover {
   PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
   PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
@@ -10263,7 +10273,7 @@ HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T 
 }
 
 // X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
-// chains of four, not one of eight: the serial chain would be what the pass waits for.
+// chains of four, because a serial chain of eight would limit the speed of the pass.
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
                             [[maybe_unused]] TokenRows<T const> next_k) {
@@ -10382,18 +10392,18 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_rebuild.hpp
-// The forward sweep of backward: S, rebuilt from the errors e that forward saved, for
+// The forward sweep of backward. It computes S again from the errors e that forward saved, for
 //   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
 //   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
 //         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
-// with S the state before a group of four, X the gradient of the state after it, and decays between tokens understood.
-// Nothing is left to solve. S is held as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
+// with S the state before a group of four, X the gradient of the state after it, and decays between tokens not written.
+// There is no triangle to solve. S is stored as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// What the forward sweep needs; S = carry * stored.
+// Factors for the forward sweep; S = carry * stored.
 template <class T> struct RebuildTerms {
   PerGroup<T> forget[group_tokens];  // from the stored S before the group to token i
   PerGroup<T> read[group_tokens];    // scale forget
@@ -10441,8 +10451,8 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   }
 }
 
-// d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
-// each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
+// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [8, panel] is each token's read of S,
+// then k . stored X e: the first panel overwrites, the other panels add.
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
                                TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
@@ -10500,7 +10510,7 @@ void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, Backward
       factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
 }
 
-// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
+// Writes d_q and d_k of a query/key head: its first value head overwrites, the other value heads add.
 template <class T>
 void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlock block, Index hk, bool first, View<T, 3> d_q,
                     View<T, 3> d_k) {
@@ -10513,7 +10523,7 @@ void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlo
   }
 }
 
-// The state as S^T, panels of K: row k of column v at (k / panel) panel V + v panel + k % panel.
+// The state as S^T in panels of K: element (k, v) is at (k / panel) panel V + v panel + k % panel.
 template <class T> Index transposed_place(Index k, Index v, Index V) {
   return k / panel_width<T> * panel_width<T> * V + v * panel_width<T> + k % panel_width<T>;
 }
@@ -10536,8 +10546,8 @@ template <class T> double dot_transposed(View<T const, 4> states, Index i, Index
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_step.hpp
-// Equations (1) to (4) for one token of each sequence, on states that stay where they are: decoding. The states are read
-// twice and written once, a few columns at a time, so that the second time they come from the first cache.
+// Decoding: equations (1) to (4) for one token of each sequence, on states in place. The states are read
+// twice and written once, a few columns at a time, so the second read comes from the first-level cache.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
 
@@ -10552,7 +10562,7 @@ template <class T> struct Token {
   Index K, row;        // row k of the state starts at state + k row
 };
 
-// `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
+// `N` vectors of columns from `slot` on. Only where N is 1 may the vector have fewer columns than lanes.
 template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
   auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
   Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
@@ -10602,7 +10612,8 @@ struct GdnOptions {
 
 namespace gdn {
 
-// How a_log and dt_bias start: fla draws decays near 1, transformers' untrained layer forgets within a token.
+// Initial values of a_log and dt_bias: those of fla give decays near 1; with those of transformers an untrained layer forgets within a
+// token.
 enum class GateStart { fla, transformers };
 
 struct Config {
@@ -10616,26 +10627,26 @@ struct Config {
 };
 
 template <class S> struct Inputs {
-  Held<S, 3> q, k;            // [N, H, K], used as they are: the layer makes their length 1
+  Held<S, 3> q, k;            // [N, H, K], not normalised by the policy: the layer makes their length 1
   Held<S, 3> v;               // [N, HV, V]
   Wide<S, 2> g, beta;         // [N, HV]   g <= 0 is the log of the decay, beta in [0, 1] or [0, 2]
-  State<S, 4> initial_state;  // [number of sequences, HV, K, V], or nothing for zeros
+  State<S, 4> initial_state;  // [number of sequences, HV, K, V], empty for zeros
   HYBRIDATTN_FIELDS(q, k, v, g, beta, initial_state)
 };
 template <class S> struct Outputs {
   Held<S, 3> o;             // [N, HV, V]
-  State<S, 4> final_state;  // [number of sequences, HV, K, V], or nothing if nobody wants it
+  State<S, 4> final_state;  // [number of sequences, HV, K, V], empty if the caller does not need it
   HYBRIDATTN_FIELDS(o, final_state)
 };
-// The error e_t of (2) alone: backward rebuilds S from it, forwards, and needs no state.
+// The error e_t of (2). Backward computes S again from it, from the first token on, and needs no saved state.
 template <class S> struct Saved {
   Wide<S, 3> error;  // [N, HV, V]
   HYBRIDATTN_FIELDS(error)
 };
 
-// Of earlier tokens: the state S, and what the short convolutions read of their projections, the oldest first.
+// The state S after earlier tokens, and the projections of the last earlier tokens for the short convolutions, the oldest first.
 template <class S> struct Cache {
-  Held<S, 3> conv_q, conv_k, conv_v;  // [batch, conv_width - 1, channels], or nothing without a convolution
+  Held<S, 3> conv_q, conv_k, conv_v;  // [batch, conv_width - 1, channels], empty without a convolution
   State<S, 4> state;                  // [batch, HV, K, V]
   HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, state)
 };
@@ -10650,7 +10661,7 @@ template <GdnOptions O> struct GatedDeltaNet;
 #endif
 
 // ==== hybridattn/attention/gdn/cpu.hpp
-// The gated delta rule on the CPU: which heads run side by side, and the memory that a head needs.
+// The gated delta rule on the CPU: the tasks of forward, backward and decoding, and the memory of each thread.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 
@@ -10662,7 +10673,7 @@ namespace detail {
 template <class T> struct ForwardScratch {
   Index K, V;
   T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
-  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
+  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used in place
 
   static Index size(Index K, Index V) {
     return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
@@ -10709,14 +10720,14 @@ template <class T> struct BackwardScratch {
   T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
   T* panels;                         // the rows of the panels in turn
   T* crossing;                       // of one block, for d_g
-  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
+  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used in place
   TokenRows<T> d_q, d_k;                  // one block of one value head
   T* state_error;                    // X e of all tokens of a head
   T* gradients;                      // an X of each block, for d_g
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and the states of the blocks
     return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
                                 round_up(longest, group_tokens) * K);
   }
@@ -10732,7 +10743,7 @@ template <class T> struct BackwardScratch {
   }
 };
 
-// One call of backward.
+// The arguments of one call of backward.
 template <class T> struct BackwardCall {
   Config const& c;
   Inputs<In<T>> x;
@@ -10754,7 +10765,7 @@ template <class T> struct BackwardCall {
   }
 };
 
-// Returns <S_0, X_0>, as a function.
+// Writes d_v, d_beta, d_initial_state and the handover. Returns a function that computes <S_0, X_0>.
 template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
   T carry = Carry<T>::start, since_fresh = 1;
@@ -10779,7 +10790,7 @@ template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequ
   return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
 }
 
-// Returns <S_T, d_final_state>.
+// Writes d_q and d_k. Returns <S_T, d_final_state>.
 template <class T>
 double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
   T carry = Carry<T>::start;
@@ -10789,7 +10800,7 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
   for (Index b = 0; b < count_blocks(sequence); ++b) {
     TokenBlock const block = block_of(sequence, b);
     BackwardRows<T> const rows = call.rows(block, h, scratch);
-    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // as the reverse sweep left it
+    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // written by the reverse sweep
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
     rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
@@ -10802,7 +10813,7 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
 
 }  // namespace detail
 
-// Heads are independent of each other.
+// A task is a value head of a sequence: heads are independent of each other.
 template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
   Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
@@ -10813,7 +10824,8 @@ template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, I
   });
 }
 
-// Key heads are independent of each other; the value heads of a key head add to its d_q and d_k one after the other.
+// A task is a key head of a sequence: key heads are independent of each other. The value heads of a key head add to its d_q and d_k
+// one after the other.
 template <class T>
 void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>>, Saved<In<T>> saved, Outputs<In<T>> d_y,
               Inputs<Out<T>> d_x) {
@@ -10839,7 +10851,7 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
 
 namespace detail {
 
-// Token n in head h, on a state [K, V] that it changes.
+// Computes token n in head h, and updates the head's state [K, V].
 template <class T> void step_token(Config const& c, Inputs<In<T>> const& x, Index n, Index h, View<T, 4> states, Index i, View<T, 3> o) {
   Index const hk = h / (c.num_value_heads / c.num_heads);
   T const *q = x.q.row(n, hk), *k = x.k.row(n, hk);
@@ -10860,7 +10872,8 @@ template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T,
   });
 }
 
-// One token is a step on the state where it stands, several are a forward from it to it.
+// Updates state and computes o [N, HV, V]. One new token of a sequence is a step in place; several new tokens are a forward from the
+// state to the state.
 template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
   check_fits(s, state.extent(0), std::numeric_limits<Index>::max());
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
@@ -10905,7 +10918,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 #endif
 
 // ==== hybridattn/attention/gdn/steps.hpp
-// Around the gated delta rule in a layer: short convolutions, lengths and gates before it, a gated norm after it.
+// The steps around the gated delta rule in a layer: short convolutions, L2 norms and gates before it, a gated norm after it.
 //   q, k = l2_norm(silu(conv(raw)))      v = silu(conv(raw))      g, beta from their projections (ops/gdn_gate)
 //   y = RMSNorm(o) w silu(z), one weight [V] for all heads
 #ifndef HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
@@ -10914,7 +10927,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 template <class S> struct PrepareParams {
-  Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap meets the token itself
+  Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap multiplies the token itself
   Wide<S, 1> a_log, dt_bias;          // [HV]
   HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, a_log, dt_bias)
 };
@@ -10947,7 +10960,7 @@ template <GdnOptions O> struct Prepare {
     convolve(backend, s, raw.v, p.conv_v, x.v);
     normalise_and_gate(backend, raw, p, x);
   }
-  // The convolutions go on where the cache says.
+  // The convolutions start from the earlier tokens in the cache.
   template <class B, class T>
   static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
                      Inputs<Out<T>> x) {
@@ -10975,7 +10988,7 @@ template <GdnOptions O> struct Prepare {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
     On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
-  // What stands before a sequence that begins is zero.
+  // A sequence without past tokens starts from zeros.
   template <class B, class T>
   static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
     for (Index i = 0; i < s.count() && !state.empty(); ++i)
@@ -10993,7 +11006,7 @@ template <GdnOptions O> struct Prepare {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
-  // Through the length and the convolution, whose output is formed again rather than kept.
+  // Backward of the L2 norm and the convolution. Computes the convolution's output again.
   template <class B, class T>
   static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                             View<T, 3> d_raw, View<T, 2> d_w) {
@@ -11044,11 +11057,11 @@ template <GdnOptions O> struct Finish {
 // Backward, with X_t the gradient of S_t, from the last token to the first:
 //   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
 //   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
-//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    what passes through the decay of token t, and nothing else
-//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is the same on paper alone:
-//       its terms do not fade with the decay that their sum fades with)
+//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    a sum over pairs of a write before and a read after this decay
+//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is mathematically equal, but
+//       inexact in floating point: the sum fades with the decay, its terms do not)
 // Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
-// underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
+// underflow before the exp. No equation divides by beta, so beta = 0 needs no special case.
 #ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 #define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 
@@ -11077,7 +11090,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
     check_groups("GatedDeltaNet", c.num_value_heads, c.num_heads);
     return c;
   }
-  // States stand in no batch of training: inputs() and outputs() leave them out, gdn::state_shape says how large they are.
+  // Training batches have no states: inputs() and outputs() give them empty shapes. gdn::state_shape is their shape.
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
     Shape<3> const keys{s.tokens(), c.num_heads, c.key_dim};
     Shape<2> const gates{s.tokens(), c.num_value_heads};
@@ -11119,8 +11132,8 @@ using GDN = GatedDeltaNet<>;
 #endif
 
 // ==== hybridattn/attention/dsa/reference.hpp
-// Equations (1) to (7) of dsa.hpp as loops, for any scalar. Slow and short: what the kernels are judged by. Choosing and
-// the rest stand apart, so that a kernel can be judged on the keys it chose itself.
+// Equations (1) to (7) of dsa.hpp as loops, for any scalar. Slow and short: the laws judge the kernels by these loops. The choice
+// is a function of its own, so a kernel can be judged on the keys that it chose itself.
 #ifndef HYBRIDATTN_ATTENTION_DSA_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_DSA_REFERENCE_HPP
 
@@ -11135,15 +11148,15 @@ template <class T> T score(Config const& c, Inputs<In<T>> x, Index n, Index s) {
   }
   return sum;
 }
-// Of query t of a sequence: I_ts for s = 0 .. t.
+// I_ts of query t of a sequence, for s = 0 .. t.
 template <class T> std::vector<T> index_scores(Config const& c, Sequence sequence, Inputs<In<T>> x, Index t) {
   std::vector<T> scores;
   for (Index s = 0; s <= t; ++s) scores.push_back(score(c, x, sequence.start + t, sequence.start + s));
   return scores;
 }
 
-// The places of the k largest scores, ascending, then -1. Equal scores go to the smaller place. NaN of either sign ranks below
-// all numbers, -infinity too; NaNs go to the smaller place.
+// The places of the k largest scores, ascending, then -1. Of equal scores the smaller place is chosen. NaN of either sign ranks below
+// all numbers, -infinity too; of NaNs the smaller place is chosen.
 template <class T> void select(std::vector<T> const& scores, Index k, std::int32_t* indices) {
   std::vector<std::int32_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
@@ -11165,7 +11178,7 @@ template <class T> void select(SparseOptions o, Config const& c, Sequences const
     }
 }
 
-// f(n, keys): query n attends to the tokens `keys`, those that indices name or without indices all that it sees.
+// Calls f(n, keys): query n attends to the tokens `keys`. These are the keys in indices, or without indices all keys that it sees.
 template <class F> void for_each_query(Sequences const& s, View<std::int32_t const, 2> indices, F f) {
   for (Sequence const sequence : s)
     for (Index t = 0; t < sequence.length; ++t) {
@@ -11178,7 +11191,7 @@ template <class F> void for_each_query(Sequences const& s, View<std::int32_t con
       f(sequence.start + t, keys);
     }
 }
-// f(n, h, hk, keys): head h of query n reads the keys of head hk.
+// Calls f(n, h, hk, keys): head h of query n reads the keys of head hk.
 template <class F> void for_each_head(Config const& c, Sequences const& s, View<std::int32_t const, 2> indices, F f) {
   for_each_query(s, indices, [&](Index n, std::vector<Index> const& keys) {
     for (Index h = 0; h < c.num_heads; ++h) f(n, h, h / (c.num_heads / c.num_kv_heads), keys);
@@ -11204,7 +11217,7 @@ void attend(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int3
   });
 }
 
-// Of one query, for its keys: what the indexer says and what it should say.
+// The indexer's distribution over one query's keys, and its target.
 template <class T> std::vector<T> scores_of(Config const& c, Inputs<In<T>> x, Index n, std::vector<Index> const& keys) {
   std::vector<T> scores;
   for (Index key : keys) scores.push_back(score(c, x, n, key));
@@ -11224,7 +11237,7 @@ std::vector<T> shares_of(Config const& c, Inputs<In<T>> x, Wide<In<T>, 2> lse, I
   return p;
 }
 
-// lse is attend's.
+// Takes the lse that attend computed.
 template <class T>
 void index_loss(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int32_t const, 2> indices, Wide<In<T>, 2> lse,
                 Wide<Out<T>, 1> index_lse, State<Out<T>, 1> loss) {
@@ -11250,7 +11263,7 @@ void forward(SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>>
   if (c.stage != Stage::language_model) index_loss<T>(c, s, x, saved.indices, saved.lse, saved.index_lse, y.auxiliary_loss);
 }
 
-// A view that is not there wants no gradient.
+// An empty view gets no gradient.
 template <class T, int Rank> void set_zero(View<T, Rank> x) {
   for (Index n = 0; !x.empty() && n < x.extent(0); ++n) {
     if constexpr (Rank == 2) std::fill_n(x.row(n), x.extent(1), T(0));
@@ -11309,13 +11322,13 @@ void backward(SparseOptions, Config const& c, Sequences const& s, Inputs<In<T>> 
 #endif
 
 // ==== hybridattn/attention/full/reference.hpp
-// Equations (1) to (5) of full.hpp as loops, for any scalar. Slow and short: what the kernels are judged by.
+// Equations (1) to (5) of full.hpp as loops, for any scalar. Slow and short: the laws judge the kernels by these loops.
 #ifndef HYBRIDATTN_ATTENTION_FULL_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_FULL_REFERENCE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full::reference {
 
-// f(h, hk, i, first): query i of head h reads the keys first .. i of head hk; i and first count from the batch's first token.
+// Calls f(h, hk, i, first): query i of head h reads the keys first .. i of head hk; i and first count from the batch's first token.
 template <class F> void for_each_query(FullOptions o, Config const& c, Sequences const& s, F f) {
   for (Sequence const sequence : s)
     for (Index h = 0; h < c.num_heads; ++h)
@@ -11369,18 +11382,18 @@ void backward(FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> 
 #endif
 
 // ==== hybridattn/attention/gdn/reference.hpp
-// Equations (1) to (7) of gdn.hpp as loops, for any scalar. Slow and short: what the kernels are judged by.
+// Equations (1) to (7) of gdn.hpp as loops, for any scalar. Slow and short: the laws judge the kernels by these loops.
 #ifndef HYBRIDATTN_ATTENTION_GDN_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_REFERENCE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::reference {
 
-// f(i, h, hk): value head h of sequence i, with the queries and keys of head hk.
+// Calls f(i, h, hk): value head h of sequence i, with the queries and keys of head hk.
 template <class F> void for_each_head(Config const& c, Sequences const& s, F f) {
   for (Index i = 0; i < s.count(); ++i)
     for (Index h = 0; h < c.num_value_heads; ++h) f(s[static_cast<std::size_t>(i)], i, h, h / (c.num_value_heads / c.num_heads));
 }
-// The state [K, V] of one head, zero where there is none.
+// The state [K, V] of one head; zeros for an empty view.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index K, Index V, T* S) {
   std::fill_n(S, K * V, T(0));
   for (Index a = 0; !states.empty() && a < K; ++a) std::copy_n(states.row(i, h, a), V, S + a * V);
@@ -11409,7 +11422,7 @@ template <class T> void forward(Config const& c, Sequences const& s, Inputs<In<T
   });
 }
 
-// S_0, S_1, ..., S_T of one head, rebuilt from the errors by (1) and (3).
+// S_0, S_1, ..., S_T of one head, computed from the errors by (1) and (3).
 template <class T>
 std::vector<T> states(Config const& c, Sequence sequence, Index i, Index h, Index hk, Inputs<In<T>> x, Saved<In<T>> saved) {
   Index const K = c.key_dim, V = c.value_dim;

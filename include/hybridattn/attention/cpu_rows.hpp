@@ -1,5 +1,4 @@
-// What attention of one query is made of on the CPU: products with rows that are read where they are, entries of a head
-// standing in the lanes.
+// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
 #ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
 
@@ -24,15 +23,15 @@ template <class T> struct Rows {
 };
 template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
 
-// The rows 0 .. count - 1. Others have the same members.
+// The rows 0 .. count - 1. Other sets of rows have the same members.
 struct AllRows {
   Index count;
   HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
 };
-// Room for a number per key, in whole vectors.
+// The size of an array with a number for each key, in whole vectors.
 template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
 
-// Vectors of a row that are worked on together, from entry d on; the last one may be short.
+// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
 template <class T, int V> struct Piece {
   static constexpr int vectors = V;
   Index d;
@@ -60,12 +59,12 @@ template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim
   if (d < D) f(ShortPiece<T>{{d, D - d}});
 }
 
-// Whether numbers are so far from the largest one that no order of a sum that led to them can have left the range of T. What is
-// not, or no number, is computed again as the reference's loops compute it: it is infinite or NaN where they make it so.
+// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
+// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
 template <class T> class Range {
  public:
   HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
-    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // in the order of absolute values, NaN on top
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
     largest_ = size > largest_ ? size : largest_;
   }
   HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
@@ -87,7 +86,7 @@ template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D,
   for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
 }
 
-// products[j] = x . rows[key j] for every key; the last vector of products is filled up with the last key's.
+// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
 template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
   constexpr int n = cpu::lanes<T>;
   Range<T> range;
@@ -108,7 +107,7 @@ template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D,
   }
   if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
 }
-// x . y, summed as dot_rows sums: where one key takes all, the two sides of P (d_o . v - delta) cancel.
+// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
   cpu::Vec<T> sum{};
   for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
@@ -120,13 +119,13 @@ template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T c
   return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
 }
 
-// One row of attention as the reference's loops compute it; the result is its lse. key_at(j) has the rows k and v of key j.
+// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
 template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
   constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   T largest = -infinity, sum = 0;
   for (Index j = 0; j < count; ++j) {
     T const score = scaled_dot(scale, q, key_at(j).k, D);
-    if (!(score < infinity)) {   // all else would be NaN too
+    if (!(score < infinity)) {   // all results would be NaN
       std::fill_n(o, D, nan);
       return nan;
     }
@@ -145,8 +144,8 @@ template <class T> struct KeyRows {
   T const *k, *v;
 };
 
-// p = exp(scale p - reference), where the reference is the largest of scale p. Room behind the last of `count` numbers, up to a
-// whole vector, is written too. Products are compared, and scaled afterwards: the largest one less itself is 0.
+// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
+// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
 template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
   using cpu::lanes;
   constexpr T infinity = std::numeric_limits<T>::infinity();
@@ -163,7 +162,7 @@ template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Inde
   return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
-// total = sum_j p[j] rows[key j] for a piece of the rows, in as many sums as the pipelines of the CPU need.
+// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
 template <class T, class Piece, class Keys>
 HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
   constexpr int V = Piece::vectors;

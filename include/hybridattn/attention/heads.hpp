@@ -1,4 +1,4 @@
-// What layers with softmax heads have in common, before and after the attention itself: norm and rotary on queries and
+// Common steps of layers with softmax heads, before and after the attention itself: norm and rotary on queries and
 // keys, and the gate on the output.
 #ifndef HYBRIDATTN_ATTENTION_HEADS_HPP
 #define HYBRIDATTN_ATTENTION_HEADS_HPP
@@ -31,7 +31,7 @@ template <class T, class B> class Rotation {
     });
   }
   bool turns() const { return !angles_.empty(); }
-  // Without a rotary share these copy.
+  // Both copy where rotary_percent is 0.
   void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
   void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
     On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
@@ -39,7 +39,7 @@ template <class T, class B> class Rotation {
 
  private:
   Rope::Options options_;
-  View<std::int32_t const, 1> positions_;   // nothing: a row of angles for each token
+  View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
   View<T const, 3> angles_;
 };
 
@@ -49,7 +49,7 @@ struct HeadNorm {
   double eps;
 
   RmsNorm::Options options() const { return {kind == QkNorm::plain ? NormWeight::plain : NormWeight::zero_centred, eps}; }
-  // What the weight starts from: the norm alone.
+  // The initial weight: the norm then multiplies by 1.
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>

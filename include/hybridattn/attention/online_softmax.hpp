@@ -13,7 +13,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 template <class V> struct OnlineSoftmax {
   V reference, total;
 
-  // Changes the reference. Returns the factor e^(old - next) for everything that was weighted by e^(s_j - old).
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
   // exponential(x, y) is e^(x - y).
   template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
     V const factor = exponential(reference, next);
@@ -21,7 +21,7 @@ template <class V> struct OnlineSoftmax {
     total *= factor;
     return factor;
   }
-  // Adds the scores of another part. Returns both factors, for the sums that the weights of either part were used in.
+  // Adds the scores of another part. Returns one factor for each part's weighted sums.
   struct Factors {
     V own, other;
   };

@@ -1,26 +1,28 @@
-// What every attention policy says about itself, and what it may leave to these defaults.
+// The declarations of every attention policy, and their defaults.
 //
 // A policy P declares
-//   P::Config                                   its sizes, as values; 0 stands for a default
+//   P::Config                                   its sizes, as values; 0 means the default
 //   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
-//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read
-//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
-//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
+//   P::Inputs<S>,  P::inputs(config, sequences)   the tensors that the equations read
+//   P::Outputs<S>, P::outputs(config, sequences)  the tensors that the equations compute: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    the tensors that backward reads besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
-// and, to decode, declares too
-//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
-//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
+// A policy that decodes also declares
+//   P::Cache<S>,  P::cache(config, batch, capacity)   the values of earlier tokens that the policy and Prepare need for later tokens, for
+//                                               `batch` sequences of at most `capacity` tokens; the first axis counts sequences
 //   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
-//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
-//                                               any number of each sequence, 0 included; then they stand there too. What the
-//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
-// A layer projects x to each input (x w^T), and P::Prepare changes some of them. A policy whose inputs are not projections of x names
-// what is, and its Prepare makes the inputs of them:
+//                                               computes y.o of new tokens: any number in each sequence, 0 included. The new tokens
+//                                               of sequence i follow sequence[i].past tokens in the cache, and are added to the
+//                                               cache. extend never reads the cache of a sequence with past 0, and writes only
+//                                               y.o and the cache.
+// A layer projects x to each input (x w^T), and P::Prepare changes some inputs. A policy whose inputs are not projections of x declares
+// its projections, and its Prepare computes the inputs from them:
 //   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
-// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
-// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
-// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+// A policy may have an auxiliary loss, Outputs::auxiliary_loss [1]. It trains only the inputs that P::detached names.
+// An empty output view means that the caller does not need this output. If d_y.o is empty, backward computes the gradients of the other
+// outputs only.
+// `sequences` is a SequencesOn<Backend>. A policy whose kernels do not read its table on the machine takes a Sequences const&.
+// N is the number of tokens of all sequences together. Tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
 
@@ -31,25 +33,26 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
-// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
-// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections; a Finish has
+// A Prepare or Finish without parameters that leaves its tensors unchanged. Other steps have these members and more:
+// A Prepare has forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
-// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
+// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
   template <class S> using Params = Nothing<S>;
   template <class Config> static Params<Shapes> params(Config const&) { return {}; }
   template <class Config> static Params<Starts> starts(Config const&) { return {}; }
-  // Inputs that the step makes from the projection of their name; the others are that projection. Asked where P has no Projections.
+  // Whether the step computes the input of this name from its projection; other inputs are their projections. Used where P has no
+  // Projections.
   static constexpr bool makes(std::string_view) { return false; }
 };
 
-// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
+// The parameters that a training step changes. A policy whose computation depends on the stage has a `Stage stage` in its Config.
 enum class Stage {
-  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
-  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
+  language_model,  // parameters with a gradient of the model's loss; auxiliary losses are not computed, their parameters are frozen
+  dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
 inline constexpr bool trains(Stage stage, bool detached) {
@@ -60,9 +63,9 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs, projections, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
-  // What a batch's auxiliary loss counts in training.
+  // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
 };
 
@@ -111,7 +114,7 @@ template <class P, class B, class T>
 concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
-// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
+// Whether a step has an extend, with any arguments: a second extend makes the name ambiguous. The step may not be a final class.
 struct OtherExtend {
   void extend();
 };
@@ -130,7 +133,7 @@ inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) 
         num_heads, "; set head_dim, or a num_heads that divides it");
   return model_dim / num_heads;
 }
-// A size that is left at 0 has a default.
+// Throws Error where a size is below 0. 0 means the default.
 inline void check_size(char const* policy, char const* name, Index size) {
   check_at_least(policy, name, size, 0, ", where 0 stands for the default");
 }
@@ -139,9 +142,9 @@ inline void check_groups(char const* policy, Index heads, Index kv_heads) {
         " key/value heads; the first must be a positive multiple of the second");
 }
 
-// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
+// Throws Error where these tokens do not fit into a cache of `batch` sequences with room for `capacity` tokens each.
 inline void check_fits(Sequences const& s, Index batch, Index capacity) {
-  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
+  check(s.count() == batch, "cache: new tokens of ", s.count(), " sequences, but the cache was made for ", batch);
   for (Index i = 0; i < batch; ++i) {
     auto const [start, length, past] = s[static_cast<std::size_t>(i)];
     check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);

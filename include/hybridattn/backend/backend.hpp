@@ -12,17 +12,18 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class Op, class B> struct On;
 
-// What becomes of what stands where a result goes: several results may be added up in one place.
+// Whether an operation overwrites its result's old contents, or adds to them: several results may be added in one tensor.
 enum class Into { overwrite, add };
 
-// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
-// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+// A machine with memory and copies, for the layers above. take(bytes) returns a block and throws Error where memory is short.
+// give(block, bytes) frees a block and never throws. trim() returns the pool's free blocks to the system. fill sets every byte. copy
+// copies on the machine.
 //
-// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
-// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
-// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+// A backend has one stream of work: operations, copies, takes and gives run in the order of the calls. So a freed block may serve the
+// next request although earlier work still uses it. upload may return before the copy is made, but the host may change its bytes at
+// once. download and synchronise wait until all earlier work is done.
 //
-// owns(memory) says whether operations here may be given this memory.
+// owns(memory) says whether operations of this backend accept this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -37,14 +38,14 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
-// sees each argument of an operation first.
+// A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
+// is called with each argument of an operation before the operation runs.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
 
 namespace detail {
 
-// The operations of the backend inside.
+// The operations of the inner backend.
 template <class Op, class B> struct OnInner {};
 template <class Op, Wrapper B> struct OnInner<Op, B> {
   template <class Inner = typename B::Inner, class... Args>
@@ -69,8 +70,8 @@ template <class Op, Wrapper B> struct OnInner<Op, B> {
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
-// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
-// A pair without a specialisation has none of them, unless the backend wraps one that does.
+// An operation leaves out arguments that it does not need. A policy that decodes also has `extend`, see attention/policy.hpp.
+// Without a specialisation On<Op, B> has no members, unless B wraps a backend with one.
 template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -1,4 +1,4 @@
-// Memory that was given back, for those who ask next.
+// A pool of freed memory blocks, for later requests.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
 #define HYBRIDATTN_BACKEND_POOL_HPP
 
@@ -27,28 +27,28 @@ struct BlockSize {
   }
 };
 
-// A block in which several tensors stand. The last one that ends gives it back.
+// A block of several tensors. The last tensor that ends frees it.
 struct SharedBlock {
   void* data = nullptr;
   std::size_t bytes = 0;
   Index tensors = 0;
 };
 
-// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+// A freed block waits for the next request of its size, so a training step after the first one allocates no memory.
 //
-// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
-// most that was in use of late, as far as nobody used it of late.
+// The pool returns waiting blocks to the system before an allocation fails, and in trim(). When it holds more than 1.5 times the
+// largest recent in_use(), it also returns waiting blocks without recent use.
 //
-// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
-// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
-// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// "Recent" means the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks counts as unused, for any number of takes in a step. Where waiting blocks serve all
+// takes, a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
 // million: no block of a step waits longer.
 class Pool {
  public:
-  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block) returns it to the system.
+  // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
   template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
-    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
@@ -71,10 +71,10 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
-  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -82,23 +82,23 @@ class Pool {
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
-  // Gives all blocks that wait back to the system.
+  // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // as it was asked for
-  std::size_t peak() const { return peak_; }       // the most of it
-  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }       // the largest in_use()
+  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
+  // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
 
  private:
   struct Waiting {
     void* block;
-    std::size_t period;   // in which it was given back
+    std::size_t period;   // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;   // the one given back last at the end
-    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+    std::vector<Waiting> waiting;   // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -108,7 +108,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -129,12 +129,12 @@ class Pool {
     peaks_[++period_ % peaks_.size()] = used_;
     release_unused(0, release);
   }
-  // For `more` bytes to come.
+  // Releases waiting blocks without recent use, to make room for `more` bytes.
   template <class Release> void release_unused(std::size_t more, Release release) {
     std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
     if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
   }
-  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  // Releases blocks that were freed before a period, the largest blocks first, until no more than `enough` bytes are held.
   template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
     for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
       auto const first = blocks->waiting.begin();
@@ -151,7 +151,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };

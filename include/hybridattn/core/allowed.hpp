@@ -1,5 +1,5 @@
-// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
-// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
+// Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
+// "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
 #ifndef HYBRIDATTN_CORE_ALLOWED_HPP
 #define HYBRIDATTN_CORE_ALLOWED_HPP
 
@@ -25,7 +25,7 @@ inline void check_number(std::string_view owner, std::string_view name, double v
 inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
 }
-// Not below the smallest normal float: a smaller one may be 0 where the model computes.
+// At least the smallest normal float, because a smaller number may be 0 in the model's scalar.
 inline void check_positive(std::string_view owner, std::string_view name, double value) {
   constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
   detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
@@ -33,7 +33,7 @@ inline void check_positive(std::string_view owner, std::string_view name, double
 inline void check_share(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
 }
-// A share that is less than the whole.
+// In [0, 1).
 inline void check_below_one(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
 }

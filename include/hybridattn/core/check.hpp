@@ -1,4 +1,4 @@
-// Errors: one clear sentence that names the offending value and the allowed ones.
+// Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
 #define HYBRIDATTN_CORE_CHECK_HPP
 
@@ -10,7 +10,7 @@
 
 namespace hybridattn {
 
-// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+// The only type that the library throws. Its name has no flags (HYBRIDATTN_ABI) in it, so every object file of a program can catch it.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -19,7 +19,7 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
 template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);

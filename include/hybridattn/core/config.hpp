@@ -1,4 +1,4 @@
-// What the compiler is and what it can do. The only header that asks.
+// Macros that say which compiler this is and what it can do. Only this header asks the compiler.
 #ifndef HYBRIDATTN_CORE_CONFIG_HPP
 #define HYBRIDATTN_CORE_CONFIG_HPP
 
@@ -29,17 +29,17 @@
 #define HYBRIDATTN_UNROLL
 #endif
 
-// Indices are checked in debug builds only: a view is used inside the innermost loops.
+// Indices are checked in debug builds only, because the innermost loops use views.
 #if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 0
 #elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
-// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+// The library's code depends on some compiler flags. The name of everything that it defines, except Error, has these flags in it:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
-// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
+// So object files that were compiled with different flags have different functions, and the linker merges none of them.
+// A function that takes or returns a type of the library links only between equal flags. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -81,7 +81,7 @@
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#if defined(_LIBCPP_VERSION)   // the library's types have members of the standard library's types
 #define HYBRIDATTN_ABI_STD _libcxx
 #elif defined(_GLIBCXX_DEBUG)
 #define HYBRIDATTN_ABI_STD _std_debug
@@ -94,7 +94,8 @@
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
 
-// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+// A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
+// variable's name has the variable's type.
 namespace hybridattn {
 inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 }  // namespace hybridattn

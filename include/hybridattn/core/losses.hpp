@@ -1,4 +1,4 @@
-// What tokens lost, as sums.
+// Losses of tokens, as sums.
 #ifndef HYBRIDATTN_CORE_LOSSES_HPP
 #define HYBRIDATTN_CORE_LOSSES_HPP
 
@@ -6,7 +6,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Over the counted tokens of a batch, or of several.
+// Sums over the counted tokens of one or several batches. A token with a target is counted.
 struct LossSum {
   double loss = 0;     // nats
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
@@ -20,7 +20,7 @@ struct LossSum {
   }
 };
 
-// What a batch lost. The auxiliary losses are weighted.
+// All losses of a batch. The auxiliary losses are weighted.
 struct BatchLosses {
   LossSum loss;         // over the counted tokens
   double balance = 0;   // load balancing

@@ -23,8 +23,8 @@ template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
   for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
-// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
-// elsewhere: for scores of 2^30 that is e^64 in a weight.
+// scale x . y, rounded. If the compiler fused it with a subtraction, it would differ by its rounding from the same score
+// elsewhere. For scores of 2^30 this is a factor e^64 in a weight.
 template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
 // y += a x
 template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
@@ -34,7 +34,7 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
   for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
 }
 
-// Of a >= 0, up to the largest one.
+// a / b, and a as a multiple of b, rounded up. For any a >= 0.
 constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 

@@ -1,4 +1,4 @@
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+// The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
 #ifndef HYBRIDATTN_CORE_MEMORY_HPP
 #define HYBRIDATTN_CORE_MEMORY_HPP
 
@@ -19,7 +19,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
 
-// The number in a file of the system's; nothing is limited where there is none.
+// The limit in a file of the system. Without such a file or number there is no limit.
 inline std::size_t limit_in(char const* path) {
   unsigned long long limit = 0;
   std::FILE* const file = std::fopen(path, "r");
@@ -41,14 +41,14 @@ inline std::size_t memory_of_system() {
 
 }  // namespace detail
 
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
+// Bytes of memory and swap of this machine, or the limit of this container if that is less; read once. A system that
+// promises more memory than it has (Linux does) ends the process later, when this memory is used.
 inline std::size_t machine_memory() {
   static std::size_t const bytes = detail::memory_of_system();
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+// Runs f, which takes host memory for `what`. Throws Error where memory is short; the error's sentence begins with `where`.
 template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
@@ -57,11 +57,11 @@ template <class F> decltype(auto) within_memory(std::size_t bytes, char const* w
   }
   fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
-// Before many pieces are taken one by one.
+// Throws Error if `bytes` do not fit. For a check before many small allocations.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
-// The vectors' own, for a number that a caller or a file chooses.
+// resize and reserve of a vector, for a count that a caller or a file chooses. Both throw Error where memory is short.
 template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }

@@ -1,4 +1,4 @@
-// Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
+// Random numbers that depend only on a seed, a name and a counter, so that a tensor's values do not depend on earlier draws.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
 #define HYBRIDATTN_CORE_RANDOM_HPP
 
@@ -39,7 +39,7 @@ class Random {
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
 
-  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
+  // The count of numbers drawn. Seed, name and this count are the whole state of a stream. After jump_to(drawn) the next number is
   // number `drawn`.
   std::uint64_t drawn() const { return counter_; }
   void jump_to(std::uint64_t drawn) { counter_ = drawn; }

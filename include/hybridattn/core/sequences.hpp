@@ -1,4 +1,4 @@
-// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
 #ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
 #define HYBRIDATTN_CORE_SEQUENCES_HPP
 
@@ -11,14 +11,14 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
-// Nothing in one sequence ever meets another.
+// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
+// Sequences never influence each other.
 struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
-// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
-// length is below 0, or where there is no memory for the tables.
+// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
+// where a length is below 0, or where memory is short.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
@@ -29,8 +29,7 @@ class Sequences {
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
-  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
-  // are allowed.
+  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
@@ -40,15 +39,15 @@ class Sequences {
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
   static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
     Sequences result;
     result.assign(past, lengths);
     return result;
   }
-  // The same, in the memory that is there.
+  // The same as continuing, in the memory of this object.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
     Index tokens = 0;
     for (std::size_t i = 0; i < past.size(); ++i) {
       check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
@@ -62,7 +61,7 @@ class Sequences {
     make_room(std::ssize(past), tokens);
     for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
-  // Those that follow nothing; the others count as empty here.
+  // A copy in which sequences with past tokens have length 0.
   Sequences beginnings() const {
     Sequences result = *this;
     for (Sequence& s : result.list_)
@@ -82,14 +81,14 @@ class Sequences {
     for (Sequence s : list_) length = std::max(length, s.length);
     return length;
   }
-  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
   bool any_continue() const {
     return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
   }
   bool any_begin() const {
     return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
   }
-  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
   View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 

@@ -1,4 +1,4 @@
-// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+// Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
 #ifndef HYBRIDATTN_CORE_SIZES_HPP
 #define HYBRIDATTN_CORE_SIZES_HPP
 
@@ -13,7 +13,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
-// What counts tokens, positions, sequences and experts in tables of int32.
+// The limit of tokens, positions, sequences and experts, whose tables hold int32.
 inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
 
 namespace detail {
@@ -26,9 +26,9 @@ namespace detail {
     negative = negative || sizes[i] < 0;
   }
   if (negative) fail("sizes [", list.str(), "]: none may be below 0");
-  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+  fail("sizes [", list.str(), "]: their product is too large; the largest number is ", std::numeric_limits<Index>::max());
 }
-// A 0 makes the product 0, but excuses no size beside it.
+// A 0 makes the product 0, but the other sizes are still checked.
 constexpr Index product(Index const* sizes, int number) {
   Index all = 1;
   bool empty = false, counts = true;
@@ -42,7 +42,7 @@ constexpr Index product(Index const* sizes, int number) {
 
 }  // namespace detail
 
-// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+// The product of sizes. Throws Error where a size is below 0, or where the product of the sizes that are not 0 is too large.
 template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
   Index const list[] = {static_cast<Index>(sizes)...};
   return detail::product(list, sizeof...(Sizes));
@@ -54,7 +54,7 @@ inline Index size_sum(Index a, Index b) {
   check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
   return total;
 }
-// How many bytes `count` elements take. Throws Error as size_product does.
+// The bytes of `count` elements. Throws Error as size_product does.
 inline std::size_t byte_count(Index count, std::size_t element) {
   Index bytes = 0;
   bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);

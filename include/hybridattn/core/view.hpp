@@ -1,4 +1,4 @@
-// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+// Shapes and views. A view does not own its elements and is small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
 #define HYBRIDATTN_CORE_VIEW_HPP
 
@@ -18,9 +18,9 @@ template <int Rank> struct Shape {
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  // The number of elements. Throws Error where an extent is below 0 or the number is too large. For the host, where sizes are made.
   constexpr Index count() const { return detail::product(extent, Rank); }
-  // The same of sizes that stand in memory already.
+  // The same without checks, for tensors that exist already.
   HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
@@ -29,9 +29,9 @@ template <int Rank> struct Shape {
   friend bool operator==(Shape const&, Shape const&) = default;
 };
 
-// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
-// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
-// that nobody wants.
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so a view can be a
+// part of a packed q|k|v. An empty view has no data: its tensor is not computed or not given, because an option is off or the
+// caller does not need it.
 template <class T, int Rank> struct View {
   using Element = T;
   T* data = nullptr;
@@ -44,7 +44,7 @@ template <class T, int Rank> struct View {
     for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
-  // What is written can be read.
+  // A view for writing converts to a view for reading.
   HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
@@ -81,7 +81,7 @@ template <class T, int Rank> struct View {
   }
 };
 
-// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+// [N, ...] as the matrix [N, rest] that a linear projection reads. Contiguous views only.
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
@@ -89,7 +89,7 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
-// All elements in a line.
+// All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -1,5 +1,5 @@
-// What a model remembers of the tokens it has seen, so that the next one costs one token: for each layer its policy's cache,
-// and how many tokens of each sequence stand there. A value in the caller's hands; the model holds none of it.
+// A model's memory of earlier tokens, so that a new token costs the work of one token: each layer's cache, and the number of each
+// sequence's tokens in it. The caller owns the cache; the model keeps no part of it.
 #ifndef HYBRIDATTN_INFER_CACHE_HPP
 #define HYBRIDATTN_INFER_CACHE_HPP
 
@@ -32,7 +32,8 @@ template <class Stack> struct LayerCaches {
   template <class S> struct Group : Layers<typename Stack::Blocks, OfRole<S>::template Type> {};
 };
 
-// bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
+// The shapes of a cache. bytes<float>(cache_shapes(model, size)) are the bytes of a cache of floats. Throws Error unless both sizes
+// are in 1 .. 2^31 - 1.
 template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
   check(1 <= size.batch && size.batch <= largest_int32, "cache: batch ", size.batch, " is not allowed; it must be in 1 .. ", largest_int32);
   check(1 <= size.capacity && size.capacity <= largest_int32, "cache: capacity ", size.capacity, " is not allowed; it must be in 1 .. ",
@@ -53,7 +54,7 @@ template <class Stack, class T, class B> class Cache {
   static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
                 "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
 
-  // Throws Error, and says how much was asked, where there is no memory for it.
+  // Throws Error, with the number of bytes, where memory is short.
   Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
       : layers_(allocated(backend, cache_shapes(model, size), size)), capacity_(size.capacity) {
     resize(lengths_, size.batch, "the lengths of sequences");
@@ -63,20 +64,21 @@ template <class Stack, class T, class B> class Cache {
   Group& layers() { return layers_; }
   Index capacity() const { return capacity_; }
   Index batch() const { return std::ssize(lengths_); }
-  // How many tokens of each sequence stand here.
+  // The number of each sequence's tokens in the cache.
   std::span<Index const> lengths() const { return lengths_; }
 
-  // Sequence i, or all of them, begin anew.
+  // Discards the tokens of sequence i, or of all sequences.
   void forget(Index i) { lengths_.at(static_cast<std::size_t>(i)) = 0; }
   void forget() { std::fill(lengths_.begin(), lengths_.end(), 0); }
 
-  // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
+  // For extend: next() lists the new tokens of all sequences, one sequence after the other, and throws Error if they do not fit.
+  // commit() counts them as tokens of the cache.
   struct Call {
     SequencesOn<B> sequences;
     std::vector<std::int32_t> tokens;
   };
   Call const& next(B& backend, TokenLists const& tokens) {
-    check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
+    check(std::ssize(tokens) == batch(), "cache: new tokens of ", tokens.size(), " sequences, but the cache was made for ", batch());
     new_lengths_.clear();
     call_.tokens.clear();
     for (auto const& of_sequence : tokens) {
@@ -103,7 +105,7 @@ template <class Stack, class T, class B> class Cache {
   Group layers_;
   Index capacity_;
   std::vector<Index> lengths_, new_lengths_;
-  Call call_;   // whose memory serves one call after the other
+  Call call_;   // its memory is used again by each call
 };
 
 template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backend, LanguageModel<Stack> const& model, CacheSize size) {

@@ -7,10 +7,10 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
 
-// Which rows of logits are wanted.
+// Rows of logits to compute: of all new tokens, or of the last new token of each sequence.
 enum class LogitRows { all, last };
 
-// [N, V], or a row for the last token of each sequence that has new ones.
+// Logits [N, V], or one row for each sequence with new tokens: that of its last token.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
                        SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
@@ -30,7 +30,7 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
   return result;
 }
 
-// A cache of another model's sizes would be read past its end.
+// Throws Error for a cache of another model's sizes, which would be read past its end.
 template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> const& model, Cache<Stack, T, B> const& cache) {
   zip(
       [](Path const& path, auto const& expected, auto const& layer) {
@@ -59,16 +59,16 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
 
 }  // namespace infer
 
-// The logits [N, V] of new tokens, tokens[i] of sequence i of the cache, none of some if so wished; N are all of them, one
-// sequence after the other. The cache then holds them. Throws, before the cache is touched, if a sequence would outgrow the
-// cache's capacity or a token is not in the vocabulary.
+// Returns the logits [N, V] of N new tokens, one sequence after the other, and adds the tokens to the cache. tokens[i] are the new
+// tokens of sequence i; the list may be empty. Throws Error if a sequence would exceed the cache's capacity or a token is not in the
+// vocabulary. The cache is then unchanged.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
-// The same, with the logits of the last token of each sequence only: one row for each that has new tokens, in order.
+// The same, with one row of logits for each sequence with new tokens, in order: that of the sequence's last token.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
                                typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,

@@ -1,4 +1,4 @@
-// Text goes on: the prompts at once, then one token of each sequence a step.
+// Continues texts: first all tokens of the prompts in one step, then one token of each sequence a step.
 #ifndef HYBRIDATTN_INFER_GENERATE_HPP
 #define HYBRIDATTN_INFER_GENERATE_HPP
 
@@ -12,10 +12,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct GenerateOptions {
   Index max_new_tokens = 128;                    // of each sequence
   SamplingOptions sampling = {};
-  Seed seed = {};                                // sequence i draws what it would draw alone with seed + i
-  std::vector<std::int32_t> stop_tokens = {};    // each ends a sequence, and is its last token
+  Seed seed = {};                                // sequence i draws the tokens that it draws alone with seed + i
+  std::vector<std::int32_t> stop_tokens = {};    // such a token ends its sequence, as its last token
 
-  // Throws on numbers that mean nothing.
+  // Throws Error on numbers that are not allowed.
   void check_numbers() const {
     constexpr Index most = std::numeric_limits<std::int32_t>::max();
     check(0 <= max_new_tokens && max_new_tokens <= most, "generate: max_new_tokens ", max_new_tokens,
@@ -24,21 +24,21 @@ struct GenerateOptions {
   }
 };
 
-// What is new of each sequence, and what it took.
+// The new tokens of each sequence, and the time for them.
 struct Generated {
   TokenLists tokens;
-  Index prefill_tokens = 0, decode_tokens = 0;   // that went through the model, in the first call and in the steps after it
+  Index prefill_tokens = 0, decode_tokens = 0;   // tokens that the model computed in the first step, and in the later steps
   double prefill_seconds = 0, decode_seconds = 0;
 };
 
-// Goes on with every sequence to its end.
+// The default on_token: no sequence ends early.
 struct KeepGoing {
   bool operator()(Index, std::int32_t) const { return true; }
 };
 
 namespace infer {
 
-// Includes of <chrono> would take a tenth of the time that this library costs the compiler.
+// Without <chrono>, whose include would take a tenth of this library's compile time.
 class Stopwatch {
  public:
   double seconds() const { return now() - start_; }
@@ -56,15 +56,15 @@ class Stopwatch {
   double start_ = now();
 };
 
-// The tokens that each sequence gives to the model next; a sequence without any has ended.
+// The state of a generation: next() are each sequence's tokens for the model's next step. A sequence without such tokens has ended.
 template <class OnToken> class Generation {
  public:
-  // No sequence has room for more than `capacity` tokens.
+  // `capacity` is the number of tokens that a sequence has room for in the cache.
   Generation(TokenLists const& prompts, GenerateOptions const& options, Index capacity, OnToken& on_token)
       : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
     options.check_numbers();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-      reserve(tokens_[i], std::min(options.max_new_tokens, capacity + 1), "max_new_tokens");   // the last one needs no room
+      reserve(tokens_[i], std::min(options.max_new_tokens, capacity + 1), "max_new_tokens");   // the last token is not in the cache
       samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
     }
   }
@@ -75,7 +75,7 @@ template <class OnToken> class Generation {
     for (auto const& of_sequence : next_) sum += std::ssize(of_sequence);
     return sum;
   }
-  // A row of logits [V] for each sequence that has not ended.
+  // Draws a token for each sequence that has not ended. logits has a row [V] for each of these sequences.
   template <class T> void draw(std::span<T const> logits, std::size_t vocab_size) {
     std::size_t row = 0;
     for (std::size_t i = 0; i < next_.size(); ++i) {
@@ -96,9 +96,9 @@ template <class OnToken> class Generation {
 
 }  // namespace infer
 
-// Continues the sequences of a cache: prompts[i] is new to sequence i, which rests if it is empty. on_token(sequence, token)
-// sees every token as it is drawn, and returns whether that sequence goes on. The last token of each is not yet in the cache.
-// Throws on options and logits that make no sense, and where a sequence outgrows the cache.
+// Continues the sequences of a cache by prompts[i] and new tokens. A sequence with an empty prompt is not continued. generate calls
+// on_token(sequence, token) for every drawn token; the sequence ends where on_token returns false. The last token of a sequence is
+// not yet in the cache. Throws Error on options and logits that are not allowed, and where a sequence exceeds the cache's capacity.
 template <class Stack, class T, class B, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params,
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
@@ -119,7 +119,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
   return result;
 }
 
-// From the beginning, with a cache of its own that has room for all.
+// The same for new sequences, with a cache of its own that is large enough. Throws Error also for an empty prompt.
 template <class Stack, class B, class Params, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& params, TokenLists const& prompts,
                    GenerateOptions const& options = {}, OnToken on_token = {}) {
@@ -128,7 +128,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& 
   check(!prompts.empty(), "generate: there are no prompts");
   Index longest = 0;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a model goes on from at least one token");
+    check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a prompt has at least one token");
     longest = std::max(longest, static_cast<Index>(std::ssize(prompts[i])));
   }
   auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = longest + options.max_new_tokens});

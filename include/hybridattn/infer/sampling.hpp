@@ -1,4 +1,4 @@
-// The next token from one row of logits: the likeliest one, or one drawn from the likelier ones. Host memory only.
+// The next token from one row of logits: the likeliest token, or a random one of the likelier tokens. Host memory only.
 #ifndef HYBRIDATTN_INFER_SAMPLING_HPP
 #define HYBRIDATTN_INFER_SAMPLING_HPP
 
@@ -17,9 +17,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct SamplingOptions {
   double temperature = 1;   // logits are divided by it; 0: always the likeliest token
   Index top_k = 0;          // only the top_k likeliest tokens; 0: all
-  double top_p = 1;         // then only the fewest, likeliest first, whose probabilities sum to top_p; 1: all
+  double top_p = 1;         // then only the fewest likeliest tokens whose probabilities sum to top_p; 1: all
 
-  // Throws on numbers that mean nothing.
+  // Throws Error on numbers that are not allowed.
   void check_numbers() const {
     check(std::isfinite(temperature) && temperature >= 0, "sampling: temperature ", temperature,
           " is not allowed; it must be >= 0, and 0 takes the likeliest token");
@@ -28,14 +28,14 @@ struct SamplingOptions {
   }
 };
 
-// Draws tokens; the same seed and the same logits give the same ones. Equally likely tokens are ordered by number, smaller first.
+// Draws tokens. The same seed and the same logits give the same tokens. Of equally likely tokens the smaller number comes first.
 class Sampler {
  public:
   explicit Sampler(SamplingOptions options = {}, Seed seed = {}) : options_(options), random_(seed, "sampling") {
     options_.check_numbers();
   }
 
-  // logits [V] of one position. -inf excludes a token; throws on NaN, on +inf, and where no token is left.
+  // Draws a token from logits [V] of one position. -inf excludes a token. Throws Error on NaN, on +inf, and where all logits are -inf.
   template <class T> std::int32_t operator()(std::span<T const> logits) {
     fill_candidates(logits);
     if (options_.temperature == 0) return best_->token;
@@ -75,7 +75,7 @@ class Sampler {
     for (Candidate& c : candidates_) total += c.weight = std::exp((c.logit - largest_) / options_.temperature);
     return total;
   }
-  // What is left of the total.
+  // Returns the weight of the tokens that it keeps.
   double keep_top_p(double total) {
     std::sort(candidates_.begin(), candidates_.end(), likelier);
     double kept = 0;
@@ -88,7 +88,7 @@ class Sampler {
     double left = random_.uniform() * total;
     for (Candidate const& c : candidates_)
       if ((left -= c.weight) < 0) return c.token;
-    return candidates_.back().token;   // rounding ate the last one's share
+    return candidates_.back().token;   // only rounding leaves `left` at 0 or above
   }
 
   SamplingOptions options_;

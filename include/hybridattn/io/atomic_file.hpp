@@ -1,4 +1,4 @@
-// Files that are there whole or not at all: written under a temporary name beside their own, synced, then renamed.
+// Files that are never half-written: they are written under a temporary name in the same folder, synced, then renamed.
 #ifndef HYBRIDATTN_IO_ATOMIC_FILE_HPP
 #define HYBRIDATTN_IO_ATOMIC_FILE_HPP
 
@@ -19,18 +19,18 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
-// instead, as on a full disk. It changes the whole process, so it is for main() to call.
+// SIGXFSZ kills a process that writes beyond its file size limit. After this call the process gets an Error instead, as on a full
+// disk. The call changes the whole process, so only main() should make it.
 inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
 
-// f(), a call of the system, once more each time that a signal cut it short.
+// Calls f(), a system call, again each time that a signal interrupted it.
 template <class F> auto uninterrupted(F f) {
   auto result = f();
   while (result < 0 && errno == EINTR) result = f();
   return result;
 }
 
-// An open file of the system, closed at the brace.
+// An open file of the system. The destructor closes it.
 class FileDescriptor {
  public:
   FileDescriptor() = default;
@@ -46,7 +46,7 @@ class FileDescriptor {
   int number() const { return number_; }
   explicit operator bool() const { return number_ >= 0; }
 
-  // Closes now; false when the system reports only here that what was written is lost. A signal does not keep it open.
+  // Closes the file now. Returns false when the system reports only here that written bytes are lost. A signal does not keep it open.
   bool close() { return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR; }
 
  private:
@@ -64,8 +64,8 @@ inline bool is_partial_of(std::string_view file, std::string_view name) {
   return number.front() == '.' && number.find_first_not_of("0123456789-", 1) == number.npos;
 }
 
-// Deletes the temporary files of `path` that nobody writes any more, because their process was killed: a file in the making
-// is locked, and the system unlocks it whatever way its process ends.
+// Deletes the temporary files of `path` whose process was killed. A process locks its temporary file, and the system unlocks the
+// file when the process ends in any way.
 inline void remove_abandoned(std::filesystem::path const& path) {
   namespace fs = std::filesystem;
   std::string const name = path.filename().string();
@@ -77,29 +77,29 @@ inline void remove_abandoned(std::filesystem::path const& path) {
   }
 }
 
-// The file that a write to `path` reaches: a symbolic link stands for its target, whether that is there or not.
+// The file that a write to `path` reaches: for a symbolic link its target, which need not exist.
 inline std::filesystem::path target_of(std::filesystem::path path) {
   std::error_code error;
   for (int links = 0; std::filesystem::is_symlink(std::filesystem::symlink_status(path, error)); ++links) {
     check(links < 40, "cannot write ", path, ": too many symbolic links, one behind the other");
     auto const next = std::filesystem::read_symlink(path, error);
     check(!error, "cannot write ", path, ": ", error.message());
-    path = path.parent_path() / next;   // where the link stands, unless it is absolute
+    path = path.parent_path() / next;   // relative to the link's folder, unless the target is absolute
   }
   return path;
 }
 
-// A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
-// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. A file that is
-// replaced hands on its mode and, where that is allowed, its owner; a symbolic link stays, and its target is replaced. Every
-// failure is an Error that names the file.
+// Writes a file: call `write` in order, then `commit`. Before `commit` the file does not exist, or is the old file. Without `commit` the
+// temporary file is deleted; the next AtomicFile of this name deletes one that a killed process left. The new file gets the mode of the
+// file that it replaces and, where that is allowed, its owner. A symbolic link stays, and its target is replaced. Every failure is
+// an Error that names the file.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path const& path) : path_(target_of(path)) {
     check(path_.has_filename(), "cannot write ", path, ": it is not the name of a file");
     struct stat old;
     bool const replaces = ::stat(path_.c_str(), &old) == 0;
-    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it is there and is not a file");
+    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it exists and is not a file");
     remove_abandoned(path_);
     for (int attempt = 0; !file_; ++attempt) {
       temporary_ = partial_name(path_.string(), ::getpid(), attempt);
@@ -124,13 +124,13 @@ class AtomicFile {
   void commit() {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
     if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0 && errno != EINVAL) discard_and_fail(errno);
-    FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
+    FileDescriptor const still_locked{::dup(file_.number())};   // until the rename
     if (!file_.close()) discard_and_fail(errno);
     if (uninterrupted([&] { return ::rename(temporary_.c_str(), path_.c_str()); }) != 0) discard_and_fail(errno);
     temporary_.clear();
     sync_folder();
   }
-  // What the name that was given leads to.
+  // The given path, with symbolic links followed.
   std::filesystem::path const& path() const { return path_; }
 
  private:
@@ -139,14 +139,14 @@ class AtomicFile {
     discard();
     fail_with(error);
   }
-  // False where another process took the new file for an abandoned one and deleted it. A file system without locks has no
-  // such process either.
+  // Returns false where another process took the new file for an abandoned one and deleted it. On a file system without locks no
+  // process does so.
   bool lock() const {
     struct stat status;
     if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
     return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
   }
-  // Owner first: a new owner takes away some of the mode. Where files may not be given away, it stays ours.
+  // Sets the owner first, because a change of the owner clears bits of the mode. Where the process may not change the owner, it stays.
   bool inherit(struct stat const& old) const {
     [[maybe_unused]] bool const given = ::fchown(file_.number(), old.st_uid, old.st_gid) == 0;
     return ::fchmod(file_.number(), old.st_mode & 0777) == 0;
@@ -156,7 +156,7 @@ class AtomicFile {
     if (!temporary_.empty()) ::unlink(temporary_.c_str());
     temporary_.clear();
   }
-  // The new name survives a power cut too, where the file system can promise that; one that fails at it says so.
+  // Syncs the folder, so that the new name survives a power cut where the file system can promise that. Throws where the sync fails.
   void sync_folder() const {
     auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
     FileDescriptor const opened{uninterrupted([&] { return ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); })};

@@ -1,4 +1,4 @@
-// Words out of files that came from anywhere, fit for an error message.
+// Text of untrusted files, escaped for error messages.
 #ifndef HYBRIDATTN_IO_ESCAPED_HPP
 #define HYBRIDATTN_IO_ESCAPED_HPP
 
@@ -18,7 +18,7 @@ struct Character {
   std::uint32_t point = 0;
 };
 
-// The first character of a text that is not empty. Overlong forms and surrogates are none.
+// The first character of a text that is not empty. Overlong forms and surrogates are not characters.
 inline Character first_character(std::string_view text) {
   auto const byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
   std::uint32_t const lead = byte(0);
@@ -35,7 +35,7 @@ inline Character first_character(std::string_view text) {
   return exists ? Character{bytes, point} : Character{};
 }
 
-// What a terminal obeys, or shows as nothing, in place of a letter: control characters, directions, invisible marks.
+// Whether a terminal shows the character as a letter. False for control characters, text directions and invisible marks.
 inline bool is_plain(std::uint32_t point) {
   struct Range {
     std::uint32_t first, last;
@@ -53,7 +53,7 @@ inline void append_hex(std::string& text, std::uint32_t number, int digits) {
 
 }  // namespace utf8
 
-// A text on one line, of at most `longest` bytes before it is cut. What is no plain character is written \x1b, \u{202e}.
+// A text on one line, cut after at most `longest` bytes. Other characters than plain ones are written \x1b, \u{202e}.
 inline std::string one_line(std::string_view text, std::size_t longest = 4096) {
   std::string line;
   while (!text.empty()) {
@@ -77,7 +77,7 @@ inline std::string one_line(std::string_view text, std::size_t longest = 4096) {
   return line;
 }
 
-// A name, in quotes.
+// A name on one line, in quotes.
 inline std::string escaped(std::string_view name) { return "'" + one_line(name, 80) + "'"; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -1,4 +1,4 @@
-// JSON out of files that came from anywhere. Parsing takes bounded memory and stack, and every error names its place.
+// JSON of untrusted files. Parsing takes bounded memory and stack, and every error names its line and column.
 #ifndef HYBRIDATTN_IO_JSON_HPP
 #define HYBRIDATTN_IO_JSON_HPP
 
@@ -22,12 +22,12 @@ namespace strict_json {
 
 using Json = nlohmann::json;
 
-// Real files stay far below both. A value takes some 50 bytes beside its text.
+// Real files stay far below both limits. A value takes some 50 bytes besides its text.
 inline constexpr std::size_t max_depth = 64, max_values = 1'000'000;
 
-enum class Bound { whole, members };   // whether max_values is for all of the object, or for each of its members
+enum class Bound { whole, members };   // max_values limits the whole object, or each of its members
 
-// Where the parser is in a text: it reads through this iterator, which leaves its place behind.
+// An iterator that the parser reads through. It stores the furthest place that the parser has read.
 struct Characters {
   using iterator_category = std::forward_iterator_tag;
   using value_type = char;
@@ -51,8 +51,8 @@ struct Characters {
   friend bool operator==(Characters const& a, Characters const& b) { return a.here == b.here; }
 };
 
-// Hands out the members of the outermost object, one at a time. It throws at whatever is no JSON, at a key that an object has
-// twice (readers differ in which of the two they believe), and at more depth or values than any real file has.
+// Calls take with the members of the outermost object, one at a time. Throws Error on text that is not JSON, on a key that an object
+// has twice (readers differ in which of the two they use), and on more depth or values than any real file has.
 class Reader final : public nlohmann::json_sax<Json> {
  public:
   using Take = std::function<void(std::string const& key, Json&& value)>;
@@ -67,7 +67,7 @@ class Reader final : public nlohmann::json_sax<Json> {
     auto const start = text_.find_first_not_of(" \t\r\n");
     if (start == text_.npos || text_[start] != '{') fail_at(start == text_.npos ? text_.size() : start, "not a JSON object");
     furthest_ = text_.data();
-    // Json::sax_parse would do the same, and compile its readers of five binary formats besides: seconds for each who includes this.
+    // Json::sax_parse would do the same, but also compile its readers of five binary formats: seconds for each including file.
     auto characters =
         nlohmann::detail::input_adapter(Characters{text_.data(), &furthest_}, Characters{text_.data() + text_.size(), &furthest_});
     nlohmann::detail::parser<Json, decltype(characters)>(std::move(characters)).sax_parse(this);
@@ -84,7 +84,7 @@ class Reader final : public nlohmann::json_sax<Json> {
   bool start_array(std::size_t) override { return open(Json::array()); }
   bool key(Json::string_t& value) override {
     bool const is_new = open_.empty() ? keys_.insert(value).second : !open_.back()->contains(value);
-    if (!is_new) fail_here("the key ", escaped(value), " stands twice in one object");
+    if (!is_new) fail_here("the key ", escaped(value), " occurs twice in one object");
     (open_.empty() ? member_key_ : key_) = std::move(value);
     return true;
   }
@@ -103,7 +103,7 @@ class Reader final : public nlohmann::json_sax<Json> {
     auto const column = place - (before.find_last_of('\n') + 1) + 1;   // npos + 1 is 0
     fail(where_, "line ", line, ", column ", column, ": ", parts...);
   }
-  // At the last character that the parser has read.
+  // Fails at the last character that the parser has read.
   template <class... Parts> [[noreturn]] void fail_here(Parts const&... parts) const {
     fail_at(static_cast<std::size_t>(std::max<std::ptrdiff_t>(furthest_ - text_.data(), 1)) - 1, parts...);
   }
@@ -112,9 +112,9 @@ class Reader final : public nlohmann::json_sax<Json> {
     if (place >= text_.size()) return "it ends too early";
     char const found = text_[place];
     auto const before = text_.substr(0, place).find_last_not_of(" \t\r\n");
-    if (found == '/' || found == '#') return "it has no comments";
+    if (found == '/' || found == '#') return "comments are not allowed";
     if ((found == '}' || found == ']') && before != text_.npos && text_[before] == ',') return "a comma before " + escaped({&found, 1});
-    if (found == 'N' || found == 'I') return "it has no NaN and no Infinity";
+    if (found == 'N' || found == 'I') return "NaN and Infinity are not allowed";
     return "unexpected " + escaped({&found, 1});
   }
 
@@ -164,11 +164,12 @@ class Reader final : public nlohmann::json_sax<Json> {
 
 }  // namespace strict_json
 
-// take(key, value) for the members of the object that a text is, in order; none is kept. `where` is how an error begins.
+// Calls take(key, value) for the members of the object in a text, in order, and keeps no member. Throws Error as Reader does; the
+// error's sentence begins with `where`.
 inline void for_each_json_member(std::string_view text, std::string const& where, strict_json::Reader::Take const& take) {
   within_memory(text.size(), "the JSON", [&] { strict_json::Reader(text, where, strict_json::Bound::members, take).read(); }, where);
 }
-// The object that a text is.
+// The JSON object in a text. Throws Error as Reader does.
 inline nlohmann::json parse_json(std::string_view text, std::string const& where) {
   auto object = nlohmann::json::object();
   auto const keep = [&](std::string const& key, nlohmann::json&& value) { object[key] = std::move(value); };

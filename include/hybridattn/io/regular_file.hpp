@@ -1,5 +1,5 @@
-// Files that cannot be pipes or devices: configurations and weights. They are opened without waiting, or the error says what
-// stands there, and what lies in a file that is not what its name says.
+// Configurations and weights, which must be regular files. Opening never waits: for a pipe or a device the error says what it is.
+// An error also names the format of a file that has the wrong contents.
 #ifndef HYBRIDATTN_IO_REGULAR_FILE_HPP
 #define HYBRIDATTN_IO_REGULAR_FILE_HPP
 
@@ -27,8 +27,8 @@ inline char const* kind(mode_t mode) {
 
 }  // namespace regular_file
 
-// The file for reading; `where` is how an error begins. A pipe is refused before it is opened, as opening one may wait for
-// ever; symbolic links are followed.
+// Opens a file for reading and follows symbolic links. Throws Error, which begins with `where`. A pipe is refused before it is opened,
+// because opening it may wait for ever.
 inline FileDescriptor open_regular_file(std::filesystem::path const& path, std::string const& where) {
   struct stat status;
   auto const check_regular = [&](bool known) {
@@ -60,7 +60,7 @@ inline std::size_t read_some(FileDescriptor const& file, std::size_t offset, cha
   return done;
 }
 
-// All of a file that is not empty and has at most `largest` bytes.
+// All bytes of a file. Throws Error if it is empty or has more than `largest` bytes.
 inline std::string read_regular_file(std::filesystem::path const& path, std::size_t largest, std::string const& where) {
   auto const file = open_regular_file(path, where);
   auto const check_size = [&](std::size_t size) {
@@ -70,7 +70,7 @@ inline std::string read_regular_file(std::filesystem::path const& path, std::siz
   check_size(size);
   std::string text;
   std::size_t read = 0;
-  do {   // it may grow while it is read, and files of the system do not say their size
+  do {   // the file may grow while it is read, and the system's own files do not report their size
     std::size_t const room = std::max(size + 1, read + (1 << 16));
     within_memory(room, "the file", [&] { text.resize(room); }, where);
     read += read_some(file, read, text.data() + read, room - read, where);
@@ -120,7 +120,7 @@ inline bool starts_like(std::string_view text, std::string_view lower) {
 
 }  // namespace regular_file
 
-// What a file is that begins with these bytes (512 are enough), where that is easily told; else nothing.
+// The format of a file that begins with these bytes (512 are enough), or "" for an unknown format.
 inline std::string kind_of_file(std::string_view head) {
   for (auto const& [bytes, kind] : regular_file::beginnings)
     if (head.starts_with(bytes)) return std::string(kind);
@@ -133,14 +133,14 @@ inline std::string kind_of_file(std::string_view head) {
     return "a file that begins with zeros only, as an unfinished download does";
   return "";
 }
-// The same, and whether it is a text.
+// The same, and for a text its beginning.
 inline std::string kind_of_file_or_text(std::string_view head) {
   if (auto kind = kind_of_file(head); !kind.empty()) return kind;
   auto const begins = " that begins " + escaped(head);
   if (auto const text = regular_file::without_space(head); text.starts_with('{') || text.starts_with('[')) return "a JSON text" + begins;
   for (auto rest = head; !rest.empty();) {
     auto const [bytes, point] = utf8::first_character(rest);
-    bool const cut = rest.size() < 4 && head.size() > 500;   // in the middle of a character
+    bool const cut = rest.size() < 4 && head.size() > 500;   // head may end inside a character
     if (!cut && (bytes == 0 || (point < 32 && point != '\t' && point != '\n' && point != '\r'))) return "";
     rest.remove_prefix(std::max<std::size_t>(bytes, 1));
   }

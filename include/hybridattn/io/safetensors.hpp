@@ -2,9 +2,8 @@
 //
 //   {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"policy": "gdn"}}
 //
-// A file comes from anywhere: the reader believes nothing. The tensors must cover the data exactly, without overlap or
-// hole, and every count is checked before a byte is taken for it. A tensor may be of a dtype that is not known here; only
-// whoever reads it gets an error.
+// The reader trusts no file. The tensors must cover the data exactly, without overlap or gap, and every size is checked before
+// memory is allocated for it. A file may have tensors of an unknown dtype; only reading such a tensor is an error.
 #ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
 #define HYBRIDATTN_IO_SAFETENSORS_HPP
 
@@ -31,11 +30,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 static_assert(std::endian::native == std::endian::little, "safetensors files are read and written as they lie in memory");
 
 struct TensorInfo {
-  std::string dtype;            // the format's word: F64 F32 BF16 F16 I64 I32 ...
+  std::string dtype;            // its name in the format: F64 F32 BF16 F16 I64 I32 ...
   std::vector<Index> shape;     // [] is one number
   std::size_t begin = 0, end = 0;   // bytes of the data
 
-  // Throws Error where it cannot be counted.
+  // The number of elements. Throws Error where it is too large.
   Index count() const { return detail::product(shape.data(), static_cast<int>(shape.size())); }
 };
 
@@ -72,13 +71,13 @@ inline float from_f16(std::uint16_t bits) {
 }
 inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
-// Bytes of an element; nothing for a dtype that is not known.
+// Bytes of an element; nullopt for an unknown dtype.
 inline std::optional<std::size_t> size_of(std::string_view dtype) {
   auto const found = std::ranges::find(dtypes, dtype, &DType::name);
   return found == dtypes.end() ? std::nullopt : std::optional(found->size);
 }
 
-// A count in the header: an integer >= 0 that fits.
+// A count in the header. Throws Error unless it is an integer in 0 .. 2^63 - 1.
 inline Index to_count(nlohmann::json const& value, std::string const& where, char const* what) {
   bool const fits = value.is_number_unsigned() && value.get<std::uint64_t>() <= static_cast<std::uint64_t>(PTRDIFF_MAX);
   check(fits, where, what, " must hold integers from 0 to 2^63 - 1");
@@ -90,7 +89,7 @@ inline nlohmann::json const& member(nlohmann::json const& entry, char const* key
   return entry[key];
 }
 
-// A dtype is a word: F32, F8_E4M3, or one that will be invented.
+// A dtype's name: F32, F8_E4M3, or a name of the future.
 inline std::string parse_dtype(nlohmann::json const& value, std::string const& where) {
   auto const is_word = [](std::string_view text) {
     return !text.empty() && text.size() <= 32 && std::ranges::all_of(text, [](char c) {
@@ -132,7 +131,7 @@ inline TensorInfo parse_tensor(nlohmann::json const& entry, std::string const& w
   return info;
 }
 
-// From the first byte of data to the last, one tensor after the other.
+// Throws Error unless the tensors follow each other from the first byte of data to the last, without overlap or gap.
 inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std::size_t data_bytes, std::string const& where) {
   std::vector<std::pair<std::string const, TensorInfo> const*> order;
   for (auto const& tensor : tensors) order.push_back(&tensor);
@@ -150,7 +149,7 @@ inline void check_coverage(std::map<std::string, TensorInfo> const& tensors, std
 
 }  // namespace safetensors
 
-// A file's names, shapes and metadata; the tensors are read when they are asked for.
+// A file's names, shapes and metadata. The read functions read tensors from the file when they are called. All throw Error.
 class Safetensors {
  public:
   explicit Safetensors(std::filesystem::path const& path) : where_("safetensors file " + one_line(path.string()) + ": ") { open(path); }
@@ -169,9 +168,9 @@ class Safetensors {
     return found->second;
   }
 
-  // The elements in the file's order, last axis fastest. Any of F64 F32 F16 BF16 I64 I32, rounded where T is narrower.
+  // The elements in the file's order, last axis fastest. From F64 F32 F16 BF16 I64 I32, rounded where the result is narrower.
   std::vector<double> read_doubles(std::string const& name) const { return read<double>(name); }
-  // `count` of them from the one numbered `first` on.
+  // The `count` elements from element `first` on.
   std::vector<double> read_doubles(std::string const& name, Index first, Index count) const {
     Index const all = info(name).count();
     check(0 <= first && 0 <= count && first <= all && count <= all - first, where_, "tensor ", escaped(name), ": elements ", first, " to ",
@@ -179,9 +178,9 @@ class Safetensors {
     return read<double>(name, first, count);
   }
   std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
-  // I64 and I32 only.
+  // From I64 and I32 only.
   std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
-  // The bytes as they lie in the file, whatever they are.
+  // The tensor's bytes in the file, of any dtype.
   std::vector<char> read_bytes(std::string const& name) const {
     auto const& tensor = info(name);
     return stored<char>(tensor, 0, static_cast<Index>(tensor.end - tensor.begin));
@@ -206,7 +205,8 @@ class Safetensors {
     parse(text);
     safetensors::check_coverage(tensors_, size - data_start_, where_);
   }
-  // Calls what is no safetensors file by its name. The length of a real header has zeros at its end, and '{' behind it.
+  // Throws Error, which names the format, for a file of another format. In a safetensors file the header's length ends with zero bytes,
+  // and '{' follows.
   void check_beginning(std::size_t size) const {
     std::string head(std::min<std::size_t>(size, 512), '\0');
     read_at(0, head.data(), head.size());
@@ -232,7 +232,7 @@ class Safetensors {
   void read_at(std::size_t offset, void* into, std::size_t count) const {
     check(read_some(file_, offset, static_cast<char*>(into), count, where_) == count, where_, "it became shorter while being read");
   }
-  // A file may be large and have nothing in it.
+  // Throws Error where memory is short: a sparse file may claim any size.
   template <class T> std::vector<T> make(Index count) const {
     std::vector<T> elements;
     resize(elements, count, "a tensor", where_);
@@ -265,14 +265,14 @@ class Safetensors {
     fail(where_, "tensor ", escaped(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
   }
 
-  std::string where_;   // how an error begins
+  std::string where_;   // the beginning of an error's sentence
   FileDescriptor file_;
   std::size_t data_start_ = 0;
   std::map<std::string, TensorInfo> tensors_;
   std::map<std::string, std::string> metadata_;
 };
 
-// Collects tensors, then writes them at once. It holds no elements: what was added must still be there at `write`.
+// Collects tensors, then writes them at once. It does not copy elements: they must stay in place until `write` returns.
 class SafetensorsWriter {
  public:
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::span<T const> elements) {
@@ -282,7 +282,7 @@ class SafetensorsWriter {
     auto const bytes = std::as_bytes(elements);
     insert(name, {std::move(info), {reinterpret_cast<char const*>(bytes.data()), bytes.size()}});
   }
-  // Elements that are not the host's, as many as dtype and shape of `info` say: `write` asks for them.
+  // Adds a tensor in another machine's memory, with dtype and shape of `info`. `write` gets its bytes by to_host.
   void add_elsewhere(std::string const& name, TensorInfo info, std::string_view bytes) { insert(name, {std::move(info), bytes, true}); }
   template <class T> void add(std::string const& name, std::vector<Index> shape, std::vector<T> const& elements) {
     add(name, std::move(shape), std::span<T const>(elements));
@@ -294,7 +294,7 @@ class SafetensorsWriter {
   void write(std::filesystem::path const& path) {
     write(path, [](std::string_view bytes) { return bytes; });
   }
-  // to_host(bytes) are the bytes of a tensor that is elsewhere; one at a time.
+  // to_host(bytes) returns the bytes of a tensor from add_elsewhere on the host. It is called for one tensor at a time.
   template <class ToHost> void write(std::filesystem::path const& path, ToHost to_host) {
     auto const order = lay_out();
     std::string const header = header_text();
@@ -318,7 +318,7 @@ class SafetensorsWriter {
           escaped(entry.info.dtype));
     entries_[name] = std::move(entry);
   }
-  // Wide elements first, so that every tensor lies aligned to its own.
+  // Tensors with wide elements first, so that every tensor is aligned to its elements.
   std::vector<Entry const*> lay_out() {
     std::vector<Entry const*> order;
     std::size_t offset = 0;

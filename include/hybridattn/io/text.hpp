@@ -1,4 +1,4 @@
-// Text as it lies in files, and the text of an HTML page.
+// Reads texts from files, and the text of an HTML page.
 #ifndef HYBRIDATTN_IO_TEXT_HPP
 #define HYBRIDATTN_IO_TEXT_HPP
 
@@ -16,10 +16,10 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// How long a text may be: as tokens it takes four bytes a byte.
+// The largest number of bytes of a text: as tokens each byte takes four bytes.
 inline std::uint64_t longest_text() { return machine_memory() / 4; }
 
-// All bytes of a file that is not empty, or of a pipe up to its end.
+// All bytes of a file, or of a pipe up to its end. Throws Error where reading fails, and on empty or too long texts.
 inline std::string read_text(std::filesystem::path const& path) {
   FileDescriptor const file{uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY); })};
   bool const missing = !file && (errno == ENOENT || errno == ENOTDIR);
@@ -54,7 +54,7 @@ inline std::string read_text(std::filesystem::path const& path) {
   check(!text.empty(), "cannot use ", path, ": it is empty");
   return text;
 }
-// Several files, one after the other.
+// The bytes of several files, one after the other.
 inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
   check(!paths.empty(), "cannot read a text: no file is named");
   std::string text;
@@ -76,7 +76,7 @@ inline std::string lower(std::string_view word) {
   return result;
 }
 
-// One code point as UTF-8; what is none (0, a surrogate, too large) becomes the replacement character.
+// Appends a code point as UTF-8. 0, surrogates and too large numbers become the replacement character.
 inline void append_utf8(std::string& text, std::uint32_t point) {
   if (point == 0 || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) point = 0xfffd;
   auto const byte = [&](std::uint32_t value) { text += static_cast<char>(value); };
@@ -111,7 +111,7 @@ inline constexpr std::array punctuation = {
     Named{"oelig", 0x153},   Named{"Scaron", 0x160}, Named{"scaron", 0x161},  Named{"ensp", 0x2002},   Named{"emsp", 0x2003},
     Named{"thinsp", 0x2009}};
 
-// The code point of `name` in &name; -1 when it is none.
+// The code point of `name` in &name; -1 for an unknown name.
 inline std::int64_t code_point(std::string_view name) {
   if (name.starts_with('#')) {
     bool const hex = name.size() > 1 && (name[1] == 'x' || name[1] == 'X');
@@ -129,7 +129,7 @@ inline std::int64_t code_point(std::string_view name) {
   return -1;
 }
 
-// How far a tag parts the text before it from the text after it.
+// The gap that a tag makes between the text before it and the text after it.
 enum class Gap { none, space, line, paragraph };
 
 inline Gap gap_of(std::string_view tag) {
@@ -160,7 +160,7 @@ class Reader {
 
  private:
   void widen(Gap gap) { gap_ = std::max(gap_, gap); }
-  // The gap before it is written only once there is something after it.
+  // Writes the gap only before visible text, so that the text ends without one.
   void put(std::string_view visible) {
     static constexpr std::string_view gaps[] = {"", " ", "\n", "\n\n"};
     if (!text_.empty()) text_ += gaps[static_cast<int>(gap_)];
@@ -168,7 +168,7 @@ class Reader {
     text_ += visible;
   }
 
-  // Each of these passes over what stands at at_ and returns true, or leaves it alone: then it is text.
+  // entity() and markup() skip the entity or tag at at_ and return true. Otherwise they return false: at at_ is text.
   bool entity() {
     auto const end = page_.substr(0, at_ + 32).find(';', at_);   // no entity is longer
     if (end == page_.npos) return false;
@@ -201,7 +201,7 @@ class Reader {
     at_ = found == page_.npos ? page_.size() : found + mark.size();
     return true;
   }
-  // Behind the '>' that is not inside a quoted attribute; behind the first one when a quote is never closed.
+  // The place after the first '>' outside quoted attributes, or after the first '>' when a quote is never closed.
   std::size_t end_of_tag(std::size_t from) const {
     char quote = 0;
     for (auto i = from; i < page_.size(); ++i) {
@@ -213,7 +213,7 @@ class Reader {
     auto const first = page_.find('>', from);
     return first == page_.npos ? page_.size() : first + 1;
   }
-  // What stands inside is no text: up to its own end tag.
+  // Skips the contents of an element that is not text, up to its own end tag.
   void skip_element(std::string const& tag) {
     for (; at_ < page_.size(); ++at_)
       if (page_[at_] == '<' && lower(page_.substr(at_, tag.size() + 2)) == "</" + tag) return;
@@ -227,8 +227,8 @@ class Reader {
 
 }  // namespace html
 
-// What a reader sees of a page: tags, comments, scripts, styles and the title are gone, entities are UTF-8, white space
-// is a single space, and blocks are paragraphs with an empty line between.
+// The visible text of a page, without tags, comments, scripts, styles and the title. Entities become UTF-8, white space becomes
+// a single space, and blocks become paragraphs with an empty line between them.
 inline std::string html_to_text(std::string_view page) { return html::Reader{page}.text(); }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -9,7 +9,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// In place of a policy's cache, where sequences are whole.
+// Takes the place of a policy's cache where sequences are whole.
 struct NoCache {};
 
 template <AttentionPolicy Policy> struct Attention {
@@ -22,19 +22,19 @@ template <AttentionPolicy Policy> struct Attention {
   template <class S> using Projections = typename ProjectionsOf<Policy>::template Group<S>;
   template <class S> struct Params {
     Projections<Matrix<S>> w;  // [H*D, C] or [H, C], one for each projection
-    Held<S, 2> w_gate;    // [H*D, C], or nothing without an output gate
+    Held<S, 2> w_gate;    // [H*D, C], empty without an output gate
     Held<S, 2> w_o;       // [C, H*D]
     typename Prepare::template Params<S> prepare;
     typename Finish::template Params<S> finish;
     HYBRIDATTN_FIELDS(w, w_gate, w_o, prepare, finish)
   };
   template <class S> struct Saved {
-    Projections<S> raw;  // those that Prepare changes; the others stand among the inputs
+    Projections<S> raw;  // the projections that Prepare changes; other projections are inputs and lie there
     Inputs<S> inputs;
     typename Policy::template Outputs<S> outputs;
-    Held<S, 3> z, finished;  // [N, H, D], or nothing
+    Held<S, 3> z, finished;  // [N, H, D]; z is empty without a gate, finished without a Finish
     typename Policy::template Saved<S> policy;
-    Wide<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
+    Wide<S, 1> d_auxiliary_loss;  // [1], 0 or what the model writes between the passes; empty without an auxiliary loss
     HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 
@@ -50,7 +50,7 @@ template <AttentionPolicy Policy> struct Attention {
         ProjectionsOf<Policy>::shapes(c, one_token), shapes.w);
     return shapes;
   }
-  // What a stage does not train has no gradient at all, not even a zero one.
+  // The gradients' shapes. A parameter that the stage does not train has an empty shape: its gradient is not computed.
   static Params<Shapes> gradients(Config const& c, Index model_dim, Stage stage) {
     auto shapes = params(c, model_dim);
     zip(
@@ -82,7 +82,7 @@ template <AttentionPolicy Policy> struct Attention {
     return shapes;
   }
 
-  // With a cache, the tokens follow those that stand there, and backward cannot follow.
+  // x [N, C] -> y [N, C]. With a cache, the tokens follow those in the cache, and backward cannot be called.
   template <class B, class T, class Cache = NoCache>
   static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
@@ -94,7 +94,7 @@ template <AttentionPolicy Policy> struct Attention {
                   "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
     auto shapes = Attention::saved(c, s);
-    if constexpr (decodes) shapes.policy = {};   // what only backward reads
+    if constexpr (decodes) shapes.policy = {};   // only backward reads these tensors
     saved = allocate<T>(backend, shapes);
     zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
         projections<T>(saved.raw, saved.inputs));
@@ -128,7 +128,7 @@ template <AttentionPolicy Policy> struct Attention {
     project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), Finish::gated ? Into::add : Into::overwrite, d_p);
     return d_x;
   }
-  // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
+  // Backward of the auxiliary loss alone, for the parameters that it trains. x gets no gradient.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
@@ -146,7 +146,7 @@ template <AttentionPolicy Policy> struct Attention {
           shapes);
     return shapes;
   }
-  // Where the projections stand, or their gradients: each in its own place, or in that of its input.
+  // Views of the projections, or of their gradients. A projection that Prepare does not change lies in the place of its input.
   template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
     auto places = out(raw);
     if constexpr (!NamesProjections<Policy>)
@@ -170,8 +170,8 @@ template <AttentionPolicy Policy> struct Attention {
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
-  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. What is detached has one
-  // where the stage trains its matrix.
+  // Backward of the policy, Prepare and the projections. Without d_o it computes the gradients of the auxiliary loss only. A detached
+  // projection has a gradient where the stage trains the projection's matrix.
   template <class B, class T>
   static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,

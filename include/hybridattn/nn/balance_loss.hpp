@@ -11,7 +11,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace detail {
 
-// Of layers that are pooled: adds their loss to value, and writes its gradient into each one's Saved.
+// One loss over the tokens of these layers: adds it to value [1], and writes scale times its gradient into each layer's Saved.
 template <class B, class T>
 void balance_together(B& backend, double coefficient, double scale, std::span<FeedForward::Saved<Owned<T, B>>* const> layers,
                       View<double, 1> value) {

@@ -10,7 +10,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What all blocks of a model have in common.
+// The config that all blocks of a model share.
 struct BlockConfig {
   Index model_dim = 128;   // C
   RmsNorm::Options norm;
@@ -18,7 +18,7 @@ struct BlockConfig {
   Initialization initialization;
   Stage stage = Stage::language_model;
 
-  // With every 0 filled in; throws on numbers that no block can have.
+  // Fills in every 0. Throws Error on numbers that are not allowed.
   BlockConfig completed() const {
     check_at_least("model", "model_dim", model_dim, 1);
     check_positive("model", "norm.eps", norm.eps);
@@ -29,10 +29,10 @@ struct BlockConfig {
   }
 };
 
-// Where a residual branch has its norm: before or after what the branch computes.
+// The place of a residual branch's norm: before or after the branch's attention or feed-forward layer.
 enum class NormPlacement { before, after };
 
-// What the layers of one policy have of their own.
+// The config of one policy's layers.
 template <AttentionPolicy P> struct LayerConfig {
   typename P::Config policy = {};
   NormPlacement norm_placement = NormPlacement::before;
@@ -50,13 +50,13 @@ template <AttentionPolicy P> struct Block {
     FeedForward::Params<S> feed_forward;
     HYBRIDATTN_FIELDS(attention_norm, attention, feed_forward_norm, feed_forward)
   };
-  // [N, C] each; a norm has its input here, or its output, where that is the input of what follows.
+  // [N, C] each: inputs of the norms, and outputs of norms that the next layer reads.
   template <class S> struct Saved {
-    Held<S, 2> x, x_normed;  // without x_normed where norms come after
+    Held<S, 2> x, x_normed;  // x_normed is empty where norms come after
     typename Layer::template Saved<S> attention;
-    Held<S, 2> attended, h, h_normed;  // attended only where norms come after, h_normed only where they come before
+    Held<S, 2> attended, h, h_normed;  // attended is empty where norms come before, h_normed where they come after
     FeedForward::Saved<S> feed_forward;
-    Held<S, 2> fed;  // only where norms come after
+    Held<S, 2> fed;  // empty where norms come before
     HYBRIDATTN_FIELDS(x, x_normed, attention, attended, h, h_normed, feed_forward, fed)
   };
 
@@ -91,7 +91,7 @@ template <AttentionPolicy P> struct Block {
             .fed = made};
   }
 
-  // x moves into Saved. With a cache, see Attention::forward.
+  // x [N, C] -> y [N, C]. x is moved into saved. With a cache, see Attention::forward.
   template <class B, class T, class Cache = NoCache>
   static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, Config const& own, Index layer, SequencesOn<B> const& s,
                                  Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
@@ -99,7 +99,7 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // long prompts: its memory serves what follows
+    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
@@ -117,7 +117,7 @@ template <AttentionPolicy P> struct Block {
     return y;
   }
 
-  // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
+  // Returns d_x [N, C], in the memory of d_y: each residual branch adds its gradient.
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, Config const& own, Index layer, SequencesOn<B> const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
@@ -146,7 +146,7 @@ template <AttentionPolicy P> struct Block {
     On<Add, B>::forward(backend, flat(in(attention(in(d_made)))), flat(out(d_y)));
     return d_y;
   }
-  // Of the policy's auxiliary loss alone.
+  // Backward of the policy's auxiliary loss alone.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& own, SequencesOn<B> const& s, Params<In<T>> const& p, Saved<Owned<T, B>> saved,
                                  Params<Out<T>> const& d_p) {

@@ -1,5 +1,5 @@
-// Feed-forward layers: one dense SwiGLU, or a mixture of experts; one type, chosen by value layer by layer. Tensors that a
-// layer has no use for have extent 0.
+// Feed-forward layers: a dense SwiGLU, or a mixture of experts. Both are one type; the config says which layers are mixtures.
+// Tensors that a layer does not need have extent 0.
 #ifndef HYBRIDATTN_NN_FEED_FORWARD_HPP
 #define HYBRIDATTN_NN_FEED_FORWARD_HPP
 
@@ -16,8 +16,8 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once:
-// then the weights are those of all experts, and the offsets of their rows come last.
+// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once.
+// GroupedLinear takes the weights of all experts, and the offsets of their rows as last argument.
 struct Mlp {
   template <class S> struct Params {
     Held<S, 2> gate, up;  // [F, C]
@@ -45,7 +45,7 @@ struct Mlp {
     On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
     On<Product, B>::forward(backend, offsets..., View<T const, 2>(saved.hidden), p.down, y);
   }
-  // d_x is added or overwritten. `d` is scratch of Saved's shape.
+  // Adds to d_x or overwrites it, as `into` says. `d` is scratch of Saved's shapes.
   template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
   static void backward(B& backend, Weights const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
                        Saved<Out<T>> const& d, View<T, 2> d_x, Into into, Gradients const& d_p, Offsets... offsets) {
@@ -59,7 +59,7 @@ struct Mlp {
   }
 };
 
-// The sum of a load-balancing loss over several layers, or of one over the tokens of all of them together.
+// The load-balancing loss: a sum of one loss for each layer, or one loss over the tokens of all layers together.
 enum class Balance { per_layer, pooled };
 
 struct FeedForwardConfig {
@@ -68,18 +68,18 @@ struct FeedForwardConfig {
   Index num_experts = 0;             // E; 0: every layer is dense
   Index top_k = 2;                   // experts of a token
   Index expert_dim = 0;              // F of an expert; 0: hidden_dim
-  Index shared_dim = -1;             // F of the shared expert; -1: there is none; 0: only its gate is there
+  Index shared_dim = -1;             // F of the shared expert; -1: no shared expert; 0: only its gate
   bool renormalise = true;           // weights of the chosen sum to 1
   Index decoder_sparse_step = 1;     // layer i is a mixture when (i + 1) % decoder_sparse_step == 0 ...
   std::vector<Index> mlp_only_layers = {};  // ... and i is not among these
-  double balance_coefficient = 0;    // of the load-balancing loss
+  double balance_coefficient = 0;    // weight of the load-balancing loss
   Balance balance = Balance::per_layer;
 
   bool is_mixture(Index layer) const {
     return num_experts > 0 && (layer + 1) % decoder_sparse_step == 0 &&
            std::find(mlp_only_layers.begin(), mlp_only_layers.end(), layer) == mlp_only_layers.end();
   }
-  // With every 0 filled in; throws on sizes that do not fit.
+  // Fills in every 0. Throws Error on sizes that do not fit.
   FeedForwardConfig completed(Index model_dim) const {
     check_numbers();
     FeedForwardConfig c = *this;
@@ -127,12 +127,12 @@ struct FeedForward {
     Whole<S, 2> chosen;        // [N, k], highest first
     Whole<S, 1> offsets;       // [E + 1]
     Whole<S, 2> places;        // [N, k]
-    Held<S, 2> rows, made;     // [N k, C]: what the experts read and make
+    Held<S, 2> rows, made;     // [N k, C]: inputs and outputs of the experts
     Mlp::Saved<S> experts;     // [N k, F]
     Mlp::Saved<S> shared;
     Held<S, 2> shared_made;    // [N, C]
     Held<S, 2> shared_logit;   // [N, 1]
-    Wide<S, 1> d_probability;  // [E]: what the balancing loss adds to every token's, written between the passes
+    Wide<S, 1> d_probability;  // [E]: the load-balancing loss's gradient for every token's probabilities, written between the passes
     HYBRIDATTN_FIELDS(dense, probabilities, weights, chosen, offsets, places, rows, made, experts, shared, shared_made, shared_logit,
                       d_probability)
   };

@@ -1,4 +1,4 @@
-// How a model's matrices start. Norms, gates and convolutions say it themselves.
+// Initial values of a model's matrices. Norms, gates and convolutions have initial values of their own.
 #ifndef HYBRIDATTN_NN_INITIALIZATION_HPP
 #define HYBRIDATTN_NN_INITIALIZATION_HPP
 
@@ -11,7 +11,7 @@ struct Initialization {
   double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
   double embedding_deviation = 0.02;  // N(0, embedding_deviation^2)
 
-  // Throws on a deviation that is no number >= 0.
+  // Throws Error unless both deviations are numbers >= 0.
   void check_numbers() const {
     check_not_negative("Initialization", "linear_deviation", linear_deviation);
     check_not_negative("Initialization", "embedding_deviation", embedding_deviation);

@@ -1,5 +1,5 @@
-// tokens -> embedding -> Stack -> norm -> logits -> loss, and back. The model holds configuration only: parameters,
-// activations and gradients are values in the caller's hands.
+// tokens -> embedding -> Stack -> norm -> logits -> loss, and back. A model has only its configuration. The caller owns
+// parameters, activations and gradients.
 #ifndef HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 #define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 
@@ -58,7 +58,7 @@ template <class S_> class LanguageModel {
     // The sizes of one policy of the stack: config.policy<GDN>().num_value_heads = 8.
     template <class Policy> auto& policy() { return layers.template get<Policy>().policy; }
     template <class Policy> auto const& policy() const { return layers.template get<Policy>().policy; }
-    // Where its layers have their norms: config.norm_placement<Full>() = NormPlacement::after.
+    // The place of the norms in this policy's layers: config.norm_placement<Full>() = NormPlacement::after.
     template <class Policy> NormPlacement& norm_placement() { return layers.template get<Policy>().norm_placement; }
     template <class Policy> NormPlacement norm_placement() const { return layers.template get<Policy>().norm_placement; }
   };
@@ -67,7 +67,7 @@ template <class S_> class LanguageModel {
     Held<S, 2> embedding;  // [V, C]
     typename Stack::template Params<S> blocks;
     Wide<S, 1> norm;       // [C]
-    Held<S, 2> head;       // [V, C], or nothing when it is the embedding
+    Held<S, 2> head;       // [V, C], empty when the head is the embedding
     HYBRIDATTN_FIELDS(embedding, blocks, norm, head)
   };
   template <class S> struct Saved {
@@ -75,11 +75,11 @@ template <class S_> class LanguageModel {
     Held<S, 2> x, x_normed;  // [N, C]
     HYBRIDATTN_FIELDS(blocks, x, x_normed)
   };
-  // What a batch gave: its losses, and the gradient of their sum.
+  // The losses of a batch, and the gradients of their sum.
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
-    View<T, 1> all;                    // the block of memory in which the params stand
+    View<T, 1> all;                    // the block of memory with all gradients
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -90,9 +90,9 @@ template <class S_> class LanguageModel {
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.layers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
-    byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
+    byte_count(parameter_count(), sizeof(double));   // throws where the bytes are too many for any scalar
   }
-  // The same model in another stage of training: other gradients, the same parameters.
+  // The same model in another stage of training: the same parameters, other gradients.
   LanguageModel at(Stage stage) const {
     LanguageModel model = *this;
     model.stack_ = Stack::at(stack_, stage);
@@ -105,9 +105,9 @@ template <class S_> class LanguageModel {
   typename Stack::Config const& stack_config() const { return stack_; }
 
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
-  // The same without what nothing trains.
+  // The shapes of the gradients. Empty for parameters that the stage does not train.
   Params<Shapes> const& gradients() const { return gradients_; }
-  // One mark for each tensor, in the order of the parameters: whether the policies' auxiliary losses train it.
+  // For each parameter, in order: whether the policies' auxiliary losses train it.
   std::vector<bool> detached() const {
     std::vector<bool> list;
     zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());
@@ -117,14 +117,15 @@ template <class S_> class LanguageModel {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
   }
-  // Throws Error, with the path, where the elements of a tensor cannot be counted.
+  // Throws Error, with the tensor's path, where the number of elements is too large.
   Index parameter_count() const {
     detail::CountElements elements;
     zip(elements, params());
     return elements.count;
   }
 
-  // Each tensor is drawn by a generator of its own, seeded by the seed and the tensor's path: what two models share starts equal.
+  // Each tensor has a generator of its own, seeded by the seed and the tensor's path. So two models give equal initial values to
+  // tensors of equal path and shape.
   template <class T, class B> Params<Owned<T, B>> initialize(B& backend, Seed seed) const {
     Params<Starts> const starts{.embedding = config_.initialization.embedding(),
                                 .blocks = Stack::starts(stack_),
@@ -135,10 +136,11 @@ template <class S_> class LanguageModel {
     return params;
   }
 
-  // The final normed activations stand in the result: hidden() and logits() read them.
+  // Returns the tensors for backward. logits() reads the last normed activations in them. Throws Error where a token or a target is
+  // not in the vocabulary.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
-    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
+    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens of a cache; call extend() to continue from a cache");
     batch.token_range.check_tokens(config_.vocab_size);
     batch.target_range.check_targets(config_.vocab_size);
     auto const p = in(params);
@@ -156,7 +158,7 @@ template <class S_> class LanguageModel {
     return Saved<Owned<float, B>>{};
   }
 
-  // [N, V], whole: for reading and for tests. Training never forms them.
+  // All logits [N, V] in one tensor. Training does not use this function and never stores them.
   template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
     Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
@@ -171,7 +173,7 @@ template <class S_> class LanguageModel {
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
-  // auxiliary losses), as far as the stage trains by them. `saved` is consumed. The scale stands on the machine, [1].
+  // auxiliary losses), for the losses that the stage trains. Consumes `saved`. The scale [1] is on the machine.
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            View<double const, 1> scale, double auxiliary_scale = 1) const {
@@ -199,7 +201,7 @@ template <class S_> class LanguageModel {
     return result;
   }
 
-  // The same with a scale of the host.
+  // The same with a scale on the host.
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
@@ -236,7 +238,7 @@ template <class S_> class LanguageModel {
         blocks);
     balance_loss<B, T>(backend, c, scale, std::span(mixtures).first(count), sum);
   }
-  // Adds the weighted auxiliary losses of all policies that have one to a sum; writes each one's own gradient into Saved.
+  // Adds the weighted auxiliary losses of all policies to a sum; writes the gradient of each weighted loss into Saved.
   template <class T, class B>
   void add_policy_losses(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks,
                          View<double, 1> sum) const {

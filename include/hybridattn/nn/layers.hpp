@@ -1,4 +1,4 @@
-// A list of layers in which the compiler meets each type once, however deep the list is. The one header with Boost.Hana.
+// A list of layers of any depth, for which the compiler instantiates each type of layer once. The only header with Boost.Hana.
 #ifndef HYBRIDATTN_NN_LAYERS_HPP
 #define HYBRIDATTN_NN_LAYERS_HPP
 
@@ -30,7 +30,7 @@ template <class T, class... Ts> constexpr std::size_t position(Types<Ts...>) {
 }
 }  // namespace detail
 
-// Where the layers of a list live: layer i is element places[i].index of the array of its type, number places[i].type.
+// The places of a list's layers: layer i is element places[i].index of the array of its type, number places[i].type.
 template <class... Layers_> struct Plan {
   struct Place {
     std::size_t type, index;
@@ -63,7 +63,7 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
   };
   typename Storage<std::make_index_sequence<sizeof...(Kinds)>>::type arrays;
 
-  // f(type_c<Layer>, layer's number, its elements in several lists of this plan...)
+  // Calls f(type_c<Layer>, layer's number, its elements in several lists of this plan...) for layer i.
   template <class F, class... Lists> static void visit(std::size_t i, F&& f, Lists&... lists) { (visit_if<Kinds>(i, f, lists...), ...); }
   template <class F, class... Lists> static void for_each(F&& f, Lists&... lists) {
     for (std::size_t i = 0; i < depth; ++i) visit(i, f, lists...);
@@ -84,7 +84,7 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
   }
 };
 
-// One value for each of several types, reached by type.
+// One value for each of several types, found by type.
 template <class Key, class Value> struct Keyed {
   Value value{};
 };
@@ -96,7 +96,7 @@ template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kin
  private:
   template <class Key, class Self> static auto& of(Self& self) {
     static_assert((std::is_same_v<Key, Kinds> || ...),
-                  "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+                  "the stack has no layer of this policy: ask for one of its policies, with exactly the same options");
     using Found = Keyed<Key, Of<Key>>;
     return static_cast<std::conditional_t<std::is_const_v<Self>, Found const, Found>&>(self).value;
   }

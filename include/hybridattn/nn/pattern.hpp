@@ -14,7 +14,7 @@ template <std::size_t size> struct Text {
   }
 };
 
-// One letter of an alphabet, and the policy it stands for.
+// A letter of an alphabet, and its policy.
 template <char letter, AttentionPolicy P> struct Letter {
   static constexpr char name = letter;
   using Policy = P;
@@ -29,16 +29,16 @@ template <class... Letters> struct Alphabet {
   template <char letter> struct Find {
     static constexpr bool known = position<letter>() < sizeof...(Letters);
     static_assert(known, "Pattern: a letter that is not in the alphabet. The library's own: G or L = GDN, * or F = Full, D = DSA");
-    // The first policy when there is none, so that the sentence above is the only error.
+    // An unknown letter gives the first policy, so that the sentence above is the only error.
     using Policy = typename std::tuple_element_t<known ? position<letter>() : 0, std::tuple<Letters...>>::Policy;
   };
 };
 
-// The field's letters (G, *, D) and the studies' (L, F, D).
+// The letters that are common elsewhere (G, *, D) and those of the studies (L, F, D).
 using FieldLetters = Alphabet<Letter<'G', GDN>, Letter<'L', GDN>, Letter<'*', Full>, Letter<'F', Full>, Letter<'D', DSA>>;
 
 namespace detail {
-// Classes all the way: nvcc 13 rejects a partial specialization on `text` and cannot name the result of a function of it.
+// Classes only: nvcc 13 rejects a partial specialization on `text` and cannot name the result of a function of `text`.
 template <Text text, class Letters> struct Parsed {
   template <class Positions> struct At;
   template <std::size_t... i> struct At<std::index_sequence<i...>> {

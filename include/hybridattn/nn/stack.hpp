@@ -1,4 +1,4 @@
-// A Stack is a list of policies; its parameters, saved activations and gradients are lists computed from it.
+// A Stack is a list of policies. Its parameters, saved tensors and gradients are lists with one element for each layer.
 #ifndef HYBRIDATTN_NN_STACK_HPP
 #define HYBRIDATTN_NN_STACK_HPP
 
@@ -21,20 +21,20 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Each policy once.
   using Kinds = Distinct<Policies...>;
-  // What the layers of each policy have of their own, reached by type: layers.get<GDN>().policy.
+  // The config of each policy's layers, found by type: layers.get<GDN>().policy.
   using LayerConfigs = ByType<LayerConfig, Kinds>;
   struct Config {
     BlockConfig block;
     LayerConfigs layers;
   };
-  // With every 0 filled in from the model's width and heads.
+  // Fills in every 0 from the model's width and heads. Throws Error on sizes that do not fit.
   static Config completed(Config c, Index num_heads) {
     c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
     return at(c, c.block.stage);
   }
 
-  // With another stage of training.
+  // The config in another stage of training.
   static Config at(Config c, Stage stage) {
     c.block.stage = stage;
     set_stage(Kinds{}, c, stage);
@@ -68,7 +68,7 @@ template <AttentionPolicy... Policies> struct Stack {
         params, saved);
     return x;
   }
-  // Of tokens that follow those of the caches, one for each layer. Nothing else is kept.
+  // Forward of tokens that follow those in the caches, one cache for each layer. Saves no tensors for backward.
   template <class B, class T, class Caches>
   static Tensor<T, 2, B> extend(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
                                 Caches const& caches) {
@@ -94,7 +94,7 @@ template <AttentionPolicy... Policies> struct Stack {
     return d_y;
   }
 
-  // Of the policies' auxiliary losses alone: no layer sends anything to another.
+  // Backward of the policies' auxiliary losses alone. No gradient passes from one layer to another.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_params) {
@@ -116,11 +116,12 @@ template <AttentionPolicy... Policies> struct Stack {
     };
     (complete_one(c.layers.template get<Ps>()), ...);
   }
-  // One stage for all layers: a policy alone in another one would compute something else than it trains.
+  // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage of its config is not that of the model; ",
-            "leave it as it is, and give a step its stage: StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy,
+            ": the stage in its config differs from the stage of the model; ",
+            "keep the default in the config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {
@@ -128,7 +129,7 @@ template <AttentionPolicy... Policies> struct Stack {
     };
     (set(c.layers.template get<Ps>().policy), ...);
   }
-  // A list whose elements are f(block, what its layers have of their own, layer's number).
+  // A list whose elements are f(block, config of the block's policy, layer's number).
   template <class List, class F> static List filled(Config const& c, F f) {
     List list;
     list.for_each([&](auto block, std::size_t layer,
@@ -141,7 +142,7 @@ template <AttentionPolicy... Policies> struct Stack {
 namespace detail {
 template <class... Ps> struct PolicyList {
   template <int times> static constexpr std::size_t depth() {
-    static_assert(times > 0, "Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>");
+    static_assert(times > 0, "Repeat: the number of repetitions must be at least 1: Repeat<3, GDN, Full>");
     return times > 0 ? static_cast<std::size_t>(times) * sizeof...(Ps) : 0;
   }
   template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;

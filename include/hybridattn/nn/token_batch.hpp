@@ -1,4 +1,4 @@
-// What a model reads: tokens in sequences, on a machine.
+// The input of a model: tokens in sequences, on a machine.
 #ifndef HYBRIDATTN_NN_TOKEN_BATCH_HPP
 #define HYBRIDATTN_NN_TOKEN_BATCH_HPP
 
@@ -9,8 +9,8 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// The smallest and the largest of a list of tokens or targets, and the first place of each: the list itself is on the machine
-// when a model, whose vocabulary it must fit, meets it.
+// The smallest and the largest of a list of tokens or targets, and the first place of each. The host computes them before the
+// upload, so a model checks its vocabulary without a download.
 struct TokenRange {
   std::int32_t smallest = 0, largest = -1;
   Index place_of_smallest = 0, place_of_largest = 0;
@@ -34,8 +34,8 @@ struct TokenRange {
   }
 };
 
-// N tokens, and for each the token to predict, or a number below 0 for none. Made by make_batch, filled anew by refill: what stands
-// beside the tensors is what the host knew when it uploaded them.
+// N tokens, and for each token its target: the token to predict, or a number below 0 for no target. make_batch makes a batch,
+// refill fills it anew. The other members are computed on the host before the upload.
 template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
@@ -43,7 +43,7 @@ template <class B> struct TokenBatch {
   Index counted = 0;                           // tokens that have a target
 };
 
-// Other tokens and targets for the sequences of a batch, in the memory that is there.
+// Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
 template <class B>
 void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
@@ -55,7 +55,7 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
-// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
+// Uploads a batch. targets[n] is the token that token n predicts, or a number below 0 for no target. Throws Error as refill does.
 template <class B>
 TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   Shape<1> const shape{sequences.tokens()};

@@ -1,4 +1,4 @@
-// How a parameter starts.
+// The initial values of a parameter.
 #ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
 #define HYBRIDATTN_TENSOR_INITIAL_HPP
 

@@ -6,12 +6,12 @@
 //     HYBRIDATTN_FIELDS(q, k, v, g)
 //   };
 //
-//   Inputs<Shapes>              how big each one is
-//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
-//   Inputs<In<float>>           what forward reads
-//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//   Inputs<Shapes>              the shape of each tensor
+//   Inputs<Owned<float, Cpu>>   memory; tensors can be moved, but not copied
+//   Inputs<In<float>>           views that an operation reads
+//   Inputs<Out<float>>          views that an operation writes; backward writes d_q, d_k, d_v, d_g there
 //
-// A gradient has the type of the thing it is a gradient of.
+// The gradients of a group are a group of the same type.
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
@@ -31,10 +31,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <class T> struct WideOf {
   using type = T;
 };
-// What a sum of Ts is kept in.
+// The scalar of sums over Ts.
 template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
 
-// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+// A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
   template <class... Anything> constexpr Absent(Anything const&...) {}
@@ -64,25 +64,25 @@ template <class T, class B> struct Owned {
   template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
   template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
 };
-// How each tensor of a group of parameters starts.
+// The initial values of each tensor in a group of parameters.
 struct Starts {
   template <int Rank> using Held = Initial;
   template <int Rank> using Wide = Initial;
 };
-// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+// The projection matrix of every tensor in a group: Inputs<Matrix<S>> are the weights that project x to Inputs<S>.
 template <class S> struct Matrix {
   template <int Rank> using Held = typename S::template Held<2>;
   template <int Rank> using Wide = typename S::template Held<2>;
   template <int Rank> using State = Absent;
 };
-// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+// Every tensor of a group in the model's scalar, Wide ones too: Inputs<Narrow<S>> are projections before Prepare.
 template <class S> struct Narrow {
   template <int Rank> using Held = typename S::template Held<Rank>;
   template <int Rank> using Wide = typename S::template Held<Rank>;
   template <int Rank> using State = Absent;
 };
 
-// What `in` and `out` make of a group: the role of views of its tensors.
+// The roles that `in` and `out` return for a group: views of its tensors.
 namespace detail {
 template <class S> struct ReadingOf;
 template <class T, class B> struct ReadingOf<Owned<T, B>> {
@@ -105,10 +105,10 @@ template <class S> struct WritingOf<Narrow<S>> {
 template <class S> using Reading = typename detail::ReadingOf<S>::type;
 template <class S> using Writing = typename detail::WritingOf<S>::type;
 
-template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // in the model's scalar
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: what a sequence hands on to the next call
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: the state that a sequence passes to the next call
 
 // Names the members of a group, in order. The library's one code-generating macro.
 #define HYBRIDATTN_FIELDS(...)                          \
@@ -138,7 +138,7 @@ template <std::size_t N> constexpr auto split(std::string_view list) {
 }
 template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
 
-// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+// The size of a struct with exactly these members. If HYBRIDATTN_FIELDS misses a member, the real struct is larger.
 template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
   std::size_t end = 0, alignment = 1;
   [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
@@ -158,7 +158,7 @@ concept FieldGroup = requires(G g) { g.fields(); };
 template <class G>
 concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
 
-// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+// The path of a tensor in a loop over fields, such as `blocks.3.attention.w_o`. A chain on the call stack: only str() makes a string.
 struct Path {
   Path const* parent = nullptr;
   std::string_view name = {};
@@ -177,7 +177,7 @@ template <std::size_t I, class F, class G, class... Gs> void zip_field(Path cons
   zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
 }
 
-// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+// Calls f(path, leaf, ...) for the corresponding leaves of groups of equal structure. Skips a leaf that is Absent in one of the groups.
 template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
   using Group = std::remove_cvref_t<G>;
   if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
@@ -195,7 +195,7 @@ template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&&
 }
 template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
 
-// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+// Functors with a name, so a group inside many others is visited by one instantiation. A lambda would cost one for each outer group.
 namespace detail {
 struct ToIn {
   template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
@@ -255,8 +255,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
-// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
+// Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -285,7 +285,7 @@ struct CountBytes {
 };
 }  // namespace detail
 
-// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
+// The bytes of a group in memory. Throws Error, with the tensor's path, where the number of bytes is too large.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
   detail::CountBytes counted;
   zip(counted, shapes, G<In<T>>{});

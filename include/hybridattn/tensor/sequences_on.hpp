@@ -10,29 +10,29 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a kernel reads of a batch's sequences, in the memory of its machine.
+// The sequences of a batch for kernels, in the machine's memory.
 struct SequenceTable {
   View<Sequence const, 1> list;                    // [count]
-  View<std::int32_t const, 1> positions, owners;   // [N]: as Sequences has them
+  View<std::int32_t const, 1> positions, owners;   // [N]: as in Sequences
 };
 
-// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
-// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+// The list of sequences on the host, for sizes and shapes, and a table on the machine, for kernels. The table is made once, where
+// the batch's tokens are uploaded. An operation that does not need the table takes a Sequences const&.
 template <class B> class SequencesOn : public Sequences {
  public:
   SequencesOn() = default;
   SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
 
-  // As Sequences::continuing, in the memory that is there.
+  // The same as Sequences::continuing, in the memory of this object.
   void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
     Sequences::assign(past, lengths);
     fill_table(backend);
   }
   SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
 
-  // Rotary angles [P, 2, rotary_dim/2] of the batch. The layer that asks first makes them by make(angles), the others find them.
-  // There is a row for each position up to the longest sequence's end, or for each token where a sequence follows earlier tokens.
-  // The list of angles grows although the batch is const: one thread at a time may work with a batch.
+  // Rotary angles [P, 2, rotary_dim/2] of the batch. The first layer's call computes them by make(angles), later layers reuse them.
+  // P is the length of the longest sequence, or the number of tokens where a sequence follows earlier tokens.
+  // The list of angles grows although the batch is const, so only one thread at a time may use a batch.
   template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
     auto& known = std::get<std::vector<Angles<T>>>(angles_);
     auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });

@@ -1,4 +1,4 @@
-// Owned elements.
+// Tensors: elements with an owner.
 #ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
@@ -13,7 +13,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// A block for tensors to share, with one share: the caller's.
+// Takes a block for several tensors. The caller counts as its first tensor, until it calls leave.
 template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
   SharedBlock* const block = backend.pool().begin_sharing();
   try {
@@ -24,7 +24,7 @@ template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
   }
   return block;
 }
-// A tensor leaves its block. The last one gives it back.
+// Removes a tensor from its block. The last tensor frees the block.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -32,9 +32,9 @@ template <class B> void leave(B& backend, SharedBlock* block) noexcept {
 }
 }  // namespace detail
 
-// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
-// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
-// Throws Error where the elements cannot be counted, or where there is no memory for them.
+// A tensor in a backend's memory. It can be moved, but not copied. Its destructor returns the memory to the backend's pool. Elements
+// are not initialised. A tensor with an extent of 0 has no memory and gives empty views: an option is off.
+// The constructor throws Error where the number of elements is too large, or where memory is short.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
@@ -45,7 +45,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that several tensors share, `offset` bytes from its start.
+  // A tensor in a block that several tensors share, `offset` bytes after the block's start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
@@ -73,10 +73,10 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
-  // The block that it shares with others, or nothing.
+  // The block that this tensor shares with others, or nullptr.
   SharedBlock const* shared() const { return shared_; }
 
-  // What of the tensor may be read, written: see `in` and `out`.
+  // Views for reading and for writing, used by `in` and `out`. Throw Error after the tensor was moved away.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
 
@@ -90,12 +90,13 @@ template <class T, int Rank, class B> class Tensor {
     view_ = {};
   }
   View<T, Rank> const& used() const {
-    check(status_ != Status::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    check(status_ != Status::moved,
+          "a tensor is used after it was moved away; backward consumes Saved, so every backward needs a forward of its own");
     return view_;
   }
 
   B* backend_ = nullptr;
-  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
+  SharedBlock* shared_ = nullptr;   // nullptr: the tensor has a block of its own
   Status status_ = Status::empty;
   View<T, Rank> view_;
 };

@@ -16,7 +16,8 @@ namespace detail {
 
 // For each sequence the position at which it is cut in two.
 using Cut = std::vector<Index>;
-// At the edges of blocks, the same in all sequences: of many kinds, each has its turn with some. And anywhere.
+// Cuts at edges of blocks, equal in all sequences and shared out among the kinds of inputs to save time, and two random cuts for each
+// sequence.
 inline std::vector<Cut> cuts(Sequences const& s, std::size_t kind, std::size_t kinds) {
   std::vector<Cut> result;
   std::size_t const turns = std::min<std::size_t>(kinds, 4);

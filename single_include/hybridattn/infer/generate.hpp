@@ -36,7 +36,7 @@
 #include <version>
 
 // ==== hybridattn/core/config.hpp
-// What the compiler is and what it can do. The only header that asks.
+// Macros that say which compiler this is and what it can do. Only this header asks the compiler.
 #ifndef HYBRIDATTN_CORE_CONFIG_HPP
 #define HYBRIDATTN_CORE_CONFIG_HPP
 
@@ -65,17 +65,17 @@
 #define HYBRIDATTN_UNROLL
 #endif
 
-// Indices are checked in debug builds only: a view is used inside the innermost loops.
+// Indices are checked in debug builds only, because the innermost loops use views.
 #if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 0
 #elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
-// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+// The library's code depends on some compiler flags. The name of everything that it defines, except Error, has these flags in it:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
-// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
+// So object files that were compiled with different flags have different functions, and the linker merges none of them.
+// A function that takes or returns a type of the library links only between equal flags. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -117,7 +117,7 @@
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#if defined(_LIBCPP_VERSION)   // the library's types have members of the standard library's types
 #define HYBRIDATTN_ABI_STD _libcxx
 #elif defined(_GLIBCXX_DEBUG)
 #define HYBRIDATTN_ABI_STD _std_debug
@@ -130,7 +130,8 @@
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
 
-// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+// A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
+// variable's name has the variable's type.
 namespace hybridattn {
 inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 }  // namespace hybridattn
@@ -138,13 +139,13 @@ inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 #endif
 
 // ==== hybridattn/core/check.hpp
-// Errors: one clear sentence that names the offending value and the allowed ones.
+// Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
 #define HYBRIDATTN_CORE_CHECK_HPP
 
 namespace hybridattn {
 
-// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+// The only type that the library throws. Its name has no flags (HYBRIDATTN_ABI) in it, so every object file of a program can catch it.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -153,7 +154,7 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
 template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
@@ -167,7 +168,7 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 #endif
 
 // ==== hybridattn/core/sizes.hpp
-// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+// Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
 #ifndef HYBRIDATTN_CORE_SIZES_HPP
 #define HYBRIDATTN_CORE_SIZES_HPP
 
@@ -175,7 +176,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
-// What counts tokens, positions, sequences and experts in tables of int32.
+// The limit of tokens, positions, sequences and experts, whose tables hold int32.
 inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
 
 namespace detail {
@@ -188,9 +189,9 @@ namespace detail {
     negative = negative || sizes[i] < 0;
   }
   if (negative) fail("sizes [", list.str(), "]: none may be below 0");
-  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+  fail("sizes [", list.str(), "]: their product is too large; the largest number is ", std::numeric_limits<Index>::max());
 }
-// A 0 makes the product 0, but excuses no size beside it.
+// A 0 makes the product 0, but the other sizes are still checked.
 constexpr Index product(Index const* sizes, int number) {
   Index all = 1;
   bool empty = false, counts = true;
@@ -204,7 +205,7 @@ constexpr Index product(Index const* sizes, int number) {
 
 }  // namespace detail
 
-// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+// The product of sizes. Throws Error where a size is below 0, or where the product of the sizes that are not 0 is too large.
 template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
   Index const list[] = {static_cast<Index>(sizes)...};
   return detail::product(list, sizeof...(Sizes));
@@ -216,7 +217,7 @@ inline Index size_sum(Index a, Index b) {
   check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
   return total;
 }
-// How many bytes `count` elements take. Throws Error as size_product does.
+// The bytes of `count` elements. Throws Error as size_product does.
 inline std::size_t byte_count(Index count, std::size_t element) {
   Index bytes = 0;
   bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
@@ -229,7 +230,7 @@ inline std::size_t byte_count(Index count, std::size_t element) {
 #endif
 
 // ==== hybridattn/core/view.hpp
-// Extents and views: somebody else's elements, small enough to pass by value into a kernel.
+// Shapes and views. A view does not own its elements and is small enough to pass by value into a kernel.
 #ifndef HYBRIDATTN_CORE_VIEW_HPP
 #define HYBRIDATTN_CORE_VIEW_HPP
 
@@ -244,9 +245,9 @@ template <int Rank> struct Shape {
   HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
 
   HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
-  // Throws Error where an extent is below 0 or the elements cannot be counted: on the host, where sizes are made.
+  // The number of elements. Throws Error where an extent is below 0 or the number is too large. For the host, where sizes are made.
   constexpr Index count() const { return detail::product(extent, Rank); }
-  // The same of sizes that stand in memory already.
+  // The same without checks, for tensors that exist already.
   HYBRIDATTN_HD constexpr Index counted() const {
     Index product = 1;
     for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
@@ -255,9 +256,9 @@ template <int Rank> struct Shape {
   friend bool operator==(Shape const&, Shape const&) = default;
 };
 
-// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so that a view can be a
-// part of a packed q|k|v. Without data it stands for a tensor that is not there: an option that is off, a gradient
-// that nobody wants.
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so a view can be a
+// part of a packed q|k|v. An empty view has no data: its tensor is not computed or not given, because an option is off or the
+// caller does not need it.
 template <class T, int Rank> struct View {
   using Element = T;
   T* data = nullptr;
@@ -270,7 +271,7 @@ template <class T, int Rank> struct View {
     for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
-  // What is written can be read.
+  // A view for writing converts to a view for reading.
   HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
@@ -307,7 +308,7 @@ template <class T, int Rank> struct View {
   }
 };
 
-// [N, ...] as the matrix [N, rest]: what a linear projection sees. Contiguous views only.
+// [N, ...] as the matrix [N, rest] that a linear projection reads. Contiguous views only.
 template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
   if (x.empty()) return {};
   Index const rows = Rank == 1 ? 1 : x.extent(0);
@@ -315,15 +316,15 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
-// All elements in a line.
+// All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/allowed.hpp
-// What a number of a configuration may be. Each check throws a sentence that names the number, its value and what is allowed.
-// "A number" is what a float holds: configurations are doubles, and models compute in their own scalar.
+// Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
+// "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
 #ifndef HYBRIDATTN_CORE_ALLOWED_HPP
 #define HYBRIDATTN_CORE_ALLOWED_HPP
 
@@ -342,7 +343,7 @@ inline void check_number(std::string_view owner, std::string_view name, double v
 inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
 }
-// Not below the smallest normal float: a smaller one may be 0 where the model computes.
+// At least the smallest normal float, because a smaller number may be 0 in the model's scalar.
 inline void check_positive(std::string_view owner, std::string_view name, double value) {
   constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
   detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
@@ -350,7 +351,7 @@ inline void check_positive(std::string_view owner, std::string_view name, double
 inline void check_share(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
 }
-// A share that is less than the whole.
+// In [0, 1).
 inline void check_below_one(std::string_view owner, std::string_view name, double value) {
   detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
 }
@@ -362,7 +363,7 @@ inline void check_at_least(std::string_view owner, std::string_view name, Index 
 #endif
 
 // ==== hybridattn/core/random.hpp
-// Random numbers that depend on a seed and a counter only, so that a tensor's values do not depend on what was drawn before.
+// Random numbers that depend only on a seed, a name and a counter, so that a tensor's values do not depend on earlier draws.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
 #define HYBRIDATTN_CORE_RANDOM_HPP
 
@@ -397,7 +398,7 @@ class Random {
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
 
-  // How many of the stream's numbers are drawn: with seed and name all there is to know of it. jump_to makes the next one
+  // The count of numbers drawn. Seed, name and this count are the whole state of a stream. After jump_to(drawn) the next number is
   // number `drawn`.
   std::uint64_t drawn() const { return counter_; }
   void jump_to(std::uint64_t drawn) { counter_ = drawn; }
@@ -410,7 +411,7 @@ class Random {
 #endif
 
 // ==== hybridattn/tensor/initial.hpp
-// How a parameter starts.
+// The initial values of a parameter.
 #ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
 #define HYBRIDATTN_TENSOR_INITIAL_HPP
 
@@ -455,7 +456,7 @@ struct Initial {
 #endif
 
 // ==== hybridattn/nn/initialization.hpp
-// How a model's matrices start. Norms, gates and convolutions say it themselves.
+// Initial values of a model's matrices. Norms, gates and convolutions have initial values of their own.
 #ifndef HYBRIDATTN_NN_INITIALIZATION_HPP
 #define HYBRIDATTN_NN_INITIALIZATION_HPP
 
@@ -465,7 +466,7 @@ struct Initialization {
   double linear_deviation = 0.02;     // N(0, linear_deviation^2); 0: uniform in +-fan_in^-1/2, PyTorch's Linear
   double embedding_deviation = 0.02;  // N(0, embedding_deviation^2)
 
-  // Throws on a deviation that is no number >= 0.
+  // Throws Error unless both deviations are numbers >= 0.
   void check_numbers() const {
     check_not_negative("Initialization", "linear_deviation", linear_deviation);
     check_not_negative("Initialization", "embedding_deviation", embedding_deviation);
@@ -482,7 +483,7 @@ struct Initialization {
 #endif
 
 // ==== hybridattn/core/memory.hpp
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+// The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
 #ifndef HYBRIDATTN_CORE_MEMORY_HPP
 #define HYBRIDATTN_CORE_MEMORY_HPP
 
@@ -494,7 +495,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
 
-// The number in a file of the system's; nothing is limited where there is none.
+// The limit in a file of the system. Without such a file or number there is no limit.
 inline std::size_t limit_in(char const* path) {
   unsigned long long limit = 0;
   std::FILE* const file = std::fopen(path, "r");
@@ -516,14 +517,14 @@ inline std::size_t memory_of_system() {
 
 }  // namespace detail
 
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
+// Bytes of memory and swap of this machine, or the limit of this container if that is less; read once. A system that
+// promises more memory than it has (Linux does) ends the process later, when this memory is used.
 inline std::size_t machine_memory() {
   static std::size_t const bytes = detail::memory_of_system();
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+// Runs f, which takes host memory for `what`. Throws Error where memory is short; the error's sentence begins with `where`.
 template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
@@ -532,11 +533,11 @@ template <class F> decltype(auto) within_memory(std::size_t bytes, char const* w
   }
   fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
-// Before many pieces are taken one by one.
+// Throws Error if `bytes` do not fit. For a check before many small allocations.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
-// The vectors' own, for a number that a caller or a file chooses.
+// resize and reserve of a vector, for a count that a caller or a file chooses. Both throw Error where memory is short.
 template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
@@ -548,7 +549,7 @@ template <class T> void reserve(std::vector<T>& list, Index count, char const* w
 #endif
 
 // ==== hybridattn/backend/pool.hpp
-// Memory that was given back, for those who ask next.
+// A pool of freed memory blocks, for later requests.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
 #define HYBRIDATTN_BACKEND_POOL_HPP
 
@@ -569,28 +570,28 @@ struct BlockSize {
   }
 };
 
-// A block in which several tensors stand. The last one that ends gives it back.
+// A block of several tensors. The last tensor that ends frees it.
 struct SharedBlock {
   void* data = nullptr;
   std::size_t bytes = 0;
   Index tensors = 0;
 };
 
-// A block that was given back waits for the next request of its size: a training step after the first one allocates nothing.
+// A freed block waits for the next request of its size, so a training step after the first one allocates no memory.
 //
-// What waits goes back to the system before an allocation fails, in trim(), and, when the pool holds more than 1.5 times the
-// most that was in use of late, as far as nobody used it of late.
+// The pool returns waiting blocks to the system before an allocation fails, and in trim(). When it holds more than 1.5 times the
+// largest recent in_use(), it also returns waiting blocks without recent use.
 //
-// "Of late" is the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
-// after the first one, so none of their blocks is ever found unused, however many takes a step has. Where all takes are served,
-// a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// "Recent" means the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks counts as unused, for any number of takes in a step. Where waiting blocks serve all
+// takes, a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
 // million: no block of a step waits longer.
 class Pool {
  public:
-  // allocate(bytes) makes a block, or returns nullptr where there is no memory for it; release(block) ends it.
-  // Throws Error, and says how much was asked, is held, and may be held at most, where there is none without the waiting blocks either.
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block) returns it to the system.
+  // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
   template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
-    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than there can be");
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
     BlockSize const size{bytes};
     Blocks& blocks = blocks_[size.number];
     if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
@@ -613,10 +614,10 @@ class Pool {
     used_ -= size.bytes;
     blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
-  // A record for a block that tensors will share, and back: records are used again, as blocks are.
+  // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that giving back never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -624,23 +625,23 @@ class Pool {
     return record;
   }
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
-  // Gives all blocks that wait back to the system.
+  // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // as it was asked for
-  std::size_t peak() const { return peak_; }       // the most of it
-  std::size_t held() const { return held_; }       // blocks in use, and blocks that wait
+  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }       // the largest in_use()
+  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
-  // From now on peak() counts afresh.
+  // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
 
  private:
   struct Waiting {
     void* block;
-    std::size_t period;   // in which it was given back
+    std::size_t period;   // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;   // the one given back last at the end
-    std::size_t bytes = 0, count = 0;   // of one; how many, in use or not
+    std::vector<Waiting> waiting;   // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -650,7 +651,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that giving back never allocates
+    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -671,12 +672,12 @@ class Pool {
     peaks_[++period_ % peaks_.size()] = used_;
     release_unused(0, release);
   }
-  // For `more` bytes to come.
+  // Releases waiting blocks without recent use, to make room for `more` bytes.
   template <class Release> void release_unused(std::size_t more, Release release) {
     std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
     if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
   }
-  // What was given back before a period, the largest blocks first, until no more than `enough` bytes are held.
+  // Releases blocks that were freed before a period, the largest blocks first, until no more than `enough` bytes are held.
   template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
     for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
       auto const first = blocks->waiting.begin();
@@ -693,7 +694,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most that was in use, in this period and the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -710,17 +711,18 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <class Op, class B> struct On;
 
-// What becomes of what stands where a result goes: several results may be added up in one place.
+// Whether an operation overwrites its result's old contents, or adds to them: several results may be added in one tensor.
 enum class Into { overwrite, add };
 
-// What a machine offers to the layers above: memory, and copies. take(bytes) throws Error where there is no memory, give(block,
-// bytes) never throws, trim() gives what waits in the pool back to the system. fill sets every byte; copy stays on the machine.
+// A machine with memory and copies, for the layers above. take(bytes) returns a block and throws Error where memory is short.
+// give(block, bytes) frees a block and never throws. trim() returns the pool's free blocks to the system. fill sets every byte. copy
+// copies on the machine.
 //
-// A backend has one stream of work: operations, copies and blocks follow each other in the order in which they were asked for, so
-// a block that was given back may serve the next request although the work on it is still to come. Upload may return before the
-// copy is made, but the host's bytes are its own again; download and synchronise wait until all work asked for is done.
+// A backend has one stream of work: operations, copies, takes and gives run in the order of the calls. So a freed block may serve the
+// next request although earlier work still uses it. upload may return before the copy is made, but the host may change its bytes at
+// once. download and synchronise wait until all earlier work is done.
 //
-// owns(memory) says whether operations here may be given this memory.
+// owns(memory) says whether operations of this backend accept this memory.
 template <class B>
 concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.take(bytes) } -> std::same_as<void*>;
@@ -735,14 +737,14 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   { b.pool() } -> std::same_as<Pool&>;
 };
 
-// A backend that wraps another one names it (`using Inner = Cpu;`), has run(f), which calls f(inner), and arrives(argument), which
-// sees each argument of an operation first.
+// A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
+// is called with each argument of an operation before the operation runs.
 template <class B>
 concept Wrapper = requires { typename B::Inner; };
 
 namespace detail {
 
-// The operations of the backend inside.
+// The operations of the inner backend.
 template <class Op, class B> struct OnInner {};
 template <class Op, Wrapper B> struct OnInner<Op, B> {
   template <class Inner = typename B::Inner, class... Args>
@@ -767,22 +769,22 @@ template <class Op, Wrapper B> struct OnInner<Op, B> {
 // How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
 //   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
 //   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
-// with whatever an operation has no use for left out. A policy that decodes has `extend` besides, see attention/policy.hpp.
-// A pair without a specialisation has none of them, unless the backend wraps one that does.
+// An operation leaves out arguments that it does not need. A policy that decodes also has `extend`, see attention/policy.hpp.
+// Without a specialisation On<Op, B> has no members, unless B wraps a backend with one.
 template <class Op, class B> struct On : detail::OnInner<Op, B> {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/tensor/tensor.hpp
-// Owned elements.
+// Tensors: elements with an owner.
 #ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
 #define HYBRIDATTN_TENSOR_TENSOR_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
-// A block for tensors to share, with one share: the caller's.
+// Takes a block for several tensors. The caller counts as its first tensor, until it calls leave.
 template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
   SharedBlock* const block = backend.pool().begin_sharing();
   try {
@@ -793,7 +795,7 @@ template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
   }
   return block;
 }
-// A tensor leaves its block. The last one gives it back.
+// Removes a tensor from its block. The last tensor frees the block.
 template <class B> void leave(B& backend, SharedBlock* block) noexcept {
   if (--block->tensors > 0) return;
   backend.give(block->data, block->bytes);
@@ -801,9 +803,9 @@ template <class B> void leave(B& backend, SharedBlock* block) noexcept {
 }
 }  // namespace detail
 
-// Memory of a backend. Moves, never copies; gives its block back to the backend's pool when it ends. Not initialised.
-// A tensor with an extent of 0 holds nothing: it stands for one that an option switched off.
-// Throws Error where the elements cannot be counted, or where there is no memory for them.
+// A tensor in a backend's memory. It can be moved, but not copied. Its destructor returns the memory to the backend's pool. Elements
+// are not initialised. A tensor with an extent of 0 has no memory and gives empty views: an option is off.
+// The constructor throws Error where the number of elements is too large, or where memory is short.
 template <class T, int Rank, class B> class Tensor {
  public:
   Tensor() = default;
@@ -814,7 +816,7 @@ template <class T, int Rank, class B> class Tensor {
     view_.data = static_cast<T*>(backend.take(bytes));
     backend_ = &backend;
   }
-  // In a block that several tensors share, `offset` bytes from its start.
+  // A tensor in a block that several tensors share, `offset` bytes after the block's start.
   Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
     view_ = {nullptr, shape};
     if (shape.count() == 0) return;
@@ -842,10 +844,10 @@ template <class T, int Rank, class B> class Tensor {
   std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
   explicit operator bool() const { return view_.data != nullptr; }
 
-  // The block that it shares with others, or nothing.
+  // The block that this tensor shares with others, or nullptr.
   SharedBlock const* shared() const { return shared_; }
 
-  // What of the tensor may be read, written: see `in` and `out`.
+  // Views for reading and for writing, used by `in` and `out`. Throw Error after the tensor was moved away.
   View<T const, Rank> readable() const { return used(); }
   View<T, Rank> writable() { return used(); }
 
@@ -859,12 +861,13 @@ template <class T, int Rank, class B> class Tensor {
     view_ = {};
   }
   View<T, Rank> const& used() const {
-    check(status_ != Status::moved, "a tensor is used after it was moved away: Saved serves one backward");
+    check(status_ != Status::moved,
+          "a tensor is used after it was moved away; backward consumes Saved, so every backward needs a forward of its own");
     return view_;
   }
 
   B* backend_ = nullptr;
-  SharedBlock* shared_ = nullptr;   // nothing: a block of its own
+  SharedBlock* shared_ = nullptr;   // nullptr: the tensor has a block of its own
   Status status_ = Status::empty;
   View<T, Rank> view_;
 };
@@ -931,8 +934,8 @@ template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
   for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
-// scale x . y as a number of its own. Fused with what is subtracted from it, it would differ by its rounding from the same score
-// elsewhere: for scores of 2^30 that is e^64 in a weight.
+// scale x . y, rounded. If the compiler fused it with a subtraction, it would differ by its rounding from the same score
+// elsewhere. For scores of 2^30 this is a factor e^64 in a weight.
 template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
 // y += a x
 template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
@@ -942,7 +945,7 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
   for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
 }
 
-// Of a >= 0, up to the largest one.
+// a / b, and a as a multiple of b, rounded up. For any a >= 0.
 constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
 constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
@@ -950,7 +953,7 @@ constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 #endif
 
 // ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
 #define HYBRIDATTN_BACKEND_CPU_CPU_HPP
 
@@ -962,8 +965,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
-  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
     check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
@@ -973,24 +976,24 @@ class Cpu {
   Cpu& operator=(Cpu const&) = delete;
   ~Cpu() { trim(); }
 
-  // Throws Error inside parallel_for, whose threads cannot share the pool.
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
     return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Gives memory that nobody uses back to the system.
+  // Returns the pool's free blocks to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
   void synchronise() {}
-  // Operations here work on any memory of the process.
+  // Operations of Cpu work on any memory of the process.
   bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
-  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
   static int thread_limit() {
 #if defined(_OPENMP)
     return std::max(256, 4 * omp_get_num_procs());
@@ -1012,7 +1015,7 @@ class Cpu {
     }
 
    private:
-    Cpu* cpu_;   // nothing in a loop inside a loop
+    Cpu* cpu_;   // nullptr for a loop inside a loop
   };
 
  private:
@@ -1040,7 +1043,7 @@ static_assert(Backend<Cpu>);
 
 namespace cpu {
 
-// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
 template <class T> class Scratch {
  public:
   Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
@@ -1064,7 +1067,7 @@ template <class T> class Scratch {
 namespace detail {
 
 #if defined(_OPENMP)
-// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
 class Failure {
  public:
   void keep(Index task) noexcept {
@@ -1107,14 +1110,14 @@ inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, in
 
 }  // namespace detail
 
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
 template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
   detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
 }
 
-// f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
   parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;
@@ -1164,8 +1167,9 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
-// loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
@@ -1200,7 +1204,7 @@ namespace detail {
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
   return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
 }
-// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
   if constexpr (half == 0) return x;
   else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
@@ -1229,7 +1233,7 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 #endif
 }
 
-// One fixed tree, whatever the lanes hold.
+// Summed in one fixed tree, for any values of the lanes.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
   return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
@@ -1257,15 +1261,15 @@ template <> struct Exp2<double> {
 }  // namespace detail
 
 template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
-// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
 template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
   using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
-  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  // The product, and not a sum of exponents: that would make a number of a NaN.
+  // A product, because a sum of exponents would turn a NaN into a number.
   Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
   return p * reinterpret_cast<Vec<T>>(power);
 }
@@ -1276,7 +1280,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
 }
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -1327,7 +1332,7 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 }
 
 namespace detail {
-// A register is made of parts of 16 bytes. A shuffle inside parts is cheap, one across them is dear: sums go across last.
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
 template <int size, bool upper, int m, class V, std::size_t... i>
@@ -1340,10 +1345,10 @@ HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
 template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
   return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
 }
-// Count vectors hold sums that are still spread over `left` places of each vector.
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {
@@ -1356,7 +1361,7 @@ template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) 
 }
 }  // namespace detail
 
-// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2): one fixed tree each. x is used up.
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
 template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
   detail::halve<N, lanes<T>, T>(x);
   if constexpr (N < lanes<T>) store_first(sums, x[0], N);
@@ -1368,8 +1373,8 @@ template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
 #endif
 
 // ==== hybridattn/backend/cpu/vectors.hpp
-// Loops over the elements of a row, a vector at a time. The last, shorter vector runs through the same arithmetic, padded
-// with zeros, so that an element's value does not depend on where its row ends.
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
 #ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 #define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 
@@ -1403,8 +1408,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T
 // One square root a row.
 template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
 
-// Elements a thread takes at a time, and rows whose sum is formed by one thread: sums over tokens run over these blocks
-// and combine them in order, whatever the threads.
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
@@ -1542,8 +1547,8 @@ struct GroupedLinear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
-// exchanged by exchanging the strides, so a transposed operand costs nothing.
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
 template <class T> struct Scalars {
   T const* data;
   Index row, depth;
@@ -1555,8 +1560,8 @@ template <class T> struct Columns {
 };
 
 // For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
-// using a smaller one.
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
   Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
@@ -1587,14 +1592,14 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 #endif
 
 // ==== hybridattn/backend/cpu/gemm.hpp
-// Matrix products on the CPU, over the register tile. One row of a result is a function of that row of `a` and of `b`
-// alone: summed over the depth in one fixed order, whatever the number of rows and threads.
+// Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
+// summed over the depth in one fixed order, for any number of rows and threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
 template <class T> struct Operand {
   T const* data = nullptr;
   Index rows = 0, columns = 0, row = 0, column = 1;
@@ -1643,7 +1648,7 @@ template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T*
     else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
     return;
   }
-  // At an edge the same whole tile runs on copies: rows of zeros, columns that nobody reads.
+  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
   alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
   for (Index r = 0; r < rows; ++r) {
     for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
@@ -1674,7 +1679,7 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
 template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
@@ -1682,7 +1687,7 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   if (a.columns == 0) return detail::sum_nothing(c, into);
   using detail::panel_columns;
   Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
+  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
   Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
   Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
   constexpr Index panel = detail::depth_block * panel_columns<T>;
@@ -1700,7 +1705,7 @@ template <class T> struct Product {
   View<T, 2> c;
 };
 
-// The products first .. last in one parallel loop. All have as many columns, and either all have a depth or none has.
+// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
 template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
   if (first == last) return;
   if (first->a.columns == 0) {
@@ -2019,12 +2024,12 @@ template <> struct On<AddGated, Cpu> {
 //     HYBRIDATTN_FIELDS(q, k, v, g)
 //   };
 //
-//   Inputs<Shapes>              how big each one is
-//   Inputs<Owned<float, Cpu>>   memory; moves, never copies
-//   Inputs<In<float>>           what forward reads
-//   Inputs<Out<float>>          what it writes, and where backward puts d_q, d_k, d_v, d_g
+//   Inputs<Shapes>              the shape of each tensor
+//   Inputs<Owned<float, Cpu>>   memory; tensors can be moved, but not copied
+//   Inputs<In<float>>           views that an operation reads
+//   Inputs<Out<float>>          views that an operation writes; backward writes d_q, d_k, d_v, d_g there
 //
-// A gradient has the type of the thing it is a gradient of.
+// The gradients of a group are a group of the same type.
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
@@ -2033,10 +2038,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <class T> struct WideOf {
   using type = T;
 };
-// What a sum of Ts is kept in.
+// The scalar of sums over Ts.
 template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
 
-// A field that a role leaves out: it takes any initializer, holds nothing, and no loop over fields sees it.
+// A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
   template <class... Anything> constexpr Absent(Anything const&...) {}
@@ -2066,25 +2071,25 @@ template <class T, class B> struct Owned {
   template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
   template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
 };
-// How each tensor of a group of parameters starts.
+// The initial values of each tensor in a group of parameters.
 struct Starts {
   template <int Rank> using Held = Initial;
   template <int Rank> using Wide = Initial;
 };
-// Every tensor of a group becomes its projection matrix: Inputs<Matrix<S>> are the weights that make Inputs<S>.
+// The projection matrix of every tensor in a group: Inputs<Matrix<S>> are the weights that project x to Inputs<S>.
 template <class S> struct Matrix {
   template <int Rank> using Held = typename S::template Held<2>;
   template <int Rank> using Wide = typename S::template Held<2>;
   template <int Rank> using State = Absent;
 };
-// Every tensor of a group as narrow as the rest: Inputs<Narrow<S>> are projections before a policy prepares them.
+// Every tensor of a group in the model's scalar, Wide ones too: Inputs<Narrow<S>> are projections before Prepare.
 template <class S> struct Narrow {
   template <int Rank> using Held = typename S::template Held<Rank>;
   template <int Rank> using Wide = typename S::template Held<Rank>;
   template <int Rank> using State = Absent;
 };
 
-// What `in` and `out` make of a group: the role of views of its tensors.
+// The roles that `in` and `out` return for a group: views of its tensors.
 namespace detail {
 template <class S> struct ReadingOf;
 template <class T, class B> struct ReadingOf<Owned<T, B>> {
@@ -2107,10 +2112,10 @@ template <class S> struct WritingOf<Narrow<S>> {
 template <class S> using Reading = typename detail::ReadingOf<S>::type;
 template <class S> using Writing = typename detail::WritingOf<S>::type;
 
-template <class S, int Rank> using Held = typename S::template Held<Rank>;    // stored as the model is
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // in the model's scalar
 template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
 template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: what a sequence hands on to the next call
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: the state that a sequence passes to the next call
 
 // Names the members of a group, in order. The library's one code-generating macro.
 #define HYBRIDATTN_FIELDS(...)                          \
@@ -2140,7 +2145,7 @@ template <std::size_t N> constexpr auto split(std::string_view list) {
 }
 template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
 
-// The size of a struct with exactly these members: a member missing from HYBRIDATTN_FIELDS shows as a larger struct.
+// The size of a struct with exactly these members. If HYBRIDATTN_FIELDS misses a member, the real struct is larger.
 template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
   std::size_t end = 0, alignment = 1;
   [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
@@ -2160,7 +2165,7 @@ concept FieldGroup = requires(G g) { g.fields(); };
 template <class G>
 concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
 
-// Where a loop over fields stands, as a chain on the call stack: `blocks.3.attention.w_o` costs nothing until printed.
+// The path of a tensor in a loop over fields, such as `blocks.3.attention.w_o`. A chain on the call stack: only str() makes a string.
 struct Path {
   Path const* parent = nullptr;
   std::string_view name = {};
@@ -2179,7 +2184,7 @@ template <std::size_t I, class F, class G, class... Gs> void zip_field(Path cons
   zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
 }
 
-// f(path, leaf, ...) for the corresponding leaves of groups of equal structure; a leaf that is Absent from one is passed over.
+// Calls f(path, leaf, ...) for the corresponding leaves of groups of equal structure. Skips a leaf that is Absent in one of the groups.
 template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
   using Group = std::remove_cvref_t<G>;
   if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
@@ -2197,7 +2202,7 @@ template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&&
 }
 template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
 
-// Named, so that a group inside many others is visited by one instantiation; a lambda here would cost one per outer group.
+// Functors with a name, so a group inside many others is visited by one instantiation. A lambda would cost one for each outer group.
 namespace detail {
 struct ToIn {
   template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
@@ -2257,8 +2262,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
   return owned;
 }
 
-// In one block of memory. Each tensor starts a multiple of 128 bytes behind the block's start; the gaps between them hold anything.
-// `all` becomes a view of the whole block, gaps included. It stays as it is where no tensor has elements.
+// Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -2287,7 +2292,7 @@ struct CountBytes {
 };
 }  // namespace detail
 
-// Announced before a byte is taken. Throws Error, with the path, where the bytes of a tensor cannot be counted.
+// The bytes of a group in memory. Throws Error, with the tensor's path, where the number of bytes is too large.
 template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
   detail::CountBytes counted;
   zip(counted, shapes, G<In<T>>{});
@@ -2298,15 +2303,15 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 #endif
 
 // ==== hybridattn/nn/feed_forward.hpp
-// Feed-forward layers: one dense SwiGLU, or a mixture of experts; one type, chosen by value layer by layer. Tensors that a
-// layer has no use for have extent 0.
+// Feed-forward layers: a dense SwiGLU, or a mixture of experts. Both are one type; the config says which layers are mixtures.
+// Tensors that a layer does not need have extent 0.
 #ifndef HYBRIDATTN_NN_FEED_FORWARD_HPP
 #define HYBRIDATTN_NN_FEED_FORWARD_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once:
-// then the weights are those of all experts, and the offsets of their rows come last.
+// down(silu(gate x) * up x), or down(silu(gate x)) without up. The product is Linear, or GroupedLinear for all experts at once.
+// GroupedLinear takes the weights of all experts, and the offsets of their rows as last argument.
 struct Mlp {
   template <class S> struct Params {
     Held<S, 2> gate, up;  // [F, C]
@@ -2334,7 +2339,7 @@ struct Mlp {
     On<Swiglu, B>::forward(backend, flat(View<T const, 2>(saved.gate)), flat(View<T const, 2>(saved.up)), flat(saved.hidden));
     On<Product, B>::forward(backend, offsets..., View<T const, 2>(saved.hidden), p.down, y);
   }
-  // d_x is added or overwritten. `d` is scratch of Saved's shape.
+  // Adds to d_x or overwrites it, as `into` says. `d` is scratch of Saved's shapes.
   template <class Product = Linear, class B, class Weights, class T, class Gradients, class... Offsets>
   static void backward(B& backend, Weights const& p, View<T const, 2> x, Saved<In<T>> const& saved, View<T const, 2> d_y,
                        Saved<Out<T>> const& d, View<T, 2> d_x, Into into, Gradients const& d_p, Offsets... offsets) {
@@ -2348,7 +2353,7 @@ struct Mlp {
   }
 };
 
-// The sum of a load-balancing loss over several layers, or of one over the tokens of all of them together.
+// The load-balancing loss: a sum of one loss for each layer, or one loss over the tokens of all layers together.
 enum class Balance { per_layer, pooled };
 
 struct FeedForwardConfig {
@@ -2357,18 +2362,18 @@ struct FeedForwardConfig {
   Index num_experts = 0;             // E; 0: every layer is dense
   Index top_k = 2;                   // experts of a token
   Index expert_dim = 0;              // F of an expert; 0: hidden_dim
-  Index shared_dim = -1;             // F of the shared expert; -1: there is none; 0: only its gate is there
+  Index shared_dim = -1;             // F of the shared expert; -1: no shared expert; 0: only its gate
   bool renormalise = true;           // weights of the chosen sum to 1
   Index decoder_sparse_step = 1;     // layer i is a mixture when (i + 1) % decoder_sparse_step == 0 ...
   std::vector<Index> mlp_only_layers = {};  // ... and i is not among these
-  double balance_coefficient = 0;    // of the load-balancing loss
+  double balance_coefficient = 0;    // weight of the load-balancing loss
   Balance balance = Balance::per_layer;
 
   bool is_mixture(Index layer) const {
     return num_experts > 0 && (layer + 1) % decoder_sparse_step == 0 &&
            std::find(mlp_only_layers.begin(), mlp_only_layers.end(), layer) == mlp_only_layers.end();
   }
-  // With every 0 filled in; throws on sizes that do not fit.
+  // Fills in every 0. Throws Error on sizes that do not fit.
   FeedForwardConfig completed(Index model_dim) const {
     check_numbers();
     FeedForwardConfig c = *this;
@@ -2416,12 +2421,12 @@ struct FeedForward {
     Whole<S, 2> chosen;        // [N, k], highest first
     Whole<S, 1> offsets;       // [E + 1]
     Whole<S, 2> places;        // [N, k]
-    Held<S, 2> rows, made;     // [N k, C]: what the experts read and make
+    Held<S, 2> rows, made;     // [N k, C]: inputs and outputs of the experts
     Mlp::Saved<S> experts;     // [N k, F]
     Mlp::Saved<S> shared;
     Held<S, 2> shared_made;    // [N, C]
     Held<S, 2> shared_logit;   // [N, 1]
-    Wide<S, 1> d_probability;  // [E]: what the balancing loss adds to every token's, written between the passes
+    Wide<S, 1> d_probability;  // [E]: the load-balancing loss's gradient for every token's probabilities, written between the passes
     HYBRIDATTN_FIELDS(dense, probabilities, weights, chosen, offsets, places, rows, made, experts, shared, shared_made, shared_logit,
                       d_probability)
   };
@@ -2617,7 +2622,7 @@ template <> struct On<BalanceLoss, Cpu> {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace detail {
 
-// Of layers that are pooled: adds their loss to value, and writes its gradient into each one's Saved.
+// One loss over the tokens of these layers: adds it to value [1], and writes scale times its gradient into each layer's Saved.
 template <class B, class T>
 void balance_together(B& backend, double coefficient, double scale, std::span<FeedForward::Saved<Owned<T, B>>* const> layers,
                       View<double, 1> value) {
@@ -2644,20 +2649,20 @@ void balance_loss(B& backend, FeedForwardConfig const& c, double scale, std::spa
 #endif
 
 // ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences; equally long ones are the dense case and kernels know nothing else.
+// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
 #ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
 #define HYBRIDATTN_CORE_SEQUENCES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Tokens start .. start + length - 1 of the N tokens of a batch; in decoding they follow `past` tokens that are no part of it.
-// Nothing in one sequence ever meets another.
+// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
+// Sequences never influence each other.
 struct Sequence {
   Index start = 0, length = 0, past = 0;
 };
 
-// Tables of tokens hold int32. Makers throw Error where tokens, sequences or positions are more than an int32 counts, where a
-// length is below 0, or where there is no memory for the tables.
+// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
+// where a length is below 0, or where memory is short.
 class Sequences {
  public:
   // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
@@ -2668,8 +2673,7 @@ class Sequences {
     for (Index i = 0; i < count; ++i) result.append(length);
     return result;
   }
-  // The field's cu_seqlens [number + 1]: sequence i has the tokens from offsets[i] to before offsets[i + 1]; empty ones
-  // are allowed.
+  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
   static Sequences packed(std::span<Index const> offsets) {
     check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
@@ -2679,15 +2683,15 @@ class Sequences {
     for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
     return result;
   }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens that a cache holds.
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
   static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
     Sequences result;
     result.assign(past, lengths);
     return result;
   }
-  // The same, in the memory that is there.
+  // The same as continuing, in the memory of this object.
   void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " pasts for ", lengths.size(), " sequences");
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
     Index tokens = 0;
     for (std::size_t i = 0; i < past.size(); ++i) {
       check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
@@ -2701,7 +2705,7 @@ class Sequences {
     make_room(std::ssize(past), tokens);
     for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
   }
-  // Those that follow nothing; the others count as empty here.
+  // A copy in which sequences with past tokens have length 0.
   Sequences beginnings() const {
     Sequences result = *this;
     for (Sequence& s : result.list_)
@@ -2721,14 +2725,14 @@ class Sequences {
     for (Sequence s : list_) length = std::max(length, s.length);
     return length;
   }
-  // Whether any has tokens that follow others; whether any has tokens that follow nothing.
+  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
   bool any_continue() const {
     return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
   }
   bool any_begin() const {
     return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
   }
-  // [N]: where each token stands in its sequence, those before the batch included, and the number of that sequence.
+  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
   View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
   View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
 
@@ -2762,29 +2766,29 @@ class Sequences {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a kernel reads of a batch's sequences, in the memory of its machine.
+// The sequences of a batch for kernels, in the machine's memory.
 struct SequenceTable {
   View<Sequence const, 1> list;                    // [count]
-  View<std::int32_t const, 1> positions, owners;   // [N]: as Sequences has them
+  View<std::int32_t const, 1> positions, owners;   // [N]: as in Sequences
 };
 
-// The list on the host, for sizes and shapes, and a table on the machine, for kernels: made once, where the batch's tokens are
-// uploaded. An operation that has no use for the table takes a Sequences const&, which this is too.
+// The list of sequences on the host, for sizes and shapes, and a table on the machine, for kernels. The table is made once, where
+// the batch's tokens are uploaded. An operation that does not need the table takes a Sequences const&.
 template <class B> class SequencesOn : public Sequences {
  public:
   SequencesOn() = default;
   SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
 
-  // As Sequences::continuing, in the memory that is there.
+  // The same as Sequences::continuing, in the memory of this object.
   void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
     Sequences::assign(past, lengths);
     fill_table(backend);
   }
   SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
 
-  // Rotary angles [P, 2, rotary_dim/2] of the batch. The layer that asks first makes them by make(angles), the others find them.
-  // There is a row for each position up to the longest sequence's end, or for each token where a sequence follows earlier tokens.
-  // The list of angles grows although the batch is const: one thread at a time may work with a batch.
+  // Rotary angles [P, 2, rotary_dim/2] of the batch. The first layer's call computes them by make(angles), later layers reuse them.
+  // P is the length of the longest sequence, or the number of tokens where a sequence follows earlier tokens.
+  // The list of angles grows although the batch is const, so only one thread at a time may use a batch.
   template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
     auto& known = std::get<std::vector<Angles<T>>>(angles_);
     auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
@@ -2830,53 +2834,56 @@ template <class B> class SequencesOn : public Sequences {
 #endif
 
 // ==== hybridattn/attention/policy.hpp
-// What every attention policy says about itself, and what it may leave to these defaults.
+// The declarations of every attention policy, and their defaults.
 //
 // A policy P declares
-//   P::Config                                   its sizes, as values; 0 stands for a default
+//   P::Config                                   its sizes, as values; 0 means the default
 //   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
-//   P::Inputs<S>,  P::inputs(config, sequences)   what the equations read
-//   P::Outputs<S>, P::outputs(config, sequences)  what they make: o [N, H, D] first
-//   P::Saved<S>,   P::saved(config, sequences)    what backward must remember besides inputs and outputs
+//   P::Inputs<S>,  P::inputs(config, sequences)   the tensors that the equations read
+//   P::Outputs<S>, P::outputs(config, sequences)  the tensors that the equations compute: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    the tensors that backward reads besides inputs and outputs
 //   On<P, Backend>                              forward and backward, see backend.hpp
-// and, to decode, declares too
-//   P::Cache<S>,  P::cache(config, batch, capacity)   all that later tokens of `batch` sequences of at most `capacity` tokens
-//                                               need of earlier ones, with what Prepare needs; the first axis counts sequences
+// A policy that decodes also declares
+//   P::Cache<S>,  P::cache(config, batch, capacity)   the values of earlier tokens that the policy and Prepare need for later tokens, for
+//                                               `batch` sequences of at most `capacity` tokens; the first axis counts sequences
 //   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
-//                                               y.o of tokens that follow the sequence[i].past tokens that stand in the cache,
-//                                               any number of each sequence, 0 included; then they stand there too. What the
-//                                               cache holds of a sequence with past 0 is never read. Nothing else is written.
-// A layer projects x to each input (x w^T), and P::Prepare changes some of them. A policy whose inputs are not projections of x names
-// what is, and its Prepare makes the inputs of them:
+//                                               computes y.o of new tokens: any number in each sequence, 0 included. The new tokens
+//                                               of sequence i follow sequence[i].past tokens in the cache, and are added to the
+//                                               cache. extend never reads the cache of a sequence with past 0, and writes only
+//                                               y.o and the cache.
+// A layer projects x to each input (x w^T), and P::Prepare changes some inputs. A policy whose inputs are not projections of x declares
+// its projections, and its Prepare computes the inputs from them:
 //   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
-// and may have an auxiliary loss: Outputs::auxiliary_loss [1], which trains the inputs that P::detached names, and nothing else.
-// A view that is not there is not wanted: backward without d_y.o is that of the other outputs alone.
-// `sequences` is a SequencesOn<Backend>: a policy whose kernels read no table of it on the machine takes a Sequences const&.
-// N is the number of tokens of all sequences together; tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+// A policy may have an auxiliary loss, Outputs::auxiliary_loss [1]. It trains only the inputs that P::detached names.
+// An empty output view means that the caller does not need this output. If d_y.o is empty, backward computes the gradients of the other
+// outputs only.
+// `sequences` is a SequencesOn<Backend>. A policy whose kernels do not read its table on the machine takes a Sequences const&.
+// N is the number of tokens of all sequences together. Tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
 #ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
 #define HYBRIDATTN_ATTENTION_POLICY_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A step around the policy that does nothing, with no parameters: its tensors are used as they are.
-// A Prepare has, besides this, forward(backend, config, sequences, raw, params, inputs) and
-// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections; a Finish has
+// A Prepare or Finish without parameters that leaves its tensors unchanged. Other steps have these members and more:
+// A Prepare has forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if it is gated. Backwards overwrite. A Prepare that looks at earlier tokens has for decoding
-// extend(backend, config, sequences, raw, params, cache, inputs), where its part of the cache is read, then brought up to date.
+// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
   template <class S> using Params = Nothing<S>;
   template <class Config> static Params<Shapes> params(Config const&) { return {}; }
   template <class Config> static Params<Starts> starts(Config const&) { return {}; }
-  // Inputs that the step makes from the projection of their name; the others are that projection. Asked where P has no Projections.
+  // Whether the step computes the input of this name from its projection; other inputs are their projections. Used where P has no
+  // Projections.
   static constexpr bool makes(std::string_view) { return false; }
 };
 
-// What a step trains. A policy that computes something else in another stage has a `Stage stage` in its Config.
+// The parameters that a training step changes. A policy whose computation depends on the stage has a `Stage stage` in its Config.
 enum class Stage {
-  language_model,  // all that the model's loss reaches; auxiliary losses are not computed, what they train stays as it is
-  dense_warm_up,   // only what the auxiliary losses train, everything else is frozen; a sparse policy attends to every key
+  language_model,  // parameters with a gradient of the model's loss; auxiliary losses are not computed, their parameters are frozen
+  dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
 inline constexpr bool trains(Stage stage, bool detached) {
@@ -2887,9 +2894,9 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Inputs, projections, and parameters of Prepare, that only the auxiliary loss trains; their gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
   static constexpr bool detached(std::string_view) { return false; }
-  // What a batch's auxiliary loss counts in training.
+  // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
 };
 
@@ -2938,7 +2945,7 @@ template <class P, class B, class T>
 concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
                                             typename P::template Cache<Out<T>> cache,
                                             typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
-// Whether a step has an extend, whatever its arguments: a second one makes the name ambiguous. No final class can be asked.
+// Whether a step has an extend, with any arguments: a second extend makes the name ambiguous. The step may not be a final class.
 struct OtherExtend {
   void extend();
 };
@@ -2957,7 +2964,7 @@ inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) 
         num_heads, "; set head_dim, or a num_heads that divides it");
   return model_dim / num_heads;
 }
-// A size that is left at 0 has a default.
+// Throws Error where a size is below 0. 0 means the default.
 inline void check_size(char const* policy, char const* name, Index size) {
   check_at_least(policy, name, size, 0, ", where 0 stands for the default");
 }
@@ -2966,9 +2973,9 @@ inline void check_groups(char const* policy, Index heads, Index kv_heads) {
         " key/value heads; the first must be a positive multiple of the second");
 }
 
-// Before anything is written: a cache of `batch` sequences with room for `capacity` tokens of each must take these.
+// Throws Error where these tokens do not fit into a cache of `batch` sequences with room for `capacity` tokens each.
 inline void check_fits(Sequences const& s, Index batch, Index capacity) {
-  check(s.count() == batch, "cache: tokens of ", s.count(), " sequences, but it was made for ", batch);
+  check(s.count() == batch, "cache: new tokens of ", s.count(), " sequences, but the cache was made for ", batch);
   for (Index i = 0; i < batch; ++i) {
     auto const [start, length, past] = s[static_cast<std::size_t>(i)];
     check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
@@ -2985,7 +2992,7 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// In place of a policy's cache, where sequences are whole.
+// Takes the place of a policy's cache where sequences are whole.
 struct NoCache {};
 
 template <AttentionPolicy Policy> struct Attention {
@@ -2998,19 +3005,19 @@ template <AttentionPolicy Policy> struct Attention {
   template <class S> using Projections = typename ProjectionsOf<Policy>::template Group<S>;
   template <class S> struct Params {
     Projections<Matrix<S>> w;  // [H*D, C] or [H, C], one for each projection
-    Held<S, 2> w_gate;    // [H*D, C], or nothing without an output gate
+    Held<S, 2> w_gate;    // [H*D, C], empty without an output gate
     Held<S, 2> w_o;       // [C, H*D]
     typename Prepare::template Params<S> prepare;
     typename Finish::template Params<S> finish;
     HYBRIDATTN_FIELDS(w, w_gate, w_o, prepare, finish)
   };
   template <class S> struct Saved {
-    Projections<S> raw;  // those that Prepare changes; the others stand among the inputs
+    Projections<S> raw;  // the projections that Prepare changes; other projections are inputs and lie there
     Inputs<S> inputs;
     typename Policy::template Outputs<S> outputs;
-    Held<S, 3> z, finished;  // [N, H, D], or nothing
+    Held<S, 3> z, finished;  // [N, H, D]; z is empty without a gate, finished without a Finish
     typename Policy::template Saved<S> policy;
-    Wide<S, 1> d_auxiliary_loss;  // [1], 0 unless it is written between the passes, or nothing
+    Wide<S, 1> d_auxiliary_loss;  // [1], 0 or what the model writes between the passes; empty without an auxiliary loss
     HYBRIDATTN_FIELDS(raw, inputs, outputs, z, finished, policy, d_auxiliary_loss)
   };
 
@@ -3026,7 +3033,7 @@ template <AttentionPolicy Policy> struct Attention {
         ProjectionsOf<Policy>::shapes(c, one_token), shapes.w);
     return shapes;
   }
-  // What a stage does not train has no gradient at all, not even a zero one.
+  // The gradients' shapes. A parameter that the stage does not train has an empty shape: its gradient is not computed.
   static Params<Shapes> gradients(Config const& c, Index model_dim, Stage stage) {
     auto shapes = params(c, model_dim);
     zip(
@@ -3058,7 +3065,7 @@ template <AttentionPolicy Policy> struct Attention {
     return shapes;
   }
 
-  // With a cache, the tokens follow those that stand there, and backward cannot follow.
+  // x [N, C] -> y [N, C]. With a cache, the tokens follow those in the cache, and backward cannot be called.
   template <class B, class T, class Cache = NoCache>
   static Tensor<T, 2, B> forward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
@@ -3070,7 +3077,7 @@ template <AttentionPolicy Policy> struct Attention {
                   "this policy has no backward on this backend: write On<Policy, Backend>::backward(Backend&, Config const&, "
                   "Sequences const&, Inputs<In<T>>, Outputs<In<T>>, Saved<In<T>>, Outputs<In<T>> d_outputs, Inputs<Out<T>> d_inputs)");
     auto shapes = Attention::saved(c, s);
-    if constexpr (decodes) shapes.policy = {};   // what only backward reads
+    if constexpr (decodes) shapes.policy = {};   // only backward reads these tensors
     saved = allocate<T>(backend, shapes);
     zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
         projections<T>(saved.raw, saved.inputs));
@@ -3104,7 +3111,7 @@ template <AttentionPolicy Policy> struct Attention {
     project_backward<B, T>(backend, c, s, p, x, saved, &d_o, out(d_x), Finish::gated ? Into::add : Into::overwrite, d_p);
     return d_x;
   }
-  // Of the auxiliary loss alone, to the parameters it trains; nothing reaches x.
+  // Backward of the auxiliary loss alone, for the parameters that it trains. x gets no gradient.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_p) {
@@ -3122,7 +3129,7 @@ template <AttentionPolicy Policy> struct Attention {
           shapes);
     return shapes;
   }
-  // Where the projections stand, or their gradients: each in its own place, or in that of its input.
+  // Views of the projections, or of their gradients. A projection that Prepare does not change lies in the place of its input.
   template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
     auto places = out(raw);
     if constexpr (!NamesProjections<Policy>)
@@ -3146,8 +3153,8 @@ template <AttentionPolicy Policy> struct Attention {
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
-  // Through the policy, Prepare and the projections. Without d_o only the auxiliary loss has a gradient. What is detached has one
-  // where the stage trains its matrix.
+  // Backward of the policy, Prepare and the projections. Without d_o it computes the gradients of the auxiliary loss only. A detached
+  // projection has a gradient where the stage trains the projection's matrix.
   template <class B, class T>
   static void project_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& p, View<T const, 2> x,
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
@@ -3215,13 +3222,13 @@ struct GatedRmsNorm {};
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/sum_rows.hpp
-// Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
+// Sums over tokens in a fixed order: blocks of rows, combined in block order, for any number of threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 #define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
+// f(row, sum) adds the row's terms to sum [C]. total [C] is overwritten with the sum over all rows.
 template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
   Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
   Scratch<T> const partial{cpu, blocks * C};
@@ -3346,7 +3353,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What all blocks of a model have in common.
+// The config that all blocks of a model share.
 struct BlockConfig {
   Index model_dim = 128;   // C
   RmsNorm::Options norm;
@@ -3354,7 +3361,7 @@ struct BlockConfig {
   Initialization initialization;
   Stage stage = Stage::language_model;
 
-  // With every 0 filled in; throws on numbers that no block can have.
+  // Fills in every 0. Throws Error on numbers that are not allowed.
   BlockConfig completed() const {
     check_at_least("model", "model_dim", model_dim, 1);
     check_positive("model", "norm.eps", norm.eps);
@@ -3365,10 +3372,10 @@ struct BlockConfig {
   }
 };
 
-// Where a residual branch has its norm: before or after what the branch computes.
+// The place of a residual branch's norm: before or after the branch's attention or feed-forward layer.
 enum class NormPlacement { before, after };
 
-// What the layers of one policy have of their own.
+// The config of one policy's layers.
 template <AttentionPolicy P> struct LayerConfig {
   typename P::Config policy = {};
   NormPlacement norm_placement = NormPlacement::before;
@@ -3386,13 +3393,13 @@ template <AttentionPolicy P> struct Block {
     FeedForward::Params<S> feed_forward;
     HYBRIDATTN_FIELDS(attention_norm, attention, feed_forward_norm, feed_forward)
   };
-  // [N, C] each; a norm has its input here, or its output, where that is the input of what follows.
+  // [N, C] each: inputs of the norms, and outputs of norms that the next layer reads.
   template <class S> struct Saved {
-    Held<S, 2> x, x_normed;  // without x_normed where norms come after
+    Held<S, 2> x, x_normed;  // x_normed is empty where norms come after
     typename Layer::template Saved<S> attention;
-    Held<S, 2> attended, h, h_normed;  // attended only where norms come after, h_normed only where they come before
+    Held<S, 2> attended, h, h_normed;  // attended is empty where norms come before, h_normed where they come after
     FeedForward::Saved<S> feed_forward;
-    Held<S, 2> fed;  // only where norms come after
+    Held<S, 2> fed;  // empty where norms come before
     HYBRIDATTN_FIELDS(x, x_normed, attention, attended, h, h_normed, feed_forward, fed)
   };
 
@@ -3427,7 +3434,7 @@ template <AttentionPolicy P> struct Block {
             .fed = made};
   }
 
-  // x moves into Saved. With a cache, see Attention::forward.
+  // x [N, C] -> y [N, C]. x is moved into saved. With a cache, see Attention::forward.
   template <class B, class T, class Cache = NoCache>
   static Tensor<T, 2, B> forward(B& backend, BlockConfig const& c, Config const& own, Index layer, SequencesOn<B> const& s,
                                  Params<In<T>> const& p, Tensor<T, 2, B> x, Saved<Owned<T, B>>& saved, Cache const& cache = {}) {
@@ -3435,7 +3442,7 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // long prompts: its memory serves what follows
+    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
@@ -3453,7 +3460,7 @@ template <AttentionPolicy P> struct Block {
     return y;
   }
 
-  // d_y becomes d_h, then d_x: what a residual branch gives is added to it.
+  // Returns d_x [N, C], in the memory of d_y: each residual branch adds its gradient.
   template <class B, class T>
   static Tensor<T, 2, B> backward(B& backend, BlockConfig const& c, Config const& own, Index layer, SequencesOn<B> const& s,
                                   Params<In<T>> const& p, Saved<Owned<T, B>> saved, Tensor<T, 2, B> d_y, Params<Out<T>> const& d_p) {
@@ -3482,7 +3489,7 @@ template <AttentionPolicy P> struct Block {
     On<Add, B>::forward(backend, flat(in(attention(in(d_made)))), flat(out(d_y)));
     return d_y;
   }
-  // Of the policy's auxiliary loss alone.
+  // Backward of the policy's auxiliary loss alone.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& own, SequencesOn<B> const& s, Params<In<T>> const& p, Saved<Owned<T, B>> saved,
                                  Params<Out<T>> const& d_p) {
@@ -3504,7 +3511,7 @@ template <AttentionPolicy P> struct Block {
 #endif
 
 // ==== hybridattn/nn/layers.hpp
-// A list of layers in which the compiler meets each type once, however deep the list is. The one header with Boost.Hana.
+// A list of layers of any depth, for which the compiler instantiates each type of layer once. The only header with Boost.Hana.
 #ifndef HYBRIDATTN_NN_LAYERS_HPP
 #define HYBRIDATTN_NN_LAYERS_HPP
 
@@ -3529,7 +3536,7 @@ template <class T, class... Ts> constexpr std::size_t position(Types<Ts...>) {
 }
 }  // namespace detail
 
-// Where the layers of a list live: layer i is element places[i].index of the array of its type, number places[i].type.
+// The places of a list's layers: layer i is element places[i].index of the array of its type, number places[i].type.
 template <class... Layers_> struct Plan {
   struct Place {
     std::size_t type, index;
@@ -3562,7 +3569,7 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
   };
   typename Storage<std::make_index_sequence<sizeof...(Kinds)>>::type arrays;
 
-  // f(type_c<Layer>, layer's number, its elements in several lists of this plan...)
+  // Calls f(type_c<Layer>, layer's number, its elements in several lists of this plan...) for layer i.
   template <class F, class... Lists> static void visit(std::size_t i, F&& f, Lists&... lists) { (visit_if<Kinds>(i, f, lists...), ...); }
   template <class F, class... Lists> static void for_each(F&& f, Lists&... lists) {
     for (std::size_t i = 0; i < depth; ++i) visit(i, f, lists...);
@@ -3583,7 +3590,7 @@ template <class Plan, template <class> class Of, class... Kinds> struct Layers<P
   }
 };
 
-// One value for each of several types, reached by type.
+// One value for each of several types, found by type.
 template <class Key, class Value> struct Keyed {
   Value value{};
 };
@@ -3595,7 +3602,7 @@ template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kin
  private:
   template <class Key, class Self> static auto& of(Self& self) {
     static_assert((std::is_same_v<Key, Kinds> || ...),
-                  "the stack has no layer of this policy: ask for one of its policies, with the very options it has there");
+                  "the stack has no layer of this policy: ask for one of its policies, with exactly the same options");
     using Found = Keyed<Key, Of<Key>>;
     return static_cast<std::conditional_t<std::is_const_v<Self>, Found const, Found>&>(self).value;
   }
@@ -3605,7 +3612,7 @@ template <template <class> class Of, class... Kinds> struct ByType<Of, Types<Kin
 #endif
 
 // ==== hybridattn/nn/stack.hpp
-// A Stack is a list of policies; its parameters, saved activations and gradients are lists computed from it.
+// A Stack is a list of policies. Its parameters, saved tensors and gradients are lists with one element for each layer.
 #ifndef HYBRIDATTN_NN_STACK_HPP
 #define HYBRIDATTN_NN_STACK_HPP
 
@@ -3625,20 +3632,20 @@ template <AttentionPolicy... Policies> struct Stack {
 
   // Each policy once.
   using Kinds = Distinct<Policies...>;
-  // What the layers of each policy have of their own, reached by type: layers.get<GDN>().policy.
+  // The config of each policy's layers, found by type: layers.get<GDN>().policy.
   using LayerConfigs = ByType<LayerConfig, Kinds>;
   struct Config {
     BlockConfig block;
     LayerConfigs layers;
   };
-  // With every 0 filled in from the model's width and heads.
+  // Fills in every 0 from the model's width and heads. Throws Error on sizes that do not fit.
   static Config completed(Config c, Index num_heads) {
     c.block = c.block.completed();
     complete(Kinds{}, c, num_heads);
     return at(c, c.block.stage);
   }
 
-  // With another stage of training.
+  // The config in another stage of training.
   static Config at(Config c, Stage stage) {
     c.block.stage = stage;
     set_stage(Kinds{}, c, stage);
@@ -3672,7 +3679,7 @@ template <AttentionPolicy... Policies> struct Stack {
         params, saved);
     return x;
   }
-  // Of tokens that follow those of the caches, one for each layer. Nothing else is kept.
+  // Forward of tokens that follow those in the caches, one cache for each layer. Saves no tensors for backward.
   template <class B, class T, class Caches>
   static Tensor<T, 2, B> extend(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params, Tensor<T, 2, B> x,
                                 Caches const& caches) {
@@ -3698,7 +3705,7 @@ template <AttentionPolicy... Policies> struct Stack {
     return d_y;
   }
 
-  // Of the policies' auxiliary losses alone: no layer sends anything to another.
+  // Backward of the policies' auxiliary losses alone. No gradient passes from one layer to another.
   template <class B, class T>
   static void auxiliary_backward(B& backend, Config const& c, SequencesOn<B> const& s, Params<In<T>> const& params,
                                  Saved<Owned<T, B>> saved, Params<Out<T>> const& d_params) {
@@ -3720,11 +3727,12 @@ template <AttentionPolicy... Policies> struct Stack {
     };
     (complete_one(c.layers.template get<Ps>()), ...);
   }
-  // One stage for all layers: a policy alone in another one would compute something else than it trains.
+  // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage of its config is not that of the model; ",
-            "leave it as it is, and give a step its stage: StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy,
+            ": the stage in its config differs from the stage of the model; ",
+            "keep the default in the config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {
@@ -3732,7 +3740,7 @@ template <AttentionPolicy... Policies> struct Stack {
     };
     (set(c.layers.template get<Ps>().policy), ...);
   }
-  // A list whose elements are f(block, what its layers have of their own, layer's number).
+  // A list whose elements are f(block, config of the block's policy, layer's number).
   template <class List, class F> static List filled(Config const& c, F f) {
     List list;
     list.for_each([&](auto block, std::size_t layer,
@@ -3745,7 +3753,7 @@ template <AttentionPolicy... Policies> struct Stack {
 namespace detail {
 template <class... Ps> struct PolicyList {
   template <int times> static constexpr std::size_t depth() {
-    static_assert(times > 0, "Repeat: the list of layers stands there once or more often: Repeat<3, GDN, Full>");
+    static_assert(times > 0, "Repeat: the number of repetitions must be at least 1: Repeat<3, GDN, Full>");
     return times > 0 ? static_cast<std::size_t>(times) * sizeof...(Ps) : 0;
   }
   template <std::size_t i> using At = std::tuple_element_t<i, std::tuple<Ps...>>;
@@ -3765,14 +3773,14 @@ using Repeat = typename detail::PolicyList<Policies...>::template Repeated<
 #endif
 
 // ==== hybridattn/nn/token_batch.hpp
-// What a model reads: tokens in sequences, on a machine.
+// The input of a model: tokens in sequences, on a machine.
 #ifndef HYBRIDATTN_NN_TOKEN_BATCH_HPP
 #define HYBRIDATTN_NN_TOKEN_BATCH_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// The smallest and the largest of a list of tokens or targets, and the first place of each: the list itself is on the machine
-// when a model, whose vocabulary it must fit, meets it.
+// The smallest and the largest of a list of tokens or targets, and the first place of each. The host computes them before the
+// upload, so a model checks its vocabulary without a download.
 struct TokenRange {
   std::int32_t smallest = 0, largest = -1;
   Index place_of_smallest = 0, place_of_largest = 0;
@@ -3796,8 +3804,8 @@ struct TokenRange {
   }
 };
 
-// N tokens, and for each the token to predict, or a number below 0 for none. Made by make_batch, filled anew by refill: what stands
-// beside the tensors is what the host knew when it uploaded them.
+// N tokens, and for each token its target: the token to predict, or a number below 0 for no target. make_batch makes a batch,
+// refill fills it anew. The other members are computed on the host before the upload.
 template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
@@ -3805,7 +3813,7 @@ template <class B> struct TokenBatch {
   Index counted = 0;                           // tokens that have a target
 };
 
-// Other tokens and targets for the sequences of a batch, in the memory that is there.
+// Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
 template <class B>
 void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   check(std::ssize(tokens) == batch.sequences.tokens() && tokens.size() == targets.size(), "batch: ", tokens.size(), " tokens and ",
@@ -3817,7 +3825,7 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
-// A batch on its machine. targets[n] is what token n predicts, or a number below 0 for nothing.
+// Uploads a batch. targets[n] is the token that token n predicts, or a number below 0 for no target. Throws Error as refill does.
 template <class B>
 TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t const> tokens, std::span<std::int32_t const> targets) {
   Shape<1> const shape{sequences.tokens()};
@@ -3830,13 +3838,13 @@ TokenBatch<B> make_batch(B& backend, Sequences sequences, std::span<std::int32_t
 #endif
 
 // ==== hybridattn/core/losses.hpp
-// What tokens lost, as sums.
+// Losses of tokens, as sums.
 #ifndef HYBRIDATTN_CORE_LOSSES_HPP
 #define HYBRIDATTN_CORE_LOSSES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Over the counted tokens of a batch, or of several.
+// Sums over the counted tokens of one or several batches. A token with a target is counted.
 struct LossSum {
   double loss = 0;     // nats
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
@@ -3850,7 +3858,7 @@ struct LossSum {
   }
 };
 
-// What a batch lost. The auxiliary losses are weighted.
+// All losses of a batch. The auxiliary losses are weighted.
 struct BatchLosses {
   LossSum loss;         // over the counted tokens
   double balance = 0;   // load balancing
@@ -4045,8 +4053,8 @@ template <> struct On<Embedding, Cpu> {
 #endif
 
 // ==== hybridattn/nn/language_model.hpp
-// tokens -> embedding -> Stack -> norm -> logits -> loss, and back. The model holds configuration only: parameters,
-// activations and gradients are values in the caller's hands.
+// tokens -> embedding -> Stack -> norm -> logits -> loss, and back. A model has only its configuration. The caller owns
+// parameters, activations and gradients.
 #ifndef HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 #define HYBRIDATTN_NN_LANGUAGE_MODEL_HPP
 
@@ -4096,7 +4104,7 @@ template <class S_> class LanguageModel {
     // The sizes of one policy of the stack: config.policy<GDN>().num_value_heads = 8.
     template <class Policy> auto& policy() { return layers.template get<Policy>().policy; }
     template <class Policy> auto const& policy() const { return layers.template get<Policy>().policy; }
-    // Where its layers have their norms: config.norm_placement<Full>() = NormPlacement::after.
+    // The place of the norms in this policy's layers: config.norm_placement<Full>() = NormPlacement::after.
     template <class Policy> NormPlacement& norm_placement() { return layers.template get<Policy>().norm_placement; }
     template <class Policy> NormPlacement norm_placement() const { return layers.template get<Policy>().norm_placement; }
   };
@@ -4105,7 +4113,7 @@ template <class S_> class LanguageModel {
     Held<S, 2> embedding;  // [V, C]
     typename Stack::template Params<S> blocks;
     Wide<S, 1> norm;       // [C]
-    Held<S, 2> head;       // [V, C], or nothing when it is the embedding
+    Held<S, 2> head;       // [V, C], empty when the head is the embedding
     HYBRIDATTN_FIELDS(embedding, blocks, norm, head)
   };
   template <class S> struct Saved {
@@ -4113,11 +4121,11 @@ template <class S_> class LanguageModel {
     Held<S, 2> x, x_normed;  // [N, C]
     HYBRIDATTN_FIELDS(blocks, x, x_normed)
   };
-  // What a batch gave: its losses, and the gradient of their sum.
+  // The losses of a batch, and the gradients of their sum.
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
-    View<T, 1> all;                    // the block of memory in which the params stand
+    View<T, 1> all;                    // the block of memory with all gradients
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -4128,9 +4136,9 @@ template <class S_> class LanguageModel {
     stack_ = Stack::completed({{config_.model_dim, config_.norm, config_.feed_forward, config_.initialization}, config_.layers},
                               config_.num_heads);
     gradients_ = shapes(Stack::gradients(stack_));
-    byte_count(parameter_count(), sizeof(double));   // can be counted, whatever the scalar
+    byte_count(parameter_count(), sizeof(double));   // throws where the bytes are too many for any scalar
   }
-  // The same model in another stage of training: other gradients, the same parameters.
+  // The same model in another stage of training: the same parameters, other gradients.
   LanguageModel at(Stage stage) const {
     LanguageModel model = *this;
     model.stack_ = Stack::at(stack_, stage);
@@ -4143,9 +4151,9 @@ template <class S_> class LanguageModel {
   typename Stack::Config const& stack_config() const { return stack_; }
 
   Params<Shapes> params() const { return shapes(Stack::params(stack_)); }
-  // The same without what nothing trains.
+  // The shapes of the gradients. Empty for parameters that the stage does not train.
   Params<Shapes> const& gradients() const { return gradients_; }
-  // One mark for each tensor, in the order of the parameters: whether the policies' auxiliary losses train it.
+  // For each parameter, in order: whether the policies' auxiliary losses train it.
   std::vector<bool> detached() const {
     std::vector<bool> list;
     zip([&](Path const&, auto const& shape) { list.push_back(shape.count() > 0); }, at(Stage::dense_warm_up).gradients());
@@ -4155,14 +4163,15 @@ template <class S_> class LanguageModel {
     Shape<2> const x{s.tokens(), config_.model_dim};
     return {.blocks = Stack::saved(stack_, s), .x = x, .x_normed = x};
   }
-  // Throws Error, with the path, where the elements of a tensor cannot be counted.
+  // Throws Error, with the tensor's path, where the number of elements is too large.
   Index parameter_count() const {
     detail::CountElements elements;
     zip(elements, params());
     return elements.count;
   }
 
-  // Each tensor is drawn by a generator of its own, seeded by the seed and the tensor's path: what two models share starts equal.
+  // Each tensor has a generator of its own, seeded by the seed and the tensor's path. So two models give equal initial values to
+  // tensors of equal path and shape.
   template <class T, class B> Params<Owned<T, B>> initialize(B& backend, Seed seed) const {
     Params<Starts> const starts{.embedding = config_.initialization.embedding(),
                                 .blocks = Stack::starts(stack_),
@@ -4173,10 +4182,11 @@ template <class S_> class LanguageModel {
     return params;
   }
 
-  // The final normed activations stand in the result: hidden() and logits() read them.
+  // Returns the tensors for backward. logits() reads the last normed activations in them. Throws Error where a token or a target is
+  // not in the vocabulary.
   template <class B, class T> Saved<Owned<T, B>> forward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch) const {
     check(batch.sequences.tokens() > 0, "batch: it has no tokens; a batch holds at least 1");
-    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens that are not in it; to go on from a cache is for extend()");
+    check(!batch.sequences.any_continue(), "batch: a sequence follows tokens of a cache; call extend() to continue from a cache");
     batch.token_range.check_tokens(config_.vocab_size);
     batch.target_range.check_targets(config_.vocab_size);
     auto const p = in(params);
@@ -4194,7 +4204,7 @@ template <class S_> class LanguageModel {
     return Saved<Owned<float, B>>{};
   }
 
-  // [N, V], whole: for reading and for tests. Training never forms them.
+  // All logits [N, V] in one tensor. Training does not use this function and never stores them.
   template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
     Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
@@ -4209,7 +4219,7 @@ template <class S_> class LanguageModel {
   }
 
   // Loss and gradients of scale * (sum of the loss over counted tokens) + auxiliary_scale * (load balancing and the policies'
-  // auxiliary losses), as far as the stage trains by them. `saved` is consumed. The scale stands on the machine, [1].
+  // auxiliary losses), for the losses that the stage trains. Consumes `saved`. The scale [1] is on the machine.
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            View<double const, 1> scale, double auxiliary_scale = 1) const {
@@ -4237,7 +4247,7 @@ template <class S_> class LanguageModel {
     return result;
   }
 
-  // The same with a scale of the host.
+  // The same with a scale on the host.
   template <class B, class T>
   Gradients<T, B> backward(B& backend, Params<Owned<T, B>> const& params, TokenBatch<B> const& batch, Saved<Owned<T, B>>&& saved,
                            double scale, double auxiliary_scale = 1) const {
@@ -4274,7 +4284,7 @@ template <class S_> class LanguageModel {
         blocks);
     balance_loss<B, T>(backend, c, scale, std::span(mixtures).first(count), sum);
   }
-  // Adds the weighted auxiliary losses of all policies that have one to a sum; writes each one's own gradient into Saved.
+  // Adds the weighted auxiliary losses of all policies to a sum; writes the gradient of each weighted loss into Saved.
   template <class T, class B>
   void add_policy_losses(B& backend, Index tokens, double scale, typename Stack::template Saved<Owned<T, B>>& blocks,
                          View<double, 1> sum) const {
@@ -4300,8 +4310,8 @@ template <class S_> class LanguageModel {
 #endif
 
 // ==== hybridattn/infer/cache.hpp
-// What a model remembers of the tokens it has seen, so that the next one costs one token: for each layer its policy's cache,
-// and how many tokens of each sequence stand there. A value in the caller's hands; the model holds none of it.
+// A model's memory of earlier tokens, so that a new token costs the work of one token: each layer's cache, and the number of each
+// sequence's tokens in it. The caller owns the cache; the model keeps no part of it.
 #ifndef HYBRIDATTN_INFER_CACHE_HPP
 #define HYBRIDATTN_INFER_CACHE_HPP
 
@@ -4329,7 +4339,8 @@ template <class Stack> struct LayerCaches {
   template <class S> struct Group : Layers<typename Stack::Blocks, OfRole<S>::template Type> {};
 };
 
-// bytes<float>(cache_shapes(model, size)) is what a cache of floats takes.
+// The shapes of a cache. bytes<float>(cache_shapes(model, size)) are the bytes of a cache of floats. Throws Error unless both sizes
+// are in 1 .. 2^31 - 1.
 template <class Stack> typename LayerCaches<Stack>::template Group<Shapes> cache_shapes(LanguageModel<Stack> const& model, CacheSize size) {
   check(1 <= size.batch && size.batch <= largest_int32, "cache: batch ", size.batch, " is not allowed; it must be in 1 .. ", largest_int32);
   check(1 <= size.capacity && size.capacity <= largest_int32, "cache: capacity ", size.capacity, " is not allowed; it must be in 1 .. ",
@@ -4350,7 +4361,7 @@ template <class Stack, class T, class B> class Cache {
   static_assert(infer::all_decode<B, T>(typename Stack::Kinds{}),
                 "this policy cannot decode on this backend: write On<Policy, Backend>::extend, see attention/policy.hpp");
 
-  // Throws Error, and says how much was asked, where there is no memory for it.
+  // Throws Error, with the number of bytes, where memory is short.
   Cache(B& backend, LanguageModel<Stack> const& model, CacheSize size)
       : layers_(allocated(backend, cache_shapes(model, size), size)), capacity_(size.capacity) {
     resize(lengths_, size.batch, "the lengths of sequences");
@@ -4360,20 +4371,21 @@ template <class Stack, class T, class B> class Cache {
   Group& layers() { return layers_; }
   Index capacity() const { return capacity_; }
   Index batch() const { return std::ssize(lengths_); }
-  // How many tokens of each sequence stand here.
+  // The number of each sequence's tokens in the cache.
   std::span<Index const> lengths() const { return lengths_; }
 
-  // Sequence i, or all of them, begin anew.
+  // Discards the tokens of sequence i, or of all sequences.
   void forget(Index i) { lengths_.at(static_cast<std::size_t>(i)) = 0; }
   void forget() { std::fill(lengths_.begin(), lengths_.end(), 0); }
 
-  // For extend: the new tokens of each sequence, one after the other; throws if they do not fit. After commit() they stand here.
+  // For extend: next() lists the new tokens of all sequences, one sequence after the other, and throws Error if they do not fit.
+  // commit() counts them as tokens of the cache.
   struct Call {
     SequencesOn<B> sequences;
     std::vector<std::int32_t> tokens;
   };
   Call const& next(B& backend, TokenLists const& tokens) {
-    check(std::ssize(tokens) == batch(), "cache: tokens of ", tokens.size(), " sequences, but it was made for ", batch());
+    check(std::ssize(tokens) == batch(), "cache: new tokens of ", tokens.size(), " sequences, but the cache was made for ", batch());
     new_lengths_.clear();
     call_.tokens.clear();
     for (auto const& of_sequence : tokens) {
@@ -4400,7 +4412,7 @@ template <class Stack, class T, class B> class Cache {
   Group layers_;
   Index capacity_;
   std::vector<Index> lengths_, new_lengths_;
-  Call call_;   // whose memory serves one call after the other
+  Call call_;   // its memory is used again by each call
 };
 
 template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backend, LanguageModel<Stack> const& model, CacheSize size) {
@@ -4418,10 +4430,10 @@ template <class T, class B, class Stack> Cache<Stack, T, B> make_cache(B& backen
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace infer {
 
-// Which rows of logits are wanted.
+// Rows of logits to compute: of all new tokens, or of the last new token of each sequence.
 enum class LogitRows { all, last };
 
-// [N, V], or a row for the last token of each sequence that has new ones.
+// Logits [N, V], or one row for each sequence with new tokens: that of its last token.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
                        SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
@@ -4441,7 +4453,7 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
   return result;
 }
 
-// A cache of another model's sizes would be read past its end.
+// Throws Error for a cache of another model's sizes, which would be read past its end.
 template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> const& model, Cache<Stack, T, B> const& cache) {
   zip(
       [](Path const& path, auto const& expected, auto const& layer) {
@@ -4470,16 +4482,16 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
 
 }  // namespace infer
 
-// The logits [N, V] of new tokens, tokens[i] of sequence i of the cache, none of some if so wished; N are all of them, one
-// sequence after the other. The cache then holds them. Throws, before the cache is touched, if a sequence would outgrow the
-// cache's capacity or a token is not in the vocabulary.
+// Returns the logits [N, V] of N new tokens, one sequence after the other, and adds the tokens to the cache. tokens[i] are the new
+// tokens of sequence i; the list may be empty. Throws Error if a sequence would exceed the cache's capacity or a token is not in the
+// vocabulary. The cache is then unchanged.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
                        Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
-// The same, with the logits of the last token of each sequence only: one row for each that has new tokens, in order.
+// The same, with one row of logits for each sequence with new tokens, in order: that of the sequence's last token.
 template <class Stack, class T, class B>
 Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
                                typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
@@ -4491,7 +4503,7 @@ Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
 #endif
 
 // ==== hybridattn/infer/sampling.hpp
-// The next token from one row of logits: the likeliest one, or one drawn from the likelier ones. Host memory only.
+// The next token from one row of logits: the likeliest token, or a random one of the likelier tokens. Host memory only.
 #ifndef HYBRIDATTN_INFER_SAMPLING_HPP
 #define HYBRIDATTN_INFER_SAMPLING_HPP
 
@@ -4500,9 +4512,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct SamplingOptions {
   double temperature = 1;   // logits are divided by it; 0: always the likeliest token
   Index top_k = 0;          // only the top_k likeliest tokens; 0: all
-  double top_p = 1;         // then only the fewest, likeliest first, whose probabilities sum to top_p; 1: all
+  double top_p = 1;         // then only the fewest likeliest tokens whose probabilities sum to top_p; 1: all
 
-  // Throws on numbers that mean nothing.
+  // Throws Error on numbers that are not allowed.
   void check_numbers() const {
     check(std::isfinite(temperature) && temperature >= 0, "sampling: temperature ", temperature,
           " is not allowed; it must be >= 0, and 0 takes the likeliest token");
@@ -4511,14 +4523,14 @@ struct SamplingOptions {
   }
 };
 
-// Draws tokens; the same seed and the same logits give the same ones. Equally likely tokens are ordered by number, smaller first.
+// Draws tokens. The same seed and the same logits give the same tokens. Of equally likely tokens the smaller number comes first.
 class Sampler {
  public:
   explicit Sampler(SamplingOptions options = {}, Seed seed = {}) : options_(options), random_(seed, "sampling") {
     options_.check_numbers();
   }
 
-  // logits [V] of one position. -inf excludes a token; throws on NaN, on +inf, and where no token is left.
+  // Draws a token from logits [V] of one position. -inf excludes a token. Throws Error on NaN, on +inf, and where all logits are -inf.
   template <class T> std::int32_t operator()(std::span<T const> logits) {
     fill_candidates(logits);
     if (options_.temperature == 0) return best_->token;
@@ -4558,7 +4570,7 @@ class Sampler {
     for (Candidate& c : candidates_) total += c.weight = std::exp((c.logit - largest_) / options_.temperature);
     return total;
   }
-  // What is left of the total.
+  // Returns the weight of the tokens that it keeps.
   double keep_top_p(double total) {
     std::sort(candidates_.begin(), candidates_.end(), likelier);
     double kept = 0;
@@ -4571,7 +4583,7 @@ class Sampler {
     double left = random_.uniform() * total;
     for (Candidate const& c : candidates_)
       if ((left -= c.weight) < 0) return c.token;
-    return candidates_.back().token;   // rounding ate the last one's share
+    return candidates_.back().token;   // only rounding leaves `left` at 0 or above
   }
 
   SamplingOptions options_;
@@ -4585,7 +4597,7 @@ class Sampler {
 #endif
 
 // ==== hybridattn/infer/generate.hpp
-// Text goes on: the prompts at once, then one token of each sequence a step.
+// Continues texts: first all tokens of the prompts in one step, then one token of each sequence a step.
 #ifndef HYBRIDATTN_INFER_GENERATE_HPP
 #define HYBRIDATTN_INFER_GENERATE_HPP
 
@@ -4594,10 +4606,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct GenerateOptions {
   Index max_new_tokens = 128;                    // of each sequence
   SamplingOptions sampling = {};
-  Seed seed = {};                                // sequence i draws what it would draw alone with seed + i
-  std::vector<std::int32_t> stop_tokens = {};    // each ends a sequence, and is its last token
+  Seed seed = {};                                // sequence i draws the tokens that it draws alone with seed + i
+  std::vector<std::int32_t> stop_tokens = {};    // such a token ends its sequence, as its last token
 
-  // Throws on numbers that mean nothing.
+  // Throws Error on numbers that are not allowed.
   void check_numbers() const {
     constexpr Index most = std::numeric_limits<std::int32_t>::max();
     check(0 <= max_new_tokens && max_new_tokens <= most, "generate: max_new_tokens ", max_new_tokens,
@@ -4606,21 +4618,21 @@ struct GenerateOptions {
   }
 };
 
-// What is new of each sequence, and what it took.
+// The new tokens of each sequence, and the time for them.
 struct Generated {
   TokenLists tokens;
-  Index prefill_tokens = 0, decode_tokens = 0;   // that went through the model, in the first call and in the steps after it
+  Index prefill_tokens = 0, decode_tokens = 0;   // tokens that the model computed in the first step, and in the later steps
   double prefill_seconds = 0, decode_seconds = 0;
 };
 
-// Goes on with every sequence to its end.
+// The default on_token: no sequence ends early.
 struct KeepGoing {
   bool operator()(Index, std::int32_t) const { return true; }
 };
 
 namespace infer {
 
-// Includes of <chrono> would take a tenth of the time that this library costs the compiler.
+// Without <chrono>, whose include would take a tenth of this library's compile time.
 class Stopwatch {
  public:
   double seconds() const { return now() - start_; }
@@ -4638,15 +4650,15 @@ class Stopwatch {
   double start_ = now();
 };
 
-// The tokens that each sequence gives to the model next; a sequence without any has ended.
+// The state of a generation: next() are each sequence's tokens for the model's next step. A sequence without such tokens has ended.
 template <class OnToken> class Generation {
  public:
-  // No sequence has room for more than `capacity` tokens.
+  // `capacity` is the number of tokens that a sequence has room for in the cache.
   Generation(TokenLists const& prompts, GenerateOptions const& options, Index capacity, OnToken& on_token)
       : options_(options), on_token_(on_token), next_(prompts), tokens_(prompts.size()) {
     options.check_numbers();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
-      reserve(tokens_[i], std::min(options.max_new_tokens, capacity + 1), "max_new_tokens");   // the last one needs no room
+      reserve(tokens_[i], std::min(options.max_new_tokens, capacity + 1), "max_new_tokens");   // the last token is not in the cache
       samplers_.emplace_back(options.sampling, Seed{options.seed.value + i});
     }
   }
@@ -4657,7 +4669,7 @@ template <class OnToken> class Generation {
     for (auto const& of_sequence : next_) sum += std::ssize(of_sequence);
     return sum;
   }
-  // A row of logits [V] for each sequence that has not ended.
+  // Draws a token for each sequence that has not ended. logits has a row [V] for each of these sequences.
   template <class T> void draw(std::span<T const> logits, std::size_t vocab_size) {
     std::size_t row = 0;
     for (std::size_t i = 0; i < next_.size(); ++i) {
@@ -4678,9 +4690,9 @@ template <class OnToken> class Generation {
 
 }  // namespace infer
 
-// Continues the sequences of a cache: prompts[i] is new to sequence i, which rests if it is empty. on_token(sequence, token)
-// sees every token as it is drawn, and returns whether that sequence goes on. The last token of each is not yet in the cache.
-// Throws on options and logits that make no sense, and where a sequence outgrows the cache.
+// Continues the sequences of a cache by prompts[i] and new tokens. A sequence with an empty prompt is not continued. generate calls
+// on_token(sequence, token) for every drawn token; the sequence ends where on_token returns false. The last token of a sequence is
+// not yet in the cache. Throws Error on options and logits that are not allowed, and where a sequence exceeds the cache's capacity.
 template <class Stack, class T, class B, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params,
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
@@ -4701,7 +4713,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
   return result;
 }
 
-// From the beginning, with a cache of its own that has room for all.
+// The same for new sequences, with a cache of its own that is large enough. Throws Error also for an empty prompt.
 template <class Stack, class B, class Params, class OnToken = KeepGoing>
 Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& params, TokenLists const& prompts,
                    GenerateOptions const& options = {}, OnToken on_token = {}) {
@@ -4710,7 +4722,7 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, Params const& 
   check(!prompts.empty(), "generate: there are no prompts");
   Index longest = 0;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a model goes on from at least one token");
+    check(!prompts[i].empty(), "generate: prompt ", i, " is empty; a prompt has at least one token");
     longest = std::max(longest, static_cast<Index>(std::ssize(prompts[i])));
   }
   auto cache = make_cache<T>(backend, model, {.batch = std::ssize(prompts), .capacity = longest + options.max_new_tokens});

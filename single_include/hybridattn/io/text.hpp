@@ -28,7 +28,7 @@
 #include <version>
 
 // ==== hybridattn/core/config.hpp
-// What the compiler is and what it can do. The only header that asks.
+// Macros that say which compiler this is and what it can do. Only this header asks the compiler.
 #ifndef HYBRIDATTN_CORE_CONFIG_HPP
 #define HYBRIDATTN_CORE_CONFIG_HPP
 
@@ -57,17 +57,17 @@
 #define HYBRIDATTN_UNROLL
 #endif
 
-// Indices are checked in debug builds only: a view is used inside the innermost loops.
+// Indices are checked in debug builds only, because the innermost loops use views.
 #if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 0
 #elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
 #define HYBRIDATTN_BOUNDS_CHECKS 1
 #endif
 
-// What the meaning of an inline function depends on stands in the name of everything that the library defines, except Error:
+// The library's code depends on some compiler flags. The name of everything that it defines, except Error, has these flags in it:
 //   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
-// Two object files that were compiled with different flags then hold different functions, and the linker merges none of them.
-// A function that takes or gives a type of the library links only where the flags are the same. docs/conventions.md says more.
+// So object files that were compiled with different flags have different functions, and the linker merges none of them.
+// A function that takes or returns a type of the library links only between equal flags. docs/conventions.md says more.
 #if defined(__AVX512F__)
 #define HYBRIDATTN_ABI_VECTORS v64
 #elif defined(__AVX2__)
@@ -109,7 +109,7 @@
 #else
 #define HYBRIDATTN_ABI_COMPILER
 #endif
-#if defined(_LIBCPP_VERSION)   // members of the library's types are the standard library's
+#if defined(_LIBCPP_VERSION)   // the library's types have members of the standard library's types
 #define HYBRIDATTN_ABI_STD _libcxx
 #elif defined(_GLIBCXX_DEBUG)
 #define HYBRIDATTN_ABI_STD _std_debug
@@ -122,7 +122,8 @@
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
 
-// The name of a function says what it takes and not what it gives. With this attribute it says both, and that of a variable its type.
+// A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
+// variable's name has the variable's type.
 namespace hybridattn {
 inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 }  // namespace hybridattn
@@ -130,13 +131,13 @@ inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 #endif
 
 // ==== hybridattn/core/check.hpp
-// Errors: one clear sentence that names the offending value and the allowed ones.
+// Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
 #define HYBRIDATTN_CORE_CHECK_HPP
 
 namespace hybridattn {
 
-// Everything the library throws. Its name carries no flags (HYBRIDATTN_ABI), so that it can be caught in any part of a program.
+// The only type that the library throws. Its name has no flags (HYBRIDATTN_ABI) in it, so every object file of a program can catch it.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -145,7 +146,7 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is only built when it is needed.
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
 template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
@@ -159,7 +160,7 @@ template <class... Parts> void check(bool holds, Parts const&... parts) {
 #endif
 
 // ==== hybridattn/core/sizes.hpp
-// Sizes that a caller or a file chooses. Their products and sums are exact, or an Error that names them.
+// Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
 #ifndef HYBRIDATTN_CORE_SIZES_HPP
 #define HYBRIDATTN_CORE_SIZES_HPP
 
@@ -167,7 +168,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 using Index = std::ptrdiff_t;
 
-// What counts tokens, positions, sequences and experts in tables of int32.
+// The limit of tokens, positions, sequences and experts, whose tables hold int32.
 inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
 
 namespace detail {
@@ -180,9 +181,9 @@ namespace detail {
     negative = negative || sizes[i] < 0;
   }
   if (negative) fail("sizes [", list.str(), "]: none may be below 0");
-  fail("sizes [", list.str(), "]: their product cannot be counted; the largest number is ", std::numeric_limits<Index>::max());
+  fail("sizes [", list.str(), "]: their product is too large; the largest number is ", std::numeric_limits<Index>::max());
 }
-// A 0 makes the product 0, but excuses no size beside it.
+// A 0 makes the product 0, but the other sizes are still checked.
 constexpr Index product(Index const* sizes, int number) {
   Index all = 1;
   bool empty = false, counts = true;
@@ -196,7 +197,7 @@ constexpr Index product(Index const* sizes, int number) {
 
 }  // namespace detail
 
-// The product of sizes. Throws Error where one is below 0, or where they are too large to be multiplied in any order.
+// The product of sizes. Throws Error where a size is below 0, or where the product of the sizes that are not 0 is too large.
 template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
   Index const list[] = {static_cast<Index>(sizes)...};
   return detail::product(list, sizeof...(Sizes));
@@ -208,7 +209,7 @@ inline Index size_sum(Index a, Index b) {
   check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
   return total;
 }
-// How many bytes `count` elements take. Throws Error as size_product does.
+// The bytes of `count` elements. Throws Error as size_product does.
 inline std::size_t byte_count(Index count, std::size_t element) {
   Index bytes = 0;
   bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
@@ -221,7 +222,7 @@ inline std::size_t byte_count(Index count, std::size_t element) {
 #endif
 
 // ==== hybridattn/core/memory.hpp
-// How much memory there is, and host memory whose size a caller or a file chooses: it is there, or an Error says what did not fit.
+// The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
 #ifndef HYBRIDATTN_CORE_MEMORY_HPP
 #define HYBRIDATTN_CORE_MEMORY_HPP
 
@@ -233,7 +234,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace detail {
 
-// The number in a file of the system's; nothing is limited where there is none.
+// The limit in a file of the system. Without such a file or number there is no limit.
 inline std::size_t limit_in(char const* path) {
   unsigned long long limit = 0;
   std::FILE* const file = std::fopen(path, "r");
@@ -255,14 +256,14 @@ inline std::size_t memory_of_system() {
 
 }  // namespace detail
 
-// Bytes of memory and swap of this machine, or the limit of this container where that is less; asked once. A system that
-// promises more than it has (Linux does) would end the process later, in the middle of work.
+// Bytes of memory and swap of this machine, or the limit of this container if that is less; read once. A system that
+// promises more memory than it has (Linux does) ends the process later, when this memory is used.
 inline std::size_t machine_memory() {
   static std::size_t const bytes = detail::memory_of_system();
   return bytes;
 }
 
-// Runs f, which takes memory of the host's for `what`. Throws Error where there is too little; `where` is how it begins.
+// Runs f, which takes host memory for `what`. Throws Error where memory is short; the error's sentence begins with `where`.
 template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
   try {
     if (bytes <= machine_memory()) return f();
@@ -271,11 +272,11 @@ template <class F> decltype(auto) within_memory(std::size_t bytes, char const* w
   }
   fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
 }
-// Before many pieces are taken one by one.
+// Throws Error if `bytes` do not fit. For a check before many small allocations.
 inline void check_memory(std::size_t bytes, char const* what) {
   within_memory(bytes, what, [] {});
 }
-// The vectors' own, for a number that a caller or a file chooses.
+// resize and reserve of a vector, for a count that a caller or a file chooses. Both throw Error where memory is short.
 template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
   within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
 }
@@ -287,24 +288,24 @@ template <class T> void reserve(std::vector<T>& list, Index count, char const* w
 #endif
 
 // ==== hybridattn/io/atomic_file.hpp
-// Files that are there whole or not at all: written under a temporary name beside their own, synced, then renamed.
+// Files that are never half-written: they are written under a temporary name in the same folder, synced, then renamed.
 #ifndef HYBRIDATTN_IO_ATOMIC_FILE_HPP
 #define HYBRIDATTN_IO_ATOMIC_FILE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A process that writes beyond its file size limit is killed by SIGXFSZ. A program that calls this first gets an Error
-// instead, as on a full disk. It changes the whole process, so it is for main() to call.
+// SIGXFSZ kills a process that writes beyond its file size limit. After this call the process gets an Error instead, as on a full
+// disk. The call changes the whole process, so only main() should make it.
 inline void ignore_file_size_signal() { std::signal(SIGXFSZ, SIG_IGN); }
 
-// f(), a call of the system, once more each time that a signal cut it short.
+// Calls f(), a system call, again each time that a signal interrupted it.
 template <class F> auto uninterrupted(F f) {
   auto result = f();
   while (result < 0 && errno == EINTR) result = f();
   return result;
 }
 
-// An open file of the system, closed at the brace.
+// An open file of the system. The destructor closes it.
 class FileDescriptor {
  public:
   FileDescriptor() = default;
@@ -320,7 +321,7 @@ class FileDescriptor {
   int number() const { return number_; }
   explicit operator bool() const { return number_ >= 0; }
 
-  // Closes now; false when the system reports only here that what was written is lost. A signal does not keep it open.
+  // Closes the file now. Returns false when the system reports only here that written bytes are lost. A signal does not keep it open.
   bool close() { return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR; }
 
  private:
@@ -338,8 +339,8 @@ inline bool is_partial_of(std::string_view file, std::string_view name) {
   return number.front() == '.' && number.find_first_not_of("0123456789-", 1) == number.npos;
 }
 
-// Deletes the temporary files of `path` that nobody writes any more, because their process was killed: a file in the making
-// is locked, and the system unlocks it whatever way its process ends.
+// Deletes the temporary files of `path` whose process was killed. A process locks its temporary file, and the system unlocks the
+// file when the process ends in any way.
 inline void remove_abandoned(std::filesystem::path const& path) {
   namespace fs = std::filesystem;
   std::string const name = path.filename().string();
@@ -351,29 +352,29 @@ inline void remove_abandoned(std::filesystem::path const& path) {
   }
 }
 
-// The file that a write to `path` reaches: a symbolic link stands for its target, whether that is there or not.
+// The file that a write to `path` reaches: for a symbolic link its target, which need not exist.
 inline std::filesystem::path target_of(std::filesystem::path path) {
   std::error_code error;
   for (int links = 0; std::filesystem::is_symlink(std::filesystem::symlink_status(path, error)); ++links) {
     check(links < 40, "cannot write ", path, ": too many symbolic links, one behind the other");
     auto const next = std::filesystem::read_symlink(path, error);
     check(!error, "cannot write ", path, ": ", error.message());
-    path = path.parent_path() / next;   // where the link stands, unless it is absolute
+    path = path.parent_path() / next;   // relative to the link's folder, unless the target is absolute
   }
   return path;
 }
 
-// A file in the making: `write` in order, then `commit`. Until then nothing stands under its name (or what stood there
-// before does), and without `commit` nothing is left behind; what a killed process left, the next one deletes. A file that is
-// replaced hands on its mode and, where that is allowed, its owner; a symbolic link stays, and its target is replaced. Every
-// failure is an Error that names the file.
+// Writes a file: call `write` in order, then `commit`. Before `commit` the file does not exist, or is the old file. Without `commit` the
+// temporary file is deleted; the next AtomicFile of this name deletes one that a killed process left. The new file gets the mode of the
+// file that it replaces and, where that is allowed, its owner. A symbolic link stays, and its target is replaced. Every failure is
+// an Error that names the file.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path const& path) : path_(target_of(path)) {
     check(path_.has_filename(), "cannot write ", path, ": it is not the name of a file");
     struct stat old;
     bool const replaces = ::stat(path_.c_str(), &old) == 0;
-    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it is there and is not a file");
+    check(!replaces || S_ISREG(old.st_mode), "cannot write ", path_, ": it exists and is not a file");
     remove_abandoned(path_);
     for (int attempt = 0; !file_; ++attempt) {
       temporary_ = partial_name(path_.string(), ::getpid(), attempt);
@@ -398,13 +399,13 @@ class AtomicFile {
   void commit() {
     check(static_cast<bool>(file_), "cannot write ", path_, ": it is closed");
     if (uninterrupted([&] { return ::fsync(file_.number()); }) != 0 && errno != EINVAL) discard_and_fail(errno);
-    FileDescriptor const still_locked{::dup(file_.number())};   // until it has its name
+    FileDescriptor const still_locked{::dup(file_.number())};   // until the rename
     if (!file_.close()) discard_and_fail(errno);
     if (uninterrupted([&] { return ::rename(temporary_.c_str(), path_.c_str()); }) != 0) discard_and_fail(errno);
     temporary_.clear();
     sync_folder();
   }
-  // What the name that was given leads to.
+  // The given path, with symbolic links followed.
   std::filesystem::path const& path() const { return path_; }
 
  private:
@@ -413,14 +414,14 @@ class AtomicFile {
     discard();
     fail_with(error);
   }
-  // False where another process took the new file for an abandoned one and deleted it. A file system without locks has no
-  // such process either.
+  // Returns false where another process took the new file for an abandoned one and deleted it. On a file system without locks no
+  // process does so.
   bool lock() const {
     struct stat status;
     if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
     return ::fstat(file_.number(), &status) != 0 || status.st_nlink > 0;
   }
-  // Owner first: a new owner takes away some of the mode. Where files may not be given away, it stays ours.
+  // Sets the owner first, because a change of the owner clears bits of the mode. Where the process may not change the owner, it stays.
   bool inherit(struct stat const& old) const {
     [[maybe_unused]] bool const given = ::fchown(file_.number(), old.st_uid, old.st_gid) == 0;
     return ::fchmod(file_.number(), old.st_mode & 0777) == 0;
@@ -430,7 +431,7 @@ class AtomicFile {
     if (!temporary_.empty()) ::unlink(temporary_.c_str());
     temporary_.clear();
   }
-  // The new name survives a power cut too, where the file system can promise that; one that fails at it says so.
+  // Syncs the folder, so that the new name survives a power cut where the file system can promise that. Throws where the sync fails.
   void sync_folder() const {
     auto const folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path{"."};
     FileDescriptor const opened{uninterrupted([&] { return ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); })};
@@ -452,16 +453,16 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
 #endif
 
 // ==== hybridattn/io/text.hpp
-// Text as it lies in files, and the text of an HTML page.
+// Reads texts from files, and the text of an HTML page.
 #ifndef HYBRIDATTN_IO_TEXT_HPP
 #define HYBRIDATTN_IO_TEXT_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// How long a text may be: as tokens it takes four bytes a byte.
+// The largest number of bytes of a text: as tokens each byte takes four bytes.
 inline std::uint64_t longest_text() { return machine_memory() / 4; }
 
-// All bytes of a file that is not empty, or of a pipe up to its end.
+// All bytes of a file, or of a pipe up to its end. Throws Error where reading fails, and on empty or too long texts.
 inline std::string read_text(std::filesystem::path const& path) {
   FileDescriptor const file{uninterrupted([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOCTTY); })};
   bool const missing = !file && (errno == ENOENT || errno == ENOTDIR);
@@ -496,7 +497,7 @@ inline std::string read_text(std::filesystem::path const& path) {
   check(!text.empty(), "cannot use ", path, ": it is empty");
   return text;
 }
-// Several files, one after the other.
+// The bytes of several files, one after the other.
 inline std::string read_text(std::vector<std::filesystem::path> const& paths) {
   check(!paths.empty(), "cannot read a text: no file is named");
   std::string text;
@@ -518,7 +519,7 @@ inline std::string lower(std::string_view word) {
   return result;
 }
 
-// One code point as UTF-8; what is none (0, a surrogate, too large) becomes the replacement character.
+// Appends a code point as UTF-8. 0, surrogates and too large numbers become the replacement character.
 inline void append_utf8(std::string& text, std::uint32_t point) {
   if (point == 0 || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) point = 0xfffd;
   auto const byte = [&](std::uint32_t value) { text += static_cast<char>(value); };
@@ -553,7 +554,7 @@ inline constexpr std::array punctuation = {
     Named{"oelig", 0x153},   Named{"Scaron", 0x160}, Named{"scaron", 0x161},  Named{"ensp", 0x2002},   Named{"emsp", 0x2003},
     Named{"thinsp", 0x2009}};
 
-// The code point of `name` in &name; -1 when it is none.
+// The code point of `name` in &name; -1 for an unknown name.
 inline std::int64_t code_point(std::string_view name) {
   if (name.starts_with('#')) {
     bool const hex = name.size() > 1 && (name[1] == 'x' || name[1] == 'X');
@@ -571,7 +572,7 @@ inline std::int64_t code_point(std::string_view name) {
   return -1;
 }
 
-// How far a tag parts the text before it from the text after it.
+// The gap that a tag makes between the text before it and the text after it.
 enum class Gap { none, space, line, paragraph };
 
 inline Gap gap_of(std::string_view tag) {
@@ -602,7 +603,7 @@ class Reader {
 
  private:
   void widen(Gap gap) { gap_ = std::max(gap_, gap); }
-  // The gap before it is written only once there is something after it.
+  // Writes the gap only before visible text, so that the text ends without one.
   void put(std::string_view visible) {
     static constexpr std::string_view gaps[] = {"", " ", "\n", "\n\n"};
     if (!text_.empty()) text_ += gaps[static_cast<int>(gap_)];
@@ -610,7 +611,7 @@ class Reader {
     text_ += visible;
   }
 
-  // Each of these passes over what stands at at_ and returns true, or leaves it alone: then it is text.
+  // entity() and markup() skip the entity or tag at at_ and return true. Otherwise they return false: at at_ is text.
   bool entity() {
     auto const end = page_.substr(0, at_ + 32).find(';', at_);   // no entity is longer
     if (end == page_.npos) return false;
@@ -643,7 +644,7 @@ class Reader {
     at_ = found == page_.npos ? page_.size() : found + mark.size();
     return true;
   }
-  // Behind the '>' that is not inside a quoted attribute; behind the first one when a quote is never closed.
+  // The place after the first '>' outside quoted attributes, or after the first '>' when a quote is never closed.
   std::size_t end_of_tag(std::size_t from) const {
     char quote = 0;
     for (auto i = from; i < page_.size(); ++i) {
@@ -655,7 +656,7 @@ class Reader {
     auto const first = page_.find('>', from);
     return first == page_.npos ? page_.size() : first + 1;
   }
-  // What stands inside is no text: up to its own end tag.
+  // Skips the contents of an element that is not text, up to its own end tag.
   void skip_element(std::string const& tag) {
     for (; at_ < page_.size(); ++at_)
       if (page_[at_] == '<' && lower(page_.substr(at_, tag.size() + 2)) == "</" + tag) return;
@@ -669,8 +670,8 @@ class Reader {
 
 }  // namespace html
 
-// What a reader sees of a page: tags, comments, scripts, styles and the title are gone, entities are UTF-8, white space
-// is a single space, and blocks are paragraphs with an empty line between.
+// The visible text of a page, without tags, comments, scripts, styles and the title. Entities become UTF-8, white space becomes
+// a single space, and blocks become paragraphs with an empty line between them.
 inline std::string html_to_text(std::string_view page) { return html::Reader{page}.text(); }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

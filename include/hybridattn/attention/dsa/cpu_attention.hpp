@@ -10,7 +10,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-// The keys that each query attends to: those it chose, or in the dense warm-up all that it sees.
+// The keys that each query attends to: its chosen keys, or in the dense warm-up all keys that it sees.
 class KeySets {
  public:
   KeySets(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, View<std::int32_t const, 2> chosen)
@@ -19,7 +19,7 @@ class KeySets {
     if (dense_) std::iota(all_.data(), all_.data() + most_, 0);
   }
   Index most() const { return most_; }
-  // Of query t of a sequence.
+  // The keys of query t of a sequence.
   Keys of(Sequence s, Index t) const {
     if (dense_) return {all_.data(), t + 1};
     return {chosen_.row(s.start + t), std::min(selection_size(options_, s.length), t + 1)};
@@ -33,14 +33,14 @@ class KeySets {
   cpu::Scratch<std::int32_t> all_;   // 0, 1, 2, ...
 };
 
-// Zero behind the last of `count` keys, for the vector that starts with key j.
+// x, with zeros in the lanes after the last of `count` keys. x starts with key j.
 template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count, cpu::Vec<T> x) {
   using Bits = typename cpu::BitsOf<T>::type;
   if (j + cpu::lanes<T> <= count) return x;
   return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<Bits>(count - j), x, cpu::Vec<T>{});
 }
 
-// (3) for one query and one head; p has room for a number per key.
+// (3) for one query and one head. p is scratch with a number for each key.
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
   dot_rows<T>(D, q, k, keys, p);
@@ -50,16 +50,16 @@ HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<
   if (attention::is_moderate<T>(D, o)) return;
   auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
   T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
-  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise values are all that is large
+  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise only values are large
 }
 
-// One query and one head in backward.
+// The tensors of one query and one head in backward.
 template <class T> struct QueryGradient {
   T const *q, *o, *d_o;
   wide_t<T> lse;
   T* d_q;
 };
-// (4): overwrites d_q, adds to d_k and d_v. p and d_s have room for a number per key.
+// (4): overwrites d_q, adds to d_k and d_v. p and d_s are scratch with a number for each key.
 template <class T, class Dim>
 HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* d_s,
                                        Rows<T> d_k, Rows<T> d_v) {
@@ -95,7 +95,7 @@ HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<
   });
 }
 
-// Tasks are a head and some of its queries: their keys and values stay in the second-level cache.
+// A task is a head and some of its queries, whose keys and values stay in the second-level cache.
 template <class T, class Dim>
 void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                 Saved<Out<T>> saved) {
@@ -115,7 +115,7 @@ void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences
   });
 }
 
-// One task owns a key/value head of a sequence: no two tasks write the same row, and its sums run over the queries in order.
+// One task owns a key/value head of a sequence. So no two tasks write the same row, and a task's sums run over the queries in order.
 template <class T, class Dim>
 void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
                          Saved<In<T>> saved, Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {

@@ -1,5 +1,5 @@
-// Decoding on the CPU: queries over the keys of a cache. Scores and attention are the sums of cpu_indexer.hpp and
-// cpu_attention.hpp, so a query chooses the same keys and gives the same bits whenever it comes.
+// Decoding on the CPU: queries over the keys of a cache. Scores and attention use the sums of cpu_indexer.hpp and
+// cpu_attention.hpp. So a query chooses the same keys and gives the same bits in a prompt and in a later step.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
 
@@ -8,7 +8,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-// A few queries at a time: threads share out the panels of keys, then the queries.
+// Chooses keys for a few queries at a time: threads share out the panels of keys, then the queries.
 template <class T> class CachedIndexer {
  public:
   CachedIndexer(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> const& x, View<T const, 3> index_keys,
@@ -19,7 +19,7 @@ template <class T> class CachedIndexer {
         keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}), score_rows_(out(scores_)), panel_rows_(out(panels_)),
         key_rows_(out(keys_)) {}
 
-  // (2) for every token of the sequences that continue.
+  // (2) for every token of the sequences with past tokens.
   void run() {
     Index const parts = ceil_div(score_rows_.extent(1), part_keys);
     for (Index first = 0; first < s_.tokens(); first += queries) {
@@ -37,7 +37,7 @@ template <class T> class CachedIndexer {
   Index seen_by(Index n) const { return s_.positions()(n) + 1; }
   Index chosen_by(Index n) const { return std::min(indices_.extent(1), seen_by(n)); }
 
-  // (1) for some keys; a query that sees no more than it may choose needs no scores.
+  // (1) for some keys. A query that chooses all keys that it sees needs no scores.
   void score(Index n, Index query, Index part, int thread) {
     if (sequence_of(n).past == 0 || chosen_by(n) == seen_by(n)) return;
     Index const owner = s_.owners()(n), last = std::min((part + 1) * part_keys, seen_by(n));
@@ -69,7 +69,7 @@ template <class T> class CachedIndexer {
   View<typename Row::Key, 2> key_rows_;
 };
 
-// (3) for every token of the sequences that continue; without indices over all keys. Tasks are groups of heads.
+// (3) for every token of the sequences with past tokens, over all keys if indices are empty. Tasks are groups of heads.
 template <class T>
 void attend_cached(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, View<std::int32_t const, 2> indices,
                    View<T, 3> o) {

@@ -1,5 +1,5 @@
-// The indexer on the CPU: scores a tile at a time, then each query's choice. Of the scores, T x T in all, a thread holds the
-// rows of a few queries.
+// The indexer on the CPU: scores a tile at a time, then each query's choice. There are T x T scores in all, but a thread stores
+// only the rows of a few queries.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
 
@@ -11,9 +11,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 inline constexpr int panel_vectors = 4;
 template <class T> inline constexpr Index panel_keys = panel_vectors * cpu::lanes<T>;
-inline constexpr Index panel_queries = 8;   // take turns on a panel while it is in the first-level cache
+inline constexpr Index panel_queries = 8;   // queries that take turns on a panel while it is in the first-level cache
 
-// Panel p of the index keys of a sequence: [DI, panel_keys] of consecutive keys, zero behind the last one.
+// Panel p of the index keys of a sequence: [DI, panel_keys] of consecutive keys, zero after the last key.
 template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence sequence, Index p, T* panel) {
   constexpr Index n = cpu::lanes<T>;
   for (Index j = 0; j < panel_keys<T>; j += n)
@@ -38,7 +38,7 @@ template <class T> class KeyPanels {
       : depth_(DI), memory_{cpu, {s.tokens() / panel_keys<T> + s.count(), round_up(DI, cpu::lanes<T>) * panel_keys<T>}},
         panels_(out(memory_)) {}
 
-  // Panel p of sequence i; those of a sequence of length T fit before those of the next, ceil(T / panel_keys) or more rows on.
+  // Panel p of sequence i. A sequence of length T has room for ceil(T / panel_keys) or more panels before those of the next sequence.
   T* panel(Sequences const& s, Index i, Index p) const { return panels_.row(s[static_cast<std::size_t>(i)].start / panel_keys<T> + i + p); }
 
   void pack(View<T const, 2> keys, Sequence sequence, Index p, T* panel) const { pack_panel<T>(depth_, keys, sequence, p, panel); }
@@ -64,7 +64,7 @@ HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights
     for (int v = 0; v < NV; ++v) cpu::store<T>(scores + column + v * cpu::lanes<T>, sum[v]);
   }
 }
-// (1) for one query and the keys of a panel. The weights hold index_scale, which relu lets through.
+// (1) for one query and the keys of a panel. The weights are multiplied by index_scale: it is positive, so relu does not change it.
 template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scalars<T> q, T const* weights, T const* panel, T* scores) {
   Index const HI = c.index_heads, DI = c.index_dim;
   Index j = 0;
@@ -74,7 +74,7 @@ template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scal
   for (; j < HI; ++j) score_heads<1>(DI, from(), weights + j, panel, j == 0, scores);
 }
 
-// A thread's rows of scores, and what it chooses from them.
+// Computes a thread's rows of scores, and chooses keys from them.
 template <class T> class Chooser {
  public:
   using Row = cpu::RowTopK<T>;
@@ -84,7 +84,7 @@ template <class T> class Chooser {
   Chooser(Config const& c, Inputs<In<T>> x, Index longest, T* memory, typename Row::Key* keys)
       : c_(c), x_(x), row_(row_size(longest)), scores_(memory), weights_(scores_ + panel_queries * row_), keys_(keys) {}
 
-  // The queries first .. last of sequence i.
+  // Chooses keys for the queries first .. last - 1 of sequence i.
   void run(SparseOptions o, Sequences const& s, Index i, Index first, Index last, KeyPanels<T> const& panels,
            View<std::int32_t, 2> indices) {
     Sequence const sequence = s[static_cast<std::size_t>(i)];
@@ -109,7 +109,7 @@ template <class T> class Chooser {
                        scores_ + (t - first) * row_ + p * panel_keys<T>);
     }
   }
-  // (2); a query that sees no more keys than it may choose takes them all.
+  // (2). A query that sees at most k keys chooses all of them.
   void choose(Index k, Index t, T const* scores, std::int32_t* indices, Index columns) {
     if (k == t + 1) std::iota(indices, indices + k, 0);
     else Row{scores, t + 1, keys_}.select(k, indices);

@@ -1,4 +1,4 @@
-// The indexer's loss on the CPU. Scores and shares of attention are formed again where they are needed, a query at a time.
+// The indexer's loss on the CPU. Scores and attention's weights are computed again where they are needed, a query at a time.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
 
@@ -8,7 +8,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-// What a query's indexer says, and what it should say: numbers for each of its keys, in memory of the caller.
+// A query's distribution by the indexer, and its target: a number for each of its keys, in memory of the caller.
 template <class T> class KlQuery {
  public:
   KlQuery(Config const& c, Inputs<In<T>> const& x, Sequence s, Index t, Keys keys) : c_(c), x_(x), s_(s), n_(s.start + t), keys_(keys) {}
@@ -22,14 +22,14 @@ template <class T> class KlQuery {
       cpu::store<T>(scores + i, sum);
     });
   }
-  // target: p of (5). one_head has room for a number per key.
+  // target: p of (5). one_head is scratch with a number for each key.
   HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, T* one_head, T* target) const {
     Index const D = c_.head_dim, H = c_.num_heads, group = H / c_.num_kv_heads;
     T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(H);
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(target + i, cpu::Vec<T>{}); });
     for (Index h = 0; h < H; ++h) {
       dot_rows<T>(D, x_.q.row(n_, h), head_of(x_.k, s_, h / group), keys_, one_head);
-      T const total = static_cast<T>(lse(n_, h));   // of scores that were stored: these are rounded like them
+      T const total = static_cast<T>(lse(n_, h));   // lse of rounded scores: the scores below are rounded too
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(one_head + i, scale * cpu::load(one_head + i)); });
       for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const p = cpu::exp<T>(cpu::load(one_head + i) - total);
@@ -55,7 +55,7 @@ template <class T> class KlQuery {
     return cpu::sum<T>(sum);
   }
 
-  // (7) of its own index_q and index_w; products become d_z.
+  // (7) for the query's index_q and index_w. d_z overwrites products.
   HYBRIDATTN_INLINE void slopes(T d_loss, T index_lse, T const* target, T* scores, T* products, Index room,
                                 Inputs<Out<T>> const& d_x) const {
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
@@ -92,7 +92,7 @@ template <class T> class KlQuery {
   Keys keys_;
 };
 
-// f(sequence number, first, last, thread) for `queries` queries of a sequence at a time, those with the most keys first.
+// Calls f(sequence number, first, last, thread) for `queries` queries of a sequence at a time, those with the most keys first.
 template <class F> void for_each_queries(Cpu& cpu, Sequences const& s, Index queries, F f) {
   Index const count = s.count(), pieces = ceil_div(s.longest(), queries);
   parallel_for(cpu, count * pieces, [&](Index task, int thread) {
@@ -122,7 +122,7 @@ void query_losses(Cpu& cpu, KeySets const& sets, Config const& c, Sequences cons
     }
   });
 }
-// (6), the queries' parts summed in order; nothing if it is not there.
+// (6), the sum of the queries' parts in order, unless loss is an empty view. Writes index_lse.
 template <class T>
 void index_loss(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Saved<Out<T>> saved,
                 State<Out<T>, 1> loss) {
@@ -132,7 +132,7 @@ void index_loss(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const&
     loss(0) = cpu::sum_vectors<T>(s.tokens(), [&](cpu::Slot<T> n) HYBRIDATTN_INLINE_LAMBDA { return n.get(losses.data()); });
 }
 
-// (7). Queries come in blocks: threads share out a block's queries, which leave d_z, and then the keys, which sum it over the
+// (7) in blocks of queries. Threads share out a block's queries, which store d_z, and then the keys, which sum d_z over the
 // queries in order.
 template <class T> class KlBackward {
  public:
@@ -151,7 +151,7 @@ template <class T> class KlBackward {
  private:
   static constexpr Index block = 32, task_queries = 4, task_keys = 64;
 
-  // d_z of a block: rows [HI, room] of each query of sequence i, behind those of the sequences before it.
+  // d_z of a block: rows [HI, room] of each query of sequence i, after those of earlier sequences.
   Index room(Sequence s) const { return std::min(room_, key_room<T>(s.length)); }
   static Index start(Index i, Index tokens_before) { return tokens_before + i * cpu::lanes<T>; }
   T* d_z(Index i, Sequence s, Index query) const { return d_z_.data() + c_.index_heads * (block * start(i, s.start) + query * room(s)); }
@@ -171,7 +171,7 @@ template <class T> class KlBackward {
     });
   }
 
-  // The first block overwrites.
+  // Adds a block's part of d_ik. The first block overwrites.
   void keys(Index first) {
     parallel_for(cpu_, s_.count() * ceil_div(s_.longest(), task_keys), [&](Index task, int) {
       Index const i = task % s_.count(), begin = task / s_.count() * task_keys;

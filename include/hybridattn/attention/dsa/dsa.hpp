@@ -4,14 +4,14 @@
 //       NaN ranks last
 //   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
 //   (4) d_q, d_k, d_v as in full attention, over S_t alone
-// One selection serves all heads. Choosing has no gradient; the indexer learns where attention goes, by a loss of its own:
+// All heads use one selection. The choice has no gradient. A loss of its own trains the indexer to score keys as attention weights them:
 //   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
 //   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
 //       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
-//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: nothing reaches q and k
+//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: q and k get no gradient
 //       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
 //       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
-// In the dense warm-up S_t is every key that t sees, and nothing is chosen. No T x T numbers ever stand in memory.
+// In the dense warm-up S_t is every key that t sees, without a choice. No tensor ever has T x T elements.
 #ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 #define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
 
@@ -73,7 +73,8 @@ template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefa
     Shape<1> const index_lse{c.stage == Stage::language_model ? 0 : s.tokens()};
     return {.lse = {s.tokens(), c.num_heads}, .indices = chosen, .index_lse = index_lse};
   }
-  // A share of a length is known when the sequence is whole: to decode, give the same parameters to a policy with top_k.
+  // Decoding needs a fixed top_k: top_k_percent is relative to the final length, which is unknown while tokens are generated. To decode,
+  // use the same parameters in a policy with top_k.
   static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
     Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
     return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};

@@ -1,5 +1,5 @@
-// Equations (1) to (7) of dsa.hpp as loops, for any scalar. Slow and short: what the kernels are judged by. Choosing and
-// the rest stand apart, so that a kernel can be judged on the keys it chose itself.
+// Equations (1) to (7) of dsa.hpp as loops, for any scalar. Slow and short: the laws judge the kernels by these loops. The choice
+// is a function of its own, so a kernel can be judged on the keys that it chose itself.
 #ifndef HYBRIDATTN_ATTENTION_DSA_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_DSA_REFERENCE_HPP
 
@@ -22,15 +22,15 @@ template <class T> T score(Config const& c, Inputs<In<T>> x, Index n, Index s) {
   }
   return sum;
 }
-// Of query t of a sequence: I_ts for s = 0 .. t.
+// I_ts of query t of a sequence, for s = 0 .. t.
 template <class T> std::vector<T> index_scores(Config const& c, Sequence sequence, Inputs<In<T>> x, Index t) {
   std::vector<T> scores;
   for (Index s = 0; s <= t; ++s) scores.push_back(score(c, x, sequence.start + t, sequence.start + s));
   return scores;
 }
 
-// The places of the k largest scores, ascending, then -1. Equal scores go to the smaller place. NaN of either sign ranks below
-// all numbers, -infinity too; NaNs go to the smaller place.
+// The places of the k largest scores, ascending, then -1. Of equal scores the smaller place is chosen. NaN of either sign ranks below
+// all numbers, -infinity too; of NaNs the smaller place is chosen.
 template <class T> void select(std::vector<T> const& scores, Index k, std::int32_t* indices) {
   std::vector<std::int32_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
@@ -52,7 +52,7 @@ template <class T> void select(SparseOptions o, Config const& c, Sequences const
     }
 }
 
-// f(n, keys): query n attends to the tokens `keys`, those that indices name or without indices all that it sees.
+// Calls f(n, keys): query n attends to the tokens `keys`. These are the keys in indices, or without indices all keys that it sees.
 template <class F> void for_each_query(Sequences const& s, View<std::int32_t const, 2> indices, F f) {
   for (Sequence const sequence : s)
     for (Index t = 0; t < sequence.length; ++t) {
@@ -65,7 +65,7 @@ template <class F> void for_each_query(Sequences const& s, View<std::int32_t con
       f(sequence.start + t, keys);
     }
 }
-// f(n, h, hk, keys): head h of query n reads the keys of head hk.
+// Calls f(n, h, hk, keys): head h of query n reads the keys of head hk.
 template <class F> void for_each_head(Config const& c, Sequences const& s, View<std::int32_t const, 2> indices, F f) {
   for_each_query(s, indices, [&](Index n, std::vector<Index> const& keys) {
     for (Index h = 0; h < c.num_heads; ++h) f(n, h, h / (c.num_heads / c.num_kv_heads), keys);
@@ -91,7 +91,7 @@ void attend(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int3
   });
 }
 
-// Of one query, for its keys: what the indexer says and what it should say.
+// The indexer's distribution over one query's keys, and its target.
 template <class T> std::vector<T> scores_of(Config const& c, Inputs<In<T>> x, Index n, std::vector<Index> const& keys) {
   std::vector<T> scores;
   for (Index key : keys) scores.push_back(score(c, x, n, key));
@@ -111,7 +111,7 @@ std::vector<T> shares_of(Config const& c, Inputs<In<T>> x, Wide<In<T>, 2> lse, I
   return p;
 }
 
-// lse is attend's.
+// Takes the lse that attend computed.
 template <class T>
 void index_loss(Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int32_t const, 2> indices, Wide<In<T>, 2> lse,
                 Wide<Out<T>, 1> index_lse, State<Out<T>, 1> loss) {
@@ -137,7 +137,7 @@ void forward(SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>>
   if (c.stage != Stage::language_model) index_loss<T>(c, s, x, saved.indices, saved.lse, saved.index_lse, y.auxiliary_loss);
 }
 
-// A view that is not there wants no gradient.
+// An empty view gets no gradient.
 template <class T, int Rank> void set_zero(View<T, Rank> x) {
   for (Index n = 0; !x.empty() && n < x.extent(0); ++n) {
     if constexpr (Rank == 2) std::fill_n(x.row(n), x.extent(1), T(0));

@@ -1,4 +1,4 @@
-// Around sparse attention in a layer: norm and rotary on queries and keys, and what the indexer does to its own.
+// The step before sparse attention in a layer: norm and rotary on queries and keys, and those of the indexer.
 #ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
 
@@ -9,8 +9,8 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 template <class S> struct PrepareParams {
-  Wide<S, 1> q_norm, k_norm;                  // [D], or nothing without qk_norm
-  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], or nothing without index_norm
+  Wide<S, 1> q_norm, k_norm;                  // [D], empty without qk_norm
+  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], empty without index_norm
   HYBRIDATTN_FIELDS(q_norm, k_norm, index_norm_weight, index_norm_bias)
 };
 
@@ -53,7 +53,7 @@ template <SparseOptions O> struct Prepare {
       turn.forward(backend, one_head(index_k), one_head(x.index_k));
     }
   }
-  // Of what is wanted: d_raw.q and d_raw.k, those of the indexer, or both.
+  // Computes the gradients that are not empty views: d_raw.q and d_raw.k, those of the indexer, or both.
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
                        Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
@@ -70,7 +70,7 @@ template <SparseOptions O> struct Prepare {
   }
 
  private:
-  // Rotary, then the norm, as HeadNorm does.
+  // Backward of the rotary, then of the norm, as in HeadNorm.
   template <class B, class T>
   static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
                              Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {

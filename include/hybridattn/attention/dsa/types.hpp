@@ -10,8 +10,8 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct SparseOptions {
-  int top_k = 64;                        // keys a query attends to; 0: top_k_percent says it
-  int top_k_percent = 0;                 // of the sequence's length, at least one key; 0: top_k says it
+  int top_k = 64;                        // keys a query attends to; 0: top_k_percent sets their number
+  int top_k_percent = 0;                 // of the sequence's length, at least one key; 0: top_k sets the number
   QkNorm qk_norm = QkNorm::zero_centred;
   bool output_gate = true;               // o * sigmoid(x w_gate)
   int rotary_percent = 25;
@@ -46,24 +46,24 @@ template <class S> struct Inputs {
 };
 template <class S> struct Outputs {
   Held<S, 3> o;               // [N, H, D]
-  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens, or nothing: no loss trains the indexer
+  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens; empty where no loss trains the indexer
   HYBRIDATTN_FIELDS(o, auxiliary_loss)
 };
 template <class S> struct Saved {
   Wide<S, 2> lse;        // [N, H], over the keys of S_t
-  Whole<S, 2> indices;   // [N, k] ascending, relative to the start of the sequence, then -1; nothing in the dense warm-up
-  Wide<S, 1> index_lse;  // [N], over the same keys, or nothing: no loss trains the indexer
+  Whole<S, 2> indices;   // [N, k] ascending, relative to the start of the sequence, then -1; empty in the dense warm-up
+  Wide<S, 1> index_lse;  // [N], over the same keys; empty where no loss trains the indexer
   HYBRIDATTN_FIELDS(lse, indices, index_lse)
 };
 
-// Of earlier tokens, as they are after norms and rotary.
+// Keys and values of earlier tokens, after norms and rotary.
 template <class S> struct Cache {
   Held<S, 4> keys, values;  // [batch, capacity, HK, D]
   Held<S, 3> index_keys;    // [batch, capacity, DI]
   HYBRIDATTN_FIELDS(keys, values, index_keys)
 };
 
-// How many keys a query of a sequence of `length` tokens may select.
+// The largest number of keys that a query selects, in a sequence of `length` tokens.
 inline Index selection_size(SparseOptions o, Index length) {
   return o.top_k_percent > 0 ? std::max<Index>(1, length * o.top_k_percent / 100) : o.top_k;
 }

@@ -10,7 +10,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
 
-// Tasks are pieces of a head's queries, those with the most keys first; whole heads on one thread, or if there are many.
+// Tasks are pieces of a head's queries, those with the most keys first. On one thread, or with many heads, a task is a whole head.
 template <class T, class Dim>
 void forward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                    Saved<Out<T>> saved) {
@@ -68,12 +68,13 @@ void backward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences cons
   });
 }
 
-// As a constant, D = 32 gains 5 % of backward; 16 gains 1 to 4 %, 64, 128 and 256 less than 1 %: not worth compiling the kernels again.
+// A compile-time D = 32 makes backward 5 % faster; 16 gains 1 to 4 %, 64, 128 and 256 less than 1 %, too little to compile the
+// kernels again.
 template <class F> void with_head_dim(Index D, F f) {
   with_constant<32>(D, f, [&] { f(D); });
 }
 
-// The kernels want heads of whole vectors. Others go through copies that zeros fill up: zeros change no product.
+// The kernels need heads of whole vectors. Other heads are copied and padded with zeros, which change no product.
 template <class T> Tensor<T, 3, Cpu> widened(Cpu& cpu, View<T const, 3> x) {
   Index const H = x.extent(1), D = x.extent(2);
   Tensor<T, 3, Cpu> tensor{cpu, {x.extent(0), H, round_up(D, cpu::lanes<T>)}};
@@ -120,12 +121,12 @@ void backward(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inpu
   narrow(cpu, in(d_v), d_x.v);
 }
 
-// Sequences that begin run through the tiles of forward, the others over rows of the cache.
+// Sequences without past tokens are computed by the tiles of forward, other sequences over rows of the cache.
 template <class T>
 void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
   Index const ring = cache.keys.extent(1);
   check_fits(s, cache.keys.extent(0), ring == o.window ? std::numeric_limits<Index>::max() : ring);
-  if (s.any_begin()) {   // first: it may fill the rows of the others with anything
+  if (s.any_begin()) {   // first, because it may overwrite the rows of the other sequences
     Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
     forward<T>(cpu, o, c, s.beginnings(), x, y, {.lse = out(lse)});
   }

@@ -1,7 +1,7 @@
 // Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
 // one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
-// v x d_o become dS (4), both in their epilogues. The products (5) take from them what the band of the mask holds; what the
-// tiles leave outside is never read, so nothing is masked.
+// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
+// the band need no mask.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
 
@@ -12,7 +12,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
-// One query head: what forward read and left, and what backward writes.
+// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
 template <class T> struct BackwardRows {
   Rows<T const> q, k, v, o, d_o;
   Rows<wide_t<T> const> lse;
@@ -47,7 +47,7 @@ template <class T, class Dim> class BackwardHead {
 
   Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
 
-  // What the tiles read; d_q = 0.
+  // Fills the tensors that the tiles read. Sets d_q to 0.
   void prepare(BackwardRows<T> const& x) {
     for (Index i = 0; i < padded_; i += block) {
       transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
@@ -58,7 +58,7 @@ template <class T, class Dim> class BackwardHead {
     for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
   }
 
-  // delta of one vector of queries, in the order in which a tile sums d_o . v: where one key takes all, their difference is 0.
+  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
   void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
     constexpr int n = cpu::lanes<T>;
     alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
@@ -70,7 +70,7 @@ template <class T, class Dim> class BackwardHead {
     cpu::store<T>(delta_ + first, delta);
   }
 
-  // P and dS, [keys, queries], of the tiles that hold a pair that sees each other.
+  // P and dS, [keys, queries], of the tiles in which a query sees a key.
   void weights(BackwardRows<T> const& x, Index key, Index query) {
     for (Index j = 0; j < rows_from(key); j += MR)
       for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
@@ -96,7 +96,7 @@ template <class T, class Dim> class BackwardHead {
                                                    scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
                                    });
   }
-  // exp(scale s - lse). lse holds a rounded score, so this one is rounded as well: where one key takes all, P is 1 exactly.
+  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
   HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
 
   // to += a b over the band, for up to `tile_rows` rows.

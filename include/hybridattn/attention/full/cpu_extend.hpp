@@ -1,5 +1,5 @@
 // Decoding on the CPU: a query of each head over the keys and values of a cache. The heads of a group take turns on a block
-// of them while it is in the first-level cache, so that what is read from memory is read once.
+// of keys or values while the block is in the first-level cache, so each row is read from memory once.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
 
@@ -9,7 +9,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
-// Keys and values of one head of one sequence, cached and new ones.
+// Cached and new keys and values of one head of one sequence.
 template <class T> class SequenceKeys {
  public:
   using Rows = attention::Rows<T const>;
@@ -19,7 +19,7 @@ template <class T> class SequenceKeys {
         cached_v_{cache.values.row(i, 0, hk), cache.values.stride[1]}, k_(attention::head_of(x.k, s, hk)),
         v_(attention::head_of(x.v, s, hk)) {}
 
-  // f(k, v, count) for each run of rows, one behind the other, that query t sees; the oldest first.
+  // Calls f(k, v, count) for each run of consecutive rows that query t sees, the oldest first.
   template <class F> HYBRIDATTN_INLINE void for_each_run(Index t, F f) const {
     Index const first = window_ == 0 ? 0 : std::max<Index>(0, past_ + t + 1 - window_);
     for (Index position = first, count = 0; position < past_; position += count) {
@@ -30,7 +30,7 @@ template <class T> class SequenceKeys {
     Index const first_new = std::max<Index>(0, first - past_);
     f(from(k_, first_new), from(v_, first_new), t + 1 - first_new);
   }
-  // The same in blocks: f(number of the first one, k, v, the block's rows)
+  // The same in blocks: f(number of the block's first row, k, v, number of the block's rows)
   template <class F> HYBRIDATTN_INLINE void for_each_block(Index t, F f) const {
     constexpr Index block = 32;
     Index seen = 0;
@@ -39,7 +39,7 @@ template <class T> class SequenceKeys {
       seen += count;
     });
   }
-  // Of those rows, number j.
+  // Row j of the rows that query t sees.
   attention::KeyRows<T> at(Index t, Index j) const {
     Index const position = past_ + t + 1 - count(t) + j, row = position < past_ ? position % ring_ : position - past_;
     return position < past_ ? attention::KeyRows<T>{cached_k_[row], cached_v_[row]} : attention::KeyRows<T>{k_[row], v_[row]};
@@ -75,12 +75,12 @@ void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group,
       attention::attend_in_order<T>(D, scale, q[g], keys.count(t), [&](Index j) { return keys.at(t, j); }, o[g]);
 }
 
-// The sequences that continue. Tasks are some queries of a group of heads.
+// Attention for the sequences with past tokens. Tasks are some queries of a group of heads.
 template <class T>
 void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, View<T, 3> o) {
   constexpr Index piece = 8;
   Index const HK = c.num_kv_heads, group = c.num_heads / HK, pieces = ceil_div(s.longest(), piece);
-  Index const room = attention::key_room<T>(cache.keys.extent(1)) + cpu::lanes<T>;   // a block's last vector may end behind it
+  Index const room = attention::key_room<T>(cache.keys.extent(1)) + cpu::lanes<T>;   // a block's last vector may end after the last key
   Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, group * room}};
   auto const memory = out(scratch);
   parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
@@ -96,7 +96,7 @@ void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, In
   });
 }
 
-// Keys and values of new tokens move into the cache: the last ones, where a window holds no more.
+// Copies keys and values of new tokens into the cache; with a window, those of the last `window` tokens.
 template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache) {
   Index const ring = cache.keys.extent(1), HK = cache.keys.extent(2), D = cache.keys.extent(3);
   parallel_blocks(cpu, s.tokens(), 16, [&](Index first, Index last) {

@@ -1,10 +1,10 @@
-// Forward on the CPU. A block of queries stands in the lanes: scores are tiles of keys x queries, and the weights they
-// become are read transposed by the product with v.
+// Forward on the CPU. Each lane is a query: scores are tiles of keys x queries, and the product with v reads their weights
+// transposed.
 //
-// The block on the diagonal comes first. Its largest score is the reference of a query for all its other blocks, so weights
-// are formed in the score tile's epilogue and nothing is rescaled. Any reference gives the same o; one that is beaten by more
-// than e^10 is replaced, for that query alone, so that values up to 1e30 do not overflow. Products q . k are compared, and scaled
-// afterwards: the largest one is its own reference exactly, however large it is, so one replacement is enough.
+// The block on the diagonal comes first. Its largest score is the query's reference for all other blocks, so weights are
+// computed in the score tile's epilogue and no sum is rescaled. Any reference gives the same o. Where a weight would exceed e^10, a
+// larger reference replaces it, for that query alone, so values up to 1e30 do not overflow. Products q . k are compared before they are
+// scaled. So the largest product is exactly its own reference, for any size, and one replacement is enough.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
 
@@ -27,7 +27,7 @@ template <class T, class Dim> class ForwardBlock {
       : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
         q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
 
-  // o and lse of the queries first .. first + queries, as far as they exist.
+  // Computes o and lse of the queries first .. first + queries - 1, up to the last query.
   void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
     first_ = first;
     transpose_rows(D_, q, first, length_, queries, q_t_);
@@ -44,7 +44,7 @@ template <class T, class Dim> class ForwardBlock {
 
  private:
   static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  static constexpr T limit = 10, far = 80;   // exponents: what a weight may be, and what it may be and be scaled afterwards
+  static constexpr T limit = 10, far = 80;   // largest exponents: of a weight, and of a weight that can still be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
 
@@ -54,7 +54,7 @@ template <class T, class Dim> class ForwardBlock {
     Mask const newer = cpu::lane_numbers<T>() + static_cast<Bits>(first_ + v * cpu::lanes<T> - key);   // i - j
     return (newer >= Bits(0)) & (newer < static_cast<Bits>(reach_));
   }
-  // Vectors of queries that are older than every key of the tile have nothing to do there.
+  // Vectors of queries that are older than every key of the tile. The tile skips them.
   static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
 
   // p = q . k of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
@@ -70,10 +70,10 @@ template <class T, class Dim> class ForwardBlock {
         });
   }
 
-  // e^(score - reference), of products; more than e^88 may be any number.
+  // e^(score - reference), from products; above e^88 any number.
   HYBRIDATTN_INLINE Vec exponential(Vec s, Vec reference) const { return cpu::exp2_below_most<T>((s - reference) * slope_); }
 
-  // The largest product that a query sees becomes its reference. The one key of a query that sees no other has weight 1, exactly.
+  // The largest product that a query sees becomes its reference. If a query sees one key only, this key's weight is exactly 1.
   void diagonal() {
     Index const count = std::min(queries, length_ - first_);
     Vec largest[NV], sum[NV] = {};
@@ -135,7 +135,8 @@ template <class T, class Dim> class ForwardBlock {
 
   bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
   Mask beaten(int v, Vec largest, T by) const { return (largest - softmax_[v].reference) * size_ > by; }
-  // Where `largest` beats it. The factor of what was summed before; a query that keeps its reference keeps every bit.
+  // Makes `largest` the reference where its weight is above e^by. Returns the factor for earlier sums: 1, and no bit changes, where
+  // the reference stays.
   Vec raise_reference(int v, Vec largest, T by) {
     Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, softmax_[v].reference);
     Vec const shrink = softmax_[v].rebase(raised, [&](Vec x, Vec y) HYBRIDATTN_INLINE_LAMBDA { return exponential(x, y); });
@@ -163,7 +164,7 @@ template <class T, class Dim> class ForwardBlock {
     alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
     attention::Range<T> range;
     for (int v = 0; v < NV; ++v) {
-      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as backward rounds it
+      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as in backward
       range.add(score);
       cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / softmax_[v].total);
       cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(softmax_[v].total));
@@ -179,7 +180,7 @@ template <class T, class Dim> class ForwardBlock {
     }
     if (range.is_moderate()) return;
     for (Index i = 0; i < count; ++i) {
-      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then values are all that is large
+      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then only values are large
       if (keeps_lse && attention::is_moderate<T>(D_, o_ + i * D_)) continue;
       T const exact = in_order(first_ + i, q, o);
       if (!keeps_lse) *lse[first_ + i] = exact;
@@ -196,7 +197,7 @@ template <class T, class Dim> class ForwardBlock {
   T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
   Rows<T const> k_, v_;
   T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
-  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products, to be scaled
+  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products before they are scaled
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::full

@@ -1,4 +1,4 @@
-// What the forward and the backward kernel share: rows of one head, their transposes, and products that know the mask.
+// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 #define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
 
@@ -20,7 +20,7 @@ using attention::Rows, attention::head_of;
 // Keys j that query i sees: i - reach < j <= i.
 inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
 
-// As a tile reads them: rows first .. first + tile_rows. Rows past the end are zeros, in a copy in pad [tile_rows, D].
+// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
 template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
   if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
   std::fill_n(pad, cpu::tile_rows * D, T(0));
@@ -28,7 +28,7 @@ template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D
   return {pad, D, 1};
 }
 
-// to = the transpose of columns d .. d + lanes of rows first .. first + lanes; zero where there are no more rows.
+// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
 template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
   constexpr int n = cpu::lanes<T>;
   if (first + n <= length) {
@@ -39,14 +39,14 @@ template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Inde
   for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
   cpu::transpose<T>(rows, n, to, to_stride);
 }
-// to [D, width] = the transpose of rows first .. first + width.
+// to [D, width] = the transpose of rows first .. first + width - 1.
 template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
   for (Index i = 0; i < width; i += cpu::lanes<T>)
     for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
 }
 
-// In row r of a tile the sum runs over begin + r <= k < end + r, as far as 0 <= k < depth. The mask of causal attention and
-// of its window has this shape. What lies outside is never used: no mask is needed there, and a NaN there stays there.
+// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
+// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
 struct Band {
   Index begin, end, depth;
 };
@@ -92,7 +92,7 @@ HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b
   }
 }
 
-// f(column, vectors) over the columns 0 .. D of a row: whole tiles of two vectors, and one vector where D ends so.
+// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
 template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
   Index d = 0;
   for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});

@@ -4,7 +4,7 @@
 //   (3) o_i = sum_j P_ij v_j                   a row that sees no key: o_i = 0, lse_i = -inf
 //   (4) dS_ij = scale P_ij (d_o_i . v_j - delta_i)      delta_i = d_o_i . o_i
 //   (5) d_q_i = sum_j dS_ij k_j    d_k_j = sum_i dS_ij q_i    d_v_j = sum_i P_ij d_o_i
-// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. P is recomputed in backward, never kept.
+// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. Backward computes P again.
 #ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
 #define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
 

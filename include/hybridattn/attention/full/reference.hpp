@@ -1,4 +1,4 @@
-// Equations (1) to (5) of full.hpp as loops, for any scalar. Slow and short: what the kernels are judged by.
+// Equations (1) to (5) of full.hpp as loops, for any scalar. Slow and short: the laws judge the kernels by these loops.
 #ifndef HYBRIDATTN_ATTENTION_FULL_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_FULL_REFERENCE_HPP
 
@@ -10,7 +10,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full::reference {
 
-// f(h, hk, i, first): query i of head h reads the keys first .. i of head hk; i and first count from the batch's first token.
+// Calls f(h, hk, i, first): query i of head h reads the keys first .. i of head hk; i and first count from the batch's first token.
 template <class F> void for_each_query(FullOptions o, Config const& c, Sequences const& s, F f) {
   for (Sequence const sequence : s)
     for (Index h = 0; h < c.num_heads; ++h)

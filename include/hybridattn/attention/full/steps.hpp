@@ -1,4 +1,4 @@
-// Around full attention in a layer: norm and rotary on queries and keys.
+// The step before full attention in a layer: norm and rotary on queries and keys.
 #ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 #define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
 
@@ -8,7 +8,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
 template <class S> struct PrepareParams {
-  Wide<S, 1> q_norm, k_norm;  // [D], or nothing without qk_norm
+  Wide<S, 1> q_norm, k_norm;  // [D], empty without qk_norm
   HYBRIDATTN_FIELDS(q_norm, k_norm)
 };
 

@@ -39,7 +39,7 @@ template <class S> struct Saved {
   Wide<S, 2> lse;  // [N, H], natural logarithm
   HYBRIDATTN_FIELDS(lse)
 };
-// Of earlier tokens, as they are after norm and rotary: position p stands in row p, or in row p % window where there is a window.
+// Keys and values of earlier tokens, after norm and rotary. Position p is in row p, or with a window in row p % window.
 template <class S> struct Cache {
   Held<S, 4> keys, values;  // [batch, capacity or window, HK, D]
   HYBRIDATTN_FIELDS(keys, values)

@@ -1,4 +1,4 @@
-// The gated delta rule on the CPU: which heads run side by side, and the memory that a head needs.
+// The gated delta rule on the CPU: the tasks of forward, backward and decoding, and the memory of each thread.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
 
@@ -18,7 +18,7 @@ namespace detail {
 template <class T> struct ForwardScratch {
   Index K, V;
   T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
-  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used where they stand
+  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used in place
 
   static Index size(Index K, Index V) {
     return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
@@ -65,14 +65,14 @@ template <class T> struct BackwardScratch {
   T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
   T* panels;                         // the rows of the panels in turn
   T* crossing;                       // of one block, for d_g
-  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used where they stand
+  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used in place
   TokenRows<T> d_q, d_k;                  // one block of one value head
   T* state_error;                    // X e of all tokens of a head
   T* gradients;                      // an X of each block, for d_g
   Handover<T>* handover;             // one for each block
 
   static Index size(Index K, Index V, Index longest) {
-    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and those of the blocks
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and the states of the blocks
     return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
                                 round_up(longest, group_tokens) * K);
   }
@@ -88,7 +88,7 @@ template <class T> struct BackwardScratch {
   }
 };
 
-// One call of backward.
+// The arguments of one call of backward.
 template <class T> struct BackwardCall {
   Config const& c;
   Inputs<In<T>> x;
@@ -110,7 +110,7 @@ template <class T> struct BackwardCall {
   }
 };
 
-// Returns <S_0, X_0>, as a function.
+// Writes d_v, d_beta, d_initial_state and the handover. Returns a function that computes <S_0, X_0>.
 template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
   T const scale = static_cast<T>(call.c.scale);
   T carry = Carry<T>::start, since_fresh = 1;
@@ -135,7 +135,7 @@ template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequ
   return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
 }
 
-// Returns <S_T, d_final_state>.
+// Writes d_q and d_k. Returns <S_T, d_final_state>.
 template <class T>
 double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
   T carry = Carry<T>::start;
@@ -145,7 +145,7 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
   for (Index b = 0; b < count_blocks(sequence); ++b) {
     TokenBlock const block = block_of(sequence, b);
     BackwardRows<T> const rows = call.rows(block, h, scratch);
-    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // as the reverse sweep left it
+    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // written by the reverse sweep
     read_gates(call.x.g, call.x.beta, block, h, gates);
     carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
     rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
@@ -158,7 +158,7 @@ double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, In
 
 }  // namespace detail
 
-// Heads are independent of each other.
+// A task is a value head of a sequence: heads are independent of each other.
 template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
   Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
@@ -169,7 +169,8 @@ template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, I
   });
 }
 
-// Key heads are independent of each other; the value heads of a key head add to its d_q and d_k one after the other.
+// A task is a key head of a sequence: key heads are independent of each other. The value heads of a key head add to its d_q and d_k
+// one after the other.
 template <class T>
 void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>>, Saved<In<T>> saved, Outputs<In<T>> d_y,
               Inputs<Out<T>> d_x) {
@@ -195,7 +196,7 @@ void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Ou
 
 namespace detail {
 
-// Token n in head h, on a state [K, V] that it changes.
+// Computes token n in head h, and updates the head's state [K, V].
 template <class T> void step_token(Config const& c, Inputs<In<T>> const& x, Index n, Index h, View<T, 4> states, Index i, View<T, 3> o) {
   Index const hk = h / (c.num_value_heads / c.num_heads);
   T const *q = x.q.row(n, hk), *k = x.k.row(n, hk);
@@ -216,7 +217,8 @@ template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T,
   });
 }
 
-// One token is a step on the state where it stands, several are a forward from it to it.
+// Updates state and computes o [N, HV, V]. One new token of a sequence is a step in place; several new tokens are a forward from the
+// state to the state.
 template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
   check_fits(s, state.extent(0), std::numeric_limits<Index>::max());
   Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);

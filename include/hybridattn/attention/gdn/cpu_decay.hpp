@@ -1,11 +1,11 @@
-// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads; what a pair gives to d_g_t,
-// j < t <= l, passes the decay of token t. For token i of a group these are
+// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads. A pair adds to d_g_t if it crosses
+// the decay of token t: j < t <= l. For token i of a group these are
 //   pairs inside the group, j < i <= l                         reads by tokens l >= i of the S before the group
-//   writes of tokens j < i that the X after the group reads    what passes the whole group, from S before to X after
-// No pair j = l takes part: it knows no decay, and at strong decays would be all of the rounding. What passes the whole group
-// follows from <S, X> after it less its writes, from the last group to the first, so that no token sees an earlier one's d_o.
-// That difference is nothing but rounding where the group's decay is below rounding: there it counts as 0. Its rounding does not
-// fade as the products do; so once a block, what passes a group is formed afresh from S and X.
+//   writes of tokens j < i that the X after the group reads    pairs across the whole group, from S before to X after
+// Pairs j = l are left out: they cross no decay, and at strong decays they would make most of the rounding error. The sum of the pairs
+// across a group is <S, X> after the group less the group's writes, from the last group to the first, so no token's d_g depends on an
+// earlier token's d_o. Where the group's decay is below rounding, this difference has no correct digit and counts as 0. Its rounding
+// error does not fade as the products do, so once a block the sum across a group is computed afresh from S and X.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
 
@@ -16,19 +16,19 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// Of one block of one head.
+// The sums of one block of one head.
 template <class T> struct DecayPaths {
-  PerGroup<T> through[group_tokens];   // what passes the decay of token i, but for what passes the whole group
-  PerGroup<T> reads, writes;           // by the group of the S before it; of the group for the X after it
+  PerGroup<T> through[group_tokens];   // the pairs across the decay of token i, except those across the whole group
+  PerGroup<T> reads, writes;           // reads by the group of the S before it; writes of the group that the X after it reads
   PerGroup<T> decay;                   // of the whole group
-  Index fresh;                         // the group that what passes it is formed afresh for
+  Index fresh;                         // the group whose pairs across it are computed afresh
   T* gradient;                         // X after that group is carry * gradient [K, V], in panels
   T carry;
   double passes;                       // decay <S before that group, X after it>
 };
 
-// Where to form afresh, from the last group to the first: once the decay since the last time is below 2^-10, or else at the
-// first group. `since` is carried from block to block.
+// The group to compute afresh, from the last group to the first: where the decay since the last such group is below 2^-10, or else
+// the first group. `since` is carried from block to block.
 template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& since) {
   Index fresh = groups - 1;
   while (fresh > 0 && (since *= decay[fresh]) >= T(0x1p-10)) --fresh;
@@ -54,8 +54,8 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
   });
 }
 
-// Reads and writes of all groups. `crossing` [groups, 8, panel] holds, for each lane of the columns, what tokens read of the S
-// before their group, then k . stored X e; `write` leads from the latter to what the token writes.
+// Reads and writes of all groups. `crossing` [groups, 8, panel] has, for each lane of the columns, the tokens' reads of the S
+// before their group, then k . stored X e. `write` times the latter is the token's write.
 inline constexpr int crossing_rows = 2 * group_tokens;
 template <class T>
 void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
@@ -79,8 +79,8 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] stands in panels of columns and `column` is the first of the rows. Square
-// by square: sums of few terms round less.
+// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Summed
+// square by square, because sums of few terms round less.
 template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
   Vec<T> sum{};
   for (Index v = 0; v < V; v += panel_width<T>) {
@@ -94,10 +94,10 @@ template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index
   return sum;
 }
 
-// The blocks of one head of one sequence.
+// d_g of one head of one sequence.
 template <class T> class DecayGradients {
  public:
-  // `paths(b)`: of block b. before, after: <S_0, X_0> (a function, for the odd case that needs it) and <S_T, X_T>.
+  // `paths(b)` are the sums of block b. before() is <S_0, X_0>, a function because few cases need it; after is <S_T, X_T>.
   template <class Paths, class Before>
   static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
     for (Index b = count_blocks(sequence); b-- > 0;) {
@@ -118,8 +118,8 @@ template <class T> class DecayGradients {
   static double passing(DecayPaths<T> const& paths, Index g, double difference) {
     return paths.decay[g] <= std::numeric_limits<T>::epsilon() / 2 ? 0 : difference;
   }
-  // What passes group g of block b, by <S, X> before each group less its reads: a NaN or infinite value of a token is none of an
-  // earlier token's business.
+  // The pairs across group g of block b, from <S, X> before each group less its reads. So a NaN or infinite value of a token does not
+  // reach the d_g of earlier tokens.
   template <class Paths, class Before> static double from_the_front(Paths paths, Before before, Index last_block, Index last) {
     Index b = last_block, g = last;
     auto const is_fresh = [&] { return g == paths(b).fresh; };

@@ -1,7 +1,7 @@
-// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens understood,
+// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens not written,
 //   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
-// so a group needs eight products with S, a 4x4 triangle is solved, and four updates enter S. One pass over S adds a group
-// and forms the products of the next: 12 multiply-adds for each element loaded and stored.
+// So a group needs eight products with S, the solution of a 4x4 triangle, and four updates of S. One pass over S adds a group
+// and computes the products of the next group: 12 multiply-adds for each element loaded and stored.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 
@@ -9,7 +9,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// What the tokens of a group have to do with each other and with the state; S = carry * stored.
+// Factors between the tokens of a group, and between tokens and the state; S = carry * stored.
 template <class T> struct ForwardTerms {
   PerGroup<T> beta[group_tokens];
   PerGroup<T> forget[group_tokens];  // from the stored state to token i
@@ -18,13 +18,13 @@ template <class T> struct ForwardTerms {
   PerGroup<T> pair[pairs];           // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
   Carry<T> carry;
 };
-// The rows of a block, and where its results go. `error` has no data when nobody will run backward.
+// The input rows and result rows of a block. `error` has no data when no backward follows.
 template <class T> struct ForwardRows {
   Index groups, K, V;
   TokenRows<T const> q, k, v;
   TokenRows<T> o, error;
 };
-// The part of a state and of all rows that one pass handles.
+// The panel of a state and of all rows that one pass computes.
 template <class T> struct ForwardPanel {
   T* state;     // [K, panel]
   T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved

@@ -1,7 +1,7 @@
-// What the sweeps over the tokens of a head share. Tokens go in groups of four: one pass over a state takes in four of them
-// and is as long as four, but loads and stores the state once. Groups are counted from the start of the sequence and the
-// last one is padded with zeros, so what a token gets does not depend on how many follow. Sixteen groups are a block: the
-// small terms of its groups are made together, one group in each lane.
+// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of four: one pass over a state has the arithmetic of
+// four tokens, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
+// padded with zeros, so a token's result does not depend on the number of later tokens. Sixteen groups are a block: the
+// small terms of its groups are computed together, one group in each lane.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 
@@ -18,10 +18,10 @@ using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
 inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
 
-// Columns of a state that one pass handles: one vector, whose 13 accumulators and factors stay in registers.
+// Columns of a state in one pass: one vector, so that 13 accumulators and factors stay in registers.
 template <class T> inline constexpr int panel_width = lanes<T>;
-// Panels in turn: the short, serial work between two passes over one panel runs under the passes over the others. A panel has
-// twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+// Panels that take turns: the short, serial work between two passes over one panel overlaps with the passes over the others. A panel
+// has twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
 inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
 // K and V in whole panels and whole groups of rows.
 template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
@@ -49,8 +49,8 @@ template <class T> struct TokenRows {
   HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }
 };
 
-// Kernels want whole groups of rows and whole panels of columns. TokenRows that are that already are used where they stand,
-// others through a copy, padded with zeros.
+// Kernels need whole groups of rows and whole panels of columns. Such rows are used in place, other rows through a copy, padded
+// with zeros.
 template <class T> bool is_whole(View<T, 3> x, TokenBlock block, TokenRows<std::remove_const_t<T>> copy) {
   return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
 }
@@ -67,7 +67,7 @@ template <class T> TokenRows<T> rows_to_write(View<T, 3> y, TokenBlock block, In
   if (y.empty() || !is_whole(y, block, copy)) return copy;
   return {y.row(block.first, head), y.stride[0]};
 }
-// Afterwards: what was written to the copy moves to where it belongs.
+// Copies the results from the copy, if there is one, to y.
 template <class T> void write_back(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
   if (y.empty() || is_whole(y, block, copy)) return;
   for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
@@ -81,7 +81,7 @@ template <class T> struct alignas(cpu::vector_bytes) PerGroup {
   HYBRIDATTN_INLINE Vec<T> get(int g) const { return load(group + g); }
   HYBRIDATTN_INLINE void put(int g, Vec<T> x) { store(group + g, x); }
 };
-// f(g) for g .. g + lanes - 1 at a time.
+// Calls f(g) for every vector of groups g .. g + lanes - 1.
 template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
   for (int g = 0; g < block_groups; g += lanes<T>) f(g);
 }
@@ -91,7 +91,7 @@ inline constexpr int pairs = 16;
 constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
 constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
 
-// The gates of a block. Padding neither forgets nor learns: decay 1, beta 0.
+// The gates of a block. Padding does not change the state: decay 1, beta 0.
 template <class T> struct Gates {
   PerGroup<T> beta[group_tokens];
   PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
@@ -108,7 +108,7 @@ template <> struct LogTwo<double> {
   static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
 };
 
-// exp(g), and 0 where it is no normal number. Of g log2(e) alone the rounding would be |g| times that of the result.
+// exp(g), or 0 below the smallest normal number. The rounding of g log2(e) alone would give an error |g| times that of the result.
 template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
   using E = cpu::detail::Exp2<T>;
   Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
@@ -147,21 +147,21 @@ template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, To
   multiply_decays(decay, gates);
 }
 
-// A state that decays is kept as carry * stored, so that forgetting costs a product of two numbers and no pass over memory.
-// The carry stays well above 1: what is stored, and its products before they are scaled, overflow only where the state does.
-// When the carry leaves its range it is folded back.
+// A state is kept as carry * stored, so a decay costs a product of two numbers and no pass over memory. The carry stays well above 1,
+// so the stored matrix, and its products before they are scaled, overflow only where the state does. When the carry leaves its range,
+// it is multiplied into the stored matrix and starts again.
 template <class T> struct Carry {
   static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
 
-  PerGroup<T> before;   // the carry when the group comes
+  PerGroup<T> before;   // the carry before the group
   PerGroup<T> inverse;  // 1 / the carry after the group
-  PerGroup<T> fold;     // what the stored state is multiplied by before the group is added, 1 for most groups
+  PerGroup<T> fold;     // factor of the stored state before the group is added, 1 for most groups
 
-  // `decay` of the whole group; the carry is taken from group to group in the order of the sweep.
+  // Returns the carry after group g, from the carry before it and the decay of the whole group. Called in the order of the sweep.
   HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
     before.group[g] = carry;
     carry *= decay;
-    bool const in_range = carry >= least && carry <= most;   // a NaN is not: it goes to all of the state
+    bool const in_range = carry >= least && carry <= most;   // false for a NaN, which then reaches all of the state
     fold.group[g] = in_range ? T(1) : carry / start;
     carry = in_range ? carry : start;
     inverse.group[g] = 1 / carry;
@@ -169,8 +169,8 @@ template <class T> struct Carry {
   }
 };
 
-// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. A
-// token never meets a later one. The share keeps a dot in range that would overflow before it is scaled.
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. There are
+// no products with later tokens. dot_share keeps a dot in range that would overflow before it is scaled.
 template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
                                                      T* dots) {
@@ -204,7 +204,7 @@ void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c,
   to_lanes<T>(dots, products);
 }
 
-// k_i . k_j and scale q_i . k_j, with the decay between.
+// k_i . k_j and scale q_i . k_j, times the decay from token j to token i.
 template <class T>
 void key_pairs(Gates<T> const& gates, TokenRows<T const> q, TokenRows<T const> k, Index K, Index groups, T scale,
                PerGroup<T> (&pair)[pairs]) {
@@ -225,7 +225,7 @@ template <class T> HYBRIDATTN_INLINE void token_dots(TokenRows<T const> a, Token
   cpu::sum_each<group_tokens>(sum, dots);
 }
 
-// A state [K, V] of one head as panels of columns: column v of row k at (v / panel) panel K + k panel + v % panel. It is read as
+// A state [K, V] of one head as panels of columns: element (k, v) is at (v / panel) panel K + k panel + v % panel. Its value is
 // Carry::start * stored.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
   std::fill_n(state, rows * columns, T(0));

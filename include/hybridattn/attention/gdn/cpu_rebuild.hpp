@@ -1,9 +1,9 @@
-// The forward sweep of backward: S, rebuilt from the errors e that forward saved, for
+// The forward sweep of backward. It computes S again from the errors e that forward saved, for
 //   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
 //   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
 //         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
-// with S the state before a group of four, X the gradient of the state after it, and decays between tokens understood.
-// Nothing is left to solve. S is held as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
+// with S the state before a group of four, X the gradient of the state after it, and decays between tokens not written.
+// There is no triangle to solve. S is stored as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 
@@ -12,7 +12,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// What the forward sweep needs; S = carry * stored.
+// Factors for the forward sweep; S = carry * stored.
 template <class T> struct RebuildTerms {
   PerGroup<T> forget[group_tokens];  // from the stored S before the group to token i
   PerGroup<T> read[group_tokens];    // scale forget
@@ -60,8 +60,8 @@ HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, 
   }
 }
 
-// d_q and d_k of one group and one panel of columns. d_k holds stored X e. `crossing` [8, panel] gets the panel's part of what
-// each token reads of S, then of k . stored X e; the first panel overwrites, the others add.
+// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [8, panel] is each token's read of S,
+// then k . stored X e: the first panel overwrites, the other panels add.
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
                                TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
@@ -119,7 +119,7 @@ void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, Backward
       factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
 }
 
-// d_q and d_k go to their query/key head, which its first value head overwrites and the others add to.
+// Writes d_q and d_k of a query/key head: its first value head overwrites, the other value heads add.
 template <class T>
 void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlock block, Index hk, bool first, View<T, 3> d_q,
                     View<T, 3> d_k) {
@@ -132,7 +132,7 @@ void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlo
   }
 }
 
-// The state as S^T, panels of K: row k of column v at (k / panel) panel V + v panel + k % panel.
+// The state as S^T in panels of K: element (k, v) is at (k / panel) panel V + v panel + k % panel.
 template <class T> Index transposed_place(Index k, Index v, Index V) {
   return k / panel_width<T> * panel_width<T> * V + v * panel_width<T> + k % panel_width<T>;
 }

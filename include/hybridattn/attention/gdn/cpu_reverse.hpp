@@ -1,8 +1,8 @@
 // The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
-// With X the gradient of the state after a group and decays between tokens understood,
+// With X the gradient of the state after a group and decays between tokens not written,
 //   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
-// As in forward, one pass over X adds a group and forms the products of the next one: 12 multiply-adds for each element
-// loaded and stored. Besides d_v and d_beta the sweep leaves X e_i and the dots of each group.
+// As in forward, one pass over X adds a group and computes the products of the next group: 12 multiply-adds for each element
+// loaded and stored. The sweep writes d_v, d_beta, X e_i and the dots of each group.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 
@@ -11,13 +11,13 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// The rows of a block. d_v holds w until the block's reverse sweep is finished.
+// The rows of a block. d_v has w until the block's reverse sweep is finished.
 template <class T> struct BackwardRows {
   Index groups, K, V;
   TokenRows<T const> q, k, error, d_o;
   TokenRows<T> d_v;
 };
-// What the reverse sweep needs to know about the groups of a block; X = carry * stored.
+// Factors for the reverse sweep over the groups of a block; X = carry * stored.
 template <class T> struct ReverseTerms {
   PerGroup<T> beta[group_tokens];
   PerGroup<T> forget[group_tokens];      // from the stored X after the group to token i
@@ -26,7 +26,7 @@ template <class T> struct ReverseTerms {
   PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
   Carry<T> carry;
 };
-// What it hands to the forward sweep, besides X e, and what both leave for d_g.
+// The results of the reverse sweep for the forward sweep, besides X e, and those of both sweeps for d_g.
 template <class T> struct Handover {
   PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
   PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
@@ -89,7 +89,7 @@ HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T 
 }
 
 // X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
-// chains of four, not one of eight: the serial chain would be what the pass waits for.
+// chains of four, because a serial chain of eight would limit the speed of the pass.
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
                             [[maybe_unused]] TokenRows<T const> next_k) {

@@ -1,5 +1,5 @@
-// Equations (1) to (4) for one token of each sequence, on states that stay where they are: decoding. The states are read
-// twice and written once, a few columns at a time, so that the second time they come from the first cache.
+// Decoding: equations (1) to (4) for one token of each sequence, on states in place. The states are read
+// twice and written once, a few columns at a time, so the second read comes from the first-level cache.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
 
@@ -17,7 +17,7 @@ template <class T> struct Token {
   Index K, row;        // row k of the state starts at state + k row
 };
 
-// `N` vectors of columns from `slot` on; only a single one may be shorter than its lanes.
+// `N` vectors of columns from `slot` on. Only where N is 1 may the vector have fewer columns than lanes.
 template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
   auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
   Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];

@@ -7,11 +7,11 @@
 // Backward, with X_t the gradient of S_t, from the last token to the first:
 //   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
 //   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
-//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    what passes through the decay of token t, and nothing else
-//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is the same on paper alone:
-//       its terms do not fade with the decay that their sum fades with)
+//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    a sum over pairs of a write before and a read after this decay
+//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is mathematically equal, but
+//       inexact in floating point: the sum fades with the decay, its terms do not)
 // Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
-// underflow before the exp. Nothing divides by beta, so beta = 0 needs no care.
+// underflow before the exp. No equation divides by beta, so beta = 0 needs no special case.
 #ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 #define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
 
@@ -46,7 +46,7 @@ template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
     check_groups("GatedDeltaNet", c.num_value_heads, c.num_heads);
     return c;
   }
-  // States stand in no batch of training: inputs() and outputs() leave them out, gdn::state_shape says how large they are.
+  // Training batches have no states: inputs() and outputs() give them empty shapes. gdn::state_shape is their shape.
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
     Shape<3> const keys{s.tokens(), c.num_heads, c.key_dim};
     Shape<2> const gates{s.tokens(), c.num_value_heads};

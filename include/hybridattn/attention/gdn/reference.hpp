@@ -1,4 +1,4 @@
-// Equations (1) to (7) of gdn.hpp as loops, for any scalar. Slow and short: what the kernels are judged by.
+// Equations (1) to (7) of gdn.hpp as loops, for any scalar. Slow and short: the laws judge the kernels by these loops.
 #ifndef HYBRIDATTN_ATTENTION_GDN_REFERENCE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_REFERENCE_HPP
 
@@ -11,12 +11,12 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::reference {
 
-// f(i, h, hk): value head h of sequence i, with the queries and keys of head hk.
+// Calls f(i, h, hk): value head h of sequence i, with the queries and keys of head hk.
 template <class F> void for_each_head(Config const& c, Sequences const& s, F f) {
   for (Index i = 0; i < s.count(); ++i)
     for (Index h = 0; h < c.num_value_heads; ++h) f(s[static_cast<std::size_t>(i)], i, h, h / (c.num_value_heads / c.num_heads));
 }
-// The state [K, V] of one head, zero where there is none.
+// The state [K, V] of one head; zeros for an empty view.
 template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index K, Index V, T* S) {
   std::fill_n(S, K * V, T(0));
   for (Index a = 0; !states.empty() && a < K; ++a) std::copy_n(states.row(i, h, a), V, S + a * V);
@@ -45,7 +45,7 @@ template <class T> void forward(Config const& c, Sequences const& s, Inputs<In<T
   });
 }
 
-// S_0, S_1, ..., S_T of one head, rebuilt from the errors by (1) and (3).
+// S_0, S_1, ..., S_T of one head, computed from the errors by (1) and (3).
 template <class T>
 std::vector<T> states(Config const& c, Sequence sequence, Index i, Index h, Index hk, Inputs<In<T>> x, Saved<In<T>> saved) {
   Index const K = c.key_dim, V = c.value_dim;

@@ -1,4 +1,4 @@
-// Around the gated delta rule in a layer: short convolutions, lengths and gates before it, a gated norm after it.
+// The steps around the gated delta rule in a layer: short convolutions, L2 norms and gates before it, a gated norm after it.
 //   q, k = l2_norm(silu(conv(raw)))      v = silu(conv(raw))      g, beta from their projections (ops/gdn_gate)
 //   y = RMSNorm(o) w silu(z), one weight [V] for all heads
 #ifndef HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
@@ -15,7 +15,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 template <class S> struct PrepareParams {
-  Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap meets the token itself
+  Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap multiplies the token itself
   Wide<S, 1> a_log, dt_bias;          // [HV]
   HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, a_log, dt_bias)
 };
@@ -48,7 +48,7 @@ template <GdnOptions O> struct Prepare {
     convolve(backend, s, raw.v, p.conv_v, x.v);
     normalise_and_gate(backend, raw, p, x);
   }
-  // The convolutions go on where the cache says.
+  // The convolutions start from the earlier tokens in the cache.
   template <class B, class T>
   static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
                      Inputs<Out<T>> x) {
@@ -76,7 +76,7 @@ template <GdnOptions O> struct Prepare {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
     On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
-  // What stands before a sequence that begins is zero.
+  // A sequence without past tokens starts from zeros.
   template <class B, class T>
   static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
     for (Index i = 0; i < s.count() && !state.empty(); ++i)
@@ -94,7 +94,7 @@ template <GdnOptions O> struct Prepare {
     On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
                                   as_rows(d_raw), d_w, View<T, 3>{});
   }
-  // Through the length and the convolution, whose output is formed again rather than kept.
+  // Backward of the L2 norm and the convolution. Computes the convolution's output again.
   template <class B, class T>
   static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
                             View<T, 3> d_raw, View<T, 2> d_w) {

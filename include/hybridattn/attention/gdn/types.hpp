@@ -14,7 +14,8 @@ struct GdnOptions {
 
 namespace gdn {
 
-// How a_log and dt_bias start: fla draws decays near 1, transformers' untrained layer forgets within a token.
+// Initial values of a_log and dt_bias: those of fla give decays near 1; with those of transformers an untrained layer forgets within a
+// token.
 enum class GateStart { fla, transformers };
 
 struct Config {
@@ -28,26 +29,26 @@ struct Config {
 };
 
 template <class S> struct Inputs {
-  Held<S, 3> q, k;            // [N, H, K], used as they are: the layer makes their length 1
+  Held<S, 3> q, k;            // [N, H, K], not normalised by the policy: the layer makes their length 1
   Held<S, 3> v;               // [N, HV, V]
   Wide<S, 2> g, beta;         // [N, HV]   g <= 0 is the log of the decay, beta in [0, 1] or [0, 2]
-  State<S, 4> initial_state;  // [number of sequences, HV, K, V], or nothing for zeros
+  State<S, 4> initial_state;  // [number of sequences, HV, K, V], empty for zeros
   HYBRIDATTN_FIELDS(q, k, v, g, beta, initial_state)
 };
 template <class S> struct Outputs {
   Held<S, 3> o;             // [N, HV, V]
-  State<S, 4> final_state;  // [number of sequences, HV, K, V], or nothing if nobody wants it
+  State<S, 4> final_state;  // [number of sequences, HV, K, V], empty if the caller does not need it
   HYBRIDATTN_FIELDS(o, final_state)
 };
-// The error e_t of (2) alone: backward rebuilds S from it, forwards, and needs no state.
+// The error e_t of (2). Backward computes S again from it, from the first token on, and needs no saved state.
 template <class S> struct Saved {
   Wide<S, 3> error;  // [N, HV, V]
   HYBRIDATTN_FIELDS(error)
 };
 
-// Of earlier tokens: the state S, and what the short convolutions read of their projections, the oldest first.
+// The state S after earlier tokens, and the projections of the last earlier tokens for the short convolutions, the oldest first.
 template <class S> struct Cache {
-  Held<S, 3> conv_q, conv_k, conv_v;  // [batch, conv_width - 1, channels], or nothing without a convolution
+  Held<S, 3> conv_q, conv_k, conv_v;  // [batch, conv_width - 1, channels], empty without a convolution
   State<S, 4> state;                  // [batch, HV, K, V]
   HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, state)
 };

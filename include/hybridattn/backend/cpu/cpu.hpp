@@ -1,4 +1,4 @@
-// The CPU: aligned memory from a pool, and the one seam through which the library uses threads.
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
 #define HYBRIDATTN_BACKEND_CPU_CPU_HPP
 
@@ -19,8 +19,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error where the threads are more than thread_limit().
-  // One thread is the caller's own: OpenMP is not asked for any, so Cpu{1} works where threads cannot (in a child after fork()).
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
     check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
@@ -30,24 +30,24 @@ class Cpu {
   Cpu& operator=(Cpu const&) = delete;
   ~Cpu() { trim(); }
 
-  // Throws Error inside parallel_for, whose threads cannot share the pool.
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
   void* take(std::size_t bytes) {
     check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
     return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Gives memory that nobody uses back to the system.
+  // Returns the pool's free blocks to the system.
   void trim() noexcept { pool_.trim(release); }
   void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
   void synchronise() {}
-  // Operations here work on any memory of the process.
+  // Operations of Cpu work on any memory of the process.
   bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
   int threads() const { return threads_; }
-  // Four for each processor, 256 on smaller machines: each has a stack, and OpenMP ends the process where it cannot start one.
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
   static int thread_limit() {
 #if defined(_OPENMP)
     return std::max(256, 4 * omp_get_num_procs());
@@ -69,7 +69,7 @@ class Cpu {
     }
 
    private:
-    Cpu* cpu_;   // nothing in a loop inside a loop
+    Cpu* cpu_;   // nullptr for a loop inside a loop
   };
 
  private:
@@ -97,7 +97,7 @@ static_assert(Backend<Cpu>);
 
 namespace cpu {
 
-// Memory that a kernel needs while it runs, from the pool. Taken before threads start: the pool serves one at a time.
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
 template <class T> class Scratch {
  public:
   Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
@@ -121,7 +121,7 @@ template <class T> class Scratch {
 namespace detail {
 
 #if defined(_OPENMP)
-// What tasks threw: of several, what the one with the smallest number did, whatever the threads.
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
 class Failure {
  public:
   void keep(Index task) noexcept {
@@ -164,14 +164,14 @@ inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, in
 
 }  // namespace detail
 
-// f(task, thread) for tasks 0 .. count - 1, each run whole by one thread 0 .. cpu.threads() - 1. Which thread gets which
-// task is open, so a result must depend on the task alone. What f throws arrives here, behind the loop, where other tasks have
-// run too: check before the loop, and take memory there.
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
 template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
   detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
 }
 
-// f(first, last) over 0 .. count in blocks of `grain` elements: for loops over elements.
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
 template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
   parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
     Index const first = block * grain;

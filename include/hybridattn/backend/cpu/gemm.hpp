@@ -1,5 +1,5 @@
-// Matrix products on the CPU, over the register tile. One row of a result is a function of that row of `a` and of `b`
-// alone: summed over the depth in one fixed order, whatever the number of rows and threads.
+// Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
+// summed over the depth in one fixed order, for any number of rows and threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
@@ -11,7 +11,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// A matrix of a product, transposed or not: element (i, j) stands at data[i * row + j * column]; one of the strides is 1.
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
 template <class T> struct Operand {
   T const* data = nullptr;
   Index rows = 0, columns = 0, row = 0, column = 1;
@@ -60,7 +60,7 @@ template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T*
     else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
     return;
   }
-  // At an edge the same whole tile runs on copies: rows of zeros, columns that nobody reads.
+  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
   alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
   for (Index r = 0; r < rows; ++r) {
     for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
@@ -91,7 +91,7 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read where they stand.
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
 template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
@@ -99,7 +99,7 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   if (a.columns == 0) return detail::sum_nothing(c, into);
   using detail::panel_columns;
   Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // Few panels and many rows: rows are shared out too, each thread packing its own copy of the panel.
+  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
   Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
   Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
   constexpr Index panel = detail::depth_block * panel_columns<T>;
@@ -117,7 +117,7 @@ template <class T> struct Product {
   View<T, 2> c;
 };
 
-// The products first .. last in one parallel loop. All have as many columns, and either all have a depth or none has.
+// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
 template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
   if (first == last) return;
   if (first->a.columns == 0) {

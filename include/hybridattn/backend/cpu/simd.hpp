@@ -45,8 +45,9 @@ template <class T> using Mask = Vec<typename BitsOf<T>::type>;
 template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
 template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
 template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// x, in a register, rounded: no compiler fuses the product that it may be with a sum that follows. Without it GCC, when it tunes for Zen 2 and later, loads a vector again in every instruction that uses it, and
-// loads are what a tile of FMAs is short of. By value: in place, an element of an array would keep its array in memory.
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
 template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
   asm("" : "+v"(x));
@@ -81,7 +82,7 @@ namespace detail {
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
   return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
 }
-// In lane 0 f of all lanes: of the two halves, of what becomes of them, and so on.
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
   if constexpr (half == 0) return x;
   else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
@@ -110,7 +111,7 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
 #endif
 }
 
-// One fixed tree, whatever the lanes hold.
+// Summed in one fixed tree, for any values of the lanes.
 template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
   return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
 }
@@ -138,15 +139,15 @@ template <> struct Exp2<double> {
 }  // namespace detail
 
 template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
-// 2^x for x < 128 (double: < 1024); above that, any number. 0 below 2^-126 (2^-1022); a NaN, of any bits, stays one.
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
 template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
   using E = detail::Exp2<T>;
   using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
-  x = cpu::max<T>(broadcast<T>(E::least), x);  // in this order a NaN stays
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
   Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
   Vec<T> p = broadcast<T>(E::c[0]);
   for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  // The product, and not a sum of exponents: that would make a number of a NaN.
+  // A product, because a sum of exponents would turn a NaN into a number.
   Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
   return p * reinterpret_cast<Vec<T>>(power);
 }
@@ -157,7 +158,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
 }
 template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
 
-// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) in z = (m - 1) / (m + 1).
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
 template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
   Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
@@ -208,7 +210,7 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 }
 
 namespace detail {
-// A register is made of parts of 16 bytes. A shuffle inside parts is cheap, one across them is dear: sums go across last.
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
 template <int size, bool upper, int m, class V, std::size_t... i>
@@ -221,10 +223,10 @@ HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
 template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
   return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
 }
-// Count vectors hold sums that are still spread over `left` places of each vector.
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
   if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;  // so many different sums stand side by side
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
     using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
     HYBRIDATTN_UNROLL
     for (int i = 0; i < (Count + 1) / 2; ++i) {
@@ -237,7 +239,7 @@ template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) 
 }
 }  // namespace detail
 
-// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2): one fixed tree each. x is used up.
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
 template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
   detail::halve<N, lanes<T>, T>(x);
   if constexpr (N < lanes<T>) store_first(sums, x[0], N);

@@ -1,4 +1,4 @@
-// Sums over tokens with a fixed order: blocks of rows, combined in block order, whatever the threads.
+// Sums over tokens in a fixed order: blocks of rows, combined in block order, for any number of threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 #define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
 
@@ -10,7 +10,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// f(row, sum) adds what a row has to give to sum [C]; total [C] is overwritten with the sum over all rows.
+// f(row, sum) adds the row's terms to sum [C]. total [C] is overwritten with the sum over all rows.
 template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
   Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
   Scratch<T> const partial{cpu, blocks * C};

@@ -6,8 +6,8 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// A matrix read one element at a time: element (r, k) stands at data[r * row + k * depth]. Rows and columns may be
-// exchanged by exchanging the strides, so a transposed operand costs nothing.
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
 template <class T> struct Scalars {
   T const* data;
   Index row, depth;
@@ -19,8 +19,8 @@ template <class T> struct Columns {
 };
 
 // For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. What one row gets depends on that row of a and on b alone, bitwise: every caller pads to whole tiles instead of
-// using a smaller one.
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
 template <int MR, int NV, class T, class Start, class Epilogue>
 HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
   Vec<T> sum[std::size_t{MR}][std::size_t{NV}];

@@ -1,5 +1,5 @@
-// Loops over the elements of a row, a vector at a time. The last, shorter vector runs through the same arithmetic, padded
-// with zeros, so that an element's value does not depend on where its row ends.
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
 #ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 #define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
 
@@ -37,8 +37,8 @@ template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T
 // One square root a row.
 template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
 
-// Elements a thread takes at a time, and rows whose sum is formed by one thread: sums over tokens run over these blocks
-// and combine them in order, whatever the threads.
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
 inline constexpr Index element_grain = 16384, sum_rows = 32;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
