@@ -140,14 +140,14 @@ TEST_CASE("what is not of that family is refused in its words") {
   scratch.file("config.json", config);
   hf::ReadOptions const reading{.families = {&made_up::family}};
   CHECK_THAT(error_of([&] { hf::read_settings(scratch.path()); }), Contains("model_type is \"made_up\"; supported are qwen3_next"));
-  using Other = ha::LanguageModel<ha::Stack<made_up::Picky, made_up::Picky, made_up::Classic>>;
-  CHECK_THAT(error_of([&] { hf::config<Other>(scratch.path(), reading); }),
+  auto const settings = hf::read_settings(scratch.path(), reading);
+  CHECK_THAT(error_of([&] { hf::check_types<ha::Stack<made_up::Picky, made_up::Picky, made_up::Classic>>(settings); }),
              Contains("layer_types are CPP, but the model's layers are PPC (C classic, P picky)"));
-  using Default = ha::LanguageModel<ha::Stack<ha::Full, made_up::Picky, made_up::Picky>>;
-  CHECK_THAT(error_of([&] { hf::config<Default>(scratch.path(), reading); }), Contains("its layers of kind C have other options"));
-  using Foreign = ha::LanguageModel<ha::Stack<ha::GDN>>;
-  CHECK_THAT(error_of([&] { hf::settings_of(Foreign{}, made_up::family); }),
-             Contains("cannot save the model as made_up: it has a layer of GDN; supported are classic and picky"));
+  CHECK_THAT(error_of([&] { hf::check_types<ha::Stack<ha::Full, made_up::Picky, made_up::Picky>>(settings); }),
+             Contains("its layers of kind C have other options"));
+  CHECK_THAT(error_of([&] { hf::check_types<ha::Stack<ha::GDN>>(settings); }), Contains("but the model's layers are ? (C classic"));
+  CHECK_THAT(error_of([] { hf::settings_of(made_up::Model{}, hf::qwen3_next); }),
+             Contains("cannot save the model as qwen3_next: it has a layer of DSA; supported are linear_attention and full_attention"));
   std::string const other_word = std::string(config).replace(std::string(config).find("CPP"), 3, "CXP");
   scratch.file("config.json", other_word);
   CHECK_THAT(error_of([&] { hf::read_settings(scratch.path(), reading); }), Contains("supported are classic and picky"));

@@ -202,6 +202,13 @@ TEST_CASE("README's first C++ block is the quickstart, in under 60 lines") {
   CHECK(std::count(example.begin(), example.end(), '\n') < 60);
 }
 
+TEST_CASE("README points to the example that compares one's own patterns, which is short") {
+  std::string const example = contents(fs::path(root) / "examples/compare_patterns.cpp");
+  CHECK(contents(fs::path(root) / "README.md").find("examples/compare_patterns.cpp") != std::string::npos);
+  auto const lines = std::count(example.begin(), example.end(), '\n');
+  CHECK((lines > 20 && lines <= 60));
+}
+
 TEST_CASE("an operation is forward, backward and extend, and nothing else") {
   CHECK(offenders(R"(\bOn<[\w:<>, ]+>::(?!forward\b|backward\b|extend\b)\w)", [](std::string const&) { return false; }) ==
         std::vector<std::string>{});
