@@ -49,6 +49,7 @@ void read(hf::Fields& fields, hf::Settings& s) {
   ha::checkpoint::to_json(s.model["initialization"], ha::Initialization{});
   ha::checkpoint::to_json(s.model["feed_forward"], ha::FeedForwardConfig{.hidden_dim = fields.size("hidden")});
   s.set_layer('C', Classic::options, ha::full::Config{.num_heads = heads, .num_kv_heads = heads, .head_dim = width / heads});
+  s.layers['P']["norm_placement"] = "after";
   s.set_layer('P', Picky::options,
               ha::dsa::Config{.num_heads = heads, .num_kv_heads = heads, .head_dim = width / heads, .index_heads = 2, .index_dim = 8});
 }
@@ -120,6 +121,8 @@ TEST_CASE("a family defined outside the library is read, saved and read again") 
   made_up::Model const model{hf::config<made_up::Model>(scratch.path(), reading)};
   CHECK(model.config().policy<made_up::Picky>().index_dim == 8);
   CHECK(model.config().feed_forward.hidden_dim == 24);
+  CHECK(model.config().norm_placement<made_up::Picky>() == ha::NormPlacement::after);
+  CHECK(model.config().norm_placement<made_up::Classic>() == ha::NormPlacement::before);
   auto const params = hf::load<float>(cpu, model, scratch.path(), reading);
 
   auto const format = hf::format(scratch.path(), reading);

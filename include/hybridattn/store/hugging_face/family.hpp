@@ -62,7 +62,7 @@ struct Settings {
   Family const* family = nullptr;
   std::string pattern;                     // a letter for each layer
   Json model = Json::object();             // "model" of a checkpoint's description: vocab_size, model_dim, feed_forward, ...
-  std::map<char, Json> layers;             // of each letter {"options", "sizes"}, as a checkpoint describes a layer
+  std::map<char, Json> layers;             // of each letter {"options", "sizes", "norm_placement"}, as a checkpoint describes a layer
   Json of_family = Json::object();         // what only the family's own functions read
 
   // The layers of a kind have these options and sizes, which are structs of a policy.

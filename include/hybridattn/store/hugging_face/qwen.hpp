@@ -11,21 +11,23 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face::qwen {
 
 inline constexpr LayerKind kinds[] = {{"linear_attention", 'L', GDN::name}, {"full_attention", 'F', Full::name}};
 
-inline constexpr Row whole_model[] = {{"embed_tokens.weight", "embedding"}, {"norm.weight", "norm"}};
-inline constexpr Row head[] = {{"lm_head.weight", "head"}};
-inline constexpr Row block[] = {{"input_layernorm.weight", "attention_norm"}, {"post_attention_layernorm.weight", "feed_forward_norm"}};
-inline constexpr Row gdn[] = {{"conv1d.weight", "prepare.conv_q prepare.conv_k prepare.conv_v", Layout::convolution},
-                              {"A_log", "prepare.a_log"},
-                              {"dt_bias", "prepare.dt_bias"},
-                              {"norm.weight", "finish.norm"},
-                              {"out_proj.weight", "w_o"}};
-inline constexpr Row full[] = {{"q_proj.weight", "w.q w_gate", Layout::by_head},
-                               {"k_proj.weight", "w.k"},
-                               {"v_proj.weight", "w.v"},
-                               {"o_proj.weight", "w_o"},
-                               {"q_norm.weight", "prepare.q_norm"},
-                               {"k_norm.weight", "prepare.k_norm"}};
-inline constexpr Row dense[] = {{"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
+inline constexpr Row whole_model_rows[] = {{"embed_tokens.weight", "embedding"}, {"norm.weight", "norm"}};
+inline constexpr Row head_rows[] = {{"lm_head.weight", "head"}};
+inline constexpr Row block_rows[] = {{"input_layernorm.weight", "attention_norm"},
+                                     {"post_attention_layernorm.weight", "feed_forward_norm"}};
+inline constexpr Row gdn_rows[] = {{"conv1d.weight", "prepare.conv_q prepare.conv_k prepare.conv_v", Layout::convolution},
+                                   {"A_log", "prepare.a_log"},
+                                   {"dt_bias", "prepare.dt_bias"},
+                                   {"norm.weight", "finish.norm"},
+                                   {"out_proj.weight", "w_o"}};
+inline constexpr Row full_rows[] = {{"q_proj.weight", "w.q w_gate", Layout::by_head},
+                                    {"k_proj.weight", "w.k"},
+                                    {"v_proj.weight", "w.v"},
+                                    {"o_proj.weight", "w_o"},
+                                    {"q_norm.weight", "prepare.q_norm"},
+                                    {"k_norm.weight", "prepare.k_norm"}};
+inline constexpr Row dense_rows[] = {
+    {"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
 
 // What the families' own functions read, besides: the share of a head that turns.
 inline constexpr char const* rotary_share = "rotary_share";
@@ -136,6 +138,8 @@ inline void set_absent_layers(Settings& s) {
     s.set_layer('L', GdnOptions{}, gdn::Config{.num_heads = heads, .num_value_heads = heads, .key_dim = dim, .value_dim = dim});
 }
 inline void check_model(Settings& s) {
+  for (auto const& [letter, layer] : s.layers)
+    check(!layer.contains("norm_placement"), s.where, "a layer's norms come after attention and feed-forward; they must come before");
   if (s.layers.contains('L')) check_derived<GDN>(s, gdn_sizes(s));
   if (s.layers.contains('F')) check_derived<Full>(s, full_sizes(s));
   s.of_family[rotary_share] = 0.25;

@@ -8,15 +8,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 namespace qwen {
 
-inline constexpr Row gdn_split[] = {
+inline constexpr Row gdn_split_rows[] = {
     {"in_proj_qkv.weight", "w.q w.k w.v"}, {"in_proj_z.weight", "w_gate"}, {"in_proj_b.weight", "w.beta"}, {"in_proj_a.weight", "w.g"}};
-inline constexpr RowGroup qwen3_5_tensors[] = {{RowGroup::Place::model, whole_model},
-                                               {RowGroup::Place::outside, head},
-                                               {RowGroup::Place::each_layer, block},
-                                               {RowGroup::Place::kind, gdn, "linear_attn.", "attention.", 'L'},
-                                               {RowGroup::Place::kind, gdn_split, "linear_attn.", "attention.", 'L'},
-                                               {RowGroup::Place::kind, full, "self_attn.", "attention.", 'F'},
-                                               {RowGroup::Place::each_layer, dense, "mlp.", "feed_forward."}};
+inline constexpr RowGroup qwen3_5_tensors[] = {{RowGroup::Place::model, whole_model_rows},
+                                               {RowGroup::Place::outside, head_rows},
+                                               {RowGroup::Place::each_layer, block_rows},
+                                               {RowGroup::Place::kind, gdn_rows, "linear_attn.", "attention.", 'L'},
+                                               {RowGroup::Place::kind, gdn_split_rows, "linear_attn.", "attention.", 'L'},
+                                               {RowGroup::Place::kind, full_rows, "self_attn.", "attention.", 'F'},
+                                               {RowGroup::Place::each_layer, dense_rows, "mlp.", "feed_forward."}};
 
 inline void read_qwen3_5(Fields& fields, Settings& s) {
   read_common(fields, s);

@@ -8,29 +8,29 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 namespace qwen {
 
-inline constexpr Row gdn_fused[] = {{"in_proj_qkvz.weight", "w.q w.k w.v w_gate", Layout::by_head},
-                                    {"in_proj_ba.weight", "w.beta w.g", Layout::by_head}};
-inline constexpr Row mixture[] = {{"gate.weight", "router"},
-                                  {"shared_expert.gate_proj.weight", "shared.gate"},
-                                  {"shared_expert.up_proj.weight", "shared.up"},
-                                  {"shared_expert.down_proj.weight", "shared.down"},
-                                  {"shared_expert_gate.weight", "shared_gate"}};
-inline constexpr Row experts_apart[] = {{"experts.{}.gate_proj.weight", "experts.gate", Layout::each_expert},
-                                        {"experts.{}.up_proj.weight", "experts.up", Layout::each_expert},
-                                        {"experts.{}.down_proj.weight", "experts.down", Layout::each_expert}};
-inline constexpr Row experts_fused[] = {{"experts.gate_up_proj", "experts.gate experts.up", Layout::by_expert},
-                                        {"experts.down_proj", "experts.down", Layout::by_expert}};
+inline constexpr Row gdn_fused_rows[] = {{"in_proj_qkvz.weight", "w.q w.k w.v w_gate", Layout::by_head},
+                                         {"in_proj_ba.weight", "w.beta w.g", Layout::by_head}};
+inline constexpr Row mixture_rows[] = {{"gate.weight", "router"},
+                                       {"shared_expert.gate_proj.weight", "shared.gate"},
+                                       {"shared_expert.up_proj.weight", "shared.up"},
+                                       {"shared_expert.down_proj.weight", "shared.down"},
+                                       {"shared_expert_gate.weight", "shared_gate"}};
+inline constexpr Row experts_apart_rows[] = {{"experts.{}.gate_proj.weight", "experts.gate", Layout::each_expert},
+                                             {"experts.{}.up_proj.weight", "experts.up", Layout::each_expert},
+                                             {"experts.{}.down_proj.weight", "experts.down", Layout::each_expert}};
+inline constexpr Row experts_fused_rows[] = {{"experts.gate_up_proj", "experts.gate experts.up", Layout::by_expert},
+                                             {"experts.down_proj", "experts.down", Layout::by_expert}};
 inline constexpr RowGroup qwen3_next_tensors[] = {
-    {RowGroup::Place::model, whole_model},
-    {RowGroup::Place::outside, head},
-    {RowGroup::Place::each_layer, block},
-    {RowGroup::Place::kind, gdn, "linear_attn.", "attention.", 'L'},
-    {RowGroup::Place::kind, gdn_fused, "linear_attn.", "attention.", 'L'},
-    {RowGroup::Place::kind, full, "self_attn.", "attention.", 'F'},
-    {RowGroup::Place::each_layer, dense, "mlp.", "feed_forward."},
-    {RowGroup::Place::each_layer, mixture, "mlp.", "feed_forward."},
-    {RowGroup::Place::each_layer, experts_apart, "mlp.", "feed_forward.", 0, RowGroup::Experts::apart},
-    {RowGroup::Place::each_layer, experts_fused, "mlp.", "feed_forward.", 0, RowGroup::Experts::fused}};
+    {RowGroup::Place::model, whole_model_rows},
+    {RowGroup::Place::outside, head_rows},
+    {RowGroup::Place::each_layer, block_rows},
+    {RowGroup::Place::kind, gdn_rows, "linear_attn.", "attention.", 'L'},
+    {RowGroup::Place::kind, gdn_fused_rows, "linear_attn.", "attention.", 'L'},
+    {RowGroup::Place::kind, full_rows, "self_attn.", "attention.", 'F'},
+    {RowGroup::Place::each_layer, dense_rows, "mlp.", "feed_forward."},
+    {RowGroup::Place::each_layer, mixture_rows, "mlp.", "feed_forward."},
+    {RowGroup::Place::each_layer, experts_apart_rows, "mlp.", "feed_forward.", 0, RowGroup::Experts::apart},
+    {RowGroup::Place::each_layer, experts_fused_rows, "mlp.", "feed_forward.", 0, RowGroup::Experts::fused}};
 
 inline FeedForwardConfig read_mixture(Fields& fields, FeedForwardConfig c) {
   c.num_experts = fields.size("num_experts", 0);

@@ -78,7 +78,6 @@ inline Settings settings_of(Json const& description, Family const& family) {
   for (Json const& layer : description["layers"]) {
     char const letter = letter_of(family, layer);
     check(letter != '?', s.where, "it has a layer of ", layer["policy"].get_ref<std::string const&>(), "; supported are ", family.words());
-    check(!layer.contains("norm_placement"), s.where, "a layer's norms come after attention and feed-forward; they must come before");
     s.pattern += letter;
     s.layers[letter] = layer;
   }
