@@ -190,10 +190,13 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     Inputs<Role> inputs, gradients;
     Outputs<Role> outputs, d_outputs;
     Saved<Role> saved;
+    bool const has_backward = !x.d_outputs.empty();
     fill(backend, in_shapes, inputs, x.inputs, around);
-    fill(backend, in_shapes, gradients, {}, around);
     fill(backend, out_shapes, outputs, {}, around);
-    fill(backend, out_shapes, d_outputs, x.d_outputs, around);
+    if (has_backward) {
+      fill(backend, in_shapes, gradients, {}, around);
+      fill(backend, out_shapes, d_outputs, x.d_outputs, around);
+    }
     fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten, .fence = around.fence});  // a layer keeps these in one piece
 
     Result result;
@@ -201,15 +204,17 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     backend.pool().reset_peak();
     auto const read = views<Inputs, In<U>>(inputs);
     Which::forward(backend, config_, s, read, views<Outputs, Out<U>>(outputs), views<Saved, Out<U>>(saved));
-    Which::backward(backend, config_, s, read, views<Outputs, In<U>>(outputs), views<Saved, In<U>>(saved), views<Outputs, In<U>>(d_outputs),
-                    views<Inputs, Out<U>>(gradients));
+    if (has_backward)
+      Which::backward(backend, config_, s, read, views<Outputs, In<U>>(outputs), views<Saved, In<U>>(saved),
+                      views<Outputs, In<U>>(d_outputs), views<Inputs, Out<U>>(gradients));
     result.scratch = backend.pool().peak() - before;
     result.kept = static_cast<std::ptrdiff_t>(backend.pool().in_use()) - static_cast<std::ptrdiff_t>(before);
 
     result.outputs = values(backend, outputs, empty_group(out_shapes, outputs_of), result.trespass);
     result.saved = values(backend, saved, empty_group(saved_shapes, saved_of), result.trespass);
-    result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
     detail::note_overwritten(x.inputs, values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass), result.trespass);
+    if (!has_backward) return result;
+    result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
     detail::note_overwritten(x.d_outputs, values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass),
                              result.trespass);
     return result;

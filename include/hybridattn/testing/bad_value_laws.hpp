@@ -68,7 +68,7 @@ class BadValues {
  public:
   BadValues(AnyPolicy const& policy, Sequences const& s)
       : policy_(policy), x_(policy.sample(policy.kinds().front(), s, 1, true)),
-        decoded_(sample_to_decode(policy, policy.kinds().front(), s, 1)), sound_(policy.run(x_, {})),
+        decoded_(forward_only(sample_to_decode(policy, policy.kinds().front(), s, 1))), sound_(policy.run(x_, {})),
         sound_loops_(policy.loops(x_, choices_in(sound_.saved), false)) {}
 
   // `bad` in one element or in all of a row of every input and every output's gradient in turn.

@@ -85,6 +85,7 @@ inline Verdict causal_forward(Subject const& subject) {
         };
         replace_rows(x.inputs, other.inputs,
                      [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
+        x.d_outputs.clear();
         Result const after = subject.run(x, {});
         return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
                                 [&] { return first_difference(before.saved, after.saved, is_early); });

@@ -169,6 +169,7 @@ inline bool any_gradient(Result const& result) {
 inline HostGroup outputs_at(Subject const& subject, Case x, Result const& result, std::size_t input, HostTensor const& direction,
                             double step) {
   for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
+  x.d_outputs.clear();
   bool const choices_fixed = subject.detached(direction.name);
   return (choices_fixed ? subject.loops(x, choices_in(result.saved), true) : subject.run(x, {})).outputs;
 }

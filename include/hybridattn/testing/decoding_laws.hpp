@@ -47,7 +47,7 @@ inline Case sample_to_decode(AnyPolicy const& policy, std::string const& kind, S
 
 inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& kind, Splitting const& splitting, std::uint64_t seed,
                                   double times) {
-  Case const x = sample_to_decode(policy, kind, all_lengths(), seed);
+  Case const x = forward_only(sample_to_decode(policy, kind, all_lengths(), seed));
   Judges const judges = judges_of(policy, x, policy.run(x, {}));
   Decoded const decoded = policy.decode(x, splitting.calls, {});
   return told(beyond_budget(policy, decoded.outputs, judges.truth.outputs, judges.truth.outputs, judges.naive.outputs, times),

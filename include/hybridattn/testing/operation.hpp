@@ -220,9 +220,9 @@ template <class B> class OperationRun {
     start(outputs_, case_.inputs, "", before);
     forward();
     result_.outputs = outputs_.read(backend_, result_.trespass);
-    for (std::size_t i = description_.outputs.size(); i < case_.d_outputs.size(); ++i) pass_on(case_.d_outputs[i].name);
+    pass_on();
     result_.gradients = no_gradients();
-    if (call_.has_backward()) backward();
+    if (call_.has_backward() && !case_.d_outputs.empty()) backward();
     note_overwritten(declared_part(case_.inputs, inputs_), inputs_.read(backend_, result_.trespass), result_.trespass);
     return std::move(result_);
   }
@@ -282,9 +282,10 @@ template <class B> class OperationRun {
     result_.scratch = std::max(result_.scratch, backend_.pool().peak() - in_use);
     result_.kept += static_cast<std::ptrdiff_t>(backend_.pool().in_use()) - static_cast<std::ptrdiff_t>(in_use);
   }
-  void pass_on(std::string const& name) {
-    HostTensor& tensor = result_.outputs.emplace_back(*case_.inputs.find(name.substr(0, name.size() - passed_on("").size())));
-    tensor.name = name;
+  void pass_on() {
+    for (std::size_t i = 0; i < description_.inputs.size(); ++i)
+      if (std::string const& name = description_.inputs[i].name; description_.starts_from("d_" + name))
+        result_.outputs.emplace_back(case_.inputs[i]).name = passed_on(name);
   }
   static HostGroup declared_part(HostGroup const& group, Placed<B> const& placed) {
     return HostGroup(group.begin(), group.begin() + std::ssize(placed.blocks));

@@ -8,7 +8,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// What a forward and a backward read.
+// What a forward and a backward read. Without d_outputs there is no backward.
 struct Case {
   Sequences sequences;
   HostGroup inputs, d_outputs;
@@ -133,6 +133,10 @@ inline Case cut(Case const& x, std::vector<Part> const& parts) {
   std::vector<Index> lengths;
   for (Part const& part : parts) lengths.push_back(part.last - part.first);
   return {packed(lengths), detail::rows_of(x.inputs, x.sequences, parts), detail::rows_of(x.d_outputs, x.sequences, parts), x.carried};
+}
+inline Case forward_only(Case x) {
+  x.d_outputs.clear();
+  return x;
 }
 // x, with the rows that `wanted(tensor, row)` names taken from y.
 template <class Wanted> void replace_rows(HostGroup& x, HostGroup const& y, Wanted wanted) {
