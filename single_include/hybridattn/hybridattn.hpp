@@ -6353,7 +6353,7 @@ template <> struct On<GdnGate, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, x, y)            x, y [N, C]
+//   forward (backend, x, y)            x, y [N, C]; y may be x
 //   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
 struct L2Norm {
   static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers

@@ -6364,7 +6364,7 @@ template <> struct On<GdnGate, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, x, y)            x, y [N, C]
+//   forward (backend, x, y)            x, y [N, C]; y may be x
 //   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
 struct L2Norm {
   static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
@@ -10223,7 +10223,7 @@ struct Settings {
   Family const* family = nullptr;
   std::string pattern;                     // a letter for each layer
   Json model = Json::object();             // "model" of a checkpoint's description: vocab_size, model_dim, feed_forward, ...
-  std::map<char, Json> layers;             // of each letter {"options", "sizes"}, as a checkpoint describes a layer
+  std::map<char, Json> layers;             // of each letter {"options", "sizes", "norm_placement"}, as a checkpoint describes a layer
   Json of_family = Json::object();         // what only the family's own functions read
 
   // The layers of a kind have these options and sizes, which are structs of a policy.
@@ -10544,21 +10544,23 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face::qwen {
 
 inline constexpr LayerKind kinds[] = {{"linear_attention", 'L', GDN::name}, {"full_attention", 'F', Full::name}};
 
-inline constexpr Row whole_model[] = {{"embed_tokens.weight", "embedding"}, {"norm.weight", "norm"}};
-inline constexpr Row head[] = {{"lm_head.weight", "head"}};
-inline constexpr Row block[] = {{"input_layernorm.weight", "attention_norm"}, {"post_attention_layernorm.weight", "feed_forward_norm"}};
-inline constexpr Row gdn[] = {{"conv1d.weight", "prepare.conv_q prepare.conv_k prepare.conv_v", Layout::convolution},
-                              {"A_log", "prepare.a_log"},
-                              {"dt_bias", "prepare.dt_bias"},
-                              {"norm.weight", "finish.norm"},
-                              {"out_proj.weight", "w_o"}};
-inline constexpr Row full[] = {{"q_proj.weight", "w.q w_gate", Layout::by_head},
-                               {"k_proj.weight", "w.k"},
-                               {"v_proj.weight", "w.v"},
-                               {"o_proj.weight", "w_o"},
-                               {"q_norm.weight", "prepare.q_norm"},
-                               {"k_norm.weight", "prepare.k_norm"}};
-inline constexpr Row dense[] = {{"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
+inline constexpr Row whole_model_rows[] = {{"embed_tokens.weight", "embedding"}, {"norm.weight", "norm"}};
+inline constexpr Row head_rows[] = {{"lm_head.weight", "head"}};
+inline constexpr Row block_rows[] = {{"input_layernorm.weight", "attention_norm"},
+                                     {"post_attention_layernorm.weight", "feed_forward_norm"}};
+inline constexpr Row gdn_rows[] = {{"conv1d.weight", "prepare.conv_q prepare.conv_k prepare.conv_v", Layout::convolution},
+                                   {"A_log", "prepare.a_log"},
+                                   {"dt_bias", "prepare.dt_bias"},
+                                   {"norm.weight", "finish.norm"},
+                                   {"out_proj.weight", "w_o"}};
+inline constexpr Row full_rows[] = {{"q_proj.weight", "w.q w_gate", Layout::by_head},
+                                    {"k_proj.weight", "w.k"},
+                                    {"v_proj.weight", "w.v"},
+                                    {"o_proj.weight", "w_o"},
+                                    {"q_norm.weight", "prepare.q_norm"},
+                                    {"k_norm.weight", "prepare.k_norm"}};
+inline constexpr Row dense_rows[] = {
+    {"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
 
 // What the families' own functions read, besides: the share of a head that turns.
 inline constexpr char const* rotary_share = "rotary_share";
@@ -10669,6 +10671,8 @@ inline void set_absent_layers(Settings& s) {
     s.set_layer('L', GdnOptions{}, gdn::Config{.num_heads = heads, .num_value_heads = heads, .key_dim = dim, .value_dim = dim});
 }
 inline void check_model(Settings& s) {
+  for (auto const& [letter, layer] : s.layers)
+    check(!layer.contains("norm_placement"), s.where, "a layer's norms come after attention and feed-forward; they must come before");
   if (s.layers.contains('L')) check_derived<GDN>(s, gdn_sizes(s));
   if (s.layers.contains('F')) check_derived<Full>(s, full_sizes(s));
   s.of_family[rotary_share] = 0.25;
@@ -10723,15 +10727,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 namespace qwen {
 
-inline constexpr Row gdn_split[] = {
+inline constexpr Row gdn_split_rows[] = {
     {"in_proj_qkv.weight", "w.q w.k w.v"}, {"in_proj_z.weight", "w_gate"}, {"in_proj_b.weight", "w.beta"}, {"in_proj_a.weight", "w.g"}};
-inline constexpr RowGroup qwen3_5_tensors[] = {{RowGroup::Place::model, whole_model},
-                                               {RowGroup::Place::outside, head},
-                                               {RowGroup::Place::each_layer, block},
-                                               {RowGroup::Place::kind, gdn, "linear_attn.", "attention.", 'L'},
-                                               {RowGroup::Place::kind, gdn_split, "linear_attn.", "attention.", 'L'},
-                                               {RowGroup::Place::kind, full, "self_attn.", "attention.", 'F'},
-                                               {RowGroup::Place::each_layer, dense, "mlp.", "feed_forward."}};
+inline constexpr RowGroup qwen3_5_tensors[] = {{RowGroup::Place::model, whole_model_rows},
+                                               {RowGroup::Place::outside, head_rows},
+                                               {RowGroup::Place::each_layer, block_rows},
+                                               {RowGroup::Place::kind, gdn_rows, "linear_attn.", "attention.", 'L'},
+                                               {RowGroup::Place::kind, gdn_split_rows, "linear_attn.", "attention.", 'L'},
+                                               {RowGroup::Place::kind, full_rows, "self_attn.", "attention.", 'F'},
+                                               {RowGroup::Place::each_layer, dense_rows, "mlp.", "feed_forward."}};
 
 inline void read_qwen3_5(Fields& fields, Settings& s) {
   read_common(fields, s);
@@ -10767,29 +10771,29 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 namespace qwen {
 
-inline constexpr Row gdn_fused[] = {{"in_proj_qkvz.weight", "w.q w.k w.v w_gate", Layout::by_head},
-                                    {"in_proj_ba.weight", "w.beta w.g", Layout::by_head}};
-inline constexpr Row mixture[] = {{"gate.weight", "router"},
-                                  {"shared_expert.gate_proj.weight", "shared.gate"},
-                                  {"shared_expert.up_proj.weight", "shared.up"},
-                                  {"shared_expert.down_proj.weight", "shared.down"},
-                                  {"shared_expert_gate.weight", "shared_gate"}};
-inline constexpr Row experts_apart[] = {{"experts.{}.gate_proj.weight", "experts.gate", Layout::each_expert},
-                                        {"experts.{}.up_proj.weight", "experts.up", Layout::each_expert},
-                                        {"experts.{}.down_proj.weight", "experts.down", Layout::each_expert}};
-inline constexpr Row experts_fused[] = {{"experts.gate_up_proj", "experts.gate experts.up", Layout::by_expert},
-                                        {"experts.down_proj", "experts.down", Layout::by_expert}};
+inline constexpr Row gdn_fused_rows[] = {{"in_proj_qkvz.weight", "w.q w.k w.v w_gate", Layout::by_head},
+                                         {"in_proj_ba.weight", "w.beta w.g", Layout::by_head}};
+inline constexpr Row mixture_rows[] = {{"gate.weight", "router"},
+                                       {"shared_expert.gate_proj.weight", "shared.gate"},
+                                       {"shared_expert.up_proj.weight", "shared.up"},
+                                       {"shared_expert.down_proj.weight", "shared.down"},
+                                       {"shared_expert_gate.weight", "shared_gate"}};
+inline constexpr Row experts_apart_rows[] = {{"experts.{}.gate_proj.weight", "experts.gate", Layout::each_expert},
+                                             {"experts.{}.up_proj.weight", "experts.up", Layout::each_expert},
+                                             {"experts.{}.down_proj.weight", "experts.down", Layout::each_expert}};
+inline constexpr Row experts_fused_rows[] = {{"experts.gate_up_proj", "experts.gate experts.up", Layout::by_expert},
+                                             {"experts.down_proj", "experts.down", Layout::by_expert}};
 inline constexpr RowGroup qwen3_next_tensors[] = {
-    {RowGroup::Place::model, whole_model},
-    {RowGroup::Place::outside, head},
-    {RowGroup::Place::each_layer, block},
-    {RowGroup::Place::kind, gdn, "linear_attn.", "attention.", 'L'},
-    {RowGroup::Place::kind, gdn_fused, "linear_attn.", "attention.", 'L'},
-    {RowGroup::Place::kind, full, "self_attn.", "attention.", 'F'},
-    {RowGroup::Place::each_layer, dense, "mlp.", "feed_forward."},
-    {RowGroup::Place::each_layer, mixture, "mlp.", "feed_forward."},
-    {RowGroup::Place::each_layer, experts_apart, "mlp.", "feed_forward.", 0, RowGroup::Experts::apart},
-    {RowGroup::Place::each_layer, experts_fused, "mlp.", "feed_forward.", 0, RowGroup::Experts::fused}};
+    {RowGroup::Place::model, whole_model_rows},
+    {RowGroup::Place::outside, head_rows},
+    {RowGroup::Place::each_layer, block_rows},
+    {RowGroup::Place::kind, gdn_rows, "linear_attn.", "attention.", 'L'},
+    {RowGroup::Place::kind, gdn_fused_rows, "linear_attn.", "attention.", 'L'},
+    {RowGroup::Place::kind, full_rows, "self_attn.", "attention.", 'F'},
+    {RowGroup::Place::each_layer, dense_rows, "mlp.", "feed_forward."},
+    {RowGroup::Place::each_layer, mixture_rows, "mlp.", "feed_forward."},
+    {RowGroup::Place::each_layer, experts_apart_rows, "mlp.", "feed_forward.", 0, RowGroup::Experts::apart},
+    {RowGroup::Place::each_layer, experts_fused_rows, "mlp.", "feed_forward.", 0, RowGroup::Experts::fused}};
 
 inline FeedForwardConfig read_mixture(Fields& fields, FeedForwardConfig c) {
   c.num_experts = fields.size("num_experts", 0);
@@ -11152,7 +11156,6 @@ inline Settings settings_of(Json const& description, Family const& family) {
   for (Json const& layer : description["layers"]) {
     char const letter = letter_of(family, layer);
     check(letter != '?', s.where, "it has a layer of ", layer["policy"].get_ref<std::string const&>(), "; supported are ", family.words());
-    check(!layer.contains("norm_placement"), s.where, "a layer's norms come after attention and feed-forward; they must come before");
     s.pattern += letter;
     s.layers[letter] = layer;
   }

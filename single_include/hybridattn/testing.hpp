@@ -1683,7 +1683,7 @@ inline Sequences packed(std::vector<Index> const& lengths) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// What a forward and a backward read.
+// What a forward and a backward read. Without d_outputs there is no backward.
 struct Case {
   Sequences sequences;
   HostGroup inputs, d_outputs;
@@ -1808,6 +1808,10 @@ inline Case cut(Case const& x, std::vector<Part> const& parts) {
   std::vector<Index> lengths;
   for (Part const& part : parts) lengths.push_back(part.last - part.first);
   return {packed(lengths), detail::rows_of(x.inputs, x.sequences, parts), detail::rows_of(x.d_outputs, x.sequences, parts), x.carried};
+}
+inline Case forward_only(Case x) {
+  x.d_outputs.clear();
+  return x;
 }
 // x, with the rows that `wanted(tensor, row)` names taken from y.
 template <class Wanted> void replace_rows(HostGroup& x, HostGroup const& y, Wanted wanted) {
@@ -2612,10 +2616,13 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     Inputs<Role> inputs, gradients;
     Outputs<Role> outputs, d_outputs;
     Saved<Role> saved;
+    bool const has_backward = !x.d_outputs.empty();
     fill(backend, in_shapes, inputs, x.inputs, around);
-    fill(backend, in_shapes, gradients, {}, around);
     fill(backend, out_shapes, outputs, {}, around);
-    fill(backend, out_shapes, d_outputs, x.d_outputs, around);
+    if (has_backward) {
+      fill(backend, in_shapes, gradients, {}, around);
+      fill(backend, out_shapes, d_outputs, x.d_outputs, around);
+    }
     fill(backend, saved_shapes, saved, chosen, {.unwritten = around.unwritten, .fence = around.fence});  // a layer keeps these in one piece
 
     Result result;
@@ -2623,15 +2630,17 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     backend.pool().reset_peak();
     auto const read = views<Inputs, In<U>>(inputs);
     Which::forward(backend, config_, s, read, views<Outputs, Out<U>>(outputs), views<Saved, Out<U>>(saved));
-    Which::backward(backend, config_, s, read, views<Outputs, In<U>>(outputs), views<Saved, In<U>>(saved), views<Outputs, In<U>>(d_outputs),
-                    views<Inputs, Out<U>>(gradients));
+    if (has_backward)
+      Which::backward(backend, config_, s, read, views<Outputs, In<U>>(outputs), views<Saved, In<U>>(saved),
+                      views<Outputs, In<U>>(d_outputs), views<Inputs, Out<U>>(gradients));
     result.scratch = backend.pool().peak() - before;
     result.kept = static_cast<std::ptrdiff_t>(backend.pool().in_use()) - static_cast<std::ptrdiff_t>(before);
 
     result.outputs = values(backend, outputs, empty_group(out_shapes, outputs_of), result.trespass);
     result.saved = values(backend, saved, empty_group(saved_shapes, saved_of), result.trespass);
-    result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
     detail::note_overwritten(x.inputs, values(backend, inputs, empty_group(in_shapes, inputs_of), result.trespass), result.trespass);
+    if (!has_backward) return result;
+    result.gradients = values(backend, gradients, empty_group(in_shapes, inputs_of), result.trespass);
     detail::note_overwritten(x.d_outputs, values(backend, d_outputs, empty_group(out_shapes, outputs_of), result.trespass),
                              result.trespass);
     return result;
@@ -2774,6 +2783,7 @@ inline Verdict causal_forward(Subject const& subject) {
         };
         replace_rows(x.inputs, other.inputs,
                      [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
+        x.d_outputs.clear();
         Result const after = subject.run(x, {});
         return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
                                 [&] { return first_difference(before.saved, after.saved, is_early); });
@@ -3159,6 +3169,7 @@ inline bool any_gradient(Result const& result) {
 inline HostGroup outputs_at(Subject const& subject, Case x, Result const& result, std::size_t input, HostTensor const& direction,
                             double step) {
   for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
+  x.d_outputs.clear();
   bool const choices_fixed = subject.detached(direction.name);
   return (choices_fixed ? subject.loops(x, choices_in(result.saved), true) : subject.run(x, {})).outputs;
 }
@@ -3378,7 +3389,7 @@ inline Case sample_to_decode(AnyPolicy const& policy, std::string const& kind, S
 
 inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& kind, Splitting const& splitting, std::uint64_t seed,
                                   double times) {
-  Case const x = sample_to_decode(policy, kind, all_lengths(), seed);
+  Case const x = forward_only(sample_to_decode(policy, kind, all_lengths(), seed));
   Judges const judges = judges_of(policy, x, policy.run(x, {}));
   Decoded const decoded = policy.decode(x, splitting.calls, {});
   return told(beyond_budget(policy, decoded.outputs, judges.truth.outputs, judges.truth.outputs, judges.naive.outputs, times),
@@ -3624,7 +3635,7 @@ class BadValues {
  public:
   BadValues(AnyPolicy const& policy, Sequences const& s)
       : policy_(policy), x_(policy.sample(policy.kinds().front(), s, 1, true)),
-        decoded_(sample_to_decode(policy, policy.kinds().front(), s, 1)), sound_(policy.run(x_, {})),
+        decoded_(forward_only(sample_to_decode(policy, policy.kinds().front(), s, 1))), sound_(policy.run(x_, {})),
         sound_loops_(policy.loops(x_, choices_in(sound_.saved), false)) {}
 
   // `bad` in one element or in all of a row of every input and every output's gradient in turn.
@@ -3939,9 +3950,9 @@ template <class B> class OperationRun {
     start(outputs_, case_.inputs, "", before);
     forward();
     result_.outputs = outputs_.read(backend_, result_.trespass);
-    for (std::size_t i = description_.outputs.size(); i < case_.d_outputs.size(); ++i) pass_on(case_.d_outputs[i].name);
+    pass_on();
     result_.gradients = no_gradients();
-    if (call_.has_backward()) backward();
+    if (call_.has_backward() && !case_.d_outputs.empty()) backward();
     note_overwritten(declared_part(case_.inputs, inputs_), inputs_.read(backend_, result_.trespass), result_.trespass);
     return std::move(result_);
   }
@@ -4001,9 +4012,10 @@ template <class B> class OperationRun {
     result_.scratch = std::max(result_.scratch, backend_.pool().peak() - in_use);
     result_.kept += static_cast<std::ptrdiff_t>(backend_.pool().in_use()) - static_cast<std::ptrdiff_t>(in_use);
   }
-  void pass_on(std::string const& name) {
-    HostTensor& tensor = result_.outputs.emplace_back(*case_.inputs.find(name.substr(0, name.size() - passed_on("").size())));
-    tensor.name = name;
+  void pass_on() {
+    for (std::size_t i = 0; i < description_.inputs.size(); ++i)
+      if (std::string const& name = description_.inputs[i].name; description_.starts_from("d_" + name))
+        result_.outputs.emplace_back(case_.inputs[i]).name = passed_on(name);
   }
   static HostGroup declared_part(HostGroup const& group, Placed<B> const& placed) {
     return HostGroup(group.begin(), group.begin() + std::ssize(placed.blocks));
@@ -5846,7 +5858,7 @@ template <> struct On<GroupedLinear, Cpu> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-//   forward (backend, x, y)            x, y [N, C]
+//   forward (backend, x, y)            x, y [N, C]; y may be x
 //   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
 struct L2Norm {
   static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
