@@ -199,11 +199,11 @@ TEST_CASE("errors.md has the first line of every mistake that does not compile")
 }
 
 TEST_CASE("the pages of the policies list every option and size, with its default") {
-  CHECK(members("attention/full/full.hpp", "FullOptions").size() == 5);
-  CHECK(unlisted("full.md", "attention/full/full.hpp", "FullOptions") == none);
-  CHECK(unlisted("full.md", "attention/full/full.hpp", "Config") == none);
-  CHECK(unlisted("gdn.md", "attention/gdn/gdn.hpp", "GdnOptions") == none);
-  CHECK(unlisted("gdn.md", "attention/gdn/gdn.hpp", "Config") == none);
+  CHECK(members("attention/full/types.hpp", "FullOptions").size() == 5);
+  CHECK(unlisted("full.md", "attention/full/types.hpp", "FullOptions") == none);
+  CHECK(unlisted("full.md", "attention/full/types.hpp", "Config") == none);
+  CHECK(unlisted("gdn.md", "attention/gdn/types.hpp", "GdnOptions") == none);
+  CHECK(unlisted("gdn.md", "attention/gdn/types.hpp", "Config") == none);
   CHECK(unlisted("dsa.md", "attention/dsa/types.hpp", "SparseOptions") == none);
   CHECK(unlisted("dsa.md", "attention/dsa/types.hpp", "Config") == none);
 }
