@@ -176,7 +176,7 @@ TEST_CASE("every header opens the namespace that carries the compiler's flags") 
 
 TEST_CASE("what headers ask the compiler stands in the name of that namespace") {
   std::string const config = headers().at("core/config.hpp");
-  std::string const in_the_name = config.substr(config.find("// What the meaning of an inline function depends on"));
+  std::string const in_the_name = config.substr(config.find("// The library's code depends on some compiler flags"));
   std::regex const condition("^\\s*#\\s*(if|ifdef|ifndef|elif)\\b(.*)"), macro("\\b(?!defined\\b)[A-Z_][A-Z_0-9a-z]*");
   std::set<std::string> const of_every_part = {"__GNUC__", "__SSE2__", "__aarch64__",
                                                "__linux__"};   // one answer in a program, or told apart by another name
