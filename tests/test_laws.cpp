@@ -64,12 +64,14 @@ TEMPLATE_TEST_CASE("the indexer keeps every law with scales below 0 in the stage
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("a policy keeps every law on a device that the host cannot read, with the bits of the CPU", "[float]", OnFake) {
+// What has the bits of the CPU keeps the laws that the CPU keeps. Memory is the device's own affair.
+TEMPLATE_LIST_TEST_CASE("a policy has the bits of the CPU on a device that the host cannot read, and keeps the laws about memory there",
+                        "[float]", OnFake) {
   using Fake = ha::testing::Fake;
   auto const size = ha::testing::Samples<TestType>::sizes().front();
   ha::testing::Adaptor<TestType, Fake, float> const policy{size};
-  check_all(judge(policy));
-  check_all({same_on_both(policy, ha::testing::Adaptor<TestType, ha::Cpu, float>{size})});
+  check_all({same_on_both(policy, ha::testing::Adaptor<TestType, ha::Cpu, float>{size}), fills_everything(policy), fenced(policy),
+             strided(policy), memory_as_announced(policy), decodes_cleanly(policy)});
 }
 
 namespace {
