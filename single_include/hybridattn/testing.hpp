@@ -1690,13 +1690,16 @@ struct Case {
   bool carried = true;   // with the states that pass from one part of a sequence to the next
 };
 
+// What an earlier run on the same backend left in scratch memory: there was none, it worked on the same numbers, or on NaNs.
+enum class Leftovers { none, numbers, nan };
+
 // What surrounds a run, and must not matter.
 struct Surroundings {
   int threads = 1;
   double unwritten = not_a_number;   // in all results before they are written
   double fence = not_a_number;       // in the memory beside all tensors
   bool spaced = false;               // rows of inputs, outputs and gradients with gaps between them
-  bool leftovers = false;            // scratch memory holds what a run on NaNs left
+  Leftovers leftovers = Leftovers::none;
   bool in_place = false;             // a result stands in the memory of an argument, wherever an operation allows it
 };
 
@@ -1824,6 +1827,11 @@ inline HostGroup all_nan(HostGroup x) {
   for (HostTensor& tensor : x)
     if (!tensor.whole) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
   return x;
+}
+
+// The earlier run.
+inline Case earlier(Case const& x, Leftovers leftovers) {
+  return leftovers == Leftovers::nan ? Case{x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried} : x;
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
@@ -2504,7 +2512,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
 
   Result run(Case const& x, Surroundings const& around) const override {
     B backend = Machine<B>::make(around.threads);
-    if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around, {}, kernel());
+    if (around.leftovers != Leftovers::none) run_on<T>(backend, earlier(x, around.leftovers), around, {}, kernel());
     return run_on<T>(backend, x, around, {}, kernel());
   }
   Result loops(Case const& x, HostGroup const& chosen, bool in_double) const override {
@@ -2541,7 +2549,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
                  [[maybe_unused]] Surroundings const& around) const override {
     if constexpr (Decodes<P, B, T>) {
       B backend = Machine<B>::make(around.threads);
-      if (around.leftovers) decode_on(backend, {x.sequences, all_nan(x.inputs), {}, false}, calls, around);
+      if (around.leftovers != Leftovers::none) decode_on(backend, earlier(x, around.leftovers), calls, around);
       return decode_on(backend, x, calls, around);
     } else {
       fail(name(), " does not decode");
@@ -2913,7 +2921,8 @@ inline Verdict fills_everything(Subject const& subject) {
   for (std::vector<Index> const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}, {0, 2, 0}}) {
     Case const x = subject.sample(subject.kinds().front(), packed(lengths), 1, true);
     if (why.empty())
-      why = detail::told(detail::first_unfilled(subject.run(x, {.leftovers = true})), "of sequences of lengths " + listed(lengths));
+      why =
+          detail::told(detail::first_unfilled(subject.run(x, {.leftovers = Leftovers::nan})), "of sequences of lengths " + listed(lengths));
   }
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
   Result const plain = subject.run(x, {});
@@ -2924,9 +2933,10 @@ inline Verdict fills_everything(Subject const& subject) {
       "fills everything",
       detail::first_of([&] { return why; }, [&] { return detail::first_unfilled(plain); },
                        [&] { return changed_by({.unwritten = 3}, "among NaN and among 3, in results before they are written"); },
-                       [&] { return changed_by({.leftovers = true}, "in fresh scratch memory, and in what a run on NaN left"); },
+                       [&] { return changed_by({.leftovers = Leftovers::numbers}, "in fresh scratch memory, and in what a run left"); },
+                       [&] { return changed_by({.leftovers = Leftovers::nan}, "in fresh scratch memory, and in what a run on NaN left"); },
                        [&] {
-                         return changed_by({.threads = 2, .leftovers = true},
+                         return changed_by({.threads = 2, .leftovers = Leftovers::nan},
                                            "in fresh scratch memory, and in what a run on NaN left, on 2 threads");
                        }));
 }
@@ -3481,7 +3491,7 @@ inline std::string decoding_depends(AnyPolicy const& policy, Case const& x, Call
   compare({.threads = 3}, "decoded on 1 and on 3 threads");
   compare({.unwritten = 3, .fence = 3}, "decoded among NaN and among 3, in the cache and in results before they are written");
   compare({.spaced = true}, "decoded without and with gaps between the rows");
-  compare({.leftovers = true}, "decoded in fresh scratch memory, and in what a run on NaN left");
+  compare({.leftovers = Leftovers::nan}, "decoded in fresh scratch memory, and in what a run on NaN left");
   return why;
 }
 inline std::string decoding_keeps_memory(AnyPolicy const& policy, Case const& x, Calls const& calls) {
@@ -4122,7 +4132,7 @@ template <class B, class T> class OperationIn : public AnyOperation {
  public:
   Result run(Case const& x, Surroundings const& around) const override {
     B backend = Machine<B>::make(around.threads);
-    if (around.leftovers) run_here(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around);
+    if (around.leftovers != Leftovers::none) run_here(backend, earlier(x, around.leftovers), around);
     return run_here(backend, x, around);
   }
   Result loops(Case const& x, HostGroup const&, bool in_double) const override {

@@ -23,7 +23,10 @@ ha::Sequences some_sequences(FuzzedDataProvider& data) {
 }
 laws::Surroundings some_surroundings(FuzzedDataProvider& data) {
   static constexpr double unwritten[] = {laws::not_a_number, laws::not_a_number, 3, -1e6};
-  return {.threads = 1, .unwritten = data.PickValueInArray(unwritten), .spaced = data.ConsumeBool(), .leftovers = data.ConsumeBool()};
+  return {.threads = 1,
+          .unwritten = data.PickValueInArray(unwritten),
+          .spaced = data.ConsumeBool(),
+          .leftovers = data.ConsumeBool() ? laws::Leftovers::nan : laws::Leftovers::none};
 }
 
 struct Draw {

@@ -78,7 +78,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
 
   Result run(Case const& x, Surroundings const& around) const override {
     B backend = Machine<B>::make(around.threads);
-    if (around.leftovers) run_on<T>(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around, {}, kernel());
+    if (around.leftovers != Leftovers::none) run_on<T>(backend, earlier(x, around.leftovers), around, {}, kernel());
     return run_on<T>(backend, x, around, {}, kernel());
   }
   Result loops(Case const& x, HostGroup const& chosen, bool in_double) const override {
@@ -115,7 +115,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
                  [[maybe_unused]] Surroundings const& around) const override {
     if constexpr (Decodes<P, B, T>) {
       B backend = Machine<B>::make(around.threads);
-      if (around.leftovers) decode_on(backend, {x.sequences, all_nan(x.inputs), {}, false}, calls, around);
+      if (around.leftovers != Leftovers::none) decode_on(backend, earlier(x, around.leftovers), calls, around);
       return decode_on(backend, x, calls, around);
     } else {
       fail(name(), " does not decode");

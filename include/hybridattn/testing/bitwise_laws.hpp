@@ -215,7 +215,8 @@ inline Verdict fills_everything(Subject const& subject) {
   for (std::vector<Index> const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}, {0, 2, 0}}) {
     Case const x = subject.sample(subject.kinds().front(), packed(lengths), 1, true);
     if (why.empty())
-      why = detail::told(detail::first_unfilled(subject.run(x, {.leftovers = true})), "of sequences of lengths " + listed(lengths));
+      why =
+          detail::told(detail::first_unfilled(subject.run(x, {.leftovers = Leftovers::nan})), "of sequences of lengths " + listed(lengths));
   }
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
   Result const plain = subject.run(x, {});
@@ -226,9 +227,10 @@ inline Verdict fills_everything(Subject const& subject) {
       "fills everything",
       detail::first_of([&] { return why; }, [&] { return detail::first_unfilled(plain); },
                        [&] { return changed_by({.unwritten = 3}, "among NaN and among 3, in results before they are written"); },
-                       [&] { return changed_by({.leftovers = true}, "in fresh scratch memory, and in what a run on NaN left"); },
+                       [&] { return changed_by({.leftovers = Leftovers::numbers}, "in fresh scratch memory, and in what a run left"); },
+                       [&] { return changed_by({.leftovers = Leftovers::nan}, "in fresh scratch memory, and in what a run on NaN left"); },
                        [&] {
-                         return changed_by({.threads = 2, .leftovers = true},
+                         return changed_by({.threads = 2, .leftovers = Leftovers::nan},
                                            "in fresh scratch memory, and in what a run on NaN left, on 2 threads");
                        }));
 }

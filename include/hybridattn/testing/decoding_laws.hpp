@@ -139,7 +139,7 @@ inline std::string decoding_depends(AnyPolicy const& policy, Case const& x, Call
   compare({.threads = 3}, "decoded on 1 and on 3 threads");
   compare({.unwritten = 3, .fence = 3}, "decoded among NaN and among 3, in the cache and in results before they are written");
   compare({.spaced = true}, "decoded without and with gaps between the rows");
-  compare({.leftovers = true}, "decoded in fresh scratch memory, and in what a run on NaN left");
+  compare({.leftovers = Leftovers::nan}, "decoded in fresh scratch memory, and in what a run on NaN left");
   return why;
 }
 inline std::string decoding_keeps_memory(AnyPolicy const& policy, Case const& x, Calls const& calls) {

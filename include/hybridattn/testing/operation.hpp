@@ -392,7 +392,7 @@ template <class B, class T> class OperationIn : public AnyOperation {
  public:
   Result run(Case const& x, Surroundings const& around) const override {
     B backend = Machine<B>::make(around.threads);
-    if (around.leftovers) run_here(backend, {x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried}, around);
+    if (around.leftovers != Leftovers::none) run_here(backend, earlier(x, around.leftovers), around);
     return run_here(backend, x, around);
   }
   Result loops(Case const& x, HostGroup const&, bool in_double) const override {

@@ -15,13 +15,16 @@ struct Case {
   bool carried = true;   // with the states that pass from one part of a sequence to the next
 };
 
+// What an earlier run on the same backend left in scratch memory: there was none, it worked on the same numbers, or on NaNs.
+enum class Leftovers { none, numbers, nan };
+
 // What surrounds a run, and must not matter.
 struct Surroundings {
   int threads = 1;
   double unwritten = not_a_number;   // in all results before they are written
   double fence = not_a_number;       // in the memory beside all tensors
   bool spaced = false;               // rows of inputs, outputs and gradients with gaps between them
-  bool leftovers = false;            // scratch memory holds what a run on NaNs left
+  Leftovers leftovers = Leftovers::none;
   bool in_place = false;             // a result stands in the memory of an argument, wherever an operation allows it
 };
 
@@ -149,6 +152,11 @@ inline HostGroup all_nan(HostGroup x) {
   for (HostTensor& tensor : x)
     if (!tensor.whole) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
   return x;
+}
+
+// The earlier run.
+inline Case earlier(Case const& x, Leftovers leftovers) {
+  return leftovers == Leftovers::nan ? Case{x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried} : x;
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
