@@ -104,6 +104,82 @@ struct Attention : ha::PolicyDefaults {
   static auto cache(Config const& c, ha::Index batch, ha::Index capacity) { return Attend::cache(c.attend, batch, capacity); }
 };
 
+// The same with an indexer (DeepSeek Sparse Attention), whose inputs come from the projections too: its loss trains parameters of
+// Prepare alone, and its gradient stops before the projections.
+using Select = ha::SparseAttention<ha::SparseOptions{.top_k = 4, .qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>;
+
+struct IndexedConfig {
+  Config latent;
+  Select::Config select;
+  ha::Stage stage = ha::Stage::language_model;
+
+  Select::Config staged() const {
+    auto c = select;
+    c.stage = stage;
+    return c;
+  }
+};
+struct IndexedPrepare : ha::NoStep {
+  template <class S> struct Params {
+    typename Prepare::Params<S> latent;
+    ha::Held<S, 2> index_w_q, index_w_k, index_w_w;   // [HI*DI, RQ], [DI, RC], [HI, RQ]
+    HYBRIDATTN_FIELDS(latent, index_w_q, index_w_k, index_w_w)
+  };
+  static Params<ha::Shapes> params(IndexedConfig const& c) {
+    return {.latent = Prepare::params(c.latent),
+            .index_w_q = {c.select.index_heads * c.select.index_dim, c.latent.query_rank},
+            .index_w_k = {c.select.index_dim, c.latent.latent_rank},
+            .index_w_w = {c.select.index_heads, c.latent.query_rank}};
+  }
+  static Params<ha::Starts> starts(IndexedConfig const& c) {
+    auto const uniform = ha::Initial::uniform(-0.5, 0.5);
+    return {.latent = Prepare::starts(c.latent), .index_w_q = uniform, .index_w_k = uniform, .index_w_w = uniform};
+  }
+  template <class B, class T>
+  static void forward(B& backend, IndexedConfig const& c, ha::Sequences const& s, Projections<ha::In<T>> raw, Params<ha::In<T>> p,
+                      Select::Inputs<ha::Out<T>> x) {
+    Prepare::forward(backend, c.latent, s, raw, p.latent, Attend::Inputs<ha::Out<T>>{x.q, x.k, x.v});
+    ha::On<ha::Linear, B>::forward(backend, raw.queries, p.index_w_q, as_rows(x.index_q));
+    ha::On<ha::Linear, B>::forward(backend, raw.latent, p.index_w_k, x.index_k);
+    ha::On<ha::Linear, B>::forward(backend, raw.queries, p.index_w_w, x.index_w);
+  }
+  template <class B, class T>
+  static void backward(B& backend, IndexedConfig const& c, ha::Sequences const& s, Projections<ha::In<T>> raw, Params<ha::In<T>> p,
+                       Select::Inputs<ha::In<T>> x, Select::Inputs<ha::In<T>> d_x, Projections<ha::Out<T>> d_raw, Params<ha::Out<T>> d_p) {
+    if (!d_raw.queries.empty())
+      Prepare::backward(backend, c.latent, s, raw, p.latent, Attend::Inputs<ha::In<T>>{x.q, x.k, x.v},
+                        Attend::Inputs<ha::In<T>>{d_x.q, d_x.k, d_x.v}, d_raw, d_p.latent);
+    if (d_x.index_q.empty()) return;
+    auto const learn = [&](ha::View<T const, 2> from, ha::View<T const, 2> w, ha::View<T const, 2> d_y, ha::View<T, 2> d_w) {
+      ha::On<ha::Linear, B>::backward(backend, from, w, d_y, ha::View<T, 2>{}, d_w, ha::Into::overwrite);
+    };
+    learn(raw.queries, p.index_w_q, as_rows(d_x.index_q), d_p.index_w_q);
+    learn(raw.latent, p.index_w_k, d_x.index_k, d_p.index_w_k);
+    learn(raw.queries, p.index_w_w, d_x.index_w, d_p.index_w_w);
+  }
+};
+struct Indexed : ha::PolicyDefaults {
+  static constexpr std::string_view name = "latent with an indexer";
+  using Config = IndexedConfig;
+  using Prepare = IndexedPrepare;
+  template <class S> using Projections = latent::Projections<S>;
+  template <class S> using Inputs = Select::Inputs<S>;
+  template <class S> using Outputs = Select::Outputs<S>;
+  template <class S> using Saved = Select::Saved<S>;
+
+  static constexpr bool detached(std::string_view tensor) { return tensor.starts_with("index_"); }
+  static double auxiliary_weight(Config const& c, ha::Index tokens) { return Select::auxiliary_weight(c.select, tokens); }
+  static Config complete(Config c, ha::Index model_dim, ha::Index num_heads) {
+    c.latent = Attention::complete(c.latent, model_dim, num_heads);
+    c.select = Select::complete(c.select, model_dim, num_heads);
+    return c;
+  }
+  static Projections<ha::Shapes> projections(Config const& c, ha::Sequences const& s) { return Attention::projections(c.latent, s); }
+  static auto inputs(Config const& c, ha::Sequences const& s) { return Select::inputs(c.staged(), s); }
+  static auto outputs(Config const& c, ha::Sequences const& s) { return Select::outputs(c.staged(), s); }
+  static auto saved(Config const& c, ha::Sequences const& s) { return Select::saved(c.staged(), s); }
+};
+
 // Norms after the branches, for all policies of a list but the first.
 template <class First, class... Policies, class Config> void norms_after(ha::Types<First, Policies...>, Config& config) {
   ((config.template norm_placement<Policies>() = ha::NormPlacement::after), ...);
@@ -111,7 +187,7 @@ template <class First, class... Policies, class Config> void norms_after(ha::Typ
 
 }  // namespace latent
 
-// The kernels are those of full attention, on every backend.
+// The kernels are those of full and of sparse attention, on every backend.
 template <hybridattn::Backend B> struct hybridattn::On<latent::Attention, B> {
   template <class... Args> static void forward(B& backend, latent::Config const& c, SequencesOn<B> const& s, Args const&... args) {
     On<latent::Attend, B>::forward(backend, c.attend, s, args...);
@@ -121,6 +197,15 @@ template <hybridattn::Backend B> struct hybridattn::On<latent::Attention, B> {
   }
   template <class... Args> static void extend(B& backend, latent::Config const& c, SequencesOn<B> const& s, Args const&... args) {
     On<latent::Attend, B>::extend(backend, c.attend, s, args...);
+  }
+};
+
+template <hybridattn::Backend B> struct hybridattn::On<latent::Indexed, B> {
+  template <class... Args> static void forward(B& backend, latent::IndexedConfig const& c, SequencesOn<B> const& s, Args const&... args) {
+    On<latent::Select, B>::forward(backend, c.staged(), s, args...);
+  }
+  template <class... Args> static void backward(B& backend, latent::IndexedConfig const& c, SequencesOn<B> const& s, Args const&... args) {
+    On<latent::Select, B>::backward(backend, c.staged(), s, args...);
   }
 };
 

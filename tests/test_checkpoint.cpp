@@ -87,8 +87,8 @@ template <class Group> void append_bits(ha::Cpu& cpu, Group const& group, std::s
 std::string bits_of(Run& run) {
   std::string bits;
   append_bits(run.cpu, run.params, bits);
-  append_bits(run.cpu, run.optimizer.state().mean, bits);
-  append_bits(run.cpu, run.optimizer.state().square, bits);
+  append_bits(run.cpu, run.optimizer.moments().mean, bits);
+  append_bits(run.cpu, run.optimizer.moments().square, bits);
   for (Index updates : run.optimizer.updates(run.cpu)) bits += std::to_string(updates) + " ";
   return bits + std::to_string(run.optimizer.steps());
 }
@@ -607,8 +607,8 @@ TEST_CASE("writes a checkpoint and what is in it", "[.writes]") {
         group);
   };
   add("", run.params);
-  add("optimizer.mean.", run.optimizer.state().mean);
-  add("optimizer.square.", run.optimizer.state().square);
+  add("optimizer.mean.", run.optimizer.moments().mean);
+  add("optimizer.square.", run.optimizer.moments().square);
   std::ofstream(folder / "expected.json") << expected.dump();
 }
 

@@ -125,6 +125,11 @@ TEST_CASE("a family defined outside the library is read, saved and read again") 
   CHECK(model.config().norm_placement<made_up::Classic>() == ha::NormPlacement::before);
   auto const params = hf::load<float>(cpu, model, scratch.path(), reading);
 
+  auto elsewhere = model.config();
+  elsewhere.norm_placement<made_up::Picky>() = ha::NormPlacement::before;
+  CHECK_THAT(error_of([&] { hf::load<float>(cpu, made_up::Model{elsewhere}, scratch.path(), reading); }),
+             Contains("the norms of layer 1 come after attention and feed-forward, but in the model before"));
+
   auto const format = hf::format(scratch.path(), reading);
   CHECK(format.family == &made_up::family);
   hf::save(cpu, model, params, scratch / "again", format);

@@ -377,4 +377,11 @@ TEST_CASE("what no released model has is not saved, and named") {
   check_says(message([](auto& c) { c.feed_forward.balance = ha::Balance::per_layer, c.feed_forward.balance_coefficient = 1; }),
              {"not Balance::pooled"});
   check_says(message([](auto&) {}, hf::qwen3_5_text), {"cannot save the model as qwen3_5_text", "mixtures"});
+  using Two = ha::LanguageModel<ha::Stack<ha::FullAttention<ha::FullOptions{.window = 8}>, ha::Full>>;
+  auto const two = [](auto change) {
+    Two::Config config{.model_dim = 16, .num_heads = 2};
+    change(config);
+    return error_of([&] { hf::settings_of(Two{config}, hf::qwen3_next); });
+  };
+  check_says(two([](auto&) {}), {"layer 1 has window = 0, but an earlier layer of its kind has 8"});
 }

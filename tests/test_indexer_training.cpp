@@ -1,5 +1,6 @@
 // How DSA's indexer is trained in a model: which stage moves what, and that what it should learn is learned.
 #include "catch.hpp"
+#include "latent.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 
@@ -13,11 +14,11 @@ using ha::Stage;
 
 namespace {
 
-// Indexers of bare projections, with rotary, and with a norm as well.
+// Indexers of bare projections, with rotary, with a norm as well, and of inputs that Prepare makes.
 using Bare = ha::SparseAttention<ha::SparseOptions{.top_k = 6}>;
 using Normed = ha::SparseAttention<ha::SparseOptions{.top_k = 9, .index_rotary_percent = 50, .index_norm = true}>;
 using Rotated = ha::SparseAttention<ha::SparseOptions{.top_k = 4, .qk_norm = ha::QkNorm::none, .index_rotary_percent = 100}>;
-using Mixed = ha::Stack<Bare, ha::Full, Normed, Rotated>;
+using Mixed = ha::Stack<Bare, ha::Full, Normed, Rotated, latent::Indexed>;
 constexpr Index vocab_size = 19, tokens_in_batch = 60;
 
 ha::LanguageModel<Mixed>::Config small_config() {
@@ -92,15 +93,15 @@ template <class T> struct Fixture {
 TEST_CASE("the dense warm-up moves the indexers and nothing else: every other parameter keeps every bit, and its moments", "[laws]") {
   Fixture<float> f;
   f.step(Stage::language_model);
-  auto const params = values_of<float>(f.cpu, f.params), mean = values_of<float>(f.cpu, f.optimizer.state().mean),
-             square = values_of<float>(f.cpu, f.optimizer.state().square);
+  auto const params = values_of<float>(f.cpu, f.params), mean = values_of<float>(f.cpu, f.optimizer.moments().mean),
+             square = values_of<float>(f.cpu, f.optimizer.moments().square);
   for (std::uint64_t seed : {2u, 3u}) f.step(Stage::dense_warm_up, seed);
   CHECK(changed(params, values_of<float>(f.cpu, f.params), false).empty());
-  CHECK(changed(mean, values_of<float>(f.cpu, f.optimizer.state().mean), false).empty());
-  CHECK(changed(square, values_of<float>(f.cpu, f.optimizer.state().square), false).empty());
+  CHECK(changed(mean, values_of<float>(f.cpu, f.optimizer.moments().mean), false).empty());
+  CHECK(changed(square, values_of<float>(f.cpu, f.optimizer.moments().square), false).empty());
   auto const moved = changed(params, values_of<float>(f.cpu, f.params), true);
   CHECK(std::ssize(moved) == count_present(params, true));
-  CHECK(moved.size() == 3 * 3 + 2);   // three matrices a layer, and the weight and bias of one norm
+  CHECK(moved.size() == 4 * 3 + 2);   // three matrices a layer, and the weight and bias of one norm
 }
 
 TEST_CASE("the loss of the model moves no indexer, and sparse training moves everything", "[laws]") {
@@ -123,7 +124,7 @@ TEST_CASE("in sparse training each loss gives what it gives alone, bitwise", "[l
   CHECK(changed(both, main, false).empty());
   CHECK(changed(both, index, true).empty());
   CHECK(count_present(main, true) == 0);
-  CHECK(count_present(both, true) == 11);
+  CHECK(count_present(both, true) == 14);
   for (auto const& [path, values] : both) {
     if (!is_indexer(path)) continue;
     auto doubled = values;
@@ -199,10 +200,10 @@ TEST_CASE("the indexers' loss is a weighted mean over tokens, summed over layers
             sums.push_back(download(f.cpu, kept.attention.outputs.auxiliary_loss).at(0));
         },
         saved.blocks);
-    REQUIRE(sums.size() == 3);
+    REQUIRE(sums.size() == 4);
     CHECK(sums[0] > 0);
-    CHECK(f.policy_loss(stage) == Approx((sums[0] + sums[1] + sums[2]) / tokens_in_batch));
-    CHECK(weighted.policy_loss(stage) == Approx((sums[0] + 3 * sums[1] + sums[2]) / tokens_in_batch));
+    CHECK(f.policy_loss(stage) == Approx((sums[0] + sums[1] + sums[2] + sums[3]) / tokens_in_batch));
+    CHECK(weighted.policy_loss(stage) == Approx((sums[0] + 3 * sums[1] + sums[2] + sums[3]) / tokens_in_batch));
     CHECK(f.policy_loss(stage, 7) == f.policy_loss(stage));   // reported as it is, whatever scales its gradient
   }
   CHECK(f.policy_loss(Stage::language_model) == 0);

@@ -366,7 +366,7 @@ template <class Stack, class T> struct BadStep {
  private:
   std::vector<T> everything() {
     auto values = all_values(f, f.params);
-    for (Params const* moments : {&optimizer.state().mean, &optimizer.state().square}) {
+    for (Params const* moments : {&optimizer.moments().mean, &optimizer.moments().square}) {
       auto const more = all_values(f, *moments);
       values.insert(values.end(), more.begin(), more.end());
     }
@@ -441,9 +441,9 @@ TEMPLATE_TEST_CASE("a gradient that is not finite, or makes a parameter or a mom
   };
   std::string const update = "step 2: the update of blocks.0.attention.w_o would make ";
   T const nan = std::numeric_limits<T>::quiet_NaN();
-  CHECK(spoiled(bad.optimizer.state().mean, nan) == update + "the mean of the gradients a NaN or an infinity");
-  CHECK(spoiled(bad.optimizer.state().square, nan) == update + "the mean of the squared gradients a NaN or an infinity");
-  CHECK(spoiled(bad.optimizer.state().square, T(-1)) == update + "the parameter itself a NaN or an infinity");
+  CHECK(spoiled(bad.optimizer.moments().mean, nan) == update + "the mean of the gradients a NaN or an infinity");
+  CHECK(spoiled(bad.optimizer.moments().square, nan) == update + "the mean of the squared gradients a NaN or an infinity");
+  CHECK(spoiled(bad.optimizer.moments().square, T(-1)) == update + "the parameter itself a NaN or an infinity");
   CHECK(spoiled(bad.f.params, nan) == update + "the parameter itself a NaN or an infinity");
 }
 

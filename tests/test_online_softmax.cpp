@@ -47,6 +47,19 @@ TEST_CASE("the softmax of parts, in whichever order they are merged, is that of 
     }
   CHECK(whole.softmax.lse() == Approx(700 + std::log(1 + std::exp(-1) + std::exp(-1.5))).epsilon(1e-15));
 }
+TEST_CASE("a part without scores changes nothing") {
+  Softmax const none{-std::numeric_limits<double>::infinity(), 0};
+  Softmax softmax{2, 1.75}, empty = none, other = none;
+  softmax.merge(none, exponential);
+  CHECK(softmax.reference == 2);
+  CHECK(softmax.total == 1.75);
+  empty.merge({2, 1.75}, exponential);
+  CHECK(empty.lse() == softmax.lse());
+  auto const factors = other.merge(none, exponential);
+  CHECK(factors.own == 1);
+  CHECK(other.total == 0);
+  CHECK(other.lse() == -std::numeric_limits<double>::infinity());
+}
 TEST_CASE("another reference changes no softmax, and the same one changes no bit") {
   Softmax softmax{2, 1.75};
   double const lse = softmax.lse();

@@ -189,7 +189,9 @@ void layers() {
   CHECK(Layers::completed({staged, {}}, 2).layers.get<Sparse>().policy.stage == ha::Stage::sparse);
   auto alone = small();
   alone.policy<Sparse>().stage = ha::Stage::sparse;
-  CHECK_THROWS_WITH(Model{alone}, Catch::Matchers::Contains("DSA: the stage in its config differs from the stage of the model"));
+  CHECK_THROWS_WITH(
+      Model{alone},
+      Catch::Matchers::Contains("DSA: the stage in its config is sparse, the stage of the model is language_model; keep the default"));
   using N = ha::RmsNorm::Options;
   judge<N>("RmsNorm::Options", {},
            {row<N>("weight", &N::weight, {ha::NormWeight::plain, ha::NormWeight::zero_centred}),

@@ -165,7 +165,7 @@ template <class B> struct TrainingOn : Run<B> {
   // The values of all parameters and moments.
   std::vector<float> const& state() {
     this->values.clear();
-    for (auto const* group : {&this->params, &optimizer.state().mean, &optimizer.state().square})
+    for (auto const* group : {&this->params, &optimizer.moments().mean, &optimizer.moments().square})
       ha::zip([&](ha::Path const&, auto const& tensor) { this->keep_values(tensor); }, *group);
     return this->values;
   }
@@ -212,7 +212,7 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   auto const values = [&] {
     run.values.clear();
     ha::zip([&](ha::Path const&, auto const& tensor) { run.keep_values(tensor); }, run.params);
-    ha::zip([&](ha::Path const&, auto const& tensor) { run.keep_values(tensor); }, run.optimizer.state().square);
+    ha::zip([&](ha::Path const&, auto const& tensor) { run.keep_values(tensor); }, run.optimizer.moments().square);
     return run.values;
   };
   auto const first = run.start(1);
@@ -315,8 +315,8 @@ TEST_CASE("parameters, gradients and moments stand in one block of memory each, 
     CHECK((*blocks.begin())->bytes >= bytes);
     return *blocks.begin();
   };
-  std::set<ha::SharedBlock const*> blocks{block_of(run.params), block_of(run.optimizer.state().mean),
-                                          block_of(run.optimizer.state().square)};
+  std::set<ha::SharedBlock const*> blocks{block_of(run.params), block_of(run.optimizer.moments().mean),
+                                          block_of(run.optimizer.moments().square)};
   int exchanges = 0;
   auto const silence = [&](Counting& backend, auto& gradients, ha::View<ha::StepNumbers, 1>) {
     ++exchanges;

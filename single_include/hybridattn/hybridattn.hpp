@@ -344,17 +344,18 @@ template <class V> struct OnlineSoftmax {
     total *= factor;
     return factor;
   }
-  // Adds the scores of another part. Returns one factor for each part's weighted sums.
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
   struct Factors {
     V own, other;
   };
   template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
     V const next = reference > other.reference ? reference : other.reference;
-    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
     total += other.total;
     return factors;
   }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
@@ -1963,7 +1964,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // A Prepare has forward(backend, config, sequences, raw, params, inputs) and
 // backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// the gate's projection of x, if the step is gated. Both backwards overwrite. What a stage does not train has empty d_inputs, d_raw and
+// d_params, which backward does not compute. To decode, a Prepare that reads earlier tokens also has
 // extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
@@ -1981,6 +1983,9 @@ enum class Stage {
   dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
+constexpr char const* name_of(Stage stage) {
+  return stage == Stage::language_model ? "language_model" : stage == Stage::dense_warm_up ? "dense_warm_up" : "sparse";
+}
 inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
@@ -1989,7 +1994,8 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. The gradient of such an input
+  // or projection does not reach x.
   static constexpr bool detached(std::string_view) { return false; }
   // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
@@ -6122,7 +6128,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 // Short depthwise causal convolution, one filter a channel, silu after it:
 //   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
 //   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
-// What stands before a sequence is its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
 // final state. A sequence never sees its neighbour.
 #ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
@@ -6656,7 +6662,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
 //   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
 //                                                           rows
-// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
 struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -6885,7 +6891,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
-//   d_w. An empty d_x or d_w is not wanted.
+//   d_w. An empty d_x or d_w is not computed.
 struct Linear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -7590,12 +7596,11 @@ template <AttentionPolicy Policy> struct Attention {
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
                       typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
                       Inputs<Out<T>> const& inputs) {
-    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+    if constexpr (!std::is_same_v<Cache, NoCache> && requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
       Prepare::extend(backend, c, s, raw, p, cache, inputs);
     } else {
       static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
-                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+                    "Prepare::extend takes the arguments of Prepare::forward, with Cache<Out<T>> before the inputs");
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
@@ -7606,8 +7611,11 @@ template <AttentionPolicy Policy> struct Attention {
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
     bool trains_detached = false;
-    if constexpr (HasAuxiliaryLoss<Policy>)
-      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    if constexpr (HasAuxiliaryLoss<Policy>) {
+      auto const find = [&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); };
+      zip(find, d_p.w);
+      zip(find, d_p.prepare);
+    }
     auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
     auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
       if (has_gradient(path)) gradient = {backend, tensor.shape()};
@@ -7630,6 +7638,7 @@ template <AttentionPolicy Policy> struct Attention {
           if (!detached) into = Into::add;
         },
         p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+    if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;
@@ -7738,12 +7747,13 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
     }
     On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
+    if constexpr (!std::is_same_v<Cache, NoCache>)   // frees memory: long prompts need it below
+      saved.x_normed = {}, saved.attention = {}, saved.attended = {};
 
     if (before) saved.h_normed = normed(backend, c, saved.h, p.feed_forward_norm);
     auto y =
@@ -8026,9 +8036,9 @@ template <AttentionPolicy... Policies> struct Stack {
   // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy,
-            ": the stage in its config differs from the stage of the model; ",
-            "keep the default in the config, and set the stage of a step by StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage in its config is ", name_of(config.stage),
+            ", the stage of the model is ", name_of(stage), "; keep the default in the ",
+            "config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {
@@ -8106,7 +8116,6 @@ template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
   TokenRange token_range = {}, target_range = {};
-  Index counted = 0;                           // tokens that have a target
 };
 
 // Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
@@ -8117,7 +8126,6 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
-  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
@@ -8167,7 +8175,7 @@ struct BatchLosses {
 #endif
 
 // ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+// The language-model head fused with its loss, so that the logits [N, V] are never all in memory:
 //   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
 //   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
 // A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
@@ -8178,10 +8186,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
 //   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
-// the machine, so that a captured step can be replayed for a batch with another number of targets.
+// Backward also computes the loss, so a training step calls backward alone. The scale may be 0. It is in the machine's memory, so that
+// a recorded step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
-  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+  static constexpr Index block_rows = 128;   // tokens whose logits are in memory at the same time
 };
 //   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
 //   scale and d_logits are empty.
@@ -8753,7 +8761,8 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
 template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> const& model, Cache<Stack, T, B> const& cache) {
   zip(
       [](Path const& path, auto const& expected, auto const& layer) {
-        check(layer.shape() == expected, "cache: it was made for a model of other sizes, as ", path.str(), " shows");
+        check(layer.shape() == expected, "cache: it was made for a model of other sizes; its ", path.str(), " has ", layer.shape().count(),
+              " numbers, this model's has ", expected.count());
       },
       cache_shapes(model, {cache.batch(), cache.capacity()}), cache.layers());
 }
@@ -9082,14 +9091,14 @@ template <Text text, class Letters = FieldLetters> using Pattern = typename deta
 #endif
 
 // ==== hybridattn/ops/adamw/step_numbers.hpp
-// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
-// the host waits for a step only where it asks for its numbers.
+// The numbers of a training step, in one block of the machine's memory. Operations add to them and the optimizer reads them there. The
+// host waits for a step only when it reads these numbers.
 #ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 #define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What kept a step from moving anything.
+// Why a step changed no parameter.
 enum class StepFault : std::int32_t {
   none,
   loss,             // the loss is not finite
@@ -9102,14 +9111,14 @@ enum class StepFault : std::int32_t {
   parameter         // a parameter would
 };
 struct BadStep {
-  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  Index step = 0;   // counted from 1, as if it had changed parameters; 0: no step was bad
   LossSum loss;
   double auxiliary_loss = 0;
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;   // which, in the order of the parameters
 };
 struct StepNumbers {
-  // Of the step under way, or of the last one.
+  // Of the current step, or of the last one.
   Index counted = 0;   // tokens that have a target
   double scale = 0;    // of their losses in the mean: 1 / counted, or 0
   LossSum loss;
@@ -9117,13 +9126,13 @@ struct StepNumbers {
   double gradient_norm = 0;                     // before clipping
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;
-  // From step to step.
+  // Kept from step to step.
   double rate = 1;        // factor for the learning rate
-  Index steps = 0;        // that moved something
+  Index steps = 0;        // that changed parameters
   BadStep first_bad;      // since the host last read
 };
 
-// How a tensor of the parameters takes part in a step: bits of a number.
+// How a tensor of the parameters takes part in a step, as bits of a number.
 struct StepRole {
   static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
 };
@@ -9160,7 +9169,7 @@ struct CloseStep {};
 // ==== hybridattn/ops/adamw/adamw.hpp
 // One step of AdamW (arXiv 1711.05101), decay first:
 //   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
-// An operation takes all tensors of a model at once, from a table of where they stand.
+// An operation takes all tensors of a model at once, from a table of their addresses.
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 
@@ -9397,9 +9406,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct AdamWOptions {
   double learning_rate = 1e-3, beta_1 = 0.9, beta_2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
-  double max_norm = 1;           // of all gradients together, larger ones are scaled down to it; 0: no clipping
+  double max_norm = 1;           // of all gradients together; larger gradients are scaled down to this norm; 0: no clipping
   bool bias_correction = true;
-  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`); all of them without it.
+  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`). An empty function: all tensors decay.
   std::function<bool(std::string_view path)> decays = {};
 
   // Throws on numbers that no optimizer can have.
@@ -9414,7 +9423,7 @@ struct AdamWOptions {
 };
 
 namespace detail {
-// What a bad step says, without its number.
+// The sentence about a bad step, without the step's number.
 inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   auto const loss = [](char const* name, double value) {
     std::ostringstream text;
@@ -9444,7 +9453,7 @@ inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   }
   return {};
 }
-// What more is known of it when later steps have started.
+// What an error adds about a bad step after later steps have started.
 inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   if (bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss)
     return tensor.empty() ? "" : "; the first gradient that is not finite is that of " + tensor;
@@ -9453,18 +9462,18 @@ inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   return text.str();
 }
 
-// What an optimizer says of the tensors of a model, in their order: compiled once for a scalar, whatever the model.
+// What an optimizer knows of the tensors of a model, in their order. Compiled once for a scalar, for all models.
 template <class T> struct StepTensors {
   std::vector<std::string> names;
   std::vector<bool> decays;
-  std::vector<std::int32_t> roles;        // in the step at hand
+  std::vector<std::int32_t> roles;        // in the current step
   std::vector<AdamWTensor<T>> tensors;
 
   [[gnu::noinline, gnu::cold]] void name(Path const& path, AdamWOptions const& options) {
     names.push_back(path.str());
     decays.push_back(!options.decays || options.decays(names.back()));
   }
-  // Without a gradient p is nothing.
+  // A tensor without a gradient has p = nullptr.
   [[gnu::noinline]] void add(AdamWTensor<T> tensor, std::vector<bool> const& detached) {
     std::size_t const i = roles.size();
     tensor.first_block = i == 0 ? 0 : tensors.back().first_block + tensors.back().blocks();
@@ -9476,18 +9485,19 @@ template <class T> struct StepTensors {
 
 }  // namespace detail
 
-// Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
+// Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
-// What a step counts and decides stands on the machine (StepNumbers): the host reads it when it asks. One step at a time:
-//   open(backend, rate)  ->  what the batches lose is added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
+// A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
+//   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
   using Scalar = scalar_of<Params>;
   using Backend = backend_of<Params>;
 
-  // What steps change, besides the parameters, with the options and the counts of steps all there is to know of an optimizer.
-  struct State {
-    Params mean, square;   // moments of the gradients
+  // The running means of the gradients and of their squares. Together with the options and the counts of steps they are all that an
+  // optimizer keeps.
+  struct Moments {
+    Params mean, square;
   };
 
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
@@ -9500,7 +9510,7 @@ template <class Params> class AdamW {
           list_.name(path, options_);
         },
         like, sizes);
-    for (Params* moments : {&state_.mean, &state_.square}) {
+    for (Params* moments : {&moments_.mean, &moments_.square}) {
       View<Scalar, 1> all;
       *moments = allocate_together<Scalar>(backend, sizes, &all);
       On<Fill, Backend>::forward(backend, Scalar(0), all);
@@ -9516,10 +9526,10 @@ template <class Params> class AdamW {
     reserve(list_.tensors, tensors, "the tensors of a step");
   }
 
-  // A step begins, with learning_rate * rate.
+  // Begins a step with learning_rate * rate.
   void open(Backend& backend, double rate) {
-    ++started_;   // the numbers of the step before are no longer to be had
     set_rate(backend, rate);
+    ++started_;   // the numbers of the step before are lost
     On<OpenStep, Backend>::forward(backend, out(numbers_));
   }
   // The factor for the learning rate of the steps that follow.
@@ -9528,9 +9538,10 @@ template <class Params> class AdamW {
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
   }
-  // A machine can record a step (from open to start) and replay it: on other tokens after refill(), at another rate after
-  // set_rate(). The host then counts the step here. Record the second step or a later one: the first one uploads what all steps
-  // share, and a step at a new rate sets it.
+  // Counts a step that the machine replayed. A machine can record a step, from open to start, and replay it: on other tokens after
+  // refill(), at another rate after set_rate(). Record the second step or a later one, because the first step uploads tables. Record
+  // it at the rate of the step before: a step at a new rate writes this rate, and every replay would write it again. start() counts the
+  // recorded step. If recording does not run it, the first replay is that step, and only later replays are counted here.
   void replayed() {
     ++started_;
     ++unread_;
@@ -9553,8 +9564,8 @@ template <class Params> class AdamW {
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
     ++unread_;
   }
-  // The numbers of the last step; waits for it. Throws where a step since the last read was bad. The sentence names the first such
-  // step, its fault, its tensor and its loss. Where it is the only step since then, origin() tells where its loss comes from.
+  // Waits for the last step and returns its numbers. Throws Error where a step since the last read was bad. The error names the first
+  // bad step, its fault, its tensor and its loss. If only one step was started since the last read, origin() adds where the fault began.
   template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
     StepNumbers numbers;
     backend.download(&numbers, in(numbers_).data, sizeof numbers);
@@ -9571,21 +9582,21 @@ template <class Params> class AdamW {
   StepNumbers read(Backend& backend) {
     return read(backend, [] { return std::string{}; });
   }
-  // All of it at once; returns the global norm of the gradients before clipping.
+  // open, start and read in one call. Returns the global norm of the gradients before clipping.
   double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
     start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
   }
 
-  // Steps that moved something, as of the last read; and those that were started, whatever came of them.
+  // Steps that changed parameters, as of the last read, and all steps that were started.
   Index steps() const { return steps_; }
   Index started() const { return started_; }
   // Steps since the last read.
   Index unread() const { return unread_; }
   // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
   std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
-  // Goes on from there. Steps that nobody read are forgotten.
+  // Continues after this number of steps. Steps that nobody read are forgotten.
   void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
     StepNumbers numbers;
     numbers.rate = rate_;
@@ -9599,11 +9610,11 @@ template <class Params> class AdamW {
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return list_.decays; }
-  State const& state() const { return state_; }
-  State& state() { return state_; }
+  Moments const& moments() const { return moments_; }
+  Moments& moments() { return moments_; }
 
  private:
-  // What the step at hand is about: addresses and roles, which change rarely.
+  // The addresses and roles of the current step. They rarely change.
   void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
@@ -9612,7 +9623,7 @@ template <class Params> class AdamW {
           if (g) list_.add({out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count()}, detached);
           else list_.add({}, detached);
         },
-        params, gradients, state_.mean, state_.square);
+        params, gradients, moments_.mean, moments_.square);
   }
   template <class T> static void bring_up_to_date(Backend& backend, std::vector<T> const& next, std::vector<T>& known,
                                                   Tensor<T, 1, Backend>& there) {
@@ -9631,9 +9642,9 @@ template <class Params> class AdamW {
   }
 
   AdamWOptions options_;
-  State state_;
+  Moments moments_;
   detail::StepTensors<Scalar> list_;
-  // As the machine has them.
+  // The last uploaded values.
   std::vector<std::int32_t> known_roles_;
   std::vector<AdamWTensor<Scalar>> known_tensors_;
   double rate_ = 1;
@@ -9751,20 +9762,20 @@ inline std::string escaped(std::string_view name) { return "'" + one_line(name, 
 #endif
 
 // ==== hybridattn/train/data.hpp
-// Where training's tokens come from: bytes of a text, or a synthetic task. Host memory only.
+// Sources of tokens for training: the bytes of a text, or a synthetic task. They use the host's memory only.
 #ifndef HYBRIDATTN_TRAIN_DATA_HPP
 #define HYBRIDATTN_TRAIN_DATA_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-inline constexpr std::int32_t no_target = -100;   // a position whose prediction nobody judges
+inline constexpr std::int32_t no_target = -100;   // the target of a position that is not counted
 
-// `batch` windows of `seq_len` tokens, one after the other; targets[i] is what stands behind tokens[i].
+// `batch` windows of `seq_len` tokens, one after the other; targets[i] is the token after tokens[i].
 struct Batch {
   Index batch = 0, seq_len = 0;
   std::vector<std::int32_t> tokens, targets;   // [batch * seq_len]
 
-  // Throws Error where there is no memory for so many.
+  // Throws Error where memory is short.
   void resize(Index windows, Index length) {
     Index const count = size_product(windows, length);
     hybridattn::resize(tokens, count, "a batch's tokens");
@@ -9806,11 +9817,11 @@ class DataSource {
   virtual ~DataSource() = default;
   virtual Index vocab_size() const = 0;
   virtual std::string description() const = 0;
-  // Into the caller's memory: nothing is allocated when its size stays.
+  // Writes into the caller's batch. It allocates nothing while the size stays the same.
   virtual void next_batch(Index batch, Index seq_len, Batch& into) = 0;
-  // As if new: the next batch is the first one again.
+  // Starts again: the next batch is the first one.
   virtual void restart() = 0;
-  // Where the batches stand. `restore` goes on from there, in this process or in another one; it throws when the state is of
+  // The position among the batches. `restore` continues there, in this process or in another one. It throws Error when the state is of
   // other data or of another seed.
   virtual DataState state() const = 0;
   virtual void restore(DataState const& state) = 0;
@@ -9836,7 +9847,7 @@ class ByteText {
       hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
     }
   }
-  // Of all bytes (FNV-1a).
+  // A hash of all bytes (FNV-1a).
   std::uint64_t hash() const { return hash_; }
   std::span<std::int32_t const> all() const { return tokens_; }
   std::span<std::int32_t const> train() const { return all().first(tokens_.size() - tokens_.size() / 10); }
@@ -9962,7 +9973,7 @@ class RecallTask final : public DataSource {
     double order = 0;
     std::size_t number = 0;
   };
-  // Random numbers, and room for what a window is made of.
+  // Random numbers, and memory for the parts of a window.
   struct Stream {
     Random random;
     std::vector<std::int32_t> keys = {}, values = {};   // [pairs]
@@ -10025,7 +10036,7 @@ class RecallTask final : public DataSource {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A factor for the learning rate of step 0, 1, 2, ...: linear from 0 over warmup_steps, then half a cosine from 1 down to
+// The factor for the learning rate of step 0, 1, 2, ... It is linear from 0 over warmup_steps, then half a cosine from 1 down to
 // min_rate at total_steps, where it stays. Where the warm-up takes all steps or more, the rate stays 1 after it.
 struct Schedule {
   Index warmup_steps = 0;
@@ -10049,7 +10060,7 @@ struct Schedule {
 #endif
 
 // ==== hybridattn/train/train_step.hpp
-// One step of training: each line consumes what the line above produced.
+// One step of training.
 #ifndef HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
 #define HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
 
@@ -10060,11 +10071,11 @@ template <class B> TokenBatch<B> make_batch(B& backend, Batch const& host) {
   return make_batch(backend, Sequences::equal(host.batch, host.seq_len), host.tokens, host.targets);
 }
 
-// What a step did.
+// The numbers of a step.
 struct StepResult {
   LossSum loss;               // over the batch's counted tokens, before the step
   double auxiliary_loss = 0;  // load balancing and policies, weighted
-  double policy_loss = 0;     // the policies' part of it: of DSA's indexers, in stages that train them
+  double policy_loss = 0;     // the part of the policies, such as DSA's indexers, in stages that train it
   double gradient_norm = 0;   // before clipping
 };
 
@@ -10090,7 +10101,7 @@ template <class B, class Group> [[gnu::cold]] std::string first_not_finite(B& ba
   zip(find, group);
   return find.found;
 }
-// Where a loss that is not finite comes from, found by another forward.
+// Finds the first tensor that is not finite, by another forward.
 template <class B, class Model, class Params>
 [[gnu::cold]] std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
   std::string const first = "; the first tensor that is not finite is the ";
@@ -10103,13 +10114,13 @@ template <class B, class Model, class Params>
 
 }  // namespace detail
 
-// A step that is under way.
+// A step that was started.
 template <class B, class Params> class PendingStep {
  public:
   PendingStep(B& backend, AdamW<Params>& optimizer) : backend_(backend), optimizer_(optimizer), number_(optimizer.started()) {}
 
-  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. The sentence
-  // names the first of these, its fault and its tensor. Only the step that was started last can be read.
+  // Waits for the step. Throws Error where this step, or another one since the last read, was bad. A bad step changes nothing and is
+  // not counted. The error names the first bad step, its fault and its tensor. Only the step that was started last can be read.
   StepResult read() const {
     return read([] { return std::string{}; });
   }
@@ -10126,15 +10137,16 @@ template <class B, class Params> class PendingStep {
   Index number_;
 };
 
-// What stands between backward and update. Where several processes train one model, theirs adds up the gradients, which stand in one
-// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).counted of them:
-// the mean over all weights it by that count. A process that is alone exchanges nothing.
+// The function between backward and update. Where several processes train one model, theirs adds up the gradients, which are in one
+// block, and the losses among the numbers. Each process has the gradient of the mean over its own numbers(0).counted tokens. The mean
+// over the tokens of all processes weights this gradient by that count. This default is for one process: it exchanges nothing.
 struct NoExchange {
   template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
 };
 
-// One step down the gradients of the mean loss over all counted tokens of several batches, one after the other in memory. Waits for
-// nothing: a loop that prints every tenth step reads every tenth step. exchange(backend, gradients, numbers) is called once.
+// Starts one step down the gradients of the mean loss over all counted tokens of several batches. Only one batch has activations in
+// memory at a time. It waits for nothing: a loop that prints every tenth step reads every tenth step. It calls
+// exchange(backend, gradients, numbers) once.
 template <class B, class Model, class Params, class Exchange = NoExchange>
 PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                                   std::span<TokenBatch<B> const> batches, StepOptions options = {}, Exchange exchange = {}) {
@@ -10170,8 +10182,8 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
   return start_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
 }
 
-// The same, and waits for it. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
-// make a parameter or a moment so, naming step and tensor. It first reads steps that nobody read.
+// Starts the same step and waits for it. It first reads steps that nobody read. Throws Error, with step and tensor, when a loss or a
+// gradient is not finite, or would make a parameter or a moment infinite or NaN. Parameters and moments then stay as they were.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {

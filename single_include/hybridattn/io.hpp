@@ -1543,17 +1543,18 @@ template <class V> struct OnlineSoftmax {
     total *= factor;
     return factor;
   }
-  // Adds the scores of another part. Returns one factor for each part's weighted sums.
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
   struct Factors {
     V own, other;
   };
   template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
     V const next = reference > other.reference ? reference : other.reference;
-    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
     total += other.total;
     return factors;
   }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
@@ -3096,7 +3097,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // A Prepare has forward(backend, config, sequences, raw, params, inputs) and
 // backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// the gate's projection of x, if the step is gated. Both backwards overwrite. What a stage does not train has empty d_inputs, d_raw and
+// d_params, which backward does not compute. To decode, a Prepare that reads earlier tokens also has
 // extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
@@ -3114,6 +3116,9 @@ enum class Stage {
   dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
+constexpr char const* name_of(Stage stage) {
+  return stage == Stage::language_model ? "language_model" : stage == Stage::dense_warm_up ? "dense_warm_up" : "sparse";
+}
 inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
@@ -3122,7 +3127,8 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. The gradient of such an input
+  // or projection does not reach x.
   static constexpr bool detached(std::string_view) { return false; }
   // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
@@ -7255,7 +7261,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 // Short depthwise causal convolution, one filter a channel, silu after it:
 //   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
 //   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
-// What stands before a sequence is its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
 // final state. A sequence never sees its neighbour.
 #ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
@@ -7789,7 +7795,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
 //   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
 //                                                           rows
-// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
 struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -8018,7 +8024,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
-//   d_w. An empty d_x or d_w is not wanted.
+//   d_w. An empty d_x or d_w is not computed.
 struct Linear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -8723,12 +8729,11 @@ template <AttentionPolicy Policy> struct Attention {
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
                       typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
                       Inputs<Out<T>> const& inputs) {
-    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+    if constexpr (!std::is_same_v<Cache, NoCache> && requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
       Prepare::extend(backend, c, s, raw, p, cache, inputs);
     } else {
       static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
-                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+                    "Prepare::extend takes the arguments of Prepare::forward, with Cache<Out<T>> before the inputs");
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
@@ -8739,8 +8744,11 @@ template <AttentionPolicy Policy> struct Attention {
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
     bool trains_detached = false;
-    if constexpr (HasAuxiliaryLoss<Policy>)
-      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    if constexpr (HasAuxiliaryLoss<Policy>) {
+      auto const find = [&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); };
+      zip(find, d_p.w);
+      zip(find, d_p.prepare);
+    }
     auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
     auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
       if (has_gradient(path)) gradient = {backend, tensor.shape()};
@@ -8763,6 +8771,7 @@ template <AttentionPolicy Policy> struct Attention {
           if (!detached) into = Into::add;
         },
         p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+    if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;
@@ -8871,12 +8880,13 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
     }
     On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
+    if constexpr (!std::is_same_v<Cache, NoCache>)   // frees memory: long prompts need it below
+      saved.x_normed = {}, saved.attention = {}, saved.attended = {};
 
     if (before) saved.h_normed = normed(backend, c, saved.h, p.feed_forward_norm);
     auto y =
@@ -9159,9 +9169,9 @@ template <AttentionPolicy... Policies> struct Stack {
   // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy,
-            ": the stage in its config differs from the stage of the model; ",
-            "keep the default in the config, and set the stage of a step by StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage in its config is ", name_of(config.stage),
+            ", the stage of the model is ", name_of(stage), "; keep the default in the ",
+            "config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {
@@ -9239,7 +9249,6 @@ template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
   TokenRange token_range = {}, target_range = {};
-  Index counted = 0;                           // tokens that have a target
 };
 
 // Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
@@ -9250,7 +9259,6 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
-  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
@@ -9300,7 +9308,7 @@ struct BatchLosses {
 #endif
 
 // ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+// The language-model head fused with its loss, so that the logits [N, V] are never all in memory:
 //   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
 //   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
 // A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
@@ -9311,10 +9319,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
 //   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
-// the machine, so that a captured step can be replayed for a batch with another number of targets.
+// Backward also computes the loss, so a training step calls backward alone. The scale may be 0. It is in the machine's memory, so that
+// a recorded step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
-  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+  static constexpr Index block_rows = 128;   // tokens whose logits are in memory at the same time
 };
 //   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
 //   scale and d_logits are empty.
@@ -9898,7 +9906,10 @@ struct Read {
     check(value.is_string(), where, "'", name, "' is of another kind; it must be a word");
     auto const& words = words_of<E>;
     auto const found = std::ranges::find(words, std::string_view(value.get_ref<std::string const&>()));
-    check(found != words.end(), where, "unknown word ", escaped(value.get_ref<std::string const&>()));
+    std::string allowed;
+    for (std::string_view const word : words) allowed.append(allowed.empty() ? "" : ", ").append(word);
+    check(found != words.end(), where, "'", name, "': unknown word ", escaped(value.get_ref<std::string const&>()), "; allowed are ",
+          allowed);
     return static_cast<E>(found - words.begin());
   }
 };
@@ -9971,7 +9982,8 @@ template <class Model> typename Model::Config configuration(Json const& json, st
   members(config.norm, Read{safetensors::member(model, "norm", where), where});
   members(config.initialization, Read{safetensors::member(model, "initialization", where), where});
   Json const& layers = safetensors::member(json, "layers", where);
-  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
+  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern: it has ", layers.size(),
+        " layers, the pattern ", Stack::depth);
   auto const read_layer = [&]<class P>(std::size_t kind, LayerConfig<P>& layer) {
     for (std::size_t i = 0; i < Stack::depth; ++i) {
       if (Stack::Blocks::places[i].type != kind) continue;
@@ -10232,7 +10244,8 @@ class File {
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
     compare(member("model"), model["model"], "");
     Json const& layers = member("layers");
-    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern");
+    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern: it has ", layers.size(),
+          " layers, the pattern ", model["layers"].size());
     for (std::size_t i = 0; i < layers.size(); ++i) {
       Json const& layer = model["layers"][i];
       compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
@@ -11183,7 +11196,8 @@ struct Outline {
   std::map<std::string, Extents> fields;   // every tensor of the model, by path
 };
 
-// A row in a layer: the released tensors of these names, one after the other, hold `groups` times a share of each field.
+// Released tensors and the fields of ours that they hold. The numbers of the tensors, in order, are `groups` groups; each group has an
+// equal share of every field, one field after the other.
 struct Entry {
   std::vector<std::string> names;
   Extents shape;                     // of each of them
@@ -11339,6 +11353,14 @@ inline void check_layers(Settings const& s, std::vector<Json> const& layers) {
 
 }  // namespace detail
 
+// Throws when the layers of a model of these settings have their norms elsewhere than a model's.
+inline void check_norm_placement(Settings const& s, Json const& description) {
+  auto const placement = [](Json const& layer) { return layer.value("norm_placement", "before"); };
+  for (std::size_t i = 0; i < s.pattern.size(); ++i) {
+    std::string const theirs = placement(s.layers.at(s.pattern[i])), ours = placement(description["layers"][i]);
+    check(theirs == ours, s.where, "the norms of layer ", i, " come ", theirs, " attention and feed-forward, but in the model ", ours);
+  }
+}
 // Throws when a config.json is that of other types than the stack's.
 template <class Stack> void check_types(Settings const& s) { detail::check_layers(s, detail::TypesOf<Stack>::layers()); }
 
@@ -11373,6 +11395,17 @@ inline Outline outline(Json const& description, Family const& family) {
   return result;
 }
 
+// Throws where a layer differs from an earlier one of its kind: a config.json has one set of options and sizes for both.
+inline void check_same(Settings const& s, Json const& earlier, Json const& layer) {
+  for (char const* group : {"options", "sizes"}) {
+    Json const ours = layer.value(group, Json::object()), theirs = earlier.value(group, Json::object());
+    for (auto const& [name, value] : ours.items())
+      check(value == theirs[name], s.where, "layer ", s.pattern.size(), " has ", name, " = ", checkpoint::shown(value),
+            ", but an earlier layer of its kind has ", checkpoint::shown(theirs[name]));
+  }
+  check(layer.value("norm_placement", "before") == earlier.value("norm_placement", "before"), s.where, "layer ", s.pattern.size(),
+        " has its norms elsewhere than an earlier layer of its kind");
+}
 inline Settings settings_of(Json const& description, Family const& family) {
   Settings s;
   s.where = "cannot save the model as " + std::string(family.model_type) + ": ";
@@ -11381,6 +11414,7 @@ inline Settings settings_of(Json const& description, Family const& family) {
   for (Json const& layer : description["layers"]) {
     char const letter = letter_of(family, layer);
     check(letter != '?', s.where, "it has a layer of ", layer["policy"].get_ref<std::string const&>(), "; supported are ", family.words());
+    if (s.pattern.find(letter) != s.pattern.npos) check_same(s, s.layers[letter], layer);
     s.pattern += letter;
     s.layers[letter] = layer;
   }
@@ -11596,7 +11630,10 @@ inline std::string pattern(std::filesystem::path const& folder, ReadOptions cons
 namespace detail {
 inline Format format_of(Settings const& settings, Weights const& weights) {
   Format result{.family = settings.family};
-  result.fused_experts = weights.contains_part(".mlp.experts.gate_up_proj");
+  for (RowGroup const& group : settings.family->tensors)
+    for (Row const& row : group.rows)
+      if (group.experts == RowGroup::Experts::fused)
+        result.fused_experts |= weights.contains_part("." + std::string(group.name) + std::string(row.name));
   if (weights.contains_part("model.language_model.")) result.prefix = "model.language_model.";
   return result;
 }
@@ -11661,6 +11698,7 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
   Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
+  check_norm_placement(settings, checkpoint::describe(model));
   Weights const weights{folder};
   Format const format = detail::format_of(settings, weights);
   Outline const wanted = outline(model, *settings.family);
@@ -11731,14 +11769,14 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
 #endif
 
 // ==== hybridattn/ops/adamw/step_numbers.hpp
-// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
-// the host waits for a step only where it asks for its numbers.
+// The numbers of a training step, in one block of the machine's memory. Operations add to them and the optimizer reads them there. The
+// host waits for a step only when it reads these numbers.
 #ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 #define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What kept a step from moving anything.
+// Why a step changed no parameter.
 enum class StepFault : std::int32_t {
   none,
   loss,             // the loss is not finite
@@ -11751,14 +11789,14 @@ enum class StepFault : std::int32_t {
   parameter         // a parameter would
 };
 struct BadStep {
-  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  Index step = 0;   // counted from 1, as if it had changed parameters; 0: no step was bad
   LossSum loss;
   double auxiliary_loss = 0;
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;   // which, in the order of the parameters
 };
 struct StepNumbers {
-  // Of the step under way, or of the last one.
+  // Of the current step, or of the last one.
   Index counted = 0;   // tokens that have a target
   double scale = 0;    // of their losses in the mean: 1 / counted, or 0
   LossSum loss;
@@ -11766,13 +11804,13 @@ struct StepNumbers {
   double gradient_norm = 0;                     // before clipping
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;
-  // From step to step.
+  // Kept from step to step.
   double rate = 1;        // factor for the learning rate
-  Index steps = 0;        // that moved something
+  Index steps = 0;        // that changed parameters
   BadStep first_bad;      // since the host last read
 };
 
-// How a tensor of the parameters takes part in a step: bits of a number.
+// How a tensor of the parameters takes part in a step, as bits of a number.
 struct StepRole {
   static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
 };
@@ -11809,7 +11847,7 @@ struct CloseStep {};
 // ==== hybridattn/ops/adamw/adamw.hpp
 // One step of AdamW (arXiv 1711.05101), decay first:
 //   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
-// An operation takes all tensors of a model at once, from a table of where they stand.
+// An operation takes all tensors of a model at once, from a table of their addresses.
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 
@@ -12046,9 +12084,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct AdamWOptions {
   double learning_rate = 1e-3, beta_1 = 0.9, beta_2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
-  double max_norm = 1;           // of all gradients together, larger ones are scaled down to it; 0: no clipping
+  double max_norm = 1;           // of all gradients together; larger gradients are scaled down to this norm; 0: no clipping
   bool bias_correction = true;
-  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`); all of them without it.
+  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`). An empty function: all tensors decay.
   std::function<bool(std::string_view path)> decays = {};
 
   // Throws on numbers that no optimizer can have.
@@ -12063,7 +12101,7 @@ struct AdamWOptions {
 };
 
 namespace detail {
-// What a bad step says, without its number.
+// The sentence about a bad step, without the step's number.
 inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   auto const loss = [](char const* name, double value) {
     std::ostringstream text;
@@ -12093,7 +12131,7 @@ inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   }
   return {};
 }
-// What more is known of it when later steps have started.
+// What an error adds about a bad step after later steps have started.
 inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   if (bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss)
     return tensor.empty() ? "" : "; the first gradient that is not finite is that of " + tensor;
@@ -12102,18 +12140,18 @@ inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   return text.str();
 }
 
-// What an optimizer says of the tensors of a model, in their order: compiled once for a scalar, whatever the model.
+// What an optimizer knows of the tensors of a model, in their order. Compiled once for a scalar, for all models.
 template <class T> struct StepTensors {
   std::vector<std::string> names;
   std::vector<bool> decays;
-  std::vector<std::int32_t> roles;        // in the step at hand
+  std::vector<std::int32_t> roles;        // in the current step
   std::vector<AdamWTensor<T>> tensors;
 
   [[gnu::noinline, gnu::cold]] void name(Path const& path, AdamWOptions const& options) {
     names.push_back(path.str());
     decays.push_back(!options.decays || options.decays(names.back()));
   }
-  // Without a gradient p is nothing.
+  // A tensor without a gradient has p = nullptr.
   [[gnu::noinline]] void add(AdamWTensor<T> tensor, std::vector<bool> const& detached) {
     std::size_t const i = roles.size();
     tensor.first_block = i == 0 ? 0 : tensors.back().first_block + tensors.back().blocks();
@@ -12125,18 +12163,19 @@ template <class T> struct StepTensors {
 
 }  // namespace detail
 
-// Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
+// Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
-// What a step counts and decides stands on the machine (StepNumbers): the host reads it when it asks. One step at a time:
-//   open(backend, rate)  ->  what the batches lose is added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
+// A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
+//   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
   using Scalar = scalar_of<Params>;
   using Backend = backend_of<Params>;
 
-  // What steps change, besides the parameters, with the options and the counts of steps all there is to know of an optimizer.
-  struct State {
-    Params mean, square;   // moments of the gradients
+  // The running means of the gradients and of their squares. Together with the options and the counts of steps they are all that an
+  // optimizer keeps.
+  struct Moments {
+    Params mean, square;
   };
 
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
@@ -12149,7 +12188,7 @@ template <class Params> class AdamW {
           list_.name(path, options_);
         },
         like, sizes);
-    for (Params* moments : {&state_.mean, &state_.square}) {
+    for (Params* moments : {&moments_.mean, &moments_.square}) {
       View<Scalar, 1> all;
       *moments = allocate_together<Scalar>(backend, sizes, &all);
       On<Fill, Backend>::forward(backend, Scalar(0), all);
@@ -12165,10 +12204,10 @@ template <class Params> class AdamW {
     reserve(list_.tensors, tensors, "the tensors of a step");
   }
 
-  // A step begins, with learning_rate * rate.
+  // Begins a step with learning_rate * rate.
   void open(Backend& backend, double rate) {
-    ++started_;   // the numbers of the step before are no longer to be had
     set_rate(backend, rate);
+    ++started_;   // the numbers of the step before are lost
     On<OpenStep, Backend>::forward(backend, out(numbers_));
   }
   // The factor for the learning rate of the steps that follow.
@@ -12177,9 +12216,10 @@ template <class Params> class AdamW {
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
   }
-  // A machine can record a step (from open to start) and replay it: on other tokens after refill(), at another rate after
-  // set_rate(). The host then counts the step here. Record the second step or a later one: the first one uploads what all steps
-  // share, and a step at a new rate sets it.
+  // Counts a step that the machine replayed. A machine can record a step, from open to start, and replay it: on other tokens after
+  // refill(), at another rate after set_rate(). Record the second step or a later one, because the first step uploads tables. Record
+  // it at the rate of the step before: a step at a new rate writes this rate, and every replay would write it again. start() counts the
+  // recorded step. If recording does not run it, the first replay is that step, and only later replays are counted here.
   void replayed() {
     ++started_;
     ++unread_;
@@ -12202,8 +12242,8 @@ template <class Params> class AdamW {
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
     ++unread_;
   }
-  // The numbers of the last step; waits for it. Throws where a step since the last read was bad. The sentence names the first such
-  // step, its fault, its tensor and its loss. Where it is the only step since then, origin() tells where its loss comes from.
+  // Waits for the last step and returns its numbers. Throws Error where a step since the last read was bad. The error names the first
+  // bad step, its fault, its tensor and its loss. If only one step was started since the last read, origin() adds where the fault began.
   template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
     StepNumbers numbers;
     backend.download(&numbers, in(numbers_).data, sizeof numbers);
@@ -12220,21 +12260,21 @@ template <class Params> class AdamW {
   StepNumbers read(Backend& backend) {
     return read(backend, [] { return std::string{}; });
   }
-  // All of it at once; returns the global norm of the gradients before clipping.
+  // open, start and read in one call. Returns the global norm of the gradients before clipping.
   double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
     start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
   }
 
-  // Steps that moved something, as of the last read; and those that were started, whatever came of them.
+  // Steps that changed parameters, as of the last read, and all steps that were started.
   Index steps() const { return steps_; }
   Index started() const { return started_; }
   // Steps since the last read.
   Index unread() const { return unread_; }
   // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
   std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
-  // Goes on from there. Steps that nobody read are forgotten.
+  // Continues after this number of steps. Steps that nobody read are forgotten.
   void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
     StepNumbers numbers;
     numbers.rate = rate_;
@@ -12248,11 +12288,11 @@ template <class Params> class AdamW {
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return list_.decays; }
-  State const& state() const { return state_; }
-  State& state() { return state_; }
+  Moments const& moments() const { return moments_; }
+  Moments& moments() { return moments_; }
 
  private:
-  // What the step at hand is about: addresses and roles, which change rarely.
+  // The addresses and roles of the current step. They rarely change.
   void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
@@ -12261,7 +12301,7 @@ template <class Params> class AdamW {
           if (g) list_.add({out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count()}, detached);
           else list_.add({}, detached);
         },
-        params, gradients, state_.mean, state_.square);
+        params, gradients, moments_.mean, moments_.square);
   }
   template <class T> static void bring_up_to_date(Backend& backend, std::vector<T> const& next, std::vector<T>& known,
                                                   Tensor<T, 1, Backend>& there) {
@@ -12280,9 +12320,9 @@ template <class Params> class AdamW {
   }
 
   AdamWOptions options_;
-  State state_;
+  Moments moments_;
   detail::StepTensors<Scalar> list_;
-  // As the machine has them.
+  // The last uploaded values.
   std::vector<std::int32_t> known_roles_;
   std::vector<AdamWTensor<Scalar>> known_tensors_;
   double rate_ = 1;
@@ -12301,7 +12341,7 @@ template <class Params> class AdamW {
 #endif
 
 // ==== hybridattn/train/checkpoint.hpp
-// Checkpoints: a run goes on in another process as if it had never stopped, bit for bit.
+// Checkpoints: another process continues a run with the same bits as if the run had never stopped.
 //
 //   Progress done;
 //   if (std::filesystem::exists("run.safetensors")) {
@@ -12313,14 +12353,14 @@ template <class Params> class AdamW {
 //     if (++step % 100 == 0) save_checkpoint(cpu, "run.safetensors", model, params, optimizer, {.step = step, .data = text.state()});
 //   }
 //
-// A process may be killed at any moment: under the name stands the last checkpoint that was finished, or none.
+// A process may be killed at any moment. The file is then the last complete checkpoint, or does not exist.
 #ifndef HYBRIDATTN_TRAIN_CHECKPOINT_HPP
 #define HYBRIDATTN_TRAIN_CHECKPOINT_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct LoadOptions {
-  // Keep the optimizer's own options where the file's are others: another learning rate from here on.
+  // Accept a file with other options of the optimizer, and keep the optimizer's own: to continue with another learning rate.
   bool other_optimizer_options = false;
 };
 
@@ -12336,12 +12376,12 @@ template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
 
 namespace checkpoint {
 
-// With the names of what does not decay, and the updates of what had a gradient in some steps only.
+// Moments, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
 template <class Params>
 NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& params) {
   NamedGroups groups;
-  groups.add("mean", optimizer.state().mean);
-  groups.add("square", optimizer.state().square);
+  groups.add("mean", optimizer.moments().mean);
+  groups.add("square", optimizer.moments().square);
   Json& json = groups.numbers;
   to_json(json, optimizer.options());
   json["steps"] = optimizer.steps();
@@ -12355,7 +12395,7 @@ NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& 
   return groups;
 }
 
-// An optimizer's steps, and of each parameter how many of them had a gradient for it.
+// An optimizer's steps, and for each parameter the number of steps with a gradient for it.
 struct StepCounts {
   Index steps = 0;
   std::vector<Index> updates;
@@ -12378,8 +12418,8 @@ struct StepCounts {
 
 }  // namespace checkpoint
 
-// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name; and, before it writes,
-// where a step since the last read was bad.
+// Writes a run to a file. If that fails, the old file stays. Throws Error with the file's name. Throws before it writes where a step
+// since the last read was bad.
 template <class B, class Model, class Params>
 void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params, AdamW<Params>& optimizer,
                      Progress const& progress = {}) {
@@ -12388,8 +12428,8 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
   save_checkpoint(backend, path, model, params, groups, progress);
 }
 
-// Takes parameters, moments and step count out of a file. Throws Error where the file is damaged, or of another pattern,
-// size, dtype, optimizer or version, and names both, or cannot be read to its end; then nothing was touched.
+// Reads parameters, moments and step count from a file. Throws Error, and changes nothing, where the file is damaged, cannot be read
+// to its end, or has another pattern, size, dtype, optimizer or version. The error names both values.
 template <class B, class Model, class Params>
 Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, AdamW<Params>& optimizer,
                          LoadOptions options = {}) {

@@ -355,17 +355,18 @@ template <class V> struct OnlineSoftmax {
     total *= factor;
     return factor;
   }
-  // Adds the scores of another part. Returns one factor for each part's weighted sums.
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
   struct Factors {
     V own, other;
   };
   template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
     V const next = reference > other.reference ? reference : other.reference;
-    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
     total += other.total;
     return factors;
   }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
@@ -1974,7 +1975,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // A Prepare has forward(backend, config, sequences, raw, params, inputs) and
 // backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// the gate's projection of x, if the step is gated. Both backwards overwrite. What a stage does not train has empty d_inputs, d_raw and
+// d_params, which backward does not compute. To decode, a Prepare that reads earlier tokens also has
 // extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
@@ -1992,6 +1994,9 @@ enum class Stage {
   dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
+constexpr char const* name_of(Stage stage) {
+  return stage == Stage::language_model ? "language_model" : stage == Stage::dense_warm_up ? "dense_warm_up" : "sparse";
+}
 inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
@@ -2000,7 +2005,8 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. The gradient of such an input
+  // or projection does not reach x.
   static constexpr bool detached(std::string_view) { return false; }
   // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
@@ -6133,7 +6139,7 @@ template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
 // Short depthwise causal convolution, one filter a channel, silu after it:
 //   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
 //   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
-// What stands before a sequence is its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
 // final state. A sequence never sees its neighbour.
 #ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
@@ -7564,7 +7570,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
 //   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
 //                                                           rows
-// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
 struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -7793,7 +7799,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
-//   d_w. An empty d_x or d_w is not wanted.
+//   d_w. An empty d_x or d_w is not computed.
 struct Linear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -8498,12 +8504,11 @@ template <AttentionPolicy Policy> struct Attention {
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
                       typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
                       Inputs<Out<T>> const& inputs) {
-    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+    if constexpr (!std::is_same_v<Cache, NoCache> && requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
       Prepare::extend(backend, c, s, raw, p, cache, inputs);
     } else {
       static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
-                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+                    "Prepare::extend takes the arguments of Prepare::forward, with Cache<Out<T>> before the inputs");
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
@@ -8514,8 +8519,11 @@ template <AttentionPolicy Policy> struct Attention {
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
     bool trains_detached = false;
-    if constexpr (HasAuxiliaryLoss<Policy>)
-      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    if constexpr (HasAuxiliaryLoss<Policy>) {
+      auto const find = [&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); };
+      zip(find, d_p.w);
+      zip(find, d_p.prepare);
+    }
     auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
     auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
       if (has_gradient(path)) gradient = {backend, tensor.shape()};
@@ -8538,6 +8546,7 @@ template <AttentionPolicy Policy> struct Attention {
           if (!detached) into = Into::add;
         },
         p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+    if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;
@@ -8646,12 +8655,13 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
     }
     On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
+    if constexpr (!std::is_same_v<Cache, NoCache>)   // frees memory: long prompts need it below
+      saved.x_normed = {}, saved.attention = {}, saved.attended = {};
 
     if (before) saved.h_normed = normed(backend, c, saved.h, p.feed_forward_norm);
     auto y =
@@ -8934,9 +8944,9 @@ template <AttentionPolicy... Policies> struct Stack {
   // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy,
-            ": the stage in its config differs from the stage of the model; ",
-            "keep the default in the config, and set the stage of a step by StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage in its config is ", name_of(config.stage),
+            ", the stage of the model is ", name_of(stage), "; keep the default in the ",
+            "config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {
@@ -9014,7 +9024,6 @@ template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
   TokenRange token_range = {}, target_range = {};
-  Index counted = 0;                           // tokens that have a target
 };
 
 // Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
@@ -9025,7 +9034,6 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
-  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
@@ -9075,7 +9083,7 @@ struct BatchLosses {
 #endif
 
 // ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+// The language-model head fused with its loss, so that the logits [N, V] are never all in memory:
 //   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
 //   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
 // A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
@@ -9086,10 +9094,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
 //   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
-// the machine, so that a captured step can be replayed for a batch with another number of targets.
+// Backward also computes the loss, so a training step calls backward alone. The scale may be 0. It is in the machine's memory, so that
+// a recorded step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
-  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+  static constexpr Index block_rows = 128;   // tokens whose logits are in memory at the same time
 };
 //   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
 //   scale and d_logits are empty.
@@ -9673,7 +9681,10 @@ struct Read {
     check(value.is_string(), where, "'", name, "' is of another kind; it must be a word");
     auto const& words = words_of<E>;
     auto const found = std::ranges::find(words, std::string_view(value.get_ref<std::string const&>()));
-    check(found != words.end(), where, "unknown word ", escaped(value.get_ref<std::string const&>()));
+    std::string allowed;
+    for (std::string_view const word : words) allowed.append(allowed.empty() ? "" : ", ").append(word);
+    check(found != words.end(), where, "'", name, "': unknown word ", escaped(value.get_ref<std::string const&>()), "; allowed are ",
+          allowed);
     return static_cast<E>(found - words.begin());
   }
 };
@@ -9746,7 +9757,8 @@ template <class Model> typename Model::Config configuration(Json const& json, st
   members(config.norm, Read{safetensors::member(model, "norm", where), where});
   members(config.initialization, Read{safetensors::member(model, "initialization", where), where});
   Json const& layers = safetensors::member(json, "layers", where);
-  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
+  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern: it has ", layers.size(),
+        " layers, the pattern ", Stack::depth);
   auto const read_layer = [&]<class P>(std::size_t kind, LayerConfig<P>& layer) {
     for (std::size_t i = 0; i < Stack::depth; ++i) {
       if (Stack::Blocks::places[i].type != kind) continue;
@@ -10007,7 +10019,8 @@ class File {
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
     compare(member("model"), model["model"], "");
     Json const& layers = member("layers");
-    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern");
+    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern: it has ", layers.size(),
+          " layers, the pattern ", model["layers"].size());
     for (std::size_t i = 0; i < layers.size(); ++i) {
       Json const& layer = model["layers"][i];
       compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
@@ -10958,7 +10971,8 @@ struct Outline {
   std::map<std::string, Extents> fields;   // every tensor of the model, by path
 };
 
-// A row in a layer: the released tensors of these names, one after the other, hold `groups` times a share of each field.
+// Released tensors and the fields of ours that they hold. The numbers of the tensors, in order, are `groups` groups; each group has an
+// equal share of every field, one field after the other.
 struct Entry {
   std::vector<std::string> names;
   Extents shape;                     // of each of them
@@ -11114,6 +11128,14 @@ inline void check_layers(Settings const& s, std::vector<Json> const& layers) {
 
 }  // namespace detail
 
+// Throws when the layers of a model of these settings have their norms elsewhere than a model's.
+inline void check_norm_placement(Settings const& s, Json const& description) {
+  auto const placement = [](Json const& layer) { return layer.value("norm_placement", "before"); };
+  for (std::size_t i = 0; i < s.pattern.size(); ++i) {
+    std::string const theirs = placement(s.layers.at(s.pattern[i])), ours = placement(description["layers"][i]);
+    check(theirs == ours, s.where, "the norms of layer ", i, " come ", theirs, " attention and feed-forward, but in the model ", ours);
+  }
+}
 // Throws when a config.json is that of other types than the stack's.
 template <class Stack> void check_types(Settings const& s) { detail::check_layers(s, detail::TypesOf<Stack>::layers()); }
 
@@ -11148,6 +11170,17 @@ inline Outline outline(Json const& description, Family const& family) {
   return result;
 }
 
+// Throws where a layer differs from an earlier one of its kind: a config.json has one set of options and sizes for both.
+inline void check_same(Settings const& s, Json const& earlier, Json const& layer) {
+  for (char const* group : {"options", "sizes"}) {
+    Json const ours = layer.value(group, Json::object()), theirs = earlier.value(group, Json::object());
+    for (auto const& [name, value] : ours.items())
+      check(value == theirs[name], s.where, "layer ", s.pattern.size(), " has ", name, " = ", checkpoint::shown(value),
+            ", but an earlier layer of its kind has ", checkpoint::shown(theirs[name]));
+  }
+  check(layer.value("norm_placement", "before") == earlier.value("norm_placement", "before"), s.where, "layer ", s.pattern.size(),
+        " has its norms elsewhere than an earlier layer of its kind");
+}
 inline Settings settings_of(Json const& description, Family const& family) {
   Settings s;
   s.where = "cannot save the model as " + std::string(family.model_type) + ": ";
@@ -11156,6 +11189,7 @@ inline Settings settings_of(Json const& description, Family const& family) {
   for (Json const& layer : description["layers"]) {
     char const letter = letter_of(family, layer);
     check(letter != '?', s.where, "it has a layer of ", layer["policy"].get_ref<std::string const&>(), "; supported are ", family.words());
+    if (s.pattern.find(letter) != s.pattern.npos) check_same(s, s.layers[letter], layer);
     s.pattern += letter;
     s.layers[letter] = layer;
   }
@@ -11371,7 +11405,10 @@ inline std::string pattern(std::filesystem::path const& folder, ReadOptions cons
 namespace detail {
 inline Format format_of(Settings const& settings, Weights const& weights) {
   Format result{.family = settings.family};
-  result.fused_experts = weights.contains_part(".mlp.experts.gate_up_proj");
+  for (RowGroup const& group : settings.family->tensors)
+    for (Row const& row : group.rows)
+      if (group.experts == RowGroup::Experts::fused)
+        result.fused_experts |= weights.contains_part("." + std::string(group.name) + std::string(row.name));
   if (weights.contains_part("model.language_model.")) result.prefix = "model.language_model.";
   return result;
 }
@@ -11436,6 +11473,7 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
   Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
+  check_norm_placement(settings, checkpoint::describe(model));
   Weights const weights{folder};
   Format const format = detail::format_of(settings, weights);
   Outline const wanted = outline(model, *settings.family);

@@ -1544,11 +1544,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 inline constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
 // What the first axis of a tensor counts.
-enum class Rows { tokens, sequences, other };
+enum class RowsOf { tokens, sequences, other };
 
 struct HostTensor {
   std::string name;
-  Rows rows = Rows::other;
+  RowsOf rows = RowsOf::other;
   bool whole = false;            // of whole numbers: a choice
   std::vector<Index> shape;
   std::vector<double> values;    // none: the tensor is not there
@@ -1776,7 +1776,7 @@ namespace detail {
 
 // Rows of tokens or sequences from `from`, of a batch of `from_sequences`, to the rows of consecutive parts.
 inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, std::vector<Part> const& parts) {
-  if (from.rows == Rows::other || from.values.empty()) return from;
+  if (from.rows == RowsOf::other || from.values.empty()) return from;
   HostTensor to = from;
   to.values.clear();
   to.shape[0] = 0;
@@ -1785,7 +1785,7 @@ inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, st
     to.shape[0] += count;
   };
   for (Part const& part : parts) {
-    if (from.rows == Rows::sequences) append(part.index, 1);
+    if (from.rows == RowsOf::sequences) append(part.index, 1);
     else append(sequences[static_cast<std::size_t>(part.index)].start + part.first, part.last - part.first);
   }
   return to;
@@ -2257,7 +2257,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // A Prepare has forward(backend, config, sequences, raw, params, inputs) and
 // backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// the gate's projection of x, if the step is gated. Both backwards overwrite. What a stage does not train has empty d_inputs, d_raw and
+// d_params, which backward does not compute. To decode, a Prepare that reads earlier tokens also has
 // extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
@@ -2275,6 +2276,9 @@ enum class Stage {
   dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
+constexpr char const* name_of(Stage stage) {
+  return stage == Stage::language_model ? "language_model" : stage == Stage::dense_warm_up ? "dense_warm_up" : "sparse";
+}
 inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
@@ -2283,7 +2287,8 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. The gradient of such an input
+  // or projection does not reach x.
   static constexpr bool detached(std::string_view) { return false; }
   // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
@@ -2583,9 +2588,9 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
         [&](Path const& path, auto const& shape, auto const& a, auto const& b, auto const& view) {
           HostTensor& tensor = group.emplace_back();
           tensor.name = path.str();
-          tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? Rows::tokens
-                        : detail::counts(a, 2) && detail::counts(b, 3) ? Rows::sequences
-                                                                       : Rows::other;
+          tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? RowsOf::tokens
+                        : detail::counts(a, 2) && detail::counts(b, 3) ? RowsOf::sequences
+                                                                       : RowsOf::other;
           tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
           tensor.values.resize(static_cast<std::size_t>(shape.count()));
           for (Index extent : shape.extent) tensor.shape.push_back(extent);
@@ -2663,7 +2668,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     Decoded result;
     result.outputs = empty_group(output_shapes(x.sequences, false), outputs_of);
     for (HostTensor& tensor : result.outputs)
-      if (tensor.rows != Rows::tokens) tensor.values.clear();
+      if (tensor.rows != RowsOf::tokens) tensor.values.clear();
     auto const before = backend.pool().in_use();
     std::size_t allocations = 0;
     std::vector<Index> past(x.sequences.size());
@@ -2692,7 +2697,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     values(backend, inputs, empty_group(input_shapes(s, false), inputs_of), result.trespass);
     for (std::size_t tensor = 0; tensor < part.size(); ++tensor) {
       HostTensor& whole = result.outputs[tensor];
-      if (whole.rows != Rows::tokens) continue;
+      if (whole.rows != RowsOf::tokens) continue;
       for (std::size_t i = 0; i < s.size(); ++i)
         std::copy_n(part[tensor].row(s[i].start), s[i].length * whole.row_size(), whole.row(x.sequences[i].start + s[i].past));
     }
@@ -2740,7 +2745,7 @@ inline bool is_early(Sequences const& s, Cut const& cut, Index token) {
   return s.positions()(token) < cut[static_cast<std::size_t>(s.owners()(token))];
 }
 // The sequence that a row of tokens or sequences belongs to.
-inline Index owner(Sequences const& s, Rows rows, Index row) { return rows == Rows::tokens ? s.owners()(row) : row; }
+inline Index owner(Sequences const& s, RowsOf rows, Index row) { return rows == RowsOf::tokens ? s.owners()(row) : row; }
 
 // The first of the checks that names an offender: "" if none does.
 template <class... Checks> std::string first_of(Checks... checks) {
@@ -2787,10 +2792,10 @@ inline Verdict causal_forward(Subject const& subject) {
   return detail::verdict(
       "causal forward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
-          return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
+          return tensor.rows == RowsOf::tokens && detail::is_early(x.sequences, cut, row);
         };
         replace_rows(x.inputs, other.inputs,
-                     [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
+                     [&](HostTensor const& tensor, Index row) { return tensor.rows == RowsOf::tokens && !is_early(tensor, row); });
         x.d_outputs.clear();
         Result const after = subject.run(x, {});
         return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
@@ -2804,9 +2809,9 @@ inline Verdict causal_backward(Subject const& subject) {
   return detail::verdict(
       "causal backward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
-          return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
+          return tensor.rows == RowsOf::tokens && detail::is_early(x.sequences, cut, row);
         };
-        auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); };
+        auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == RowsOf::tokens && !is_early(tensor, row); };
         replace_rows(x.d_outputs, other.d_outputs, is_early);
         return first_difference(before.gradients, subject.run(x, {}).gradients, is_late);
       }));
@@ -2814,7 +2819,7 @@ inline Verdict causal_backward(Subject const& subject) {
 
 namespace detail {
 inline bool any_has_rows(HostGroup const& group) {
-  return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.rows != Rows::other && !x.values.empty(); });
+  return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.rows != RowsOf::other && !x.values.empty(); });
 }
 inline bool any_has_rows(Result const& result) { return any_has_rows(result.outputs) || any_has_rows(result.gradients); }
 }  // namespace detail
@@ -2833,9 +2838,9 @@ inline Verdict independent_of_the_batch(Subject const& subject) {
     for (bool const with_nan : {false, true}) {
       if (!why.empty()) continue;
       auto const changes = [&](HostTensor const& tensor, Index row) {
-        return tensor.rows != Rows::other && detail::owner(s, tensor.rows, row) % 2 == parity;
+        return tensor.rows != RowsOf::other && detail::owner(s, tensor.rows, row) % 2 == parity;
       };
-      auto const stays = [&](HostTensor const& tensor, Index row) { return tensor.rows != Rows::other && !changes(tensor, row); };
+      auto const stays = [&](HostTensor const& tensor, Index row) { return tensor.rows != RowsOf::other && !changes(tensor, row); };
       Case changed = x;
       replace_rows(changed.inputs, with_nan ? nan : other.inputs, changes);
       replace_rows(changed.d_outputs, with_nan ? nan_upstream : other.d_outputs, changes);
@@ -2860,7 +2865,7 @@ inline Verdict packed_equals_its_sequences(Subject const& subject) {
     for (Index i = 0; i < s.count() && why.empty(); ++i) {
       std::vector<Part> const own{{i, 0, s[static_cast<std::size_t>(i)].length}};
       Result const alone = subject.run(cut(x, own), {});
-      auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != Rows::other; };
+      auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != RowsOf::other; };
       why = detail::told(
           detail::first_of([&] { return first_difference(detail::rows_of(whole.outputs, s, own), alone.outputs, has_rows); },
                            [&] { return first_difference(detail::rows_of(whole.gradients, s, own), alone.gradients, has_rows); }),
@@ -3282,11 +3287,11 @@ inline std::vector<Case> three_parts(Case const& x) {
 // Rows of tokens from the parts, in the order of the whole; states from part `states`; what has no rows is a sum over tokens.
 inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
-    if (whole[i].rows == Rows::sequences) whole[i].values = groups[states][i].values;
-    if (whole[i].rows == Rows::other)
+    if (whole[i].rows == RowsOf::sequences) whole[i].values = groups[states][i].values;
+    if (whole[i].rows == RowsOf::other)
       for (std::size_t e = 0; e < whole[i].values.size(); ++e)
         whole[i].values[e] = groups[0][i].values[e] + groups[1][i].values[e] + groups[2][i].values[e];
-    if (whole[i].rows != Rows::tokens) continue;
+    if (whole[i].rows != RowsOf::tokens) continue;
     Index const size = whole[i].row_size();
     auto to = whole[i].values.begin();
     for (std::size_t sequence = 0; sequence < parts[0].sequences.size(); ++sequence)
@@ -3393,7 +3398,7 @@ inline std::vector<Splitting> splittings(Sequences const& s, std::uint64_t seed)
 inline Case sample_to_decode(AnyPolicy const& policy, std::string const& kind, Sequences const& s, std::uint64_t seed) {
   Case x = policy.sample(kind, s, seed, false);
   for (HostTensor& tensor : x.inputs)
-    if (tensor.rows == Rows::sequences) std::fill(tensor.values.begin(), tensor.values.end(), 0);
+    if (tensor.rows == RowsOf::sequences) std::fill(tensor.values.begin(), tensor.values.end(), 0);
   return x;
 }
 
@@ -3439,7 +3444,7 @@ inline std::string decoding_sees_too_much(AnyPolicy const& policy, Case const& x
     if (!why.empty()) break;
     auto const is_early = [&](HostTensor const&, Index row) { return detail::is_early(x.sequences, cut, row); };
     Case changed = x;
-    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == Rows::tokens && !is_early(t, row); });
+    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == RowsOf::tokens && !is_early(t, row); });
     why = told(first_difference(before.outputs, policy.decode(changed, calls, {}).outputs, is_early),
                sentence("before and after NaN beyond a cut, in decoding; the sequences are cut at ", listed(cut)));
   }
@@ -3447,7 +3452,7 @@ inline std::string decoding_sees_too_much(AnyPolicy const& policy, Case const& x
     if (!why.empty()) break;
     auto const stays = [&](HostTensor const& t, Index row) { return owner(x.sequences, t.rows, row) % 2 != parity; };
     Case changed = x;
-    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == Rows::tokens && !stays(t, row); });
+    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == RowsOf::tokens && !stays(t, row); });
     Decoded const after = policy.decode(changed, calls, {});
     why = told(first_of([&] { return first_difference(before.outputs, after.outputs, stays); },
                         [&] { return first_difference(before.cache, after.cache, stays); }),
@@ -3653,7 +3658,7 @@ class BadValues {
     std::string why;
     auto const each = [&](Case& x, HostGroup& group, bool decodes) {
       for (std::size_t i = 0; i < group.size() && why.empty(); ++i) {
-        if (group[i].values.empty() || (decodes && group[i].rows != Rows::tokens)) continue;
+        if (group[i].values.empty() || (decodes && group[i].rows != RowsOf::tokens)) continue;
         HostGroup const before = group;
         Index const row = row_to_spoil(group[i], turn++);
         if (turn % 3 == 0) std::fill_n(group[i].row(row), group[i].row_size(), bad.value);
@@ -3674,7 +3679,7 @@ class BadValues {
   std::string enlarge(double times) const {
     Case x = x_;
     for (HostTensor& tensor : x.inputs)
-      if (tensor.rows == Rows::tokens && !policy_.detached(tensor.name))
+      if (tensor.rows == RowsOf::tokens && !policy_.detached(tensor.name))
         for (double& value : tensor.values) value *= times;
     return told(wrong(x, times, kinds_count()), sentence("all inputs times ", times));
   }
@@ -3683,7 +3688,7 @@ class BadValues {
   // Of a token at the edges of blocks or anywhere, of the last sequence.
   Index row_to_spoil(HostTensor const& tensor, std::size_t turn) const {
     Index const last = tensor.row_count() - 1, length = x_.sequences.longest();
-    if (tensor.rows != Rows::tokens) return last;
+    if (tensor.rows != RowsOf::tokens) return last;
     Index const positions[] = {0, length / 2, 31, 32, length - 1, 3, 16};
     return last + 1 - length + positions[turn % std::size(positions)];
   }
@@ -3797,8 +3802,8 @@ struct PlainOperation {
   static constexpr bool rows_stand_alone = true;
   // Whether an input speaks of the batch as a whole, so that no part of it can be judged by itself.
   template <class Config> static bool has_tables(Config const&) { return false; }
-  // Results that may stand in the memory of an argument: {"y", "x"} says that forward's y may stand in x, {"d_x", "d_y"} that
-  // backward's d_x may stand in d_y.
+  // Results that may be in the memory of an argument: {"y", "x"} says that forward's y may be in x, {"d_x", "d_y"} that backward's d_x
+  // may be in d_y, and {"d_x", "x"} that it may be in x.
   static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {}; }
   // Whether a result ("y" or "d_x") is formed from what stands in its place: it is added, or moved.
   template <class Config> static bool starts_from(Config const&, std::string_view) { return false; }
@@ -3821,13 +3826,13 @@ struct Declared {
   std::string name;
   Element const* element;
   std::vector<Index> extents;
-  Rows rows = Rows::other;
+  RowsOf rows = RowsOf::other;
 };
 // What the first axis of each counts, by the shapes for two sequences of five tokens and for three of seven.
 inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<Declared> const& few, std::vector<Declared> const& more) {
   for (std::size_t i = 0; i < list.size(); ++i) {
     auto const counts = [&](Index two, Index three) { return few[i].extents[0] == two && more[i].extents[0] == three; };
-    list[i].rows = counts(10, 21) ? Rows::tokens : counts(2, 3) ? Rows::sequences : Rows::other;
+    list[i].rows = counts(10, 21) ? RowsOf::tokens : counts(2, 3) ? RowsOf::sequences : RowsOf::other;
   }
   return list;
 }
@@ -3899,8 +3904,8 @@ template <class Op, class B, class T> struct CallOf final : Call<B> {
   }
 };
 
-// What a result starts from that is added to is a tensor of the case: for a result of forward an input, for a gradient the gradient
-// of an output, as if the input were passed on as an output too.
+// Some results are added to what is in their memory before. For a result of forward, the old values are one more input. For a gradient,
+// they are the gradient of one more output, which is the input itself.
 inline std::string before(std::string const& output) { return output + " before"; }
 inline std::string passed_on(std::string const& input) { return input + " passed on"; }
 
@@ -3970,7 +3975,7 @@ template <class B> class OperationRun {
  private:
   void forward() {
     Blocks<B> arguments = inputs_.all();
-    share(arguments, inputs_, case_.inputs, outputs_, "");
+    share(arguments, inputs_, case_.inputs, "", outputs_, "");
     measured([&] { call_.forward(backend_, sequences_, arguments, outputs_.all()); });
   }
   void backward() {
@@ -3979,9 +3984,10 @@ template <class B> class OperationRun {
     std::vector<Declared> const wanted = those_with_a_gradient();
     Placed<B> gradients{backend_, wanted, around_};
     start(gradients, case_.d_outputs, "d_", passed_on);
-    Blocks<B> upstream = d_outputs.all();
-    share(upstream, d_outputs, case_.d_outputs, gradients, "d_");
-    measured([&] { call_.backward(backend_, sequences_, case_.d_outputs, inputs_.all(), outputs_.all(), upstream, gradients.all()); });
+    Blocks<B> upstream = d_outputs.all(), arguments = inputs_.all();
+    share(upstream, d_outputs, case_.d_outputs, "d_", gradients, "d_");
+    share(arguments, inputs_, case_.inputs, "", gradients, "d_");
+    measured([&] { call_.backward(backend_, sequences_, case_.d_outputs, arguments, outputs_.all(), upstream, gradients.all()); });
     result_.gradients = gradients.read(backend_, result_.trespass);
     note_overwritten(declared_part(case_.d_outputs, d_outputs), d_outputs.read(backend_, result_.trespass), result_.trespass);
   }
@@ -4005,12 +4011,13 @@ template <class B> class OperationRun {
         if (HostTensor const* const values = from.find(name(results.declared[i].name))) results.blocks[i].write(backend_, values->values);
   }
   // In place, a result's block takes the values of its argument and stands for it.
-  void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, Placed<B>& results, std::string const& prefix) {
+  void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, std::string const& argument_prefix, Placed<B>& results,
+             std::string const& result_prefix) {
     for (auto const& [result, argument] : description_.in_place)
       for (std::size_t r = 0; r < results.blocks.size(); ++r)
         for (std::size_t a = 0; a < arguments.size(); ++a)
-          if (around_.in_place && !values[a].values.empty() && result == prefix + results.declared[r].name &&
-              argument == prefix + named.declared[a].name) {
+          if (around_.in_place && !values[a].values.empty() && result == result_prefix + results.declared[r].name &&
+              argument == argument_prefix + named.declared[a].name) {
             results.blocks[r].write(backend_, values[a].values);
             arguments[a] = &results.blocks[r];
           }
@@ -4230,7 +4237,7 @@ inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& 
     double const allowed = x[i].whole ? 0 : times * budgets[i];
     Difference const worst = max_difference(x[i], y[i]);
     auto const at = static_cast<std::size_t>(worst.element);
-    if (!(worst.size <= allowed))
+    if (!(worst.size <= allowed) || !std::isfinite(allowed))   // a budget that is infinite judges nothing
       return sentence(x[i].name, x[i].place(worst.element), " is ", number(x[i].values[at]), " and ", number(y[i].values[at]),
                       ", apart by ", worst.size, " where ", allowed, " is allowed");
   }
@@ -4310,7 +4317,7 @@ inline constexpr Law<Subject> operation_laws[] = {
 
 namespace detail {
 
-// One that throws breaks the law under which it did.
+// A subject that throws breaks the law that called it.
 template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count], Of const& subject, std::vector<Verdict>& verdicts) {
   for (Law<Of> const& law : laws) {
     try {
@@ -4362,14 +4369,14 @@ template <class P, class B, class T> std::vector<Verdict> judge() {
 #endif
 
 // ==== hybridattn/ops/adamw/step_numbers.hpp
-// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
-// the host waits for a step only where it asks for its numbers.
+// The numbers of a training step, in one block of the machine's memory. Operations add to them and the optimizer reads them there. The
+// host waits for a step only when it reads these numbers.
 #ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 #define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What kept a step from moving anything.
+// Why a step changed no parameter.
 enum class StepFault : std::int32_t {
   none,
   loss,             // the loss is not finite
@@ -4382,14 +4389,14 @@ enum class StepFault : std::int32_t {
   parameter         // a parameter would
 };
 struct BadStep {
-  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  Index step = 0;   // counted from 1, as if it had changed parameters; 0: no step was bad
   LossSum loss;
   double auxiliary_loss = 0;
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;   // which, in the order of the parameters
 };
 struct StepNumbers {
-  // Of the step under way, or of the last one.
+  // Of the current step, or of the last one.
   Index counted = 0;   // tokens that have a target
   double scale = 0;    // of their losses in the mean: 1 / counted, or 0
   LossSum loss;
@@ -4397,13 +4404,13 @@ struct StepNumbers {
   double gradient_norm = 0;                     // before clipping
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;
-  // From step to step.
+  // Kept from step to step.
   double rate = 1;        // factor for the learning rate
-  Index steps = 0;        // that moved something
+  Index steps = 0;        // that changed parameters
   BadStep first_bad;      // since the host last read
 };
 
-// How a tensor of the parameters takes part in a step: bits of a number.
+// How a tensor of the parameters takes part in a step, as bits of a number.
 struct StepRole {
   static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
 };
@@ -4440,7 +4447,7 @@ struct CloseStep {};
 // ==== hybridattn/ops/adamw/adamw.hpp
 // One step of AdamW (arXiv 1711.05101), decay first:
 //   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
-// An operation takes all tensors of a model at once, from a table of where they stand.
+// An operation takes all tensors of a model at once, from a table of their addresses.
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 
@@ -5077,7 +5084,7 @@ template <> struct On<BalanceLoss, Cpu> {
 // Short depthwise causal convolution, one filter a channel, silu after it:
 //   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
 //   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
-// What stands before a sequence is its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
 // final state. A sequence never sees its neighbour.
 #ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
@@ -5269,7 +5276,7 @@ template <> struct On<CausalConv1d, Cpu> {
 #endif
 
 // ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+// The language-model head fused with its loss, so that the logits [N, V] are never all in memory:
 //   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
 //   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
 // A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
@@ -5280,10 +5287,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
 //   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
-// the machine, so that a captured step can be replayed for a batch with another number of targets.
+// Backward also computes the loss, so a training step calls backward alone. The scale may be 0. It is in the machine's memory, so that
+// a recorded step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
-  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+  static constexpr Index block_rows = 128;   // tokens whose logits are in memory at the same time
 };
 //   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
 //   scale and d_logits are empty.
@@ -5777,7 +5784,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
 //   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
 //                                                           rows
-// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
 struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -5996,7 +6003,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
-//   d_w. An empty d_x or d_w is not wanted.
+//   d_w. An empty d_x or d_w is not computed.
 struct Linear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -7449,17 +7456,18 @@ template <class V> struct OnlineSoftmax {
     total *= factor;
     return factor;
   }
-  // Adds the scores of another part. Returns one factor for each part's weighted sums.
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
   struct Factors {
     V own, other;
   };
   template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
     V const next = reference > other.reference ? reference : other.reference;
-    Factors const factors{rebase(next, exponential), other.rebase(next, exponential)};
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
     total += other.total;
     return factors;
   }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }   // log sum_j e^s_j
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention

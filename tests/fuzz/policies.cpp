@@ -87,7 +87,7 @@ std::string wrong_run(Draw const& draw, laws::Case const& x, laws::Result const&
 std::string differs_alone(Draw const& draw, laws::Case const& x, laws::Result const& whole, Index index) {
   std::vector<laws::Part> const own{{index, 0, x.sequences[static_cast<std::size_t>(index)].length}};
   laws::Result const alone = draw.policy->run(laws::cut(x, own), {});
-  auto const has_rows = [](laws::HostTensor const& tensor, Index) { return tensor.rows != laws::Rows::other; };
+  auto const has_rows = [](laws::HostTensor const& tensor, Index) { return tensor.rows != laws::RowsOf::other; };
   auto const different = [&](laws::HostGroup laws::Result::* part) {
     return laws::first_difference(laws::detail::rows_of(whole.*part, x.sequences, own), alone.*part, has_rows);
   };
@@ -116,18 +116,21 @@ std::string wrong_decoding(Draw const& draw, laws::Calls const& calls) {
 
 // Values that no training should meet. The kernels must end and stay in their memory, and tokens before them keep their bits.
 std::string harmed(FuzzedDataProvider& data, Draw const& draw, laws::Case x, laws::Result const& before) {
-  static constexpr double infinity = std::numeric_limits<double>::infinity();
-  static constexpr double bad[] = {laws::not_a_number, infinity, -infinity, 1e38, -1e38, 1e30, 1e20, 1e-45, 3e9, -3e9};
+  static constexpr float infinity = std::numeric_limits<float>::infinity();
+  // Floats, so that a tensor of floats holds exactly these.
+  static constexpr float bad[] = {
+      std::numeric_limits<float>::quiet_NaN(), infinity, -infinity, 1e38f, -1e38f, 1e30f, 1e20f, 1e-45f, 3e9f, -3e9f};
   Index const sequence = data.ConsumeIntegralInRange<Index>(0, x.sequences.count() - 1);
   ha::Sequence const s = x.sequences[static_cast<std::size_t>(sequence)];
   if (s.length == 0) return {};
   Index const token = data.ConsumeIntegralInRange<Index>(0, s.length - 1);
   auto const is_early = [&](laws::HostTensor const& tensor, Index row) {
-    return tensor.rows == laws::Rows::tokens && (x.sequences.owners()(row) != sequence || row < s.start + token);
+    return tensor.rows == laws::RowsOf::tokens && (x.sequences.owners()(row) != sequence || row < s.start + token);
   };
   for (laws::HostTensor& tensor : x.inputs)
-    if (tensor.rows == laws::Rows::tokens && tensor.row_size() > 0 && data.ConsumeBool())
-      tensor.row(s.start + token)[data.ConsumeIntegralInRange<Index>(0, tensor.row_size() - 1)] = data.PickValueInArray(bad);
+    if (tensor.rows == laws::RowsOf::tokens && tensor.row_size() > 0 && data.ConsumeBool())
+      tensor.row(s.start + token)[data.ConsumeIntegralInRange<Index>(0, tensor.row_size() - 1)] =
+          static_cast<double>(data.PickValueInArray(bad));
   laws::Result const after = draw.policy->run(x, draw.around);
   return laws::detail::first_of([&] { return after.trespass; },
                                 [&] { return laws::first_difference(before.outputs, after.outputs, is_early); });

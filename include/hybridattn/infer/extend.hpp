@@ -34,7 +34,8 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
 template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> const& model, Cache<Stack, T, B> const& cache) {
   zip(
       [](Path const& path, auto const& expected, auto const& layer) {
-        check(layer.shape() == expected, "cache: it was made for a model of other sizes, as ", path.str(), " shows");
+        check(layer.shape() == expected, "cache: it was made for a model of other sizes; its ", path.str(), " has ", layer.shape().count(),
+              " numbers, this model's has ", expected.count());
       },
       cache_shapes(model, {cache.batch(), cache.capacity()}), cache.layers());
 }

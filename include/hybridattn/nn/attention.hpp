@@ -161,12 +161,11 @@ template <AttentionPolicy Policy> struct Attention {
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
                       typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
                       Inputs<Out<T>> const& inputs) {
-    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+    if constexpr (!std::is_same_v<Cache, NoCache> && requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
       Prepare::extend(backend, c, s, raw, p, cache, inputs);
     } else {
       static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
-                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+                    "Prepare::extend takes the arguments of Prepare::forward, with Cache<Out<T>> before the inputs");
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
@@ -177,8 +176,11 @@ template <AttentionPolicy Policy> struct Attention {
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
     bool trains_detached = false;
-    if constexpr (HasAuxiliaryLoss<Policy>)
-      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    if constexpr (HasAuxiliaryLoss<Policy>) {
+      auto const find = [&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); };
+      zip(find, d_p.w);
+      zip(find, d_p.prepare);
+    }
     auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
     auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
       if (has_gradient(path)) gradient = {backend, tensor.shape()};
@@ -201,6 +203,7 @@ template <AttentionPolicy Policy> struct Attention {
           if (!detached) into = Into::add;
         },
         p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+    if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;

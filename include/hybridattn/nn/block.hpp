@@ -99,12 +99,13 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
     }
     On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
+    if constexpr (!std::is_same_v<Cache, NoCache>)   // frees memory: long prompts need it below
+      saved.x_normed = {}, saved.attention = {}, saved.attended = {};
 
     if (before) saved.h_normed = normed(backend, c, saved.h, p.feed_forward_norm);
     auto y =

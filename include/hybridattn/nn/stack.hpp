@@ -119,9 +119,9 @@ template <AttentionPolicy... Policies> struct Stack {
   // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy,
-            ": the stage in its config differs from the stage of the model; ",
-            "keep the default in the config, and set the stage of a step by StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage in its config is ", name_of(config.stage),
+            ", the stage of the model is ", name_of(stage), "; keep the default in the ",
+            "config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {

@@ -32,7 +32,10 @@ inline std::string pattern(std::filesystem::path const& folder, ReadOptions cons
 namespace detail {
 inline Format format_of(Settings const& settings, Weights const& weights) {
   Format result{.family = settings.family};
-  result.fused_experts = weights.contains_part(".mlp.experts.gate_up_proj");
+  for (RowGroup const& group : settings.family->tensors)
+    for (Row const& row : group.rows)
+      if (group.experts == RowGroup::Experts::fused)
+        result.fused_experts |= weights.contains_part("." + std::string(group.name) + std::string(row.name));
   if (weights.contains_part("model.language_model.")) result.prefix = "model.language_model.";
   return result;
 }
@@ -97,6 +100,7 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
   Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
+  check_norm_placement(settings, checkpoint::describe(model));
   Weights const weights{folder};
   Format const format = detail::format_of(settings, weights);
   Outline const wanted = outline(model, *settings.family);

@@ -149,9 +149,9 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
         [&](Path const& path, auto const& shape, auto const& a, auto const& b, auto const& view) {
           HostTensor& tensor = group.emplace_back();
           tensor.name = path.str();
-          tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? Rows::tokens
-                        : detail::counts(a, 2) && detail::counts(b, 3) ? Rows::sequences
-                                                                       : Rows::other;
+          tensor.rows = detail::counts(a, 10) && detail::counts(b, 21) ? RowsOf::tokens
+                        : detail::counts(a, 2) && detail::counts(b, 3) ? RowsOf::sequences
+                                                                       : RowsOf::other;
           tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
           tensor.values.resize(static_cast<std::size_t>(shape.count()));
           for (Index extent : shape.extent) tensor.shape.push_back(extent);
@@ -229,7 +229,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     Decoded result;
     result.outputs = empty_group(output_shapes(x.sequences, false), outputs_of);
     for (HostTensor& tensor : result.outputs)
-      if (tensor.rows != Rows::tokens) tensor.values.clear();
+      if (tensor.rows != RowsOf::tokens) tensor.values.clear();
     auto const before = backend.pool().in_use();
     std::size_t allocations = 0;
     std::vector<Index> past(x.sequences.size());
@@ -258,7 +258,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     values(backend, inputs, empty_group(input_shapes(s, false), inputs_of), result.trespass);
     for (std::size_t tensor = 0; tensor < part.size(); ++tensor) {
       HostTensor& whole = result.outputs[tensor];
-      if (whole.rows != Rows::tokens) continue;
+      if (whole.rows != RowsOf::tokens) continue;
       for (std::size_t i = 0; i < s.size(); ++i)
         std::copy_n(part[tensor].row(s[i].start), s[i].length * whole.row_size(), whole.row(x.sequences[i].start + s[i].past));
     }

@@ -76,7 +76,7 @@ class BadValues {
     std::string why;
     auto const each = [&](Case& x, HostGroup& group, bool decodes) {
       for (std::size_t i = 0; i < group.size() && why.empty(); ++i) {
-        if (group[i].values.empty() || (decodes && group[i].rows != Rows::tokens)) continue;
+        if (group[i].values.empty() || (decodes && group[i].rows != RowsOf::tokens)) continue;
         HostGroup const before = group;
         Index const row = row_to_spoil(group[i], turn++);
         if (turn % 3 == 0) std::fill_n(group[i].row(row), group[i].row_size(), bad.value);
@@ -97,7 +97,7 @@ class BadValues {
   std::string enlarge(double times) const {
     Case x = x_;
     for (HostTensor& tensor : x.inputs)
-      if (tensor.rows == Rows::tokens && !policy_.detached(tensor.name))
+      if (tensor.rows == RowsOf::tokens && !policy_.detached(tensor.name))
         for (double& value : tensor.values) value *= times;
     return told(wrong(x, times, kinds_count()), sentence("all inputs times ", times));
   }
@@ -106,7 +106,7 @@ class BadValues {
   // Of a token at the edges of blocks or anywhere, of the last sequence.
   Index row_to_spoil(HostTensor const& tensor, std::size_t turn) const {
     Index const last = tensor.row_count() - 1, length = x_.sequences.longest();
-    if (tensor.rows != Rows::tokens) return last;
+    if (tensor.rows != RowsOf::tokens) return last;
     Index const positions[] = {0, length / 2, 31, 32, length - 1, 3, 16};
     return last + 1 - length + positions[turn % std::size(positions)];
   }

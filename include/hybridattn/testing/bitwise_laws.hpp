@@ -34,7 +34,7 @@ inline bool is_early(Sequences const& s, Cut const& cut, Index token) {
   return s.positions()(token) < cut[static_cast<std::size_t>(s.owners()(token))];
 }
 // The sequence that a row of tokens or sequences belongs to.
-inline Index owner(Sequences const& s, Rows rows, Index row) { return rows == Rows::tokens ? s.owners()(row) : row; }
+inline Index owner(Sequences const& s, RowsOf rows, Index row) { return rows == RowsOf::tokens ? s.owners()(row) : row; }
 
 // The first of the checks that names an offender: "" if none does.
 template <class... Checks> std::string first_of(Checks... checks) {
@@ -81,10 +81,10 @@ inline Verdict causal_forward(Subject const& subject) {
   return detail::verdict(
       "causal forward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
-          return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
+          return tensor.rows == RowsOf::tokens && detail::is_early(x.sequences, cut, row);
         };
         replace_rows(x.inputs, other.inputs,
-                     [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); });
+                     [&](HostTensor const& tensor, Index row) { return tensor.rows == RowsOf::tokens && !is_early(tensor, row); });
         x.d_outputs.clear();
         Result const after = subject.run(x, {});
         return detail::first_of([&] { return first_difference(before.outputs, after.outputs, is_early); },
@@ -98,9 +98,9 @@ inline Verdict causal_backward(Subject const& subject) {
   return detail::verdict(
       "causal backward", detail::first_at_a_cut(subject, [&](Case x, Result const& before, Case const& other, detail::Cut const& cut) {
         auto const is_early = [&](HostTensor const& tensor, Index row) {
-          return tensor.rows == Rows::tokens && detail::is_early(x.sequences, cut, row);
+          return tensor.rows == RowsOf::tokens && detail::is_early(x.sequences, cut, row);
         };
-        auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == Rows::tokens && !is_early(tensor, row); };
+        auto const is_late = [&](HostTensor const& tensor, Index row) { return tensor.rows == RowsOf::tokens && !is_early(tensor, row); };
         replace_rows(x.d_outputs, other.d_outputs, is_early);
         return first_difference(before.gradients, subject.run(x, {}).gradients, is_late);
       }));
@@ -108,7 +108,7 @@ inline Verdict causal_backward(Subject const& subject) {
 
 namespace detail {
 inline bool any_has_rows(HostGroup const& group) {
-  return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.rows != Rows::other && !x.values.empty(); });
+  return std::any_of(group.begin(), group.end(), [](HostTensor const& x) { return x.rows != RowsOf::other && !x.values.empty(); });
 }
 inline bool any_has_rows(Result const& result) { return any_has_rows(result.outputs) || any_has_rows(result.gradients); }
 }  // namespace detail
@@ -127,9 +127,9 @@ inline Verdict independent_of_the_batch(Subject const& subject) {
     for (bool const with_nan : {false, true}) {
       if (!why.empty()) continue;
       auto const changes = [&](HostTensor const& tensor, Index row) {
-        return tensor.rows != Rows::other && detail::owner(s, tensor.rows, row) % 2 == parity;
+        return tensor.rows != RowsOf::other && detail::owner(s, tensor.rows, row) % 2 == parity;
       };
-      auto const stays = [&](HostTensor const& tensor, Index row) { return tensor.rows != Rows::other && !changes(tensor, row); };
+      auto const stays = [&](HostTensor const& tensor, Index row) { return tensor.rows != RowsOf::other && !changes(tensor, row); };
       Case changed = x;
       replace_rows(changed.inputs, with_nan ? nan : other.inputs, changes);
       replace_rows(changed.d_outputs, with_nan ? nan_upstream : other.d_outputs, changes);
@@ -154,7 +154,7 @@ inline Verdict packed_equals_its_sequences(Subject const& subject) {
     for (Index i = 0; i < s.count() && why.empty(); ++i) {
       std::vector<Part> const own{{i, 0, s[static_cast<std::size_t>(i)].length}};
       Result const alone = subject.run(cut(x, own), {});
-      auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != Rows::other; };
+      auto const has_rows = [](HostTensor const& tensor, Index) { return tensor.rows != RowsOf::other; };
       why = detail::told(
           detail::first_of([&] { return first_difference(detail::rows_of(whole.outputs, s, own), alone.outputs, has_rows); },
                            [&] { return first_difference(detail::rows_of(whole.gradients, s, own), alone.gradients, has_rows); }),

@@ -272,11 +272,11 @@ inline std::vector<Case> three_parts(Case const& x) {
 // Rows of tokens from the parts, in the order of the whole; states from part `states`; what has no rows is a sum over tokens.
 inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
-    if (whole[i].rows == Rows::sequences) whole[i].values = groups[states][i].values;
-    if (whole[i].rows == Rows::other)
+    if (whole[i].rows == RowsOf::sequences) whole[i].values = groups[states][i].values;
+    if (whole[i].rows == RowsOf::other)
       for (std::size_t e = 0; e < whole[i].values.size(); ++e)
         whole[i].values[e] = groups[0][i].values[e] + groups[1][i].values[e] + groups[2][i].values[e];
-    if (whole[i].rows != Rows::tokens) continue;
+    if (whole[i].rows != RowsOf::tokens) continue;
     Index const size = whole[i].row_size();
     auto to = whole[i].values.begin();
     for (std::size_t sequence = 0; sequence < parts[0].sequences.size(); ++sequence)

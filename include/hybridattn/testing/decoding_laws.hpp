@@ -41,7 +41,7 @@ inline std::vector<Splitting> splittings(Sequences const& s, std::uint64_t seed)
 inline Case sample_to_decode(AnyPolicy const& policy, std::string const& kind, Sequences const& s, std::uint64_t seed) {
   Case x = policy.sample(kind, s, seed, false);
   for (HostTensor& tensor : x.inputs)
-    if (tensor.rows == Rows::sequences) std::fill(tensor.values.begin(), tensor.values.end(), 0);
+    if (tensor.rows == RowsOf::sequences) std::fill(tensor.values.begin(), tensor.values.end(), 0);
   return x;
 }
 
@@ -87,7 +87,7 @@ inline std::string decoding_sees_too_much(AnyPolicy const& policy, Case const& x
     if (!why.empty()) break;
     auto const is_early = [&](HostTensor const&, Index row) { return detail::is_early(x.sequences, cut, row); };
     Case changed = x;
-    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == Rows::tokens && !is_early(t, row); });
+    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == RowsOf::tokens && !is_early(t, row); });
     why = told(first_difference(before.outputs, policy.decode(changed, calls, {}).outputs, is_early),
                sentence("before and after NaN beyond a cut, in decoding; the sequences are cut at ", listed(cut)));
   }
@@ -95,7 +95,7 @@ inline std::string decoding_sees_too_much(AnyPolicy const& policy, Case const& x
     if (!why.empty()) break;
     auto const stays = [&](HostTensor const& t, Index row) { return owner(x.sequences, t.rows, row) % 2 != parity; };
     Case changed = x;
-    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == Rows::tokens && !stays(t, row); });
+    replace_rows(changed.inputs, nan, [&](HostTensor const& t, Index row) { return t.rows == RowsOf::tokens && !stays(t, row); });
     Decoded const after = policy.decode(changed, calls, {});
     why = told(first_of([&] { return first_difference(before.outputs, after.outputs, stays); },
                         [&] { return first_difference(before.cache, after.cache, stays); }),

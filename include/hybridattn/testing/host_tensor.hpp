@@ -21,11 +21,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 inline constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 
 // What the first axis of a tensor counts.
-enum class Rows { tokens, sequences, other };
+enum class RowsOf { tokens, sequences, other };
 
 struct HostTensor {
   std::string name;
-  Rows rows = Rows::other;
+  RowsOf rows = RowsOf::other;
   bool whole = false;            // of whole numbers: a choice
   std::vector<Index> shape;
   std::vector<double> values;    // none: the tensor is not there

@@ -48,7 +48,7 @@ inline constexpr Law<Subject> operation_laws[] = {
 
 namespace detail {
 
-// One that throws breaks the law under which it did.
+// A subject that throws breaks the law that called it.
 template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count], Of const& subject, std::vector<Verdict>& verdicts) {
   for (Law<Of> const& law : laws) {
     try {

@@ -57,8 +57,8 @@ struct PlainOperation {
   static constexpr bool rows_stand_alone = true;
   // Whether an input speaks of the batch as a whole, so that no part of it can be judged by itself.
   template <class Config> static bool has_tables(Config const&) { return false; }
-  // Results that may stand in the memory of an argument: {"y", "x"} says that forward's y may stand in x, {"d_x", "d_y"} that
-  // backward's d_x may stand in d_y.
+  // Results that may be in the memory of an argument: {"y", "x"} says that forward's y may be in x, {"d_x", "d_y"} that backward's d_x
+  // may be in d_y, and {"d_x", "x"} that it may be in x.
   static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {}; }
   // Whether a result ("y" or "d_x") is formed from what stands in its place: it is added, or moved.
   template <class Config> static bool starts_from(Config const&, std::string_view) { return false; }
@@ -81,13 +81,13 @@ struct Declared {
   std::string name;
   Element const* element;
   std::vector<Index> extents;
-  Rows rows = Rows::other;
+  RowsOf rows = RowsOf::other;
 };
 // What the first axis of each counts, by the shapes for two sequences of five tokens and for three of seven.
 inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<Declared> const& few, std::vector<Declared> const& more) {
   for (std::size_t i = 0; i < list.size(); ++i) {
     auto const counts = [&](Index two, Index three) { return few[i].extents[0] == two && more[i].extents[0] == three; };
-    list[i].rows = counts(10, 21) ? Rows::tokens : counts(2, 3) ? Rows::sequences : Rows::other;
+    list[i].rows = counts(10, 21) ? RowsOf::tokens : counts(2, 3) ? RowsOf::sequences : RowsOf::other;
   }
   return list;
 }
@@ -159,8 +159,8 @@ template <class Op, class B, class T> struct CallOf final : Call<B> {
   }
 };
 
-// What a result starts from that is added to is a tensor of the case: for a result of forward an input, for a gradient the gradient
-// of an output, as if the input were passed on as an output too.
+// Some results are added to what is in their memory before. For a result of forward, the old values are one more input. For a gradient,
+// they are the gradient of one more output, which is the input itself.
 inline std::string before(std::string const& output) { return output + " before"; }
 inline std::string passed_on(std::string const& input) { return input + " passed on"; }
 
@@ -230,7 +230,7 @@ template <class B> class OperationRun {
  private:
   void forward() {
     Blocks<B> arguments = inputs_.all();
-    share(arguments, inputs_, case_.inputs, outputs_, "");
+    share(arguments, inputs_, case_.inputs, "", outputs_, "");
     measured([&] { call_.forward(backend_, sequences_, arguments, outputs_.all()); });
   }
   void backward() {
@@ -239,9 +239,10 @@ template <class B> class OperationRun {
     std::vector<Declared> const wanted = those_with_a_gradient();
     Placed<B> gradients{backend_, wanted, around_};
     start(gradients, case_.d_outputs, "d_", passed_on);
-    Blocks<B> upstream = d_outputs.all();
-    share(upstream, d_outputs, case_.d_outputs, gradients, "d_");
-    measured([&] { call_.backward(backend_, sequences_, case_.d_outputs, inputs_.all(), outputs_.all(), upstream, gradients.all()); });
+    Blocks<B> upstream = d_outputs.all(), arguments = inputs_.all();
+    share(upstream, d_outputs, case_.d_outputs, "d_", gradients, "d_");
+    share(arguments, inputs_, case_.inputs, "", gradients, "d_");
+    measured([&] { call_.backward(backend_, sequences_, case_.d_outputs, arguments, outputs_.all(), upstream, gradients.all()); });
     result_.gradients = gradients.read(backend_, result_.trespass);
     note_overwritten(declared_part(case_.d_outputs, d_outputs), d_outputs.read(backend_, result_.trespass), result_.trespass);
   }
@@ -265,12 +266,13 @@ template <class B> class OperationRun {
         if (HostTensor const* const values = from.find(name(results.declared[i].name))) results.blocks[i].write(backend_, values->values);
   }
   // In place, a result's block takes the values of its argument and stands for it.
-  void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, Placed<B>& results, std::string const& prefix) {
+  void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, std::string const& argument_prefix, Placed<B>& results,
+             std::string const& result_prefix) {
     for (auto const& [result, argument] : description_.in_place)
       for (std::size_t r = 0; r < results.blocks.size(); ++r)
         for (std::size_t a = 0; a < arguments.size(); ++a)
-          if (around_.in_place && !values[a].values.empty() && result == prefix + results.declared[r].name &&
-              argument == prefix + named.declared[a].name) {
+          if (around_.in_place && !values[a].values.empty() && result == result_prefix + results.declared[r].name &&
+              argument == argument_prefix + named.declared[a].name) {
             results.blocks[r].write(backend_, values[a].values);
             arguments[a] = &results.blocks[r];
           }

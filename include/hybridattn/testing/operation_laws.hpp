@@ -48,7 +48,7 @@ inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& 
     double const allowed = x[i].whole ? 0 : times * budgets[i];
     Difference const worst = max_difference(x[i], y[i]);
     auto const at = static_cast<std::size_t>(worst.element);
-    if (!(worst.size <= allowed))
+    if (!(worst.size <= allowed) || !std::isfinite(allowed))   // a budget that is infinite judges nothing
       return sentence(x[i].name, x[i].place(worst.element), " is ", number(x[i].values[at]), " and ", number(y[i].values[at]),
                       ", apart by ", worst.size, " where ", allowed, " is allowed");
   }

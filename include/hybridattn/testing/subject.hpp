@@ -101,7 +101,7 @@ namespace detail {
 
 // Rows of tokens or sequences from `from`, of a batch of `from_sequences`, to the rows of consecutive parts.
 inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, std::vector<Part> const& parts) {
-  if (from.rows == Rows::other || from.values.empty()) return from;
+  if (from.rows == RowsOf::other || from.values.empty()) return from;
   HostTensor to = from;
   to.values.clear();
   to.shape[0] = 0;
@@ -110,7 +110,7 @@ inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, st
     to.shape[0] += count;
   };
   for (Part const& part : parts) {
-    if (from.rows == Rows::sequences) append(part.index, 1);
+    if (from.rows == RowsOf::sequences) append(part.index, 1);
     else append(sequences[static_cast<std::size_t>(part.index)].start + part.first, part.last - part.first);
   }
   return to;

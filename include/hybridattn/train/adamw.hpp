@@ -18,9 +18,9 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct AdamWOptions {
   double learning_rate = 1e-3, beta_1 = 0.9, beta_2 = 0.95, epsilon = 1e-8, weight_decay = 0.1;
-  double max_norm = 1;           // of all gradients together, larger ones are scaled down to it; 0: no clipping
+  double max_norm = 1;           // of all gradients together; larger gradients are scaled down to this norm; 0: no clipping
   bool bias_correction = true;
-  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`); all of them without it.
+  // Which tensors decay, by path (`blocks.0.attention.prepare.a_log`). An empty function: all tensors decay.
   std::function<bool(std::string_view path)> decays = {};
 
   // Throws on numbers that no optimizer can have.
@@ -35,7 +35,7 @@ struct AdamWOptions {
 };
 
 namespace detail {
-// What a bad step says, without its number.
+// The sentence about a bad step, without the step's number.
 inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   auto const loss = [](char const* name, double value) {
     std::ostringstream text;
@@ -65,7 +65,7 @@ inline std::string sentence(BadStep const& bad, std::string const& tensor) {
   }
   return {};
 }
-// What more is known of it when later steps have started.
+// What an error adds about a bad step after later steps have started.
 inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   if (bad.fault == StepFault::loss || bad.fault == StepFault::auxiliary_loss)
     return tensor.empty() ? "" : "; the first gradient that is not finite is that of " + tensor;
@@ -74,18 +74,18 @@ inline std::string seen_late(BadStep const& bad, std::string const& tensor) {
   return text.str();
 }
 
-// What an optimizer says of the tensors of a model, in their order: compiled once for a scalar, whatever the model.
+// What an optimizer knows of the tensors of a model, in their order. Compiled once for a scalar, for all models.
 template <class T> struct StepTensors {
   std::vector<std::string> names;
   std::vector<bool> decays;
-  std::vector<std::int32_t> roles;        // in the step at hand
+  std::vector<std::int32_t> roles;        // in the current step
   std::vector<AdamWTensor<T>> tensors;
 
   [[gnu::noinline, gnu::cold]] void name(Path const& path, AdamWOptions const& options) {
     names.push_back(path.str());
     decays.push_back(!options.decays || options.decays(names.back()));
   }
-  // Without a gradient p is nothing.
+  // A tensor without a gradient has p = nullptr.
   [[gnu::noinline]] void add(AdamWTensor<T> tensor, std::vector<bool> const& detached) {
     std::size_t const i = roles.size();
     tensor.first_block = i == 0 ? 0 : tensors.back().first_block + tensors.back().blocks();
@@ -97,18 +97,19 @@ template <class T> struct StepTensors {
 
 }  // namespace detail
 
-// Moments are groups of the same structure as the parameters. A tensor without a gradient is not touched at all.
+// Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
-// What a step counts and decides stands on the machine (StepNumbers): the host reads it when it asks. One step at a time:
-//   open(backend, rate)  ->  what the batches lose is added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
+// A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
+//   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
   using Scalar = scalar_of<Params>;
   using Backend = backend_of<Params>;
 
-  // What steps change, besides the parameters, with the options and the counts of steps all there is to know of an optimizer.
-  struct State {
-    Params mean, square;   // moments of the gradients
+  // The running means of the gradients and of their squares. Together with the options and the counts of steps they are all that an
+  // optimizer keeps.
+  struct Moments {
+    Params mean, square;
   };
 
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
@@ -121,7 +122,7 @@ template <class Params> class AdamW {
           list_.name(path, options_);
         },
         like, sizes);
-    for (Params* moments : {&state_.mean, &state_.square}) {
+    for (Params* moments : {&moments_.mean, &moments_.square}) {
       View<Scalar, 1> all;
       *moments = allocate_together<Scalar>(backend, sizes, &all);
       On<Fill, Backend>::forward(backend, Scalar(0), all);
@@ -137,10 +138,10 @@ template <class Params> class AdamW {
     reserve(list_.tensors, tensors, "the tensors of a step");
   }
 
-  // A step begins, with learning_rate * rate.
+  // Begins a step with learning_rate * rate.
   void open(Backend& backend, double rate) {
-    ++started_;   // the numbers of the step before are no longer to be had
     set_rate(backend, rate);
+    ++started_;   // the numbers of the step before are lost
     On<OpenStep, Backend>::forward(backend, out(numbers_));
   }
   // The factor for the learning rate of the steps that follow.
@@ -149,9 +150,10 @@ template <class Params> class AdamW {
     if (rate != rate_) On<Fill, Backend>::forward(backend, rate, View<double, 1>{&out(numbers_).data->rate, {1}});
     rate_ = rate;
   }
-  // A machine can record a step (from open to start) and replay it: on other tokens after refill(), at another rate after
-  // set_rate(). The host then counts the step here. Record the second step or a later one: the first one uploads what all steps
-  // share, and a step at a new rate sets it.
+  // Counts a step that the machine replayed. A machine can record a step, from open to start, and replay it: on other tokens after
+  // refill(), at another rate after set_rate(). Record the second step or a later one, because the first step uploads tables. Record
+  // it at the rate of the step before: a step at a new rate writes this rate, and every replay would write it again. start() counts the
+  // recorded step. If recording does not run it, the first replay is that step, and only later replays are counted here.
   void replayed() {
     ++started_;
     ++unread_;
@@ -174,8 +176,8 @@ template <class Params> class AdamW {
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
     ++unread_;
   }
-  // The numbers of the last step; waits for it. Throws where a step since the last read was bad. The sentence names the first such
-  // step, its fault, its tensor and its loss. Where it is the only step since then, origin() tells where its loss comes from.
+  // Waits for the last step and returns its numbers. Throws Error where a step since the last read was bad. The error names the first
+  // bad step, its fault, its tensor and its loss. If only one step was started since the last read, origin() adds where the fault began.
   template <class Origin> StepNumbers read(Backend& backend, Origin origin) {
     StepNumbers numbers;
     backend.download(&numbers, in(numbers_).data, sizeof numbers);
@@ -192,21 +194,21 @@ template <class Params> class AdamW {
   StepNumbers read(Backend& backend) {
     return read(backend, [] { return std::string{}; });
   }
-  // All of it at once; returns the global norm of the gradients before clipping.
+  // open, start and read in one call. Returns the global norm of the gradients before clipping.
   double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
     start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
   }
 
-  // Steps that moved something, as of the last read; and those that were started, whatever came of them.
+  // Steps that changed parameters, as of the last read, and all steps that were started.
   Index steps() const { return steps_; }
   Index started() const { return started_; }
   // Steps since the last read.
   Index unread() const { return unread_; }
   // One for each tensor, in the order of the parameters: the steps that had a gradient for it.
   std::vector<Index> updates(Backend& backend) const { return download(backend, updates_); }
-  // Goes on from there. Steps that nobody read are forgotten.
+  // Continues after this number of steps. Steps that nobody read are forgotten.
   void restore(Backend& backend, Index steps, std::vector<Index> const& updates) {
     StepNumbers numbers;
     numbers.rate = rate_;
@@ -220,11 +222,11 @@ template <class Params> class AdamW {
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return list_.decays; }
-  State const& state() const { return state_; }
-  State& state() { return state_; }
+  Moments const& moments() const { return moments_; }
+  Moments& moments() { return moments_; }
 
  private:
-  // What the step at hand is about: addresses and roles, which change rarely.
+  // The addresses and roles of the current step. They rarely change.
   void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
@@ -233,7 +235,7 @@ template <class Params> class AdamW {
           if (g) list_.add({out(p).data, in(g).data, out(mean).data, out(square).data, in(g).count()}, detached);
           else list_.add({}, detached);
         },
-        params, gradients, state_.mean, state_.square);
+        params, gradients, moments_.mean, moments_.square);
   }
   template <class T> static void bring_up_to_date(Backend& backend, std::vector<T> const& next, std::vector<T>& known,
                                                   Tensor<T, 1, Backend>& there) {
@@ -252,9 +254,9 @@ template <class Params> class AdamW {
   }
 
   AdamWOptions options_;
-  State state_;
+  Moments moments_;
   detail::StepTensors<Scalar> list_;
-  // As the machine has them.
+  // The last uploaded values.
   std::vector<std::int32_t> known_roles_;
   std::vector<AdamWTensor<Scalar>> known_tensors_;
   double rate_ = 1;

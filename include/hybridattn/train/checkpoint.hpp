@@ -1,4 +1,4 @@
-// Checkpoints: a run goes on in another process as if it had never stopped, bit for bit.
+// Checkpoints: another process continues a run with the same bits as if the run had never stopped.
 //
 //   Progress done;
 //   if (std::filesystem::exists("run.safetensors")) {
@@ -10,7 +10,7 @@
 //     if (++step % 100 == 0) save_checkpoint(cpu, "run.safetensors", model, params, optimizer, {.step = step, .data = text.state()});
 //   }
 //
-// A process may be killed at any moment: under the name stands the last checkpoint that was finished, or none.
+// A process may be killed at any moment. The file is then the last complete checkpoint, or does not exist.
 #ifndef HYBRIDATTN_TRAIN_CHECKPOINT_HPP
 #define HYBRIDATTN_TRAIN_CHECKPOINT_HPP
 
@@ -20,7 +20,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct LoadOptions {
-  // Keep the optimizer's own options where the file's are others: another learning rate from here on.
+  // Accept a file with other options of the optimizer, and keep the optimizer's own: to continue with another learning rate.
   bool other_optimizer_options = false;
 };
 
@@ -36,12 +36,12 @@ template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
 
 namespace checkpoint {
 
-// With the names of what does not decay, and the updates of what had a gradient in some steps only.
+// Moments, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
 template <class Params>
 NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& params) {
   NamedGroups groups;
-  groups.add("mean", optimizer.state().mean);
-  groups.add("square", optimizer.state().square);
+  groups.add("mean", optimizer.moments().mean);
+  groups.add("square", optimizer.moments().square);
   Json& json = groups.numbers;
   to_json(json, optimizer.options());
   json["steps"] = optimizer.steps();
@@ -55,7 +55,7 @@ NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& 
   return groups;
 }
 
-// An optimizer's steps, and of each parameter how many of them had a gradient for it.
+// An optimizer's steps, and for each parameter the number of steps with a gradient for it.
 struct StepCounts {
   Index steps = 0;
   std::vector<Index> updates;
@@ -78,8 +78,8 @@ struct StepCounts {
 
 }  // namespace checkpoint
 
-// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name; and, before it writes,
-// where a step since the last read was bad.
+// Writes a run to a file. If that fails, the old file stays. Throws Error with the file's name. Throws before it writes where a step
+// since the last read was bad.
 template <class B, class Model, class Params>
 void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params, AdamW<Params>& optimizer,
                      Progress const& progress = {}) {
@@ -88,8 +88,8 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
   save_checkpoint(backend, path, model, params, groups, progress);
 }
 
-// Takes parameters, moments and step count out of a file. Throws Error where the file is damaged, or of another pattern,
-// size, dtype, optimizer or version, and names both, or cannot be read to its end; then nothing was touched.
+// Reads parameters, moments and step count from a file. Throws Error, and changes nothing, where the file is damaged, cannot be read
+// to its end, or has another pattern, size, dtype, optimizer or version. The error names both values.
 template <class B, class Model, class Params>
 Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, AdamW<Params>& optimizer,
                          LoadOptions options = {}) {

@@ -1,4 +1,4 @@
-// Where training's tokens come from: bytes of a text, or a synthetic task. Host memory only.
+// Sources of tokens for training: the bytes of a text, or a synthetic task. They use the host's memory only.
 #ifndef HYBRIDATTN_TRAIN_DATA_HPP
 #define HYBRIDATTN_TRAIN_DATA_HPP
 
@@ -20,14 +20,14 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-inline constexpr std::int32_t no_target = -100;   // a position whose prediction nobody judges
+inline constexpr std::int32_t no_target = -100;   // the target of a position that is not counted
 
-// `batch` windows of `seq_len` tokens, one after the other; targets[i] is what stands behind tokens[i].
+// `batch` windows of `seq_len` tokens, one after the other; targets[i] is the token after tokens[i].
 struct Batch {
   Index batch = 0, seq_len = 0;
   std::vector<std::int32_t> tokens, targets;   // [batch * seq_len]
 
-  // Throws Error where there is no memory for so many.
+  // Throws Error where memory is short.
   void resize(Index windows, Index length) {
     Index const count = size_product(windows, length);
     hybridattn::resize(tokens, count, "a batch's tokens");
@@ -69,11 +69,11 @@ class DataSource {
   virtual ~DataSource() = default;
   virtual Index vocab_size() const = 0;
   virtual std::string description() const = 0;
-  // Into the caller's memory: nothing is allocated when its size stays.
+  // Writes into the caller's batch. It allocates nothing while the size stays the same.
   virtual void next_batch(Index batch, Index seq_len, Batch& into) = 0;
-  // As if new: the next batch is the first one again.
+  // Starts again: the next batch is the first one.
   virtual void restart() = 0;
-  // Where the batches stand. `restore` goes on from there, in this process or in another one; it throws when the state is of
+  // The position among the batches. `restore` continues there, in this process or in another one. It throws Error when the state is of
   // other data or of another seed.
   virtual DataState state() const = 0;
   virtual void restore(DataState const& state) = 0;
@@ -99,7 +99,7 @@ class ByteText {
       hash_ = (hash_ ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
     }
   }
-  // Of all bytes (FNV-1a).
+  // A hash of all bytes (FNV-1a).
   std::uint64_t hash() const { return hash_; }
   std::span<std::int32_t const> all() const { return tokens_; }
   std::span<std::int32_t const> train() const { return all().first(tokens_.size() - tokens_.size() / 10); }
@@ -225,7 +225,7 @@ class RecallTask final : public DataSource {
     double order = 0;
     std::size_t number = 0;
   };
-  // Random numbers, and room for what a window is made of.
+  // Random numbers, and memory for the parts of a window.
   struct Stream {
     Random random;
     std::vector<std::int32_t> keys = {}, values = {};   // [pairs]

@@ -10,7 +10,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// A factor for the learning rate of step 0, 1, 2, ...: linear from 0 over warmup_steps, then half a cosine from 1 down to
+// The factor for the learning rate of step 0, 1, 2, ... It is linear from 0 over warmup_steps, then half a cosine from 1 down to
 // min_rate at total_steps, where it stays. Where the warm-up takes all steps or more, the rate stays 1 after it.
 struct Schedule {
   Index warmup_steps = 0;

@@ -1,4 +1,4 @@
-// One step of training: each line consumes what the line above produced.
+// One step of training.
 #ifndef HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
 #define HYBRIDATTN_TRAIN_TRAIN_STEP_HPP
 
@@ -16,11 +16,11 @@ template <class B> TokenBatch<B> make_batch(B& backend, Batch const& host) {
   return make_batch(backend, Sequences::equal(host.batch, host.seq_len), host.tokens, host.targets);
 }
 
-// What a step did.
+// The numbers of a step.
 struct StepResult {
   LossSum loss;               // over the batch's counted tokens, before the step
   double auxiliary_loss = 0;  // load balancing and policies, weighted
-  double policy_loss = 0;     // the policies' part of it: of DSA's indexers, in stages that train them
+  double policy_loss = 0;     // the part of the policies, such as DSA's indexers, in stages that train it
   double gradient_norm = 0;   // before clipping
 };
 
@@ -46,7 +46,7 @@ template <class B, class Group> [[gnu::cold]] std::string first_not_finite(B& ba
   zip(find, group);
   return find.found;
 }
-// Where a loss that is not finite comes from, found by another forward.
+// Finds the first tensor that is not finite, by another forward.
 template <class B, class Model, class Params>
 [[gnu::cold]] std::string origin(B& backend, Model const& model, Params const& params, std::span<TokenBatch<B> const> batches) {
   std::string const first = "; the first tensor that is not finite is the ";
@@ -59,13 +59,13 @@ template <class B, class Model, class Params>
 
 }  // namespace detail
 
-// A step that is under way.
+// A step that was started.
 template <class B, class Params> class PendingStep {
  public:
   PendingStep(B& backend, AdamW<Params>& optimizer) : backend_(backend), optimizer_(optimizer), number_(optimizer.started()) {}
 
-  // Waits for the step. Throws where it, or one since the last read, was bad: it moved nothing, and counts nowhere. The sentence
-  // names the first of these, its fault and its tensor. Only the step that was started last can be read.
+  // Waits for the step. Throws Error where this step, or another one since the last read, was bad. A bad step changes nothing and is
+  // not counted. The error names the first bad step, its fault and its tensor. Only the step that was started last can be read.
   StepResult read() const {
     return read([] { return std::string{}; });
   }
@@ -82,15 +82,16 @@ template <class B, class Params> class PendingStep {
   Index number_;
 };
 
-// What stands between backward and update. Where several processes train one model, theirs adds up the gradients, which stand in one
-// block, and the losses among the numbers. A process has the gradient of the mean over its own tokens, numbers(0).counted of them:
-// the mean over all weights it by that count. A process that is alone exchanges nothing.
+// The function between backward and update. Where several processes train one model, theirs adds up the gradients, which are in one
+// block, and the losses among the numbers. Each process has the gradient of the mean over its own numbers(0).counted tokens. The mean
+// over the tokens of all processes weights this gradient by that count. This default is for one process: it exchanges nothing.
 struct NoExchange {
   template <class B, class Params> void operator()(B&, Params&, View<StepNumbers, 1>) const {}
 };
 
-// One step down the gradients of the mean loss over all counted tokens of several batches, one after the other in memory. Waits for
-// nothing: a loop that prints every tenth step reads every tenth step. exchange(backend, gradients, numbers) is called once.
+// Starts one step down the gradients of the mean loss over all counted tokens of several batches. Only one batch has activations in
+// memory at a time. It waits for nothing: a loop that prints every tenth step reads every tenth step. It calls
+// exchange(backend, gradients, numbers) once.
 template <class B, class Model, class Params, class Exchange = NoExchange>
 PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                                   std::span<TokenBatch<B> const> batches, StepOptions options = {}, Exchange exchange = {}) {
@@ -126,8 +127,8 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
   return start_step(backend, model, params, optimizer, std::span<TokenBatch<B> const>(&batch, 1), options);
 }
 
-// The same, and waits for it. Throws, before it touches a parameter or a moment, when a loss or a gradient is not finite, or would
-// make a parameter or a moment so, naming step and tensor. It first reads steps that nobody read.
+// Starts the same step and waits for it. It first reads steps that nobody read. Throws Error, with step and tensor, when a loss or a
+// gradient is not finite, or would make a parameter or a moment infinite or NaN. Parameters and moments then stay as they were.
 template <class B, class Model, class Params>
 StepResult accumulated_step(B& backend, Model const& model, Params& params, AdamW<Params>& optimizer,
                             std::span<TokenBatch<B> const> batches, StepOptions options = {}) {

@@ -1535,7 +1535,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
 //   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
 //                                                           rows
-// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
 struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -1815,7 +1815,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, y)
 //   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
-//   d_w. An empty d_x or d_w is not wanted.
+//   d_w. An empty d_x or d_w is not computed.
 struct Linear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -2868,7 +2868,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // A Prepare has forward(backend, config, sequences, raw, params, inputs) and
 // backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
 // forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
-// the gate's projection of x, if the step is gated. Both backwards overwrite. To decode, a Prepare that reads earlier tokens also has
+// the gate's projection of x, if the step is gated. Both backwards overwrite. What a stage does not train has empty d_inputs, d_raw and
+// d_params, which backward does not compute. To decode, a Prepare that reads earlier tokens also has
 // extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
 struct NoStep {
   static constexpr bool gated = false;
@@ -2886,6 +2887,9 @@ enum class Stage {
   dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
   sparse           // both, each by its own loss
 };
+constexpr char const* name_of(Stage stage) {
+  return stage == Stage::language_model ? "language_model" : stage == Stage::dense_warm_up ? "dense_warm_up" : "sparse";
+}
 inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
@@ -2894,7 +2898,8 @@ struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
   using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
-  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. Its gradient stops before x.
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. The gradient of such an input
+  // or projection does not reach x.
   static constexpr bool detached(std::string_view) { return false; }
   // The weight of a batch's auxiliary loss in training.
   template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
@@ -3144,12 +3149,11 @@ template <AttentionPolicy Policy> struct Attention {
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
                       typename Prepare::template Params<In<T>> const& p, [[maybe_unused]] Cache const& cache,
                       Inputs<Out<T>> const& inputs) {
-    if constexpr (requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
+    if constexpr (!std::is_same_v<Cache, NoCache> && requires { Prepare::extend(backend, c, s, raw, p, cache, inputs); }) {
       Prepare::extend(backend, c, s, raw, p, cache, inputs);
     } else {
       static_assert(std::is_same_v<Cache, NoCache> || !NamesExtend<Prepare>,
-                    "Prepare::extend takes (Backend&, Config const&, Sequences const&, Inputs<Narrow<In<T>>>, "
-                    "Params<In<T>>, Cache<Out<T>>, Inputs<Out<T>>)");
+                    "Prepare::extend takes the arguments of Prepare::forward, with Cache<Out<T>> before the inputs");
       if constexpr (!std::is_same_v<Prepare, NoStep>) Prepare::forward(backend, c, s, raw, p, inputs);
     }
   }
@@ -3160,8 +3164,11 @@ template <AttentionPolicy Policy> struct Attention {
                                Saved<Owned<T, B>> const& saved, Tensor<T, 3, B> const* d_o, View<T, 2> d_x, Into into,
                                Params<Out<T>> const& d_p) {
     bool trains_detached = false;
-    if constexpr (HasAuxiliaryLoss<Policy>)
-      zip([&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); }, d_p.w);
+    if constexpr (HasAuxiliaryLoss<Policy>) {
+      auto const find = [&](Path const& path, auto const& d_w) { trains_detached |= Policy::detached(path.name) && !d_w.empty(); };
+      zip(find, d_p.w);
+      zip(find, d_p.prepare);
+    }
     auto const has_gradient = [&](Path const& path) { return Policy::detached(path.name) ? trains_detached : d_o != nullptr; };
     auto const allocate_gradients = [&](Path const& path, auto const& tensor, auto& gradient) {
       if (has_gradient(path)) gradient = {backend, tensor.shape()};
@@ -3184,6 +3191,7 @@ template <AttentionPolicy Policy> struct Attention {
           if (!detached) into = Into::add;
         },
         p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+    if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
     if constexpr (finishes) return saved.finished;
@@ -3442,12 +3450,13 @@ template <AttentionPolicy P> struct Block {
     saved.x = std::move(x);
     if (before) saved.x_normed = normed(backend, c, saved.x, p.attention_norm);
     saved.h = Layer::forward(backend, own.policy, s, p.attention, in(before ? saved.x_normed : saved.x), saved.attention, cache);
-    if constexpr (!std::is_same_v<Cache, NoCache>) saved.attention = {};   // frees memory: long prompts need it below
     if (!before) {
       saved.attended = std::move(saved.h);
       saved.h = normed(backend, c, saved.attended, p.attention_norm);
     }
     On<Add, B>::forward(backend, flat(in(saved.x)), flat(out(saved.h)));
+    if constexpr (!std::is_same_v<Cache, NoCache>)   // frees memory: long prompts need it below
+      saved.x_normed = {}, saved.attention = {}, saved.attended = {};
 
     if (before) saved.h_normed = normed(backend, c, saved.h, p.feed_forward_norm);
     auto y =
@@ -3730,9 +3739,9 @@ template <AttentionPolicy... Policies> struct Stack {
   // All layers must have the model's stage. Otherwise a policy would not compute the loss that the stage trains it by.
   static void check_stage(std::string_view policy, auto const& config, Stage stage) {
     if constexpr (requires { config.stage; })
-      check(config.stage == Stage::language_model || config.stage == stage, policy,
-            ": the stage in its config differs from the stage of the model; ",
-            "keep the default in the config, and set the stage of a step by StepOptions::stage");
+      check(config.stage == Stage::language_model || config.stage == stage, policy, ": the stage in its config is ", name_of(config.stage),
+            ", the stage of the model is ", name_of(stage), "; keep the default in the ",
+            "config, and set the stage of a step by StepOptions::stage");
   }
   template <class... Ps> static void set_stage(Types<Ps...>, Config& c, Stage stage) {
     auto const set = [&](auto& policy) {
@@ -3810,7 +3819,6 @@ template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
   TokenRange token_range = {}, target_range = {};
-  Index counted = 0;                           // tokens that have a target
 };
 
 // Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
@@ -3821,7 +3829,6 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
-  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
@@ -3871,7 +3878,7 @@ struct BatchLosses {
 #endif
 
 // ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
-// The language-model head fused with its loss, so that the logits [N, V] never stand whole in memory:
+// The language-model head fused with its loss, so that the logits [N, V] are never all in memory:
 //   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
 //   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
 // A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
@@ -3882,10 +3889,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 //   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
 //   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
-// Backward forms the loss on its way: a training step calls it alone. The scale is a factor like any other, 0 included. It stands on
-// the machine, so that a captured step can be replayed for a batch with another number of targets.
+// Backward also computes the loss, so a training step calls backward alone. The scale may be 0. It is in the machine's memory, so that
+// a recorded step can be replayed for a batch with another number of targets.
 struct CrossEntropy {
-  static constexpr Index block_rows = 128;   // tokens whose logits stand in memory at a time
+  static constexpr Index block_rows = 128;   // tokens whose logits are in memory at the same time
 };
 //   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
 //   scale and d_logits are empty.
@@ -4457,7 +4464,8 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
 template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> const& model, Cache<Stack, T, B> const& cache) {
   zip(
       [](Path const& path, auto const& expected, auto const& layer) {
-        check(layer.shape() == expected, "cache: it was made for a model of other sizes, as ", path.str(), " shows");
+        check(layer.shape() == expected, "cache: it was made for a model of other sizes; its ", path.str(), " has ", layer.shape().count(),
+              " numbers, this model's has ", expected.count());
       },
       cache_shapes(model, {cache.batch(), cache.capacity()}), cache.layers());
 }

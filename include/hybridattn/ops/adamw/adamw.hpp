@@ -1,6 +1,6 @@
 // One step of AdamW (arXiv 1711.05101), decay first:
 //   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
-// An operation takes all tensors of a model at once, from a table of where they stand.
+// An operation takes all tensors of a model at once, from a table of their addresses.
 #ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 #define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
 

@@ -1,5 +1,5 @@
-// The numbers of a training step, in one block on the machine: operations add to them, and the optimizer reads them there, so that
-// the host waits for a step only where it asks for its numbers.
+// The numbers of a training step, in one block of the machine's memory. Operations add to them and the optimizer reads them there. The
+// host waits for a step only when it reads these numbers.
 #ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 #define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
 
@@ -8,7 +8,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What kept a step from moving anything.
+// Why a step changed no parameter.
 enum class StepFault : std::int32_t {
   none,
   loss,             // the loss is not finite
@@ -21,14 +21,14 @@ enum class StepFault : std::int32_t {
   parameter         // a parameter would
 };
 struct BadStep {
-  Index step = 0;   // counted from 1 as if it had moved something; 0: there is none
+  Index step = 0;   // counted from 1, as if it had changed parameters; 0: no step was bad
   LossSum loss;
   double auxiliary_loss = 0;
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;   // which, in the order of the parameters
 };
 struct StepNumbers {
-  // Of the step under way, or of the last one.
+  // Of the current step, or of the last one.
   Index counted = 0;   // tokens that have a target
   double scale = 0;    // of their losses in the mean: 1 / counted, or 0
   LossSum loss;
@@ -36,13 +36,13 @@ struct StepNumbers {
   double gradient_norm = 0;                     // before clipping
   StepFault fault = StepFault::none;
   std::int32_t tensor = -1;
-  // From step to step.
+  // Kept from step to step.
   double rate = 1;        // factor for the learning rate
-  Index steps = 0;        // that moved something
+  Index steps = 0;        // that changed parameters
   BadStep first_bad;      // since the host last read
 };
 
-// How a tensor of the parameters takes part in a step: bits of a number.
+// How a tensor of the parameters takes part in a step, as bits of a number.
 struct StepRole {
   static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
 };

@@ -10,7 +10,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 //   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
 //   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
 //                                                           rows
-// An empty d_x or d_w is not wanted. The offsets stay on the machine. Row for row the bits are those of Linear.
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
 struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -168,7 +168,10 @@ struct Read {
     check(value.is_string(), where, "'", name, "' is of another kind; it must be a word");
     auto const& words = words_of<E>;
     auto const found = std::ranges::find(words, std::string_view(value.get_ref<std::string const&>()));
-    check(found != words.end(), where, "unknown word ", escaped(value.get_ref<std::string const&>()));
+    std::string allowed;
+    for (std::string_view const word : words) allowed.append(allowed.empty() ? "" : ", ").append(word);
+    check(found != words.end(), where, "'", name, "': unknown word ", escaped(value.get_ref<std::string const&>()), "; allowed are ",
+          allowed);
     return static_cast<E>(found - words.begin());
   }
 };
@@ -241,7 +244,8 @@ template <class Model> typename Model::Config configuration(Json const& json, st
   members(config.norm, Read{safetensors::member(model, "norm", where), where});
   members(config.initialization, Read{safetensors::member(model, "initialization", where), where});
   Json const& layers = safetensors::member(json, "layers", where);
-  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern");
+  check(layers.is_array() && layers.size() == Stack::depth, where, "'layers' does not fit the pattern: it has ", layers.size(),
+        " layers, the pattern ", Stack::depth);
   auto const read_layer = [&]<class P>(std::size_t kind, LayerConfig<P>& layer) {
     for (std::size_t i = 0; i < Stack::depth; ++i) {
       if (Stack::Blocks::places[i].type != kind) continue;

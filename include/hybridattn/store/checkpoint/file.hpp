@@ -210,7 +210,8 @@ class File {
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
     compare(member("model"), model["model"], "");
     Json const& layers = member("layers");
-    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern");
+    check(layers.is_array() && layers.size() == model["layers"].size(), where_, "'layers' does not fit the pattern: it has ", layers.size(),
+          " layers, the pattern ", model["layers"].size());
     for (std::size_t i = 0; i < layers.size(); ++i) {
       Json const& layer = model["layers"][i];
       compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");

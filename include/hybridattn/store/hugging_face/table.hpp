@@ -33,7 +33,8 @@ struct Outline {
   std::map<std::string, Extents> fields;   // every tensor of the model, by path
 };
 
-// A row in a layer: the released tensors of these names, one after the other, hold `groups` times a share of each field.
+// Released tensors and the fields of ours that they hold. The numbers of the tensors, in order, are `groups` groups; each group has an
+// equal share of every field, one field after the other.
 struct Entry {
   std::vector<std::string> names;
   Extents shape;                     // of each of them

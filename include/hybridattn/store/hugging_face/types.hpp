@@ -36,6 +36,14 @@ inline void check_layers(Settings const& s, std::vector<Json> const& layers) {
 
 }  // namespace detail
 
+// Throws when the layers of a model of these settings have their norms elsewhere than a model's.
+inline void check_norm_placement(Settings const& s, Json const& description) {
+  auto const placement = [](Json const& layer) { return layer.value("norm_placement", "before"); };
+  for (std::size_t i = 0; i < s.pattern.size(); ++i) {
+    std::string const theirs = placement(s.layers.at(s.pattern[i])), ours = placement(description["layers"][i]);
+    check(theirs == ours, s.where, "the norms of layer ", i, " come ", theirs, " attention and feed-forward, but in the model ", ours);
+  }
+}
 // Throws when a config.json is that of other types than the stack's.
 template <class Stack> void check_types(Settings const& s) { detail::check_layers(s, detail::TypesOf<Stack>::layers()); }
 
@@ -70,6 +78,17 @@ inline Outline outline(Json const& description, Family const& family) {
   return result;
 }
 
+// Throws where a layer differs from an earlier one of its kind: a config.json has one set of options and sizes for both.
+inline void check_same(Settings const& s, Json const& earlier, Json const& layer) {
+  for (char const* group : {"options", "sizes"}) {
+    Json const ours = layer.value(group, Json::object()), theirs = earlier.value(group, Json::object());
+    for (auto const& [name, value] : ours.items())
+      check(value == theirs[name], s.where, "layer ", s.pattern.size(), " has ", name, " = ", checkpoint::shown(value),
+            ", but an earlier layer of its kind has ", checkpoint::shown(theirs[name]));
+  }
+  check(layer.value("norm_placement", "before") == earlier.value("norm_placement", "before"), s.where, "layer ", s.pattern.size(),
+        " has its norms elsewhere than an earlier layer of its kind");
+}
 inline Settings settings_of(Json const& description, Family const& family) {
   Settings s;
   s.where = "cannot save the model as " + std::string(family.model_type) + ": ";
@@ -78,6 +97,7 @@ inline Settings settings_of(Json const& description, Family const& family) {
   for (Json const& layer : description["layers"]) {
     char const letter = letter_of(family, layer);
     check(letter != '?', s.where, "it has a layer of ", layer["policy"].get_ref<std::string const&>(), "; supported are ", family.words());
+    if (s.pattern.find(letter) != s.pattern.npos) check_same(s, s.layers[letter], layer);
     s.pattern += letter;
     s.layers[letter] = layer;
   }
