@@ -3193,8 +3193,9 @@ inline HostGroup difference(HostGroup x, HostGroup const& y) {
     for (std::size_t e = 0; e < x[i].values.size(); ++e) x[i].values[e] -= y[i].values[e];
   return x;
 }
-// The central difference at a step h is off by its truncation and by the rounding of each output. How much the step 2h changes it shows the
-// truncation: three times as much where the function is smooth, and just as much where it has a kink at x, as a rectified score has.
+// The central difference at a step h is off by its truncation and by the rounding of each output. How much another step changes it shows
+// both: the step 2h adds three times the truncation where the function is smooth, and as much where it has a kink at x, as a rectified
+// score has. One such change may be small by chance, so a slope that seems wrong is judged by the changes at three more steps too.
 inline std::string wrong_slope(Subject const& subject, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
   constexpr double step = 0x1p-16;
   Random random{Seed{seed}, "direction"};
@@ -3206,9 +3207,13 @@ inline std::string wrong_slope(Subject const& subject, Case const& x, Result con
     auto const outputs = [&](double by) { return outputs_at(subject, x, result, input, direction, by); };
     return inner(difference(outputs(h), outputs(-h)), upstream) / (2 * h);
   };
-  double const along = inner({gradient}, {direction}), slope = slope_at(step), truncation = 2 * std::abs(slope_at(2 * step) - slope);
-  double const allowed = truncation + 8 * subject.eps() / step * product_length(result.outputs, upstream) + 1e-14;
-  if (std::abs(along - slope) <= allowed) return {};
+  double const along = inner({gradient}, {direction}), slope = slope_at(step),
+               rounding = 8 * subject.eps() / step * product_length(result.outputs, upstream) + 1e-14;
+  double allowed = 0;
+  for (double const factor : {2.0, 4.0, 0.5, 0.25}) {
+    allowed = std::max(allowed, 2 * std::abs(slope_at(factor * step) - slope) + rounding);
+    if (std::abs(along - slope) <= allowed) return {};
+  }
   return sentence("the gradient of ", gradient.name, " is ", number(along), " along a direction in which the loss rises by ", number(slope),
                   "; ", allowed, " is allowed");
 }
