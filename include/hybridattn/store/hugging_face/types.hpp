@@ -3,6 +3,7 @@
 #define HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
 
 #include <hybridattn/nn/language_model.hpp>
+#include <hybridattn/store/checkpoint/file.hpp>
 #include <hybridattn/store/hugging_face/config_file.hpp>
 #include <hybridattn/store/hugging_face/table.hpp>
 
