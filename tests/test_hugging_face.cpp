@@ -79,9 +79,7 @@ template <class Model, class T> struct ModelIn final : AnyModel {
     keep(values, "hidden.layer" + std::to_string(Model::Stack::depth - 1), saved.x);
     keep(values, "hidden.final_norm", saved.x_normed);
     saved.blocks.for_each_layer([&](int i, auto const& block) { keep_block(values, i, block); }, saved.blocks);
-    auto const result = model.backward(
-        cpu, params, batch, std::move(saved),
-        1 / static_cast<double>(std::ranges::count_if(download(cpu, batch.targets), [](auto target) { return target >= 0; })));
+    auto const result = model.backward(cpu, params, batch, std::move(saved), 1 / static_cast<double>(batch.counted));
     auto const losses = download(cpu, result.losses)[0];
     values["loss"] = {{}, {losses.loss.mean() + losses.auxiliary()}};
     values["aux_loss"] = {{}, {losses.auxiliary()}};

@@ -9249,6 +9249,7 @@ template <class B> struct TokenBatch {
   SequencesOn<B> sequences;
   Tensor<std::int32_t, 1, B> tokens, targets;  // [N]
   TokenRange token_range = {}, target_range = {};
+  Index counted = 0;                           // tokens that have a target: their losses are scaled by 1 / counted for a mean
 };
 
 // Uploads other tokens [N] and targets [N] into the memory of a batch. Throws Error unless there are N > 0 of both.
@@ -9259,6 +9260,7 @@ void refill(B& backend, TokenBatch<B>& batch, std::span<std::int32_t const> toke
   check(!tokens.empty(), "batch: it has no tokens; a batch holds at least 1");
   batch.token_range = TokenRange::of(tokens);
   batch.target_range = TokenRange::of(targets);
+  batch.counted = std::ranges::count_if(targets, [](std::int32_t target) { return target >= 0; });
   upload(backend, tokens, batch.tokens);
   upload(backend, targets, batch.targets);
 }
