@@ -14,8 +14,8 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
-// Which file a tensor is in, is what the index says where there is one. It names every tensor of its files, and each is where it says;
-// what stands in a second file beside that, or is model.safetensors and not in the index, is not read.
+// Where a folder has an index, the index names the file of every tensor, and the tensor must be in that file. A copy of a tensor in
+// another file is not read, nor is a model.safetensors that the index does not name.
 class Weights {
  public:
   explicit Weights(std::filesystem::path const& folder) : where_(one_line(folder.string()) + ": ") {
