@@ -25,7 +25,7 @@ template <class T> Rows<T> noise(Index rows, Index columns, char const* name) {
 template <class T> Rows<T> product(ha::Cpu& cpu, Rows<T> const& a, Rows<T> const& b, bool a_transposed, bool b_transposed) {
   Rows<T> const a_stored = a_transposed ? Rows<T>(a.transpose()) : a, b_stored = b_transposed ? Rows<T>(b.transpose()) : b;
   auto const stored = [](Rows<T> const& x, bool transposed) {
-    ha::cpu::Operand<T> const operand{x.data(), x.rows(), x.cols(), x.cols(), 1};
+    ha::Operand<T> const operand{x.data(), x.rows(), x.cols(), x.cols(), 1};
     return transposed ? operand.transposed() : operand;
   };
   Rows<T> c = Rows<T>::Constant(a.rows(), b.cols(), std::numeric_limits<T>::quiet_NaN());
@@ -70,7 +70,7 @@ TEST_CASE("a product can be added to what is there") {
   auto const a = noise<double>(10, 20, "a"), b = noise<double>(20, 30, "b");
   Rows<double> c = noise<double>(10, 30, "c");
   Rows<double> const truth = c + a * b;
-  ha::cpu::gemm(cpu, ha::cpu::Operand<double>{a.data(), 10, 20, 20, 1}, ha::cpu::Operand<double>{b.data(), 20, 30, 30, 1},
+  ha::cpu::gemm(cpu, ha::Operand<double>{a.data(), 10, 20, 20, 1}, ha::Operand<double>{b.data(), 20, 30, 30, 1},
                 ha::View<double, 2>{c.data(), {10, 30}}, ha::Into::add);
   CHECK((c - truth).cwiseAbs().maxCoeff() < 1e-14);
 }
@@ -78,7 +78,7 @@ TEST_CASE("a product can be added to what is there") {
 TEST_CASE("operands that do not fit are refused with their sizes") {
   ha::Cpu cpu{1};
   std::vector<float> x(100);
-  CHECK_THROWS_WITH(ha::cpu::gemm(cpu, ha::cpu::Operand<float>{x.data(), 2, 3, 3, 1}, ha::cpu::Operand<float>{x.data(), 4, 5, 5, 1},
+  CHECK_THROWS_WITH(ha::cpu::gemm(cpu, ha::Operand<float>{x.data(), 2, 3, 3, 1}, ha::Operand<float>{x.data(), 4, 5, 5, 1},
                                   ha::View<float, 2>{x.data(), {2, 5}}),
                     Catch::Matchers::Contains("[2, 3] times [4, 5]"));
 }

@@ -41,9 +41,10 @@ struct System {
     };
   }
   auto release() {
-    return [this](void* block) {
+    return [this](void* block, std::size_t bytes) {
       ++released;
-      held -= blocks.at(block);
+      CHECK(blocks.at(block) == bytes);
+      held -= bytes;
       blocks.erase(block);
     };
   }

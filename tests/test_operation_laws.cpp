@@ -42,7 +42,7 @@ TEMPLATE_LIST_TEST_CASE("an operation keeps every law in float", "[float]", Oper
 TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double, and the page lists those that speak of it", "[double]", Operations) {
   auto const verdicts = ha::testing::judge<TestType, ha::Cpu, double>();
   check_all(verdicts);
-  std::string row = "\n| `" + ha::testing::detail::type_name<TestType>() + "` |";
+  std::string row = "\n| `" + ha::type_name<TestType>() + "` |";
   for (char const* law :
        {"independent of the batch", "packed equals its sequences", "causal forward", "finite differences", "agrees in parts", "in place"}) {
     auto const speaks = [&](ha::testing::Verdict const& verdict) { return verdict.law == law && verdict.why.empty(); };

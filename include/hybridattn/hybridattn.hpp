@@ -11,4 +11,8 @@
 #include <hybridattn/train/schedule.hpp>
 #include <hybridattn/train/train_step.hpp>
 
+#if HYBRIDATTN_CUDA
+#include <hybridattn/cuda.cuh>
+#endif
+
 #endif

@@ -25,12 +25,42 @@
 #error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
 #endif
 
+// HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
+#define HYBRIDATTN_DEVICE __device__ __forceinline__
+#define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
+#define HYBRIDATTN_DEVICE inline
+#define HYBRIDATTN_UNROLL_IN_KERNEL
+#endif
+
+// Ends the program or the kernel, where an index is out of bounds.
+#if defined(__CUDA_ARCH__)
+#define HYBRIDATTN_ABORT() __trap()
+#else
+#define HYBRIDATTN_ABORT() std::abort()
+#endif
+
+// Sanitizers of addresses and of threads: the emulator tells them when it changes stacks.
+#if defined(__has_feature)
+#define HYBRIDATTN_HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HYBRIDATTN_HAS_FEATURE(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || HYBRIDATTN_HAS_FEATURE(address_sanitizer)
+#define HYBRIDATTN_ASAN 1
+#else
+#define HYBRIDATTN_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
+#define HYBRIDATTN_TSAN 1
+#else
+#define HYBRIDATTN_TSAN 0
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))
@@ -105,11 +135,18 @@
 #else
 #define HYBRIDATTN_ABI_STD
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
+#if HYBRIDATTN_ASAN
+#define HYBRIDATTN_ABI_SANITIZER _asan
+#elif HYBRIDATTN_TSAN
+#define HYBRIDATTN_ABI_SANITIZER _tsan
+#else
+#define HYBRIDATTN_ABI_SANITIZER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
 
 // A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
 // variable's name has the variable's type.
@@ -135,12 +172,14 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
-template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
+// The parts written one after the other.
+template <class... Parts> [[gnu::cold, gnu::noinline]] std::string sentence(Parts const&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) { throw Error(sentence(parts...)); }
 template <class... Parts> void check(bool holds, Parts const&... parts) {
   if (!holds) fail(parts...);
 }
@@ -253,7 +292,8 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
   // A view for writing converts to a view for reading.
-  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_HD View(View<U, Rank> const& writable) : View(writable.data, writable.shape, writable.stride) {}
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
@@ -283,7 +323,7 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
 #if HYBRIDATTN_BOUNDS_CHECKS
-    if (index < 0 || index >= shape[axis]) std::abort();
+    if (index < 0 || index >= shape[axis]) HYBRIDATTN_ABORT();
 #endif
     offset += index * stride[axis++];
   }

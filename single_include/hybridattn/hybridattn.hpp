@@ -46,12 +46,42 @@
 #error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
 #endif
 
+// HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
+#define HYBRIDATTN_DEVICE __device__ __forceinline__
+#define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
+#define HYBRIDATTN_DEVICE inline
+#define HYBRIDATTN_UNROLL_IN_KERNEL
+#endif
+
+// Ends the program or the kernel, where an index is out of bounds.
+#if defined(__CUDA_ARCH__)
+#define HYBRIDATTN_ABORT() __trap()
+#else
+#define HYBRIDATTN_ABORT() std::abort()
+#endif
+
+// Sanitizers of addresses and of threads: the emulator tells them when it changes stacks.
+#if defined(__has_feature)
+#define HYBRIDATTN_HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HYBRIDATTN_HAS_FEATURE(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || HYBRIDATTN_HAS_FEATURE(address_sanitizer)
+#define HYBRIDATTN_ASAN 1
+#else
+#define HYBRIDATTN_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
+#define HYBRIDATTN_TSAN 1
+#else
+#define HYBRIDATTN_TSAN 0
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))
@@ -126,11 +156,18 @@
 #else
 #define HYBRIDATTN_ABI_STD
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
+#if HYBRIDATTN_ASAN
+#define HYBRIDATTN_ABI_SANITIZER _asan
+#elif HYBRIDATTN_TSAN
+#define HYBRIDATTN_ABI_SANITIZER _tsan
+#else
+#define HYBRIDATTN_ABI_SANITIZER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
 
 // A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
 // variable's name has the variable's type.
@@ -156,12 +193,14 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
-template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
+// The parts written one after the other.
+template <class... Parts> [[gnu::cold, gnu::noinline]] std::string sentence(Parts const&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) { throw Error(sentence(parts...)); }
 template <class... Parts> void check(bool holds, Parts const&... parts) {
   if (!holds) fail(parts...);
 }
@@ -274,7 +313,8 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
   // A view for writing converts to a view for reading.
-  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_HD View(View<U, Rank> const& writable) : View(writable.data, writable.shape, writable.stride) {}
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
@@ -304,7 +344,7 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
 #if HYBRIDATTN_BOUNDS_CHECKS
-    if (index < 0 || index >= shape[axis]) std::abort();
+    if (index < 0 || index >= shape[axis]) HYBRIDATTN_ABORT();
 #endif
     offset += index * stride[axis++];
   }
@@ -434,8 +474,16 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
 }
 
 namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
 }
 // Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
@@ -533,13 +581,13 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 namespace detail {
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? static_cast<int>(i) / 2 : n + static_cast<int>(i) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
 }
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? (n + static_cast<int>(i)) / 2 : n + (n + static_cast<int>(i)) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
 }
 }  // namespace detail
 
@@ -568,15 +616,14 @@ namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <int size, bool upper, int m, class V, std::size_t... i>
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
-  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
@@ -682,8 +729,8 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
 }
 
 // a / b, and a as a multiple of b, rounded up. For any a >= 0.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+HYBRIDATTN_HD constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+HYBRIDATTN_HD constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -1264,7 +1311,7 @@ struct SharedBlock {
 // million: no block of a step waits longer.
 class Pool {
  public:
-  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block) returns it to the system.
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block, bytes) returns it to the system.
   // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
   template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
@@ -1288,12 +1335,12 @@ class Pool {
     BlockSize const size{bytes};
     in_use_ -= bytes;
     used_ -= size.bytes;
-    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+    blocks_[size.number].waiting.push_back({block, period_});  // there is room for every block of this size
   }
   // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");  // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -1303,9 +1350,9 @@ class Pool {
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
-  std::size_t peak() const { return peak_; }       // the largest in_use()
-  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
+  std::size_t in_use() const { return in_use_; }  // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }  // the largest in_use()
+  std::size_t held() const { return held_; }  // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
   // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
@@ -1313,11 +1360,11 @@ class Pool {
  private:
   struct Waiting {
     void* block;
-    std::size_t period;   // in which it was freed
+    std::size_t period;  // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;   // in the order in which they were freed
-    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
+    std::vector<Waiting> waiting;  // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;  // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -1327,7 +1374,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
+    if (blocks.waiting.capacity() == blocks.count)  // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -1359,7 +1406,7 @@ class Pool {
       auto const first = blocks->waiting.begin();
       auto last = first;
       for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
-        release(last->block);
+        release(last->block, blocks->bytes);
         held_ -= blocks->bytes;
         --blocks->count;
       }
@@ -1370,7 +1417,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};  // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -2179,7 +2226,7 @@ class Cpu {
     if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
     return ::operator new(bytes, alignment, std::nothrow);
   }
-  static void release(void* block) noexcept { ::operator delete(block, alignment); }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     int const offered = omp_get_max_threads();
@@ -4896,7 +4943,10 @@ template <class T> struct TokenRows {
   T* data;
   Index stride;
 
-  HYBRIDATTN_INLINE operator TokenRows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
+  TokenRows() = default;
+  HYBRIDATTN_INLINE TokenRows(T* first, Index step) : data(first), stride(step) {}
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_INLINE TokenRows(TokenRows<U> const& writable) : TokenRows(writable.data, writable.stride) {}
   HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
   HYBRIDATTN_INLINE TokenRows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
   HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }
@@ -6667,6 +6717,29 @@ struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
 // summed over the depth in one fixed order, for any number of rows and threads.
@@ -6674,16 +6747,6 @@ struct GroupedLinear {};
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
-
-  Operand transposed() const { return {data, columns, rows, column, row}; }
-  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
 
 namespace detail {
 
@@ -6815,7 +6878,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+      *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
@@ -6836,7 +6899,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+      *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, into);
   }
@@ -6847,7 +6910,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Product<T>* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
-      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
       for (Index first = 0; first < F; first += block_rows) {
         Index const last = std::min(F, first + block_rows);
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
@@ -6904,12 +6967,12 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Linear, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
-    cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
+    cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
   template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
-    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, into);
-    if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
+    if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
   }
 };
 
@@ -8291,8 +8354,8 @@ template <> struct On<CrossEntropy, Cpu> {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
+      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 
@@ -8306,7 +8369,7 @@ template <> struct On<CrossEntropy, Cpu> {
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), cpu::operand(w).transposed(), logits);
+      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;
@@ -10206,5 +10269,1508 @@ StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Para
 // hybridattn: language models with hybrid attention, as C++ types. The one door: include this.
 #ifndef HYBRIDATTN_HYBRIDATTN_HPP
 #define HYBRIDATTN_HYBRIDATTN_HPP
+
+#if HYBRIDATTN_CUDA
+
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/call_site.hpp
+// Where a kernel calls a word of simt.hpp.
+#ifndef HYBRIDATTN_BACKEND_GPU_CALL_SITE_HPP
+#define HYBRIDATTN_BACKEND_GPU_CALL_SITE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+// A line of source. As a default argument, here() is the line that calls the function: void f(CallSite at = CallSite::here()).
+struct CallSite {
+  char const* file = "";
+  int line = 0;
+
+  static HYBRIDATTN_HD constexpr CallSite here(char const* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/simt.hpp
+// The words that kernels are written in. Under nvcc they are the GPU's own, under any other compiler the emulator's.
+//   thread_id, block_x, block_y, block_z   the number of a thread in its block, and of the block in the grid
+//   sync_block, sync_warp                  every thread of the block, or lane of the warp, waits for all others and sees what they wrote
+//   shuffle, shuffle_xor, shuffle_up, shuffle_down   the value that another lane gives: lane `n`, own ^ mask, own - distance, own + distance
+//   ballot                                 the set of lanes that vote true
+//   match_any                              the set of lanes with the same value
+//   atomic_add, atomic_max                 on integers alone, return the old value. Sums of floats in any order are not repeatable
+//   exp2, log2, cos_pi, sin_pi             cos and sin of pi x. Those of x itself need local memory for large x
+// All lanes of a warp take part in a word of the warp, and all threads of a block in sync_block, at the same line of the source.
+#ifndef HYBRIDATTN_BACKEND_GPU_SIMT_HPP
+#define HYBRIDATTN_BACKEND_GPU_SIMT_HPP
+
+#include <cstdint>
+#include <cstring>
+
+#if HYBRIDATTN_CUDA
+
+// ==== hybridattn/backend/cuda/simt.cuh
+// The words of kernels on a GPU; backend/gpu/simt.hpp lists and explains them.
+#ifndef HYBRIDATTN_BACKEND_CUDA_SIMT_CUH
+#define HYBRIDATTN_BACKEND_CUDA_SIMT_CUH
+
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+HYBRIDATTN_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+HYBRIDATTN_DEVICE Index block_x() { return blockIdx.x; }
+HYBRIDATTN_DEVICE Index block_y() { return blockIdx.y; }
+HYBRIDATTN_DEVICE Index block_z() { return blockIdx.z; }
+
+HYBRIDATTN_DEVICE void sync_block(CallSite = CallSite::here()) { __syncthreads(); }
+HYBRIDATTN_DEVICE void sync_warp(CallSite = CallSite::here()) { __syncwarp(); }
+
+namespace detail {
+// f(word) for the words of 4 bytes that x is made of.
+template <class T, class F> HYBRIDATTN_DEVICE T by_words(T x, F f) {
+  static_assert(sizeof(T) <= 8, "lanes exchange at most 8 bytes at a time");
+  unsigned words[(sizeof(T) + 3) / 4] = {};
+  memcpy(words, &x, sizeof x);
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (unsigned& word : words) word = f(word);
+  memcpy(&x, words, sizeof x);
+  return x;
+}
+// Integers of the two sizes that the GPU's atomics have.
+template <class T> using AtomicOf =
+    std::conditional_t<sizeof(T) == 8, unsigned long long, std::conditional_t<std::is_signed_v<T>, int, unsigned>>;
+}  // namespace detail
+template <class T> HYBRIDATTN_DEVICE T shuffle(T x, int lane, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_sync(~0u, word, lane); });
+}
+template <class T> HYBRIDATTN_DEVICE T shuffle_xor(T x, int mask, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_xor_sync(~0u, word, mask); });
+}
+template <class T> HYBRIDATTN_DEVICE T shuffle_up(T x, int distance, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_up_sync(~0u, word, static_cast<unsigned>(distance)); });
+}
+template <class T> HYBRIDATTN_DEVICE T shuffle_down(T x, int distance, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_down_sync(~0u, word, static_cast<unsigned>(distance)); });
+}
+HYBRIDATTN_DEVICE std::uint32_t ballot(bool vote, CallSite = CallSite::here()) { return __ballot_sync(~0u, vote); }
+template <std::integral T> HYBRIDATTN_DEVICE std::uint32_t match_any(T x, CallSite = CallSite::here()) {
+  if constexpr (sizeof(T) == 8) return __match_any_sync(~0u, static_cast<unsigned long long>(x));
+  else return __match_any_sync(~0u, static_cast<unsigned>(x));
+}
+
+template <std::integral T> HYBRIDATTN_DEVICE T atomic_add(T* at, T x) {
+  using Atomic = detail::AtomicOf<T>;
+  return static_cast<T>(atomicAdd(reinterpret_cast<Atomic*>(at), static_cast<Atomic>(x)));
+}
+template <std::integral T> HYBRIDATTN_DEVICE T atomic_max(T* at, T x) {
+  using Atomic = std::conditional_t<sizeof(T) == 8 && std::is_signed_v<T>, long long, detail::AtomicOf<T>>;
+  return static_cast<T>(atomicMax(reinterpret_cast<Atomic*>(at), static_cast<Atomic>(x)));
+}
+
+HYBRIDATTN_DEVICE float exp2(float x) { return exp2f(x); }
+HYBRIDATTN_DEVICE double exp2(double x) { return ::exp2(x); }
+HYBRIDATTN_DEVICE float log2(float x) { return log2f(x); }
+HYBRIDATTN_DEVICE double log2(double x) { return ::log2(x); }
+HYBRIDATTN_DEVICE double cos_pi(double x) { return cospi(x); }
+HYBRIDATTN_DEVICE double sin_pi(double x) { return sinpi(x); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/simt.hpp
+#else
+
+// ==== hybridattn/backend/emulator/fiber.hpp
+// Functions that stop in the middle and go on later, each on a stack of its own (Boost.Context).
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_FIBER_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_FIBER_HPP
+
+#include <boost/context/detail/fcontext.hpp>
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <mutex>
+#include <vector>
+
+#if HYBRIDATTN_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if HYBRIDATTN_TSAN
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(char const* file, int line);
+void AnnotateIgnoreReadsEnd(char const* file, int line);
+void AnnotateIgnoreWritesBegin(char const* file, int line);
+void AnnotateIgnoreWritesEnd(char const* file, int line);
+}
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+// The thread sanitizer sees each fiber as a thread. Unwatched hides the engine's own memory from it, Watched shows the kernel's again.
+#if HYBRIDATTN_TSAN
+struct Unwatched {
+  Unwatched() { begin(); }
+  Unwatched(Unwatched const&) = delete;
+  Unwatched& operator=(Unwatched const&) = delete;
+  ~Unwatched() { end(); }
+  static void begin() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  static void end() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+struct Watched {
+  Watched() { Unwatched::end(); }
+  Watched(Watched const&) = delete;
+  Watched& operator=(Watched const&) = delete;
+  ~Watched() { Unwatched::begin(); }
+};
+// What a thread did before release(meeting) is seen by the threads that acquire(meeting) later.
+inline void release(void* meeting) { __tsan_release(meeting); }
+inline void acquire(void* meeting) { __tsan_acquire(meeting); }
+#else
+struct Unwatched {
+  Unwatched() {}
+};
+struct Watched {
+  Watched() {}
+};
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+// Stacks for fibers. A stack that a fiber gives back serves a later one, so that an emulator starts quickly.
+class Stacks {
+ public:
+  static constexpr std::size_t bytes = std::size_t{256} << 10;   // of addresses; pages come when they are touched
+
+  // The lowest address of a stack. Throws Error where the system refuses it.
+  static char* take() {
+    std::lock_guard const lock(mutex());
+    if (!free().empty()) {
+      char* const stack = free().back();
+      free().pop_back();
+      return stack;
+    }
+    void* const memory = mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(memory != MAP_FAILED, "Emulator: the system refuses ", bytes, " bytes for the stack of a thread");
+    mprotect(memory, page, PROT_NONE);   // a stack that is too small ends the program here
+    return static_cast<char*>(memory) + page;
+  }
+  static void give(char* stack) {
+    std::lock_guard const lock(mutex());
+    free().push_back(stack);
+  }
+
+ private:
+  static constexpr std::size_t page = 4096;
+  // Both live as long as the program, because an emulator may live that long.
+  static std::vector<char*>& free() {
+    static auto* const list = new std::vector<char*>;
+    return *list;
+  }
+  static std::mutex& mutex() {
+    static auto* const only = new std::mutex;
+    return *only;
+  }
+};
+
+class Fiber {
+ public:
+  Fiber() = default;
+  Fiber(Fiber const&) = delete;
+  Fiber& operator=(Fiber const&) = delete;
+  ~Fiber() {
+#if HYBRIDATTN_TSAN
+    if (stack_ != nullptr && as_thread_ != nullptr) __tsan_destroy_fiber(as_thread_);
+#endif
+    if (stack_ == nullptr) return;
+    clear_stack();
+    Stacks::give(stack_);
+  }
+
+  // The next switch to this fiber calls entry(argument), which may not return. What the fiber did before is forgotten.
+  void start(void (*entry)(void*), void* argument) {
+    if (stack_ == nullptr) take_stack();
+    clear_stack();
+    entry_ = entry;
+    argument_ = argument;
+    context_ = boost::context::detail::make_fcontext(stack_ + Stacks::bytes, Stacks::bytes, enter);
+#if HYBRIDATTN_TSAN
+    if (as_thread_ != nullptr) __tsan_destroy_fiber(as_thread_);
+    as_thread_ = __tsan_create_fiber(0);
+#endif
+  }
+  // The calling thread's own stack becomes this fiber.
+  void adopt_thread() {
+#if HYBRIDATTN_TSAN
+    as_thread_ = __tsan_get_current_fiber();
+#endif
+#if HYBRIDATTN_ASAN
+    sanitizer_bottom_ = nullptr;   // learned when the first fiber begins
+#endif
+  }
+
+  // Goes on in `to`, until something switches back to this fiber.
+#if HYBRIDATTN_TSAN
+  __attribute__((no_sanitize_thread))
+#endif
+  void
+  switch_to(Fiber& to) {
+    Leaving leaving{this, &to};
+#if HYBRIDATTN_ASAN
+    __sanitizer_start_switch_fiber(&fake_stack_, to.sanitizer_bottom_, to.sanitizer_size_);
+#endif
+#if HYBRIDATTN_TSAN
+    __tsan_switch_to_fiber(to.as_thread_, __tsan_switch_to_fiber_no_sync);
+#endif
+    arrived(boost::context::detail::jump_fcontext(to.context_, &leaving));
+  }
+
+ private:
+  struct Leaving {
+    Fiber *from, *to;
+  };
+
+  void take_stack() {
+    stack_ = Stacks::take();
+#if HYBRIDATTN_ASAN
+    sanitizer_bottom_ = stack_;
+    sanitizer_size_ = Stacks::bytes;
+#endif
+  }
+  void clear_stack() {
+#if HYBRIDATTN_ASAN
+    __asan_unpoison_memory_region(stack_, Stacks::bytes);   // of a function that was stopped for ever
+    fake_stack_ = nullptr;
+#endif
+  }
+#if HYBRIDATTN_TSAN
+  __attribute__((no_sanitize_thread))
+#endif
+  static void
+  arrived(boost::context::detail::transfer_t transfer) {
+    auto const [from, to] = *static_cast<Leaving*>(transfer.data);
+    from->context_ = transfer.fctx;
+#if HYBRIDATTN_ASAN
+    void const* bottom;
+    std::size_t size;
+    __sanitizer_finish_switch_fiber(to->fake_stack_, &bottom, &size);
+    if (from->stack_ == nullptr) {
+      from->sanitizer_bottom_ = bottom;
+      from->sanitizer_size_ = size;
+    }
+#else
+    (void)to;
+#endif
+  }
+#if HYBRIDATTN_TSAN
+  __attribute__((no_sanitize_thread))
+#endif
+  static void
+  enter(boost::context::detail::transfer_t transfer) {
+    Fiber& self = *static_cast<Leaving*>(transfer.data)->to;
+    arrived(transfer);
+    self.entry_(self.argument_);
+  }
+
+  char* stack_ = nullptr;   // nullptr: the stack of a thread
+  boost::context::detail::fcontext_t context_ = nullptr;
+  void (*entry_)(void*) = nullptr;
+  void* argument_ = nullptr;
+#if HYBRIDATTN_ASAN
+  void* fake_stack_ = nullptr;
+  void const* sanitizer_bottom_ = nullptr;
+  std::size_t sanitizer_size_ = 0;
+#endif
+#if HYBRIDATTN_TSAN
+  void* as_thread_ = nullptr;
+#endif
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/mutation.hpp
+// Leaves out one barrier of a kernel at run time, so that a test can show that the laws notice it.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_MUTATION_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_MUTATION_HPP
+
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+inline bool same(simt::CallSite a, simt::CallSite b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+// Of all emulators of the program. Change it only while no kernel runs.
+struct Mutation {
+  bool records = false;
+  std::vector<simt::CallSite> reached;   // the barriers that kernels reach while `records` is true
+  simt::CallSite left_out;               // the barrier that kernels pass without waiting; line 0: none
+
+  // Whether a kernel passes this barrier without waiting.
+  bool passes(simt::CallSite at) {
+    if (records) record(at);
+    return left_out.line != 0 && same(left_out, at);
+  }
+
+ private:
+  void record(simt::CallSite at) {
+    std::lock_guard const lock(mutex_);
+    for (simt::CallSite known : reached)
+      if (same(known, at)) return;
+    reached.push_back(at);
+  }
+  std::mutex mutex_;
+};
+inline Mutation& mutation() {
+  static Mutation only;
+  return only;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/schedule.hpp
+// In which order the emulator runs the threads of a block.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_SCHEDULE_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_SCHEDULE_HPP
+
+#include <bit>
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+// Schedule `number`, from 1 on. Orders of warps and lanes are forward, backward and random. In the odd ones of 1 .. 6 a warp runs until
+// it must wait, in the even ones the warps take turns. A block's random numbers depend on the schedule and the block alone.
+class Schedule {
+ public:
+  explicit Schedule(int number) : order_(static_cast<Order>((number - 1) % 3)), takes_turns_(number % 2 == 0), number_(number) {}
+
+  void start_block(Index block) {
+    random_ = static_cast<std::uint64_t>(block + 1) * 0x9e3779b97f4a7c15u + static_cast<std::uint64_t>(number_);
+  }
+  // The warp that runs next, of those in the set, after `last`.
+  int next_warp(std::uint32_t ready, int last) {
+    std::uint32_t const others = ready & ~(1u << last);
+    if (!takes_turns_ && others != ready) return last;
+    return pick(takes_turns_ && others != 0 ? others : ready);
+  }
+  int next_lane(std::uint32_t ready) { return pick(ready); }
+
+ private:
+  enum class Order { forward, backward, random };
+
+  int pick(std::uint32_t set) {
+    if (order_ == Order::forward) return std::countr_zero(set);
+    if (order_ == Order::backward) return 31 - std::countl_zero(set);
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    for (auto skip = random_ % static_cast<std::uint64_t>(std::popcount(set)); skip > 0; --skip) set &= set - 1;
+    return std::countr_zero(set);
+  }
+
+  Order order_;
+  bool takes_turns_;
+  int number_;
+  std::uint64_t random_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/shared_memory.hpp
+// The shared memory of a block. It begins as NaN in every type of number, and red zones stand before and behind it.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_SHARED_MEMORY_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_SHARED_MEMORY_HPP
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+class SharedMemory {
+ public:
+  static constexpr Index intact = std::numeric_limits<Index>::min();
+
+  void start_block(std::size_t bytes) {
+    std::size_t const all = bytes + 2 * zone;
+    if (HYBRIDATTN_TSAN || blocks_.empty() || size_ < all) {   // the thread sanitizer would see blocks meet in memory that they share
+      if (!HYBRIDATTN_TSAN) blocks_.clear();
+      blocks_.emplace_back(static_cast<std::byte*>(::operator new(all, alignment)));
+      size_ = all;
+    }
+    bytes_ = bytes;
+    std::fill_n(begin(), all, unwritten);
+  }
+  void end_launch() {
+    if (HYBRIDATTN_TSAN) blocks_.clear();
+  }
+  void* data() const { return begin() + zone; }
+  // Where a red zone was written, in bytes from the start of the shared memory, or `intact`.
+  Index overwritten() const {
+    for (std::size_t i = 0; i < zone; ++i) {
+      if (begin()[zone - 1 - i] != unwritten) return -1 - static_cast<Index>(i);
+      if (begin()[zone + bytes_ + i] != unwritten) return static_cast<Index>(bytes_ + i);
+    }
+    return intact;
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{128};
+  static constexpr std::size_t zone = 256;
+  static constexpr std::byte unwritten{0xff};
+  struct Delete {
+    void operator()(std::byte* memory) const { ::operator delete(memory, alignment); }
+  };
+
+  std::byte* begin() const { return blocks_.back().get(); }
+
+  std::vector<std::unique_ptr<std::byte, Delete>> blocks_;   // one, and more only under the thread sanitizer
+  std::size_t size_ = 0, bytes_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/engine.hpp
+// Runs the blocks of a kernel on one thread of the host. Every thread of a block is a fiber.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_ENGINE_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_ENGINE_HPP
+
+#include <array>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+// A launch, without the kernel's type.
+struct Launch {
+  std::string (*kernel)();   // its name
+  void (*run)(void* shared, void const* params);
+  void const* params;
+  int threads;   // of a block
+  std::size_t shared_bytes;
+  Grid grid;
+};
+
+// A thread of the current block.
+struct Thread {
+  enum class State : char { ready, in_warp, in_block, ended };
+  Fiber fiber;
+  int number = 0;
+  State state = State::ready;
+  char const* word = "";      // where it waits: a word of simt.hpp
+  simt::CallSite at;          // and the line that calls the word
+  alignas(16) std::byte given[16] = {}, received[16] = {};   // what lanes exchange
+};
+
+class Engine {
+ public:
+  explicit Engine(Schedule schedule) : schedule_(schedule) {}
+
+  // Throws Error where the block makes a mistake: barriers that not all threads reach, an end while others wait, a deadlock, writes
+  // beside shared memory. The error names the kernel, the block, and where its threads wait.
+  void run_block(Launch const& launch, Grid block) {
+    launch_ = &launch;
+    block_ = block;
+    schedule_.start_block((block.z * launch.grid.y + block.y) * launch.grid.x + block.x);
+    shared_.start_block(launch.shared_bytes);
+    start_threads();
+    Engine* const outer = std::exchange(current(), this);
+    host_.adopt_thread();
+    release(&start_);
+    go_on(host_);
+    current() = outer;
+    if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
+    if (!mistake_.empty()) fail(std::exchange(mistake_, {}));
+    if (Index const place = shared_.overwritten(); place != SharedMemory::intact)
+      fail(sentence("Emulator: ", where(), " writes beside its shared memory, ", place, " bytes from its start"));
+  }
+  // After the last block of a launch.
+  void end_launch() {
+    acquire(&end_);
+    shared_.end_launch();
+  }
+
+  // The engine whose kernel runs on this thread of the host.
+  static Engine*& current() {
+    static constinit thread_local Engine* engine = nullptr;
+    return engine;
+  }
+  Thread& self() { return *self_; }
+  Grid block() const { return block_; }
+
+  // Waits for all threads of the block.
+  void sync_block(simt::CallSite at) {
+    Unwatched const unwatched;
+    if (mutation().passes(at)) return;
+    Thread& me = *self_;
+    me.word = "sync_block";
+    me.at = at;
+    if (ended_ > 0) stop("waits for threads that have ended");
+    if (in_block_ > 0 && !same(at, block_site_)) stop("waits at another sync_block than other threads of its block");
+    block_site_ = at;
+    void* const meeting = &block_meetings_[block_phase_ % 2];
+    release(meeting);
+    if (++in_block_ == launch_->threads) {
+      in_block_ = 0;
+      ++block_phase_;
+      for (int i = 0; i < launch_->threads; ++i) wake(threads_[static_cast<std::size_t>(i)]);
+    } else {
+      me.state = Thread::State::in_block;
+    }
+    go_on(me.fiber);
+    acquire(meeting);
+  }
+
+  // Waits for all lanes of the warp. The last one to arrive calls exchange(lanes), which reads what they gave and sets what they receive.
+  enum class Memory : char { as_it_is, ordered };  // ordered: every lane sees what the others wrote before
+  template <class Exchange> void meet(char const* word, simt::CallSite at, Memory memory, Exchange exchange) {
+    Thread& me = *self_;
+    Warp& warp = warps_[static_cast<std::size_t>(me.number / 32)];
+    me.word = word;
+    me.at = at;
+    if (warp.ended != 0) stop("needs all lanes of its warp, but some have ended");
+    if (warp.arrived != 0 && (!same(at, warp.site) || std::strcmp(word, warp.word) != 0))
+      stop(sentence("waits at ", word, " while other lanes of its warp wait at ", warp.word));
+    warp.site = at;
+    warp.word = word;
+    warp.arrived |= 1u << me.number % 32;
+    void* const meeting = &warp.meetings[warp.phase % 2];
+    if (memory == Memory::ordered) release(meeting);
+    if (warp.arrived == ~0u) {
+      Thread* const lanes = &threads_[static_cast<std::size_t>(me.number / 32 * 32)];
+      exchange(lanes);
+      warp.arrived = 0;
+      ++warp.phase;
+      for (int lane = 0; lane < 32; ++lane) wake(lanes[lane]);
+    } else {
+      me.state = Thread::State::in_warp;
+    }
+    go_on(me.fiber);
+    if (memory == Memory::ordered) acquire(meeting);
+  }
+
+ private:
+  struct Warp {
+    std::uint32_t ready = 0, arrived = 0, ended = 0;  // sets of lanes
+    char const* word = "";
+    simt::CallSite site;
+    unsigned phase = 0;
+    std::array<char, 16> meetings[2] = {};
+  };
+  static constexpr int most_threads = 1024;
+
+  void start_threads() {
+    if (threads_ == nullptr) threads_ = std::make_unique<Thread[]>(most_threads);
+    ended_ = in_block_ = 0;
+    last_warp_ = 0;
+    warps_ready_ = 0;
+    for (int i = 0; i < launch_->threads / 32; ++i) {
+      Warp& warp = warps_[static_cast<std::size_t>(i)];
+      warp.ready = warp.arrived = warp.ended = 0;
+    }
+    for (int i = 0; i < launch_->threads; ++i) {
+      Thread& thread = threads_[static_cast<std::size_t>(i)];
+      thread.number = i;
+      thread.fiber.start(run_thread, &thread);
+      wake(thread);
+    }
+  }
+  static void run_thread(void* thread) {
+    Engine& engine = *current();
+    acquire(&engine.start_);
+    try {
+      engine.launch_->run(engine.shared_.data(), engine.launch_->params);
+    } catch (...) {
+      engine.failure_ = std::current_exception();
+    }
+    engine.end_thread(*static_cast<Thread*>(thread));
+  }
+  void end_thread(Thread& me) {
+    Fiber* next = &host_;
+    release(&end_);
+    {
+      Unwatched const unwatched;
+      me.state = Thread::State::ended;
+      me.word = "its end";
+      Warp& warp = warps_[static_cast<std::size_t>(me.number / 32)];
+      warp.ended |= 1u << me.number % 32;
+      ++ended_;
+      if (warp.arrived != 0) mistake_ = report("ends while other lanes of its warp wait for it");
+      else if (in_block_ > 0) mistake_ = report("ends while other threads of its block wait for it");
+      next = &choose();
+    }
+    me.fiber.switch_to(*next);
+  }
+
+  void wake(Thread& thread) {
+    thread.state = Thread::State::ready;
+    warps_[static_cast<std::size_t>(thread.number / 32)].ready |= 1u << thread.number % 32;
+    warps_ready_ |= 1u << thread.number / 32;
+  }
+  // The fiber that runs next: the host's after a mistake, and where no thread can run.
+  Fiber& choose() {
+    if (failure_ == nullptr && mistake_.empty() && warps_ready_ == 0 && ended_ < launch_->threads)
+      mistake_ = report("waits, and so do all others: no thread can go on");
+    if (failure_ != nullptr || !mistake_.empty() || warps_ready_ == 0) return host_;
+    last_warp_ = schedule_.next_warp(warps_ready_, last_warp_);
+    Warp& warp = warps_[static_cast<std::size_t>(last_warp_)];
+    int const lane = schedule_.next_lane(warp.ready);
+    warp.ready &= ~(1u << lane);
+    if (warp.ready == 0) warps_ready_ &= ~(1u << last_warp_);
+    self_ = &threads_[static_cast<std::size_t>(last_warp_ * 32 + lane)];
+    return self_->fiber;
+  }
+  void go_on(Fiber& from) {
+    Fiber& next = choose();
+    if (&next != &from) from.switch_to(next);
+  }
+  // The calling thread made a mistake. Nothing of the block runs any more.
+  void stop(std::string const& mistake) {
+    mistake_ = report(mistake);
+    self_->fiber.switch_to(host_);
+  }
+
+  std::string where() const { return sentence("kernel ", launch_->kernel(), ", block (", block_.x, ", ", block_.y, ", ", block_.z, ")"); }
+  // The mistake of the current thread, and below it where all threads of the block wait.
+  std::string report(std::string const& mistake) const {
+    std::string text = sentence("Emulator: ", where(), ": thread ", self_->number, " ", mistake);
+    for (int first = 0, last; first < launch_->threads; first = last) {
+      Thread const& thread = threads_[static_cast<std::size_t>(first)];
+      std::string const place = place_of(thread);
+      for (last = first + 1; last < launch_->threads && place_of(threads_[static_cast<std::size_t>(last)]) == place;) ++last;
+      text += sentence("\n  ", last == first + 1 ? "thread " : "threads ", first);
+      if (last > first + 1) text += sentence(" to ", last - 1);
+      text += sentence(": ", place);
+    }
+    return text;
+  }
+  std::string place_of(Thread const& thread) const {
+    if (thread.state == Thread::State::ended) return "ended";
+    if (thread.state == Thread::State::ready && &thread != self_) return "could go on";
+    char const* const name = std::strrchr(thread.at.file, '/');
+    return sentence("at ", thread.word, ", ", name == nullptr ? thread.at.file : name + 1, ":", thread.at.line);
+  }
+
+  Schedule schedule_;
+  SharedMemory shared_;
+  std::unique_ptr<Thread[]> threads_;  // made with the first block
+  std::array<Warp, most_threads / 32> warps_;
+  Fiber host_;
+  Launch const* launch_ = nullptr;
+  Grid block_;
+  Thread* self_ = nullptr;
+  std::uint32_t warps_ready_ = 0;
+  int last_warp_ = 0, ended_ = 0, in_block_ = 0;
+  simt::CallSite block_site_;
+  unsigned block_phase_ = 0;
+  std::array<char, 16> block_meetings_[2] = {};
+  std::exception_ptr failure_;
+  std::string mistake_;
+  char start_ = 0, end_ = 0;  // meetings of the threads with the host
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/simt.hpp
+// The words of kernels on the emulator; backend/gpu/simt.hpp lists and explains them.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_SIMT_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_SIMT_HPP
+
+#include <cmath>
+#include <concepts>
+#include <numbers>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+namespace detail {
+inline emulator::Engine& engine() { return *emulator::Engine::current(); }
+
+// Each lane gives x, and receives choose(lanes, own number).
+template <class T, class Choose> auto exchange(char const* word, CallSite at, T x, Choose choose) {
+  using R = std::invoke_result_t<Choose, emulator::Thread const*, int>;
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 16 && sizeof(R) <= 16);
+  emulator::Unwatched const unwatched;
+  emulator::Thread& me = engine().self();
+  std::memcpy(me.given, &x, sizeof x);
+  engine().meet(word, at, emulator::Engine::Memory::as_it_is, [&](emulator::Thread* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      R const received = choose(lanes, lane);
+      std::memcpy(lanes[lane].received, &received, sizeof received);
+    }
+  });
+  R received;
+  std::memcpy(&received, me.received, sizeof received);
+  return received;
+}
+template <class T> T given(emulator::Thread const& lane) {
+  T x;
+  std::memcpy(&x, lane.given, sizeof x);
+  return x;
+}
+}  // namespace detail
+
+inline int thread_id() { return detail::engine().self().number; }
+inline Index block_x() { return detail::engine().block().x; }
+inline Index block_y() { return detail::engine().block().y; }
+inline Index block_z() { return detail::engine().block().z; }
+
+inline void sync_block(CallSite at = CallSite::here()) { detail::engine().sync_block(at); }
+inline void sync_warp(CallSite at = CallSite::here()) {
+  emulator::Unwatched const unwatched;
+  if (emulator::mutation().passes(at)) return;
+  detail::engine().meet("sync_warp", at, emulator::Engine::Memory::ordered, [](emulator::Thread*) {});
+}
+
+// The value of lane from(own number), and one's own where there is no such lane.
+namespace detail {
+template <class T, class From> T shuffled(char const* word, CallSite at, T x, From from) {
+  struct Asked {
+    T x;
+    int lane;
+  };
+  static_assert(sizeof(Asked) <= 16, "lanes exchange at most 8 bytes at a time");
+  int const lane = engine().self().number % 32, asked = from(lane);
+  return exchange(word, at, Asked{x, 0 <= asked && asked < 32 ? asked : lane},
+                  [](emulator::Thread const* lanes, int own) { return given<Asked>(lanes[given<Asked>(lanes[own]).lane]).x; });
+}
+}  // namespace detail
+template <class T> T shuffle(T x, int lane, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle", at, x, [&](int) { return lane; });
+}
+template <class T> T shuffle_xor(T x, int mask, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle_xor", at, x, [&](int lane) { return lane ^ mask; });
+}
+template <class T> T shuffle_up(T x, int distance, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle_up", at, x, [&](int lane) { return lane - distance; });
+}
+template <class T> T shuffle_down(T x, int distance, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle_down", at, x, [&](int lane) { return lane + distance; });
+}
+
+inline std::uint32_t ballot(bool vote, CallSite at = CallSite::here()) {
+  return detail::exchange("ballot", at, vote, [](emulator::Thread const* lanes, int) {
+    std::uint32_t votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<std::uint32_t>(detail::given<bool>(lanes[lane])) << lane;
+    return votes;
+  });
+}
+template <std::integral T> std::uint32_t match_any(T x, CallSite at = CallSite::here()) {
+  return detail::exchange("match_any", at, x, [](emulator::Thread const* lanes, int own) {
+    std::uint32_t equal = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      equal |= static_cast<std::uint32_t>(detail::given<T>(lanes[lane]) == detail::given<T>(lanes[own])) << lane;
+    return equal;
+  });
+}
+
+template <std::integral T> T atomic_add(T* at, T x) { return __atomic_fetch_add(at, x, __ATOMIC_RELAXED); }
+template <std::integral T> T atomic_max(T* at, T x) {
+  T old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (old < x && !__atomic_compare_exchange_n(at, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+template <std::floating_point T> T exp2(T x) { return std::exp2(x); }
+template <std::floating_point T> T log2(T x) { return std::log2(x); }
+inline double cos_pi(double x) { return std::cos(std::numbers::pi * std::fmod(x, 2)); }
+inline double sin_pi(double x) { return std::sin(std::numbers::pi * std::fmod(x, 2)); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/simt.hpp
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+HYBRIDATTN_DEVICE int lane() { return thread_id() % 32; }
+HYBRIDATTN_DEVICE int warp() { return thread_id() / 32; }
+
+// std::numeric_limits, std::min and std::max are functions of the host.
+template <class T> HYBRIDATTN_HD T infinity() { return T(HUGE_VALF); }
+template <class T> HYBRIDATTN_HD T larger(T a, T b) { return a > b ? a : b; }
+template <class T> HYBRIDATTN_HD T smaller(T a, T b) { return a < b ? a : b; }
+
+// The bits of a number, and the number of bits.
+HYBRIDATTN_HD std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+HYBRIDATTN_HD std::uint64_t bits_of(double x) {
+  std::uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+HYBRIDATTN_HD float number_of(std::uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+HYBRIDATTN_HD double number_of(std::uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// n numbers that are read or written at once, from a multiple of their size.
+template <class T, int n> struct alignas(sizeof(T) * n) Vector {
+  T x[n];
+};
+template <int n, class T> HYBRIDATTN_DEVICE Vector<std::remove_const_t<T>, n> load_vector(T* from) {
+  return *reinterpret_cast<Vector<std::remove_const_t<T>, n> const*>(from);
+}
+template <class T, int n> HYBRIDATTN_DEVICE void store_vector(T* to, Vector<T, n> x) { *reinterpret_cast<Vector<T, n>*>(to) = x; }
+
+HYBRIDATTN_DEVICE bool any(bool vote, CallSite at = CallSite::here()) { return ballot(vote, at) != 0; }
+HYBRIDATTN_DEVICE bool all(bool vote, CallSite at = CallSite::here()) { return ballot(vote, at) == ~0u; }
+
+// Over groups of `lanes` neighbouring lanes, a power of 2, in the order of one fixed tree. Every lane receives the result.
+template <int lanes = 32, class T> HYBRIDATTN_DEVICE T sum_lanes(T x, CallSite at = CallSite::here()) {
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int step = 1; step < lanes; step *= 2) x += shuffle_xor(x, step, at);
+  return x;
+}
+template <int lanes = 32, class T> HYBRIDATTN_DEVICE T largest_of_lanes(T x, CallSite at = CallSite::here()) {
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int step = 1; step < lanes; step *= 2) x = larger(x, shuffle_xor(x, step, at));
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/gpu.hpp
+// Machines that run kernels. A kernel is a type:
+//   struct Mine {
+//     static constexpr int threads = 128;                                // of a block, whole warps
+//     struct Params { ... };                                             // views and numbers, passed by value
+//     struct Shared { ... };                                             // shared memory of a block
+//     static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p);  // what a thread does, in the words of simt.hpp
+//   };
+//   launch<Mine>(gpu, {.x = blocks}, params);
+// An operation is written once, as On<Op, B> for every GpuBackend B. Cuda and Emulator run the same text.
+#ifndef HYBRIDATTN_BACKEND_GPU_GPU_HPP
+#define HYBRIDATTN_BACKEND_GPU_GPU_HPP
+
+#include <type_traits>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class K>
+concept Kernel = requires(typename K::Shared& shared, typename K::Params const& p) {
+  { K::threads } -> std::convertible_to<int>;
+  K::run(shared, p);
+};
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// start<Kernel>(grid, params) runs a kernel after all earlier work of the backend, and need not wait for it.
+template <class B>
+concept GpuBackend =
+    Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) { gpu.template start<detail::AnyKernel>(grid, params); };
+
+// Runs a kernel on a grid of blocks. A grid without blocks starts nothing. Throws Error for more blocks than a GPU takes.
+template <Kernel K, GpuBackend B> void launch(B& gpu, Grid grid, typename K::Params const& params) {
+  static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof(typename K::Params) <= 4096,
+                "Params are views and numbers, at most 4096 bytes");
+  static_assert(std::is_trivially_destructible_v<typename K::Shared>, "Shared is memory without constructors");
+  static_assert(K::threads % 32 == 0 && K::threads <= 1024, "a block is whole warps of 32 threads, at most 32 warps");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  check(grid.x <= largest_int32 && grid.y <= 65535 && grid.z <= 65535, "launch: ", grid.x, " x ", grid.y, " x ", grid.z,
+        " blocks; a GPU takes at most ", largest_int32, " x 65535 x 65535");
+  gpu.template start<K>(grid, params);
+}
+
+namespace gpu {
+
+// f(i) for i = 0 .. count - 1, a thread each.
+template <class F> struct ForEach {
+  static constexpr int threads = 128;
+  struct Params {
+    F f;
+    Index count;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const i = simt::block_x() * threads + simt::thread_id();
+    if (i < p.count) p.f(i);
+  }
+};
+
+}  // namespace gpu
+
+// Calls f(i) for i = 0 .. count - 1. F is a struct of views and numbers with operator()(Index) const, HYBRIDATTN_HD.
+template <GpuBackend B, class F> void for_each(B& gpu, Index count, F f) {
+  launch<gpu::ForEach<F>>(gpu, {.x = ceil_div(count, gpu::ForEach<F>::threads)}, {f, count});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/gemm.hpp
+// Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
+// depth in one fixed order.
+#ifndef HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+  Into into;
+};
+
+// A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
+template <class T, int size_> struct ProductTile {
+  static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
+  struct Shared {
+    T a[depth][size + 1], b[depth][size + 1];
+  };
+
+  // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
+  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
+    for (int i = simt::thread_id(); i < size * depth; i += threads) {
+      int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
+      to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
+    }
+  }
+  // The tile of p.c from element (row, column) on.
+  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Product<T> const& p, Index row, Index column) {
+    int const r = simt::thread_id() / (size / each) * each, c = simt::thread_id() % (size / each) * each;
+    Index const rows = p.c.extent(0) - row, columns = p.c.extent(1) - column;
+    bool const has_elements = r < rows && c < columns;
+    T sum[each][each] = {};
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (p.into == Into::add && r + i < rows && c + j < columns) sum[i][j] = p.c(row + r + i, column + c + j);
+    }
+    for (Index k = 0; k < p.a.columns; k += depth) {
+      load(shared.a, p.a, row, k);
+      load(shared.b, p.b.transposed(), column, k);
+      simt::sync_block();
+      if (has_elements) add_step(shared, r, c, sum);
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (r + i < rows && c + j < columns) p.c(row + r + i, column + c + j) = sum[i][j];
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void add_step(Shared const& shared, int r, int c, T (&sum)[each][each]) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < depth; ++k) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int i = 0; i < each; ++i) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int j = 0; j < each; ++j) sum[i][j] += shared.a[k][r + i] * shared.b[k][c + j];
+      }
+    }
+  }
+};
+
+template <class T, int size> struct Multiply {
+  using Tile = ProductTile<T, size>;
+  static constexpr int threads = Tile::threads;
+  using Params = Product<T>;
+  using Shared = typename Tile::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Tile::multiply(shared, p, simt::block_x() * size, simt::block_y() * size);
+  }
+};
+
+// f(size) with the size of the tiles for `products` matrices [rows, columns]: large tiles where they are many enough for a whole GPU.
+// The size changes no bit.
+template <class F> void with_tile(Index products, Index rows, Index columns, F f) {
+  constexpr Index enough = 128;
+  if (products * ceil_div(rows, 64) * ceil_div(columns, 64) >= enough) f(std::integral_constant<int, 64>{});
+  else f(std::integral_constant<int, 32>{});
+}
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place. The one place where a library of
+// matrix products may compute instead: a backend with multiply(product) decides there.
+template <class T, GpuBackend B> void gemm(B& gpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c, into};
+  if constexpr (requires { gpu.multiply(product); })
+    if (gpu.multiply(product)) return;
+  with_tile(1, c.extent(0), c.extent(1), [&](auto size) {
+    launch<Multiply<T, size()>>(gpu, {.x = ceil_div(c.extent(0), size()), .y = ceil_div(c.extent(1), size())}, product);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/core/type_name.hpp
+// Names of types, for reports and errors.
+#ifndef HYBRIDATTN_CORE_TYPE_NAME_HPP
+#define HYBRIDATTN_CORE_TYPE_NAME_HPP
+
+#include <string>
+#include <string_view>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// The type's name as the compiler spells it, without the library's namespace.
+template <class P> std::string type_name() {
+  std::string const text = __PRETTY_FUNCTION__;
+  auto const library = text.find("hybridattn::"), flags = library + 12;
+  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
+  auto const first = text.find("P = ") + 4;
+  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
+  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
+                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
+    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
+  return name;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cuda/cuda.cuh
+// An NVIDIA GPU: one stream of work, memory from a pool, and the kernels of gpu.hpp.
+#ifndef HYBRIDATTN_BACKEND_CUDA_CUDA_CUH
+#define HYBRIDATTN_BACKEND_CUDA_CUDA_CUH
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <string>
+#include <utility>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Who computes matrix products. The library's own keep every bitwise law. cuBLAS is faster, and chooses its kernel by the number of rows:
+// a row's bits then depend on the rest of the batch. It needs the CMake target hybridattn::cuda_cublas.
+enum class Products { own, cublas };
+
+struct CudaOptions {
+  int device = 0;
+  Products products = Products::own;
+  bool wait_after_each_kernel = false;   // an error then names the kernel that made it, instead of the last kernels
+};
+
+namespace cuda {
+
+// The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash.
+template <class K> __global__ void __launch_bounds__(K::threads) run(__grid_constant__ typename K::Params const params) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  K::run(*reinterpret_cast<typename K::Shared*>(shared), params);
+}
+
+template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename K::Shared> ? 0 : sizeof(typename K::Shared);
+
+// A kernel that every program with a Cuda has.
+struct Probe {
+  HYBRIDATTN_HD void operator()(Index) const {}
+};
+
+// The last kernels that were started since the host last waited.
+class Started {
+ public:
+  void add(std::string (*kernel)()) { kernels_[count_++ % kernels_.size()] = kernel; }
+  void clear() { count_ = 0; }
+  std::string names() const {
+    std::string text = count_ == 0 ? "no kernel was started since the last wait" : "the last kernels, the latest first:";
+    for (std::size_t i = 0; i < std::min(count_, kernels_.size()); ++i) text += " " + kernels_[(count_ - 1 - i) % kernels_.size()]();
+    return text;
+  }
+
+ private:
+  std::array<std::string (*)(), 8> kernels_ = {};
+  std::size_t count_ = 0;
+};
+
+}  // namespace cuda
+
+class Cuda {
+ public:
+  // Throws Error where there is no device of this number, where its driver is too old, where the program has no code for its
+  // architecture, and where the products need a library that the program does not link.
+  explicit Cuda(CudaOptions options = {}) : options_(options) {
+    check_device(options);
+    select();
+    succeed(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  }
+  Cuda(Cuda const&) = delete;
+  Cuda& operator=(Cuda const&) = delete;
+  ~Cuda() {
+    cudaSetDevice(options_.device);
+    cudaStreamSynchronize(stream_);
+    pool_.trim(release);
+    cudaStreamDestroy(stream_);
+  }
+  // Whether a Cuda of these options can be made here.
+  static bool available(CudaOptions options = {}) { return why_not(options).empty(); }
+  // Why not, or nothing.
+  static std::string why_not(CudaOptions options = {}) {
+    try {
+      check_device(options);
+      return {};
+    } catch (Error const& error) {
+      return error.what();
+    }
+  }
+
+  void* take(std::size_t bytes) {
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, device_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }   // the stream orders who uses it next
+  void trim() noexcept {
+    cudaStreamSynchronize(stream_);
+    pool_.trim(release);
+  }
+  // Waits for the copy: the host may change its bytes at once.
+  void upload(void* to, void const* from, std::size_t bytes) {
+    succeed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "an upload");
+    synchronise();
+  }
+  void download(void* to, void const* from, std::size_t bytes) {
+    succeed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "a download");
+    synchronise();
+  }
+  void copy(void* to, void const* from, std::size_t bytes) {
+    succeed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "a copy");
+  }
+  void fill(void* to, std::byte value, std::size_t bytes) {
+    succeed(cudaMemsetAsync(to, std::to_integer<int>(value), bytes, stream_), "a fill");
+  }
+  void synchronise() {
+    succeed(cudaStreamSynchronize(stream_), "waiting");
+    started_.clear();
+  }
+  bool owns(void const* memory) const {
+    cudaPointerAttributes attributes;
+    bool const known = cudaPointerGetAttributes(&attributes, memory) == cudaSuccess;
+    return known && attributes.type == cudaMemoryTypeDevice && attributes.device == options_.device;
+  }
+  Pool& pool() { return pool_; }
+  CudaOptions const& options() const { return options_; }
+  cudaStream_t stream() const { return stream_; }
+
+  // Starts a kernel behind all earlier work.
+  template <class K> void start(Grid grid, typename K::Params const& params) {
+    constexpr std::size_t shared = cuda::shared_bytes<K>;
+    if constexpr (shared > 48 * 1024) {
+      cudaError_t const allowed = cudaFuncSetAttribute(cuda::run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      check(allowed == cudaSuccess, "CUDA: kernel ", type_name<K>(), " needs ", shared,
+            " bytes of shared memory: ", cudaGetErrorString(allowed));
+    }
+    started_.add(type_name<K>);
+    auto const narrow = [](Index n) { return static_cast<unsigned>(n); };
+    cuda::run<K><<<dim3(narrow(grid.x), narrow(grid.y), narrow(grid.z)), K::threads, shared, stream_>>>(params);
+    succeed(cudaGetLastError(), "starting a kernel");
+    if (options_.wait_after_each_kernel) synchronise();
+  }
+
+ private:
+  static void check_device(CudaOptions const& options) {
+    int driver = 0, runtime = 0, devices = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    auto const version = [](int number) { return sentence(number / 1000, ".", number % 1000 / 10); };
+    check(driver != 0, "Cuda: no NVIDIA driver is installed. This program needs one for CUDA ", version(runtime),
+          "; the backends Cpu and Emulator need none");
+    cudaError_t const counted = cudaGetDeviceCount(&devices);
+    check(counted != cudaErrorInsufficientDriver, "Cuda: the driver is for CUDA ", version(driver), ", the program needs CUDA ",
+          version(runtime), " or later");
+    check(counted == cudaSuccess && devices > 0, "Cuda: no GPU was found (", cudaGetErrorString(counted),
+          "); the backends Cpu and Emulator need none");
+    check(0 <= options.device && options.device < devices, "Cuda: device ", options.device, "; allowed: 0 .. ", devices - 1);
+    cudaDeviceProp properties;
+    succeed_with(cudaGetDeviceProperties(&properties, options.device), "reading the properties of a device", {});
+    cudaFuncAttributes attributes;
+    int current = 0;
+    cudaGetDevice(&current);
+    cudaSetDevice(options.device);
+    cudaError_t const has_code = cudaFuncGetAttributes(&attributes, cuda::run<gpu::ForEach<cuda::Probe>>);
+    cudaSetDevice(current);
+    cudaGetLastError();
+    check(has_code == cudaSuccess, "Cuda: the program has no code for device ", options.device, ", ", properties.name,
+          " of architecture sm_", properties.major, properties.minor, "; compile it with nvcc -arch=sm_", properties.major,
+          properties.minor);
+    check(options.products == Products::own, "Cuda: Products::cublas needs the CMake target hybridattn::cuda_cublas");
+  }
+  void select() { succeed(cudaSetDevice(options_.device), "selecting a device"); }
+  void* allocate(std::size_t bytes) {
+    void* block = nullptr;
+    cudaError_t const status = cudaMalloc(&block, bytes);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    succeed(status, "taking memory");
+    return block;
+  }
+  static void release(void* block, std::size_t) noexcept { cudaFree(block); }   // cudaFree waits for the device
+  static std::size_t device_memory() {
+    std::size_t free = 0, all = 0;
+    return cudaMemGetInfo(&free, &all) == cudaSuccess ? all : 0;
+  }
+  void succeed(cudaError_t status, char const* what) const { succeed_with(status, what, started_); }
+  static void succeed_with(cudaError_t status, char const* what, cuda::Started const& started) {
+    if (status != cudaSuccess) fail("CUDA: ", what, ": ", cudaGetErrorString(status), "; ", started.names());
+  }
+
+  CudaOptions options_;
+  Pool pool_;
+  cudaStream_t stream_ = nullptr;
+  cuda::Started started_;
+};
+static_assert(GpuBackend<Cuda>);
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/linear/gpu.hpp
+#ifndef HYBRIDATTN_OPS_LINEAR_GPU_HPP
+#define HYBRIDATTN_OPS_LINEAR_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Linear, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    gpu::gemm<T>(gpu, operand(x), operand(w).transposed(), y);
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) gpu::gemm<T>(gpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) gpu::gemm<T>(gpu, operand(d_y).transposed(), operand(x), d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/reduce.hpp
+// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
+#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
+template <class T, int warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+  x = simt::sum_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T sum = 0;
+  for (T part : of_warps) sum += part;
+  simt::sync_block();   // of_warps may be used again
+  return sum;
+}
+
+// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
+template <class T> struct SumParts {
+  View<T const, 2> parts;
+  View<T, 1> sum;
+  HYBRIDATTN_HD void operator()(Index c) const {
+    T total = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
+    sum(c) = total;
+  }
+};
+
+// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
+inline constexpr Index sum_rows = 32;
+inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/kernels.hpp
+// RMSNorm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_RMS_NORM_KERNELS_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The gate z of GatedRmsNorm is empty in RmsNorm.
+template <class T> struct RmsNormParams {
+  View<T const, 2> x, z;
+  View<T const, 1> w;
+  View<T, 2> y;
+  T shift, eps;   // shift: 1 + w is the weight
+};
+template <class T> struct RmsNormGradients {
+  RmsNormParams<T> forward;
+  View<T const, 2> d_y;
+  View<T, 2> d_x, d_z;
+  View<T, 2> d_w;   // [blocks of rows, C]
+  Into into;        // d_x
+};
+
+template <class T> HYBRIDATTN_DEVICE T row_rstd(RmsNormParams<T> const& p, Index n) {
+  T squares = 0;
+  for (Index c = simt::lane(); c < p.x.extent(1); c += 32) squares += p.x(n, c) * p.x(n, c);
+  return T(1) / std::sqrt(simt::sum_lanes(squares) / static_cast<T>(p.x.extent(1)) + p.eps);
+}
+
+template <class T> struct RmsNormForward {
+  static constexpr int threads = 128;
+  using Params = RmsNormParams<T>;
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n >= p.x.extent(0)) return;
+    T const rstd = row_rstd(p, n);
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) {
+      T const normed = p.x(n, c) * rstd * (p.shift + p.w(c));
+      p.y(n, c) = p.z.empty() ? normed : normed * silu(p.z(n, c));
+    }
+  }
+};
+
+// A block has sum_rows rows: first each warp some of them, for d_x and d_z; then each thread its columns of all, for d_w.
+template <class T> struct RmsNormBackward {
+  static constexpr int threads = 128;
+  using Params = RmsNormGradients<T>;
+  struct Shared {
+    T rstd[sum_rows];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, rows = simt::smaller(sum_rows, p.forward.x.extent(0) - first);
+    for (Index r = simt::warp(); r < rows; r += threads / 32) {
+      T const rstd = row_rstd(p.forward, first + r);
+      if (simt::lane() == 0) shared.rstd[r] = rstd;
+    }
+    simt::sync_block();
+    for (Index c = simt::thread_id(); c < p.forward.x.extent(1); c += threads) {
+      T sum = 0;
+      for (Index r = 0; r < rows; ++r) sum += d_normed(p, first + r, c) * p.forward.x(first + r, c) * shared.rstd[r];
+      p.d_w(simt::block_x(), c) = sum;
+    }
+    simt::sync_block();   // d_x may be d_y
+    for (Index r = simt::warp(); r < rows; r += threads / 32) write_row(p, first + r, shared.rstd[r]);
+  }
+
+ private:
+  // The gradient of x rstd w, before the gate.
+  static HYBRIDATTN_DEVICE T d_normed(Params const& p, Index n, Index c) {
+    return p.forward.z.empty() ? p.d_y(n, c) : p.d_y(n, c) * silu(p.forward.z(n, c));
+  }
+  static HYBRIDATTN_DEVICE void write_row(Params const& p, Index n, T rstd) {
+    auto const& [x, z, w, y, shift, eps] = p.forward;
+    T along = 0;
+    for (Index c = simt::lane(); c < x.extent(1); c += 32) along += d_normed(p, n, c) * (shift + w(c)) * x(n, c);
+    along = simt::sum_lanes(along) * rstd / static_cast<T>(x.extent(1));
+    for (Index c = simt::lane(); c < x.extent(1); c += 32) {
+      T const xh = x(n, c) * rstd, weight = shift + w(c), dy = p.d_y(n, c), before = p.into == Into::add ? p.d_x(n, c) : T(0);
+      T const d_x = before + rstd * (d_normed(p, n, c) * weight - xh * along);
+      if (!z.empty()) p.d_z(n, c) = dy * xh * weight * silu_slope(z(n, c));
+      p.d_x(n, c) = d_x;
+    }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/gpu.hpp
+#ifndef HYBRIDATTN_OPS_RMS_NORM_GPU_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+template <class T, GpuBackend B> void rms_norm(B& gpu, RmsNormParams<T> const& p) {
+  launch<RmsNormForward<T>>(gpu, {.x = ceil_div(p.x.extent(0), RmsNormForward<T>::threads / 32)}, p);
+}
+template <class T, GpuBackend B> void rms_norm_gradients(B& gpu, RmsNormGradients<T> p, View<T, 1> d_w) {
+  Tensor<T, 2, B> parts{gpu, {row_blocks(p.forward.x.extent(0)), d_w.extent(0)}};
+  p.d_w = out(parts);
+  launch<RmsNormBackward<T>>(gpu, {.x = parts.shape()[0]}, p);
+  for_each(gpu, d_w.extent(0), SumParts<T>{in(parts), d_w});
+}
+template <class T> T shift_of(RmsNorm::Options const& o) { return o.weight == NormWeight::zero_centred ? T(1) : T(0); }
+
+}  // namespace gpu
+
+template <GpuBackend B> struct On<RmsNorm, B> {
+  template <class T> static void forward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+    gpu::rms_norm<T>(gpu, {x, {}, w, y, gpu::shift_of<T>(o), static_cast<T>(o.eps)});
+  }
+  template <class T>
+  static void backward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 1> d_w, Into into) {
+    gpu::rms_norm_gradients<T>(gpu, {{x, {}, w, {}, gpu::shift_of<T>(o), static_cast<T>(o.eps)}, d_y, d_x, {}, {}, into}, d_w);
+  }
+};
+
+template <GpuBackend B> struct On<GatedRmsNorm, B> {
+  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+    gpu::rms_norm<T>(gpu, {x, z, w, y, T(0), static_cast<T>(eps)});
+  }
+  template <class T>
+  static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 2> d_z, View<T, 1> d_w) {
+    gpu::rms_norm_gradients<T>(gpu, {{x, z, w, {}, T(0), static_cast<T>(eps)}, d_y, d_x, d_z, {}, Into::overwrite}, d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/gpu_operations.hpp
+// Every operation and policy on GPU backends.
+#ifndef HYBRIDATTN_GPU_OPERATIONS_HPP
+#define HYBRIDATTN_GPU_OPERATIONS_HPP
+
+#endif
+
+// ==== hybridattn/cuda.cuh
+// NVIDIA GPUs, and every operation and policy on them. hybridattn/hybridattn.hpp includes this under nvcc.
+#ifndef HYBRIDATTN_CUDA_CUH
+#define HYBRIDATTN_CUDA_CUH
+
+#endif
+
+// ==== hybridattn/hybridattn.hpp
+#endif
 
 #endif

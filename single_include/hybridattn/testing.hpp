@@ -47,12 +47,42 @@
 #error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
 #endif
 
+// HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
+#define HYBRIDATTN_DEVICE __device__ __forceinline__
+#define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
+#define HYBRIDATTN_DEVICE inline
+#define HYBRIDATTN_UNROLL_IN_KERNEL
+#endif
+
+// Ends the program or the kernel, where an index is out of bounds.
+#if defined(__CUDA_ARCH__)
+#define HYBRIDATTN_ABORT() __trap()
+#else
+#define HYBRIDATTN_ABORT() std::abort()
+#endif
+
+// Sanitizers of addresses and of threads: the emulator tells them when it changes stacks.
+#if defined(__has_feature)
+#define HYBRIDATTN_HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HYBRIDATTN_HAS_FEATURE(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || HYBRIDATTN_HAS_FEATURE(address_sanitizer)
+#define HYBRIDATTN_ASAN 1
+#else
+#define HYBRIDATTN_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
+#define HYBRIDATTN_TSAN 1
+#else
+#define HYBRIDATTN_TSAN 0
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))
@@ -127,11 +157,18 @@
 #else
 #define HYBRIDATTN_ABI_STD
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
+#if HYBRIDATTN_ASAN
+#define HYBRIDATTN_ABI_SANITIZER _asan
+#elif HYBRIDATTN_TSAN
+#define HYBRIDATTN_ABI_SANITIZER _tsan
+#else
+#define HYBRIDATTN_ABI_SANITIZER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
 
 // A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
 // variable's name has the variable's type.
@@ -157,12 +194,14 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
-template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
+// The parts written one after the other.
+template <class... Parts> [[gnu::cold, gnu::noinline]] std::string sentence(Parts const&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) { throw Error(sentence(parts...)); }
 template <class... Parts> void check(bool holds, Parts const&... parts) {
   if (!holds) fail(parts...);
 }
@@ -338,7 +377,7 @@ struct SharedBlock {
 // million: no block of a step waits longer.
 class Pool {
  public:
-  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block) returns it to the system.
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block, bytes) returns it to the system.
   // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
   template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
@@ -362,12 +401,12 @@ class Pool {
     BlockSize const size{bytes};
     in_use_ -= bytes;
     used_ -= size.bytes;
-    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+    blocks_[size.number].waiting.push_back({block, period_});  // there is room for every block of this size
   }
   // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");  // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -377,9 +416,9 @@ class Pool {
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
-  std::size_t peak() const { return peak_; }       // the largest in_use()
-  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
+  std::size_t in_use() const { return in_use_; }  // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }  // the largest in_use()
+  std::size_t held() const { return held_; }  // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
   // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
@@ -387,11 +426,11 @@ class Pool {
  private:
   struct Waiting {
     void* block;
-    std::size_t period;   // in which it was freed
+    std::size_t period;  // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;   // in the order in which they were freed
-    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
+    std::vector<Waiting> waiting;  // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;  // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -401,7 +440,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
+    if (blocks.waiting.capacity() == blocks.count)  // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -433,7 +472,7 @@ class Pool {
       auto const first = blocks->waiting.begin();
       auto last = first;
       for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
-        release(last->block);
+        release(last->block, blocks->bytes);
         held_ -= blocks->bytes;
         --blocks->count;
       }
@@ -444,7 +483,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};  // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -569,7 +608,8 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
   // A view for writing converts to a view for reading.
-  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_HD View(View<U, Rank> const& writable) : View(writable.data, writable.shape, writable.stride) {}
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
@@ -599,7 +639,7 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
 #if HYBRIDATTN_BOUNDS_CHECKS
-    if (index < 0 || index >= shape[axis]) std::abort();
+    if (index < 0 || index >= shape[axis]) HYBRIDATTN_ABORT();
 #endif
     offset += index * stride[axis++];
   }
@@ -653,8 +693,8 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
 }
 
 // a / b, and a as a multiple of b, rounded up. For any a >= 0.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+HYBRIDATTN_HD constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+HYBRIDATTN_HD constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -732,7 +772,7 @@ class Cpu {
     if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
     return ::operator new(bytes, alignment, std::nothrow);
   }
-  static void release(void* block) noexcept { ::operator delete(block, alignment); }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     int const offered = omp_get_max_threads();
@@ -831,6 +871,68 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
     f(first, std::min(first + grain, count));
   });
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/hidden_memory.hpp
+// Memory of the host that stands for a device's memory: code outside operations and copies that reads or writes it ends the program.
+#ifndef HYBRIDATTN_BACKEND_HIDDEN_MEMORY_HPP
+#define HYBRIDATTN_BACKEND_HIDDEN_MEMORY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A range of addresses. Blocks come from its beginning. A released block returns its memory to the system, its addresses are never used
+// again. Throws Error where the system refuses the range.
+class HiddenMemory {
+ public:
+  explicit HiddenMemory(char const* backend) {
+    void* const range = mmap(nullptr, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(range != MAP_FAILED, backend, ": the system refuses ", capacity, " bytes of address space");
+    begin_ = static_cast<char*>(range);
+  }
+  HiddenMemory(HiddenMemory const&) = delete;
+  HiddenMemory& operator=(HiddenMemory const&) = delete;
+  ~HiddenMemory() { munmap(begin_, capacity); }
+
+  // A block at a multiple of 256 bytes, or nullptr where it does not fit beside `held` bytes into the machine's memory.
+  void* allocate(std::size_t bytes, std::size_t held) {
+    if (bytes > machine_memory() - std::min(machine_memory(), held) || bytes > capacity - used_) return nullptr;
+    return begin_ + std::exchange(used_, (used_ + bytes + alignment - 1) / alignment * alignment);
+  }
+  void release(void* block, std::size_t bytes) noexcept {
+    auto const first = (reinterpret_cast<std::uintptr_t>(block) + page - 1) / page * page;
+    auto const last = (reinterpret_cast<std::uintptr_t>(block) + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  }
+  bool owns(void const* memory) const { return begin_ <= memory && memory < begin_ + capacity; }
+
+  // While an Open lives, the memory can be read and written.
+  class Open {
+   public:
+    explicit Open(HiddenMemory& memory) : memory_(memory) {
+      if (memory_.open_++ == 0) memory_.protect(PROT_READ | PROT_WRITE);
+    }
+    Open(Open const&) = delete;
+    Open& operator=(Open const&) = delete;
+    ~Open() {
+      if (--memory_.open_ == 0) memory_.protect(PROT_NONE);
+    }
+
+   private:
+    HiddenMemory& memory_;
+  };
+
+ private:
+  static constexpr std::size_t capacity = std::size_t{1} << 40;   // of addresses; pages come when they are touched
+  static constexpr std::size_t alignment = 256, page = 4096;
+
+  void protect(int access) { mprotect(begin_, std::min(used_, capacity), access); }   // of whole pages
+
+  char* begin_ = nullptr;
+  std::size_t used_ = 0;
+  int open_ = 0;
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -1344,44 +1446,39 @@ class Fake {
  public:
   using Inner = Cpu;
 
-  explicit Fake(int threads = 0) : cpu_(threads) {
-    void* const memory = mmap(nullptr, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    check(memory != MAP_FAILED, "Fake: the system refuses ", capacity, " bytes of address space");
-    memory_ = static_cast<char*>(memory);
-  }
-  Fake(Fake const&) = delete;
-  Fake& operator=(Fake const&) = delete;
-  ~Fake() { munmap(memory_, capacity); }
+  explicit Fake(int threads = 0) : cpu_(threads) {}
 
   void* take(std::size_t bytes) {
     return pool_.take(
-        bytes, [this](std::size_t n) { return n <= capacity - used_ ? memory_ + std::exchange(used_, used_ + n) : nullptr; }, forget,
-        capacity);
+        bytes, [this](std::size_t n) { return memory_.allocate(n, pool_.held()); },
+        [this](void* block, std::size_t n) { memory_.release(block, n); }, machine_memory());
   }
   void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  void trim() noexcept { pool_.trim(forget); }
+  void trim() noexcept {
+    pool_.trim([this](void* block, std::size_t n) { memory_.release(block, n); });
+  }
   void upload(void* to, void const* from, std::size_t bytes) {
-    Unlocked const unlocked{*this};
+    HiddenMemory::Open const open{memory_};
     std::memcpy(to, from, bytes);
   }
   void download(void* to, void const* from, std::size_t bytes) {
-    Unlocked const unlocked{*this};
+    HiddenMemory::Open const open{memory_};
     std::memcpy(to, from, bytes);
   }
   void copy(void* to, void const* from, std::size_t bytes) {
     check(owns(to) && owns(from), "Fake: a copy on the device was given memory of the host");
-    Unlocked const unlocked{*this};
+    HiddenMemory::Open const open{memory_};
     std::memcpy(to, from, bytes);
   }
   void fill(void* to, std::byte value, std::size_t bytes) {
     check(owns(to), "Fake: a fill was given memory of the host");
-    Unlocked const unlocked{*this};
+    HiddenMemory::Open const open{memory_};
     std::memset(to, std::to_integer<int>(value), bytes);
   }
   void synchronise() {}
   Pool& pool() { return pool_; }
 
-  bool owns(void const* memory) const { return memory_ <= memory && memory < memory_ + capacity; }
+  bool owns(void const* memory) const { return memory_.owns(memory); }
   // What an operation is given, alone or in a group: memory of the host is none that a device could read.
   template <class T, int Rank> void arrives(View<T, Rank> const& view) const {
     check(view.count() == 0 || owns(view.data), "Fake: an operation was given memory of the host");
@@ -1392,34 +1489,41 @@ class Fake {
 
   // f(inner): the only place where the memory is there.
   template <class F> auto run(F&& f) {
-    Unlocked const unlocked{*this};
+    HiddenMemory::Open const open{memory_};
     return f(cpu_);
   }
 
  private:
-  static constexpr std::size_t capacity = std::size_t{1} << 30;   // of addresses; pages come when they are touched
-
-  struct Unlocked {
-    Fake& fake;
-    explicit Unlocked(Fake& f) : fake(f) {
-      if (fake.open_++ == 0) fake.protect(PROT_READ | PROT_WRITE);
-    }
-    ~Unlocked() {
-      if (--fake.open_ == 0) fake.protect(PROT_NONE);
-    }
-  };
-  static void forget(void*) noexcept {}   // its addresses stay used until the end
-  void protect(int access) { mprotect(memory_, capacity, access); }
-
   Cpu cpu_;
+  HiddenMemory memory_{"Fake"};
   Pool pool_;
-  char* memory_ = nullptr;
-  std::size_t used_ = 0;
-  int open_ = 0;
 };
 static_assert(Backend<Fake> && Wrapper<Fake>);
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/core/type_name.hpp
+// Names of types, for reports and errors.
+#ifndef HYBRIDATTN_CORE_TYPE_NAME_HPP
+#define HYBRIDATTN_CORE_TYPE_NAME_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// The type's name as the compiler spells it, without the library's namespace.
+template <class P> std::string type_name() {
+  std::string const text = __PRETTY_FUNCTION__;
+  auto const library = text.find("hybridattn::"), flags = library + 12;
+  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
+  auto const first = text.find("P = ") + 4;
+  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
+  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
+                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
+    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
+  return name;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/sequences.hpp
@@ -1595,11 +1699,6 @@ inline std::string number(double x) {
   text << x;
   return text.str();
 }
-template <class... Parts> std::string sentence(Parts const&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
 // "1 2 3"
 template <class Numbers> std::string listed(Numbers const& numbers) {
   std::ostringstream text;
@@ -1718,19 +1817,6 @@ struct Footprint {   // of a run on one thread
 };
 
 namespace detail {
-
-// The type's name as the compiler spells it, without the library's namespace.
-template <class P> std::string type_name() {
-  std::string const text = __PRETTY_FUNCTION__;
-  auto const library = text.find("hybridattn::"), flags = library + 12;
-  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
-  auto const first = text.find("P = ") + 4;
-  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
-  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
-                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
-    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
-  return name;
-}
 
 // Every length at which a kernel's blocks begin, end or are missing.
 inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
@@ -2096,6 +2182,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 template <class B> struct Machine {
   static_assert(!std::is_constructible_v<B, int>, "say what the schedules of this backend are: specialise testing::Machine");
   static B make(int) { return B(); }
+};
+// A backend whose own number is a schedule says so.
+template <class B> requires B::takes_schedule struct Machine<B> {
+  static B make(int schedule) { return B(schedule); }
 };
 // Cpu, Fake: the schedule is the number of threads.
 template <> struct Machine<Cpu> {
@@ -2489,10 +2579,10 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class S> using Saved = typename P::template Saved<S>;
 
  public:
-  explicit Adaptor(Config config, std::string name = detail::type_name<P>())
+  explicit Adaptor(Config config, std::string name = type_name<P>())
       : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
 
-  std::string name() const override { return name_ + ", " + detail::type_name<T>(); }
+  std::string name() const override { return name_ + ", " + type_name<T>(); }
   double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
   double tolerance() const override { return Reference<P>::tolerance; }
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
@@ -4184,7 +4274,7 @@ template <class Op, class B, class T> class OperationOn final : public detail::O
   using Config = typename Operation<Op>::Config;
 
  public:
-  explicit OperationOn(Config const& c, std::string const& name = detail::type_name<Op>())
+  explicit OperationOn(Config const& c, std::string const& name = type_name<Op>())
       : detail::OperationIn<B, T>(
             name, std::unique_ptr<detail::Facts>(new detail::FactsOf<Op>(c)), std::unique_ptr<detail::Call<B>>(new CallOf<B, T>(c)),
             std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, T>(c)), std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, double>(c))) {}
@@ -4557,8 +4647,16 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
 }
 
 namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
 }
 // Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
@@ -4656,13 +4754,13 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 namespace detail {
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? static_cast<int>(i) / 2 : n + static_cast<int>(i) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
 }
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? (n + static_cast<int>(i)) / 2 : n + (n + static_cast<int>(i)) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
 }
 }  // namespace detail
 
@@ -4691,15 +4789,14 @@ namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <int size, bool upper, int m, class V, std::size_t... i>
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
-  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
@@ -5356,6 +5453,29 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
 // summed over the depth in one fixed order, for any number of rows and threads.
@@ -5363,16 +5483,6 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
-
-  Operand transposed() const { return {data, columns, rows, column, row}; }
-  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
 
 namespace detail {
 
@@ -5581,8 +5691,8 @@ template <> struct On<CrossEntropy, Cpu> {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
+      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 
@@ -5596,7 +5706,7 @@ template <> struct On<CrossEntropy, Cpu> {
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), cpu::operand(w).transposed(), logits);
+      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;
@@ -5807,7 +5917,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+      *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
@@ -5828,7 +5938,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+      *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, into);
   }
@@ -5839,7 +5949,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Product<T>* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
-      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
       for (Index first = 0; first < F; first += block_rows) {
         Index const last = std::min(F, first + block_rows);
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
@@ -6021,12 +6131,12 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Linear, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
-    cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
+    cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
   template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
-    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, into);
-    if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
+    if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
   }
 };
 
@@ -9724,7 +9834,10 @@ template <class T> struct TokenRows {
   T* data;
   Index stride;
 
-  HYBRIDATTN_INLINE operator TokenRows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
+  TokenRows() = default;
+  HYBRIDATTN_INLINE TokenRows(T* first, Index step) : data(first), stride(step) {}
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_INLINE TokenRows(TokenRows<U> const& writable) : TokenRows(writable.data, writable.stride) {}
   HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
   HYBRIDATTN_INLINE TokenRows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
   HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }

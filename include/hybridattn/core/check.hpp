@@ -19,12 +19,14 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
-template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
+// The parts written one after the other.
+template <class... Parts> [[gnu::cold, gnu::noinline]] std::string sentence(Parts const&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) { throw Error(sentence(parts...)); }
 template <class... Parts> void check(bool holds, Parts const&... parts) {
   if (!holds) fail(parts...);
 }

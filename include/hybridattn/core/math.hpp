@@ -35,8 +35,8 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
 }
 
 // a / b, and a as a multiple of b, rounded up. For any a >= 0.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+HYBRIDATTN_HD constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+HYBRIDATTN_HD constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -45,7 +45,8 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
   // A view for writing converts to a view for reading.
-  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_HD View(View<U, Rank> const& writable) : View(writable.data, writable.shape, writable.stride) {}
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
@@ -75,7 +76,7 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
 #if HYBRIDATTN_BOUNDS_CHECKS
-    if (index < 0 || index >= shape[axis]) std::abort();
+    if (index < 0 || index >= shape[axis]) HYBRIDATTN_ABORT();
 #endif
     offset += index * stride[axis++];
   }

@@ -50,10 +50,10 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class S> using Saved = typename P::template Saved<S>;
 
  public:
-  explicit Adaptor(Config config, std::string name = detail::type_name<P>())
+  explicit Adaptor(Config config, std::string name = type_name<P>())
       : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
 
-  std::string name() const override { return name_ + ", " + detail::type_name<T>(); }
+  std::string name() const override { return name_ + ", " + type_name<T>(); }
   double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
   double tolerance() const override { return Reference<P>::tolerance; }
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }

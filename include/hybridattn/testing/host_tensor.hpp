@@ -72,11 +72,6 @@ inline std::string number(double x) {
   text << x;
   return text.str();
 }
-template <class... Parts> std::string sentence(Parts const&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
 // "1 2 3"
 template <class Numbers> std::string listed(Numbers const& numbers) {
   std::ostringstream text;

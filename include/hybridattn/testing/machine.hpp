@@ -14,6 +14,10 @@ template <class B> struct Machine {
   static_assert(!std::is_constructible_v<B, int>, "say what the schedules of this backend are: specialise testing::Machine");
   static B make(int) { return B(); }
 };
+// A backend whose own number is a schedule says so.
+template <class B> requires B::takes_schedule struct Machine<B> {
+  static B make(int schedule) { return B(schedule); }
+};
 // Cpu, Fake: the schedule is the number of threads.
 template <> struct Machine<Cpu> {
   static Cpu make(int schedule) { return Cpu(schedule); }

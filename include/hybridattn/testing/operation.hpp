@@ -434,7 +434,7 @@ template <class Op, class B, class T> class OperationOn final : public detail::O
   using Config = typename Operation<Op>::Config;
 
  public:
-  explicit OperationOn(Config const& c, std::string const& name = detail::type_name<Op>())
+  explicit OperationOn(Config const& c, std::string const& name = type_name<Op>())
       : detail::OperationIn<B, T>(
             name, std::unique_ptr<detail::Facts>(new detail::FactsOf<Op>(c)), std::unique_ptr<detail::Call<B>>(new CallOf<B, T>(c)),
             std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, T>(c)), std::unique_ptr<detail::Call<Cpu>>(new CallOf<Cpu, double>(c))) {}

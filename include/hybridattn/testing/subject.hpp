@@ -4,6 +4,7 @@
 #ifndef HYBRIDATTN_TESTING_SUBJECT_HPP
 #define HYBRIDATTN_TESTING_SUBJECT_HPP
 
+#include <hybridattn/core/type_name.hpp>
 #include <hybridattn/testing/host_tensor.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
@@ -43,19 +44,6 @@ struct Footprint {   // of a run on one thread
 };
 
 namespace detail {
-
-// The type's name as the compiler spells it, without the library's namespace.
-template <class P> std::string type_name() {
-  std::string const text = __PRETTY_FUNCTION__;
-  auto const library = text.find("hybridattn::"), flags = library + 12;
-  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
-  auto const first = text.find("P = ") + 4;
-  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
-  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
-                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
-    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
-  return name;
-}
 
 // Every length at which a kernel's blocks begin, end or are missing.
 inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }

@@ -44,12 +44,42 @@
 #error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
 #endif
 
+// HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
+#define HYBRIDATTN_DEVICE __device__ __forceinline__
+#define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
+#define HYBRIDATTN_DEVICE inline
+#define HYBRIDATTN_UNROLL_IN_KERNEL
+#endif
+
+// Ends the program or the kernel, where an index is out of bounds.
+#if defined(__CUDA_ARCH__)
+#define HYBRIDATTN_ABORT() __trap()
+#else
+#define HYBRIDATTN_ABORT() std::abort()
+#endif
+
+// Sanitizers of addresses and of threads: the emulator tells them when it changes stacks.
+#if defined(__has_feature)
+#define HYBRIDATTN_HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HYBRIDATTN_HAS_FEATURE(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || HYBRIDATTN_HAS_FEATURE(address_sanitizer)
+#define HYBRIDATTN_ASAN 1
+#else
+#define HYBRIDATTN_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
+#define HYBRIDATTN_TSAN 1
+#else
+#define HYBRIDATTN_TSAN 0
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))
@@ -124,11 +154,18 @@
 #else
 #define HYBRIDATTN_ABI_STD
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
+#if HYBRIDATTN_ASAN
+#define HYBRIDATTN_ABI_SANITIZER _asan
+#elif HYBRIDATTN_TSAN
+#define HYBRIDATTN_ABI_SANITIZER _tsan
+#else
+#define HYBRIDATTN_ABI_SANITIZER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
 #define HYBRIDATTN_ABI                                                                                                                   \
   HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
-                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD)
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
 
 // A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
 // variable's name has the variable's type.
@@ -154,12 +191,14 @@ struct Error : std::runtime_error {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
-template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw Error(sentence.str());
+// The parts written one after the other.
+template <class... Parts> [[gnu::cold, gnu::noinline]] std::string sentence(Parts const&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
 }
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) { throw Error(sentence(parts...)); }
 template <class... Parts> void check(bool holds, Parts const&... parts) {
   if (!holds) fail(parts...);
 }
@@ -272,7 +311,8 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
   // A view for writing converts to a view for reading.
-  HYBRIDATTN_HD operator View<T const, Rank>() const requires(!std::is_const_v<T>) { return {data, shape, stride}; }
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_HD View(View<U, Rank> const& writable) : View(writable.data, writable.shape, writable.stride) {}
 
   HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
   HYBRIDATTN_HD bool empty() const { return data == nullptr; }
@@ -302,7 +342,7 @@ template <class T, int Rank> struct View {
   }
   HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
 #if HYBRIDATTN_BOUNDS_CHECKS
-    if (index < 0 || index >= shape[axis]) std::abort();
+    if (index < 0 || index >= shape[axis]) HYBRIDATTN_ABORT();
 #endif
     offset += index * stride[axis++];
   }
@@ -588,7 +628,7 @@ struct SharedBlock {
 // million: no block of a step waits longer.
 class Pool {
  public:
-  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block) returns it to the system.
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block, bytes) returns it to the system.
   // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
   template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
     check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
@@ -612,12 +652,12 @@ class Pool {
     BlockSize const size{bytes};
     in_use_ -= bytes;
     used_ -= size.bytes;
-    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
+    blocks_[size.number].waiting.push_back({block, period_});  // there is room for every block of this size
   }
   // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");  // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -627,9 +667,9 @@ class Pool {
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
-  std::size_t peak() const { return peak_; }       // the largest in_use()
-  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
+  std::size_t in_use() const { return in_use_; }  // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }  // the largest in_use()
+  std::size_t held() const { return held_; }  // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
   // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
@@ -637,11 +677,11 @@ class Pool {
  private:
   struct Waiting {
     void* block;
-    std::size_t period;   // in which it was freed
+    std::size_t period;  // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;   // in the order in which they were freed
-    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
+    std::vector<Waiting> waiting;  // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;  // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -651,7 +691,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
+    if (blocks.waiting.capacity() == blocks.count)  // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -683,7 +723,7 @@ class Pool {
       auto const first = blocks->waiting.begin();
       auto last = first;
       for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
-        release(last->block);
+        release(last->block, blocks->bytes);
         held_ -= blocks->bytes;
         --blocks->count;
       }
@@ -694,7 +734,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};  // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -946,8 +986,8 @@ template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
 }
 
 // a / b, and a as a multiple of b, rounded up. For any a >= 0.
-constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
-constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+HYBRIDATTN_HD constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+HYBRIDATTN_HD constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -1025,7 +1065,7 @@ class Cpu {
     if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
     return ::operator new(bytes, alignment, std::nothrow);
   }
-  static void release(void* block) noexcept { ::operator delete(block, alignment); }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     int const offered = omp_get_max_threads();
@@ -1201,8 +1241,16 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
 }
 
 namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
 }
 // Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
@@ -1300,13 +1348,13 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 namespace detail {
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? static_cast<int>(i) / 2 : n + static_cast<int>(i) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
 }
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? (n + static_cast<int>(i)) / 2 : n + (n + static_cast<int>(i)) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
 }
 }  // namespace detail
 
@@ -1335,15 +1383,14 @@ namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <int size, bool upper, int m, class V, std::size_t... i>
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
-  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
@@ -1591,6 +1638,29 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
 // summed over the depth in one fixed order, for any number of rows and threads.
@@ -1598,16 +1668,6 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
-
-  Operand transposed() const { return {data, columns, rows, column, row}; }
-  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
 
 namespace detail {
 
@@ -1739,7 +1799,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+      *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
@@ -1760,7 +1820,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+      *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, into);
   }
@@ -1771,7 +1831,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Product<T>* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
-      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
       for (Index first = 0; first < F; first += block_rows) {
         Index const last = std::min(F, first + block_rows);
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
@@ -1828,12 +1888,12 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<Linear, Cpu> {
   template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
-    cpu::gemm<T>(cpu, cpu::operand(x), cpu::operand(w).transposed(), y);
+    cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
   template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
-    if (!d_x.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y), cpu::operand(w), d_x, into);
-    if (!d_w.empty()) cpu::gemm<T>(cpu, cpu::operand(d_y).transposed(), cpu::operand(x), d_w);
+    if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
   }
 };
 
@@ -3994,8 +4054,8 @@ template <> struct On<CrossEntropy, Cpu> {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
+      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 
@@ -4009,7 +4069,7 @@ template <> struct On<CrossEntropy, Cpu> {
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), cpu::operand(w).transposed(), logits);
+      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;

@@ -43,7 +43,10 @@ template <class T> struct TokenRows {
   T* data;
   Index stride;
 
-  HYBRIDATTN_INLINE operator TokenRows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
+  TokenRows() = default;
+  HYBRIDATTN_INLINE TokenRows(T* first, Index step) : data(first), stride(step) {}
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_INLINE TokenRows(TokenRows<U> const& writable) : TokenRows(writable.data, writable.stride) {}
   HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
   HYBRIDATTN_INLINE TokenRows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
   HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }

@@ -79,7 +79,7 @@ class Cpu {
     if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
     return ::operator new(bytes, alignment, std::nothrow);
   }
-  static void release(void* block) noexcept { ::operator delete(block, alignment); }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
 #if defined(_OPENMP)
     int const offered = omp_get_max_threads();

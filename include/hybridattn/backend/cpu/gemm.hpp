@@ -5,21 +5,12 @@
 
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/cpu/tile.hpp>
+#include <hybridattn/backend/operand.hpp>
 #include <hybridattn/core/math.hpp>
 
 #include <algorithm>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
-
-  Operand transposed() const { return {data, columns, rows, column, row}; }
-  Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> Operand<std::remove_const_t<T>> operand(View<T, 2> x) { return {x.data, x.extent(0), x.extent(1), x.stride[0], 1}; }
 
 namespace detail {
 

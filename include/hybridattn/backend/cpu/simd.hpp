@@ -79,8 +79,16 @@ template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
 }
 
 namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
 template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return __builtin_shufflevector(x, x, static_cast<int>(i ^ distance)...);
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
 }
 // Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
 template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
@@ -178,13 +186,13 @@ template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_st
 namespace detail {
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? static_cast<int>(i) / 2 : n + static_cast<int>(i) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
 }
 template <class V, std::size_t... i>
 HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  return __builtin_shufflevector(a, b, (i % 2 == 0 ? (n + static_cast<int>(i)) / 2 : n + (n + static_cast<int>(i)) / 2)...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
 }
 }  // namespace detail
 
@@ -213,15 +221,14 @@ namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 // Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <int size, bool upper, int m, class V, std::size_t... i>
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-  constexpr auto from = [](int k) { return k % m / size % 2 * n + k / m * m + (upper ? m / 2 : 0) + k % m / size / 2 * size + k % size; };
-  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <int offset, int m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return __builtin_shufflevector(a, b, (static_cast<int>(i) / m * 2 * m + offset * m + static_cast<int>(i) % m)...);
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.
 template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {

@@ -95,8 +95,8 @@ template <> struct On<CrossEntropy, Cpu> {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
       View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
       View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-      cpu::gemm<T>(cpu, cpu::operand(d_logits), cpu::operand(w), d_rows);
-      cpu::gemm<T>(cpu, cpu::operand(d_logits).transposed(), cpu::operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
+      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
     });
   }
 
@@ -110,7 +110,7 @@ template <> struct On<CrossEntropy, Cpu> {
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
       View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, cpu::operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), cpu::operand(w).transposed(), logits);
+      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;

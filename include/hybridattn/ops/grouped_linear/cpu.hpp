@@ -16,7 +16,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(x, first, last)), cpu::operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+      *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
@@ -37,7 +37,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
-      *next++ = {cpu::operand(rows(d_y, first, last)), cpu::operand(of_expert(w, e)), rows(d_x, first, last)};
+      *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
     cpu::gemm_each(cpu, products.data(), next, into);
   }
@@ -48,7 +48,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::Product<T>* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
-      auto const its_x = cpu::operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = cpu::operand(rows(d_y, offsets(e), offsets(e + 1)));
+      auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
       for (Index first = 0; first < F; first += block_rows) {
         Index const last = std::min(F, first + block_rows);
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};

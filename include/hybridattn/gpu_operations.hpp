@@ -1,0 +1,8 @@
+// Every operation and policy on GPU backends.
+#ifndef HYBRIDATTN_GPU_OPERATIONS_HPP
+#define HYBRIDATTN_GPU_OPERATIONS_HPP
+
+#include <hybridattn/ops/linear/gpu.hpp>
+#include <hybridattn/ops/rms_norm/gpu.hpp>
+
+#endif

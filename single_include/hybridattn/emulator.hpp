@@ -1,0 +1,3101 @@
+// <hybridattn/emulator.hpp> as one file, written by scripts/single_include: it and all that it needs of hybridattn, a library of
+// language models with hybrid attention. The other files of single_include may stand beside it.
+// SPDX-License-Identifier: MIT
+// Copyright (c) 2026 the hybridattn authors
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <boost/context/detail/fcontext.hpp>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <iterator>
+#include <limits>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <sys/mman.h>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#include <version>
+
+// ==== hybridattn/core/config.hpp
+// Macros that say which compiler this is and what it can do. Only this header asks the compiler.
+#ifndef HYBRIDATTN_CORE_CONFIG_HPP
+#define HYBRIDATTN_CORE_CONFIG_HPP
+
+#if defined(__FAST_MATH__)
+#error "hybridattn needs IEEE arithmetic: its causality is bitwise and its masks are infinities. Build without -ffast-math."
+#endif
+
+// HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
+#if defined(__CUDACC__)
+#define HYBRIDATTN_CUDA 1
+#define HYBRIDATTN_HD __host__ __device__
+#define HYBRIDATTN_DEVICE __device__ __forceinline__
+#define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
+#else
+#define HYBRIDATTN_CUDA 0
+#define HYBRIDATTN_HD
+#define HYBRIDATTN_DEVICE inline
+#define HYBRIDATTN_UNROLL_IN_KERNEL
+#endif
+
+// Ends the program or the kernel, where an index is out of bounds.
+#if defined(__CUDA_ARCH__)
+#define HYBRIDATTN_ABORT() __trap()
+#else
+#define HYBRIDATTN_ABORT() std::abort()
+#endif
+
+// Sanitizers of addresses and of threads: the emulator tells them when it changes stacks.
+#if defined(__has_feature)
+#define HYBRIDATTN_HAS_FEATURE(feature) __has_feature(feature)
+#else
+#define HYBRIDATTN_HAS_FEATURE(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || HYBRIDATTN_HAS_FEATURE(address_sanitizer)
+#define HYBRIDATTN_ASAN 1
+#else
+#define HYBRIDATTN_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
+#define HYBRIDATTN_TSAN 1
+#else
+#define HYBRIDATTN_TSAN 0
+#endif
+
+#define HYBRIDATTN_INLINE inline __attribute__((always_inline))
+// On a lambda: [&](int i) HYBRIDATTN_INLINE_LAMBDA { ... }
+#define HYBRIDATTN_INLINE_LAMBDA __attribute__((always_inline))
+
+#define HYBRIDATTN_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HYBRIDATTN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define HYBRIDATTN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define HYBRIDATTN_UNROLL
+#endif
+
+// Indices are checked in debug builds only, because the innermost loops use views.
+#if defined(NDEBUG) && !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 0
+#elif !defined(HYBRIDATTN_BOUNDS_CHECKS)
+#define HYBRIDATTN_BOUNDS_CHECKS 1
+#endif
+
+// The library's code depends on some compiler flags. The name of everything that it defines, except Error, has these flags in it:
+//   namespace hybridattn::inline HYBRIDATTN_ABI { ... }
+// So object files that were compiled with different flags have different functions, and the linker merges none of them.
+// A function that takes or returns a type of the library links only between equal flags. docs/conventions.md says more.
+#if defined(__AVX512F__)
+#define HYBRIDATTN_ABI_VECTORS v64
+#elif defined(__AVX2__)
+#define HYBRIDATTN_ABI_VECTORS v32i
+#elif defined(__AVX__)
+#define HYBRIDATTN_ABI_VECTORS v32
+#else
+#define HYBRIDATTN_ABI_VECTORS v16
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HYBRIDATTN_ABI_FMA _fma
+#else
+#define HYBRIDATTN_ABI_FMA
+#endif
+#if defined(__AVX512BF16__)
+#define HYBRIDATTN_ABI_BF16 _bf16
+#else
+#define HYBRIDATTN_ABI_BF16
+#endif
+#if defined(_OPENMP)
+#define HYBRIDATTN_ABI_THREADS _openmp
+#else
+#define HYBRIDATTN_ABI_THREADS
+#endif
+#if HYBRIDATTN_BOUNDS_CHECKS
+#define HYBRIDATTN_ABI_CHECKS _checked
+#else
+#define HYBRIDATTN_ABI_CHECKS
+#endif
+#if defined(__OPTIMIZE__)   // compilers form FMAs, and round less, only when they optimise
+#define HYBRIDATTN_ABI_OPTIMIZED
+#else
+#define HYBRIDATTN_ABI_OPTIMIZED _O0
+#endif
+#if HYBRIDATTN_CUDA
+#define HYBRIDATTN_ABI_COMPILER _nvcc
+#elif defined(__clang__)
+#define HYBRIDATTN_ABI_COMPILER _clang
+#else
+#define HYBRIDATTN_ABI_COMPILER
+#endif
+#if defined(_LIBCPP_VERSION)   // the library's types have members of the standard library's types
+#define HYBRIDATTN_ABI_STD _libcxx
+#elif defined(_GLIBCXX_DEBUG)
+#define HYBRIDATTN_ABI_STD _std_debug
+#else
+#define HYBRIDATTN_ABI_STD
+#endif
+#if HYBRIDATTN_ASAN
+#define HYBRIDATTN_ABI_SANITIZER _asan
+#elif HYBRIDATTN_TSAN
+#define HYBRIDATTN_ABI_SANITIZER _tsan
+#else
+#define HYBRIDATTN_ABI_SANITIZER
+#endif
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
+#define HYBRIDATTN_ABI                                                                                                                   \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+                         HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
+
+// A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
+// variable's name has the variable's type.
+namespace hybridattn {
+inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
+}  // namespace hybridattn
+
+#endif
+
+// ==== hybridattn/core/check.hpp
+// Errors: one clear sentence that names the wrong value and the allowed values.
+#ifndef HYBRIDATTN_CORE_CHECK_HPP
+#define HYBRIDATTN_CORE_CHECK_HPP
+
+namespace hybridattn {
+
+// The only type that the library throws. Its name has no flags (HYBRIDATTN_ABI) in it, so every object file of a program can catch it.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace hybridattn
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// The parts written one after the other.
+template <class... Parts> [[gnu::cold, gnu::noinline]] std::string sentence(Parts const&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+// Throws Error with the parts written one after the other. The sentence is built only when the check fails.
+template <class... Parts> [[noreturn, gnu::cold, gnu::noinline]] void fail(Parts const&... parts) { throw Error(sentence(parts...)); }
+template <class... Parts> void check(bool holds, Parts const&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/sizes.hpp
+// Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
+#ifndef HYBRIDATTN_CORE_SIZES_HPP
+#define HYBRIDATTN_CORE_SIZES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+using Index = std::ptrdiff_t;
+
+// The limit of tokens, positions, sequences and experts, whose tables hold int32.
+inline constexpr Index largest_int32 = std::numeric_limits<std::int32_t>::max();
+
+namespace detail {
+
+[[noreturn]] inline void fail_sizes(Index const* sizes, int number) {
+  std::ostringstream list;
+  bool negative = false;
+  for (int i = 0; i < number; ++i) {
+    list << (i == 0 ? "" : ", ") << sizes[i];
+    negative = negative || sizes[i] < 0;
+  }
+  if (negative) fail("sizes [", list.str(), "]: none may be below 0");
+  fail("sizes [", list.str(), "]: their product is too large; the largest number is ", std::numeric_limits<Index>::max());
+}
+// A 0 makes the product 0, but the other sizes are still checked.
+constexpr Index product(Index const* sizes, int number) {
+  Index all = 1;
+  bool empty = false, counts = true;
+  for (int i = 0; i < number; ++i) {
+    counts = counts && sizes[i] >= 0 && !__builtin_mul_overflow(all, sizes[i] == 0 ? 1 : sizes[i], &all);
+    empty = empty || sizes[i] == 0;
+  }
+  if (!counts) fail_sizes(sizes, number);
+  return empty ? 0 : all;
+}
+
+}  // namespace detail
+
+// The product of sizes. Throws Error where a size is below 0, or where the product of the sizes that are not 0 is too large.
+template <std::integral... Sizes> constexpr Index size_product(Sizes... sizes) {
+  Index const list[] = {static_cast<Index>(sizes)...};
+  return detail::product(list, sizeof...(Sizes));
+}
+// The sum of two sizes. Throws Error as size_product does.
+inline Index size_sum(Index a, Index b) {
+  Index total = 0;
+  bool const counts = a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, &total);
+  check(counts, "sizes ", a, " and ", b, ": none may be below 0, and their sum at most ", std::numeric_limits<Index>::max());
+  return total;
+}
+// The bytes of `count` elements. Throws Error as size_product does.
+inline std::size_t byte_count(Index count, std::size_t element) {
+  Index bytes = 0;
+  bool const counts = count >= 0 && !__builtin_mul_overflow(count, static_cast<Index>(element), &bytes);
+  check(counts, count, " elements of ", element, " bytes: their number must be 0 or more, and their bytes at most ",
+        std::numeric_limits<Index>::max());
+  return static_cast<std::size_t>(bytes);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/memory.hpp
+// The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
+#ifndef HYBRIDATTN_CORE_MEMORY_HPP
+#define HYBRIDATTN_CORE_MEMORY_HPP
+
+#if defined(__linux__)
+#include <sys/sysinfo.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// The limit in a file of the system. Without such a file or number there is no limit.
+inline std::size_t limit_in(char const* path) {
+  unsigned long long limit = 0;
+  std::FILE* const file = std::fopen(path, "r");
+  if (file == nullptr) return std::numeric_limits<std::size_t>::max();
+  bool const read = std::fscanf(file, "%llu", &limit) == 1;
+  std::fclose(file);
+  return read ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+}
+inline std::size_t memory_of_system() {
+#if defined(__linux__)
+  struct sysinfo info = {};
+  if (sysinfo(&info) != 0) return std::numeric_limits<std::size_t>::max();
+  std::size_t const all = (info.totalram + info.totalswap) * info.mem_unit;
+  return std::min({all, limit_in("/sys/fs/cgroup/memory.max"), limit_in("/sys/fs/cgroup/memory/memory.limit_in_bytes")});
+#else
+  return std::numeric_limits<std::size_t>::max();
+#endif
+}
+
+}  // namespace detail
+
+// Bytes of memory and swap of this machine, or the limit of this container if that is less; read once. A system that
+// promises more memory than it has (Linux does) ends the process later, when this memory is used.
+inline std::size_t machine_memory() {
+  static std::size_t const bytes = detail::memory_of_system();
+  return bytes;
+}
+
+// Runs f, which takes host memory for `what`. Throws Error where memory is short; the error's sentence begins with `where`.
+template <class F> decltype(auto) within_memory(std::size_t bytes, char const* what, F f, std::string_view where = {}) {
+  try {
+    if (bytes <= machine_memory()) return f();
+  } catch (std::bad_alloc const&) {
+  } catch (std::length_error const&) {
+  }
+  fail(where, "out of memory: ", bytes, " bytes for ", what, " did not fit");
+}
+// Throws Error if `bytes` do not fit. For a check before many small allocations.
+inline void check_memory(std::size_t bytes, char const* what) {
+  within_memory(bytes, what, [] {});
+}
+// resize and reserve of a vector, for a count that a caller or a file chooses. Both throw Error where memory is short.
+template <class T> void resize(std::vector<T>& list, Index count, char const* what, std::string_view where = {}) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.resize(static_cast<std::size_t>(count)); }, where);
+}
+template <class T> void reserve(std::vector<T>& list, Index count, char const* what) {
+  within_memory(byte_count(count, sizeof(T)), what, [&] { list.reserve(static_cast<std::size_t>(count)); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/pool.hpp
+// A pool of freed memory blocks, for later requests.
+#ifndef HYBRIDATTN_BACKEND_POOL_HPP
+#define HYBRIDATTN_BACKEND_POOL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Blocks come in eight sizes for each doubling (below 512 bytes in steps of 64), so at most an eighth of a large one is unused.
+struct BlockSize {
+  static constexpr std::size_t largest = std::size_t{1} << 62, classes = 8 * 54;
+
+  std::size_t bytes, number;
+
+  explicit constexpr BlockSize(std::size_t wanted) {
+    std::size_t const least = std::max<std::size_t>(wanted, 1);
+    std::size_t const octave = std::max<std::size_t>(std::bit_width(least - 1), 9) - 1;   // 2^octave < least <= 2^(octave + 1), or 8
+    std::size_t const step = octave == 8 ? 64 : (std::size_t{1} << octave) / 8, steps = (least + step - 1) / step;
+    bytes = steps * step;
+    number = steps - 1 + 8 * (std::max<std::size_t>(octave, 9) - 9);
+  }
+};
+
+// A block of several tensors. The last tensor that ends frees it.
+struct SharedBlock {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  Index tensors = 0;
+};
+
+// A freed block waits for the next request of its size, so a training step after the first one allocates no memory.
+//
+// The pool returns waiting blocks to the system before an allocation fails, and in trim(). When it holds more than 1.5 times the
+// largest recent in_use(), it also returns waiting blocks without recent use.
+//
+// "Recent" means the last hundred takes that no waiting block could serve, in four periods of 25. Equal steps have no such takes
+// after the first one, so none of their blocks counts as unused, for any number of takes in a step. Where waiting blocks serve all
+// takes, a period ends when it has three times as many takes as there were up to the last allocation, at least 25 and at most a
+// million: no block of a step waits longer.
+class Pool {
+ public:
+  // Returns a block. allocate(bytes) makes one, or returns nullptr where memory is short; release(block, bytes) returns it to the system.
+  // Where memory is short after all waiting blocks were released too, throws Error with the bytes asked for, in use, held and allowed.
+  template <class Allocate, class Release> void* take(std::size_t bytes, Allocate allocate, Release release, std::size_t limit) {
+    check(bytes <= BlockSize::largest, "out of memory: ", bytes, " bytes are more than a block can have");
+    BlockSize const size{bytes};
+    Blocks& blocks = blocks_[size.number];
+    if (++takes_ - takes_before_ >= std::clamp<std::size_t>(3 * last_allocation_, period_takes, 1'000'000)) next_period(release);
+    void* block = nullptr;
+    if (blocks.waiting.empty()) {
+      block = allocate_block(bytes, size, allocate, release, limit);
+    } else {
+      block = blocks.waiting.back().block;
+      blocks.waiting.pop_back();
+    }
+    in_use_ += bytes;
+    used_ += size.bytes;
+    peak_ = std::max(peak_, in_use_);
+    peaks_[period_ % peaks_.size()] = std::max(peaks_[period_ % peaks_.size()], used_);
+    return block;
+  }
+  void give(void* block, std::size_t bytes) noexcept {
+    BlockSize const size{bytes};
+    in_use_ -= bytes;
+    used_ -= size.bytes;
+    blocks_[size.number].waiting.push_back({block, period_});  // there is room for every block of this size
+  }
+  // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
+  SharedBlock* begin_sharing() {
+    if (free_records_.empty()) {
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");  // so that end_sharing never allocates
+      free_records_.push_back(&records_.emplace_back());
+    }
+    SharedBlock* const record = free_records_.back();
+    free_records_.pop_back();
+    return record;
+  }
+  void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
+  // Returns all waiting blocks to the system.
+  template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
+  std::size_t in_use() const { return in_use_; }  // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }  // the largest in_use()
+  std::size_t held() const { return held_; }  // bytes of all blocks, in use and waiting
+  std::size_t allocations() const { return allocations_; }
+  // Sets peak() to in_use().
+  void reset_peak() { peak_ = in_use_; }
+
+ private:
+  struct Waiting {
+    void* block;
+    std::size_t period;  // in which it was freed
+  };
+  struct Blocks {
+    std::vector<Waiting> waiting;  // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;  // bytes of one block; number of blocks, in use or waiting
+  };
+  static constexpr std::size_t period_takes = 25, periods = 4;
+
+  template <class Allocate, class Release>
+  void* allocate_block(std::size_t bytes, BlockSize size, Allocate allocate, Release release, std::size_t limit) {
+    last_allocation_ = takes_;
+    if (allocations_ - allocations_before_ >= period_takes) next_period(release);
+    else release_unused(size.bytes, release);
+    Blocks& blocks = blocks_[size.number];
+    if (blocks.waiting.capacity() == blocks.count)  // so that give never allocates
+      reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
+    void* block = allocate(size.bytes);
+    if (block == nullptr) {
+      trim(release);
+      block = allocate(size.bytes);
+    }
+    check(block != nullptr, "out of memory: ", bytes, " bytes did not fit beside ", in_use_, " bytes in use, ", held_,
+          " held; the limit is ", limit);
+    blocks.bytes = size.bytes;
+    ++blocks.count;
+    ++allocations_;
+    held_ += size.bytes;
+    return block;
+  }
+  template <class Release> void next_period(Release release) {
+    takes_before_ = takes_;
+    allocations_before_ = allocations_;
+    peaks_[++period_ % peaks_.size()] = used_;
+    release_unused(0, release);
+  }
+  // Releases waiting blocks without recent use, to make room for `more` bytes.
+  template <class Release> void release_unused(std::size_t more, Release release) {
+    std::size_t const most = std::max(*std::ranges::max_element(peaks_), used_ + more);
+    if (held_ + more > most + most / 2) release_until(most + most / 2 - more, period_ - periods, release);
+  }
+  // Releases blocks that were freed before a period, the largest blocks first, until no more than `enough` bytes are held.
+  template <class Release> void release_until(std::size_t enough, std::size_t period, Release release) {
+    for (auto blocks = blocks_.rbegin(); blocks != blocks_.rend() && held_ > enough; ++blocks) {
+      auto const first = blocks->waiting.begin();
+      auto last = first;
+      for (; last != blocks->waiting.end() && last->period < period && held_ > enough; ++last) {
+        release(last->block, blocks->bytes);
+        held_ -= blocks->bytes;
+        --blocks->count;
+      }
+      blocks->waiting.erase(first, last);
+    }
+  }
+
+  std::array<Blocks, BlockSize::classes> blocks_;
+  std::list<SharedBlock> records_;
+  std::vector<SharedBlock*> free_records_;
+  std::array<std::size_t, periods + 1> peaks_ = {};  // the most bytes in use in this period and in each of the last ones
+  std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
+  std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/backend.hpp
+// Machines: where memory lives, and how an operation is computed there.
+#ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
+#define HYBRIDATTN_BACKEND_BACKEND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class Op, class B> struct On;
+
+// Whether an operation overwrites its result's old contents, or adds to them: several results may be added in one tensor.
+enum class Into { overwrite, add };
+
+// A machine with memory and copies, for the layers above. take(bytes) returns a block and throws Error where memory is short.
+// give(block, bytes) frees a block and never throws. trim() returns the pool's free blocks to the system. fill sets every byte. copy
+// copies on the machine.
+//
+// A backend has one stream of work: operations, copies, takes and gives run in the order of the calls. So a freed block may serve the
+// next request although earlier work still uses it. upload may return before the copy is made, but the host may change its bytes at
+// once. download and synchronise wait until all earlier work is done.
+//
+// owns(memory) says whether operations of this backend accept this memory.
+template <class B>
+concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
+  { b.take(bytes) } -> std::same_as<void*>;
+  { b.give(to, bytes) } noexcept;
+  b.trim();
+  b.upload(to, from, bytes);
+  b.download(to, from, bytes);
+  b.copy(to, from, bytes);
+  b.fill(to, std::byte{}, bytes);
+  b.synchronise();
+  { b.owns(from) } -> std::same_as<bool>;
+  { b.pool() } -> std::same_as<Pool&>;
+};
+
+// A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
+// is called with each argument of an operation before the operation runs.
+template <class B>
+concept Wrapper = requires { typename B::Inner; };
+
+namespace detail {
+
+// The operations of the inner backend.
+template <class Op, class B> struct OnInner {};
+template <class Op, Wrapper B> struct OnInner<Op, B> {
+  template <class Inner = typename B::Inner, class... Args>
+  static auto forward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::forward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::forward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto backward(B& backend, Args&&... args) -> decltype(On<Op, Inner>::backward(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::backward(inner, args...); });
+  }
+  template <class Inner = typename B::Inner, class... Args>
+  static auto extend(B& backend, Args&&... args) -> decltype(On<Op, Inner>::extend(std::declval<Inner&>(), args...)) {
+    (backend.arrives(args), ...);
+    return backend.run([&](Inner& inner) { return On<Op, Inner>::extend(inner, args...); });
+  }
+};
+
+}  // namespace detail
+
+// How one machine computes one operation: `forward` and `backward`, always both, always in this argument order:
+//   On<Op, B>::forward (backend, config, sequences, inputs, outputs, saved)
+//   On<Op, B>::backward(backend, config, sequences, inputs, outputs, saved, d_outputs, d_inputs)
+// An operation leaves out arguments that it does not need. A policy that decodes also has `extend`, see attention/policy.hpp.
+// Without a specialisation On<Op, B> has no members, unless B wraps a backend with one.
+template <class Op, class B> struct On : detail::OnInner<Op, B> {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/view.hpp
+// Shapes and views. A view does not own its elements and is small enough to pass by value into a kernel.
+#ifndef HYBRIDATTN_CORE_VIEW_HPP
+#define HYBRIDATTN_CORE_VIEW_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Extents, last one fastest. A wrong number of extents does not compile.
+template <int Rank> struct Shape {
+  Index extent[std::size_t{Rank > 0 ? Rank : 1}] = {};
+
+  Shape() = default;
+  template <std::integral... Extents> requires(sizeof...(Extents) == Rank && Rank > 0)
+  HYBRIDATTN_HD constexpr Shape(Extents... extents) : extent{static_cast<Index>(extents)...} {}
+
+  HYBRIDATTN_HD constexpr Index operator[](int axis) const { return extent[axis]; }
+  // The number of elements. Throws Error where an extent is below 0 or the number is too large. For the host, where sizes are made.
+  constexpr Index count() const { return detail::product(extent, Rank); }
+  // The same without checks, for tensors that exist already.
+  HYBRIDATTN_HD constexpr Index counted() const {
+    Index product = 1;
+    for (int axis = 0; axis < Rank; ++axis) product *= extent[axis];
+    return product;
+  }
+  friend bool operator==(Shape const&, Shape const&) = default;
+};
+
+// Row-major elements. Rows (the last axis) are contiguous; the other axes may have any stride, so a view can be a
+// part of a packed q|k|v. An empty view has no data: its tensor is not computed or not given, because an option is off or the
+// caller does not need it.
+template <class T, int Rank> struct View {
+  using Element = T;
+  T* data = nullptr;
+  Shape<Rank> shape;
+  Shape<Rank> stride;
+
+  View() = default;
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents) : data(elements), shape(extents) {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis]) stride.extent[axis] = step;
+  }
+  HYBRIDATTN_HD View(T* elements, Shape<Rank> extents, Shape<Rank> strides) : data(elements), shape(extents), stride(strides) {}
+  // A view for writing converts to a view for reading.
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_HD View(View<U, Rank> const& writable) : View(writable.data, writable.shape, writable.stride) {}
+
+  HYBRIDATTN_HD Index extent(int axis) const { return shape[axis]; }
+  HYBRIDATTN_HD bool empty() const { return data == nullptr; }
+  HYBRIDATTN_HD Index count() const { return empty() ? 0 : shape.counted(); }
+  HYBRIDATTN_HD bool is_contiguous() const {
+    Index step = 1;
+    for (int axis = Rank; axis-- > 0; step *= shape[axis])
+      if (shape[axis] > 1 && stride[axis] != step) return false;
+    return true;
+  }
+
+  template <std::integral... Indices> requires(sizeof...(Indices) == Rank) HYBRIDATTN_HD T& operator()(Indices... indices) const {
+    return data[offset(indices...)];
+  }
+
+  // The last axis at the given leading indices.
+  template <std::integral... Indices> requires(sizeof...(Indices) + 1 == Rank) HYBRIDATTN_HD T* row(Indices... indices) const {
+    return data + offset(indices...);
+  }
+
+ private:
+  template <class... Indices> HYBRIDATTN_HD Index offset(Indices... indices) const {
+    Index result = 0;
+    int axis = 0;
+    (add(result, axis, static_cast<Index>(indices)), ...);
+    return result;
+  }
+  HYBRIDATTN_HD void add(Index& offset, int& axis, Index index) const {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (index < 0 || index >= shape[axis]) HYBRIDATTN_ABORT();
+#endif
+    offset += index * stride[axis++];
+  }
+};
+
+// [N, ...] as the matrix [N, rest] that a linear projection reads. Contiguous views only.
+template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_rows(View<T, Rank> x) {
+  if (x.empty()) return {};
+  Index const rows = Rank == 1 ? 1 : x.extent(0);
+  return {x.data, {rows, rows == 0 ? 0 : x.shape.counted() / rows}};
+}
+// [N, H, D] as one row for each token and head: [N*H, D].
+template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// All elements as one axis. Contiguous views only.
+template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/math.hpp
+// The scalar functions equations are written in.
+#ifndef HYBRIDATTN_CORE_MATH_HPP
+#define HYBRIDATTN_CORE_MATH_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> HYBRIDATTN_HD T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+template <class T> HYBRIDATTN_HD T silu(T x) { return x * sigmoid(x); }
+// d silu / dx = s (1 + x (1 - s))
+template <class T> HYBRIDATTN_HD T silu_slope(T x) {
+  T const s = sigmoid(x);
+  return s * (T(1) + x * (T(1) - s));
+}
+// log(1 + e^x), exact for large x too (PyTorch's returns x above 20).
+template <class T> HYBRIDATTN_HD T softplus(T x) { return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class T> HYBRIDATTN_HD T dot(T const* x, T const* y, Index n) {
+  T sum = 0;
+  for (Index i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// scale x . y, rounded. If the compiler fused it with a subtraction, it would differ by its rounding from the same score
+// elsewhere. For scores of 2^30 this is a factor e^64 in a weight.
+template <class T> [[gnu::noinline]] T scaled_dot(T scale, T const* x, T const* y, Index n) { return scale * dot(x, y, n); }
+// y += a x
+template <class T> HYBRIDATTN_HD void axpy(T a, T const* x, T* y, Index n) {
+  for (Index i = 0; i < n; ++i) y[i] += a * x[i];
+}
+template <class T, int Rank> HYBRIDATTN_HD void fill(View<T, Rank> x, T value) {
+  for (Index i = 0, n = x.count(); i < n; ++i) x.data[i] = value;
+}
+
+// a / b, and a as a multiple of b, rounded up. For any a >= 0.
+HYBRIDATTN_HD constexpr Index ceil_div(Index a, Index b) { return a / b + (a % b != 0); }
+HYBRIDATTN_HD constexpr Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/cpu.hpp
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
+#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Cpu {
+ public:
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
+  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
+    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
+  }
+  Cpu(Cpu const&) = delete;
+  Cpu& operator=(Cpu const&) = delete;
+  ~Cpu() { trim(); }
+
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
+  void* take(std::size_t bytes) {
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Returns the pool's free blocks to the system.
+  void trim() noexcept { pool_.trim(release); }
+  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations of Cpu work on any memory of the process.
+  bool owns(void const*) const { return true; }
+  Pool& pool() { return pool_; }
+  int threads() const { return threads_; }
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nullptr for a loop inside a loop
+  };
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
+  static int available_threads() {
+#if defined(_OPENMP)
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
+#else
+    return 1;
+#endif
+  }
+
+  int threads_;
+  bool in_loop_ = false;
+  Pool pool_;
+};
+static_assert(Backend<Cpu>);
+
+namespace cpu {
+
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
+namespace detail {
+
+#if defined(_OPENMP)
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+#pragma omp critical(hybridattn_failure)
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+#endif
+
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
+  Cpu::Loop const loop{cpu};
+#if defined(_OPENMP)
+  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    Failure failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
+    for (Index task = 0; task < count; ++task) {
+      try {
+        run(f, task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
+    return;
+  }
+#endif
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+}
+
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
+template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
+    Index const first = block * grain;
+    f(first, std::min(first + grain, count));
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/emulator/fiber.hpp
+// Functions that stop in the middle and go on later, each on a stack of its own (Boost.Context).
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_FIBER_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_FIBER_HPP
+
+#if HYBRIDATTN_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if HYBRIDATTN_TSAN
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(char const* file, int line);
+void AnnotateIgnoreReadsEnd(char const* file, int line);
+void AnnotateIgnoreWritesBegin(char const* file, int line);
+void AnnotateIgnoreWritesEnd(char const* file, int line);
+}
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+// The thread sanitizer sees each fiber as a thread. Unwatched hides the engine's own memory from it, Watched shows the kernel's again.
+#if HYBRIDATTN_TSAN
+struct Unwatched {
+  Unwatched() { begin(); }
+  Unwatched(Unwatched const&) = delete;
+  Unwatched& operator=(Unwatched const&) = delete;
+  ~Unwatched() { end(); }
+  static void begin() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  static void end() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+struct Watched {
+  Watched() { Unwatched::end(); }
+  Watched(Watched const&) = delete;
+  Watched& operator=(Watched const&) = delete;
+  ~Watched() { Unwatched::begin(); }
+};
+// What a thread did before release(meeting) is seen by the threads that acquire(meeting) later.
+inline void release(void* meeting) { __tsan_release(meeting); }
+inline void acquire(void* meeting) { __tsan_acquire(meeting); }
+#else
+struct Unwatched {
+  Unwatched() {}
+};
+struct Watched {
+  Watched() {}
+};
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+// Stacks for fibers. A stack that a fiber gives back serves a later one, so that an emulator starts quickly.
+class Stacks {
+ public:
+  static constexpr std::size_t bytes = std::size_t{256} << 10;   // of addresses; pages come when they are touched
+
+  // The lowest address of a stack. Throws Error where the system refuses it.
+  static char* take() {
+    std::lock_guard const lock(mutex());
+    if (!free().empty()) {
+      char* const stack = free().back();
+      free().pop_back();
+      return stack;
+    }
+    void* const memory = mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(memory != MAP_FAILED, "Emulator: the system refuses ", bytes, " bytes for the stack of a thread");
+    mprotect(memory, page, PROT_NONE);   // a stack that is too small ends the program here
+    return static_cast<char*>(memory) + page;
+  }
+  static void give(char* stack) {
+    std::lock_guard const lock(mutex());
+    free().push_back(stack);
+  }
+
+ private:
+  static constexpr std::size_t page = 4096;
+  // Both live as long as the program, because an emulator may live that long.
+  static std::vector<char*>& free() {
+    static auto* const list = new std::vector<char*>;
+    return *list;
+  }
+  static std::mutex& mutex() {
+    static auto* const only = new std::mutex;
+    return *only;
+  }
+};
+
+class Fiber {
+ public:
+  Fiber() = default;
+  Fiber(Fiber const&) = delete;
+  Fiber& operator=(Fiber const&) = delete;
+  ~Fiber() {
+#if HYBRIDATTN_TSAN
+    if (stack_ != nullptr && as_thread_ != nullptr) __tsan_destroy_fiber(as_thread_);
+#endif
+    if (stack_ == nullptr) return;
+    clear_stack();
+    Stacks::give(stack_);
+  }
+
+  // The next switch to this fiber calls entry(argument), which may not return. What the fiber did before is forgotten.
+  void start(void (*entry)(void*), void* argument) {
+    if (stack_ == nullptr) take_stack();
+    clear_stack();
+    entry_ = entry;
+    argument_ = argument;
+    context_ = boost::context::detail::make_fcontext(stack_ + Stacks::bytes, Stacks::bytes, enter);
+#if HYBRIDATTN_TSAN
+    if (as_thread_ != nullptr) __tsan_destroy_fiber(as_thread_);
+    as_thread_ = __tsan_create_fiber(0);
+#endif
+  }
+  // The calling thread's own stack becomes this fiber.
+  void adopt_thread() {
+#if HYBRIDATTN_TSAN
+    as_thread_ = __tsan_get_current_fiber();
+#endif
+#if HYBRIDATTN_ASAN
+    sanitizer_bottom_ = nullptr;   // learned when the first fiber begins
+#endif
+  }
+
+  // Goes on in `to`, until something switches back to this fiber.
+#if HYBRIDATTN_TSAN
+  __attribute__((no_sanitize_thread))
+#endif
+  void
+  switch_to(Fiber& to) {
+    Leaving leaving{this, &to};
+#if HYBRIDATTN_ASAN
+    __sanitizer_start_switch_fiber(&fake_stack_, to.sanitizer_bottom_, to.sanitizer_size_);
+#endif
+#if HYBRIDATTN_TSAN
+    __tsan_switch_to_fiber(to.as_thread_, __tsan_switch_to_fiber_no_sync);
+#endif
+    arrived(boost::context::detail::jump_fcontext(to.context_, &leaving));
+  }
+
+ private:
+  struct Leaving {
+    Fiber *from, *to;
+  };
+
+  void take_stack() {
+    stack_ = Stacks::take();
+#if HYBRIDATTN_ASAN
+    sanitizer_bottom_ = stack_;
+    sanitizer_size_ = Stacks::bytes;
+#endif
+  }
+  void clear_stack() {
+#if HYBRIDATTN_ASAN
+    __asan_unpoison_memory_region(stack_, Stacks::bytes);   // of a function that was stopped for ever
+    fake_stack_ = nullptr;
+#endif
+  }
+#if HYBRIDATTN_TSAN
+  __attribute__((no_sanitize_thread))
+#endif
+  static void
+  arrived(boost::context::detail::transfer_t transfer) {
+    auto const [from, to] = *static_cast<Leaving*>(transfer.data);
+    from->context_ = transfer.fctx;
+#if HYBRIDATTN_ASAN
+    void const* bottom;
+    std::size_t size;
+    __sanitizer_finish_switch_fiber(to->fake_stack_, &bottom, &size);
+    if (from->stack_ == nullptr) {
+      from->sanitizer_bottom_ = bottom;
+      from->sanitizer_size_ = size;
+    }
+#else
+    (void)to;
+#endif
+  }
+#if HYBRIDATTN_TSAN
+  __attribute__((no_sanitize_thread))
+#endif
+  static void
+  enter(boost::context::detail::transfer_t transfer) {
+    Fiber& self = *static_cast<Leaving*>(transfer.data)->to;
+    arrived(transfer);
+    self.entry_(self.argument_);
+  }
+
+  char* stack_ = nullptr;   // nullptr: the stack of a thread
+  boost::context::detail::fcontext_t context_ = nullptr;
+  void (*entry_)(void*) = nullptr;
+  void* argument_ = nullptr;
+#if HYBRIDATTN_ASAN
+  void* fake_stack_ = nullptr;
+  void const* sanitizer_bottom_ = nullptr;
+  std::size_t sanitizer_size_ = 0;
+#endif
+#if HYBRIDATTN_TSAN
+  void* as_thread_ = nullptr;
+#endif
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/gpu/call_site.hpp
+// Where a kernel calls a word of simt.hpp.
+#ifndef HYBRIDATTN_BACKEND_GPU_CALL_SITE_HPP
+#define HYBRIDATTN_BACKEND_GPU_CALL_SITE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+// A line of source. As a default argument, here() is the line that calls the function: void f(CallSite at = CallSite::here()).
+struct CallSite {
+  char const* file = "";
+  int line = 0;
+
+  static HYBRIDATTN_HD constexpr CallSite here(char const* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/emulator/mutation.hpp
+// Leaves out one barrier of a kernel at run time, so that a test can show that the laws notice it.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_MUTATION_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_MUTATION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+inline bool same(simt::CallSite a, simt::CallSite b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+// Of all emulators of the program. Change it only while no kernel runs.
+struct Mutation {
+  bool records = false;
+  std::vector<simt::CallSite> reached;   // the barriers that kernels reach while `records` is true
+  simt::CallSite left_out;               // the barrier that kernels pass without waiting; line 0: none
+
+  // Whether a kernel passes this barrier without waiting.
+  bool passes(simt::CallSite at) {
+    if (records) record(at);
+    return left_out.line != 0 && same(left_out, at);
+  }
+
+ private:
+  void record(simt::CallSite at) {
+    std::lock_guard const lock(mutex_);
+    for (simt::CallSite known : reached)
+      if (same(known, at)) return;
+    reached.push_back(at);
+  }
+  std::mutex mutex_;
+};
+inline Mutation& mutation() {
+  static Mutation only;
+  return only;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/schedule.hpp
+// In which order the emulator runs the threads of a block.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_SCHEDULE_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_SCHEDULE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+// Schedule `number`, from 1 on. Orders of warps and lanes are forward, backward and random. In the odd ones of 1 .. 6 a warp runs until
+// it must wait, in the even ones the warps take turns. A block's random numbers depend on the schedule and the block alone.
+class Schedule {
+ public:
+  explicit Schedule(int number) : order_(static_cast<Order>((number - 1) % 3)), takes_turns_(number % 2 == 0), number_(number) {}
+
+  void start_block(Index block) {
+    random_ = static_cast<std::uint64_t>(block + 1) * 0x9e3779b97f4a7c15u + static_cast<std::uint64_t>(number_);
+  }
+  // The warp that runs next, of those in the set, after `last`.
+  int next_warp(std::uint32_t ready, int last) {
+    std::uint32_t const others = ready & ~(1u << last);
+    if (!takes_turns_ && others != ready) return last;
+    return pick(takes_turns_ && others != 0 ? others : ready);
+  }
+  int next_lane(std::uint32_t ready) { return pick(ready); }
+
+ private:
+  enum class Order { forward, backward, random };
+
+  int pick(std::uint32_t set) {
+    if (order_ == Order::forward) return std::countr_zero(set);
+    if (order_ == Order::backward) return 31 - std::countl_zero(set);
+    random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
+    for (auto skip = random_ % static_cast<std::uint64_t>(std::popcount(set)); skip > 0; --skip) set &= set - 1;
+    return std::countr_zero(set);
+  }
+
+  Order order_;
+  bool takes_turns_;
+  int number_;
+  std::uint64_t random_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/emulator/shared_memory.hpp
+// The shared memory of a block. It begins as NaN in every type of number, and red zones stand before and behind it.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_SHARED_MEMORY_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_SHARED_MEMORY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+class SharedMemory {
+ public:
+  static constexpr Index intact = std::numeric_limits<Index>::min();
+
+  void start_block(std::size_t bytes) {
+    std::size_t const all = bytes + 2 * zone;
+    if (HYBRIDATTN_TSAN || blocks_.empty() || size_ < all) {   // the thread sanitizer would see blocks meet in memory that they share
+      if (!HYBRIDATTN_TSAN) blocks_.clear();
+      blocks_.emplace_back(static_cast<std::byte*>(::operator new(all, alignment)));
+      size_ = all;
+    }
+    bytes_ = bytes;
+    std::fill_n(begin(), all, unwritten);
+  }
+  void end_launch() {
+    if (HYBRIDATTN_TSAN) blocks_.clear();
+  }
+  void* data() const { return begin() + zone; }
+  // Where a red zone was written, in bytes from the start of the shared memory, or `intact`.
+  Index overwritten() const {
+    for (std::size_t i = 0; i < zone; ++i) {
+      if (begin()[zone - 1 - i] != unwritten) return -1 - static_cast<Index>(i);
+      if (begin()[zone + bytes_ + i] != unwritten) return static_cast<Index>(bytes_ + i);
+    }
+    return intact;
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{128};
+  static constexpr std::size_t zone = 256;
+  static constexpr std::byte unwritten{0xff};
+  struct Delete {
+    void operator()(std::byte* memory) const { ::operator delete(memory, alignment); }
+  };
+
+  std::byte* begin() const { return blocks_.back().get(); }
+
+  std::vector<std::unique_ptr<std::byte, Delete>> blocks_;   // one, and more only under the thread sanitizer
+  std::size_t size_ = 0, bytes_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/emulator/engine.hpp
+// Runs the blocks of a kernel on one thread of the host. Every thread of a block is a fiber.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_ENGINE_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_ENGINE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
+
+// A launch, without the kernel's type.
+struct Launch {
+  std::string (*kernel)();   // its name
+  void (*run)(void* shared, void const* params);
+  void const* params;
+  int threads;   // of a block
+  std::size_t shared_bytes;
+  Grid grid;
+};
+
+// A thread of the current block.
+struct Thread {
+  enum class State : char { ready, in_warp, in_block, ended };
+  Fiber fiber;
+  int number = 0;
+  State state = State::ready;
+  char const* word = "";      // where it waits: a word of simt.hpp
+  simt::CallSite at;          // and the line that calls the word
+  alignas(16) std::byte given[16] = {}, received[16] = {};   // what lanes exchange
+};
+
+class Engine {
+ public:
+  explicit Engine(Schedule schedule) : schedule_(schedule) {}
+
+  // Throws Error where the block makes a mistake: barriers that not all threads reach, an end while others wait, a deadlock, writes
+  // beside shared memory. The error names the kernel, the block, and where its threads wait.
+  void run_block(Launch const& launch, Grid block) {
+    launch_ = &launch;
+    block_ = block;
+    schedule_.start_block((block.z * launch.grid.y + block.y) * launch.grid.x + block.x);
+    shared_.start_block(launch.shared_bytes);
+    start_threads();
+    Engine* const outer = std::exchange(current(), this);
+    host_.adopt_thread();
+    release(&start_);
+    go_on(host_);
+    current() = outer;
+    if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
+    if (!mistake_.empty()) fail(std::exchange(mistake_, {}));
+    if (Index const place = shared_.overwritten(); place != SharedMemory::intact)
+      fail(sentence("Emulator: ", where(), " writes beside its shared memory, ", place, " bytes from its start"));
+  }
+  // After the last block of a launch.
+  void end_launch() {
+    acquire(&end_);
+    shared_.end_launch();
+  }
+
+  // The engine whose kernel runs on this thread of the host.
+  static Engine*& current() {
+    static constinit thread_local Engine* engine = nullptr;
+    return engine;
+  }
+  Thread& self() { return *self_; }
+  Grid block() const { return block_; }
+
+  // Waits for all threads of the block.
+  void sync_block(simt::CallSite at) {
+    Unwatched const unwatched;
+    if (mutation().passes(at)) return;
+    Thread& me = *self_;
+    me.word = "sync_block";
+    me.at = at;
+    if (ended_ > 0) stop("waits for threads that have ended");
+    if (in_block_ > 0 && !same(at, block_site_)) stop("waits at another sync_block than other threads of its block");
+    block_site_ = at;
+    void* const meeting = &block_meetings_[block_phase_ % 2];
+    release(meeting);
+    if (++in_block_ == launch_->threads) {
+      in_block_ = 0;
+      ++block_phase_;
+      for (int i = 0; i < launch_->threads; ++i) wake(threads_[static_cast<std::size_t>(i)]);
+    } else {
+      me.state = Thread::State::in_block;
+    }
+    go_on(me.fiber);
+    acquire(meeting);
+  }
+
+  // Waits for all lanes of the warp. The last one to arrive calls exchange(lanes), which reads what they gave and sets what they receive.
+  enum class Memory : char { as_it_is, ordered };  // ordered: every lane sees what the others wrote before
+  template <class Exchange> void meet(char const* word, simt::CallSite at, Memory memory, Exchange exchange) {
+    Thread& me = *self_;
+    Warp& warp = warps_[static_cast<std::size_t>(me.number / 32)];
+    me.word = word;
+    me.at = at;
+    if (warp.ended != 0) stop("needs all lanes of its warp, but some have ended");
+    if (warp.arrived != 0 && (!same(at, warp.site) || std::strcmp(word, warp.word) != 0))
+      stop(sentence("waits at ", word, " while other lanes of its warp wait at ", warp.word));
+    warp.site = at;
+    warp.word = word;
+    warp.arrived |= 1u << me.number % 32;
+    void* const meeting = &warp.meetings[warp.phase % 2];
+    if (memory == Memory::ordered) release(meeting);
+    if (warp.arrived == ~0u) {
+      Thread* const lanes = &threads_[static_cast<std::size_t>(me.number / 32 * 32)];
+      exchange(lanes);
+      warp.arrived = 0;
+      ++warp.phase;
+      for (int lane = 0; lane < 32; ++lane) wake(lanes[lane]);
+    } else {
+      me.state = Thread::State::in_warp;
+    }
+    go_on(me.fiber);
+    if (memory == Memory::ordered) acquire(meeting);
+  }
+
+ private:
+  struct Warp {
+    std::uint32_t ready = 0, arrived = 0, ended = 0;  // sets of lanes
+    char const* word = "";
+    simt::CallSite site;
+    unsigned phase = 0;
+    std::array<char, 16> meetings[2] = {};
+  };
+  static constexpr int most_threads = 1024;
+
+  void start_threads() {
+    if (threads_ == nullptr) threads_ = std::make_unique<Thread[]>(most_threads);
+    ended_ = in_block_ = 0;
+    last_warp_ = 0;
+    warps_ready_ = 0;
+    for (int i = 0; i < launch_->threads / 32; ++i) {
+      Warp& warp = warps_[static_cast<std::size_t>(i)];
+      warp.ready = warp.arrived = warp.ended = 0;
+    }
+    for (int i = 0; i < launch_->threads; ++i) {
+      Thread& thread = threads_[static_cast<std::size_t>(i)];
+      thread.number = i;
+      thread.fiber.start(run_thread, &thread);
+      wake(thread);
+    }
+  }
+  static void run_thread(void* thread) {
+    Engine& engine = *current();
+    acquire(&engine.start_);
+    try {
+      engine.launch_->run(engine.shared_.data(), engine.launch_->params);
+    } catch (...) {
+      engine.failure_ = std::current_exception();
+    }
+    engine.end_thread(*static_cast<Thread*>(thread));
+  }
+  void end_thread(Thread& me) {
+    Fiber* next = &host_;
+    release(&end_);
+    {
+      Unwatched const unwatched;
+      me.state = Thread::State::ended;
+      me.word = "its end";
+      Warp& warp = warps_[static_cast<std::size_t>(me.number / 32)];
+      warp.ended |= 1u << me.number % 32;
+      ++ended_;
+      if (warp.arrived != 0) mistake_ = report("ends while other lanes of its warp wait for it");
+      else if (in_block_ > 0) mistake_ = report("ends while other threads of its block wait for it");
+      next = &choose();
+    }
+    me.fiber.switch_to(*next);
+  }
+
+  void wake(Thread& thread) {
+    thread.state = Thread::State::ready;
+    warps_[static_cast<std::size_t>(thread.number / 32)].ready |= 1u << thread.number % 32;
+    warps_ready_ |= 1u << thread.number / 32;
+  }
+  // The fiber that runs next: the host's after a mistake, and where no thread can run.
+  Fiber& choose() {
+    if (failure_ == nullptr && mistake_.empty() && warps_ready_ == 0 && ended_ < launch_->threads)
+      mistake_ = report("waits, and so do all others: no thread can go on");
+    if (failure_ != nullptr || !mistake_.empty() || warps_ready_ == 0) return host_;
+    last_warp_ = schedule_.next_warp(warps_ready_, last_warp_);
+    Warp& warp = warps_[static_cast<std::size_t>(last_warp_)];
+    int const lane = schedule_.next_lane(warp.ready);
+    warp.ready &= ~(1u << lane);
+    if (warp.ready == 0) warps_ready_ &= ~(1u << last_warp_);
+    self_ = &threads_[static_cast<std::size_t>(last_warp_ * 32 + lane)];
+    return self_->fiber;
+  }
+  void go_on(Fiber& from) {
+    Fiber& next = choose();
+    if (&next != &from) from.switch_to(next);
+  }
+  // The calling thread made a mistake. Nothing of the block runs any more.
+  void stop(std::string const& mistake) {
+    mistake_ = report(mistake);
+    self_->fiber.switch_to(host_);
+  }
+
+  std::string where() const { return sentence("kernel ", launch_->kernel(), ", block (", block_.x, ", ", block_.y, ", ", block_.z, ")"); }
+  // The mistake of the current thread, and below it where all threads of the block wait.
+  std::string report(std::string const& mistake) const {
+    std::string text = sentence("Emulator: ", where(), ": thread ", self_->number, " ", mistake);
+    for (int first = 0, last; first < launch_->threads; first = last) {
+      Thread const& thread = threads_[static_cast<std::size_t>(first)];
+      std::string const place = place_of(thread);
+      for (last = first + 1; last < launch_->threads && place_of(threads_[static_cast<std::size_t>(last)]) == place;) ++last;
+      text += sentence("\n  ", last == first + 1 ? "thread " : "threads ", first);
+      if (last > first + 1) text += sentence(" to ", last - 1);
+      text += sentence(": ", place);
+    }
+    return text;
+  }
+  std::string place_of(Thread const& thread) const {
+    if (thread.state == Thread::State::ended) return "ended";
+    if (thread.state == Thread::State::ready && &thread != self_) return "could go on";
+    char const* const name = std::strrchr(thread.at.file, '/');
+    return sentence("at ", thread.word, ", ", name == nullptr ? thread.at.file : name + 1, ":", thread.at.line);
+  }
+
+  Schedule schedule_;
+  SharedMemory shared_;
+  std::unique_ptr<Thread[]> threads_;  // made with the first block
+  std::array<Warp, most_threads / 32> warps_;
+  Fiber host_;
+  Launch const* launch_ = nullptr;
+  Grid block_;
+  Thread* self_ = nullptr;
+  std::uint32_t warps_ready_ = 0;
+  int last_warp_ = 0, ended_ = 0, in_block_ = 0;
+  simt::CallSite block_site_;
+  unsigned block_phase_ = 0;
+  std::array<char, 16> block_meetings_[2] = {};
+  std::exception_ptr failure_;
+  std::string mistake_;
+  char start_ = 0, end_ = 0;  // meetings of the threads with the host
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
+#endif
+
+// ==== hybridattn/backend/gpu/simt.hpp
+// The words that kernels are written in. Under nvcc they are the GPU's own, under any other compiler the emulator's.
+//   thread_id, block_x, block_y, block_z   the number of a thread in its block, and of the block in the grid
+//   sync_block, sync_warp                  every thread of the block, or lane of the warp, waits for all others and sees what they wrote
+//   shuffle, shuffle_xor, shuffle_up, shuffle_down   the value that another lane gives: lane `n`, own ^ mask, own - distance, own + distance
+//   ballot                                 the set of lanes that vote true
+//   match_any                              the set of lanes with the same value
+//   atomic_add, atomic_max                 on integers alone, return the old value. Sums of floats in any order are not repeatable
+//   exp2, log2, cos_pi, sin_pi             cos and sin of pi x. Those of x itself need local memory for large x
+// All lanes of a warp take part in a word of the warp, and all threads of a block in sync_block, at the same line of the source.
+#ifndef HYBRIDATTN_BACKEND_GPU_SIMT_HPP
+#define HYBRIDATTN_BACKEND_GPU_SIMT_HPP
+
+#if HYBRIDATTN_CUDA
+
+// ==== hybridattn/backend/cuda/simt.cuh
+// The words of kernels on a GPU; backend/gpu/simt.hpp lists and explains them.
+#ifndef HYBRIDATTN_BACKEND_CUDA_SIMT_CUH
+#define HYBRIDATTN_BACKEND_CUDA_SIMT_CUH
+
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+HYBRIDATTN_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+HYBRIDATTN_DEVICE Index block_x() { return blockIdx.x; }
+HYBRIDATTN_DEVICE Index block_y() { return blockIdx.y; }
+HYBRIDATTN_DEVICE Index block_z() { return blockIdx.z; }
+
+HYBRIDATTN_DEVICE void sync_block(CallSite = CallSite::here()) { __syncthreads(); }
+HYBRIDATTN_DEVICE void sync_warp(CallSite = CallSite::here()) { __syncwarp(); }
+
+namespace detail {
+// f(word) for the words of 4 bytes that x is made of.
+template <class T, class F> HYBRIDATTN_DEVICE T by_words(T x, F f) {
+  static_assert(sizeof(T) <= 8, "lanes exchange at most 8 bytes at a time");
+  unsigned words[(sizeof(T) + 3) / 4] = {};
+  memcpy(words, &x, sizeof x);
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (unsigned& word : words) word = f(word);
+  memcpy(&x, words, sizeof x);
+  return x;
+}
+// Integers of the two sizes that the GPU's atomics have.
+template <class T> using AtomicOf =
+    std::conditional_t<sizeof(T) == 8, unsigned long long, std::conditional_t<std::is_signed_v<T>, int, unsigned>>;
+}  // namespace detail
+template <class T> HYBRIDATTN_DEVICE T shuffle(T x, int lane, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_sync(~0u, word, lane); });
+}
+template <class T> HYBRIDATTN_DEVICE T shuffle_xor(T x, int mask, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_xor_sync(~0u, word, mask); });
+}
+template <class T> HYBRIDATTN_DEVICE T shuffle_up(T x, int distance, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_up_sync(~0u, word, static_cast<unsigned>(distance)); });
+}
+template <class T> HYBRIDATTN_DEVICE T shuffle_down(T x, int distance, CallSite = CallSite::here()) {
+  return detail::by_words(x, [&](unsigned word) { return __shfl_down_sync(~0u, word, static_cast<unsigned>(distance)); });
+}
+HYBRIDATTN_DEVICE std::uint32_t ballot(bool vote, CallSite = CallSite::here()) { return __ballot_sync(~0u, vote); }
+template <std::integral T> HYBRIDATTN_DEVICE std::uint32_t match_any(T x, CallSite = CallSite::here()) {
+  if constexpr (sizeof(T) == 8) return __match_any_sync(~0u, static_cast<unsigned long long>(x));
+  else return __match_any_sync(~0u, static_cast<unsigned>(x));
+}
+
+template <std::integral T> HYBRIDATTN_DEVICE T atomic_add(T* at, T x) {
+  using Atomic = detail::AtomicOf<T>;
+  return static_cast<T>(atomicAdd(reinterpret_cast<Atomic*>(at), static_cast<Atomic>(x)));
+}
+template <std::integral T> HYBRIDATTN_DEVICE T atomic_max(T* at, T x) {
+  using Atomic = std::conditional_t<sizeof(T) == 8 && std::is_signed_v<T>, long long, detail::AtomicOf<T>>;
+  return static_cast<T>(atomicMax(reinterpret_cast<Atomic*>(at), static_cast<Atomic>(x)));
+}
+
+HYBRIDATTN_DEVICE float exp2(float x) { return exp2f(x); }
+HYBRIDATTN_DEVICE double exp2(double x) { return ::exp2(x); }
+HYBRIDATTN_DEVICE float log2(float x) { return log2f(x); }
+HYBRIDATTN_DEVICE double log2(double x) { return ::log2(x); }
+HYBRIDATTN_DEVICE double cos_pi(double x) { return cospi(x); }
+HYBRIDATTN_DEVICE double sin_pi(double x) { return sinpi(x); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/simt.hpp
+#else
+
+// ==== hybridattn/backend/emulator/simt.hpp
+// The words of kernels on the emulator; backend/gpu/simt.hpp lists and explains them.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_SIMT_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_SIMT_HPP
+
+#include <cmath>
+#include <concepts>
+#include <numbers>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+namespace detail {
+inline emulator::Engine& engine() { return *emulator::Engine::current(); }
+
+// Each lane gives x, and receives choose(lanes, own number).
+template <class T, class Choose> auto exchange(char const* word, CallSite at, T x, Choose choose) {
+  using R = std::invoke_result_t<Choose, emulator::Thread const*, int>;
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 16 && sizeof(R) <= 16);
+  emulator::Unwatched const unwatched;
+  emulator::Thread& me = engine().self();
+  std::memcpy(me.given, &x, sizeof x);
+  engine().meet(word, at, emulator::Engine::Memory::as_it_is, [&](emulator::Thread* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      R const received = choose(lanes, lane);
+      std::memcpy(lanes[lane].received, &received, sizeof received);
+    }
+  });
+  R received;
+  std::memcpy(&received, me.received, sizeof received);
+  return received;
+}
+template <class T> T given(emulator::Thread const& lane) {
+  T x;
+  std::memcpy(&x, lane.given, sizeof x);
+  return x;
+}
+}  // namespace detail
+
+inline int thread_id() { return detail::engine().self().number; }
+inline Index block_x() { return detail::engine().block().x; }
+inline Index block_y() { return detail::engine().block().y; }
+inline Index block_z() { return detail::engine().block().z; }
+
+inline void sync_block(CallSite at = CallSite::here()) { detail::engine().sync_block(at); }
+inline void sync_warp(CallSite at = CallSite::here()) {
+  emulator::Unwatched const unwatched;
+  if (emulator::mutation().passes(at)) return;
+  detail::engine().meet("sync_warp", at, emulator::Engine::Memory::ordered, [](emulator::Thread*) {});
+}
+
+// The value of lane from(own number), and one's own where there is no such lane.
+namespace detail {
+template <class T, class From> T shuffled(char const* word, CallSite at, T x, From from) {
+  struct Asked {
+    T x;
+    int lane;
+  };
+  static_assert(sizeof(Asked) <= 16, "lanes exchange at most 8 bytes at a time");
+  int const lane = engine().self().number % 32, asked = from(lane);
+  return exchange(word, at, Asked{x, 0 <= asked && asked < 32 ? asked : lane},
+                  [](emulator::Thread const* lanes, int own) { return given<Asked>(lanes[given<Asked>(lanes[own]).lane]).x; });
+}
+}  // namespace detail
+template <class T> T shuffle(T x, int lane, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle", at, x, [&](int) { return lane; });
+}
+template <class T> T shuffle_xor(T x, int mask, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle_xor", at, x, [&](int lane) { return lane ^ mask; });
+}
+template <class T> T shuffle_up(T x, int distance, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle_up", at, x, [&](int lane) { return lane - distance; });
+}
+template <class T> T shuffle_down(T x, int distance, CallSite at = CallSite::here()) {
+  return detail::shuffled("shuffle_down", at, x, [&](int lane) { return lane + distance; });
+}
+
+inline std::uint32_t ballot(bool vote, CallSite at = CallSite::here()) {
+  return detail::exchange("ballot", at, vote, [](emulator::Thread const* lanes, int) {
+    std::uint32_t votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<std::uint32_t>(detail::given<bool>(lanes[lane])) << lane;
+    return votes;
+  });
+}
+template <std::integral T> std::uint32_t match_any(T x, CallSite at = CallSite::here()) {
+  return detail::exchange("match_any", at, x, [](emulator::Thread const* lanes, int own) {
+    std::uint32_t equal = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      equal |= static_cast<std::uint32_t>(detail::given<T>(lanes[lane]) == detail::given<T>(lanes[own])) << lane;
+    return equal;
+  });
+}
+
+template <std::integral T> T atomic_add(T* at, T x) { return __atomic_fetch_add(at, x, __ATOMIC_RELAXED); }
+template <std::integral T> T atomic_max(T* at, T x) {
+  T old = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (old < x && !__atomic_compare_exchange_n(at, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+template <std::floating_point T> T exp2(T x) { return std::exp2(x); }
+template <std::floating_point T> T log2(T x) { return std::log2(x); }
+inline double cos_pi(double x) { return std::cos(std::numbers::pi * std::fmod(x, 2)); }
+inline double sin_pi(double x) { return std::sin(std::numbers::pi * std::fmod(x, 2)); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/simt.hpp
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::simt {
+
+HYBRIDATTN_DEVICE int lane() { return thread_id() % 32; }
+HYBRIDATTN_DEVICE int warp() { return thread_id() / 32; }
+
+// std::numeric_limits, std::min and std::max are functions of the host.
+template <class T> HYBRIDATTN_HD T infinity() { return T(HUGE_VALF); }
+template <class T> HYBRIDATTN_HD T larger(T a, T b) { return a > b ? a : b; }
+template <class T> HYBRIDATTN_HD T smaller(T a, T b) { return a < b ? a : b; }
+
+// The bits of a number, and the number of bits.
+HYBRIDATTN_HD std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+HYBRIDATTN_HD std::uint64_t bits_of(double x) {
+  std::uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+HYBRIDATTN_HD float number_of(std::uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+HYBRIDATTN_HD double number_of(std::uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// n numbers that are read or written at once, from a multiple of their size.
+template <class T, int n> struct alignas(sizeof(T) * n) Vector {
+  T x[n];
+};
+template <int n, class T> HYBRIDATTN_DEVICE Vector<std::remove_const_t<T>, n> load_vector(T* from) {
+  return *reinterpret_cast<Vector<std::remove_const_t<T>, n> const*>(from);
+}
+template <class T, int n> HYBRIDATTN_DEVICE void store_vector(T* to, Vector<T, n> x) { *reinterpret_cast<Vector<T, n>*>(to) = x; }
+
+HYBRIDATTN_DEVICE bool any(bool vote, CallSite at = CallSite::here()) { return ballot(vote, at) != 0; }
+HYBRIDATTN_DEVICE bool all(bool vote, CallSite at = CallSite::here()) { return ballot(vote, at) == ~0u; }
+
+// Over groups of `lanes` neighbouring lanes, a power of 2, in the order of one fixed tree. Every lane receives the result.
+template <int lanes = 32, class T> HYBRIDATTN_DEVICE T sum_lanes(T x, CallSite at = CallSite::here()) {
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int step = 1; step < lanes; step *= 2) x += shuffle_xor(x, step, at);
+  return x;
+}
+template <int lanes = 32, class T> HYBRIDATTN_DEVICE T largest_of_lanes(T x, CallSite at = CallSite::here()) {
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int step = 1; step < lanes; step *= 2) x = larger(x, shuffle_xor(x, step, at));
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::simt
+#endif
+
+// ==== hybridattn/backend/gpu/gpu.hpp
+// Machines that run kernels. A kernel is a type:
+//   struct Mine {
+//     static constexpr int threads = 128;                                // of a block, whole warps
+//     struct Params { ... };                                             // views and numbers, passed by value
+//     struct Shared { ... };                                             // shared memory of a block
+//     static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p);  // what a thread does, in the words of simt.hpp
+//   };
+//   launch<Mine>(gpu, {.x = blocks}, params);
+// An operation is written once, as On<Op, B> for every GpuBackend B. Cuda and Emulator run the same text.
+#ifndef HYBRIDATTN_BACKEND_GPU_GPU_HPP
+#define HYBRIDATTN_BACKEND_GPU_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class K>
+concept Kernel = requires(typename K::Shared& shared, typename K::Params const& p) {
+  { K::threads } -> std::convertible_to<int>;
+  K::run(shared, p);
+};
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// start<Kernel>(grid, params) runs a kernel after all earlier work of the backend, and need not wait for it.
+template <class B>
+concept GpuBackend =
+    Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) { gpu.template start<detail::AnyKernel>(grid, params); };
+
+// Runs a kernel on a grid of blocks. A grid without blocks starts nothing. Throws Error for more blocks than a GPU takes.
+template <Kernel K, GpuBackend B> void launch(B& gpu, Grid grid, typename K::Params const& params) {
+  static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof(typename K::Params) <= 4096,
+                "Params are views and numbers, at most 4096 bytes");
+  static_assert(std::is_trivially_destructible_v<typename K::Shared>, "Shared is memory without constructors");
+  static_assert(K::threads % 32 == 0 && K::threads <= 1024, "a block is whole warps of 32 threads, at most 32 warps");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  check(grid.x <= largest_int32 && grid.y <= 65535 && grid.z <= 65535, "launch: ", grid.x, " x ", grid.y, " x ", grid.z,
+        " blocks; a GPU takes at most ", largest_int32, " x 65535 x 65535");
+  gpu.template start<K>(grid, params);
+}
+
+namespace gpu {
+
+// f(i) for i = 0 .. count - 1, a thread each.
+template <class F> struct ForEach {
+  static constexpr int threads = 128;
+  struct Params {
+    F f;
+    Index count;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const i = simt::block_x() * threads + simt::thread_id();
+    if (i < p.count) p.f(i);
+  }
+};
+
+}  // namespace gpu
+
+// Calls f(i) for i = 0 .. count - 1. F is a struct of views and numbers with operator()(Index) const, HYBRIDATTN_HD.
+template <GpuBackend B, class F> void for_each(B& gpu, Index count, F f) {
+  launch<gpu::ForEach<F>>(gpu, {.x = ceil_div(count, gpu::ForEach<F>::threads)}, {f, count});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/hidden_memory.hpp
+// Memory of the host that stands for a device's memory: code outside operations and copies that reads or writes it ends the program.
+#ifndef HYBRIDATTN_BACKEND_HIDDEN_MEMORY_HPP
+#define HYBRIDATTN_BACKEND_HIDDEN_MEMORY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A range of addresses. Blocks come from its beginning. A released block returns its memory to the system, its addresses are never used
+// again. Throws Error where the system refuses the range.
+class HiddenMemory {
+ public:
+  explicit HiddenMemory(char const* backend) {
+    void* const range = mmap(nullptr, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    check(range != MAP_FAILED, backend, ": the system refuses ", capacity, " bytes of address space");
+    begin_ = static_cast<char*>(range);
+  }
+  HiddenMemory(HiddenMemory const&) = delete;
+  HiddenMemory& operator=(HiddenMemory const&) = delete;
+  ~HiddenMemory() { munmap(begin_, capacity); }
+
+  // A block at a multiple of 256 bytes, or nullptr where it does not fit beside `held` bytes into the machine's memory.
+  void* allocate(std::size_t bytes, std::size_t held) {
+    if (bytes > machine_memory() - std::min(machine_memory(), held) || bytes > capacity - used_) return nullptr;
+    return begin_ + std::exchange(used_, (used_ + bytes + alignment - 1) / alignment * alignment);
+  }
+  void release(void* block, std::size_t bytes) noexcept {
+    auto const first = (reinterpret_cast<std::uintptr_t>(block) + page - 1) / page * page;
+    auto const last = (reinterpret_cast<std::uintptr_t>(block) + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  }
+  bool owns(void const* memory) const { return begin_ <= memory && memory < begin_ + capacity; }
+
+  // While an Open lives, the memory can be read and written.
+  class Open {
+   public:
+    explicit Open(HiddenMemory& memory) : memory_(memory) {
+      if (memory_.open_++ == 0) memory_.protect(PROT_READ | PROT_WRITE);
+    }
+    Open(Open const&) = delete;
+    Open& operator=(Open const&) = delete;
+    ~Open() {
+      if (--memory_.open_ == 0) memory_.protect(PROT_NONE);
+    }
+
+   private:
+    HiddenMemory& memory_;
+  };
+
+ private:
+  static constexpr std::size_t capacity = std::size_t{1} << 40;   // of addresses; pages come when they are touched
+  static constexpr std::size_t alignment = 256, page = 4096;
+
+  void protect(int access) { mprotect(begin_, std::min(used_, capacity), access); }   // of whole pages
+
+  char* begin_ = nullptr;
+  std::size_t used_ = 0;
+  int open_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/core/type_name.hpp
+// Names of types, for reports and errors.
+#ifndef HYBRIDATTN_CORE_TYPE_NAME_HPP
+#define HYBRIDATTN_CORE_TYPE_NAME_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// The type's name as the compiler spells it, without the library's namespace.
+template <class P> std::string type_name() {
+  std::string const text = __PRETTY_FUNCTION__;
+  auto const library = text.find("hybridattn::"), flags = library + 12;
+  std::string const namespace_of_flags = text.substr(flags, text.find("::", flags) + 2 - flags);
+  auto const first = text.find("P = ") + 4;
+  std::string name = text.substr(first, text.find_first_of(";]", first) - first);
+  for (std::string_view const space : {std::string_view("hybridattn::"), std::string_view(namespace_of_flags),
+                                       std::string_view("(anonymous namespace)::"), std::string_view("{anonymous}::")})
+    while (name.find(space) != name.npos) name.erase(name.find(space), space.size());
+  return name;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/emulator/emulator.hpp
+// A GPU on the host: kernels run with every thread a fiber, slowly, and their mistakes become errors. docs/emulator.md shows which.
+#ifndef HYBRIDATTN_BACKEND_EMULATOR_EMULATOR_HPP
+#define HYBRIDATTN_BACKEND_EMULATOR_EMULATOR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Emulator {
+ public:
+  // testing::Machine: the number is a schedule.
+  static constexpr bool takes_schedule = true;
+
+  // The order in which threads, warps and blocks run: 1 to 6 are forward, backward and random orders, in which a warp runs until it must
+  // wait, or warps take turns. Larger numbers are other random orders. The result of a correct kernel does not depend on it. Throws Error
+  // for a schedule below 1.
+  explicit Emulator(int schedule = 1) : schedule_(schedule) {
+    check(schedule >= 1, "Emulator: schedule ", schedule, "; schedules are numbers from 1 on");
+    for (int thread = 0; thread < cpu_.threads(); ++thread)
+      engines_.push_back(std::make_unique<emulator::Engine>(emulator::Schedule{schedule}));
+  }
+
+  void* take(std::size_t bytes) {
+    return pool_.take(
+        bytes, [this](std::size_t n) { return memory_.allocate(n, pool_.held()); },
+        [this](void* block, std::size_t n) { memory_.release(block, n); }, machine_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  void trim() noexcept {
+    pool_.trim([this](void* block, std::size_t n) { memory_.release(block, n); });
+  }
+  void upload(void* to, void const* from, std::size_t bytes) {
+    HiddenMemory::Open const open{memory_};
+    std::memcpy(to, from, bytes);
+  }
+  void download(void* to, void const* from, std::size_t bytes) {
+    HiddenMemory::Open const open{memory_};
+    std::memcpy(to, from, bytes);
+  }
+  void copy(void* to, void const* from, std::size_t bytes) {
+    check(owns(to) && owns(from), "Emulator: a copy on the device was given memory of the host");
+    HiddenMemory::Open const open{memory_};
+    std::memcpy(to, from, bytes);
+  }
+  void fill(void* to, std::byte value, std::size_t bytes) {
+    check(owns(to), "Emulator: a fill was given memory of the host");
+    HiddenMemory::Open const open{memory_};
+    std::memset(to, std::to_integer<int>(value), bytes);
+  }
+  void synchronise() {}
+  bool owns(void const* memory) const { return memory_.owns(memory); }
+  Pool& pool() { return pool_; }
+  // Kernels that were started.
+  std::size_t launches() const { return launches_; }
+
+  // Runs a kernel to its end, its blocks on all cores. Throws Error where it makes a mistake, or is given memory of the host.
+  template <class K> void start(Grid grid, typename K::Params const& params) {
+    check_addresses<K>(params);
+    ++launches_;
+    constexpr std::size_t shared = std::is_empty_v<typename K::Shared> ? 0 : sizeof(typename K::Shared);
+    run({type_name<K>,
+         [](void* memory, void const* p) { K::run(*static_cast<typename K::Shared*>(memory), *static_cast<typename K::Params const*>(p)); },
+         &params, K::threads, shared, grid});
+  }
+
+ private:
+  void run(emulator::Launch const& launch) {
+    HiddenMemory::Open const open{memory_};
+    Grid const grid = launch.grid;
+    Index const blocks = grid.x * grid.y * grid.z;
+    parallel_for(cpu_, blocks, [&](Index task, int thread) {
+      Index const block = schedule_ % 3 == 2 ? blocks - 1 - task : task;
+      engines_[static_cast<std::size_t>(thread)]->run_block(launch, {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y});
+    });
+    for (auto& engine : engines_) engine->end_launch();
+  }
+  // Throws Error where a word of the parameters is an address of the host's memory: a GPU cannot read it. Numbers are smaller than
+  // addresses or larger. Two small numbers side by side may look like an address, but there is no memory.
+  template <class K> void check_addresses([[maybe_unused]] typename K::Params params) const {
+#if defined(__GNUC__) && !defined(__clang__)
+    __builtin_clear_padding(&params);  // which may hold anything, half an address too
+    auto const* const bytes = reinterpret_cast<std::byte const*>(&params);
+    for (std::size_t at = 0; at + sizeof(void*) <= sizeof params; at += sizeof(void*)) {
+      void* address;
+      std::memcpy(&address, bytes + at, sizeof address);
+      auto const number = reinterpret_cast<std::uintptr_t>(address);
+      if (number < std::uintptr_t{1} << 32 || number >= std::uintptr_t{1} << 47 || memory_.owns(address)) continue;
+      bool const is_memory = msync(reinterpret_cast<void*>(number / 4096 * 4096), 1, MS_ASYNC) == 0;
+      check(!is_memory, "Emulator: kernel ", type_name<K>(), ": the parameters hold an address of the host's memory, at byte ", at,
+            "; a GPU cannot read it");
+    }
+#endif
+  }
+
+  int schedule_;
+  Cpu cpu_;
+  HiddenMemory memory_{"Emulator"};
+  Pool pool_;
+  std::vector<std::unique_ptr<emulator::Engine>> engines_;  // one for each thread of the host
+  std::size_t launches_ = 0;
+};
+static_assert(GpuBackend<Emulator>);
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/gemm.hpp
+// Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
+// depth in one fixed order.
+#ifndef HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+  Into into;
+};
+
+// A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
+template <class T, int size_> struct ProductTile {
+  static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
+  struct Shared {
+    T a[depth][size + 1], b[depth][size + 1];
+  };
+
+  // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
+  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
+    for (int i = simt::thread_id(); i < size * depth; i += threads) {
+      int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
+      to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
+    }
+  }
+  // The tile of p.c from element (row, column) on.
+  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Product<T> const& p, Index row, Index column) {
+    int const r = simt::thread_id() / (size / each) * each, c = simt::thread_id() % (size / each) * each;
+    Index const rows = p.c.extent(0) - row, columns = p.c.extent(1) - column;
+    bool const has_elements = r < rows && c < columns;
+    T sum[each][each] = {};
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (p.into == Into::add && r + i < rows && c + j < columns) sum[i][j] = p.c(row + r + i, column + c + j);
+    }
+    for (Index k = 0; k < p.a.columns; k += depth) {
+      load(shared.a, p.a, row, k);
+      load(shared.b, p.b.transposed(), column, k);
+      simt::sync_block();
+      if (has_elements) add_step(shared, r, c, sum);
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (r + i < rows && c + j < columns) p.c(row + r + i, column + c + j) = sum[i][j];
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void add_step(Shared const& shared, int r, int c, T (&sum)[each][each]) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < depth; ++k) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int i = 0; i < each; ++i) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int j = 0; j < each; ++j) sum[i][j] += shared.a[k][r + i] * shared.b[k][c + j];
+      }
+    }
+  }
+};
+
+template <class T, int size> struct Multiply {
+  using Tile = ProductTile<T, size>;
+  static constexpr int threads = Tile::threads;
+  using Params = Product<T>;
+  using Shared = typename Tile::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Tile::multiply(shared, p, simt::block_x() * size, simt::block_y() * size);
+  }
+};
+
+// f(size) with the size of the tiles for `products` matrices [rows, columns]: large tiles where they are many enough for a whole GPU.
+// The size changes no bit.
+template <class F> void with_tile(Index products, Index rows, Index columns, F f) {
+  constexpr Index enough = 128;
+  if (products * ceil_div(rows, 64) * ceil_div(columns, 64) >= enough) f(std::integral_constant<int, 64>{});
+  else f(std::integral_constant<int, 32>{});
+}
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place. The one place where a library of
+// matrix products may compute instead: a backend with multiply(product) decides there.
+template <class T, GpuBackend B> void gemm(B& gpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c, into};
+  if constexpr (requires { gpu.multiply(product); })
+    if (gpu.multiply(product)) return;
+  with_tile(1, c.extent(0), c.extent(1), [&](auto size) {
+    launch<Multiply<T, size()>>(gpu, {.x = ceil_div(c.extent(0), size()), .y = ceil_div(c.extent(1), size())}, product);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/tensor/tensor.hpp
+// Tensors: elements with an owner.
+#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
+#define HYBRIDATTN_TENSOR_TENSOR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// Takes a block for several tensors. The caller counts as its first tensor, until it calls leave.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// Removes a tensor from its block. The last tensor frees the block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
+
+// A tensor in a backend's memory. It can be moved, but not copied. Its destructor returns the memory to the backend's pool. Elements
+// are not initialised. A tensor with an extent of 0 has no memory and gives empty views: an option is off.
+// The constructor throws Error where the number of elements is too large, or where memory is short.
+template <class T, int Rank, class B> class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(B& backend, Shape<Rank> shape) : status_(Status::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
+    backend_ = &backend;
+  }
+  // A tensor in a block that several tensors share, `offset` bytes after the block's start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
+  Tensor(Tensor&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
+        status_(std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_)),
+        view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this == &other) return *this;
+    release();
+    backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
+    status_ = std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
+  ~Tensor() { release(); }
+
+  Shape<Rank> shape() const { return view_.shape; }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
+  explicit operator bool() const { return view_.data != nullptr; }
+
+  // The block that this tensor shares with others, or nullptr.
+  SharedBlock const* shared() const { return shared_; }
+
+  // Views for reading and for writing, used by `in` and `out`. Throw Error after the tensor was moved away.
+  View<T const, Rank> readable() const { return used(); }
+  View<T, Rank> writable() { return used(); }
+
+ private:
+  enum class Status : char { empty, held, moved };
+  void release() noexcept {
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    backend_ = nullptr;
+    shared_ = nullptr;
+    view_ = {};
+  }
+  View<T, Rank> const& used() const {
+    check(status_ != Status::moved,
+          "a tensor is used after it was moved away; backward consumes Saved, so every backward needs a forward of its own");
+    return view_;
+  }
+
+  B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nullptr: the tensor has a block of its own
+  Status status_ = Status::empty;
+  View<T, Rank> view_;
+};
+
+template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
+template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
+
+template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
+  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
+  return host;
+}
+template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
+  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
+  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
+}
+template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
+  upload(backend, std::span<T const>(host), tensor);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/linear/linear.hpp
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
+//   d_w. An empty d_x or d_w is not computed.
+struct Linear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/simd.hpp
+// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
+#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+inline constexpr int tile_rows = 8;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+inline constexpr int tile_rows = 4;
+#else
+inline constexpr int vector_bytes = 16;
+inline constexpr int tile_rows = 4;
+#endif
+
+template <class T> struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T> struct BitsOf;
+template <> struct BitsOf<float> {
+  using type = std::int32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::int64_t;
+};
+// The integers in which a vector of T is compared and masked.
+template <class T> using Mask = Vec<typename BitsOf<T>::type>;
+
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
+template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
+  alignas(vector_bytes) T buffer[lanes<T>] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
+  alignas(vector_bytes) T buffer[lanes<T>];
+  store(buffer, x);
+  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
+template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
+// 0, 1, 2, ...
+template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
+  Mask<T> numbers;
+  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
+  return numbers;
+}
+
+namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
+}
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
+}
+
+// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
+template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
+#if defined(__clang__)
+  return __builtin_elementwise_sqrt(x);
+#else
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
+  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
+  else return __builtin_ia32_sqrtpd256(x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+#endif
+}
+
+// Summed in one fixed tree, for any values of the lanes.
+template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
+}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
+
+namespace detail {
+// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
+template <class T> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
+};
+template <> struct Exp2<double> {
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
+                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
+                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
+                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
+                                 6.9314718055994530942e-1,  1.0};
+};
+}  // namespace detail
+
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
+  using E = detail::Exp2<T>;
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
+  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
+  Vec<T> p = broadcast<T>(E::c[0]);
+  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
+  // A product, because a sum of exponents would turn a NaN into a number.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
+}
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
+template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
+  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
+  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
+  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
+  HYBRIDATTN_UNROLL
+  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
+}
+
+// to[c][r] = from[r][c] for the square of one vector's lanes.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
+
+namespace detail {
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
+}
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
+}
+// Every second part of m elements, of a, then of b.
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
+}
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
+template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
+  if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
+    halve<(Count + 1) / 2, left / 2, T>(x);
+  }
+}
+}  // namespace detail
+
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
+template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
+  detail::halve<N, lanes<T>, T>(x);
+  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/tile.hpp
+// The register tile: the one loop in which the library multiplies matrices on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
+#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
+template <class T> struct Scalars {
+  T const* data;
+  Index row, depth;
+};
+// A matrix read by vectors: row k of the columns starts at data + k * depth.
+template <class T> struct Columns {
+  T const* data;
+  Index depth;
+};
+
+// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/gemm.hpp
+// Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
+// summed over the depth in one fixed order, for any number of rows and threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+namespace detail {
+
+inline constexpr int panel_vectors = 2;
+template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
+inline constexpr Index depth_block = 256, row_block = 64;
+
+// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
+template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
+  constexpr Index width = panel_columns<T>;
+  Index const here = std::min(width, b.columns - first);
+  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
+  if (b.column == 1) {
+    for (Index k = k0; k < k1; ++k)
+      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
+    return;
+  }
+  Index j = 0;
+  for (; j + lanes<T> <= here; j += lanes<T>) {
+    T const* from = b.data + (first + j) * b.column;
+    Index k = k0;
+    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
+    for (; k < k1; ++k)
+      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
+  }
+  for (; j < here; ++j)
+    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+}
+
+// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
+template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tile_rows, NV = panel_vectors;
+  if (rows == MR && columns == panel_columns<T>) {
+    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
+    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+    Columns<T> const b{panel, panel_columns<T>};
+    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+    return;
+  }
+  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
+  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
+  for (Index r = 0; r < rows; ++r) {
+    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
+    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
+  }
+  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
+  for (Index r = 0; r < rows; ++r)
+    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
+}
+
+// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+template <class T>
+void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
+  Index const columns = std::min(panel_columns<T>, b.columns - first);
+  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
+    Index const k1 = std::min(a.columns, k0 + depth_block);
+    pack_panel(b, first, k0, k1, panel);
+    for (Index r = r0; r < r1; r += tile_rows)
+      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
+                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+  }
+}
+
+// A product without depth.
+template <class T> void sum_nothing(View<T, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+}
+
+}  // namespace detail
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  if (c.count() == 0) return;
+  if (a.columns == 0) return detail::sum_nothing(c, into);
+  using detail::panel_columns;
+  Index const panels = ceil_div(b.columns, panel_columns<T>);
+  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
+  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
+  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
+    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
+    if (r0 < r1)
+      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+  });
+}
+
+// One product of several.
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  if (first == last) return;
+  if (first->a.columns == 0) {
+    for (; first != last; ++first) detail::sum_nothing(first->c, into);
+    return;
+  }
+  using detail::panel_columns;
+  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
+    Product<T> const& p = first[task / panels];
+    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
+                           into);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Linear, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/linear/gpu.hpp
+#ifndef HYBRIDATTN_OPS_LINEAR_GPU_HPP
+#define HYBRIDATTN_OPS_LINEAR_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Linear, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    gpu::gemm<T>(gpu, operand(x), operand(w).transposed(), y);
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) gpu::gemm<T>(gpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) gpu::gemm<T>(gpu, operand(d_y).transposed(), operand(x), d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/reduce.hpp
+// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
+#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
+template <class T, int warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+  x = simt::sum_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T sum = 0;
+  for (T part : of_warps) sum += part;
+  simt::sync_block();   // of_warps may be used again
+  return sum;
+}
+
+// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
+template <class T> struct SumParts {
+  View<T const, 2> parts;
+  View<T, 1> sum;
+  HYBRIDATTN_HD void operator()(Index c) const {
+    T total = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
+    sum(c) = total;
+  }
+};
+
+// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
+inline constexpr Index sum_rows = 32;
+inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/rms_norm.hpp
+// RMSNorm over the last axis (arXiv 1910.07467), one row at a time:
+//   y = x rstd w (plain) or x rstd (1 + w) (zero-centred),   rstd = (mean x^2 + eps)^-1/2
+//   with g = d_y w (or d_y (1 + w)) and xh = x rstd:   d_x = rstd (g - xh mean(g xh))      d_w = sum d_y xh
+// and its gated form, norm before gate, as in Gated DeltaNet:   y = x rstd w silu(z)
+#ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class NormWeight { plain, zero_centred };
+
+//   forward (backend, options, x, w, y)              x, y [N, C], w [C]
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
+struct RmsNorm {
+  struct Options {
+    NormWeight weight = NormWeight::zero_centred;
+    double eps = 1e-6;
+  };
+};
+
+//   forward (backend, eps, x, z, w, y)                     an empty z: no gate
+//   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
+struct GatedRmsNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/vectors.hpp
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
+#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// `count` elements from i on: all lanes, or the last ones of a row.
+template <class T> struct Slot {
+  Index i, count;
+
+  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
+  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
+    if (count == lanes<T>) store(row + i, x);
+    else store_first(row + i, x, count);
+  }
+};
+
+template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
+  Index i = first;
+  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
+  if (i < last) f(Slot<T>{i, last - i});
+}
+// sum over the row of f(slot), where f is zero for the padding.
+template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
+  Vec<T> total{};
+  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
+  return sum<T>(total);
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
+
+// One square root a row.
+template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
+
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
+inline constexpr Index element_grain = 16384, sum_rows = 32;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/sum_rows.hpp
+// Sums over tokens in a fixed order: blocks of rows, combined in block order, for any number of threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+#define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// f(row, sum) adds the row's terms to sum [C]. total [C] is overwritten with the sum over all rows.
+template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
+  Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
+  Scratch<T> const partial{cpu, blocks * C};
+  View<T, 2> const sums{partial.data(), {blocks, C}};
+  parallel_for(cpu, blocks, [&](Index block, int) {
+    std::fill_n(sums.row(block), C, T(0));
+    for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
+  });
+  std::fill_n(total.data, C, T(0));
+  for (Index block = 0; block < blocks; ++block)
+    for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+template <class T> T row_rstd(T const* x, Index C, double eps) {
+  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> const v = s.get(x);
+    return v * v;
+  });
+  return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
+}
+
+}  // namespace cpu::detail
+
+template <> struct On<RmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 1> d_w, Into into) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
+      T const along = cpu::sum_vectors<T>(
+                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
+                      rstd / static_cast<T>(C);
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
+        s.put(sum, s.get(sum) + dy * xh);
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+      });
+    });
+  }
+};
+
+template <> struct On<GatedRmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, eps);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+          cpu::Vec<T> normed = s.get(row) * rstd * s.get(w.data);
+          if (!z.empty()) {
+            cpu::Vec<T> const gate = s.get(z.row(n));
+            normed *= gate * cpu::sigmoid<T>(gate);
+          }
+          s.put(y.row(n), normed);
+        });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
+      T* const d_xn = d_x.row(n);
+      // First d_xn holds d of the normed row: d_y w silu(z).
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, wide = s.get(w.data);
+        cpu::Vec<T> dy = s.get(d_yn);
+        if (!z.empty()) {
+          cpu::Vec<T> const gate = s.get(z.row(n)), open = cpu::sigmoid<T>(gate);
+          s.put(d_z.row(n), dy * xh * wide * (open * (T(1) + gate * (T(1) - open))));
+          dy *= gate * open;
+        }
+        s.put(sum, s.get(sum) + dy * xh);
+        s.put(d_xn, dy * wide);
+      });
+      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
+                      static_cast<T>(C);
+      cpu::for_each_vector<T>(
+          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/rms_norm/kernels.hpp
+// RMSNorm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_RMS_NORM_KERNELS_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The gate z of GatedRmsNorm is empty in RmsNorm.
+template <class T> struct RmsNormParams {
+  View<T const, 2> x, z;
+  View<T const, 1> w;
+  View<T, 2> y;
+  T shift, eps;   // shift: 1 + w is the weight
+};
+template <class T> struct RmsNormGradients {
+  RmsNormParams<T> forward;
+  View<T const, 2> d_y;
+  View<T, 2> d_x, d_z;
+  View<T, 2> d_w;   // [blocks of rows, C]
+  Into into;        // d_x
+};
+
+template <class T> HYBRIDATTN_DEVICE T row_rstd(RmsNormParams<T> const& p, Index n) {
+  T squares = 0;
+  for (Index c = simt::lane(); c < p.x.extent(1); c += 32) squares += p.x(n, c) * p.x(n, c);
+  return T(1) / std::sqrt(simt::sum_lanes(squares) / static_cast<T>(p.x.extent(1)) + p.eps);
+}
+
+template <class T> struct RmsNormForward {
+  static constexpr int threads = 128;
+  using Params = RmsNormParams<T>;
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n >= p.x.extent(0)) return;
+    T const rstd = row_rstd(p, n);
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) {
+      T const normed = p.x(n, c) * rstd * (p.shift + p.w(c));
+      p.y(n, c) = p.z.empty() ? normed : normed * silu(p.z(n, c));
+    }
+  }
+};
+
+// A block has sum_rows rows: first each warp some of them, for d_x and d_z; then each thread its columns of all, for d_w.
+template <class T> struct RmsNormBackward {
+  static constexpr int threads = 128;
+  using Params = RmsNormGradients<T>;
+  struct Shared {
+    T rstd[sum_rows];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, rows = simt::smaller(sum_rows, p.forward.x.extent(0) - first);
+    for (Index r = simt::warp(); r < rows; r += threads / 32) {
+      T const rstd = row_rstd(p.forward, first + r);
+      if (simt::lane() == 0) shared.rstd[r] = rstd;
+    }
+    simt::sync_block();
+    for (Index c = simt::thread_id(); c < p.forward.x.extent(1); c += threads) {
+      T sum = 0;
+      for (Index r = 0; r < rows; ++r) sum += d_normed(p, first + r, c) * p.forward.x(first + r, c) * shared.rstd[r];
+      p.d_w(simt::block_x(), c) = sum;
+    }
+    simt::sync_block();   // d_x may be d_y
+    for (Index r = simt::warp(); r < rows; r += threads / 32) write_row(p, first + r, shared.rstd[r]);
+  }
+
+ private:
+  // The gradient of x rstd w, before the gate.
+  static HYBRIDATTN_DEVICE T d_normed(Params const& p, Index n, Index c) {
+    return p.forward.z.empty() ? p.d_y(n, c) : p.d_y(n, c) * silu(p.forward.z(n, c));
+  }
+  static HYBRIDATTN_DEVICE void write_row(Params const& p, Index n, T rstd) {
+    auto const& [x, z, w, y, shift, eps] = p.forward;
+    T along = 0;
+    for (Index c = simt::lane(); c < x.extent(1); c += 32) along += d_normed(p, n, c) * (shift + w(c)) * x(n, c);
+    along = simt::sum_lanes(along) * rstd / static_cast<T>(x.extent(1));
+    for (Index c = simt::lane(); c < x.extent(1); c += 32) {
+      T const xh = x(n, c) * rstd, weight = shift + w(c), dy = p.d_y(n, c), before = p.into == Into::add ? p.d_x(n, c) : T(0);
+      T const d_x = before + rstd * (d_normed(p, n, c) * weight - xh * along);
+      if (!z.empty()) p.d_z(n, c) = dy * xh * weight * silu_slope(z(n, c));
+      p.d_x(n, c) = d_x;
+    }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/gpu.hpp
+#ifndef HYBRIDATTN_OPS_RMS_NORM_GPU_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+template <class T, GpuBackend B> void rms_norm(B& gpu, RmsNormParams<T> const& p) {
+  launch<RmsNormForward<T>>(gpu, {.x = ceil_div(p.x.extent(0), RmsNormForward<T>::threads / 32)}, p);
+}
+template <class T, GpuBackend B> void rms_norm_gradients(B& gpu, RmsNormGradients<T> p, View<T, 1> d_w) {
+  Tensor<T, 2, B> parts{gpu, {row_blocks(p.forward.x.extent(0)), d_w.extent(0)}};
+  p.d_w = out(parts);
+  launch<RmsNormBackward<T>>(gpu, {.x = parts.shape()[0]}, p);
+  for_each(gpu, d_w.extent(0), SumParts<T>{in(parts), d_w});
+}
+template <class T> T shift_of(RmsNorm::Options const& o) { return o.weight == NormWeight::zero_centred ? T(1) : T(0); }
+
+}  // namespace gpu
+
+template <GpuBackend B> struct On<RmsNorm, B> {
+  template <class T> static void forward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+    gpu::rms_norm<T>(gpu, {x, {}, w, y, gpu::shift_of<T>(o), static_cast<T>(o.eps)});
+  }
+  template <class T>
+  static void backward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 1> d_w, Into into) {
+    gpu::rms_norm_gradients<T>(gpu, {{x, {}, w, {}, gpu::shift_of<T>(o), static_cast<T>(o.eps)}, d_y, d_x, {}, {}, into}, d_w);
+  }
+};
+
+template <GpuBackend B> struct On<GatedRmsNorm, B> {
+  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+    gpu::rms_norm<T>(gpu, {x, z, w, y, T(0), static_cast<T>(eps)});
+  }
+  template <class T>
+  static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 2> d_z, View<T, 1> d_w) {
+    gpu::rms_norm_gradients<T>(gpu, {{x, z, w, {}, T(0), static_cast<T>(eps)}, d_y, d_x, d_z, {}, Into::overwrite}, d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/gpu_operations.hpp
+// Every operation and policy on GPU backends.
+#ifndef HYBRIDATTN_GPU_OPERATIONS_HPP
+#define HYBRIDATTN_GPU_OPERATIONS_HPP
+
+#endif
+
+// ==== hybridattn/emulator.hpp
+// The emulator of a GPU, and every operation and policy on it.
+#ifndef HYBRIDATTN_EMULATOR_HPP
+#define HYBRIDATTN_EMULATOR_HPP
+
+#endif
