@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_GPU_OPERATIONS_HPP
 #define HYBRIDATTN_GPU_OPERATIONS_HPP
 
+#include <hybridattn/attention/full/gpu.hpp>
 #include <hybridattn/ops/linear/gpu.hpp>
 #include <hybridattn/ops/rms_norm/gpu.hpp>
 

@@ -61,6 +61,8 @@ template <std::integral T> HYBRIDATTN_DEVICE T atomic_max(T* at, T x) {
   return static_cast<T>(atomicMax(reinterpret_cast<Atomic*>(at), static_cast<Atomic>(x)));
 }
 
+HYBRIDATTN_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+HYBRIDATTN_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 HYBRIDATTN_DEVICE float exp2(float x) { return exp2f(x); }
 HYBRIDATTN_DEVICE double exp2(double x) { return ::exp2(x); }
 HYBRIDATTN_DEVICE float log2(float x) { return log2f(x); }

@@ -99,6 +99,11 @@ template <std::integral T> T atomic_max(T* at, T x) {
   return old;
 }
 
+template <std::floating_point T> T rounded_product(T a, T b) {
+  T product = a * b;
+  asm("" : "+m"(product));   // the compiler must not fuse it with a sum
+  return product;
+}
 template <std::floating_point T> T exp2(T x) { return std::exp2(x); }
 template <std::floating_point T> T log2(T x) { return std::log2(x); }
 inline double cos_pi(double x) { return std::cos(std::numbers::pi * std::fmod(x, 2)); }

@@ -5,6 +5,7 @@
 //   ballot                                 the set of lanes that vote true
 //   match_any                              the set of lanes with the same value
 //   atomic_add, atomic_max                 on integers alone, return the old value. Sums of floats in any order are not repeatable
+//   rounded_product                        a b, rounded: never fused with a sum, so that it has the same bits wherever it is computed
 //   exp2, log2, cos_pi, sin_pi             cos and sin of pi x. Those of x itself need local memory for large x
 // All lanes of a warp take part in a word of the warp, and all threads of a block in sync_block, at the same line of the source.
 #ifndef HYBRIDATTN_BACKEND_GPU_SIMT_HPP
