@@ -14,6 +14,7 @@ need_build_tools() {
   need cmake cmake
   need ninja ninja-build
   need /usr/include/boost/hana/tuple.hpp libboost-dev
+  need '/usr/lib/*/libboost_context.so' libboost-context-dev
   need /usr/include/nlohmann/json.hpp nlohmann-json3-dev
   need /usr/include/CLI/CLI.hpp libcli11-dev
 }

@@ -21,12 +21,14 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numbers>
 #include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <sys/mman.h>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -42,17 +44,19 @@
 #endif
 
 // HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
-// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
 #define HYBRIDATTN_DEVICE __device__ __forceinline__
 #define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
+#define HYBRIDATTN_UNROLL_8_IN_KERNEL _Pragma("unroll 8")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
 #define HYBRIDATTN_DEVICE inline
 #define HYBRIDATTN_UNROLL_IN_KERNEL
+#define HYBRIDATTN_UNROLL_8_IN_KERNEL
 #endif
 
 // Ends the program or the kernel, where an index is out of bounds.
@@ -1490,6 +1494,7 @@ class Engine {
 //   ballot                                 the set of lanes that vote true
 //   match_any                              the set of lanes with the same value
 //   atomic_add, atomic_max                 on integers alone, return the old value. Sums of floats in any order are not repeatable
+//   rounded_product                        a b, rounded: never fused with a sum, so that it has the same bits wherever it is computed
 //   exp2, log2, cos_pi, sin_pi             cos and sin of pi x. Those of x itself need local memory for large x
 // All lanes of a warp take part in a word of the warp, and all threads of a block in sync_block, at the same line of the source.
 #ifndef HYBRIDATTN_BACKEND_GPU_SIMT_HPP
@@ -1558,6 +1563,8 @@ template <std::integral T> HYBRIDATTN_DEVICE T atomic_max(T* at, T x) {
   return static_cast<T>(atomicMax(reinterpret_cast<Atomic*>(at), static_cast<Atomic>(x)));
 }
 
+HYBRIDATTN_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+HYBRIDATTN_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 HYBRIDATTN_DEVICE float exp2(float x) { return exp2f(x); }
 HYBRIDATTN_DEVICE double exp2(double x) { return ::exp2(x); }
 HYBRIDATTN_DEVICE float log2(float x) { return log2f(x); }
@@ -1671,6 +1678,11 @@ template <std::integral T> T atomic_max(T* at, T x) {
   return old;
 }
 
+template <std::floating_point T> T rounded_product(T a, T b) {
+  T product = a * b;
+  asm("" : "+m"(product));   // the compiler must not fuse it with a sum
+  return product;
+}
 template <std::floating_point T> T exp2(T x) { return std::exp2(x); }
 template <std::floating_point T> T log2(T x) { return std::log2(x); }
 inline double cos_pi(double x) { return std::cos(std::numbers::pi * std::fmod(x, 2)); }
@@ -1999,262 +2011,42 @@ static_assert(GpuBackend<Emulator>);
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/backend/operand.hpp
-// The factors of matrix products, for every backend.
-#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
-#define HYBRIDATTN_BACKEND_OPERAND_HPP
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
 
-namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
 
-  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
-  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
-  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
-  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/backend/gpu/gemm.hpp
-// Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
-// depth in one fixed order.
-#ifndef HYBRIDATTN_BACKEND_GPU_GEMM_HPP
-#define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-  Into into;
-};
-
-// A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
-template <class T, int size_> struct ProductTile {
-  static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
-  struct Shared {
-    T a[depth][size + 1], b[depth][size + 1];
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
+  }
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
+  struct Factors {
+    V own, other;
   };
-
-  // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
-  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
-    for (int i = simt::thread_id(); i < size * depth; i += threads) {
-      int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
-      to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
-    }
+  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
+    total += other.total;
+    return factors;
   }
-  // The tile of p.c from element (row, column) on.
-  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Product<T> const& p, Index row, Index column) {
-    int const r = simt::thread_id() / (size / each) * each, c = simt::thread_id() % (size / each) * each;
-    Index const rows = p.c.extent(0) - row, columns = p.c.extent(1) - column;
-    bool const has_elements = r < rows && c < columns;
-    T sum[each][each] = {};
-    HYBRIDATTN_UNROLL_IN_KERNEL
-    for (int i = 0; i < each; ++i) {
-      HYBRIDATTN_UNROLL_IN_KERNEL
-      for (int j = 0; j < each; ++j)
-        if (p.into == Into::add && r + i < rows && c + j < columns) sum[i][j] = p.c(row + r + i, column + c + j);
-    }
-    for (Index k = 0; k < p.a.columns; k += depth) {
-      load(shared.a, p.a, row, k);
-      load(shared.b, p.b.transposed(), column, k);
-      simt::sync_block();
-      if (has_elements) add_step(shared, r, c, sum);
-      simt::sync_block();
-    }
-    HYBRIDATTN_UNROLL_IN_KERNEL
-    for (int i = 0; i < each; ++i) {
-      HYBRIDATTN_UNROLL_IN_KERNEL
-      for (int j = 0; j < each; ++j)
-        if (r + i < rows && c + j < columns) p.c(row + r + i, column + c + j) = sum[i][j];
-    }
-  }
-
- private:
-  static HYBRIDATTN_DEVICE void add_step(Shared const& shared, int r, int c, T (&sum)[each][each]) {
-    HYBRIDATTN_UNROLL_IN_KERNEL
-    for (int k = 0; k < depth; ++k) {
-      HYBRIDATTN_UNROLL_IN_KERNEL
-      for (int i = 0; i < each; ++i) {
-        HYBRIDATTN_UNROLL_IN_KERNEL
-        for (int j = 0; j < each; ++j) sum[i][j] += shared.a[k][r + i] * shared.b[k][c + j];
-      }
-    }
-  }
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
-template <class T, int size> struct Multiply {
-  using Tile = ProductTile<T, size>;
-  static constexpr int threads = Tile::threads;
-  using Params = Product<T>;
-  using Shared = typename Tile::Shared;
-  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Tile::multiply(shared, p, simt::block_x() * size, simt::block_y() * size);
-  }
-};
-
-// f(size) with the size of the tiles for `products` matrices [rows, columns]: large tiles where they are many enough for a whole GPU.
-// The size changes no bit.
-template <class F> void with_tile(Index products, Index rows, Index columns, F f) {
-  constexpr Index enough = 128;
-  if (products * ceil_div(rows, 64) * ceil_div(columns, 64) >= enough) f(std::integral_constant<int, 64>{});
-  else f(std::integral_constant<int, 32>{});
-}
-
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place. The one place where a library of
-// matrix products may compute instead: a backend with multiply(product) decides there.
-template <class T, GpuBackend B> void gemm(B& gpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
-  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
-        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  Product<T> const product{a, b, c, into};
-  if constexpr (requires { gpu.multiply(product); })
-    if (gpu.multiply(product)) return;
-  with_tile(1, c.extent(0), c.extent(1), [&](auto size) {
-    launch<Multiply<T, size()>>(gpu, {.x = ceil_div(c.extent(0), size()), .y = ceil_div(c.extent(1), size())}, product);
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif
-
-// ==== hybridattn/tensor/tensor.hpp
-// Tensors: elements with an owner.
-#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
-#define HYBRIDATTN_TENSOR_TENSOR_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-namespace detail {
-// Takes a block for several tensors. The caller counts as its first tensor, until it calls leave.
-template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
-  SharedBlock* const block = backend.pool().begin_sharing();
-  try {
-    *block = {backend.take(bytes), bytes, 1};
-  } catch (...) {
-    backend.pool().end_sharing(block);
-    throw;
-  }
-  return block;
-}
-// Removes a tensor from its block. The last tensor frees the block.
-template <class B> void leave(B& backend, SharedBlock* block) noexcept {
-  if (--block->tensors > 0) return;
-  backend.give(block->data, block->bytes);
-  backend.pool().end_sharing(block);
-}
-}  // namespace detail
-
-// A tensor in a backend's memory. It can be moved, but not copied. Its destructor returns the memory to the backend's pool. Elements
-// are not initialised. A tensor with an extent of 0 has no memory and gives empty views: an option is off.
-// The constructor throws Error where the number of elements is too large, or where memory is short.
-template <class T, int Rank, class B> class Tensor {
- public:
-  Tensor() = default;
-  Tensor(B& backend, Shape<Rank> shape) : status_(Status::held) {
-    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
-    view_ = {nullptr, shape};
-    if (bytes == 0) return;
-    view_.data = static_cast<T*>(backend.take(bytes));
-    backend_ = &backend;
-  }
-  // A tensor in a block that several tensors share, `offset` bytes after the block's start.
-  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
-    view_ = {nullptr, shape};
-    if (shape.count() == 0) return;
-    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
-    backend_ = &backend;
-    shared_ = &block;
-    ++block.tensors;
-  }
-  Tensor(Tensor&& other) noexcept
-      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
-        status_(std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_)),
-        view_(std::exchange(other.view_, {})) {}
-  Tensor& operator=(Tensor&& other) noexcept {
-    if (this == &other) return *this;
-    release();
-    backend_ = std::exchange(other.backend_, nullptr);
-    shared_ = std::exchange(other.shared_, nullptr);
-    status_ = std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_);
-    view_ = std::exchange(other.view_, {});
-    return *this;
-  }
-  ~Tensor() { release(); }
-
-  Shape<Rank> shape() const { return view_.shape; }
-  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
-  explicit operator bool() const { return view_.data != nullptr; }
-
-  // The block that this tensor shares with others, or nullptr.
-  SharedBlock const* shared() const { return shared_; }
-
-  // Views for reading and for writing, used by `in` and `out`. Throw Error after the tensor was moved away.
-  View<T const, Rank> readable() const { return used(); }
-  View<T, Rank> writable() { return used(); }
-
- private:
-  enum class Status : char { empty, held, moved };
-  void release() noexcept {
-    if (shared_ != nullptr) detail::leave(*backend_, shared_);
-    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
-    backend_ = nullptr;
-    shared_ = nullptr;
-    view_ = {};
-  }
-  View<T, Rank> const& used() const {
-    check(status_ != Status::moved,
-          "a tensor is used after it was moved away; backward consumes Saved, so every backward needs a forward of its own");
-    return view_;
-  }
-
-  B* backend_ = nullptr;
-  SharedBlock* shared_ = nullptr;   // nullptr: the tensor has a block of its own
-  Status status_ = Status::empty;
-  View<T, Rank> view_;
-};
-
-template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
-template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
-
-template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
-  std::vector<T> host;
-  resize(host, in(tensor).count(), "a copy of a tensor");
-  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
-  return host;
-}
-template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
-  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
-  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
-}
-template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
-  upload(backend, std::span<T const>(host), tensor);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/linear/linear.hpp
-// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
-//   d_x = d_y w      d_w = d_y^T x
-#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
-#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, x, w, y)
-//   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
-//   d_w. An empty d_x or d_w is not computed.
-struct Linear {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/simd.hpp
 // Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
@@ -2507,6 +2299,365 @@ template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
+// ==== hybridattn/backend/cpu/vectors.hpp
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
+#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// `count` elements from i on: all lanes, or the last ones of a row.
+template <class T> struct Slot {
+  Index i, count;
+
+  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
+  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
+    if (count == lanes<T>) store(row + i, x);
+    else store_first(row + i, x, count);
+  }
+};
+
+template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
+  Index i = first;
+  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
+  if (i < last) f(Slot<T>{i, last - i});
+}
+// sum over the row of f(slot), where f is zero for the padding.
+template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
+  Vec<T> total{};
+  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
+  return sum<T>(total);
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
+
+// One square root a row.
+template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
+
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
+inline constexpr Index element_grain = 16384, sum_rows = 32;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
+// Sequences never influence each other.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
+
+// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
+// where a length is below 0, or where memory is short.
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    result.make_room(count, size_product(count, length));
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same as continuing, in the memory of this object.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
+  }
+  // A copy in which sequences with past tokens have length 0.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/cpu_rows.hpp
+// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
+#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// Rows of one head, [T, D].
+template <class T> struct Rows {
+  T* data;
+  Index stride;
+
+  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
+};
+template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+
+// The rows 0 .. count - 1. Other sets of rows have the same members.
+struct AllRows {
+  Index count;
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
+};
+// The size of an array with a number for each key, in whole vectors.
+template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
+
+// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
+template <class T, int V> struct Piece {
+  static constexpr int vectors = V;
+  Index d;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
+  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
+};
+template <class T> struct ShortPiece {
+  static constexpr int vectors = 1;
+  cpu::Slot<T> slot;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
+  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
+};
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
+  constexpr int n = cpu::lanes<T>;
+  Index d = 0;
+  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
+  if (d + 2 * n <= D) {
+    f(Piece<T, 2>{d});
+    d += 2 * n;
+  }
+  if (d + n <= D) {
+    f(Piece<T, 1>{d});
+    d += n;
+  }
+  if (d < D) f(ShortPiece<T>{{d, D - d}});
+}
+
+// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
+// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
+
+ private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
+}
+
+// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
+template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  constexpr int n = cpu::lanes<T>;
+  Range<T> range;
+  for (Index j = 0; j < keys.count; j += n) {
+    T const* row[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
+    cpu::Vec<T> sums[std::size_t{n}] = {};
+    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) {
+        HYBRIDATTN_UNROLL
+        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
+      }
+    });
+    cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
+  }
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
+}
+// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
+template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
+  cpu::Vec<T> sum{};
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
+  });
+  T result;
+  cpu::sum_each<1, T>(&sum, &result);
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
+}
+
+// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all results would be NaN
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
+
+// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
+// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
+template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
+  using cpu::lanes;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
+  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
+  T const largest = cpu::largest<T>(most);
+  for (Index j = 0; j < count; j += lanes<T>) {
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
+    sum += e;
+    cpu::store<T>(p + j, e);
+  }
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
+}
+
+// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
+  constexpr int chains = V == 4 ? 2 : 4;
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
+  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
+    T const* const row = rows[keys[j]];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
+  };
+  Index j = 0;
+  for (; j + chains <= keys.count; j += chains) {
+    HYBRIDATTN_UNROLL
+    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
+  }
+  for (; j < keys.count; ++j) add(j, 0);
+  HYBRIDATTN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    total[v] = sum[0][v];
+    HYBRIDATTN_UNROLL
+    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
+  }
+}
+// o = factor * sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
+  });
+}
+// o += sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
 // ==== hybridattn/backend/cpu/tile.hpp
 // The register tile: the one loop in which the library multiplies matrices on the CPU.
 #ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
@@ -2557,6 +2708,2721 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
+
+// ==== hybridattn/attention/full/cpu_tiles.hpp
+// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+inline constexpr int tile_vectors = 2;
+template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
+
+using attention::Rows, attention::head_of;
+
+// Keys j that query i sees: i - reach < j <= i.
+inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
+
+// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
+template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
+  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
+  std::fill_n(pad, cpu::tile_rows * D, T(0));
+  for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
+  return {pad, D, 1};
+}
+
+// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
+template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
+  constexpr int n = cpu::lanes<T>;
+  if (first + n <= length) {
+    cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
+    return;
+  }
+  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
+  for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
+  cpu::transpose<T>(rows, n, to, to_stride);
+}
+// to [D, width] = the transpose of rows first .. first + width - 1.
+template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
+  for (Index i = 0; i < width; i += cpu::lanes<T>)
+    for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
+}
+
+// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
+// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
+struct Band {
+  Index begin, end, depth;
+};
+
+// cpu::tile over a band. Every sum runs over k in order.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
+  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
+    if (k < 0 || k >= band.depth) return;
+    cpu::Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      if (!takes_part(r)) continue;
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  };
+  Index const all = band.begin + MR - 1;   // from here to band.end every row takes part
+  if (all <= band.end) {
+    HYBRIDATTN_UNROLL
+    for (int s = 0; s < MR - 1; ++s) add(band.begin + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r <= s; });
+    for (Index k = std::max<Index>(all, 0), last = std::min(band.end, band.depth); k < last; ++k)
+      add(k, [](int) HYBRIDATTN_INLINE_LAMBDA { return true; });
+    HYBRIDATTN_UNROLL
+    for (int s = 0; s < MR - 1; ++s) add(band.end + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r > s; });
+  } else {
+    for (Index k = band.begin; k < band.end + MR - 1; ++k)
+      add(k, [&](int r) HYBRIDATTN_INLINE_LAMBDA { return band.begin + r <= k && k < band.end + r; });
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
+  Index d = 0;
+  for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});
+  if (d < D) f(d, std::integral_constant<int, 1>{});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/core/random.hpp
+// Random numbers that depend only on a seed, a name and a counter, so that a tensor's values do not depend on earlier draws.
+#ifndef HYBRIDATTN_CORE_RANDOM_HPP
+#define HYBRIDATTN_CORE_RANDOM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Seed {
+  std::uint64_t value = 0;
+};
+
+// SplitMix64's finaliser: every bit of the input reaches every bit of the result.
+HYBRIDATTN_HD constexpr std::uint64_t mix(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// Numbers 0, 1, 2, ... of the stream (seed, name). Two names are two independent streams.
+class Random {
+ public:
+  explicit Random(Seed seed, std::string_view name = {}) : key_(mix(seed.value + 0x9e3779b97f4a7c15u)) {
+    for (char letter : name) key_ = mix(key_ ^ static_cast<unsigned char>(letter)) + 0x9e3779b97f4a7c15u;
+  }
+  std::uint64_t bits() { return mix(key_ + 0x9e3779b97f4a7c15u * ++counter_); }
+  // In [0, 1).
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
+  double uniform(double low, double high) { return low + (high - low) * uniform(); }
+  // In 0 .. count - 1; the bias of the remainder is below count * 2^-64.
+  Index below(Index count) { return static_cast<Index>(bits() % static_cast<std::uint64_t>(count)); }
+  // Mean 0, variance 1 (Box-Muller).
+  double normal() {
+    double const radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
+    return radius * std::cos(2.0 * std::numbers::pi * uniform());
+  }
+
+  // The count of numbers drawn. Seed, name and this count are the whole state of a stream. After jump_to(drawn) the next number is
+  // number `drawn`.
+  std::uint64_t drawn() const { return counter_; }
+  void jump_to(std::uint64_t drawn) { counter_ = drawn; }
+
+ private:
+  std::uint64_t key_, counter_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/initial.hpp
+// The initial values of a parameter.
+#ifndef HYBRIDATTN_TENSOR_INITIAL_HPP
+#define HYBRIDATTN_TENSOR_INITIAL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A distribution with two numbers.
+struct Initial {
+  enum class Kind {
+    constant,             // a
+    normal,               // mean 0, standard deviation a
+    uniform,              // in [a, b)
+    log_uniform_value,    // log x with x uniform in [a, b): GDN's A_log
+    inverse_softplus_of_log_uniform,  // y with softplus(y) = x, log x uniform, x in [a, b): GDN's dt_bias as fla draws it
+  };
+  Kind kind = Kind::constant;
+  double a = 0, b = 0;
+
+  static constexpr Initial constant(double value) { return {Kind::constant, value, 0}; }
+  static constexpr Initial normal(double deviation) { return {Kind::normal, deviation, 0}; }
+  static constexpr Initial uniform(double low, double high) { return {Kind::uniform, low, high}; }
+
+  double draw(Random& random) const {
+    switch (kind) {
+      case Kind::constant:
+        return a;
+      case Kind::normal:
+        return a * random.normal();
+      case Kind::uniform:
+        return random.uniform(a, b);
+      case Kind::log_uniform_value:
+        return std::log(random.uniform(a, b));
+      case Kind::inverse_softplus_of_log_uniform: {
+        double const x = std::exp(random.uniform(std::log(a), std::log(b)));
+        return x + std::log(-std::expm1(-x));
+      }
+    }
+    return 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/tensor.hpp
+// Tensors: elements with an owner.
+#ifndef HYBRIDATTN_TENSOR_TENSOR_HPP
+#define HYBRIDATTN_TENSOR_TENSOR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+// Takes a block for several tensors. The caller counts as its first tensor, until it calls leave.
+template <class B> SharedBlock* take_shared(B& backend, std::size_t bytes) {
+  SharedBlock* const block = backend.pool().begin_sharing();
+  try {
+    *block = {backend.take(bytes), bytes, 1};
+  } catch (...) {
+    backend.pool().end_sharing(block);
+    throw;
+  }
+  return block;
+}
+// Removes a tensor from its block. The last tensor frees the block.
+template <class B> void leave(B& backend, SharedBlock* block) noexcept {
+  if (--block->tensors > 0) return;
+  backend.give(block->data, block->bytes);
+  backend.pool().end_sharing(block);
+}
+}  // namespace detail
+
+// A tensor in a backend's memory. It can be moved, but not copied. Its destructor returns the memory to the backend's pool. Elements
+// are not initialised. A tensor with an extent of 0 has no memory and gives empty views: an option is off.
+// The constructor throws Error where the number of elements is too large, or where memory is short.
+template <class T, int Rank, class B> class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(B& backend, Shape<Rank> shape) : status_(Status::held) {
+    std::size_t const bytes = hybridattn::byte_count(shape.count(), sizeof(T));
+    view_ = {nullptr, shape};
+    if (bytes == 0) return;
+    view_.data = static_cast<T*>(backend.take(bytes));
+    backend_ = &backend;
+  }
+  // A tensor in a block that several tensors share, `offset` bytes after the block's start.
+  Tensor(B& backend, Shape<Rank> shape, SharedBlock& block, std::size_t offset) : status_(Status::held) {
+    view_ = {nullptr, shape};
+    if (shape.count() == 0) return;
+    view_.data = reinterpret_cast<T*>(static_cast<char*>(block.data) + offset);
+    backend_ = &backend;
+    shared_ = &block;
+    ++block.tensors;
+  }
+  Tensor(Tensor&& other) noexcept
+      : backend_(std::exchange(other.backend_, nullptr)), shared_(std::exchange(other.shared_, nullptr)),
+        status_(std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_)),
+        view_(std::exchange(other.view_, {})) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this == &other) return *this;
+    release();
+    backend_ = std::exchange(other.backend_, nullptr);
+    shared_ = std::exchange(other.shared_, nullptr);
+    status_ = std::exchange(other.status_, other.status_ == Status::held ? Status::moved : other.status_);
+    view_ = std::exchange(other.view_, {});
+    return *this;
+  }
+  ~Tensor() { release(); }
+
+  Shape<Rank> shape() const { return view_.shape; }
+  std::size_t byte_count() const { return static_cast<std::size_t>(view_.count()) * sizeof(T); }
+  explicit operator bool() const { return view_.data != nullptr; }
+
+  // The block that this tensor shares with others, or nullptr.
+  SharedBlock const* shared() const { return shared_; }
+
+  // Views for reading and for writing, used by `in` and `out`. Throw Error after the tensor was moved away.
+  View<T const, Rank> readable() const { return used(); }
+  View<T, Rank> writable() { return used(); }
+
+ private:
+  enum class Status : char { empty, held, moved };
+  void release() noexcept {
+    if (shared_ != nullptr) detail::leave(*backend_, shared_);
+    else if (backend_ != nullptr) backend_->give(view_.data, byte_count());
+    backend_ = nullptr;
+    shared_ = nullptr;
+    view_ = {};
+  }
+  View<T, Rank> const& used() const {
+    check(status_ != Status::moved,
+          "a tensor is used after it was moved away; backward consumes Saved, so every backward needs a forward of its own");
+    return view_;
+  }
+
+  B* backend_ = nullptr;
+  SharedBlock* shared_ = nullptr;   // nullptr: the tensor has a block of its own
+  Status status_ = Status::empty;
+  View<T, Rank> view_;
+};
+
+template <class T, int Rank, class B> View<T const, Rank> in(Tensor<T, Rank, B> const& tensor) { return tensor.readable(); }
+template <class T, int Rank, class B> View<T, Rank> out(Tensor<T, Rank, B>& tensor) { return tensor.writable(); }
+
+template <class B, class T, int Rank> std::vector<T> download(B& backend, Tensor<T, Rank, B> const& tensor) {
+  std::vector<T> host;
+  resize(host, in(tensor).count(), "a copy of a tensor");
+  if (!host.empty()) backend.download(host.data(), in(tensor).data, tensor.byte_count());
+  return host;
+}
+template <class B, class T, int Rank> void upload(B& backend, std::span<T const> host, Tensor<T, Rank, B>& tensor) {
+  check(host.size_bytes() == tensor.byte_count(), "upload: ", host.size(), " elements for a tensor of ", tensor.shape().count());
+  if (!host.empty()) backend.upload(out(tensor).data, host.data(), tensor.byte_count());
+}
+template <class B, class T, int Rank> void upload(B& backend, std::vector<T> const& host, Tensor<T, Rank, B>& tensor) {
+  upload(backend, std::span<T const>(host), tensor);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/roles.hpp
+// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
+//
+//   template <class S> struct Inputs {
+//     Held<S, 3> q, k, v;                       // [N, H, D]
+//     Wide<S, 2> g;                             // [N, H], never narrower than float
+//     HYBRIDATTN_FIELDS(q, k, v, g)
+//   };
+//
+//   Inputs<Shapes>              the shape of each tensor
+//   Inputs<Owned<float, Cpu>>   memory; tensors can be moved, but not copied
+//   Inputs<In<float>>           views that an operation reads
+//   Inputs<Out<float>>          views that an operation writes; backward writes d_q, d_k, d_v, d_g there
+//
+// The gradients of a group are a group of the same type.
+#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
+#define HYBRIDATTN_TENSOR_ROLES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <class T> struct WideOf {
+  using type = T;
+};
+// The scalar of sums over Ts.
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
+struct Absent {
+  Absent() = default;
+  template <class... Anything> constexpr Absent(Anything const&...) {}
+};
+
+struct Shapes {
+  template <int Rank> using Held = Shape<Rank>;
+  template <int Rank> using Wide = Shape<Rank>;
+  template <int Rank> using Whole = Shape<Rank>;
+  template <int Rank> using State = Shape<Rank>;
+};
+template <class T> struct In {
+  template <int Rank> using Held = View<T const, Rank>;
+  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
+  template <int Rank> using Whole = View<std::int32_t const, Rank>;
+  template <int Rank> using State = View<wide_t<T> const, Rank>;
+};
+template <class T> struct Out {
+  template <int Rank> using Held = View<T, Rank>;
+  template <int Rank> using Wide = View<wide_t<T>, Rank>;
+  template <int Rank> using Whole = View<std::int32_t, Rank>;
+  template <int Rank> using State = View<wide_t<T>, Rank>;
+};
+template <class T, class B> struct Owned {
+  template <int Rank> using Held = Tensor<T, Rank, B>;
+  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
+  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
+  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// The initial values of each tensor in a group of parameters.
+struct Starts {
+  template <int Rank> using Held = Initial;
+  template <int Rank> using Wide = Initial;
+};
+// The projection matrix of every tensor in a group: Inputs<Matrix<S>> are the weights that project x to Inputs<S>.
+template <class S> struct Matrix {
+  template <int Rank> using Held = typename S::template Held<2>;
+  template <int Rank> using Wide = typename S::template Held<2>;
+  template <int Rank> using State = Absent;
+};
+// Every tensor of a group in the model's scalar, Wide ones too: Inputs<Narrow<S>> are projections before Prepare.
+template <class S> struct Narrow {
+  template <int Rank> using Held = typename S::template Held<Rank>;
+  template <int Rank> using Wide = typename S::template Held<Rank>;
+  template <int Rank> using State = Absent;
+};
+
+// The roles that `in` and `out` return for a group: views of its tensors.
+namespace detail {
+template <class S> struct ReadingOf;
+template <class T, class B> struct ReadingOf<Owned<T, B>> {
+  using type = In<T>;
+};
+template <class T> struct ReadingOf<Out<T>> {
+  using type = In<T>;
+};
+template <class S> struct ReadingOf<Narrow<S>> {
+  using type = Narrow<typename ReadingOf<S>::type>;
+};
+template <class S> struct WritingOf;
+template <class T, class B> struct WritingOf<Owned<T, B>> {
+  using type = Out<T>;
+};
+template <class S> struct WritingOf<Narrow<S>> {
+  using type = Narrow<typename WritingOf<S>::type>;
+};
+}  // namespace detail
+template <class S> using Reading = typename detail::ReadingOf<S>::type;
+template <class S> using Writing = typename detail::WritingOf<S>::type;
+
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // in the model's scalar
+template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
+template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: the state that a sequence passes to the next call
+
+// Names the members of a group, in order. The library's one code-generating macro.
+#define HYBRIDATTN_FIELDS(...)                          \
+  auto fields() { return std::tie(__VA_ARGS__); }       \
+  auto fields() const { return std::tie(__VA_ARGS__); } \
+  static constexpr std::string_view field_list = #__VA_ARGS__;
+
+// A group without tensors.
+template <class S> struct Nothing {
+  HYBRIDATTN_FIELDS()
+};
+
+namespace detail {
+
+template <class G> using fields_t = decltype(std::declval<G&>().fields());
+template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
+
+// "q, k, v" -> {"q", "k", "v"}
+template <std::size_t N> constexpr auto split(std::string_view list) {
+  std::array<std::string_view, N> names{};
+  for (auto& name : names) {
+    auto const length = list.find(',');
+    name = list.substr(0, length);
+    list.remove_prefix(length == list.npos ? list.size() : length + 2);
+  }
+  return names;
+}
+template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
+
+// The size of a struct with exactly these members. If HYBRIDATTN_FIELDS misses a member, the real struct is larger.
+template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
+  std::size_t end = 0, alignment = 1;
+  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
+    end = (end + align - 1) / align * align + size;
+    alignment = align > alignment ? align : alignment;
+  };
+  (place(sizeof(Fields), alignof(Fields)), ...);
+  end = (end + alignment - 1) / alignment * alignment;
+  return end == 0 ? 1 : end;
+}
+template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
+
+}  // namespace detail
+
+template <class G>
+concept FieldGroup = requires(G g) { g.fields(); };
+template <class G>
+concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+
+// The path of a tensor in a loop over fields, such as `blocks.3.attention.w_o`. A chain on the call stack: only str() makes a string.
+struct Path {
+  Path const* parent = nullptr;
+  std::string_view name = {};
+  int index = -1;
+
+  std::string str() const {
+    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
+    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
+  }
+};
+
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
+
+template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
+  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
+  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
+}
+
+// Calls f(path, leaf, ...) for the corresponding leaves of groups of equal structure. Skips a leaf that is Absent in one of the groups.
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
+  using Group = std::remove_cvref_t<G>;
+  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
+    return;
+  } else if constexpr (LayerGroup<Group>) {
+    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
+  } else if constexpr (FieldGroup<Group>) {
+    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (zip_field<I>(path, f, first, rest...), ...);
+    }(std::make_index_sequence<detail::field_count<Group>>{});
+  } else {
+    f(path, first, rest...);
+  }
+}
+template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
+
+// Functors with a name, so a group inside many others is visited by one instantiation. A lambda would cost one for each outer group.
+namespace detail {
+struct ToIn {
+  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
+    view = in(tensor);
+  }
+  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
+    view = written;
+  }
+};
+struct ToOut {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
+};
+template <class B> struct Allocate {
+  B& backend;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
+};
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
+}  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+
+// The same group in another role.
+template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
+  G<Reading<S>> views;
+  zip(detail::ToIn{}, group, views);
+  return views;
+}
+template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
+  G<Writing<S>> views;
+  zip(detail::ToOut{}, owned, views);
+  return views;
+}
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
+                                                                                       View<T, 1>* all = nullptr) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
+  place.block = detail::take_shared(backend, bytes);
+  zip(place, shapes, owned);
+  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
+  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  detail::leave(backend, place.block);
+  return owned;
+}
+
+namespace detail {
+struct CountBytes {
+  Index total = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
+    try {
+      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
+};
+}  // namespace detail
+
+// The bytes of a group in memory. Throws Error, with the tensor's path, where the number of bytes is too large.
+template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
+  detail::CountBytes counted;
+  zip(counted, shapes, G<In<T>>{});
+  return static_cast<std::size_t>(counted.total);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/cpu_backward.hpp
+// Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
+// one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
+// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
+// the band need no mask.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
+template <class T> struct BackwardRows {
+  Rows<T const> q, k, v, o, d_o;
+  Rows<wide_t<T> const> lse;
+  Rows<T> d_q, d_k, d_v;
+};
+
+template <class T, class Dim> class BackwardHead {
+ public:
+  static constexpr Index block = 64;   // queries and keys of a block
+  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
+  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
+
+  BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
+      : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
+        d_o_t_(q_t_ + padded_ * D), lse_(d_o_t_ + padded_ * D), delta_(lse_ + padded_), p_(delta_ + padded_), d_s_(p_ + block * block),
+        pad_(d_s_ + block * block) {}
+
+  // Overwrites d_q; adds to d_k and d_v.
+  void run(BackwardRows<T> const& x) {
+    prepare(x);
+    for (Index key = 0; key < length_; key += block)
+      for (Index query = key; query < std::min(length_, key + block - 1 + reach_); query += block) {
+        weights(x, key, query);
+        key_gradients(x, key, query);
+        query_gradients(x, key, query);
+      }
+  }
+
+ private:
+  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  using Vec = cpu::Vec<T>;
+
+  Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
+
+  // Fills the tensors that the tiles read. Sets d_q to 0.
+  void prepare(BackwardRows<T> const& x) {
+    for (Index i = 0; i < padded_; i += block) {
+      transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
+      transpose_rows(D_, x.d_o, i, length_, block, d_o_t_ + i * D_);
+      for (Index lane = 0; lane < block; lane += cpu::lanes<T>) set_delta(x.o, i + lane, d_o_t_ + i * D_ + lane);
+    }
+    for (Index i = 0; i < padded_; ++i) lse_[i] = i < length_ ? *x.lse[i] : T(0);
+    for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
+  }
+
+  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
+  void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
+    constexpr int n = cpu::lanes<T>;
+    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
+    Vec delta{};
+    for (Index d = 0; d < D_; d += n) {
+      transpose_square(o, first, length_, d, o_t, n);
+      for (int r = 0; r < n; ++r) delta += cpu::load(o_t + r * n) * cpu::load(d_o_t + (d + r) * block);
+    }
+    cpu::store<T>(delta_ + first, delta);
+  }
+
+  // P and dS, [keys, queries], of the tiles in which a query sees a key.
+  void weights(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index j = 0; j < rows_from(key); j += MR)
+      for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
+        Index const distance = query + i - (key + j);   // i - j of the tile's first row and column
+        if (distance <= -tile_columns<T> || distance >= reach_ + MR - 1) continue;
+        if (distance > -cpu::lanes<T>) tile_weights<0>(x, key, query, j, i);
+        else tile_weights<1>(x, key, query, j, i);
+      }
+  }
+  // All but the first `skipped` vectors of queries, which are older than every key of the tile.
+  template <int skipped> HYBRIDATTN_INLINE void tile_weights(BackwardRows<T> const& x, Index key, Index query, Index j, Index i) {
+    Index const column = i + skipped * cpu::lanes<T>;
+    T *const p = p_ + j * block + column, *const d_s = d_s_ + j * block + column;
+    T const *const lse = lse_ + query + column, *const delta = delta_ + query + column;
+    auto const zero = [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; };
+    auto const at = [](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r * block + v * cpu::lanes<T>; };
+    cpu::tile<MR, NV - skipped, T>(
+        D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
+    cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.v, key + j, length_, pad_), {d_o_t_ + query * D_ + column, block}, zero,
+                                   [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+                                     cpu::store<T>(d_s + at(r, v),
+                                                   scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
+                                   });
+  }
+  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
+  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
+
+  // to += a b over the band, for up to `tile_rows` rows.
+  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
+    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
+      band_tile<MR, vectors, T>(
+          band, a, {b.data + d, b.stride},
+          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
+          [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA {
+            if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum);
+          });
+    });
+  }
+
+  // (5) d_v += P^T d_o, d_k += dS^T q
+  void key_gradients(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index j = 0; j < rows_from(key); j += MR) {
+      Band const band{key + j - query, key + j - query + reach_, rows_from(query)};
+      Index const rows = std::min<Index>(MR, rows_from(key) - j);
+      add_product(band, {p_ + j * block, block, 1}, {x.d_o[query], x.d_o.stride}, {x.d_v[key + j], x.d_v.stride}, rows);
+      add_product(band, {d_s_ + j * block, block, 1}, {x.q[query], x.q.stride}, {x.d_k[key + j], x.d_k.stride}, rows);
+    }
+  }
+  // (5) d_q += dS k
+  void query_gradients(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index i = 0; i < rows_from(query); i += MR) {
+      Index const newest = query + i - key;
+      add_product({newest - reach_ + 1, newest + 1, rows_from(key)}, {d_s_ + i, 1, block}, {x.k[key], x.k.stride},
+                  {x.d_q[query + i], x.d_q.stride}, std::min<Index>(MR, rows_from(query) - i));
+    }
+  }
+
+  Dim D_;
+  Index length_, reach_, padded_;
+  T scale_;
+  T *q_t_, *d_o_t_;                   // [padded_ / block, D, block]
+  T *lse_, *delta_;                   // [padded_]
+  T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/core/allowed.hpp
+// Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
+// "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
+#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
+#define HYBRIDATTN_CORE_ALLOWED_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
+  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
+}
+inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
+}  // namespace detail
+
+inline void check_number(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
+}
+inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
+}
+// At least the smallest normal float, because a smaller number may be 0 in the model's scalar.
+inline void check_positive(std::string_view owner, std::string_view name, double value) {
+  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
+  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
+}
+inline void check_share(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
+}
+// In [0, 1).
+inline void check_below_one(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
+}
+inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
+  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/sequences_on.hpp
+// The sequences of a batch on a machine.
+#ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+#define HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// The sequences of a batch for kernels, in the machine's memory.
+struct SequenceTable {
+  View<Sequence const, 1> list;                    // [count]
+  View<std::int32_t const, 1> positions, owners;   // [N]: as in Sequences
+};
+
+// The list of sequences on the host, for sizes and shapes, and a table on the machine, for kernels. The table is made once, where
+// the batch's tokens are uploaded. An operation that does not need the table takes a Sequences const&.
+template <class B> class SequencesOn : public Sequences {
+ public:
+  SequencesOn() = default;
+  SequencesOn(B& backend, Sequences list) : Sequences(std::move(list)) { fill_table(backend); }
+
+  // The same as Sequences::continuing, in the memory of this object.
+  void assign(B& backend, std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences::assign(past, lengths);
+    fill_table(backend);
+  }
+  SequenceTable table() const { return {in(list_), in(positions_), in(owners_)}; }
+
+  // Rotary angles [P, 2, rotary_dim/2] of the batch. The first layer's call computes them by make(angles), later layers reuse them.
+  // P is the length of the longest sequence, or the number of tokens where a sequence follows earlier tokens.
+  // The list of angles grows although the batch is const, so only one thread at a time may use a batch.
+  template <class T, class Make> View<T const, 3> angles(B& backend, Index rotary_dim, double theta, Make make) const {
+    auto& known = std::get<std::vector<Angles<T>>>(angles_);
+    auto found = std::ranges::find_if(known, [&](auto const& a) { return a.rotary_dim == rotary_dim && a.theta == theta; });
+    if (found == known.end()) found = known.insert(known.end(), {rotary_dim, theta, false, {}});
+    if (!found->made) {
+      Shape<3> const shape{any_continue() ? tokens() : longest(), 2, rotary_dim / 2};
+      if (found->values.shape() != shape) found->values = {backend, shape};
+      make(out(found->values));
+      found->made = true;
+    }
+    return in(found->values);
+  }
+
+ private:
+  template <class T> struct Angles {
+    Index rotary_dim;
+    double theta;
+    bool made;
+    Tensor<T, 3, B> values;
+  };
+
+  void fill_table(B& backend) {
+    fill(backend, list(), list_);
+    fill(backend, std::span{positions().data, static_cast<std::size_t>(tokens())}, positions_);
+    fill(backend, std::span{owners().data, static_cast<std::size_t>(tokens())}, owners_);
+    forget(std::get<0>(angles_));
+    forget(std::get<1>(angles_));
+  }
+  template <class T> static void fill(B& backend, std::span<T const> host, Tensor<T, 1, B>& tensor) {
+    if (tensor.shape()[0] != std::ssize(host)) tensor = {backend, {std::ssize(host)}};
+    upload(backend, host, tensor);
+  }
+  template <class T> static void forget(std::vector<Angles<T>>& known) {
+    for (auto& angles : known) angles.made = false;
+  }
+
+  Tensor<Sequence, 1, B> list_;
+  Tensor<std::int32_t, 1, B> positions_, owners_;
+  mutable std::tuple<std::vector<Angles<float>>, std::vector<Angles<double>>> angles_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/policy.hpp
+// The declarations of every attention policy, and their defaults.
+//
+// A policy P declares
+//   P::Config                                   its sizes, as values; 0 means the default
+//   P::complete(config, model_dim, num_heads)   the config with every 0 filled in; throws Error on sizes that do not fit
+//   P::Inputs<S>,  P::inputs(config, sequences)   the tensors that the equations read
+//   P::Outputs<S>, P::outputs(config, sequences)  the tensors that the equations compute: o [N, H, D] first
+//   P::Saved<S>,   P::saved(config, sequences)    the tensors that backward reads besides inputs and outputs
+//   On<P, Backend>                              forward and backward, see backend.hpp
+// A policy that decodes also declares
+//   P::Cache<S>,  P::cache(config, batch, capacity)   the values of earlier tokens that the policy and Prepare need for later tokens, for
+//                                               `batch` sequences of at most `capacity` tokens; the first axis counts sequences
+//   On<P, Backend>::extend(backend, config, sequences, x, cache, y)
+//                                               computes y.o of new tokens: any number in each sequence, 0 included. The new tokens
+//                                               of sequence i follow sequence[i].past tokens in the cache, and are added to the
+//                                               cache. extend never reads the cache of a sequence with past 0, and writes only
+//                                               y.o and the cache.
+// A layer projects x to each input (x w^T), and P::Prepare changes some inputs. A policy whose inputs are not projections of x declares
+// its projections, and its Prepare computes the inputs from them:
+//   P::Projections<S>, P::projections(config, sequences)   tensors of tokens, each with a matrix of its own
+// A policy may have an auxiliary loss, Outputs::auxiliary_loss [1]. It trains only the inputs that P::detached names.
+// An empty output view means that the caller does not need this output. If d_y.o is empty, backward computes the gradients of the other
+// outputs only.
+// `sequences` is a SequencesOn<Backend>. A policy whose kernels do not read its table on the machine takes a Sequences const&.
+// N is the number of tokens of all sequences together. Tensors are [N, H, D], which is [B, T, H, D] with B and T as one axis.
+#ifndef HYBRIDATTN_ATTENTION_POLICY_HPP
+#define HYBRIDATTN_ATTENTION_POLICY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A Prepare or Finish without parameters that leaves its tensors unchanged. Other steps have these members and more:
+// A Prepare has forward(backend, config, sequences, raw, params, inputs) and
+// backward(backend, config, sequences, raw, params, inputs, d_inputs, d_raw, d_params), where raw are the projections. A Finish has
+// forward(backend, config, o, z, params, y) and backward(backend, config, o, z, params, d_y, d_o, d_z, d_params), where z is
+// the gate's projection of x, if the step is gated. Both backwards overwrite. What a stage does not train has empty d_inputs, d_raw and
+// d_params, which backward does not compute. To decode, a Prepare that reads earlier tokens also has
+// extend(backend, config, sequences, raw, params, cache, inputs), which reads and then updates its part of the cache.
+struct NoStep {
+  static constexpr bool gated = false;
+  template <class S> using Params = Nothing<S>;
+  template <class Config> static Params<Shapes> params(Config const&) { return {}; }
+  template <class Config> static Params<Starts> starts(Config const&) { return {}; }
+  // Whether the step computes the input of this name from its projection; other inputs are their projections. Used where P has no
+  // Projections.
+  static constexpr bool makes(std::string_view) { return false; }
+};
+
+// The parameters that a training step changes. A policy whose computation depends on the stage has a `Stage stage` in its Config.
+enum class Stage {
+  language_model,  // parameters with a gradient of the model's loss; auxiliary losses are not computed, their parameters are frozen
+  dense_warm_up,   // only parameters of the auxiliary losses, all others are frozen; a sparse policy attends to every key
+  sparse           // both, each by its own loss
+};
+constexpr char const* name_of(Stage stage) {
+  return stage == Stage::language_model ? "language_model" : stage == Stage::dense_warm_up ? "dense_warm_up" : "sparse";
+}
+inline constexpr bool trains(Stage stage, bool detached) {
+  return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
+}
+
+struct PolicyDefaults {
+  static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
+  using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
+  using Finish = NoStep;    // from o and the gate's projection to what the output matrix reads
+  // Whether only the auxiliary loss trains the input, projection or parameter of Prepare of this name. The gradient of such an input
+  // or projection does not reach x.
+  static constexpr bool detached(std::string_view) { return false; }
+  // The weight of a batch's auxiliary loss in training.
+  template <class Config> static double auxiliary_weight(Config const&, [[maybe_unused]] Index tokens) { return 1; }
+};
+
+template <class P>
+concept NamesProjections = requires(typename P::Config c, Sequences const& s) { P::projections(c, s); };
+// The projections of P's layer, as a group over roles, and their shapes.
+template <class P> struct ProjectionsOf {
+  template <class S> using Group = typename P::template Inputs<Narrow<S>>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) {
+    Group<Shapes> narrow{};
+    zip([](Path const&, auto const& input, auto& projection) { projection = input; }, P::inputs(c, s), narrow);
+    return narrow;
+  }
+};
+template <NamesProjections P> struct ProjectionsOf<P> {
+  template <class S> using Group = typename P::template Projections<S>;
+  static Group<Shapes> shapes(typename P::Config const& c, Sequences const& s) { return P::projections(c, s); }
+};
+
+template <class P>
+concept HasAuxiliaryLoss = requires(typename P::template Outputs<Shapes> y) { y.auxiliary_loss; };
+template <class P>
+concept AttentionPolicy = requires(typename P::Config c, Sequences const& s, Index n) {
+  { P::complete(c, n, n) } -> std::same_as<typename P::Config>;
+  { P::inputs(c, s) } -> std::same_as<typename P::template Inputs<Shapes>>;
+  { P::outputs(c, s) } -> std::same_as<typename P::template Outputs<Shapes>>;
+  { P::saved(c, s) } -> std::same_as<typename P::template Saved<Shapes>>;
+  typename P::Prepare;
+  typename P::Finish;
+};
+
+template <class P, class B, class T>
+concept HasForward =
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) { On<P, B>::forward(b, c, s, x, y, saved); };
+template <class P, class B, class T>
+concept HasBackward =
+    requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+             typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved, typename P::template Outputs<In<T>> d_y,
+             typename P::template Inputs<Out<T>> d_x) { On<P, B>::backward(b, c, s, x, y, saved, d_y, d_x); };
+template <class P>
+concept HasCache = requires(typename P::Config c, Index n) {
+  { P::cache(c, n, n) } -> std::same_as<typename P::template Cache<Shapes>>;
+};
+template <class P, class B, class T>
+concept HasExtend = HasCache<P> && requires(B& b, typename P::Config c, SequencesOn<B> const& s, typename P::template Inputs<In<T>> x,
+                                            typename P::template Cache<Out<T>> cache,
+                                            typename P::template Outputs<Out<T>> y) { On<P, B>::extend(b, c, s, x, cache, y); };
+// Whether a step has an extend, with any arguments: a second extend makes the name ambiguous. The step may not be a final class.
+struct OtherExtend {
+  void extend();
+};
+template <class Step> struct WithOtherExtend : Step, OtherExtend {};
+template <class Step>
+concept NamesExtend = !std::is_final_v<Step> && !requires { &WithOtherExtend<Step>::extend; };
+template <class P, class B, class T>
+concept Decodes = AttentionPolicy<P> && HasExtend<P, B, T>;
+template <class P, class B, class T>
+concept ImplementedOn = AttentionPolicy<P> && HasForward<P, B, T> && HasBackward<P, B, T>;
+
+// head_dim and head counts of a config, from a model's defaults; shared by policies whose heads split the width.
+inline Index default_head_dim(Index head_dim, Index model_dim, Index num_heads) {
+  if (head_dim != 0) return head_dim;
+  check(num_heads > 0 && model_dim > 0 && model_dim % num_heads == 0, "model_dim ", model_dim, " is not a multiple of num_heads ",
+        num_heads, "; set head_dim, or a num_heads that divides it");
+  return model_dim / num_heads;
+}
+// Throws Error where a size is below 0. 0 means the default.
+inline void check_size(char const* policy, char const* name, Index size) {
+  check_at_least(policy, name, size, 0, ", where 0 stands for the default");
+}
+inline void check_groups(char const* policy, Index heads, Index kv_heads) {
+  check(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, policy, ": ", heads, " heads in groups over ", kv_heads,
+        " key/value heads; the first must be a positive multiple of the second");
+}
+
+// Throws Error where these tokens do not fit into a cache of `batch` sequences with room for `capacity` tokens each.
+inline void check_fits(Sequences const& s, Index batch, Index capacity) {
+  check(s.count() == batch, "cache: new tokens of ", s.count(), " sequences, but the cache was made for ", batch);
+  for (Index i = 0; i < batch; ++i) {
+    auto const [start, length, past] = s[static_cast<std::size_t>(i)];
+    check(past + length <= capacity, "cache: sequence ", i, " would have ", past, " + ", length, " tokens, but its capacity is ", capacity);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/arithmetic/arithmetic.hpp
+// Element by element: what models need between the larger operations. No backward of their own.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_ARITHMETIC_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct Fill {};          // forward(backend, value, y)      y = value
+struct Add {};           // forward(backend, x, y)          y += x
+struct AddWeighted {};   // forward(backend, weight, x, sum)   sum += weight x of one element: x [1], sum [1] of double
+struct AllFinite {};     // forward(backend, x) -> bool     no NaN and no infinity. Waits: it is asked when a step went wrong
+
+template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape<Rank> shape) {
+  Tensor<T, Rank, B> x{backend, shape};
+  On<Fill, B>::forward(backend, T(0), flat(out(x)));
+  return x;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/arithmetic/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Fill, Cpu> {
+  template <class T> static void forward(Cpu& cpu, T value, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) { std::fill(y.data + first, y.data + last, value); });
+  }
+};
+
+template <> struct On<Add, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
+    });
+  }
+};
+
+template <> struct On<AddWeighted, Cpu> {
+  template <class T> static void forward(Cpu&, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    sum(0) += weight * static_cast<double>(loss(0));
+  }
+};
+
+template <> struct On<AllFinite, Cpu> {
+  template <class T> static bool forward(Cpu&, View<T const, 1> x) {
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/gate/gate.hpp
+// One tensor opens or closes another, element by element.
+//   Swiglu (arXiv 2002.05202):  y = silu(gate) up, or silu(gate) without up
+//       d_gate = d_y up silu'(gate)      d_up = d_y silu(gate)
+//   SigmoidGate:  y = x sigmoid(z)
+//       d_x = d_y sigmoid(z)             d_z = d_y x sigmoid(z) (1 - sigmoid(z))
+#ifndef HYBRIDATTN_OPS_GATE_GATE_HPP
+#define HYBRIDATTN_OPS_GATE_GATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, gate, up, y);   backward(backend, gate, up, d_y, d_gate, d_up)     up and d_up may be empty
+struct Swiglu {};
+//   forward(backend, x, z, y);       backward(backend, x, z, d_y, d_x, d_z)
+struct SigmoidGate {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/gate/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GATE_CPU_HPP
+#define HYBRIDATTN_OPS_GATE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Swiglu, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
+        s.put(y.data, up.empty() ? silu : silu * s.get(up.data));
+      });
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
+    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const x = s.get(gate.data), dy = s.get(d_y.data), open = cpu::sigmoid<T>(x);
+        cpu::Vec<T> const slope = open * (T(1) + x * (T(1) - open));
+        if (up.empty()) {
+          s.put(d_gate.data, dy * slope);
+        } else {
+          s.put(d_gate.data, dy * s.get(up.data) * slope);
+          s.put(d_up.data, dy * x * open);
+        }
+      });
+    });
+  }
+};
+
+template <> struct On<SigmoidGate, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+    parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(
+          first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
+    parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const open = cpu::sigmoid<T>(s.get(z.data)), dy = s.get(d_y.data);
+        s.put(d_x.data, dy * open);
+        s.put(d_z.data, dy * s.get(x.data) * open * (T(1) - open));
+      });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/rms_norm/rms_norm.hpp
+// RMSNorm over the last axis (arXiv 1910.07467), one row at a time:
+//   y = x rstd w (plain) or x rstd (1 + w) (zero-centred),   rstd = (mean x^2 + eps)^-1/2
+//   with g = d_y w (or d_y (1 + w)) and xh = x rstd:   d_x = rstd (g - xh mean(g xh))      d_w = sum d_y xh
+// and its gated form, norm before gate, as in Gated DeltaNet:   y = x rstd w silu(z)
+#ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class NormWeight { plain, zero_centred };
+
+//   forward (backend, options, x, w, y)              x, y [N, C], w [C]
+//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
+struct RmsNorm {
+  struct Options {
+    NormWeight weight = NormWeight::zero_centred;
+    double eps = 1e-6;
+  };
+};
+
+//   forward (backend, eps, x, z, w, y)                     an empty z: no gate
+//   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
+struct GatedRmsNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/sum_rows.hpp
+// Sums over tokens in a fixed order: blocks of rows, combined in block order, for any number of threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+#define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// f(row, sum) adds the row's terms to sum [C]. total [C] is overwritten with the sum over all rows.
+template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
+  Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
+  Scratch<T> const partial{cpu, blocks * C};
+  View<T, 2> const sums{partial.data(), {blocks, C}};
+  parallel_for(cpu, blocks, [&](Index block, int) {
+    std::fill_n(sums.row(block), C, T(0));
+    for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
+  });
+  std::fill_n(total.data, C, T(0));
+  for (Index block = 0; block < blocks; ++block)
+    for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/rms_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+template <class T> T row_rstd(T const* x, Index C, double eps) {
+  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> const v = s.get(x);
+    return v * v;
+  });
+  return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
+}
+
+}  // namespace cpu::detail
+
+template <> struct On<RmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 1> d_w, Into into) {
+    Index const C = x.extent(1);
+    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
+      T const along = cpu::sum_vectors<T>(
+                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
+                      rstd / static_cast<T>(C);
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
+        s.put(sum, s.get(sum) + dy * xh);
+        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
+        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
+      });
+    });
+  }
+};
+
+template <> struct On<GatedRmsNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, eps);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+          cpu::Vec<T> normed = s.get(row) * rstd * s.get(w.data);
+          if (!z.empty()) {
+            cpu::Vec<T> const gate = s.get(z.row(n));
+            normed *= gate * cpu::sigmoid<T>(gate);
+          }
+          s.put(y.row(n), normed);
+        });
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
+      T* const d_xn = d_x.row(n);
+      // First d_xn holds d of the normed row: d_y w silu(z).
+      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const xh = s.get(xn) * rstd, wide = s.get(w.data);
+        cpu::Vec<T> dy = s.get(d_yn);
+        if (!z.empty()) {
+          cpu::Vec<T> const gate = s.get(z.row(n)), open = cpu::sigmoid<T>(gate);
+          s.put(d_z.row(n), dy * xh * wide * (open * (T(1) + gate * (T(1) - open))));
+          dy *= gate * open;
+        }
+        s.put(sum, s.get(sum) + dy * xh);
+        s.put(d_xn, dy * wide);
+      });
+      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
+                      static_cast<T>(C);
+      cpu::for_each_vector<T>(
+          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/rope/rope.hpp
+// Rotary positions (arXiv 2104.09864): pair number i of a head turns by position * theta^(-2i / rotary_dim).
+// Pairs are (i, i + rotary_dim/2), or (2i, 2i + 1) when interleaved; entries from rotary_dim on stay as they are.
+// Backward turns back.
+#ifndef HYBRIDATTN_OPS_ROPE_ROPE_HPP
+#define HYBRIDATTN_OPS_ROPE_ROPE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, options, angles, positions, x, y)      x, y [N, H, D], positions [N]: the row of angles of each token, or
+//                                                            nothing for row n of token n; y may be x
+//   backward(backend, options, angles, positions, d_y, d_x)  d_x may be d_y
+// They throw on a rotary_dim that is odd or does not fit the head.
+struct Rope {
+  struct Options {
+    Index rotary_dim = 0;
+    double theta = 10000;
+    bool interleaved = false;
+  };
+};
+//   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+struct RopeAngles {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/rope/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ROPE_CPU_HPP
+#define HYBRIDATTN_OPS_ROPE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace cpu::detail {
+inline Index row_of(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+}  // namespace cpu::detail
+
+template <> struct On<RopeAngles, Cpu> {
+  template <class T> static void forward(Cpu& cpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    check_positive("Rope", "theta", o.theta);
+    Index const half = angles.extent(2);
+    cpu::Scratch<double> const frequencies{cpu, half};
+    for (Index i = 0; i < half; ++i)
+      frequencies.data()[i] = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
+    parallel_blocks(cpu, angles.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index row = first; row < last; ++row)
+        for (Index i = 0; i < half; ++i) {
+          double const angle = static_cast<double>(cpu::detail::row_of(positions, row)) * frequencies.data()[i];
+          angles(row, 0, i) = static_cast<T>(std::cos(angle));
+          angles(row, 1, i) = static_cast<T>(std::sin(angle));
+        }
+    });
+  }
+};
+
+template <> struct On<Rope, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                      View<T, 3> y) {
+    turn(cpu, o, angles, positions, x, y, T(1));
+  }
+  template <class T>
+  static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+                       View<T, 3> d_x) {
+    turn(cpu, o, angles, positions, d_y, d_x, T(-1));
+  }
+
+ private:
+  template <class T>
+  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                   View<T, 3> y, T direction) {
+    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        Index const row = cpu::detail::row_of(positions, n);
+        T const *cosine = half == 0 ? nullptr : angles.row(row, 0), *sine = half == 0 ? nullptr : angles.row(row, 1);
+        for (Index h = 0; h < x.extent(1); ++h) {
+          T const* from = x.row(n, h);
+          T* to = y.row(n, h);
+          for (Index i = 0; i < half; ++i) {
+            T const a = from[i * step], b = from[i * step + partner], s = direction * sine[i];
+            to[i * step] = a * cosine[i] - b * s;
+            to[i * step + partner] = b * cosine[i] + a * s;
+          }
+          for (Index d = o.rotary_dim; d < x.extent(2); ++d) to[d] = from[d];
+        }
+      }
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/attention/heads.hpp
+// Common steps of layers with softmax heads, before and after the attention itself: norm and rotary on queries and
+// keys, and the gate on the output.
+#ifndef HYBRIDATTN_ATTENTION_HEADS_HPP
+#define HYBRIDATTN_ATTENTION_HEADS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// RMSNorm over the entries of each query and key head: y = x rstd w (plain) or x rstd (1 + w) (zero-centred).
+enum class QkNorm { none, plain, zero_centred };
+// Which entries of a head turn together: (i, i + rotary_dim/2), or (2i, 2i + 1).
+enum class Rotary { half_split, interleaved };
+
+// Entries of a head that turn: an even number. head_dim * percent / 200 * 2, which a large head_dim does not overflow.
+constexpr Index rotary_size(Index head_dim, int percent) { return (head_dim / 200 * percent + head_dim % 200 * percent / 200) * 2; }
+
+// Rotary positions for all the heads of a layer, by the batch's angles.
+template <class T, class B> class Rotation {
+ public:
+  Rotation(B& backend, SequencesOn<B> const& s, Index head_dim, int percent, Rotary pairs, double theta)
+      : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
+    if (!s.any_continue()) positions_ = s.table().positions;
+    if (options_.rotary_dim == 0) return;
+    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+      On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
+    });
+  }
+  bool turns() const { return !angles_.empty(); }
+  // Both copy where rotary_percent is 0.
+  void forward(B& backend, View<T const, 3> x, View<T, 3> y) const { On<Rope, B>::forward(backend, options_, angles_, positions_, x, y); }
+  void backward(B& backend, View<T const, 3> d_y, View<T, 3> d_x) const {
+    On<Rope, B>::backward(backend, options_, angles_, positions_, d_y, d_x);
+  }
+
+ private:
+  Rope::Options options_;
+  View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
+  View<T const, 3> angles_;
+};
+
+// One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
+struct HeadNorm {
+  QkNorm kind;
+  double eps;
+
+  RmsNorm::Options options() const { return {kind == QkNorm::plain ? NormWeight::plain : NormWeight::zero_centred, eps}; }
+  // The initial weight: the norm then multiplies by 1.
+  Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
+
+  template <class B, class T>
+  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T, 3> x) const {
+    if (kind == QkNorm::none) {
+      rotation.forward(backend, raw, x);
+      return;
+    }
+    On<RmsNorm, B>::forward(backend, options(), head_rows(raw), weight, head_rows(x));
+    if (rotation.turns()) rotation.forward(backend, View<T const, 3>(x), x);
+  }
+  // Overwrites d_raw and d_weight.
+  template <class B, class T>
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, View<T, 1> d_weight) const {
+    if (kind == QkNorm::none) {
+      rotation.backward(backend, d_x, d_raw);
+      return;
+    }
+    Tensor<T, 3, B> turned;
+    if (rotation.turns()) {
+      turned = {backend, d_x.shape};
+      rotation.backward(backend, d_x, out(turned));
+      d_x = in(turned);
+    }
+    On<RmsNorm, B>::backward(backend, options(), head_rows(raw), weight, head_rows(d_x), head_rows(d_raw), d_weight, Into::overwrite);
+  }
+};
+
+// o * sigmoid(z), z the gate's projection of x.
+struct SigmoidFinish {
+  static constexpr bool gated = true;
+  template <class S> using Params = Nothing<S>;
+
+  template <class Config> static Params<Shapes> params(Config const&) { return {}; }
+  template <class Config> static Params<Starts> starts(Config const&) { return {}; }
+
+  template <class B, class Config, class T>
+  static void forward(B& backend, Config const&, View<T const, 3> o, View<T const, 3> z, Params<In<T>>, View<T, 3> y) {
+    On<SigmoidGate, B>::forward(backend, flat(o), flat(z), flat(y));
+  }
+  template <class B, class Config, class T>
+  static void backward(B& backend, Config const&, View<T const, 3> o, View<T const, 3> z, Params<In<T>>, View<T const, 3> d_y,
+                       View<T, 3> d_o, View<T, 3> d_z, Params<Out<T>>) {
+    On<SigmoidGate, B>::backward(backend, flat(o), flat(z), flat(d_y), flat(d_o), flat(d_z));
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/types.hpp
+// Options, sizes and tensors of full attention. The equations are those of full.hpp.
+#ifndef HYBRIDATTN_ATTENTION_FULL_TYPES_HPP
+#define HYBRIDATTN_ATTENTION_FULL_TYPES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct FullOptions {
+  int window = 0;                        // a query sees its last `window` keys, itself included; 0: all
+  QkNorm qk_norm = QkNorm::zero_centred;
+  bool output_gate = true;               // o * sigmoid(x w_gate)
+  int rotary_percent = 25;               // share of a head that rotates; 0: none
+  Rotary rotary = Rotary::half_split;
+};
+
+namespace full {
+
+struct Config {
+  Index num_heads = 0;      // H;  0: the model's
+  Index num_kv_heads = 0;   // HK; 0: num_heads
+  Index head_dim = 0;       // D;  0: model_dim / num_heads
+  double scale = 0;         // 0: head_dim^-1/2
+  double rope_theta = 10000;
+  double norm_eps = 1e-6;   // of the q/k norm
+};
+
+template <class S> struct Inputs {
+  Held<S, 3> q;     // [N, H, D]
+  Held<S, 3> k, v;  // [N, HK, D]
+  HYBRIDATTN_FIELDS(q, k, v)
+};
+template <class S> struct Outputs {
+  Held<S, 3> o;  // [N, H, D]
+  HYBRIDATTN_FIELDS(o)
+};
+template <class S> struct Saved {
+  Wide<S, 2> lse;  // [N, H], natural logarithm
+  HYBRIDATTN_FIELDS(lse)
+};
+// Keys and values of earlier tokens, after norm and rotary. Position p is in row p, or with a window in row p % window.
+template <class S> struct Cache {
+  Held<S, 4> keys, values;  // [batch, capacity or window, HK, D]
+  HYBRIDATTN_FIELDS(keys, values)
+};
+
+}  // namespace full
+
+template <FullOptions O> struct FullAttention;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/cpu_extend.hpp
+// Decoding on the CPU: a query of each head over the keys and values of a cache. The heads of a group take turns on a block
+// of keys or values while the block is in the first-level cache, so each row is read from memory once.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_EXTEND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+// Cached and new keys and values of one head of one sequence.
+template <class T> class SequenceKeys {
+ public:
+  using Rows = attention::Rows<T const>;
+
+  SequenceKeys(int window, Sequence s, Index i, Index hk, Inputs<In<T>> const& x, Cache<Out<T>> const& cache)
+      : past_(s.past), window_(window), ring_(cache.keys.extent(1)), cached_k_{cache.keys.row(i, 0, hk), cache.keys.stride[1]},
+        cached_v_{cache.values.row(i, 0, hk), cache.values.stride[1]}, k_(attention::head_of(x.k, s, hk)),
+        v_(attention::head_of(x.v, s, hk)) {}
+
+  // Calls f(k, v, count) for each run of consecutive rows that query t sees, the oldest first.
+  template <class F> HYBRIDATTN_INLINE void for_each_run(Index t, F f) const {
+    Index const first = window_ == 0 ? 0 : std::max<Index>(0, past_ + t + 1 - window_);
+    for (Index position = first, count = 0; position < past_; position += count) {
+      Index const row = position % ring_;
+      count = std::min(past_ - position, ring_ - row);
+      f(from(cached_k_, row), from(cached_v_, row), count);
+    }
+    Index const first_new = std::max<Index>(0, first - past_);
+    f(from(k_, first_new), from(v_, first_new), t + 1 - first_new);
+  }
+  // The same in blocks: f(number of the block's first row, k, v, number of the block's rows)
+  template <class F> HYBRIDATTN_INLINE void for_each_block(Index t, F f) const {
+    constexpr Index block = 32;
+    Index seen = 0;
+    for_each_run(t, [&](Rows k, Rows v, Index count) HYBRIDATTN_INLINE_LAMBDA {
+      for (Index j = 0; j < count; j += block) f(seen + j, from(k, j), from(v, j), attention::AllRows{std::min(block, count - j)});
+      seen += count;
+    });
+  }
+  // Row j of the rows that query t sees.
+  attention::KeyRows<T> at(Index t, Index j) const {
+    Index const position = past_ + t + 1 - count(t) + j, row = position < past_ ? position % ring_ : position - past_;
+    return position < past_ ? attention::KeyRows<T>{cached_k_[row], cached_v_[row]} : attention::KeyRows<T>{k_[row], v_[row]};
+  }
+  Index count(Index t) const { return window_ == 0 ? past_ + t + 1 : std::min<Index>(past_ + t + 1, window_); }
+
+ private:
+  static Rows from(Rows rows, Index first) { return {rows[first], rows.stride}; }
+
+  Index past_, window_, ring_;
+  Rows cached_k_, cached_v_, k_, v_;
+};
+
+// Query t of the heads of a group, whose rows are those of q and o. p [group, room] is scratch.
+template <class T>
+void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group, attention::Rows<T const> q, attention::Rows<T> o, T* p,
+            Index room) {
+  using Rows = attention::Rows<T const>;
+  keys.for_each_block(t, [&](Index first, Rows k, Rows, attention::AllRows all) {
+    for (Index g = 0; g < group; ++g) attention::dot_rows<T>(D, q[g], k, all, p + g * room + first);                  // (1)
+  });
+  for (Index g = 0; g < group; ++g) {
+    std::fill_n(o[g], D, T(0));
+    T* const weights = p + g * room;
+    T const total = attention::exponentials(scale, keys.count(t), weights).total;                                     // (2)
+    for (Index j = 0, count = keys.count(t); j < count; ++j) weights[j] *= T(1) / total;
+  }
+  keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
+    for (Index g = 0; g < group; ++g) attention::add_weighted_rows<T>(D, p + g * room + first, v, all, o[g]);        // (3)
+  });
+  for (Index g = 0; g < group; ++g)
+    if (!attention::is_moderate<T>(D, o[g]))
+      attention::attend_in_order<T>(D, scale, q[g], keys.count(t), [&](Index j) { return keys.at(t, j); }, o[g]);
+}
+
+// Attention for the sequences with past tokens. Tasks are some queries of a group of heads.
+template <class T>
+void attend_cached(Cpu& cpu, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, View<T, 3> o) {
+  constexpr Index piece = 8;
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, pieces = ceil_div(s.longest(), piece);
+  Index const room = attention::key_room<T>(cache.keys.extent(1)) + cpu::lanes<T>;   // a block's last vector may end after the last key
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, group * room}};
+  auto const memory = out(scratch);
+  parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
+    Index const i = task / pieces / HK, hk = task / pieces % HK, begin = task % pieces * piece;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    if (sequence.past == 0 || begin >= sequence.length) return;
+    SequenceKeys<T> const keys{window, sequence, i, hk, x, cache};
+    for (Index t = begin; t < std::min(begin + piece, sequence.length); ++t) {
+      Index const n = sequence.start + t;
+      attend<T>(c.head_dim, static_cast<T>(c.scale), keys, t, group, {x.q.row(n, hk * group), x.q.stride[1]},
+                {o.row(n, hk * group), o.stride[1]}, memory.row(thread), room);
+    }
+  });
+}
+
+// Copies keys and values of new tokens into the cache; with a window, those of the last `window` tokens.
+template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache) {
+  Index const ring = cache.keys.extent(1), HK = cache.keys.extent(2), D = cache.keys.extent(3);
+  parallel_blocks(cpu, s.tokens(), 16, [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      Index const i = s.owners()(n);
+      Sequence const sequence = s[static_cast<std::size_t>(i)];
+      if (n + ring < sequence.start + sequence.length) continue;
+      for (Index hk = 0; hk < HK; ++hk) {
+        std::copy_n(x.k.row(n, hk), D, cache.keys.row(i, s.positions()(n) % ring, hk));
+        std::copy_n(x.v.row(n, hk), D, cache.values.row(i, s.positions()(n) % ring, hk));
+      }
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/attention/full/cpu_forward.hpp
+// Forward on the CPU. Each lane is a query: scores are tiles of keys x queries, and the product with v reads their weights
+// transposed.
+//
+// The block on the diagonal comes first. Its largest score is the query's reference for all other blocks, so weights are
+// computed in the score tile's epilogue and no sum is rescaled. Any reference gives the same o. Where a weight would exceed e^10, a
+// larger reference replaces it, for that query alone, so values up to 1e30 do not overflow. Products q . k are compared before they are
+// scaled. So the largest product is exactly its own reference, for any size, and one replacement is enough.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_FORWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+inline constexpr Index forward_keys = 128;   // keys of a block; 64 to 256 are equally fast
+
+template <class T, class Dim> class ForwardBlock {
+ public:
+  static constexpr Index queries = tile_columns<T>;
+  static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
+
+  ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
+      : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
+        q_t_(memory), o_(q_t_ + queries * D), p_(o_ + queries * D), pad_(p_ + forward_keys * queries) {}
+
+  // Computes o and lse of the queries first .. first + queries - 1, up to the last query.
+  void run(Index first, Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
+    first_ = first;
+    transpose_rows(D_, q, first, length_, queries, q_t_);
+    if (scale_ < 0)   // so that the largest product has the largest score
+      for (Index i = 0; i < D_ * queries; ++i) q_t_[i] = -q_t_[i];
+    diagonal();
+    for (Index key = std::max<Index>(0, first - reach_ + 1) / MR * MR; key < first; key += forward_keys) {
+      Index const count = std::min(forward_keys, first - key);
+      if (key > first + queries - 1 - reach_) earlier<false>(key, count);
+      else earlier<true>(key, count);
+    }
+    finish(q, o, lse);
+  }
+
+ private:
+  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  static constexpr T limit = 10, far = 80;   // largest exponents: of a weight, and of a weight that can still be scaled afterwards
+  using Vec = cpu::Vec<T>;
+  using Mask = cpu::Mask<T>;
+
+  // Which queries of vector v see the key.
+  HYBRIDATTN_INLINE Mask sees(Index key, int v) const {
+    using Bits = typename cpu::BitsOf<T>::type;
+    Mask const newer = cpu::lane_numbers<T>() + static_cast<Bits>(first_ + v * cpu::lanes<T> - key);   // i - j
+    return (newer >= Bits(0)) & (newer < static_cast<Bits>(reach_));
+  }
+  // Vectors of queries that are older than every key of the tile. The tile skips them.
+  static int first_vector(Index key_in_block) { return key_in_block >= cpu::lanes<T> ? 1 : 0; }
+
+  // p = q . k of `tile_rows` keys and all vectors of queries but the first `from`, masked or not.
+  template <int from> HYBRIDATTN_INLINE void diagonal_scores(Index key, Vec (&largest)[NV]) {
+    T* const p = p_ + (key - first_) * queries + from * cpu::lanes<T>;
+    cpu::tile<MR, NV - from, T>(
+        D_, whole_tile(D_, k_, key, length_, pad_), {q_t_ + from * cpu::lanes<T>, queries},
+        [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+          Vec const seen = cpu::select<T>(sees(key + r, from + v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
+          largest[from + v] = cpu::max<T>(largest[from + v], seen);
+          cpu::store<T>(p + r * queries + v * cpu::lanes<T>, s);
+        });
+  }
+
+  // e^(score - reference), from products; above e^88 any number.
+  HYBRIDATTN_INLINE Vec exponential(Vec s, Vec reference) const { return cpu::exp2_below_most<T>((s - reference) * slope_); }
+
+  // The largest product that a query sees becomes its reference. If a query sees one key only, this key's weight is exactly 1.
+  void diagonal() {
+    Index const count = std::min(queries, length_ - first_);
+    Vec largest[NV], sum[NV] = {};
+    for (Vec& m : largest) m = cpu::broadcast<T>(-std::numeric_limits<T>::infinity());
+    for (Index j = 0; j < count; j += MR) {
+      if (first_vector(j) == 0) diagonal_scores<0>(first_ + j, largest);
+      else diagonal_scores<1>(first_ + j, largest);
+    }
+    for (Index j = 0; j < count; ++j)
+      for (int v = first_vector(j / MR * MR); v < NV; ++v) {
+        T* const p = p_ + j * queries + v * cpu::lanes<T>;
+        Vec const e = exponential(cpu::load(p), largest[v]);
+        sum[v] += cpu::select<T>(sees(first_ + j, v), e, Vec{});
+        cpu::store<T>(p, e);
+      }
+    for (int v = 0; v < NV; ++v) softmax_[v] = {largest[v], sum[v]};
+    add_values<true>(first_, count);
+  }
+
+  // p = exp(score - reference) of keys before the block.
+  template <bool masked> HYBRIDATTN_INLINE void weights(Index key, Index count, Vec (&largest)[NV], Vec (&sum)[NV]) {
+    Vec reference[NV];
+    for (int v = 0; v < NV; ++v) {
+      reference[v] = softmax_[v].reference;
+      largest[v] = cpu::broadcast<T>(-std::numeric_limits<T>::infinity());
+      sum[v] = Vec{};
+    }
+    for (Index j = 0; j < count; j += MR) {
+      T* const p = p_ + j * queries;
+      cpu::tile<MR, NV, T>(
+          D_, {k_[key + j], k_.stride, 1}, {q_t_, queries}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; },
+          [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+            if constexpr (masked) s = cpu::select<T>(sees(key + j + r, v), s, cpu::broadcast<T>(-std::numeric_limits<T>::infinity()));
+            largest[v] = cpu::max<T>(largest[v], s);
+            Vec e = exponential(s, reference[v]);
+            if constexpr (masked) e = cpu::select<T>(sees(key + j + r, v), e, Vec{});
+            sum[v] += e;
+            cpu::store<T>(p + r * queries + v * cpu::lanes<T>, e);
+          });
+    }
+  }
+
+  template <bool masked> void earlier(Index key, Index count) {
+    Vec largest[NV], sum[NV];
+    weights<masked>(key, count, largest, sum);
+    if (is_beaten(largest, far)) {   // their exponentials may be infinite
+      for (int v = 0; v < NV; ++v) raise_reference(v, largest[v], far);
+      weights<masked>(key, count, largest, sum);
+    }
+    if (is_beaten(largest, limit))
+      for (int v = 0; v < NV; ++v) {
+        Vec const shrink = raise_reference(v, largest[v], limit);
+        sum[v] *= shrink;
+        for (T* p = p_ + v * cpu::lanes<T>; p < p_ + count * queries; p += queries) cpu::store<T>(p, shrink * cpu::load(p));
+      }
+    for (int v = 0; v < NV; ++v) softmax_[v].total += sum[v];
+    add_values<false>(key, count);
+  }
+
+  bool is_beaten(Vec const (&largest)[NV], T by) const { return cpu::any<T>(beaten(0, largest[0], by) | beaten(1, largest[1], by)); }
+  Mask beaten(int v, Vec largest, T by) const { return (largest - softmax_[v].reference) * size_ > by; }
+  // Makes `largest` the reference where its weight is above e^by. Returns the factor for earlier sums: 1, and no bit changes, where
+  // the reference stays.
+  Vec raise_reference(int v, Vec largest, T by) {
+    Vec const raised = cpu::select<T>(beaten(v, largest, by), largest, softmax_[v].reference);
+    Vec const shrink = softmax_[v].rebase(raised, [&](Vec x, Vec y) HYBRIDATTN_INLINE_LAMBDA { return exponential(x, y); });
+    for (int lane = 0; lane < cpu::lanes<T>; ++lane)
+      for (Index d = 0; d < D_; ++d) o_[(v * cpu::lanes<T> + lane) * D_ + d] *= shrink[lane];
+    return shrink;
+  }
+
+  // (3) o (+)= P v
+  template <bool overwrite> HYBRIDATTN_INLINE void add_values(Index key, Index count) {
+    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
+      for (Index i = 0; i < queries; i += MR) {
+        T* const o = o_ + i * D_ + d;
+        Index const newest = first_ + i - key;
+        band_tile<MR, vectors, T>(
+            {newest - reach_ + 1, newest + 1, count}, {p_ + i, 1, queries}, {v_[key] + d, v_.stride},
+            [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return overwrite ? Vec{} : cpu::load(o + r * D_ + v * cpu::lanes<T>); },
+            [&](int r, int v, Vec x) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(o + r * D_ + v * cpu::lanes<T>, x); });
+      }
+    });
+  }
+
+  // (2), (3)
+  void finish(Rows<T const> q, Rows<T> o, Rows<wide_t<T>> lse) {
+    alignas(cpu::vector_bytes) T inverse[std::size_t{queries}], logarithm[std::size_t{queries}];
+    attention::Range<T> range;
+    for (int v = 0; v < NV; ++v) {
+      Vec const score = cpu::in_register<T>(size_ * softmax_[v].reference);   // rounded, as in backward
+      range.add(score);
+      cpu::store<T>(inverse + v * cpu::lanes<T>, T(1) / softmax_[v].total);
+      cpu::store<T>(logarithm + v * cpu::lanes<T>, score + std::numbers::ln2_v<T> * cpu::log2<T>(softmax_[v].total));
+    }
+    Index const count = std::min(queries, length_ - first_);
+    for (Index i = 0; i < count; ++i) {
+      *lse[first_ + i] = logarithm[i];
+      for (Index d = 0; d < D_; d += cpu::lanes<T>) {
+        Vec const x = cpu::load(o_ + i * D_ + d);
+        range.add(x);
+        cpu::store<T>(o[first_ + i] + d, inverse[i] * x);
+      }
+    }
+    if (range.is_moderate()) return;
+    for (Index i = 0; i < count; ++i) {
+      bool const keeps_lse = attention::Range<T>::holds(logarithm[i]);   // then only values are large
+      if (keeps_lse && attention::is_moderate<T>(D_, o_ + i * D_)) continue;
+      T const exact = in_order(first_ + i, q, o);
+      if (!keeps_lse) *lse[first_ + i] = exact;
+    }
+  }
+  T in_order(Index query, Rows<T const> q, Rows<T> o) const {
+    Index const oldest = std::max<Index>(0, query - reach_ + 1);
+    auto const key_at = [&](Index j) { return attention::KeyRows<T>{k_[oldest + j], v_[oldest + j]}; };
+    return attention::attend_in_order<T>(D_, scale_, q[query], query - oldest + 1, key_at, o[query]);
+  }
+
+  Dim D_;
+  Index length_, reach_, first_ = 0;
+  T scale_, size_, slope_;           // size: its absolute value, slope: for powers of 2
+  Rows<T const> k_, v_;
+  T *q_t_, *o_, *p_, *pad_;          // [D, queries], [queries, D], [forward_keys, queries], [tile_rows, D]
+  attention::OnlineSoftmax<Vec> softmax_[NV];   // of products before they are scaled
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/core/with_constant.hpp
+// A run-time number as a compile-time one, for the few values that have a fast kernel.
+#ifndef HYBRIDATTN_CORE_WITH_CONSTANT_HPP
+#define HYBRIDATTN_CORE_WITH_CONSTANT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// fast(std::integral_constant<Index, n>{}) when n is one of the values, generic() otherwise.
+template <Index... values, class Fast, class Generic> void with_constant(Index n, Fast&& fast, Generic&& generic) {
+  bool const found = ((n == values && (fast(std::integral_constant<Index, values>{}), true)) || ...);
+  if (!found) generic();
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/cpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace full {
+
+// Tasks are pieces of a head's queries, those with the most keys first. On one thread, or with many heads, a task is a whole head.
+template <class T, class Dim>
+void forward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
+                   Saved<Out<T>> saved) {
+  using Queries = ForwardBlock<T, Dim>;
+  if (s.tokens() == 0) return;
+  Index const H = c.num_heads, group = H / c.num_kv_heads, heads = s.count() * H, tasks = cpu.threads() == 1 ? 1 : 8 * cpu.threads();
+  Index const piece = round_up(ceil_div(s.longest() * heads, tasks), Queries::queries), pieces = ceil_div(s.longest(), piece);
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Queries::scratch(D)}};
+  auto const memory = out(scratch);
+  parallel_for(cpu, pieces * heads, [&](Index task, int thread) {
+    Sequence const sequence = s[static_cast<std::size_t>(task % heads / H)];
+    Index const begin = (pieces - 1 - task / heads) * piece, end = std::min(begin + piece, sequence.length);
+    if (begin >= end) return;
+    Index const h = task % H, hk = h / group;
+    Queries block{D,
+                  sequence,
+                  reach(window, sequence),
+                  static_cast<T>(c.scale),
+                  head_of(x.k, sequence, hk),
+                  head_of(x.v, sequence, hk),
+                  memory.row(thread)};
+    for (Index first = begin; first < end; first += Queries::queries)
+      block.run(first, head_of(x.q, sequence, h), head_of(y.o, sequence, h), {&saved.lse(sequence.start, h), saved.lse.stride[0]});
+  });
+}
+
+template <class T, class Dim>
+void backward_tiled(Cpu& cpu, Dim D, int window, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved,
+                    Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  using Head = BackwardHead<T, Dim>;
+  if (s.tokens() == 0) return;
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK;
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Head::scratch(D, s.longest())}};
+  auto const memory = out(scratch);
+  parallel_for(cpu, s.count() * HK, [&](Index task, int thread) {
+    Sequence const sequence = s[static_cast<std::size_t>(task / HK)];
+    if (sequence.length == 0) return;
+    Index const hk = task % HK;
+    Rows<T> const d_k = head_of(d_x.k, sequence, hk), d_v = head_of(d_x.v, sequence, hk);
+    for (Index j = 0; j < sequence.length; ++j) {
+      std::fill_n(d_k[j], D, T(0));
+      std::fill_n(d_v[j], D, T(0));
+    }
+    Head head{D, sequence, reach(window, sequence), static_cast<T>(c.scale), memory.row(thread)};
+    for (Index h = hk * group; h < (hk + 1) * group; ++h)
+      head.run({.q = head_of(x.q, sequence, h),
+                .k = head_of(x.k, sequence, hk),
+                .v = head_of(x.v, sequence, hk),
+                .o = head_of(y.o, sequence, h),
+                .d_o = head_of(d_y.o, sequence, h),
+                .lse = {&saved.lse(sequence.start, h), saved.lse.stride[0]},
+                .d_q = head_of(d_x.q, sequence, h),
+                .d_k = d_k,
+                .d_v = d_v});
+  });
+}
+
+// A compile-time D = 32 makes backward 5 % faster; 16 gains 1 to 4 %, 64, 128 and 256 less than 1 %, too little to compile the
+// kernels again.
+template <class F> void with_head_dim(Index D, F f) {
+  with_constant<32>(D, f, [&] { f(D); });
+}
+
+// The kernels need heads of whole vectors. Other heads are copied and padded with zeros, which change no product.
+template <class T> Tensor<T, 3, Cpu> widened(Cpu& cpu, View<T const, 3> x) {
+  Index const H = x.extent(1), D = x.extent(2);
+  Tensor<T, 3, Cpu> tensor{cpu, {x.extent(0), H, round_up(D, cpu::lanes<T>)}};
+  auto const wide = out(tensor);
+  parallel_blocks(cpu, x.extent(0) * H, 256, [&](Index first, Index last) {
+    for (Index row = first; row < last; ++row) {
+      T* const to = std::copy_n(x.row(row / H, row % H), D, wide.row(row / H, row % H));
+      std::fill_n(to, wide.extent(2) - D, T(0));
+    }
+  });
+  return tensor;
+}
+template <class T> void narrow(Cpu& cpu, View<T const, 3> wide, View<T, 3> x) {
+  Index const H = x.extent(1);
+  parallel_blocks(cpu, x.extent(0) * H, 256, [&](Index first, Index last) {
+    for (Index row = first; row < last; ++row) std::copy_n(wide.row(row / H, row % H), x.extent(2), x.row(row / H, row % H));
+  });
+}
+
+template <class T>
+void forward(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  if (c.head_dim % cpu::lanes<T> == 0)
+    return with_head_dim(c.head_dim, [&](auto D) { forward_tiled<T>(cpu, D, o.window, c, s, x, y, saved); });
+  auto const q = widened(cpu, x.q), k = widened(cpu, x.k), v = widened(cpu, x.v);
+  Tensor<T, 3, Cpu> wide_o{cpu, q.shape()};
+  Config wide = c;
+  wide.head_dim = q.shape()[2];
+  forward<T>(cpu, o, wide, s, {.q = in(q), .k = in(k), .v = in(v)}, {.o = out(wide_o)}, saved);
+  narrow(cpu, in(wide_o), y.o);
+}
+template <class T>
+void backward(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved,
+              Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  if (c.head_dim % cpu::lanes<T> == 0)
+    return with_head_dim(c.head_dim, [&](auto D) { backward_tiled<T>(cpu, D, o.window, c, s, x, y, saved, d_y, d_x); });
+  auto const q = widened(cpu, x.q), k = widened(cpu, x.k), v = widened(cpu, x.v), wide_o = widened(cpu, y.o), d_o = widened(cpu, d_y.o);
+  Tensor<T, 3, Cpu> d_q{cpu, q.shape()}, d_k{cpu, k.shape()}, d_v{cpu, v.shape()};
+  Config wide = c;
+  wide.head_dim = q.shape()[2];
+  backward<T>(cpu, o, wide, s, {.q = in(q), .k = in(k), .v = in(v)}, {.o = in(wide_o)}, saved, {.o = in(d_o)},
+              {.q = out(d_q), .k = out(d_k), .v = out(d_v)});
+  narrow(cpu, in(d_q), d_x.q);
+  narrow(cpu, in(d_k), d_x.k);
+  narrow(cpu, in(d_v), d_x.v);
+}
+
+// Sequences without past tokens are computed by the tiles of forward, other sequences over rows of the cache.
+template <class T>
+void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
+  Index const ring = cache.keys.extent(1);
+  check_fits(s, cache.keys.extent(0), ring == o.window ? std::numeric_limits<Index>::max() : ring);
+  if (s.any_begin()) {   // first, because it may overwrite the rows of the other sequences
+    Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
+    forward<T>(cpu, o, c, s.beginnings(), x, y, {.lse = out(lse)});
+  }
+  if (s.any_continue()) attend_cached<T>(cpu, o.window, c, s, x, cache, y.o);
+  remember<T>(cpu, s, x, cache);
+}
+
+}  // namespace full
+
+template <FullOptions O> struct On<FullAttention<O>, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
+                      full::Saved<Out<T>> saved) {
+    full::forward(cpu, O, c, s, x, y, saved);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
+                       full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
+    full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
+  }
+  template <class T>
+  static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
+                     full::Outputs<Out<T>> y) {
+    full::extend(cpu, O, c, s, x, cache, y);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/steps.hpp
+// The step before full attention in a layer: norm and rotary on queries and keys.
+#ifndef HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_FULL_STEPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+template <class S> struct PrepareParams {
+  Wide<S, 1> q_norm, k_norm;  // [D], empty without qk_norm
+  HYBRIDATTN_FIELDS(q_norm, k_norm)
+};
+
+template <FullOptions O> struct Prepare {
+  template <class S> using Params = PrepareParams<S>;
+
+  static constexpr bool changes = O.qk_norm != QkNorm::none || O.rotary_percent > 0;
+  static constexpr bool makes(std::string_view input) { return changes && input != "v"; }
+
+  static Params<Shapes> params(Config const& c) {
+    Shape<1> const weight{O.qk_norm == QkNorm::none ? 0 : c.head_dim};
+    return {.q_norm = weight, .k_norm = weight};
+  }
+  static Params<Starts> starts(Config const& c) { return {.q_norm = norm(c).start(), .k_norm = norm(c).start()}; }
+
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+    if constexpr (changes) {
+      auto const turn = rotation<T>(backend, c, s);
+      norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
+      norm(c).forward(backend, turn, raw.k, p.k_norm, x.k);
+    }
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    if constexpr (changes) {
+      auto const turn = rotation<T>(backend, c, s);
+      norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
+      norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
+    }
+  }
+
+ private:
+  static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
+  template <class T, class B> static Rotation<T, B> rotation(B& backend, Config const& c, SequencesOn<B> const& s) {
+    return {backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/attention/full/full.hpp
+// Full causal attention (Vaswani et al., arXiv 1706.03762), computed tile by tile (arXiv 2205.14135).
+//   (1) s_ij = scale q_i . k_j                 j <= i in the same sequence, and i - j < window when a window is set
+//   (2) lse_i = log sum_j exp(s_ij)            P_ij = exp(s_ij - lse_i)
+//   (3) o_i = sum_j P_ij v_j                   a row that sees no key: o_i = 0, lse_i = -inf
+//   (4) dS_ij = scale P_ij (d_o_i . v_j - delta_i)      delta_i = d_o_i . o_i
+//   (5) d_q_i = sum_j dS_ij k_j    d_k_j = sum_i dS_ij q_i    d_v_j = sum_i P_ij d_o_i
+// Query head h reads key/value head h / (H / HK); d_k and d_v sum over the group. Backward computes P again.
+#ifndef HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+#define HYBRIDATTN_ATTENTION_FULL_FULL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <FullOptions O = FullOptions{}> struct FullAttention : PolicyDefaults {
+  static_assert(O.window >= 0, "FullOptions: window is a number of keys, or 0 for all");
+  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100, "FullOptions: rotary_percent is a share of the head, 0 .. 100");
+
+  static constexpr std::string_view name = "Full";
+  static constexpr FullOptions options = O;
+  using Config = full::Config;
+  template <class S> using Inputs = full::Inputs<S>;
+  template <class S> using Outputs = full::Outputs<S>;
+  template <class S> using Saved = full::Saved<S>;
+  template <class S> using Cache = full::Cache<S>;
+  using Prepare = full::Prepare<O>;
+  using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
+
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
+    c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    check_groups("FullAttention", c.num_heads, c.num_kv_heads);
+    return c;
+  }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
+    return {.q = {s.tokens(), c.num_heads, c.head_dim}, .k = keys, .v = keys};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {.o = {s.tokens(), c.num_heads, c.head_dim}}; }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.lse = {s.tokens(), c.num_heads}}; }
+  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) {
+    Shape<4> const rows{batch, O.window == 0 ? capacity : std::min<Index>(O.window, capacity), c.num_kv_heads, c.head_dim};
+    return {.keys = rows, .values = rows};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("FullAttention", "num_heads", c.num_heads);
+    check_size("FullAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("FullAttention", "head_dim", c.head_dim);
+    check_number("FullAttention", "scale", c.scale);
+    check_positive("FullAttention", "rope_theta", c.rope_theta);
+    check_positive("FullAttention", "norm_eps", c.norm_eps);
+  }
+};
+using Full = FullAttention<>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/kernels.hpp
+// Full attention as kernels, in exact arithmetic. Numbers in brackets are equations of full.hpp.
+//
+// A block of threads has a tile of rows: queries in forward and for d_q, keys for d_k and d_v. It goes through the tiles of the other
+// side (arXiv 2307.08691). A row of the tile has a few neighbouring lanes of one warp. Lane c of them has the columns c, c + lanes, ... of
+// the tile of scores, and the entries c, c + lanes, ... of the head.
+// A mask is the bounds of a loop, not a weight of zero: 0 times a NaN behind the mask would be NaN.
+#ifndef HYBRIDATTN_ATTENTION_FULL_KERNELS_HPP
+#define HYBRIDATTN_ATTENTION_FULL_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+// Tiles for heads with room for D entries. Four of them and two of scores fit into 99 KB of shared memory.
+template <class T, int D> struct Tiling {
+  static constexpr int bytes = static_cast<int>(sizeof(T)) * D;   // of a row
+  static constexpr int rows = bytes < 1024 ? 32 : bytes < 2048 ? 16 : 8;
+  static constexpr int lanes = rows == 32 ? 4 : 8;
+  static constexpr int threads = rows * lanes;
+  static constexpr int columns = rows / lanes, entries = D / lanes;   // of a lane
+};
+
+// Rows of a head in shared memory. Entries that the head does not have are zeros.
+template <class T, int D> struct Tile {
+  using Of = Tiling<T, D>;
+  T row[Of::rows][D + 1];   // one more, so that the rows begin in different banks
+
+  // Rows first, first + 1, ... of head h of a sequence. Rows behind its end are zeros.
+  HYBRIDATTN_DEVICE void load(View<T const, 3> from, Sequence s, Index h, Index first) {
+    Index const dim = from.extent(2);
+    for (int i = simt::thread_id(); i < Of::rows * D; i += Of::threads) {
+      int const r = i / D, d = i % D;
+      row[r][d] = first + r < s.length && d < dim ? from(s.start + first + r, h, d) : T(0);
+    }
+  }
+};
+template <class T, int columns> HYBRIDATTN_DEVICE T dot_rows(T const (&a)[columns], T const (&b)[columns]) {
+  T sum = 0;
+  HYBRIDATTN_UNROLL_8_IN_KERNEL
+  for (int d = 0; d < columns - 1; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+template <class T> struct KernelParams {
+  Inputs<In<T>> x;
+  View<T, 3> o;
+  View<wide_t<T>, 2> lse;
+  // Only in backward.
+  View<T const, 3> y, d_o;
+  View<wide_t<T> const, 2> y_lse;
+  View<wide_t<T>, 2> delta;
+  Inputs<Out<T>> d_x;
+
+  View<Sequence const, 1> sequences;
+  Index tiles;    // of the longest sequence
+  Index window;   // 0: none
+  Index group;    // query heads of a key/value head
+  T scale;
+  bool skips_continued;   // sequences with past tokens
+};
+
+// The rows of a block: a tile of one head of one sequence.
+template <class T> struct Place {
+  Sequence sequence;
+  Index first, head, reach;
+
+  // The last tiles of a sequence start first, because their queries have the most keys.
+  HYBRIDATTN_DEVICE Place(KernelParams<T> const& p, int rows)
+      : sequence(p.sequences(simt::block_x() / p.tiles)), first((p.tiles - 1 - simt::block_x() % p.tiles) * rows), head(simt::block_y()),
+        reach(p.window == 0 ? sequence.length : p.window) {}
+  HYBRIDATTN_DEVICE bool is_empty(KernelParams<T> const& p) const {
+    return first >= sequence.length || (p.skips_continued && sequence.past > 0);
+  }
+  // The first row of the first tile of keys that a query of this tile sees.
+  HYBRIDATTN_DEVICE Index first_key(int rows) const { return simt::larger<Index>(first - reach + 1, 0) / rows * rows; }
+};
+// Rows begin .. end - 1 of a tile.
+struct Range {
+  int begin, end;
+  HYBRIDATTN_DEVICE bool holds(int row) const { return begin <= row && row < end; }
+};
+// Those of the rows from .. to - 1 of a sequence that are in the tile from row `first` on.
+HYBRIDATTN_DEVICE Range within(Index from, Index to, Index first, int rows) {
+  return {static_cast<int>(simt::larger<Index>(from - first, 0)), static_cast<int>(simt::smaller<Index>(to - first, rows))};
+}
+template <class T> struct ExpOfDifference {
+  HYBRIDATTN_DEVICE T operator()(T x, T y) const { return std::exp(x - y); }
+};
+
+// o and lse of a tile of queries.
+template <class T, int D> struct Forward {
+  using Of = Tiling<T, D>;
+  static constexpr int threads = Of::threads, rows = Of::rows, lanes = Of::lanes;
+  using Params = KernelParams<T>;
+  struct Shared {
+    Tile<T, D> q, kv;
+    T weights[rows][rows + 1];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place<T> const at{p, rows};
+    if (at.is_empty(p)) return;
+    int const r = simt::thread_id() / lanes, c = simt::thread_id() % lanes;
+    Index const i = at.first + r, hk = at.head / p.group;
+    T o[Of::entries] = {};
+    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    shared.q.load(p.x.q, at.sequence, at.head, at.first);
+    for (Index key = at.first_key(rows); key <= at.first; key += rows) {
+      shared.kv.load(p.x.k, at.sequence, hk, key);
+      simt::sync_block();
+      Range const seen = within(i - at.reach + 1, i + 1, key, rows);
+      T const shrink = weigh(shared, p.scale, seen, r, c, softmax);
+      simt::sync_block();   // all keys are read, all weights are written
+      shared.kv.load(p.x.v, at.sequence, hk, key);
+      simt::sync_block();
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int n = 0; n < Of::entries; ++n) o[n] *= shrink;
+      for (int j = seen.begin; j < seen.end; ++j) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int n = 0; n < Of::entries; ++n) o[n] += shared.weights[r][j] * shared.kv.row[j][c + n * lanes];   // (3)
+      }
+      simt::sync_block();
+    }
+    if (i >= at.sequence.length) return;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < Of::entries; ++n)
+      if (c + n * lanes < p.o.extent(2)) p.o(at.sequence.start + i, at.head, c + n * lanes) = o[n] / softmax.total;
+    if (c == 0) p.lse(at.sequence.start + i, at.head) = softmax.lse();                                          // (2)
+  }
+
+ private:
+  // Writes the weights of row r for the keys of the tile. Returns the factor for what was summed before.
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, attention::OnlineSoftmax<T>& softmax) {
+    T scores[Of::columns], largest = softmax.reference;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < Of::columns; ++n) {
+      int const j = c + n * lanes;
+      scores[n] = -simt::infinity<T>();
+      if (seen.holds(j)) scores[n] = simt::rounded_product(scale, dot_rows(shared.q.row[r], shared.kv.row[j]));  // (1)
+      largest = simt::larger(largest, scores[n]);
+    }
+    largest = simt::largest_of_lanes<lanes>(largest);
+    bool const sees_none = seen.begin >= rows;   // of the keys up to here
+    T const shrink = sees_none ? T(1) : softmax.rebase(largest, ExpOfDifference<T>{});
+    T added = 0;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < Of::columns; ++n) {
+      T const weight = sees_none ? T(0) : std::exp(scores[n] - largest);
+      added += weight;
+      shared.weights[r][c + n * lanes] = weight;
+    }
+    softmax.total += simt::sum_lanes<lanes>(added);
+    return shrink;
+  }
+};
+
+// delta and d_q of a tile of queries.
+template <class T, int D> struct QueryGradients {
+  using Of = Tiling<T, D>;
+  static constexpr int threads = Of::threads, rows = Of::rows, lanes = Of::lanes;
+  using Params = KernelParams<T>;
+  struct Shared {
+    Tile<T, D> q, d_o, k, v;
+    T d_s[rows][rows + 1];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place<T> const at{p, rows};
+    if (at.is_empty(p)) return;
+    int const r = simt::thread_id() / lanes, c = simt::thread_id() % lanes;
+    Index const i = at.first + r, hk = at.head / p.group, n_i = at.sequence.start + i;
+    bool const is_query = i < at.sequence.length;
+    shared.q.load(p.x.q, at.sequence, at.head, at.first);
+    shared.d_o.load(p.d_o, at.sequence, at.head, at.first);
+    shared.v.load(p.y, at.sequence, at.head, at.first);
+    simt::sync_block();
+    // The order of dot_rows: where one key has all the weight, o is its v, and the two terms of (4) cancel.
+    T const delta = dot_rows(shared.d_o.row[r], shared.v.row[r]), lse = is_query ? p.y_lse(n_i, at.head) : T(0);
+    if (is_query && c == 0) p.delta(n_i, at.head) = delta;
+    simt::sync_block();
+    T d_q[Of::entries] = {};
+    for (Index key = at.first_key(rows); key <= at.first; key += rows) {
+      shared.k.load(p.x.k, at.sequence, hk, key);
+      shared.v.load(p.x.v, at.sequence, hk, key);
+      simt::sync_block();
+      Range const seen = within(i - at.reach + 1, is_query ? i + 1 : 0, key, rows);
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int n = 0; n < Of::columns; ++n) {
+        int const j = c + n * lanes;
+        if (!seen.holds(j)) continue;
+        T const weight = std::exp(simt::rounded_product(p.scale, dot_rows(shared.q.row[r], shared.k.row[j])) - lse);   // (2)
+        shared.d_s[r][j] = p.scale * weight * (dot_rows(shared.d_o.row[r], shared.v.row[j]) - delta);                  // (4)
+      }
+      simt::sync_warp();
+      for (int j = seen.begin; j < seen.end; ++j) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int n = 0; n < Of::entries; ++n) d_q[n] += shared.d_s[r][j] * shared.k.row[j][c + n * lanes];             // (5)
+      }
+      simt::sync_block();
+    }
+    if (!is_query) return;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < Of::entries; ++n)
+      if (c + n * lanes < p.d_x.q.extent(2)) p.d_x.q(n_i, at.head, c + n * lanes) = d_q[n];
+  }
+};
+
+// d_k and d_v of a tile of keys: the sums go through the query heads of the group and their queries in order, without atomics.
+template <class T, int D> struct KeyGradients {
+  using Of = Tiling<T, D>;
+  static constexpr int threads = Of::threads, rows = Of::rows, lanes = Of::lanes;
+  using Params = KernelParams<T>;
+  struct Shared {
+    Tile<T, D> k, v, q, d_o;
+    T weights[rows][rows + 1], d_s[rows][rows + 1];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place<T> const at{p, rows};
+    if (at.is_empty(p)) return;
+    int const r = simt::thread_id() / lanes, c = simt::thread_id() % lanes;
+    Index const j = at.first + r, last_query = simt::smaller(at.first + rows - 1 + at.reach, at.sequence.length);
+    T d_k[Of::entries] = {}, d_v[Of::entries] = {};
+    shared.k.load(p.x.k, at.sequence, at.head, at.first);
+    shared.v.load(p.x.v, at.sequence, at.head, at.first);
+    for (Index h = at.head * p.group; h < (at.head + 1) * p.group; ++h)
+      for (Index query = at.first; query < last_query; query += rows) {
+        shared.q.load(p.x.q, at.sequence, h, query);
+        shared.d_o.load(p.d_o, at.sequence, h, query);
+        simt::sync_block();
+        Range const seen = within(j, simt::smaller(j + at.reach, at.sequence.length), query, rows);
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int n = 0; n < Of::columns; ++n) {
+          int const i = c + n * lanes;
+          if (!seen.holds(i)) continue;
+          Index const n_i = at.sequence.start + query + i;
+          T const weight = std::exp(simt::rounded_product(p.scale, dot_rows(shared.q.row[i], shared.k.row[r])) - p.y_lse(n_i, h));
+          shared.weights[r][i] = weight;
+          shared.d_s[r][i] = p.scale * weight * (dot_rows(shared.d_o.row[i], shared.v.row[r]) - p.delta(n_i, h));
+        }
+        simt::sync_warp();
+        for (int i = seen.begin; i < seen.end; ++i) {
+          HYBRIDATTN_UNROLL_IN_KERNEL
+          for (int n = 0; n < Of::entries; ++n) {
+            d_k[n] += shared.d_s[r][i] * shared.q.row[i][c + n * lanes];                                               // (5)
+            d_v[n] += shared.weights[r][i] * shared.d_o.row[i][c + n * lanes];
+          }
+        }
+        simt::sync_block();
+      }
+    if (j >= at.sequence.length) return;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < Of::entries; ++n)
+      if (c + n * lanes < p.d_x.k.extent(2)) {
+        p.d_x.k(at.sequence.start + j, at.head, c + n * lanes) = d_k[n];
+        p.d_x.v(at.sequence.start + j, at.head, c + n * lanes) = d_v[n];
+      }
+  }
+};
+
+// ---- decoding
+
+template <class T> struct ExtendParams {
+  Inputs<In<T>> x;
+  Cache<Out<T>> cache;
+  View<T, 3> o;
+  SequenceTable sequences;
+  Index window, group;   // window 0: none
+  T scale;
+};
+
+// Keys and values by their positions in a sequence, cached or new.
+template <class T> struct KeysAt {
+  ExtendParams<T> const& p;
+  Sequence sequence;
+  Index number, head;   // of the sequence, of the key/value head
+
+  HYBRIDATTN_DEVICE T key(Index position, Index d) const { return entry(p.cache.keys, p.x.k, position, d); }
+  HYBRIDATTN_DEVICE T value(Index position, Index d) const { return entry(p.cache.values, p.x.v, position, d); }
+
+ private:
+  HYBRIDATTN_DEVICE T entry(View<T const, 4> cached, View<T const, 3> fresh, Index position, Index d) const {
+    return position < sequence.past ? cached(number, position % cached.extent(1), head, d)
+                                    : fresh(sequence.start + position - sequence.past, head, d);
+  }
+};
+
+// o of one new token of a sequence with past tokens, in one head. A lane of the first warp has a key of a tile, a thread entries of o.
+template <class T, int D> struct Decode {
+  static constexpr int threads = 128, keys = 32, entries = (D + threads - 1) / threads;
+  using Params = ExtendParams<T>;
+  struct Shared {
+    T q[D + 1], kv[keys][D + 1], scores[keys], weights[keys];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x(), h = simt::block_y(), number = p.sequences.owners(n), dim = p.o.extent(2);
+    KeysAt<T> const at{p, p.sequences.list(number), number, h / p.group};
+    if (at.sequence.past == 0) return;
+    Index const end = Index{p.sequences.positions(n)} + 1, first = p.window == 0 ? 0 : simt::larger<Index>(end - p.window, 0);
+    T o[entries] = {};
+    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    for (int d = simt::thread_id(); d < D; d += threads) shared.q[d] = d < dim ? p.x.q(n, h, d) : T(0);
+    for (Index key = first; key < end; key += keys) {
+      int const count = static_cast<int>(simt::smaller<Index>(end - key, keys));
+      for (int i = simt::thread_id(); i < count * D; i += threads)
+        shared.kv[i / D][i % D] = i % D < dim ? at.key(key + i / D, i % D) : T(0);
+      simt::sync_block();
+      T const shrink = weigh(shared, p.scale, count, softmax);
+      for (int i = simt::thread_id(); i < count * D; i += threads)
+        shared.kv[i / D][i % D] = i % D < dim ? at.value(key + i / D, i % D) : T(0);
+      simt::sync_block();
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int e = 0; e < entries; ++e) {
+        int const d = simt::thread_id() + e * threads;
+        o[e] *= shrink;
+        for (int j = 0; j < count && d < D; ++j) o[e] += shared.weights[j] * shared.kv[j][d];   // (3)
+      }
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int e = 0; e < entries; ++e)
+      if (simt::thread_id() + e * threads < dim) p.o(n, h, simt::thread_id() + e * threads) = o[e] / softmax.total;
+  }
+
+ private:
+  // Writes the weights of the tile's keys. Returns the factor for what was summed before.
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, attention::OnlineSoftmax<T>& softmax) {
+    int const j = simt::thread_id();
+    if (j < count) shared.scores[j] = simt::rounded_product(scale, dot_rows(shared.q, shared.kv[j]));   // (1)
+    simt::sync_block();
+    T largest = softmax.reference;
+    for (int i = 0; i < count; ++i) largest = simt::larger(largest, shared.scores[i]);
+    T const shrink = softmax.rebase(largest, ExpOfDifference<T>{});
+    if (j < count) shared.weights[j] = std::exp(shared.scores[j] - largest);
+    simt::sync_block();   // all keys are read, all weights are written
+    for (int i = 0; i < count; ++i) softmax.total += shared.weights[i];
+    return shrink;
+  }
+};
+
+// Copies keys and values of new tokens into the cache; with a window those of the last `window` tokens.
+template <class T> struct Remember {
+  Inputs<In<T>> x;
+  Cache<Out<T>> cache;
+  SequenceTable sequences;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const D = x.k.extent(2), HK = x.k.extent(1), ring = cache.keys.extent(1), n = i / (HK * D), h = i / D % HK, d = i % D;
+    Index const number = sequences.owners(n), row = sequences.positions(n) % ring;
+    Sequence const sequence = sequences.list(number);
+    if (n + ring < sequence.start + sequence.length) return;
+    cache.keys(number, row, h, d) = x.k(n, h, d);
+    cache.values(number, row, h, d) = x.v(n, h, d);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/attention/full/gpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_FULL_GPU_HPP
+#define HYBRIDATTN_ATTENTION_FULL_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace full {
+
+// f(room) with the smallest room for D entries that kernels are compiled for. Throws Error where none is large enough.
+template <class F> void with_room(Index D, F f) {
+  check(D <= 256, "FullAttention: head_dim ", D, "; a GPU's kernels have room for 256");
+  if (D <= 32) f(std::integral_constant<int, 32>{});
+  else if (D <= 64) f(std::integral_constant<int, 64>{});
+  else if (D <= 128) f(std::integral_constant<int, 128>{});
+  else f(std::integral_constant<int, 256>{});
+}
+
+template <class T, class M> KernelParams<T> kernel_params(FullOptions o, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  KernelParams<T> p{};
+  p.x = x;
+  p.sequences = s.table().list;
+  p.window = o.window;
+  p.group = c.num_heads / c.num_kv_heads;
+  p.scale = static_cast<T>(c.scale);
+  return p;
+}
+// A block for each tile of each sequence and head.
+template <class Kernel, class B> void launch_tiles(B& gpu, Sequences const& s, Index heads, typename Kernel::Params p) {
+  p.tiles = ceil_div(s.longest(), Kernel::rows);
+  launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = heads}, p);
+}
+
+template <class T, class B> void forward(B& gpu, Config const& c, Sequences const& s, KernelParams<T> const& p) {
+  with_room(c.head_dim, [&](auto D) { launch_tiles<Forward<T, D()>>(gpu, s, c.num_heads, p); });
+}
+template <class T, class B> void backward(B& gpu, Config const& c, Sequences const& s, KernelParams<T> p) {
+  Tensor<wide_t<T>, 2, B> delta{gpu, p.y_lse.shape};
+  p.delta = out(delta);
+  with_room(c.head_dim, [&](auto D) {
+    launch_tiles<QueryGradients<T, D()>>(gpu, s, c.num_heads, p);
+    launch_tiles<KeyGradients<T, D()>>(gpu, s, c.num_kv_heads, p);
+  });
+}
+
+}  // namespace full
+
+template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
+  template <class T, class M>
+  static void forward(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
+                      full::Saved<Out<T>> saved) {
+    auto p = full::kernel_params<T>(O, c, s, x);
+    p.o = y.o;
+    p.lse = saved.lse;
+    full::forward(gpu, c, s, p);
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
+                       full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
+    auto p = full::kernel_params<T>(O, c, s, x);
+    p.y = y.o;
+    p.d_o = d_y.o;
+    p.y_lse = saved.lse;
+    p.d_x = d_x;
+    full::backward(gpu, c, s, p);
+  }
+
+  // Sequences without past tokens are computed by the tiles of forward, other sequences token by token over the rows of the cache.
+  template <class T, class M>
+  static void extend(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
+                     full::Outputs<Out<T>> y) {
+    Index const ring = cache.keys.extent(1);
+    check_fits(s, cache.keys.extent(0), ring == O.window ? std::numeric_limits<Index>::max() : ring);
+    if (s.any_begin()) {
+      Tensor<wide_t<T>, 2, B> lse{gpu, {s.tokens(), c.num_heads}};
+      auto p = full::kernel_params<T>(O, c, s, x);
+      p.o = y.o;
+      p.lse = out(lse);
+      p.skips_continued = true;
+      full::forward(gpu, c, s, p);
+    }
+    full::ExtendParams<T> const p{x, cache, y.o, s.table(), O.window, c.num_heads / c.num_kv_heads, static_cast<T>(c.scale)};
+    if (s.any_continue())
+      full::with_room(c.head_dim, [&](auto D) { launch<full::Decode<T, D()>>(gpu, {.x = s.tokens(), .y = c.num_heads}, p); });
+    for_each(gpu, x.k.count(), full::Remember<T>{x, cache, s.table()});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/gemm.hpp
+// Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
+// depth in one fixed order.
+#ifndef HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+  Into into;
+};
+
+// A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
+template <class T, int size_> struct ProductTile {
+  static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
+  struct Shared {
+    T a[depth][size + 1], b[depth][size + 1];
+  };
+
+  // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
+  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
+    for (int i = simt::thread_id(); i < size * depth; i += threads) {
+      int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
+      to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
+    }
+  }
+  // The tile of p.c from element (row, column) on.
+  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Product<T> const& p, Index row, Index column) {
+    int const r = simt::thread_id() / (size / each) * each, c = simt::thread_id() % (size / each) * each;
+    Index const rows = p.c.extent(0) - row, columns = p.c.extent(1) - column;
+    bool const has_elements = r < rows && c < columns;
+    T sum[each][each] = {};
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (p.into == Into::add && r + i < rows && c + j < columns) sum[i][j] = p.c(row + r + i, column + c + j);
+    }
+    for (Index k = 0; k < p.a.columns; k += depth) {
+      load(shared.a, p.a, row, k);
+      load(shared.b, p.b.transposed(), column, k);
+      simt::sync_block();
+      if (has_elements) add_step(shared, r, c, sum);
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (r + i < rows && c + j < columns) p.c(row + r + i, column + c + j) = sum[i][j];
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void add_step(Shared const& shared, int r, int c, T (&sum)[each][each]) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < depth; ++k) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int i = 0; i < each; ++i) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int j = 0; j < each; ++j) sum[i][j] += shared.a[k][r + i] * shared.b[k][c + j];
+      }
+    }
+  }
+};
+
+template <class T, int size> struct Multiply {
+  using Tile = ProductTile<T, size>;
+  static constexpr int threads = Tile::threads;
+  using Params = Product<T>;
+  using Shared = typename Tile::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Tile::multiply(shared, p, simt::block_x() * size, simt::block_y() * size);
+  }
+};
+
+// f(size) with the size of the tiles for `products` matrices [rows, columns]: large tiles where they are many enough for a whole GPU.
+// The size changes no bit.
+template <class F> void with_tile(Index products, Index rows, Index columns, F f) {
+  constexpr Index enough = 128;
+  if (products * ceil_div(rows, 64) * ceil_div(columns, 64) >= enough) f(std::integral_constant<int, 64>{});
+  else f(std::integral_constant<int, 32>{});
+}
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place. The one place where a library of
+// matrix products may compute instead: a backend with multiply(product) decides there.
+template <class T, GpuBackend B> void gemm(B& gpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c, into};
+  if constexpr (requires { gpu.multiply(product); })
+    if (gpu.multiply(product)) return;
+  with_tile(1, c.extent(0), c.extent(1), [&](auto size) {
+    launch<Multiply<T, size()>>(gpu, {.x = ceil_div(c.extent(0), size()), .y = ceil_div(c.extent(1), size())}, product);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/linear/linear.hpp
+// Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
+//   d_x = d_y w      d_w = d_y^T x
+#ifndef HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+#define HYBRIDATTN_OPS_LINEAR_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, y)
+//   backward(backend, x, w, d_y, d_x, d_w, into): d_x is added or overwritten, since several projections may read x; overwrites
+//   d_w. An empty d_x or d_w is not computed.
+struct Linear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
@@ -2758,199 +5624,6 @@ inline constexpr Index sum_rows = 32;
 inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
-#endif
-
-// ==== hybridattn/ops/rms_norm/rms_norm.hpp
-// RMSNorm over the last axis (arXiv 1910.07467), one row at a time:
-//   y = x rstd w (plain) or x rstd (1 + w) (zero-centred),   rstd = (mean x^2 + eps)^-1/2
-//   with g = d_y w (or d_y (1 + w)) and xh = x rstd:   d_x = rstd (g - xh mean(g xh))      d_w = sum d_y xh
-// and its gated form, norm before gate, as in Gated DeltaNet:   y = x rstd w silu(z)
-#ifndef HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
-#define HYBRIDATTN_OPS_RMS_NORM_RMS_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-enum class NormWeight { plain, zero_centred };
-
-//   forward (backend, options, x, w, y)              x, y [N, C], w [C]
-//   backward(backend, options, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w; rstd is formed again
-struct RmsNorm {
-  struct Options {
-    NormWeight weight = NormWeight::zero_centred;
-    double eps = 1e-6;
-  };
-};
-
-//   forward (backend, eps, x, z, w, y)                     an empty z: no gate
-//   backward(backend, eps, x, z, w, d_y, d_x, d_z, d_w)    overwrites all three
-struct GatedRmsNorm {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/backend/cpu/vectors.hpp
-// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
-// arithmetic, so an element's value does not depend on the length of its row.
-#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// `count` elements from i on: all lanes, or the last ones of a row.
-template <class T> struct Slot {
-  Index i, count;
-
-  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
-  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
-    if (count == lanes<T>) store(row + i, x);
-    else store_first(row + i, x, count);
-  }
-};
-
-template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
-  Index i = first;
-  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
-  if (i < last) f(Slot<T>{i, last - i});
-}
-// sum over the row of f(slot), where f is zero for the padding.
-template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
-  Vec<T> total{};
-  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
-  return sum<T>(total);
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
-
-// One square root a row.
-template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
-
-// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
-// and combine them in order, for any number of threads.
-inline constexpr Index element_grain = 16384, sum_rows = 32;
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/backend/cpu/sum_rows.hpp
-// Sums over tokens in a fixed order: blocks of rows, combined in block order, for any number of threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
-#define HYBRIDATTN_BACKEND_CPU_SUM_ROWS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// f(row, sum) adds the row's terms to sum [C]. total [C] is overwritten with the sum over all rows.
-template <class T, class F> void sum_over_rows(Cpu& cpu, Index rows, View<T, 1> total, F f) {
-  Index const C = total.extent(0), blocks = ceil_div(rows, sum_rows);
-  Scratch<T> const partial{cpu, blocks * C};
-  View<T, 2> const sums{partial.data(), {blocks, C}};
-  parallel_for(cpu, blocks, [&](Index block, int) {
-    std::fill_n(sums.row(block), C, T(0));
-    for (Index row = block * sum_rows; row < std::min(rows, (block + 1) * sum_rows); ++row) f(row, sums.row(block));
-  });
-  std::fill_n(total.data, C, T(0));
-  for (Index block = 0; block < blocks; ++block)
-    for (Index c = 0; c < C; ++c) total(c) += sums(block, c);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/ops/rms_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_RMS_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace cpu::detail {
-
-template <class T> T row_rstd(T const* x, Index C, double eps) {
-  T const squares = sum_vectors<T>(C, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-    Vec<T> const v = s.get(x);
-    return v * v;
-  });
-  return inverse_root(squares / static_cast<T>(C) + static_cast<T>(eps));
-}
-
-}  // namespace cpu::detail
-
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
-    Index const C = x.extent(1);
-    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, o.eps);
-        cpu::for_each_vector<T>(
-            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rstd * (shift + s.get(w.data))); });
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w, Into into) {
-    Index const C = x.extent(1);
-    T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, o.eps);
-      T const along = cpu::sum_vectors<T>(
-                          C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * (shift + s.get(w.data)) * s.get(xn); }) *
-                      rstd / static_cast<T>(C);
-      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const xh = s.get(xn) * rstd, dy = s.get(d_yn);
-        s.put(sum, s.get(sum) + dy * xh);
-        cpu::Vec<T> const before = into == Into::add ? s.get(d_x.row(n)) : cpu::Vec<T>{};
-        s.put(d_x.row(n), before + rstd * (dy * (shift + s.get(w.data)) - xh * along));
-      });
-    });
-  }
-};
-
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
-    Index const C = x.extent(1);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *row = x.row(n), rstd = cpu::detail::row_rstd(row, C, eps);
-        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-          cpu::Vec<T> normed = s.get(row) * rstd * s.get(w.data);
-          if (!z.empty()) {
-            cpu::Vec<T> const gate = s.get(z.row(n));
-            normed *= gate * cpu::sigmoid<T>(gate);
-          }
-          s.put(y.row(n), normed);
-        });
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
-                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
-    Index const C = x.extent(1);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
-      T* const d_xn = d_x.row(n);
-      // First d_xn holds d of the normed row: d_y w silu(z).
-      cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const xh = s.get(xn) * rstd, wide = s.get(w.data);
-        cpu::Vec<T> dy = s.get(d_yn);
-        if (!z.empty()) {
-          cpu::Vec<T> const gate = s.get(z.row(n)), open = cpu::sigmoid<T>(gate);
-          s.put(d_z.row(n), dy * xh * wide * (open * (T(1) + gate * (T(1) - open))));
-          dy *= gate * open;
-        }
-        s.put(sum, s.get(sum) + dy * xh);
-        s.put(d_xn, dy * wide);
-      });
-      T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_xn) * s.get(xn); }) * rstd /
-                      static_cast<T>(C);
-      cpu::for_each_vector<T>(
-          0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_xn, rstd * (s.get(d_xn) - s.get(xn) * rstd * along)); });
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/ops/rms_norm/kernels.hpp

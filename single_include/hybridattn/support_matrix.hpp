@@ -42,17 +42,19 @@
 #endif
 
 // HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
-// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
 #define HYBRIDATTN_DEVICE __device__ __forceinline__
 #define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
+#define HYBRIDATTN_UNROLL_8_IN_KERNEL _Pragma("unroll 8")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
 #define HYBRIDATTN_DEVICE inline
 #define HYBRIDATTN_UNROLL_IN_KERNEL
+#define HYBRIDATTN_UNROLL_8_IN_KERNEL
 #endif
 
 // Ends the program or the kernel, where an index is out of bounds.
