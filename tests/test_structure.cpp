@@ -146,6 +146,8 @@ TEST_CASE("libraries stay in their rooms") {
         none);
   CHECK(offenders("#include <catch2/", [](std::string const&) { return false; }) == none);
   CHECK(offenders("__global__|<<<|cuda_runtime", [](std::string const& file) { return file.starts_with("backend/cuda/"); }) == none);
+  CHECK(offenders("cublas_v2", [](std::string const& file) { return file.starts_with("backend/cuda/"); }) == none);
+  CHECK(offenders("#include <boost/context", [](std::string const& file) { return file.starts_with("backend/emulator/"); }) == none);
   CHECK(offenders("__CUDACC__|__CUDA_ARCH__", [](std::string const& file) { return file == "core/config.hpp"; }) == none);
   CHECK(offenders("_OPENMP|<omp.h>", [](std::string const& file) { return file == "backend/cpu/cpu.hpp" || file == "core/config.hpp"; }) ==
         none);
@@ -186,7 +188,7 @@ TEST_CASE("what headers ask the compiler stands in the name of that namespace") 
     if (line.file == "core/config.hpp" || !std::regex_search(line.text, match, condition)) continue;
     std::string const rest = match[2].str().substr(0, match[2].str().find("//"));
     for (std::sregex_iterator name(rest.begin(), rest.end(), macro), end; name != end; ++name)
-      if (!name->str().ends_with("_HPP") && !of_every_part.contains(name->str())) asked.insert(name->str());
+      if (!name->str().ends_with("_HPP") && !name->str().ends_with("_CUH") && !of_every_part.contains(name->str())) asked.insert(name->str());
   }
   CHECK(asked.size() > 3);
   for (std::string const& name : asked) {
@@ -212,6 +214,11 @@ TEST_CASE("README points to the example that compares one's own patterns, which 
 TEST_CASE("an operation is forward, backward and extend, and nothing else") {
   CHECK(offenders(R"(\bOn<[\w:<>, ]+>::(?!forward\b|backward\b|extend\b)\w)", [](std::string const&) { return false; }) ==
         std::vector<std::string>{});
+}
+
+TEST_CASE("an operation has one text for all GPU backends") {
+  CHECK(offenders("struct On<.*\\b(Cuda|Emulator)>", [](std::string const&) { return false; }) == std::vector<std::string>{});
+  CHECK(!offenders("GpuBackend B> struct On<", [](std::string const&) { return false; }).empty());
 }
 
 TEST_CASE("a preset's build type says what it builds: Release is what CMake means by it, every other type has flags of its own") {

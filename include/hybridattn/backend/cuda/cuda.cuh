@@ -7,7 +7,12 @@
 
 #include <cuda_runtime.h>
 
+#if HYBRIDATTN_CUBLAS
+#include <hybridattn/backend/cuda/cublas.cuh>
+#endif
+
 #include <array>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -64,6 +69,9 @@ class Cuda {
     check_device(options);
     select();
     succeed(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+#if HYBRIDATTN_CUBLAS
+    if (options.products == Products::cublas) cublas_ = std::make_unique<cuda::Cublas>(stream_);
+#endif
   }
   Cuda(Cuda const&) = delete;
   Cuda& operator=(Cuda const&) = delete;
@@ -71,6 +79,9 @@ class Cuda {
     cudaSetDevice(options_.device);
     cudaStreamSynchronize(stream_);
     pool_.trim(release);
+#if HYBRIDATTN_CUBLAS
+    cublas_.reset();
+#endif
     cudaStreamDestroy(stream_);
   }
   // Whether a Cuda of these options can be made here.
@@ -135,6 +146,10 @@ class Cuda {
     succeed(cudaGetLastError(), "starting a kernel");
     if (options_.wait_after_each_kernel) synchronise();
   }
+#if HYBRIDATTN_CUBLAS
+  // Whether cuBLAS computes this product.
+  template <class T> bool multiply(gpu::Product<T> const& product) { return cublas_ != nullptr && cublas_->multiply(product); }
+#endif
 
  private:
   static void check_device(CudaOptions const& options) {
@@ -162,7 +177,7 @@ class Cuda {
     check(has_code == cudaSuccess, "Cuda: the program has no code for device ", options.device, ", ", properties.name,
           " of architecture sm_", properties.major, properties.minor, "; compile it with nvcc -arch=sm_", properties.major,
           properties.minor);
-    check(options.products == Products::own, "Cuda: Products::cublas needs the CMake target hybridattn::cuda_cublas");
+    check(HYBRIDATTN_CUBLAS || options.products == Products::own, "Cuda: Products::cublas needs the CMake target hybridattn::cuda_cublas");
   }
   void select() { succeed(cudaSetDevice(options_.device), "selecting a device"); }
   void* allocate(std::size_t bytes) {
@@ -189,6 +204,9 @@ class Cuda {
   Pool pool_;
   cudaStream_t stream_ = nullptr;
   cuda::Started started_;
+#if HYBRIDATTN_CUBLAS
+  std::unique_ptr<cuda::Cublas> cublas_;   // of Products::cublas
+#endif
 };
 static_assert(GpuBackend<Cuda>);
 

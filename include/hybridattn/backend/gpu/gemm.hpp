@@ -4,16 +4,9 @@
 #define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
 
 #include <hybridattn/backend/gpu/gpu.hpp>
-#include <hybridattn/backend/operand.hpp>
+#include <hybridattn/backend/gpu/product.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-  Into into;
-};
 
 // A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
 template <class T, int size_> struct ProductTile {
