@@ -59,6 +59,11 @@
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL
 #endif
 
+// Whether the program links cuBLAS: the CMake target hybridattn::cuda_cublas says so.
+#if !defined(HYBRIDATTN_CUBLAS)
+#define HYBRIDATTN_CUBLAS 0
+#endif
+
 // Ends the program or the kernel, where an index is out of bounds.
 #if defined(__CUDA_ARCH__)
 #define HYBRIDATTN_ABORT() __trap()
@@ -141,7 +146,9 @@
 #else
 #define HYBRIDATTN_ABI_OPTIMIZED _O0
 #endif
-#if HYBRIDATTN_CUDA
+#if HYBRIDATTN_CUDA && HYBRIDATTN_CUBLAS
+#define HYBRIDATTN_ABI_COMPILER _nvcc_cublas
+#elif HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
 #elif defined(__clang__)
 #define HYBRIDATTN_ABI_COMPILER _clang
@@ -5306,6 +5313,51 @@ template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T,
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/product.hpp
+// A matrix product for a GPU, and how a library for column-major matrices computes it.
+#ifndef HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
+#define HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+  Into into;
+};
+
+// The arguments of a BLAS gemm: columns are contiguous, and steps are between columns.
+template <class T> struct ColumnMajorProduct {
+  struct Factor {
+    T const* data;
+    bool transposed;
+    Index step;
+  };
+  Factor first, second;   // op(first) [m, k], op(second) [k, n]
+  T* c;                   // [m, n]
+  Index m, n, k, c_step;
+  T old;                  // the factor of what c holds
+};
+// Read by columns, row-major matrices are their transposes. So c^T = b^T a^T is computed.
+template <class T> ColumnMajorProduct<T> column_major(Product<T> const& p) {
+  auto const factor = [](Operand<T> const& x) -> typename ColumnMajorProduct<T>::Factor {
+    bool const by_rows = x.column == 1;
+    return {x.data, !by_rows, std::max<Index>(1, by_rows ? x.row : x.column)};
+  };
+  return {factor(p.b),
+          factor(p.a),
+          p.c.data,
+          p.c.extent(1),
+          p.c.extent(0),
+          p.a.columns,
+          std::max<Index>(1, p.c.stride[0]),
+          p.into == Into::add ? T(1) : T(0)};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
 // ==== hybridattn/backend/gpu/gemm.hpp
 // Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
 // depth in one fixed order.
@@ -5313,13 +5365,6 @@ template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T,
 #define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-  Into into;
-};
 
 // A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
 template <class T, int size_> struct ProductTile {

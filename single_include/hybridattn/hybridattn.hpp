@@ -62,6 +62,11 @@
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL
 #endif
 
+// Whether the program links cuBLAS: the CMake target hybridattn::cuda_cublas says so.
+#if !defined(HYBRIDATTN_CUBLAS)
+#define HYBRIDATTN_CUBLAS 0
+#endif
+
 // Ends the program or the kernel, where an index is out of bounds.
 #if defined(__CUDA_ARCH__)
 #define HYBRIDATTN_ABORT() __trap()
@@ -144,7 +149,9 @@
 #else
 #define HYBRIDATTN_ABI_OPTIMIZED _O0
 #endif
-#if HYBRIDATTN_CUDA
+#if HYBRIDATTN_CUDA && HYBRIDATTN_CUBLAS
+#define HYBRIDATTN_ABI_COMPILER _nvcc_cublas
+#elif HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
 #elif defined(__clang__)
 #define HYBRIDATTN_ABI_COMPILER _clang
@@ -11253,6 +11260,51 @@ template <GpuBackend B, class F> void for_each(B& gpu, Index count, F f) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/product.hpp
+// A matrix product for a GPU, and how a library for column-major matrices computes it.
+#ifndef HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
+#define HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+  Into into;
+};
+
+// The arguments of a BLAS gemm: columns are contiguous, and steps are between columns.
+template <class T> struct ColumnMajorProduct {
+  struct Factor {
+    T const* data;
+    bool transposed;
+    Index step;
+  };
+  Factor first, second;   // op(first) [m, k], op(second) [k, n]
+  T* c;                   // [m, n]
+  Index m, n, k, c_step;
+  T old;                  // the factor of what c holds
+};
+// Read by columns, row-major matrices are their transposes. So c^T = b^T a^T is computed.
+template <class T> ColumnMajorProduct<T> column_major(Product<T> const& p) {
+  auto const factor = [](Operand<T> const& x) -> typename ColumnMajorProduct<T>::Factor {
+    bool const by_rows = x.column == 1;
+    return {x.data, !by_rows, std::max<Index>(1, by_rows ? x.row : x.column)};
+  };
+  return {factor(p.b),
+          factor(p.a),
+          p.c.data,
+          p.c.extent(1),
+          p.c.extent(0),
+          p.a.columns,
+          std::max<Index>(1, p.c.stride[0]),
+          p.into == Into::add ? T(1) : T(0)};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
 // ==== hybridattn/backend/gpu/gemm.hpp
 // Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
 // depth in one fixed order.
@@ -11260,13 +11312,6 @@ template <GpuBackend B, class F> void for_each(B& gpu, Index count, F f) {
 #define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// One product: c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-  Into into;
-};
 
 // A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
 template <class T, int size_> struct ProductTile {
@@ -11389,7 +11434,60 @@ template <class P> std::string type_name() {
 
 #include <cuda_runtime.h>
 
+#if HYBRIDATTN_CUBLAS
+
+// ==== hybridattn/backend/cuda/cublas.cuh
+// Matrix products by cuBLAS. The CMake target hybridattn::cuda_cublas defines HYBRIDATTN_CUBLAS and links the library.
+#ifndef HYBRIDATTN_BACKEND_CUDA_CUBLAS_CUH
+#define HYBRIDATTN_BACKEND_CUDA_CUBLAS_CUH
+
+#include <cublas_v2.h>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cuda {
+
+class Cublas {
+ public:
+  explicit Cublas(cudaStream_t stream) {
+    succeed(cublasCreate(&handle_), "starting");
+    succeed(cublasSetStream(handle_, stream), "starting");
+    succeed(cublasSetMathMode(handle_, CUBLAS_PEDANTIC_MATH), "starting");   // exact float
+  }
+  Cublas(Cublas const&) = delete;
+  Cublas& operator=(Cublas const&) = delete;
+  ~Cublas() { cublasDestroy(handle_); }
+
+  // Whether cuBLAS computes it: its sizes are 32-bit numbers, and a product without depth is none.
+  template <class T> bool multiply(gpu::Product<T> const& product) {
+    auto const p = gpu::column_major(product);
+    for (Index size : {p.m, p.n, p.k, p.first.step, p.second.step, p.c_step})
+      if (size <= 0 || size > largest_int32) return false;
+    auto const narrow = [](Index size) { return static_cast<int>(size); };
+    auto const operation = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
+    T const one = 1;
+    auto const compute = [&](auto gemm) {
+      return gemm(handle_, operation(p.first.transposed), operation(p.second.transposed), narrow(p.m), narrow(p.n), narrow(p.k), &one,
+                  p.first.data, narrow(p.first.step), p.second.data, narrow(p.second.step), &p.old, p.c, narrow(p.c_step));
+    };
+    if constexpr (std::is_same_v<T, float>) succeed(compute(cublasSgemm), "a product");
+    else succeed(compute(cublasDgemm), "a product");
+    return true;
+  }
+
+ private:
+  static void succeed(cublasStatus_t status, char const* what) {
+    check(status == CUBLAS_STATUS_SUCCESS, "cuBLAS: ", what, ": ", cublasGetStatusString(status));
+  }
+  cublasHandle_t handle_ = nullptr;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cuda
+#endif
+
+// ==== hybridattn/backend/cuda/cuda.cuh
+#endif
+
 #include <array>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -11407,13 +11505,17 @@ struct CudaOptions {
 
 namespace cuda {
 
-// The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash.
-template <class K> __global__ void __launch_bounds__(K::threads) run(__grid_constant__ typename K::Params const params) {
+template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename K::Shared> ? 0 : sizeof(typename K::Shared);
+
+// The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash. Its name tells the
+// compiler's reports how many threads and how much shared memory a block has.
+template <class K, int threads, std::size_t shared_bytes> __global__ void __launch_bounds__(threads)
+    run(__grid_constant__ typename K::Params const params) {
   extern __shared__ __align__(128) unsigned char shared[];
   K::run(*reinterpret_cast<typename K::Shared*>(shared), params);
 }
 
-template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename K::Shared> ? 0 : sizeof(typename K::Shared);
+template <class K> inline constexpr auto* entry_of = run<K, K::threads, shared_bytes<K>>;
 
 // A kernel that every program with a Cuda has.
 struct Probe {
@@ -11446,6 +11548,9 @@ class Cuda {
     check_device(options);
     select();
     succeed(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+#if HYBRIDATTN_CUBLAS
+    if (options.products == Products::cublas) cublas_ = std::make_unique<cuda::Cublas>(stream_);
+#endif
   }
   Cuda(Cuda const&) = delete;
   Cuda& operator=(Cuda const&) = delete;
@@ -11453,6 +11558,9 @@ class Cuda {
     cudaSetDevice(options_.device);
     cudaStreamSynchronize(stream_);
     pool_.trim(release);
+#if HYBRIDATTN_CUBLAS
+    cublas_.reset();
+#endif
     cudaStreamDestroy(stream_);
   }
   // Whether a Cuda of these options can be made here.
@@ -11507,16 +11615,21 @@ class Cuda {
   template <class K> void start(Grid grid, typename K::Params const& params) {
     constexpr std::size_t shared = cuda::shared_bytes<K>;
     if constexpr (shared > 48 * 1024) {
-      cudaError_t const allowed = cudaFuncSetAttribute(cuda::run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      cudaError_t const allowed =
+          cudaFuncSetAttribute(cuda::entry_of<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
       check(allowed == cudaSuccess, "CUDA: kernel ", type_name<K>(), " needs ", shared,
             " bytes of shared memory: ", cudaGetErrorString(allowed));
     }
     started_.add(type_name<K>);
     auto const narrow = [](Index n) { return static_cast<unsigned>(n); };
-    cuda::run<K><<<dim3(narrow(grid.x), narrow(grid.y), narrow(grid.z)), K::threads, shared, stream_>>>(params);
+    cuda::run<K, K::threads, shared><<<dim3(narrow(grid.x), narrow(grid.y), narrow(grid.z)), K::threads, shared, stream_>>>(params);
     succeed(cudaGetLastError(), "starting a kernel");
     if (options_.wait_after_each_kernel) synchronise();
   }
+#if HYBRIDATTN_CUBLAS
+  // Whether cuBLAS computes this product.
+  template <class T> bool multiply(gpu::Product<T> const& product) { return cublas_ != nullptr && cublas_->multiply(product); }
+#endif
 
  private:
   static void check_device(CudaOptions const& options) {
@@ -11538,13 +11651,13 @@ class Cuda {
     int current = 0;
     cudaGetDevice(&current);
     cudaSetDevice(options.device);
-    cudaError_t const has_code = cudaFuncGetAttributes(&attributes, cuda::run<gpu::ForEach<cuda::Probe>>);
+    cudaError_t const has_code = cudaFuncGetAttributes(&attributes, cuda::entry_of<gpu::ForEach<cuda::Probe>>);
     cudaSetDevice(current);
     cudaGetLastError();
     check(has_code == cudaSuccess, "Cuda: the program has no code for device ", options.device, ", ", properties.name,
           " of architecture sm_", properties.major, properties.minor, "; compile it with nvcc -arch=sm_", properties.major,
           properties.minor);
-    check(options.products == Products::own, "Cuda: Products::cublas needs the CMake target hybridattn::cuda_cublas");
+    check(HYBRIDATTN_CUBLAS || options.products == Products::own, "Cuda: Products::cublas needs the CMake target hybridattn::cuda_cublas");
   }
   void select() { succeed(cudaSetDevice(options_.device), "selecting a device"); }
   void* allocate(std::size_t bytes) {
@@ -11571,6 +11684,9 @@ class Cuda {
   Pool pool_;
   cudaStream_t stream_ = nullptr;
   cuda::Started started_;
+#if HYBRIDATTN_CUBLAS
+  std::unique_ptr<cuda::Cublas> cublas_;   // of Products::cublas
+#endif
 };
 static_assert(GpuBackend<Cuda>);
 

@@ -52,6 +52,11 @@
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL
 #endif
 
+// Whether the program links cuBLAS: the CMake target hybridattn::cuda_cublas says so.
+#if !defined(HYBRIDATTN_CUBLAS)
+#define HYBRIDATTN_CUBLAS 0
+#endif
+
 // Ends the program or the kernel, where an index is out of bounds.
 #if defined(__CUDA_ARCH__)
 #define HYBRIDATTN_ABORT() __trap()
@@ -134,7 +139,9 @@
 #else
 #define HYBRIDATTN_ABI_OPTIMIZED _O0
 #endif
-#if HYBRIDATTN_CUDA
+#if HYBRIDATTN_CUDA && HYBRIDATTN_CUBLAS
+#define HYBRIDATTN_ABI_COMPILER _nvcc_cublas
+#elif HYBRIDATTN_CUDA
 #define HYBRIDATTN_ABI_COMPILER _nvcc
 #elif defined(__clang__)
 #define HYBRIDATTN_ABI_COMPILER _clang

@@ -30,13 +30,17 @@ struct CudaOptions {
 
 namespace cuda {
 
-// The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash.
-template <class K> __global__ void __launch_bounds__(K::threads) run(__grid_constant__ typename K::Params const params) {
+template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename K::Shared> ? 0 : sizeof(typename K::Shared);
+
+// The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash. Its name tells the
+// compiler's reports how many threads and how much shared memory a block has.
+template <class K, int threads, std::size_t shared_bytes> __global__ void __launch_bounds__(threads)
+    run(__grid_constant__ typename K::Params const params) {
   extern __shared__ __align__(128) unsigned char shared[];
   K::run(*reinterpret_cast<typename K::Shared*>(shared), params);
 }
 
-template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename K::Shared> ? 0 : sizeof(typename K::Shared);
+template <class K> inline constexpr auto* entry_of = run<K, K::threads, shared_bytes<K>>;
 
 // A kernel that every program with a Cuda has.
 struct Probe {
@@ -136,13 +140,14 @@ class Cuda {
   template <class K> void start(Grid grid, typename K::Params const& params) {
     constexpr std::size_t shared = cuda::shared_bytes<K>;
     if constexpr (shared > 48 * 1024) {
-      cudaError_t const allowed = cudaFuncSetAttribute(cuda::run<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+      cudaError_t const allowed =
+          cudaFuncSetAttribute(cuda::entry_of<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
       check(allowed == cudaSuccess, "CUDA: kernel ", type_name<K>(), " needs ", shared,
             " bytes of shared memory: ", cudaGetErrorString(allowed));
     }
     started_.add(type_name<K>);
     auto const narrow = [](Index n) { return static_cast<unsigned>(n); };
-    cuda::run<K><<<dim3(narrow(grid.x), narrow(grid.y), narrow(grid.z)), K::threads, shared, stream_>>>(params);
+    cuda::run<K, K::threads, shared><<<dim3(narrow(grid.x), narrow(grid.y), narrow(grid.z)), K::threads, shared, stream_>>>(params);
     succeed(cudaGetLastError(), "starting a kernel");
     if (options_.wait_after_each_kernel) synchronise();
   }
@@ -171,7 +176,7 @@ class Cuda {
     int current = 0;
     cudaGetDevice(&current);
     cudaSetDevice(options.device);
-    cudaError_t const has_code = cudaFuncGetAttributes(&attributes, cuda::run<gpu::ForEach<cuda::Probe>>);
+    cudaError_t const has_code = cudaFuncGetAttributes(&attributes, cuda::entry_of<gpu::ForEach<cuda::Probe>>);
     cudaSetDevice(current);
     cudaGetLastError();
     check(has_code == cudaSuccess, "Cuda: the program has no code for device ", options.device, ", ", properties.name,
