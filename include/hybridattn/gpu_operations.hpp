@@ -3,6 +3,7 @@
 #define HYBRIDATTN_GPU_OPERATIONS_HPP
 
 #include <hybridattn/attention/full/gpu.hpp>
+#include <hybridattn/ops/arithmetic/gpu.hpp>
 #include <hybridattn/ops/linear/gpu.hpp>
 #include <hybridattn/ops/rms_norm/gpu.hpp>
 
