@@ -7,5 +7,6 @@
 #include <hybridattn/ops/gate/gpu.hpp>
 #include <hybridattn/ops/linear/gpu.hpp>
 #include <hybridattn/ops/rms_norm/gpu.hpp>
+#include <hybridattn/ops/rope/gpu.hpp>
 
 #endif

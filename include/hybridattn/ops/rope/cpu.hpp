@@ -48,8 +48,7 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
-    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
-          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {

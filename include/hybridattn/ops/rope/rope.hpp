@@ -23,6 +23,12 @@ struct Rope {
 //                                                  0 .. P - 1 without positions; throws on a theta that is not positive
 struct RopeAngles {};
 
+// Throws Error where rotary_dim is odd or does not fit the head.
+inline void check_rotary_dim(Rope::Options const& o, Index head_dim) {
+  check(0 <= o.rotary_dim && o.rotary_dim <= head_dim && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+        " is not allowed; it must be even, and in 0 .. ", head_dim, ", the size of a head");
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 #include <hybridattn/ops/rope/cpu.hpp>
