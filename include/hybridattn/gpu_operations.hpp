@@ -6,6 +6,7 @@
 #include <hybridattn/ops/arithmetic/gpu.hpp>
 #include <hybridattn/ops/gate/gpu.hpp>
 #include <hybridattn/ops/l2_norm/gpu.hpp>
+#include <hybridattn/ops/layer_norm/gpu.hpp>
 #include <hybridattn/ops/linear/gpu.hpp>
 #include <hybridattn/ops/rms_norm/gpu.hpp>
 #include <hybridattn/ops/rope/gpu.hpp>
