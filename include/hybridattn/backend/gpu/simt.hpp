@@ -55,6 +55,10 @@ HYBRIDATTN_HD double number_of(std::uint64_t bits) {
   return x;
 }
 
+// The number of bits that are set, and the place of the first of them, in bits != 0.
+HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
+HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
+
 // n numbers that are read or written at once, from a multiple of their size.
 template <class T, int n> struct alignas(sizeof(T) * n) Vector {
   T x[n];
