@@ -13,5 +13,6 @@
 #include <hybridattn/ops/linear/gpu.hpp>
 #include <hybridattn/ops/rms_norm/gpu.hpp>
 #include <hybridattn/ops/rope/gpu.hpp>
+#include <hybridattn/ops/top_k/gpu.hpp>
 
 #endif
