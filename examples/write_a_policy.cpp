@@ -7,6 +7,9 @@
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/testing.hpp>
+#if WITH_EMULATOR   // of a GPU, where Boost.Context is installed
+#include <hybridattn/emulator.hpp>
+#endif
 
 #include <cstdio>
 #include <string>
@@ -29,6 +32,7 @@ struct MinGru : ha::PolicyDefaults {
     HYBRIDATTN_FIELDS(o)
   };
   template <class S> using Saved = ha::Nothing<S>;   // backward gets inputs and outputs anyway
+  struct Loops;
 
   static Config complete(Config c, Index model_dim, Index) { return {c.width == 0 ? model_dim : c.width}; }
   static ha::Shape<3> channels(Config const& c, ha::Sequences const& s) { return {s.tokens(), 1, c.width}; }
@@ -37,49 +41,73 @@ struct MinGru : ha::PolicyDefaults {
   static Saved<ha::Shapes> saved(Config const&, ha::Sequences const&) { return {}; }
 };
 
-// How the CPU computes it. Loops will do. A fast version is then judged against them: they become MinGru::Reference.
-template <> struct ha::On<MinGru, ha::Cpu> {
-  // f(sequence, channel), each whole on one thread.
-  template <class F> static void for_each_channel(Cpu& cpu, MinGru::Config const& c, Sequences const& s, F f) {
-    parallel_for(cpu, s.count() * c.width, [&](Index task, int) { f(s[static_cast<std::size_t>(task / c.width)], task % c.width); });
+// The equations, for one channel of one sequence and for all of them. HYBRIDATTN_HD lets a GPU run them too.
+struct MinGru::Loops {
+  template <class T> static HYBRIDATTN_HD void channel(ha::Sequence s, Index d, Inputs<ha::In<T>> x, Outputs<ha::Out<T>> y) {
+    T h = 0;
+    for (Index t = s.start; t < s.start + s.length; ++t) y.o(t, 0, d) = h += ha::sigmoid(x.f(t, 0, d)) * (x.v(t, 0, d) - h);   // (1)
   }
+  template <class T>
+  static HYBRIDATTN_HD void channel(ha::Sequence s, Index d, Inputs<ha::In<T>> x, Outputs<ha::In<T>> y, Outputs<ha::In<T>> d_y,
+                                    Inputs<ha::Out<T>> d_x) {
+    T X = 0;
+    for (Index t = s.start + s.length; t-- > s.start;) {
+      T const z = ha::sigmoid(x.f(t, 0, d)), before = t == s.start ? T(0) : y.o(t - 1, 0, d);
+      X += d_y.o(t, 0, d);                                                                                                     // (2)
+      d_x.v(t, 0, d) = z * X;
+      d_x.f(t, 0, d) = z * (1 - z) * (x.v(t, 0, d) - before) * X;
+      X *= 1 - z;
+    }
+  }
+  template <class T> static Index scratch(Config const&, ha::Sequences const&) { return 0; }
+  template <class T>
+  static HYBRIDATTN_HD void forward(Config const& c, ha::View<ha::Sequence const, 1> s, Inputs<ha::In<T>> x, Outputs<ha::Out<T>> y,
+                                    Saved<ha::Out<T>>, ha::View<T, 1>) {
+    for (Index task = 0; task < s.count() * c.width; ++task) channel<T>(s(task / c.width), task % c.width, x, y);
+  }
+  template <class T>
+  static HYBRIDATTN_HD void backward(Config const& c, ha::View<ha::Sequence const, 1> s, Inputs<ha::In<T>> x, Outputs<ha::In<T>> y,
+                                     Saved<ha::In<T>>, Outputs<ha::In<T>> d_y, Inputs<ha::Out<T>> d_x, ha::View<T, 1>) {
+    for (Index task = 0; task < s.count() * c.width; ++task) channel<T>(s(task / c.width), task % c.width, x, y, d_y, d_x);
+  }
+};
+
+// On a GPU one thread runs the loops. This is right and slow, until the policy has kernels.
+template <ha::GpuBackend B> struct ha::On<MinGru, B> : ha::FromLoops<MinGru, B> {};
+
+// The CPU computes channels side by side. A faster version is judged against these loops: they become MinGru::Reference.
+template <> struct ha::On<MinGru, ha::Cpu> {
   template <class T>
   static void forward(Cpu& cpu, MinGru::Config const& c, Sequences const& s, MinGru::Inputs<In<T>> x, MinGru::Outputs<Out<T>> y,
                       MinGru::Saved<Out<T>>) {
-    for_each_channel(cpu, c, s, [&](Sequence sequence, Index d) {
-      T h = 0;
-      for (Index t = sequence.start; t < sequence.start + sequence.length; ++t)
-        y.o(t, 0, d) = h += sigmoid(x.f(t, 0, d)) * (x.v(t, 0, d) - h);                            // (1)
+    parallel_for(cpu, s.count() * c.width, [&](Index task, int) {
+      MinGru::Loops::channel<T>(s[static_cast<std::size_t>(task / c.width)], task % c.width, x, y);
     });
   }
   template <class T>
   static void backward(Cpu& cpu, MinGru::Config const& c, Sequences const& s, MinGru::Inputs<In<T>> x, MinGru::Outputs<In<T>> y,
                        MinGru::Saved<In<T>>, MinGru::Outputs<In<T>> d_y, MinGru::Inputs<Out<T>> d_x) {
-    for_each_channel(cpu, c, s, [&](Sequence sequence, Index d) {
-      T X = 0;
-      for (Index t = sequence.start + sequence.length; t-- > sequence.start;) {
-        T const z = sigmoid(x.f(t, 0, d)), before = t == sequence.start ? T(0) : y.o(t - 1, 0, d);
-        X += d_y.o(t, 0, d);                                                                       // (2)
-        d_x.v(t, 0, d) = z * X;
-        d_x.f(t, 0, d) = z * (1 - z) * (x.v(t, 0, d) - before) * X;
-        X *= 1 - z;
-      }
+    parallel_for(cpu, s.count() * c.width, [&](Index task, int) {
+      MinGru::Loops::channel<T>(s[static_cast<std::size_t>(task / c.width)], task % c.width, x, y, d_y, d_x);
     });
   }
 };
 
 // Prints a line for each law; returns how many are broken.
-template <class T> int judge(char const* scalar) {
+template <class B, class T> int judge(char const* where) {
   int broken = 0;
-  for (auto const& [law, holds, why] : ha::testing::judge<MinGru, ha::Cpu, T>()) {
-    std::printf("%-6s  %-27s  %-6s  %s\n", scalar, law.c_str(), holds ? "holds" : "BROKEN", why.c_str());
+  for (auto const& [law, holds, why] : ha::testing::judge<MinGru, B, T>()) {
+    std::printf("%-8s  %-27s  %-6s  %s\n", where, law.c_str(), holds ? "holds" : "BROKEN", why.c_str());
     broken += !holds;
   }
   return broken;
 }
 
 int run() {
-  int const broken = judge<float>("float") + judge<double>("double");
+  int broken = judge<ha::Cpu, float>("float") + judge<ha::Cpu, double>("double");
+#if WITH_EMULATOR
+  broken += judge<ha::Emulator, float>("emulator");
+#endif
   if (broken > 0) return 1;
 
   std::string numbers;

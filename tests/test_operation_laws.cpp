@@ -15,11 +15,7 @@ using ha::Index;
 
 namespace {
 
-// AdamWCheck is judged with AdamWStep.
-using Operations = std::tuple<ha::Fill, ha::Add, ha::AddWeighted, ha::Swiglu, ha::SigmoidGate, ha::GdnGate, ha::RmsNorm, ha::GatedRmsNorm,
-                              ha::LayerNorm, ha::L2Norm, ha::RopeAngles, ha::Rope, ha::Linear, ha::GroupedLinear, ha::Embedding,
-                              ha::CausalConv1d, ha::SoftmaxLoss, ha::CrossEntropy, ha::TopK, ha::Route, ha::Permute, ha::Distribute,
-                              ha::Combine, ha::AddGated, ha::ExpertUse, ha::BalanceLoss, ha::AdamWSquares, ha::AdamWStep>;
+using ha::testing::AllOperations;
 
 std::string the_page() {
   std::ostringstream text;
@@ -36,10 +32,10 @@ void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
 
 }  // namespace
 
-TEMPLATE_LIST_TEST_CASE("an operation keeps every law in float", "[float]", Operations) {
+TEMPLATE_LIST_TEST_CASE("an operation keeps every law in float", "[float]", AllOperations) {
   check_all(ha::testing::judge<TestType, ha::Cpu, float>());
 }
-TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double, and the page lists those that speak of it", "[double]", Operations) {
+TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double, and the page lists those that speak of it", "[double]", AllOperations) {
   auto const verdicts = ha::testing::judge<TestType, ha::Cpu, double>();
   check_all(verdicts);
   std::string row = "\n| `" + ha::type_name<TestType>() + "` |";

@@ -238,7 +238,7 @@ TEST_CASE("a preset's build type says what it builds: Release is what CMake mean
 
 TEST_CASE("every operation is judged by the laws, or the page says why it is not") {
   std::string const page = contents(fs::path(root) / "docs/add_an_operation.md"), groups = headers().at("testing/operations.hpp"),
-                    judged = contents(fs::path(root) / "tests/test_operation_laws.cpp");
+                    judged = groups.substr(groups.find("using AllOperations"));
   std::string const without_laws = page.substr(page.find("## Operations without laws"));
   std::regex const on_cpu("template <> struct On<(\\w+), Cpu>");
   std::set<std::string> folders;
@@ -248,7 +248,7 @@ TEST_CASE("every operation is judged by the laws, or the page says why it is not
     folders.insert(parts(line.file)[1]);
     std::string const name = match[1];
     bool const has_laws =
-        groups.find("struct Operation<" + name + "> ") != groups.npos && std::regex_search(judged, std::regex("\\bha::" + name + "[,>]"));
+        groups.find("struct Operation<" + name + "> ") != groups.npos && std::regex_search(judged, std::regex("\\b" + name + "[,>]"));
     bool const has_a_reason = std::regex_search(without_laws, std::regex("\\| `" + name + "` \\| \\w.* \\|"));
     INFO(name);
     CHECK(has_laws != has_a_reason);

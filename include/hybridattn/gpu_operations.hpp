@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_GPU_OPERATIONS_HPP
 #define HYBRIDATTN_GPU_OPERATIONS_HPP
 
+#include <hybridattn/attention/from_loops.hpp>
 #include <hybridattn/attention/full/gpu.hpp>
 #include <hybridattn/ops/arithmetic/gpu.hpp>
 #include <hybridattn/ops/causal_conv1d/gpu.hpp>

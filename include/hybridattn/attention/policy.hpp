@@ -63,6 +63,9 @@ inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
 
+// Runs a policy's own loops on GPU backends, see attention/from_loops.hpp.
+template <class P, class B> struct FromLoops;
+
 struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates

@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_BACKEND_BACKEND_HPP
 #define HYBRIDATTN_BACKEND_BACKEND_HPP
 
+#include <hybridattn/backend/gpu/grid.hpp>
 #include <hybridattn/backend/pool.hpp>
 
 #include <concepts>
@@ -36,6 +37,17 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.synchronise();
   { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
+};
+
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// A backend that runs kernels (backend/gpu/gpu.hpp): start<Kernel>(grid, params) runs one after all earlier work, and need not wait.
+template <class B>
+concept GpuBackend = Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) {
+  gpu.template start<detail::AnyKernel>(grid, params);
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which

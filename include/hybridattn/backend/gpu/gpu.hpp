@@ -11,7 +11,6 @@
 #define HYBRIDATTN_BACKEND_GPU_GPU_HPP
 
 #include <hybridattn/backend/backend.hpp>
-#include <hybridattn/backend/gpu/grid.hpp>
 #include <hybridattn/backend/gpu/simt.hpp>
 
 #include <type_traits>
@@ -23,16 +22,6 @@ concept Kernel = requires(typename K::Shared& shared, typename K::Params const& 
   { K::threads } -> std::convertible_to<int>;
   K::run(shared, p);
 };
-namespace detail {
-struct AnyKernel {
-  struct Params {};
-};
-}  // namespace detail
-// start<Kernel>(grid, params) runs a kernel after all earlier work of the backend, and need not wait for it.
-template <class B>
-concept GpuBackend =
-    Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) { gpu.template start<detail::AnyKernel>(grid, params); };
-
 // Runs a kernel on a grid of blocks. A grid without blocks starts nothing. Throws Error for more blocks than a GPU takes.
 template <Kernel K, GpuBackend B> void launch(B& gpu, Grid grid, typename K::Params const& params) {
   static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof(typename K::Params) <= 4096,
