@@ -5,6 +5,7 @@
 #include <hybridattn/attention/from_loops.hpp>
 #include <hybridattn/attention/full/gpu.hpp>
 #include <hybridattn/ops/arithmetic/gpu.hpp>
+#include <hybridattn/ops/balance/gpu.hpp>
 #include <hybridattn/ops/causal_conv1d/gpu.hpp>
 #include <hybridattn/ops/embedding/gpu.hpp>
 #include <hybridattn/ops/gate/gpu.hpp>
