@@ -4,6 +4,7 @@
 
 #include <hybridattn/attention/from_loops.hpp>
 #include <hybridattn/attention/full/gpu.hpp>
+#include <hybridattn/ops/adamw/gpu.hpp>
 #include <hybridattn/ops/arithmetic/gpu.hpp>
 #include <hybridattn/ops/balance/gpu.hpp>
 #include <hybridattn/ops/causal_conv1d/gpu.hpp>

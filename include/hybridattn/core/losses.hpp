@@ -12,7 +12,7 @@ struct LossSum {
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
 
   double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
-  LossSum& operator+=(LossSum const& other) {
+  HYBRIDATTN_HD LossSum& operator+=(LossSum const& other) {
     loss += other.loss;
     count += other.count;
     correct += other.correct;
@@ -26,7 +26,7 @@ struct BatchLosses {
   double balance = 0;   // load balancing
   double policy = 0;    // of the policies
 
-  double auxiliary() const { return policy + balance; }
+  HYBRIDATTN_HD double auxiliary() const { return policy + balance; }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

@@ -19,7 +19,7 @@ template <class T> struct AdamWTensor {
   Index first_block = 0;   // blocks of all tensors before it
 
   static constexpr Index block = 16384;   // elements that one task works on
-  Index blocks() const { return ceil_div(count, block); }
+  HYBRIDATTN_HD Index blocks() const { return ceil_div(count, block); }
   friend bool operator==(AdamWTensor const&, AdamWTensor const&) = default;
 };
 

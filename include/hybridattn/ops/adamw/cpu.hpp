@@ -165,19 +165,8 @@ template <> struct On<DecideStep, Cpu> {
     if (step.fault != StepFault::none) return;
     if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
     for (Index i = 0; i < roles.count(); ++i)
-      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
-  }
-
- private:
-  static AdamWRates rates_of(DecideStep::Options const& o, std::int32_t role, double step, double rate, double norm) {
-    return {.learning_rate = o.learning_rate * rate,
-            .beta_1 = o.beta_1,
-            .beta_2 = o.beta_2,
-            .epsilon = o.epsilon,
-            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
-            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
-            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
-            .gradient_scale = o.max_norm == 0 ? 1 : std::min(1.0, o.max_norm / (norm + 1e-6))};
+      rates(i) =
+          DecideStep::rates(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
   }
 };
 

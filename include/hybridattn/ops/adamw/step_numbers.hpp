@@ -6,6 +6,8 @@
 #include <hybridattn/core/losses.hpp>
 #include <hybridattn/tensor/tensor.hpp>
 
+#include <cmath>
+
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Why a step changed no parameter.
@@ -67,6 +69,18 @@ struct DecideStep {
     double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
     bool bias_correction;
   };
+  // The factors of a tensor's update number `step`, counted from 1. `rate` is a factor for the learning rate, `norm` that of the gradients.
+  static HYBRIDATTN_HD AdamWRates rates(Options const& o, std::int32_t role, double step, double rate, double norm) {
+    double const clip = o.max_norm / (norm + 1e-6);
+    return {.learning_rate = o.learning_rate * rate,
+            .beta_1 = o.beta_1,
+            .beta_2 = o.beta_2,
+            .epsilon = o.epsilon,
+            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
+            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
+            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
+            .gradient_scale = o.max_norm != 0 && clip < 1 ? clip : 1};
+  }
 };
 // A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
 //   forward(backend, roles, found, updates, numbers)
