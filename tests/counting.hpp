@@ -1,34 +1,34 @@
-// A backend that counts what goes to and fro between it and the host.
+// A backend that counts copies between it and the host, and the operations that it runs.
 #ifndef HYBRIDATTN_TESTS_COUNTING_HPP
 #define HYBRIDATTN_TESTS_COUNTING_HPP
 
 #include <hybridattn/hybridattn.hpp>
 
-class Counting {
+template <class B> class CountingOn {
  public:
-  using Inner = hybridattn::Cpu;
+  using Inner = B;
 
-  explicit Counting(int threads = 1) : cpu_(threads) {}
-  void* take(std::size_t bytes) { return cpu_.take(bytes); }
-  void give(void* block, std::size_t bytes) noexcept { cpu_.give(block, bytes); }
-  void trim() noexcept { cpu_.trim(); }
+  explicit CountingOn(int schedule = 1) : inner_(schedule) {}
+  void* take(std::size_t bytes) { return inner_.take(bytes); }
+  void give(void* block, std::size_t bytes) noexcept { inner_.give(block, bytes); }
+  void trim() noexcept { inner_.trim(); }
   void upload(void* to, void const* from, std::size_t bytes) {
     ++uploads;
-    cpu_.upload(to, from, bytes);
+    inner_.upload(to, from, bytes);
   }
   void download(void* to, void const* from, std::size_t bytes) {
     ++downloads;
-    cpu_.download(to, from, bytes);
+    inner_.download(to, from, bytes);
   }
-  void copy(void* to, void const* from, std::size_t bytes) { cpu_.copy(to, from, bytes); }
-  void fill(void* to, std::byte value, std::size_t bytes) { cpu_.fill(to, value, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { inner_.copy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { inner_.fill(to, value, bytes); }
   void synchronise() { ++waits; }
-  bool owns(void const* memory) const { return cpu_.owns(memory); }
-  hybridattn::Pool& pool() { return cpu_.pool(); }
+  bool owns(void const* memory) const { return inner_.owns(memory); }
+  hybridattn::Pool& pool() { return inner_.pool(); }
   void arrives(auto const&) const {}
   template <class F> auto run(F&& f) {
     ++operations;
-    return f(cpu_);
+    return f(inner_);
   }
   void reset() { uploads = downloads = waits = operations = angles = 0; }
 
@@ -36,14 +36,15 @@ class Counting {
   int angles = 0;   // of the operations, those that make rotary angles
 
  private:
-  hybridattn::Cpu cpu_;
+  B inner_;
 };
+using Counting = CountingOn<hybridattn::Cpu>;
 static_assert(hybridattn::Backend<Counting> && hybridattn::Wrapper<Counting>);
 
-template <> struct hybridattn::On<hybridattn::RopeAngles, Counting> {
-  template <class... Args> static void forward(Counting& counting, Args const&... args) {
+template <class B> struct hybridattn::On<hybridattn::RopeAngles, CountingOn<B>> {
+  template <class... Args> static void forward(CountingOn<B>& counting, Args const&... args) {
     ++counting.angles;
-    counting.run([&](Cpu& cpu) { On<RopeAngles, Cpu>::forward(cpu, args...); });
+    counting.run([&](B& inner) { On<RopeAngles, B>::forward(inner, args...); });
   }
 };
 

@@ -22,6 +22,7 @@
 #include <mutex>
 #include <new>
 #include <numbers>
+#include <numeric>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -272,6 +273,21 @@ inline std::size_t byte_count(Index count, std::size_t element) {
         std::numeric_limits<Index>::max());
   return static_cast<std::size_t>(bytes);
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -529,6 +545,17 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.synchronise();
   { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
+};
+
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// A backend that runs kernels (backend/gpu/gpu.hpp): start<Kernel>(grid, params) runs one after all earlier work, and need not wait.
+template <class B>
+concept GpuBackend = Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) {
+  gpu.template start<detail::AnyKernel>(grid, params);
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
@@ -1240,21 +1267,6 @@ class SharedMemory {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::emulator
 #endif
 
-// ==== hybridattn/backend/gpu/grid.hpp
-// The blocks of a launch.
-#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
-#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
-struct Grid {
-  Index x = 1, y = 1, z = 1;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/backend/emulator/engine.hpp
 // Runs the blocks of a kernel on one thread of the host. Every thread of a block is a fiber.
 #ifndef HYBRIDATTN_BACKEND_EMULATOR_ENGINE_HPP
@@ -1733,6 +1745,10 @@ HYBRIDATTN_HD double number_of(std::uint64_t bits) {
   return x;
 }
 
+// The number of bits that are set, and the place of the first of them, in bits != 0.
+HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
+HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
+
 // n numbers that are read or written at once, from a multiple of their size.
 template <class T, int n> struct alignas(sizeof(T) * n) Vector {
   T x[n];
@@ -1780,16 +1796,6 @@ concept Kernel = requires(typename K::Shared& shared, typename K::Params const& 
   { K::threads } -> std::convertible_to<int>;
   K::run(shared, p);
 };
-namespace detail {
-struct AnyKernel {
-  struct Params {};
-};
-}  // namespace detail
-// start<Kernel>(grid, params) runs a kernel after all earlier work of the backend, and need not wait for it.
-template <class B>
-concept GpuBackend =
-    Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) { gpu.template start<detail::AnyKernel>(grid, params); };
-
 // Runs a kernel on a grid of blocks. A grid without blocks starts nothing. Throws Error for more blocks than a GPU takes.
 template <Kernel K, GpuBackend B> void launch(B& gpu, Grid grid, typename K::Params const& params) {
   static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof(typename K::Params) <= 4096,
@@ -2018,799 +2024,44 @@ static_assert(GpuBackend<Emulator>);
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/attention/online_softmax.hpp
-// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
-#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
-// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
-template <class V> struct OnlineSoftmax {
-  V reference, total;
-
-  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
-  // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
-    V const factor = exponential(reference, next);
-    reference = next;
-    total *= factor;
-    return factor;
-  }
-  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
-  struct Factors {
-    V own, other;
-  };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
-    V const next = reference > other.reference ? reference : other.reference;
-    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
-    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
-    total += other.total;
-    return factors;
-  }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
-#endif
-
-// ==== hybridattn/backend/cpu/simd.hpp
-// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
-#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
-#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64;
-inline constexpr int tile_rows = 8;
-#elif defined(__AVX__)
-inline constexpr int vector_bytes = 32;
-inline constexpr int tile_rows = 4;
-#else
-inline constexpr int vector_bytes = 16;
-inline constexpr int tile_rows = 4;
-#endif
-
-template <class T> struct VectorOf {
-  typedef T type __attribute__((vector_size(vector_bytes)));
-  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
-};
-template <class T> using Vec = typename VectorOf<T>::type;
-template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
-
-template <class T> struct BitsOf;
-template <> struct BitsOf<float> {
-  using type = std::int32_t;
-};
-template <> struct BitsOf<double> {
-  using type = std::int64_t;
-};
-// The integers in which a vector of T is compared and masked.
-template <class T> using Mask = Vec<typename BitsOf<T>::type>;
-
-template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
-template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
-template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
-// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
-// element of an array would keep its array in memory.
-template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
-  asm("" : "+x"(x));
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
-  alignas(vector_bytes) T buffer[lanes<T>] = {};
-  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
-  return load(buffer);
-}
-template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
-  alignas(vector_bytes) T buffer[lanes<T>];
-  store(buffer, x);
-  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
-template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
-// 0, 1, 2, ...
-template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
-  Mask<T> numbers;
-  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
-  return numbers;
-}
-
-namespace detail {
-// Elements of a, and of b behind them, by their numbers.
-template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
-#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
-  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
-#else
-  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
-#endif
-}
-template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
-}
-// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
-template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
-  if constexpr (half == 0) return x;
-  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
-}
-
-// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
-template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
-#if defined(__clang__)
-  return __builtin_elementwise_sqrt(x);
-#else
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
-  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
-#elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
-  else return __builtin_ia32_sqrtpd256(x);
-#else
-  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-#endif
-}
-
-// Summed in one fixed tree, for any values of the lanes.
-template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
-}
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
-
-namespace detail {
-// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
-template <class T> struct Exp2;
-template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
-  static constexpr int mantissa = 23;
-  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
-};
-template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
-  static constexpr int mantissa = 52;
-  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
-                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
-                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
-                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
-                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
-                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
-                                 6.9314718055994530942e-1,  1.0};
-};
-}  // namespace detail
-
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
-// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
-  using E = detail::Exp2<T>;
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
-  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
-  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
-  Vec<T> p = broadcast<T>(E::c[0]);
-  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  // A product, because a sum of exponents would turn a NaN into a number.
-  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
-  return p * reinterpret_cast<Vec<T>>(power);
-}
-// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
-  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
-  return cpu::exp2_below_most<T>(x > most ? most : x);
-}
-template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
-
-// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
-// z = (m - 1) / (m + 1).
-template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
-  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
-  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
-  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
-  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
-  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
-  HYBRIDATTN_UNROLL
-  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
-  return x < std::numeric_limits<T>::infinity() ? result : x;
-}
-
-// to[c][r] = from[r][c] for the square of one vector's lanes.
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
-
-namespace detail {
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
-}
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
-  constexpr int n = lanes<T>;
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[std::size_t{n}];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
-  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
-      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
-}
-
-namespace detail {
-// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
-template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
-// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
-HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
-}
-// Every second part of m elements, of a, then of b.
-template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
-}
-// Adds up sums that are still spread over `left` lanes of each of Count vectors.
-template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
-  if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
-    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < (Count + 1) / 2; ++i) {
-      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
-      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
-      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
-    }
-    halve<(Count + 1) / 2, left / 2, T>(x);
-  }
-}
-}  // namespace detail
-
-// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
-template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
-  detail::halve<N, lanes<T>, T>(x);
-  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/backend/cpu/vectors.hpp
-// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
-// arithmetic, so an element's value does not depend on the length of its row.
-#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// `count` elements from i on: all lanes, or the last ones of a row.
-template <class T> struct Slot {
-  Index i, count;
-
-  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
-  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
-    if (count == lanes<T>) store(row + i, x);
-    else store_first(row + i, x, count);
-  }
-};
-
-template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
-  Index i = first;
-  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
-  if (i < last) f(Slot<T>{i, last - i});
-}
-// sum over the row of f(slot), where f is zero for the padding.
-template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
-  Vec<T> total{};
-  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
-  return sum<T>(total);
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
-
-// One square root a row.
-template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
-
-// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
-// and combine them in order, for any number of threads.
-inline constexpr Index element_grain = 16384, sum_rows = 32;
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
-#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
-#define HYBRIDATTN_CORE_SEQUENCES_HPP
+// ==== hybridattn/core/allowed.hpp
+// Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
+// "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
+#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
+#define HYBRIDATTN_CORE_ALLOWED_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
-// Sequences never influence each other.
-struct Sequence {
-  Index start = 0, length = 0, past = 0;
-};
+namespace detail {
+template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
+  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
+}
+inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
+}  // namespace detail
 
-// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
-// where a length is below 0, or where memory is short.
-class Sequences {
- public:
-  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
-  static Sequences equal(Index count, Index length) {
-    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
-    Sequences result;
-    result.make_room(count, size_product(count, length));
-    for (Index i = 0; i < count; ++i) result.append(length);
-    return result;
-  }
-  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
-  static Sequences packed(std::span<Index const> offsets) {
-    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
-      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-    Sequences result;
-    result.make_room(std::ssize(offsets) - 1, offsets.back());
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
-    return result;
-  }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
-  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
-    Sequences result;
-    result.assign(past, lengths);
-    return result;
-  }
-  // The same as continuing, in the memory of this object.
-  void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
-    Index tokens = 0;
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
-            "; a sequence has at most ", largest_int32);
-      tokens = size_sum(tokens, lengths[i]);
-    }
-    list_.clear();
-    positions_.clear();
-    owners_.clear();
-    make_room(std::ssize(past), tokens);
-    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
-  }
-  // A copy in which sequences with past tokens have length 0.
-  Sequences beginnings() const {
-    Sequences result = *this;
-    for (Sequence& s : result.list_)
-      if (s.past > 0) s.length = 0;
-    return result;
-  }
-
-  std::size_t size() const { return list_.size(); }
-  std::span<Sequence const> list() const { return list_; }
-  Sequence operator[](std::size_t i) const { return list_[i]; }
-  auto begin() const { return list_.begin(); }
-  auto end() const { return list_.end(); }
-  Index count() const { return static_cast<Index>(list_.size()); }
-  Index tokens() const { return static_cast<Index>(positions_.size()); }
-  Index longest() const {
-    Index length = 0;
-    for (Sequence s : list_) length = std::max(length, s.length);
-    return length;
-  }
-  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
-  bool any_continue() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
-  }
-  bool any_begin() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
-  }
-  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
-  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
-  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
-
- private:
-  void make_room(Index sequences, Index tokens) {
-    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
-          " tokens in all; a batch has at most ", largest_int32, " of both");
-    reserve(list_, sequences, "a list of sequences");
-    reserve(positions_, tokens, "the positions of tokens");
-    reserve(owners_, tokens, "the sequences of tokens");
-  }
-  void append(Index length, Index past = 0) {
-    for (Index position = past; position < past + length; ++position) {
-      positions_.push_back(static_cast<std::int32_t>(position));
-      owners_.push_back(static_cast<std::int32_t>(list_.size()));
-    }
-    list_.push_back({tokens() - length, length, past});
-  }
-
-  std::vector<Sequence> list_;
-  std::vector<std::int32_t> positions_, owners_;
-};
+inline void check_number(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
+}
+inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
+}
+// At least the smallest normal float, because a smaller number may be 0 in the model's scalar.
+inline void check_positive(std::string_view owner, std::string_view name, double value) {
+  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
+  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
+}
+inline void check_share(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
+}
+// In [0, 1).
+inline void check_below_one(std::string_view owner, std::string_view name, double value) {
+  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
+}
+inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
+  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
+}
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/attention/cpu_rows.hpp
-// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
-#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
-#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// Rows of one head, [T, D].
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
-};
-template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
-
-// The rows 0 .. count - 1. Other sets of rows have the same members.
-struct AllRows {
-  Index count;
-  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
-};
-// The size of an array with a number for each key, in whole vectors.
-template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
-
-// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
-template <class T, int V> struct Piece {
-  static constexpr int vectors = V;
-  Index d;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
-  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
-};
-template <class T> struct ShortPiece {
-  static constexpr int vectors = 1;
-  cpu::Slot<T> slot;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
-  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
-};
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
-  constexpr int n = cpu::lanes<T>;
-  Index d = 0;
-  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
-  if (d + 2 * n <= D) {
-    f(Piece<T, 2>{d});
-    d += 2 * n;
-  }
-  if (d + n <= D) {
-    f(Piece<T, 1>{d});
-    d += n;
-  }
-  if (d < D) f(ShortPiece<T>{{d, D - d}});
-}
-
-// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
-// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
-template <class T> class Range {
- public:
-  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
-    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
-    largest_ = size > largest_ ? size : largest_;
-  }
-  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
-  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
-
- private:
-  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
-  using Mask = cpu::Mask<T>;
-  using Bits = typename cpu::BitsOf<T>::type;
-  Mask largest_{};
-};
-template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
-  Range<T> range;
-  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
-  return range.is_moderate();
-}
-
-template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
-}
-
-// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
-template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  constexpr int n = cpu::lanes<T>;
-  Range<T> range;
-  for (Index j = 0; j < keys.count; j += n) {
-    T const* row[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[std::size_t{n}] = {};
-    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) {
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
-      }
-    });
-    cpu::sum_each<n, T>(sums, products + j);
-    range.add(cpu::load(products + j));
-  }
-  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
-}
-// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
-template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
-  cpu::Vec<T> sum{};
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
-  });
-  T result;
-  cpu::sum_each<1, T>(&sum, &result);
-  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
-}
-
-// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
-template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
-  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-  T largest = -infinity, sum = 0;
-  for (Index j = 0; j < count; ++j) {
-    T const score = scaled_dot(scale, q, key_at(j).k, D);
-    if (!(score < infinity)) {   // all results would be NaN
-      std::fill_n(o, D, nan);
-      return nan;
-    }
-    largest = std::max(largest, score);
-  }
-  std::fill_n(o, D, T(0));
-  for (Index j = 0; j < count; ++j) {
-    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
-    sum += p;
-    axpy(p, key_at(j).v, o, D);
-  }
-  for (Index d = 0; d < D; ++d) o[d] /= sum;
-  return largest + std::log(sum);
-}
-template <class T> struct KeyRows {
-  T const *k, *v;
-};
-
-// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
-// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
-template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
-  using cpu::lanes;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
-  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
-  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
-  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
-  T const largest = cpu::largest<T>(most);
-  for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
-    sum += e;
-    cpu::store<T>(p + j, e);
-  }
-  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
-}
-
-// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
-template <class T, class Piece, class Keys>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
-  constexpr int V = Piece::vectors;
-  constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
-  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
-    T const* const row = rows[keys[j]];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
-  };
-  Index j = 0;
-  for (; j + chains <= keys.count; j += chains) {
-    HYBRIDATTN_UNROLL
-    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
-  }
-  for (; j < keys.count; ++j) add(j, 0);
-  HYBRIDATTN_UNROLL
-  for (int v = 0; v < V; ++v) {
-    total[v] = sum[0][v];
-    HYBRIDATTN_UNROLL
-    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
-  }
-}
-// o = factor * sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
-  });
-}
-// o += sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
-#endif
-
-// ==== hybridattn/backend/cpu/tile.hpp
-// The register tile: the one loop in which the library multiplies matrices on the CPU.
-#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
-#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
-// without a copy.
-template <class T> struct Scalars {
-  T const* data;
-  Index row, depth;
-};
-// A matrix read by vectors: row k of the columns starts at data + k * depth.
-template <class T> struct Columns {
-  T const* data;
-  Index depth;
-};
-
-// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
-// smaller tile.
-template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
-  }
-  for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[std::size_t{NV}];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
-    HYBRIDATTN_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      T const x = a.data[r * a.row + k * a.depth];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
-    }
-  }
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/attention/full/cpu_tiles.hpp
-// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
-#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
-#define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::full {
-
-inline constexpr int tile_vectors = 2;
-template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
-
-using attention::Rows, attention::head_of;
-
-// Keys j that query i sees: i - reach < j <= i.
-inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
-
-// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
-template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
-  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
-  std::fill_n(pad, cpu::tile_rows * D, T(0));
-  for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
-  return {pad, D, 1};
-}
-
-// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
-template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
-  constexpr int n = cpu::lanes<T>;
-  if (first + n <= length) {
-    cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
-    return;
-  }
-  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
-  for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
-  cpu::transpose<T>(rows, n, to, to_stride);
-}
-// to [D, width] = the transpose of rows first .. first + width - 1.
-template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
-  for (Index i = 0; i < width; i += cpu::lanes<T>)
-    for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
-}
-
-// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
-// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
-struct Band {
-  Index begin, end, depth;
-};
-
-// cpu::tile over a band. Every sum runs over k in order.
-template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
-  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
-  }
-  auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
-    if (k < 0 || k >= band.depth) return;
-    cpu::Vec<T> column[std::size_t{NV}];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
-    HYBRIDATTN_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      if (!takes_part(r)) continue;
-      T const x = a.data[r * a.row + k * a.depth];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
-    }
-  };
-  Index const all = band.begin + MR - 1;   // from here to band.end every row takes part
-  if (all <= band.end) {
-    HYBRIDATTN_UNROLL
-    for (int s = 0; s < MR - 1; ++s) add(band.begin + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r <= s; });
-    for (Index k = std::max<Index>(all, 0), last = std::min(band.end, band.depth); k < last; ++k)
-      add(k, [](int) HYBRIDATTN_INLINE_LAMBDA { return true; });
-    HYBRIDATTN_UNROLL
-    for (int s = 0; s < MR - 1; ++s) add(band.end + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r > s; });
-  } else {
-    for (Index k = band.begin; k < band.end + MR - 1; ++k)
-      add(k, [&](int r) HYBRIDATTN_INLINE_LAMBDA { return band.begin + r <= k && k < band.end + r; });
-  }
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
-  }
-}
-
-// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
-  Index d = 0;
-  for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});
-  if (d < D) f(d, std::integral_constant<int, 1>{});
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/core/random.hpp
@@ -3309,180 +2560,113 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/attention/full/cpu_backward.hpp
-// Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
-// one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
-// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
-// the band need no mask.
-#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
-#define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::full {
-
-// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
-template <class T> struct BackwardRows {
-  Rows<T const> q, k, v, o, d_o;
-  Rows<wide_t<T> const> lse;
-  Rows<T> d_q, d_k, d_v;
-};
-
-template <class T, class Dim> class BackwardHead {
- public:
-  static constexpr Index block = 64;   // queries and keys of a block
-  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
-  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
-
-  BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
-      : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
-        d_o_t_(q_t_ + padded_ * D), lse_(d_o_t_ + padded_ * D), delta_(lse_ + padded_), p_(delta_ + padded_), d_s_(p_ + block * block),
-        pad_(d_s_ + block * block) {}
-
-  // Overwrites d_q; adds to d_k and d_v.
-  void run(BackwardRows<T> const& x) {
-    prepare(x);
-    for (Index key = 0; key < length_; key += block)
-      for (Index query = key; query < std::min(length_, key + block - 1 + reach_); query += block) {
-        weights(x, key, query);
-        key_gradients(x, key, query);
-        query_gradients(x, key, query);
-      }
-  }
-
- private:
-  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  using Vec = cpu::Vec<T>;
-
-  Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
-
-  // Fills the tensors that the tiles read. Sets d_q to 0.
-  void prepare(BackwardRows<T> const& x) {
-    for (Index i = 0; i < padded_; i += block) {
-      transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
-      transpose_rows(D_, x.d_o, i, length_, block, d_o_t_ + i * D_);
-      for (Index lane = 0; lane < block; lane += cpu::lanes<T>) set_delta(x.o, i + lane, d_o_t_ + i * D_ + lane);
-    }
-    for (Index i = 0; i < padded_; ++i) lse_[i] = i < length_ ? *x.lse[i] : T(0);
-    for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
-  }
-
-  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
-  void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
-    constexpr int n = cpu::lanes<T>;
-    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
-    Vec delta{};
-    for (Index d = 0; d < D_; d += n) {
-      transpose_square(o, first, length_, d, o_t, n);
-      for (int r = 0; r < n; ++r) delta += cpu::load(o_t + r * n) * cpu::load(d_o_t + (d + r) * block);
-    }
-    cpu::store<T>(delta_ + first, delta);
-  }
-
-  // P and dS, [keys, queries], of the tiles in which a query sees a key.
-  void weights(BackwardRows<T> const& x, Index key, Index query) {
-    for (Index j = 0; j < rows_from(key); j += MR)
-      for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
-        Index const distance = query + i - (key + j);   // i - j of the tile's first row and column
-        if (distance <= -tile_columns<T> || distance >= reach_ + MR - 1) continue;
-        if (distance > -cpu::lanes<T>) tile_weights<0>(x, key, query, j, i);
-        else tile_weights<1>(x, key, query, j, i);
-      }
-  }
-  // All but the first `skipped` vectors of queries, which are older than every key of the tile.
-  template <int skipped> HYBRIDATTN_INLINE void tile_weights(BackwardRows<T> const& x, Index key, Index query, Index j, Index i) {
-    Index const column = i + skipped * cpu::lanes<T>;
-    T *const p = p_ + j * block + column, *const d_s = d_s_ + j * block + column;
-    T const *const lse = lse_ + query + column, *const delta = delta_ + query + column;
-    auto const zero = [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; };
-    auto const at = [](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r * block + v * cpu::lanes<T>; };
-    cpu::tile<MR, NV - skipped, T>(
-        D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
-        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
-    cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.v, key + j, length_, pad_), {d_o_t_ + query * D_ + column, block}, zero,
-                                   [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-                                     cpu::store<T>(d_s + at(r, v),
-                                                   scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
-                                   });
-  }
-  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
-  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
-
-  // to += a b over the band, for up to `tile_rows` rows.
-  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
-    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
-      band_tile<MR, vectors, T>(
-          band, a, {b.data + d, b.stride},
-          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
-          [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA {
-            if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum);
-          });
-    });
-  }
-
-  // (5) d_v += P^T d_o, d_k += dS^T q
-  void key_gradients(BackwardRows<T> const& x, Index key, Index query) {
-    for (Index j = 0; j < rows_from(key); j += MR) {
-      Band const band{key + j - query, key + j - query + reach_, rows_from(query)};
-      Index const rows = std::min<Index>(MR, rows_from(key) - j);
-      add_product(band, {p_ + j * block, block, 1}, {x.d_o[query], x.d_o.stride}, {x.d_v[key + j], x.d_v.stride}, rows);
-      add_product(band, {d_s_ + j * block, block, 1}, {x.q[query], x.q.stride}, {x.d_k[key + j], x.d_k.stride}, rows);
-    }
-  }
-  // (5) d_q += dS k
-  void query_gradients(BackwardRows<T> const& x, Index key, Index query) {
-    for (Index i = 0; i < rows_from(query); i += MR) {
-      Index const newest = query + i - key;
-      add_product({newest - reach_ + 1, newest + 1, rows_from(key)}, {d_s_ + i, 1, block}, {x.k[key], x.k.stride},
-                  {x.d_q[query + i], x.d_q.stride}, std::min<Index>(MR, rows_from(query) - i));
-    }
-  }
-
-  Dim D_;
-  Index length_, reach_, padded_;
-  T scale_;
-  T *q_t_, *d_o_t_;                   // [padded_ / block, D, block]
-  T *lse_, *delta_;                   // [padded_]
-  T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
-#endif
-
-// ==== hybridattn/core/allowed.hpp
-// Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
-// "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
-#ifndef HYBRIDATTN_CORE_ALLOWED_HPP
-#define HYBRIDATTN_CORE_ALLOWED_HPP
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-namespace detail {
-template <class Value> void check_allowed(bool holds, std::string_view owner, std::string_view name, Value value, auto const&... rule) {
-  check(holds, owner, ": ", name, " ", value, " is not allowed; it must be ", rule...);
-}
-inline bool is_float(double value) { return std::abs(value) <= static_cast<double>(std::numeric_limits<float>::max()); }
-}  // namespace detail
+// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
+// Sequences never influence each other.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
 
-inline void check_number(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(detail::is_float(value), owner, name, value, "a number");
-}
-inline void check_not_negative(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(detail::is_float(value) && value >= 0, owner, name, value, "a number >= 0");
-}
-// At least the smallest normal float, because a smaller number may be 0 in the model's scalar.
-inline void check_positive(std::string_view owner, std::string_view name, double value) {
-  constexpr double least = static_cast<double>(std::numeric_limits<float>::min());
-  detail::check_allowed(detail::is_float(value) && value >= least, owner, name, value, "a number > 0, ", least, " at least");
-}
-inline void check_share(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(value >= 0 && value <= 1, owner, name, value, "in [0, 1]");
-}
-// In [0, 1).
-inline void check_below_one(std::string_view owner, std::string_view name, double value) {
-  detail::check_allowed(value >= 0 && value < 1, owner, name, value, "in [0, 1)");
-}
-inline void check_at_least(std::string_view owner, std::string_view name, Index value, Index least, std::string_view meaning = {}) {
-  detail::check_allowed(value >= least, owner, name, value, "at least ", least, meaning);
-}
+// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
+// where a length is below 0, or where memory is short.
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    result.make_room(count, size_product(count, length));
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same as continuing, in the memory of this object.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
+  }
+  // A copy in which sequences with past tokens have length 0.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -3622,6 +2806,9 @@ inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
 
+// Runs a policy's own loops on GPU backends, see attention/from_loops.hpp.
+template <class P, class B> struct FromLoops;
+
 struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
@@ -3716,6 +2903,901 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/from_loops.hpp
+// A policy's own loops as kernels of one thread: right and slow, for a policy that has no kernels yet.
+#ifndef HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
+#define HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+// A pass of a policy: P::Loops::forward or backward with these arguments.
+template <class P, class T> struct LoopsForward {
+  static constexpr int threads = 32;
+  struct Params {
+    typename P::Config config;
+    View<Sequence const, 1> sequences;
+    typename P::template Inputs<In<T>> x;
+    typename P::template Outputs<Out<T>> y;
+    typename P::template Saved<Out<T>> saved;
+    View<T, 1> scratch;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (simt::thread_id() == 0) P::Loops::template forward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.scratch);
+  }
+};
+template <class P, class T> struct LoopsBackward {
+  static constexpr int threads = 32;
+  struct Params {
+    typename P::Config config;
+    View<Sequence const, 1> sequences;
+    typename P::template Inputs<In<T>> x;
+    typename P::template Outputs<In<T>> y;
+    typename P::template Saved<In<T>> saved;
+    typename P::template Outputs<In<T>> d_y;
+    typename P::template Inputs<Out<T>> d_x;
+    View<T, 1> scratch;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (simt::thread_id() == 0) P::Loops::template backward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.d_y, p.d_x, p.scratch);
+  }
+};
+
+}  // namespace gpu
+
+// template <ha::GpuBackend B> struct ha::On<Mine, B> : ha::FromLoops<Mine, B> {};
+//
+// Mine::Loops has, for a scalar T:
+//   scratch<T>(config, sequences)   how many elements of T the loops need besides their arguments; on the host
+//   forward<T> (config, sequences, x, y, saved, scratch)              HYBRIDATTN_HD
+//   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
+// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds numbers alone.
+template <class P, class B> struct FromLoops {
+  template <class T, class M>
+  static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
+                      typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
+    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
+    launch<gpu::LoopsForward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, out(scratch)});
+  }
+  template <class T, class M>
+  static void backward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
+                       typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
+                       typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
+    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
+    launch<gpu::LoopsBackward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, d_y, d_x, out(scratch)});
+  }
+};
+// Whether a policy runs from its loops on this backend.
+template <class P, class B>
+concept RunsFromLoops = std::is_base_of_v<FromLoops<P, B>, On<P, B>>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
+
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
+  }
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
+  struct Factors {
+    V own, other;
+  };
+  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
+    total += other.total;
+    return factors;
+  }
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
+// ==== hybridattn/backend/cpu/simd.hpp
+// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
+#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+inline constexpr int tile_rows = 8;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+inline constexpr int tile_rows = 4;
+#else
+inline constexpr int vector_bytes = 16;
+inline constexpr int tile_rows = 4;
+#endif
+
+template <class T> struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T> struct BitsOf;
+template <> struct BitsOf<float> {
+  using type = std::int32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::int64_t;
+};
+// The integers in which a vector of T is compared and masked.
+template <class T> using Mask = Vec<typename BitsOf<T>::type>;
+
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
+template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
+  alignas(vector_bytes) T buffer[lanes<T>] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
+  alignas(vector_bytes) T buffer[lanes<T>];
+  store(buffer, x);
+  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
+template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
+// 0, 1, 2, ...
+template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
+  Mask<T> numbers;
+  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
+  return numbers;
+}
+
+namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
+}
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
+}
+
+// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
+template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
+#if defined(__clang__)
+  return __builtin_elementwise_sqrt(x);
+#else
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
+  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
+  else return __builtin_ia32_sqrtpd256(x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+#endif
+}
+
+// Summed in one fixed tree, for any values of the lanes.
+template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
+}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
+
+namespace detail {
+// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
+template <class T> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
+};
+template <> struct Exp2<double> {
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
+                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
+                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
+                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
+                                 6.9314718055994530942e-1,  1.0};
+};
+}  // namespace detail
+
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
+  using E = detail::Exp2<T>;
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
+  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
+  Vec<T> p = broadcast<T>(E::c[0]);
+  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
+  // A product, because a sum of exponents would turn a NaN into a number.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
+}
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
+template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
+  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
+  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
+  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
+  HYBRIDATTN_UNROLL
+  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
+}
+
+// to[c][r] = from[r][c] for the square of one vector's lanes.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
+
+namespace detail {
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
+}
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
+}
+// Every second part of m elements, of a, then of b.
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
+}
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
+template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
+  if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
+    halve<(Count + 1) / 2, left / 2, T>(x);
+  }
+}
+}  // namespace detail
+
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
+template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
+  detail::halve<N, lanes<T>, T>(x);
+  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/vectors.hpp
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
+#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// `count` elements from i on: all lanes, or the last ones of a row.
+template <class T> struct Slot {
+  Index i, count;
+
+  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
+  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
+    if (count == lanes<T>) store(row + i, x);
+    else store_first(row + i, x, count);
+  }
+};
+
+template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
+  Index i = first;
+  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
+  if (i < last) f(Slot<T>{i, last - i});
+}
+// sum over the row of f(slot), where f is zero for the padding.
+template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
+  Vec<T> total{};
+  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
+  return sum<T>(total);
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
+
+// One square root a row.
+template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
+
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
+inline constexpr Index element_grain = 16384, sum_rows = 32;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/attention/cpu_rows.hpp
+// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
+#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// Rows of one head, [T, D].
+template <class T> struct Rows {
+  T* data;
+  Index stride;
+
+  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
+};
+template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+
+// The rows 0 .. count - 1. Other sets of rows have the same members.
+struct AllRows {
+  Index count;
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
+};
+// The size of an array with a number for each key, in whole vectors.
+template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
+
+// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
+template <class T, int V> struct Piece {
+  static constexpr int vectors = V;
+  Index d;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
+  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
+};
+template <class T> struct ShortPiece {
+  static constexpr int vectors = 1;
+  cpu::Slot<T> slot;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
+  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
+};
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
+  constexpr int n = cpu::lanes<T>;
+  Index d = 0;
+  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
+  if (d + 2 * n <= D) {
+    f(Piece<T, 2>{d});
+    d += 2 * n;
+  }
+  if (d + n <= D) {
+    f(Piece<T, 1>{d});
+    d += n;
+  }
+  if (d < D) f(ShortPiece<T>{{d, D - d}});
+}
+
+// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
+// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
+
+ private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
+}
+
+// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
+template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  constexpr int n = cpu::lanes<T>;
+  Range<T> range;
+  for (Index j = 0; j < keys.count; j += n) {
+    T const* row[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
+    cpu::Vec<T> sums[std::size_t{n}] = {};
+    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) {
+        HYBRIDATTN_UNROLL
+        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
+      }
+    });
+    cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
+  }
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
+}
+// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
+template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
+  cpu::Vec<T> sum{};
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
+  });
+  T result;
+  cpu::sum_each<1, T>(&sum, &result);
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
+}
+
+// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all results would be NaN
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
+
+// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
+// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
+template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
+  using cpu::lanes;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
+  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
+  T const largest = cpu::largest<T>(most);
+  for (Index j = 0; j < count; j += lanes<T>) {
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
+    sum += e;
+    cpu::store<T>(p + j, e);
+  }
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
+}
+
+// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
+  constexpr int chains = V == 4 ? 2 : 4;
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
+  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
+    T const* const row = rows[keys[j]];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
+  };
+  Index j = 0;
+  for (; j + chains <= keys.count; j += chains) {
+    HYBRIDATTN_UNROLL
+    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
+  }
+  for (; j < keys.count; ++j) add(j, 0);
+  HYBRIDATTN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    total[v] = sum[0][v];
+    HYBRIDATTN_UNROLL
+    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
+  }
+}
+// o = factor * sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
+  });
+}
+// o += sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
+// ==== hybridattn/backend/cpu/tile.hpp
+// The register tile: the one loop in which the library multiplies matrices on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
+#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
+template <class T> struct Scalars {
+  T const* data;
+  Index row, depth;
+};
+// A matrix read by vectors: row k of the columns starts at data + k * depth.
+template <class T> struct Columns {
+  T const* data;
+  Index depth;
+};
+
+// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/attention/full/cpu_tiles.hpp
+// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+inline constexpr int tile_vectors = 2;
+template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
+
+using attention::Rows, attention::head_of;
+
+// Keys j that query i sees: i - reach < j <= i.
+inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
+
+// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
+template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
+  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
+  std::fill_n(pad, cpu::tile_rows * D, T(0));
+  for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
+  return {pad, D, 1};
+}
+
+// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
+template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
+  constexpr int n = cpu::lanes<T>;
+  if (first + n <= length) {
+    cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
+    return;
+  }
+  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
+  for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
+  cpu::transpose<T>(rows, n, to, to_stride);
+}
+// to [D, width] = the transpose of rows first .. first + width - 1.
+template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
+  for (Index i = 0; i < width; i += cpu::lanes<T>)
+    for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
+}
+
+// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
+// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
+struct Band {
+  Index begin, end, depth;
+};
+
+// cpu::tile over a band. Every sum runs over k in order.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
+  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
+    if (k < 0 || k >= band.depth) return;
+    cpu::Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      if (!takes_part(r)) continue;
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  };
+  Index const all = band.begin + MR - 1;   // from here to band.end every row takes part
+  if (all <= band.end) {
+    HYBRIDATTN_UNROLL
+    for (int s = 0; s < MR - 1; ++s) add(band.begin + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r <= s; });
+    for (Index k = std::max<Index>(all, 0), last = std::min(band.end, band.depth); k < last; ++k)
+      add(k, [](int) HYBRIDATTN_INLINE_LAMBDA { return true; });
+    HYBRIDATTN_UNROLL
+    for (int s = 0; s < MR - 1; ++s) add(band.end + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r > s; });
+  } else {
+    for (Index k = band.begin; k < band.end + MR - 1; ++k)
+      add(k, [&](int r) HYBRIDATTN_INLINE_LAMBDA { return band.begin + r <= k && k < band.end + r; });
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
+  Index d = 0;
+  for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});
+  if (d < D) f(d, std::integral_constant<int, 1>{});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/attention/full/cpu_backward.hpp
+// Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
+// one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
+// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
+// the band need no mask.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
+template <class T> struct BackwardRows {
+  Rows<T const> q, k, v, o, d_o;
+  Rows<wide_t<T> const> lse;
+  Rows<T> d_q, d_k, d_v;
+};
+
+template <class T, class Dim> class BackwardHead {
+ public:
+  static constexpr Index block = 64;   // queries and keys of a block
+  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
+  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
+
+  BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
+      : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
+        d_o_t_(q_t_ + padded_ * D), lse_(d_o_t_ + padded_ * D), delta_(lse_ + padded_), p_(delta_ + padded_), d_s_(p_ + block * block),
+        pad_(d_s_ + block * block) {}
+
+  // Overwrites d_q; adds to d_k and d_v.
+  void run(BackwardRows<T> const& x) {
+    prepare(x);
+    for (Index key = 0; key < length_; key += block)
+      for (Index query = key; query < std::min(length_, key + block - 1 + reach_); query += block) {
+        weights(x, key, query);
+        key_gradients(x, key, query);
+        query_gradients(x, key, query);
+      }
+  }
+
+ private:
+  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  using Vec = cpu::Vec<T>;
+
+  Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
+
+  // Fills the tensors that the tiles read. Sets d_q to 0.
+  void prepare(BackwardRows<T> const& x) {
+    for (Index i = 0; i < padded_; i += block) {
+      transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
+      transpose_rows(D_, x.d_o, i, length_, block, d_o_t_ + i * D_);
+      for (Index lane = 0; lane < block; lane += cpu::lanes<T>) set_delta(x.o, i + lane, d_o_t_ + i * D_ + lane);
+    }
+    for (Index i = 0; i < padded_; ++i) lse_[i] = i < length_ ? *x.lse[i] : T(0);
+    for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
+  }
+
+  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
+  void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
+    constexpr int n = cpu::lanes<T>;
+    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
+    Vec delta{};
+    for (Index d = 0; d < D_; d += n) {
+      transpose_square(o, first, length_, d, o_t, n);
+      for (int r = 0; r < n; ++r) delta += cpu::load(o_t + r * n) * cpu::load(d_o_t + (d + r) * block);
+    }
+    cpu::store<T>(delta_ + first, delta);
+  }
+
+  // P and dS, [keys, queries], of the tiles in which a query sees a key.
+  void weights(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index j = 0; j < rows_from(key); j += MR)
+      for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
+        Index const distance = query + i - (key + j);   // i - j of the tile's first row and column
+        if (distance <= -tile_columns<T> || distance >= reach_ + MR - 1) continue;
+        if (distance > -cpu::lanes<T>) tile_weights<0>(x, key, query, j, i);
+        else tile_weights<1>(x, key, query, j, i);
+      }
+  }
+  // All but the first `skipped` vectors of queries, which are older than every key of the tile.
+  template <int skipped> HYBRIDATTN_INLINE void tile_weights(BackwardRows<T> const& x, Index key, Index query, Index j, Index i) {
+    Index const column = i + skipped * cpu::lanes<T>;
+    T *const p = p_ + j * block + column, *const d_s = d_s_ + j * block + column;
+    T const *const lse = lse_ + query + column, *const delta = delta_ + query + column;
+    auto const zero = [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; };
+    auto const at = [](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r * block + v * cpu::lanes<T>; };
+    cpu::tile<MR, NV - skipped, T>(
+        D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
+    cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.v, key + j, length_, pad_), {d_o_t_ + query * D_ + column, block}, zero,
+                                   [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+                                     cpu::store<T>(d_s + at(r, v),
+                                                   scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
+                                   });
+  }
+  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
+  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
+
+  // to += a b over the band, for up to `tile_rows` rows.
+  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
+    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
+      band_tile<MR, vectors, T>(
+          band, a, {b.data + d, b.stride},
+          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
+          [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA {
+            if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum);
+          });
+    });
+  }
+
+  // (5) d_v += P^T d_o, d_k += dS^T q
+  void key_gradients(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index j = 0; j < rows_from(key); j += MR) {
+      Band const band{key + j - query, key + j - query + reach_, rows_from(query)};
+      Index const rows = std::min<Index>(MR, rows_from(key) - j);
+      add_product(band, {p_ + j * block, block, 1}, {x.d_o[query], x.d_o.stride}, {x.d_v[key + j], x.d_v.stride}, rows);
+      add_product(band, {d_s_ + j * block, block, 1}, {x.q[query], x.q.stride}, {x.d_k[key + j], x.d_k.stride}, rows);
+    }
+  }
+  // (5) d_q += dS k
+  void query_gradients(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index i = 0; i < rows_from(query); i += MR) {
+      Index const newest = query + i - key;
+      add_product({newest - reach_ + 1, newest + 1, rows_from(key)}, {d_s_ + i, 1, block}, {x.k[key], x.k.stride},
+                  {x.d_q[query + i], x.d_q.stride}, std::min<Index>(MR, rows_from(query) - i));
+    }
+  }
+
+  Dim D_;
+  Index length_, reach_, padded_;
+  T scale_;
+  T *q_t_, *d_o_t_;                   // [padded_ / block, D, block]
+  T *lse_, *delta_;                   // [padded_]
+  T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/ops/arithmetic/arithmetic.hpp
@@ -4021,6 +4103,12 @@ struct Rope {
 //                                                  0 .. P - 1 without positions; throws on a theta that is not positive
 struct RopeAngles {};
 
+// Throws Error where rotary_dim is odd or does not fit the head.
+inline void check_rotary_dim(Rope::Options const& o, Index head_dim) {
+  check(0 <= o.rotary_dim && o.rotary_dim <= head_dim && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+        " is not allowed; it must be even, and in 0 .. ", head_dim, ", the size of a head");
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/rope/cpu.hpp
@@ -4067,8 +4155,7 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
-    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
-          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -5290,6 +5377,2010 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/reduce.hpp
+// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
+#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
+template <class T, int warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+  x = simt::sum_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T sum = 0;
+  for (T part : of_warps) sum += part;
+  simt::sync_block();   // of_warps may be used again
+  return sum;
+}
+
+// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
+template <class T> struct SumParts {
+  View<T const, 2> parts;
+  View<T, 1> sum;
+  HYBRIDATTN_HD void operator()(Index c) const {
+    T total = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
+    sum(c) = total;
+  }
+};
+
+// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
+inline constexpr Index sum_rows = 32;
+inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/core/losses.hpp
+// Losses of tokens, as sums.
+#ifndef HYBRIDATTN_CORE_LOSSES_HPP
+#define HYBRIDATTN_CORE_LOSSES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Sums over the counted tokens of one or several batches. A token with a target is counted.
+struct LossSum {
+  double loss = 0;     // nats
+  Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
+
+  double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
+  HYBRIDATTN_HD LossSum& operator+=(LossSum const& other) {
+    loss += other.loss;
+    count += other.count;
+    correct += other.correct;
+    return *this;
+  }
+};
+
+// All losses of a batch. The auxiliary losses are weighted.
+struct BatchLosses {
+  LossSum loss;         // over the counted tokens
+  double balance = 0;   // load balancing
+  double policy = 0;    // of the policies
+
+  HYBRIDATTN_HD double auxiliary() const { return policy + balance; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/adamw/step_numbers.hpp
+// The numbers of a training step, in one block of the machine's memory. Operations add to them and the optimizer reads them there. The
+// host waits for a step only when it reads these numbers.
+#ifndef HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+#define HYBRIDATTN_OPS_ADAMW_STEP_NUMBERS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Why a step changed no parameter.
+enum class StepFault : std::int32_t {
+  none,
+  loss,             // the loss is not finite
+  auxiliary_loss,   // the auxiliary losses are not finite
+  gradient,         // the gradient of a tensor holds a NaN or an infinity
+  tensor_norm,      // the gradient of a tensor is finite, its norm is not
+  global_norm,      // the norms of all gradients are finite, their common norm is not
+  mean,             // the mean of the gradients would become a NaN or an infinity
+  square,           // the mean of the squared gradients would
+  parameter         // a parameter would
+};
+struct BadStep {
+  Index step = 0;   // counted from 1, as if it had changed parameters; 0: no step was bad
+  LossSum loss;
+  double auxiliary_loss = 0;
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;   // which, in the order of the parameters
+};
+struct StepNumbers {
+  // Of the current step, or of the last one.
+  Index counted = 0;   // tokens that have a target
+  double scale = 0;    // of their losses in the mean: 1 / counted, or 0
+  LossSum loss;
+  double auxiliary_loss = 0, policy_loss = 0;   // weighted; the second is a part of the first
+  double gradient_norm = 0;                     // before clipping
+  StepFault fault = StepFault::none;
+  std::int32_t tensor = -1;
+  // Kept from step to step.
+  double rate = 1;        // factor for the learning rate
+  Index steps = 0;        // that changed parameters
+  BadStep first_bad;      // since the host last read
+};
+
+// How a tensor of the parameters takes part in a step, as bits of a number.
+struct StepRole {
+  static constexpr std::int32_t has_gradient = 1, decays = 2, detached = 4;   // detached: clipped by a norm of their own
+};
+
+// The factors of one tensor's update by AdamW.
+struct AdamWRates {
+  double learning_rate, beta_1, beta_2, epsilon, weight_decay;
+  double correction_1, correction_2;   // c1, c2 = 1 - beta^step, or 1
+  double gradient_scale;               // g is multiplied by it first: clipping by the global norm
+};
+
+// In all of them numbers [1], and a list has an element for each tensor of the parameters, in order.
+//   forward(backend, numbers)                  a step begins: nothing is lost yet
+struct OpenStep {};
+//   forward(backend, share, losses, numbers)   adds the share of a batch's auxiliary losses, and all of its loss; losses [1]
+struct AddBatchLosses {};
+// The norm of the gradients, and from it the factors of each tensor's update; or the fault that keeps the step from moving.
+//   forward(backend, options, roles, squares, updates, rates, numbers)
+//     squares: sums of squares, NaN where an element is not finite; updates: steps that had a gradient for the tensor
+struct DecideStep {
+  struct Options {
+    double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
+    bool bias_correction;
+  };
+  // The factors of a tensor's update number `step`, counted from 1. `rate` is a factor for the learning rate, `norm` that of the gradients.
+  static HYBRIDATTN_HD AdamWRates rates(Options const& o, std::int32_t role, double step, double rate, double norm) {
+    double const clip = o.max_norm / (norm + 1e-6);
+    return {.learning_rate = o.learning_rate * rate,
+            .beta_1 = o.beta_1,
+            .beta_2 = o.beta_2,
+            .epsilon = o.epsilon,
+            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
+            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
+            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
+            .gradient_scale = o.max_norm != 0 && clip < 1 ? clip : 1};
+  }
+};
+// A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
+//   forward(backend, roles, found, updates, numbers)
+struct CloseStep {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+#endif
+
+// ==== hybridattn/ops/adamw/adamw.hpp
+// One step of AdamW (arXiv 1711.05101), decay first:
+//   p *= 1 - lr wd;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr (m / c1) / (sqrt(v / c2) + eps)
+// An operation takes all tensors of a model at once, from a table of their addresses.
+#ifndef HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
+#define HYBRIDATTN_OPS_ADAMW_ADAMW_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// One tensor of the parameters, with its gradient and moments.
+template <class T> struct AdamWTensor {
+  T* p = nullptr;
+  T const* g = nullptr;
+  T *m = nullptr, *v = nullptr;
+  Index count = 0;         // of elements; 0 without a gradient
+  Index first_block = 0;   // blocks of all tensors before it
+
+  static constexpr Index block = 16384;   // elements that one task works on
+  HYBRIDATTN_HD Index blocks() const { return ceil_div(count, block); }
+  friend bool operator==(AdamWTensor const&, AdamWTensor const&) = default;
+};
+
+// In all of them tensors [n], numbers [1]; the other lists have an element for each tensor.
+//   forward(backend, tensors, squares)                 sums of squares of the gradients, in blocks of fixed size, combined in order;
+//                                                      NaN where an element is not finite, infinite where only the sum is not
+struct AdamWSquares {};
+// What a step would turn into a NaN or an infinity: a moment or the parameter itself.
+//   forward(backend, tensors, rates, numbers, found)   found: of StepFault
+struct AdamWCheck {};
+// Moves nothing where the numbers of the step hold a fault.
+//   forward(backend, tensors, rates, numbers)
+struct AdamWStep {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/adamw/cpu.hpp
+#ifndef HYBRIDATTN_OPS_ADAMW_CPU_HPP
+#define HYBRIDATTN_OPS_ADAMW_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace cpu::detail {
+
+// The rule for a vector of elements.
+template <class T> struct AdamWRule {
+  T keep, clip, b1, b2, eps, add1, add2, step, root;
+
+  explicit AdamWRule(AdamWRates const& r)
+      : keep(static_cast<T>(1 - r.learning_rate * r.weight_decay)), clip(static_cast<T>(r.gradient_scale)), b1(static_cast<T>(r.beta_1)),
+        b2(static_cast<T>(r.beta_2)), eps(static_cast<T>(r.epsilon)), add1(static_cast<T>(1 - r.beta_1)),
+        add2(static_cast<T>(1 - r.beta_2)), step(static_cast<T>(r.learning_rate / r.correction_1)),
+        root(static_cast<T>(1 / std::sqrt(r.correction_2))) {}
+
+  struct Result {
+    Vec<T> mean, square, parameter;
+  };
+  HYBRIDATTN_INLINE Result operator()(Vec<T> g, Vec<T> m, Vec<T> v, Vec<T> p) const {
+    Vec<T> const gradient = g * clip, mean = b1 * m + add1 * gradient, square = b2 * v + add2 * gradient * gradient;
+    return {mean, square, keep * p - step * mean / (cpu::sqrt<T>(square) * root + eps)};
+  }
+};
+
+// f(number of the tensor, number of the block, first, last) for the blocks of all tensors.
+template <class T, class F> void for_each_block(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, F f) {
+  using Tensor = AdamWTensor<T>;
+  static_assert(Tensor::block == element_grain);
+  if (tensors.count() == 0) return;
+  Tensor const *const begin = tensors.data, *const end = begin + tensors.count();
+  parallel_for(cpu, end[-1].first_block + end[-1].blocks(), [&](Index block, int) {
+    auto const* tensor = std::upper_bound(begin, end, block, [](Index b, Tensor const& t) { return b < t.first_block; }) - 1;
+    Index const first = (block - tensor->first_block) * Tensor::block;
+    f(tensor - begin, block, first, std::min(first + Tensor::block, tensor->count));
+  });
+}
+template <class T> Index blocks_of_all(View<AdamWTensor<T> const, 1> tensors) {
+  Index const n = tensors.count();
+  return n == 0 ? 0 : tensors(n - 1).first_block + tensors(n - 1).blocks();
+}
+// A vector of doubles at a time: squares of floats do not overflow.
+template <class T> double sum_of_squares(T const* x, Index count) {
+  double lane[8] = {};
+  Index i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (Index j = 0; j < 8; ++j) lane[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  for (; i < count; ++i) lane[i % 8] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  double sum = 0;
+  for (double value : lane) sum += value;
+  return sum;
+}
+
+}  // namespace cpu::detail
+
+template <> struct On<AdamWSquares, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
+    cpu::Scratch<double> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = cpu::detail::sum_of_squares(tensors(i).g + first, last - first);
+    });
+    for (Index i = 0; i < tensors.count(); ++i) {
+      auto const& t = tensors(i);
+      squares(i) = 0;
+      for (Index block = 0; block < t.blocks(); ++block) squares(i) += partial.data()[t.first_block + block];
+      if (!std::isfinite(squares(i)) && !std::all_of(t.g, t.g + t.count, [](T value) { return std::isfinite(value); }))
+        squares(i) = std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+};
+
+template <> struct On<AdamWStep, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates,
+                      View<StepNumbers const, 1> numbers) {
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index, Index first, Index last) {
+      auto const t = tensors(i);
+      cpu::detail::AdamWRule<T> const rule{rates(i)};
+      cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+        auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+        s.put(t.m, next.mean);
+        s.put(t.v, next.square);
+        s.put(t.p, next.parameter);
+      });
+    });
+  }
+};
+
+template <> struct On<AdamWCheck, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers,
+                      View<StepFault, 1> found) {
+    std::fill_n(found.data, found.count(), StepFault::none);
+    if (numbers(0).fault != StepFault::none) return;
+    cpu::Scratch<StepFault> const partial{cpu, cpu::detail::blocks_of_all(tensors)};
+    cpu::detail::for_each_block(cpu, tensors, [&](Index i, Index block, Index first, Index last) {
+      partial.data()[block] = in_block(tensors(i), cpu::detail::AdamWRule<T>{rates(i)}, first, last);
+    });
+    for (Index i = 0; i < tensors.count(); ++i)
+      for (Index block = 0; block < tensors(i).blocks() && found(i) == StepFault::none; ++block)
+        found(i) = partial.data()[tensors(i).first_block + block];
+  }
+
+ private:
+  template <class T> static StepFault in_block(AdamWTensor<T> const& t, cpu::detail::AdamWRule<T> const& rule, Index first, Index last) {
+    cpu::Vec<T> mean{}, square{}, parameter{};   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+    cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      auto const next = rule(s.get(t.g), s.get(t.m), s.get(t.v), s.get(t.p));
+      mean += next.mean - next.mean;
+      square += next.square - next.square;
+      parameter += next.parameter - next.parameter;
+    });
+    return cpu::sum<T>(mean) != 0        ? StepFault::mean
+           : cpu::sum<T>(square) != 0    ? StepFault::square
+           : cpu::sum<T>(parameter) != 0 ? StepFault::parameter
+                                         : StepFault::none;
+  }
+};
+
+template <> struct On<OpenStep, Cpu> {
+  static void forward(Cpu&, View<StepNumbers, 1> numbers) {
+    StepNumbers const last = numbers(0);
+    numbers(0) = {};
+    numbers(0).rate = last.rate;
+    numbers(0).steps = last.steps;
+    numbers(0).first_bad = last.first_bad;
+  }
+};
+
+template <> struct On<AddBatchLosses, Cpu> {
+  static void forward(Cpu&, double share, View<BatchLosses const, 1> losses, View<StepNumbers, 1> numbers) {
+    numbers(0).loss += losses(0).loss;
+    numbers(0).auxiliary_loss += share * losses(0).auxiliary();
+    numbers(0).policy_loss += share * losses(0).policy;
+  }
+};
+
+template <> struct On<DecideStep, Cpu> {
+  static void forward(Cpu&, DecideStep::Options const& o, View<std::int32_t const, 1> roles, View<double const, 1> squares,
+                      View<Index const, 1> updates, View<AdamWRates, 1> rates, View<StepNumbers, 1> numbers) {
+    StepNumbers& step = numbers(0);
+    if (!std::isfinite(step.loss.loss)) step.fault = StepFault::loss;
+    else if (!std::isfinite(step.auxiliary_loss)) step.fault = StepFault::auxiliary_loss;
+    double others = 0, detached = 0;   // norms
+    for (Index i = 0; i < roles.count(); ++i) {
+      (roles(i) & StepRole::detached ? detached : others) += squares(i);
+      if (std::isfinite(squares(i)) || step.tensor >= 0) continue;
+      step.tensor = static_cast<std::int32_t>(i);
+      if (step.fault == StepFault::none) step.fault = std::isnan(squares(i)) ? StepFault::gradient : StepFault::tensor_norm;
+    }
+    others = std::sqrt(others);
+    detached = std::sqrt(detached);
+    step.gradient_norm = std::hypot(others, detached);
+    if (step.fault != StepFault::none) return;
+    if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
+    for (Index i = 0; i < roles.count(); ++i)
+      rates(i) =
+          DecideStep::rates(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
+  }
+};
+
+template <> struct On<CloseStep, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> roles, View<StepFault const, 1> found, View<Index, 1> updates,
+                      View<StepNumbers, 1> numbers) {
+    StepNumbers& step = numbers(0);
+    for (Index i = 0; i < found.count() && step.fault == StepFault::none; ++i) {
+      step.fault = found(i);
+      if (found(i) != StepFault::none) step.tensor = static_cast<std::int32_t>(i);
+    }
+    if (step.fault != StepFault::none) {
+      if (step.first_bad.step == 0) step.first_bad = {step.steps + 1, step.loss, step.auxiliary_loss, step.fault, step.tensor};
+      return;
+    }
+    ++step.steps;
+    for (Index i = 0; i < roles.count(); ++i) updates(i) += roles(i) & StepRole::has_gradient ? 1 : 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/adamw/kernels.hpp
+// AdamW as kernels. One launch works on all tensors of a table. The host cannot read how many blocks of elements the table has, so a
+// fixed number of blocks of threads take the table's blocks in turns: block x takes the blocks x, x + adamw_turns, ...
+#ifndef HYBRIDATTN_OPS_ADAMW_KERNELS_HPP
+#define HYBRIDATTN_OPS_ADAMW_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+inline constexpr Index adamw_turns = 264;
+inline constexpr int adamw_threads = 512;
+
+template <class T> using AdamWTable = View<AdamWTensor<T> const, 1>;
+
+template <class T> HYBRIDATTN_DEVICE Index blocks_of_all(AdamWTable<T> tensors) {
+  Index const n = tensors.extent(0);
+  return n == 0 ? 0 : tensors(n - 1).first_block + tensors(n - 1).blocks();
+}
+// The tensor that a block of the table belongs to.
+template <class T> HYBRIDATTN_DEVICE Index tensor_of(AdamWTable<T> tensors, Index block) {
+  Index first = 0, last = tensors.extent(0);
+  while (last - first > 1) {
+    Index const middle = (first + last) / 2;
+    if (tensors(middle).first_block <= block) first = middle;
+    else last = middle;
+  }
+  return first;
+}
+// The elements of a tensor's block.
+struct AdamWRange {
+  Index first, last;
+};
+template <class T> HYBRIDATTN_DEVICE AdamWRange elements_of(AdamWTensor<T> const& t, Index block) {
+  Index const first = (block - t.first_block) * AdamWTensor<T>::block;
+  return {first, simt::smaller(first + AdamWTensor<T>::block, t.count)};
+}
+
+// parts [tensors, adamw_turns]: part s of a tensor is the sum over its blocks s, s + adamw_turns, ... So the order of a tensor's sum does
+// not depend on the other tensors. A tensor has as many parts as blocks, at most adamw_turns.
+template <class T> struct AdamWPartialSquares {
+  static constexpr int threads = adamw_threads;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<double, 2> parts;
+  };
+  struct Shared {
+    double of_warps[threads / 32];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const blocks = blocks_of_all<T>(p.tensors);
+    for (Index block = simt::block_x(); block < blocks;) {
+      Index const i = tensor_of<T>(p.tensors, block);
+      AdamWTensor<T> const t = p.tensors(i);
+      Index const part = block - t.first_block;   // below adamw_turns: the block before this one in turn is another tensor's
+      double sum = 0;
+      for (; block < t.first_block + t.blocks(); block += adamw_turns) sum += sum_of_squares(t, elements_of(t, block));
+      sum = sum_block(shared.of_warps, sum);
+      if (simt::thread_id() == 0) p.parts(i, part) = sum;
+    }
+  }
+
+ private:
+  // x - x is 0, or NaN where x is not finite. Squares of floats do not overflow in double.
+  static HYBRIDATTN_DEVICE double sum_of_squares(AdamWTensor<T> const& t, AdamWRange elements) {
+    double sum = 0;
+    for (Index e = elements.first + simt::thread_id(); e < elements.last; e += threads) {
+      double const x = static_cast<double>(t.g[e]);
+      sum += x * x + (x - x);
+    }
+    return sum;
+  }
+};
+// A warp has a tensor.
+template <class T> struct AdamWAddSquares {
+  static constexpr int threads = 128;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<double const, 2> parts;
+    View<double, 1> squares;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const i = simt::block_x() * (threads / 32) + simt::warp();
+    if (i >= p.tensors.extent(0)) return;
+    Index const parts = simt::smaller(p.tensors(i).blocks(), adamw_turns);
+    double sum = 0;
+    for (Index part = simt::lane(); part < parts; part += 32) sum += p.parts(i, part);
+    sum = simt::sum_lanes(sum);
+    if (simt::lane() == 0) p.squares(i) = sum;
+  }
+};
+
+// The rule for an element.
+template <class T> struct AdamWElement {
+  T keep, clip, b1, b2, eps, add1, add2, step, root;
+
+  struct Result {
+    T mean, square, parameter;
+  };
+  explicit HYBRIDATTN_DEVICE AdamWElement(AdamWRates const& r)
+      : keep(static_cast<T>(1 - r.learning_rate * r.weight_decay)), clip(static_cast<T>(r.gradient_scale)), b1(static_cast<T>(r.beta_1)),
+        b2(static_cast<T>(r.beta_2)), eps(static_cast<T>(r.epsilon)), add1(static_cast<T>(1 - r.beta_1)),
+        add2(static_cast<T>(1 - r.beta_2)), step(static_cast<T>(r.learning_rate / r.correction_1)),
+        root(static_cast<T>(1 / std::sqrt(r.correction_2))) {}
+  HYBRIDATTN_DEVICE Result operator()(AdamWTensor<T> const& t, Index e) const {
+    T const gradient = t.g[e] * clip, mean = b1 * t.m[e] + add1 * gradient, square = b2 * t.v[e] + add2 * gradient * gradient;
+    return {mean, square, keep * t.p[e] - step * mean / (std::sqrt(square) * root + eps)};
+  }
+};
+
+template <class T> struct AdamWMove {
+  static constexpr int threads = adamw_threads;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<AdamWRates const, 1> rates;
+    View<StepNumbers const, 1> numbers;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (p.numbers(0).fault != StepFault::none) return;
+    Index const blocks = blocks_of_all<T>(p.tensors);
+    for (Index block = simt::block_x(); block < blocks; block += adamw_turns) {
+      Index const i = tensor_of<T>(p.tensors, block);
+      AdamWTensor<T> const t = p.tensors(i);
+      AdamWRange const elements = elements_of(t, block);
+      AdamWElement<T> const rule{p.rates(i)};
+      for (Index e = elements.first + simt::thread_id(); e < elements.last; e += threads) {
+        auto const next = rule(t, e);
+        t.m[e] = next.mean;
+        t.v[e] = next.square;
+        t.p[e] = next.parameter;
+      }
+    }
+  }
+};
+
+// A fault in block `number` of a tensor, as an integer above 0. The earlier block has the larger one, and in a block the mean before the
+// square before the parameter. So the largest one is the fault that a tensor is said to have.
+inline constexpr Index first_fault_rank = Index{1} << 60;
+HYBRIDATTN_HD Index rank_of(Index number, StepFault fault) {
+  return first_fault_rank - (number * 4 + static_cast<Index>(fault) - static_cast<Index>(StepFault::mean));
+}
+HYBRIDATTN_HD StepFault fault_of(Index rank) {
+  return rank == 0 ? StepFault::none : static_cast<StepFault>((first_fault_rank - rank) % 4 + static_cast<Index>(StepFault::mean));
+}
+
+// ranks [tensors]: the largest rank of each tensor's faults; 0 before.
+template <class T> struct AdamWRankFaults {
+  static constexpr int threads = adamw_threads;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<AdamWRates const, 1> rates;
+    View<StepNumbers const, 1> numbers;
+    View<Index, 1> ranks;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (p.numbers(0).fault != StepFault::none) return;
+    Index const blocks = blocks_of_all<T>(p.tensors);
+    for (Index block = simt::block_x(); block < blocks; block += adamw_turns) {
+      Index const i = tensor_of<T>(p.tensors, block);
+      AdamWTensor<T> const t = p.tensors(i);
+      StepFault const fault = fault_in(t, elements_of(t, block), AdamWElement<T>{p.rates(i)});
+      if (fault != StepFault::none) simt::atomic_max(&p.ranks(i), rank_of(block - t.first_block, fault));
+    }
+  }
+
+ private:
+  // Of the elements that this thread has.
+  static HYBRIDATTN_DEVICE StepFault fault_in(AdamWTensor<T> const& t, AdamWRange elements, AdamWElement<T> const& rule) {
+    T mean = 0, square = 0, parameter = 0;   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+    for (Index e = elements.first + simt::thread_id(); e < elements.last; e += threads) {
+      auto const next = rule(t, e);
+      mean += next.mean - next.mean;
+      square += next.square - next.square;
+      parameter += next.parameter - next.parameter;
+    }
+    return mean != 0 ? StepFault::mean : square != 0 ? StepFault::square : parameter != 0 ? StepFault::parameter : StepFault::none;
+  }
+};
+struct AdamWNameFaults {
+  View<Index const, 1> ranks;
+  View<StepFault, 1> found;
+  HYBRIDATTN_HD void operator()(Index i) const { found(i) = fault_of(ranks(i)); }
+};
+
+struct StepOpening {
+  View<StepNumbers, 1> numbers;
+  HYBRIDATTN_HD void operator()(Index) const {
+    StepNumbers const& last = numbers(0);
+    StepNumbers next;
+    next.rate = last.rate;
+    next.steps = last.steps;
+    next.first_bad = last.first_bad;
+    numbers(0) = next;
+  }
+};
+struct StepLosses {
+  double share;
+  View<BatchLosses const, 1> losses;
+  View<StepNumbers, 1> numbers;
+  HYBRIDATTN_HD void operator()(Index) const {
+    numbers(0).loss += losses(0).loss;
+    numbers(0).auxiliary_loss += share * losses(0).auxiliary();
+    numbers(0).policy_loss += share * losses(0).policy;
+  }
+};
+
+// One warp: lane l has the tensors l, l + 32, ...
+struct StepDecision {
+  static constexpr int threads = 32;
+  struct Params {
+    DecideStep::Options options;
+    View<std::int32_t const, 1> roles;
+    View<double const, 1> squares;
+    View<Index const, 1> updates;
+    View<AdamWRates, 1> rates;
+    View<StepNumbers, 1> numbers;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const tensors = p.roles.extent(0);
+    double others = 0, detached = 0;   // norms
+    Index bad = tensors;               // the first tensor whose sum is not finite
+    for (Index i = simt::lane(); i < tensors; i += 32) {
+      bool const is_detached = p.roles(i) & StepRole::detached;
+      others += is_detached ? 0 : p.squares(i);
+      detached += is_detached ? p.squares(i) : 0;
+      if (!std::isfinite(p.squares(i))) bad = simt::smaller(bad, i);
+    }
+    others = std::sqrt(simt::sum_lanes(others));
+    detached = std::sqrt(simt::sum_lanes(detached));
+    bad = -simt::largest_of_lanes(-bad);
+    StepFault const fault = fault_before_clipping(p, bad);
+    double const rate = p.numbers(0).rate, norm = std::hypot(others, detached);
+    for (Index i = simt::lane(); i < tensors && fault == StepFault::none; i += 32)
+      p.rates(i) = DecideStep::rates(p.options, p.roles(i), static_cast<double>(p.updates(i) + 1), rate,
+                                     p.roles(i) & StepRole::detached ? detached : others);
+    simt::sync_warp();   // every lane has read the numbers
+    if (simt::lane() > 0) return;
+    p.numbers(0).gradient_norm = norm;
+    p.numbers(0).fault = fault == StepFault::none && !std::isfinite(norm) ? StepFault::global_norm : fault;
+    if (bad < tensors && p.numbers(0).tensor < 0) p.numbers(0).tensor = static_cast<std::int32_t>(bad);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE StepFault fault_before_clipping(Params const& p, Index bad) {
+    StepNumbers const& step = p.numbers(0);
+    if (!std::isfinite(step.loss.loss)) return StepFault::loss;
+    if (!std::isfinite(step.auxiliary_loss)) return StepFault::auxiliary_loss;
+    if (step.fault != StepFault::none || bad == p.roles.extent(0)) return step.fault;
+    return std::isnan(p.squares(bad)) ? StepFault::gradient : StepFault::tensor_norm;
+  }
+};
+
+// One warp: lane l has the tensors l, l + 32, ...
+struct StepClosing {
+  static constexpr int threads = 32;
+  struct Params {
+    View<std::int32_t const, 1> roles;
+    View<StepFault const, 1> found;
+    View<Index, 1> updates;
+    View<StepNumbers, 1> numbers;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const tensors = p.found.extent(0);
+    Index bad = tensors;   // the first tensor with a fault
+    for (Index i = simt::lane(); i < tensors; i += 32)
+      if (p.found(i) != StepFault::none) bad = simt::smaller(bad, i);
+    bad = -simt::largest_of_lanes(-bad);
+    bool const was_sound = p.numbers(0).fault == StepFault::none;
+    for (Index i = simt::lane(); i < p.roles.extent(0) && was_sound && bad == tensors; i += 32)
+      p.updates(i) += p.roles(i) & StepRole::has_gradient ? 1 : 0;
+    simt::sync_warp();   // every lane has read the fault
+    if (simt::lane() > 0) return;
+    StepNumbers& step = p.numbers(0);
+    if (was_sound && bad < tensors) {
+      step.fault = p.found(bad);
+      step.tensor = static_cast<std::int32_t>(bad);
+    }
+    if (step.fault == StepFault::none) ++step.steps;
+    else if (step.first_bad.step == 0) step.first_bad = {step.steps + 1, step.loss, step.auxiliary_loss, step.fault, step.tensor};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/adamw/gpu.hpp
+#ifndef HYBRIDATTN_OPS_ADAMW_GPU_HPP
+#define HYBRIDATTN_OPS_ADAMW_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<AdamWSquares, B> {
+  template <class T> static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
+    using Add = gpu::AdamWAddSquares<T>;
+    Tensor<double, 2, B> parts{gpu, {tensors.extent(0), gpu::adamw_turns}};
+    launch<gpu::AdamWPartialSquares<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, out(parts)});
+    launch<Add>(gpu, {.x = ceil_div(tensors.extent(0), Add::threads / 32)}, {tensors, in(parts), squares});
+  }
+};
+
+template <GpuBackend B> struct On<AdamWCheck, B> {
+  template <class T>
+  static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers,
+                      View<StepFault, 1> found) {
+    if (tensors.extent(0) == 0) return;
+    Tensor<Index, 1, B> ranks{gpu, {tensors.extent(0)}};
+    gpu.fill(out(ranks).data, std::byte{0}, ranks.byte_count());
+    launch<gpu::AdamWRankFaults<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, rates, numbers, out(ranks)});
+    for_each(gpu, found.count(), gpu::AdamWNameFaults{in(ranks), found});
+  }
+};
+
+template <GpuBackend B> struct On<AdamWStep, B> {
+  template <class T>
+  static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers) {
+    launch<gpu::AdamWMove<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, rates, numbers});
+  }
+};
+
+template <GpuBackend B> struct On<OpenStep, B> {
+  static void forward(B& gpu, View<StepNumbers, 1> numbers) { for_each(gpu, 1, gpu::StepOpening{numbers}); }
+};
+
+template <GpuBackend B> struct On<AddBatchLosses, B> {
+  static void forward(B& gpu, double share, View<BatchLosses const, 1> losses, View<StepNumbers, 1> numbers) {
+    for_each(gpu, 1, gpu::StepLosses{share, losses, numbers});
+  }
+};
+
+template <GpuBackend B> struct On<DecideStep, B> {
+  static void forward(B& gpu, DecideStep::Options const& o, View<std::int32_t const, 1> roles, View<double const, 1> squares,
+                      View<Index const, 1> updates, View<AdamWRates, 1> rates, View<StepNumbers, 1> numbers) {
+    launch<gpu::StepDecision>(gpu, {}, {o, roles, squares, updates, rates, numbers});
+  }
+};
+
+template <GpuBackend B> struct On<CloseStep, B> {
+  static void forward(B& gpu, View<std::int32_t const, 1> roles, View<StepFault const, 1> found, View<Index, 1> updates,
+                      View<StepNumbers, 1> numbers) {
+    launch<gpu::StepClosing>(gpu, {}, {roles, found, updates, numbers});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/arithmetic/kernels.hpp
+// Arithmetic as kernels. A thread has an element.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_KERNELS_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> struct SetElement {
+  T value;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) = value; }
+};
+
+template <class T> struct AddElement {
+  View<T const, 1> x;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) += x(i); }
+};
+
+template <class T> struct AddWeightedElement {
+  double weight;
+  View<T const, 1> x;
+  View<double, 1> sum;
+  HYBRIDATTN_HD void operator()(Index i) const { sum(i) += weight * static_cast<double>(x(i)); }
+};
+
+// found becomes 1 where an element is NaN or infinite.
+template <class T> struct FindBadElement {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 1> x;
+    View<std::int32_t, 1> found;   // [1]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const i = simt::block_x() * threads + simt::thread_id();
+    bool const bad = i < p.x.extent(0) && !(-simt::infinity<T>() < p.x(i) && p.x(i) < simt::infinity<T>());
+    if (simt::any(bad) && simt::lane() == 0) simt::atomic_max(&p.found(0), std::int32_t{1});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/arithmetic/gpu.hpp
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_GPU_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Fill, B> {
+  template <class T> static void forward(B& gpu, T value, View<T, 1> y) { for_each(gpu, y.count(), gpu::SetElement<T>{value, y}); }
+};
+
+template <GpuBackend B> struct On<Add, B> {
+  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T, 1> y) { for_each(gpu, y.count(), gpu::AddElement<T>{x, y}); }
+};
+
+template <GpuBackend B> struct On<AddWeighted, B> {
+  template <class T> static void forward(B& gpu, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    for_each(gpu, 1, gpu::AddWeightedElement<T>{weight, loss, sum});
+  }
+};
+
+template <GpuBackend B> struct On<AllFinite, B> {
+  template <class T> static bool forward(B& gpu, View<T const, 1> x) {
+    using Find = gpu::FindBadElement<T>;
+    auto found = zeros<std::int32_t>(gpu, Shape<1>{1});
+    launch<Find>(gpu, {.x = ceil_div(x.count(), Find::threads)}, {x, out(found)});
+    return download(gpu, found)[0] == 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/balance/balance.hpp
+// Load balancing over the experts of mixtures: coefficient * E sum_e f_e P_e, with f_e the share of tokens that chose expert e
+// (sum f = top_k) and P_e its mean probability.
+//   d loss / d p_ne = coefficient E f_e / tokens
+#ifndef HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+#define HYBRIDATTN_OPS_BALANCE_BALANCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, offsets, probabilities, sums)      offsets [E + 1], probabilities [N, E]; adds to sums [2, E], in double:
+//     how many tokens chose each expert, and its probabilities' sum over the tokens. Layers that are pooled add to the same sums
+struct ExpertUse {};
+//   forward (backend, coefficient, tokens, sums, value)                      adds to value [1], in double
+//   backward(backend, coefficient, tokens, sums, d_value, d_probability)     overwrites d_probability [E], the same for every token
+// `tokens` are those of all layers that the sums are of. Without tokens both are 0.
+struct BalanceLoss {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/balance/cpu.hpp
+#ifndef HYBRIDATTN_OPS_BALANCE_CPU_HPP
+#define HYBRIDATTN_OPS_BALANCE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<ExpertUse, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<std::int32_t const, 1> offsets, View<T const, 2> probabilities, View<double, 2> sums) {
+    parallel_blocks(cpu, sums.extent(1), experts, [&](Index first, Index last) {
+      double sum[experts] = {};
+      for (Index n = 0; n < probabilities.extent(0); ++n)
+        for (Index e = first; e < last; ++e) sum[e - first] += static_cast<double>(probabilities(n, e));
+      for (Index e = first; e < last; ++e) {
+        sums(0, e) += offsets(e + 1) - offsets(e);
+        sums(1, e) += sum[e - first];
+      }
+    });
+  }
+
+ private:
+  static constexpr Index experts = 16;   // of one task
+};
+
+template <> struct On<BalanceLoss, Cpu> {
+  static void forward(Cpu&, double coefficient, Index count, View<double const, 2> sums, View<double, 1> value) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    double sum = 0;
+    for (Index e = 0; e < sums.extent(1); ++e) sum += sums(0, e) / tokens * (sums(1, e) / tokens);
+    value(0) += count == 0 ? 0 : coefficient * experts * sum;
+  }
+  template <class T>
+  static void backward(Cpu&, double coefficient, Index count, View<double const, 2> sums, double d_value, View<T, 1> d_probability) {
+    double const tokens = static_cast<double>(count), experts = static_cast<double>(sums.extent(1));
+    for (Index e = 0; e < sums.extent(1); ++e)
+      d_probability(e) = count == 0 ? T(0) : static_cast<T>(d_value * coefficient * experts * sums(0, e) / tokens / tokens);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/balance/kernels.hpp
+// Load balancing as kernels.
+#ifndef HYBRIDATTN_OPS_BALANCE_KERNELS_HPP
+#define HYBRIDATTN_OPS_BALANCE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of an expert's probabilities over sum_rows tokens. A thread has an expert.
+template <class T> struct SumProbabilities {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> probabilities;
+    View<double, 2> parts;   // [blocks of tokens, E]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, last = simt::smaller(first + sum_rows, p.probabilities.extent(0));
+    Index const e = simt::block_y() * threads + simt::thread_id();
+    if (e >= p.probabilities.extent(1)) return;
+    double sum = 0;
+    for (Index n = first; n < last; ++n) sum += static_cast<double>(p.probabilities(n, e));
+    p.parts(simt::block_x(), e) = sum;
+  }
+};
+
+// Adds an expert's tokens, and the parts of its probabilities in order. A thread has an expert.
+struct AddExpertUse {
+  View<std::int32_t const, 1> offsets;
+  View<double const, 2> parts;
+  View<double, 2> sums;
+  HYBRIDATTN_HD void operator()(Index e) const {
+    double sum = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) sum += parts(n, e);
+    sums(0, e) += offsets(e + 1) - offsets(e);
+    sums(1, e) += sum;
+  }
+};
+
+// One warp adds up the experts.
+struct AddBalanceLoss {
+  static constexpr int threads = 32;
+  struct Params {
+    double coefficient;
+    Index tokens;   // not 0
+    View<double const, 2> sums;
+    View<double, 1> value;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    double const tokens = static_cast<double>(p.tokens), experts = static_cast<double>(p.sums.extent(1));
+    double sum = 0;
+    for (Index e = simt::lane(); e < p.sums.extent(1); e += 32) sum += p.sums(0, e) / tokens * (p.sums(1, e) / tokens);
+    sum = simt::sum_lanes(sum);
+    if (simt::lane() == 0) p.value(0) += p.coefficient * experts * sum;
+  }
+};
+
+template <class T> struct BalanceLossBackward {
+  double coefficient;
+  Index tokens;
+  View<double const, 2> sums;
+  double d_value;
+  View<T, 1> d_probability;
+  HYBRIDATTN_HD void operator()(Index e) const {
+    double const count = static_cast<double>(tokens), experts = static_cast<double>(sums.extent(1));
+    d_probability(e) = tokens == 0 ? T(0) : static_cast<T>(d_value * coefficient * experts * sums(0, e) / count / count);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/balance/gpu.hpp
+#ifndef HYBRIDATTN_OPS_BALANCE_GPU_HPP
+#define HYBRIDATTN_OPS_BALANCE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<ExpertUse, B> {
+  template <class T>
+  static void forward(B& gpu, View<std::int32_t const, 1> offsets, View<T const, 2> probabilities, View<double, 2> sums) {
+    using Sum = gpu::SumProbabilities<T>;
+    Index const blocks = gpu::row_blocks(probabilities.extent(0)), experts = sums.extent(1);
+    Tensor<double, 2, B> parts{gpu, {blocks, experts}};
+    launch<Sum>(gpu, {.x = blocks, .y = ceil_div(experts, Sum::threads)}, {probabilities, out(parts)});
+    for_each(gpu, experts, gpu::AddExpertUse{offsets, in(parts), sums});
+  }
+};
+
+template <GpuBackend B> struct On<BalanceLoss, B> {
+  static void forward(B& gpu, double coefficient, Index count, View<double const, 2> sums, View<double, 1> value) {
+    if (count > 0) launch<gpu::AddBalanceLoss>(gpu, {.x = 1}, {coefficient, count, sums, value});
+  }
+  template <class T>
+  static void backward(B& gpu, double coefficient, Index count, View<double const, 2> sums, double d_value, View<T, 1> d_probability) {
+    for_each(gpu, sums.extent(1), gpu::BalanceLossBackward<T>{coefficient, count, sums, d_value, d_probability});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
+// Short depthwise causal convolution, one filter a channel, silu after it:
+//   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
+//   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
+// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// final state. A sequence never sees its neighbour.
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class Activation { none, silu };
+
+//   forward (backend, activation, sequences, x, w, initial_state, y, final_state)     x, y [N, C], w [C, W]
+//   backward(backend, activation, sequences, x, w, initial_state, d_y, d_final_state, d_x, d_w, d_initial_state)
+// States are [number of sequences, W - 1, C] or empty; forward's final_state may be its initial_state. W = 0 is no
+// convolution: y = silu(x). Backward overwrites everything.
+struct CausalConv1d {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/causal_conv1d/cpu.hpp
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+// The inputs of a convolution as rows: of x, of the initial state, or nothing.
+template <class T> struct ConvRows {
+  View<T const, 2> x;
+  View<T const, 3> initial_state;
+  Index width;
+
+  // The row `back` tokens before token n, which has `position` tokens of sequence `owner` before it in x; null for zeros.
+  T const* at(Index n, Index position, Index owner, Index back) const {
+    if (back <= position) return x.row(n - back);
+    return initial_state.empty() ? nullptr : initial_state.row(owner, width - 1 - (back - position));
+  }
+};
+
+}  // namespace cpu::detail
+
+template <> struct On<CausalConv1d, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+    Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
+    View<T const, 2> const taps = taps_of(w, out(taps_storage));
+    cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        convolve(rows, taps, s, n, y.row(n));
+        if (activation == Activation::silu) silu_row(y.row(n), x.extent(1));
+      }
+    });
+    if (!final_state.empty()) keep_last(s, rows, final_state);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       View<T, 3> d_initial_state) {
+    Index const C = x.extent(1), W = w.extent(1);
+    Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
+    View<T const, 2> const taps = taps_of(w, out(taps_storage));
+    View<T, 2> const d_s = out(d_s_storage), d_taps = out(d_taps_storage);
+    cpu::detail::ConvRows<T> const rows{x, initial_state, W};
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        convolve(rows, taps, s, n, d_s.row(n));
+        through_activation(activation, d_y.row(n), d_s.row(n), C);
+      }
+    });
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) gradient_row(s, taps, View<T const, 2>(d_s), d_final_state, n, d_x.row(n));
+    });
+    if (W > 0) {
+      cpu::sum_over_rows<T>(cpu, x.extent(0), flat(d_taps), [&](Index n, T* sum) { add_taps(rows, s, n, d_s.row(n), sum); });
+      for (Index c = 0; c < C; ++c)
+        for (Index tap = 0; tap < W; ++tap) d_w(c, tap) = d_taps(tap, c);
+    }
+    if (!d_initial_state.empty()) initial_gradient(s, taps, View<T const, 2>(d_s), d_final_state, d_initial_state);
+  }
+
+ private:
+  static Index position_of(Sequences const& s, Index n) { return n - s[static_cast<std::size_t>(s.owners()(n))].start; }
+  // Filters by tap, so that channels are neighbours.
+  template <class T> static View<T, 2> taps_of(View<T const, 2> w, View<T, 2> taps) {
+    for (Index c = 0; c < w.extent(0); ++c)
+      for (Index tap = 0; tap < w.extent(1); ++tap) taps(tap, c) = w(c, tap);
+    return taps;
+  }
+  template <class T>
+  static void convolve(cpu::detail::ConvRows<T> const& rows, View<T const, 2> taps, Sequences const& s, Index n, T* y) {
+    Index const C = rows.x.extent(1), W = rows.width;
+    if (W == 0) {
+      std::copy_n(rows.x.row(n), C, y);
+      return;
+    }
+    Index const owner = s.owners()(n), position = position_of(s, n);
+    std::fill_n(y, C, T(0));
+    for (Index tap = 0; tap < W; ++tap)
+      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(taps.row(tap), row, y, C);
+  }
+  template <class T> static void add_product(T const* a, T const* b, T* y, Index C) {
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) + v.get(a) * v.get(b)); });
+  }
+  template <class T> static void silu_row(T* y, Index C) {
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) * cpu::sigmoid<T>(v.get(y))); });
+  }
+  // d_s holds s and becomes d_y silu'(s).
+  template <class T> static void through_activation(Activation activation, T const* d_y, T* d_s, Index C) {
+    if (activation == Activation::none) {
+      std::copy_n(d_y, C, d_s);
+      return;
+    }
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const s = v.get(d_s), open = cpu::sigmoid<T>(s);
+      v.put(d_s, v.get(d_y) * (open * (T(1) + s * (T(1) - open))));
+    });
+  }
+  template <class T>
+  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
+                           T* d_x) {
+    Index const C = d_s.extent(1), W = taps.extent(0);
+    if (W == 0) {
+      std::copy_n(d_s.row(n), C, d_x);
+      return;
+    }
+    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - position_of(s, n);
+    std::fill_n(d_x, C, T(0));
+    for (Index ahead = 0; ahead < std::min(W, after + 1); ++ahead) add_product(taps.row(W - 1 - ahead), d_s.row(n + ahead), d_x, C);
+    if (!d_final_state.empty() && after < W - 1) axpy(T(1), d_final_state.row(owner, W - 2 - after), d_x, C);
+  }
+  template <class T> static void add_taps(cpu::detail::ConvRows<T> const& rows, Sequences const& s, Index n, T const* d_s, T* sum) {
+    Index const C = rows.x.extent(1), W = rows.width, position = position_of(s, n), owner = s.owners()(n);
+    for (Index tap = 0; tap < W; ++tap)
+      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
+  }
+  // Row j of a state is the input W - 1 - j tokens before the end.
+  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
+    for (Index i = 0; i < s.count(); ++i)
+      for (Index j = 0; j < rows.width - 1; ++j) {
+        Sequence const q = s[static_cast<std::size_t>(i)];
+        T const* row = rows.at(q.start + q.length, q.length, i, rows.width - 1 - j);
+        T* const to = final_state.row(i, j);   // in place, where an empty sequence keeps its rows
+        if (row == nullptr) std::fill_n(to, rows.x.extent(1), T(0));
+        else if (row != to) std::copy_n(row, rows.x.extent(1), to);
+      }
+  }
+  // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
+  template <class T>
+  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
+                               View<T, 3> d_initial_state) {
+    Index const C = d_s.extent(1), W = taps.extent(0);
+    for (Index i = 0; i < s.count(); ++i)
+      for (Index j = 0; j < W - 1; ++j) {
+        Sequence const q = s[static_cast<std::size_t>(i)];
+        T* const d = d_initial_state.row(i, j);
+        std::fill_n(d, C, T(0));
+        for (Index t = 0; t < std::min(j + 1, q.length); ++t) add_product(taps.row(j - t), d_s.row(q.start + t), d, C);
+        if (!d_final_state.empty() && j >= q.length) axpy(T(1), d_final_state.row(i, j - q.length), d, C);
+      }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/kernels.hpp
+// The short causal convolution as kernels.
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_KERNELS_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+inline constexpr int conv_threads = 128;
+// A block has conv_threads channels of a token, or of a block of tokens.
+inline Grid conv_grid(Index rows, Index channels) { return {.x = rows, .y = ceil_div(channels, conv_threads)}; }
+
+// The inputs of a convolution. Those before a sequence are its initial state, or zeros where there are no states.
+template <class T> struct ConvInputs {
+  SequenceTable sequences;
+  View<T const, 2> x, w;
+  View<T const, 3> initial_state;
+
+  HYBRIDATTN_HD Index width() const { return w.extent(1); }
+  HYBRIDATTN_HD Index channels() const { return x.extent(1); }
+  // A token's number in its sequence. The token after the last one has the sequence's length as its number.
+  HYBRIDATTN_HD Index position_of(Index n) const { return n - sequences.list(sequences.owners(n)).start; }
+  // Whether the input `back` tokens before a token is a number of x or of a state.
+  HYBRIDATTN_HD bool has(Index position, Index back) const { return back <= position || !initial_state.empty(); }
+  // The input of channel c, `back` tokens before token `position` of a sequence.
+  HYBRIDATTN_HD T at(Index sequence, Index position, Index back, Index c) const {
+    if (back <= position) return x(sequences.list(sequence).start + position - back, c);
+    return initial_state(sequence, width() - 1 - (back - position), c);
+  }
+  // The sum over the taps for channel c of token n. Without taps it is x.
+  HYBRIDATTN_HD T convolved(Index n, Index c) const {
+    if (width() == 0) return x(n, c);
+    Index const sequence = sequences.owners(n), position = position_of(n);
+    T sum = 0;
+    for (Index tap = 0; tap < width(); ++tap)
+      if (Index const back = width() - 1 - tap; has(position, back)) sum += w(c, tap) * at(sequence, position, back, c);
+    return sum;
+  }
+};
+
+// y. A thread has a channel of a token.
+template <class T> struct ConvForward {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvInputs<T> inputs;
+    Activation activation;
+    View<T, 2> y;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.inputs.channels()) return;
+    T const s = p.inputs.convolved(n, c);
+    p.y(n, c) = p.activation == Activation::silu ? silu(s) : s;
+  }
+};
+
+// Row j of a final state is the input W - 1 - j tokens before the end. A thread has a channel of a sequence. It makes row j of x, or of
+// row j or a later one of the initial state. So the final state may be the initial state.
+template <class T> struct KeepLastInputs {
+  ConvInputs<T> inputs;
+  View<T, 3> final_state;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const sequence = i / inputs.channels(), c = i % inputs.channels(), length = inputs.sequences.list(sequence).length;
+    for (Index j = 0; j < final_state.extent(1); ++j) {
+      Index const back = inputs.width() - 1 - j;
+      final_state(sequence, j, c) = inputs.has(length, back) ? inputs.at(sequence, length, back, c) : T(0);
+    }
+  }
+};
+
+// d_s = d_y silu'(s), or d_y. A thread has a channel of a token.
+template <class T> struct ConvThroughActivation {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvInputs<T> inputs;
+    Activation activation;
+    View<T const, 2> d_y;
+    View<T, 2> d_s;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.inputs.channels()) return;
+    p.d_s(n, c) = p.activation == Activation::silu ? p.d_y(n, c) * silu_slope(p.inputs.convolved(n, c)) : p.d_y(n, c);
+  }
+};
+
+// What the gradients of x and of the initial states are made of.
+template <class T> struct ConvOutputGradients {
+  SequenceTable sequences;
+  View<T const, 2> w, d_s;
+  View<T const, 3> d_final_state;   // may be empty
+
+  // The gradient of the input of channel c that stands `before` tokens before the start of a sequence, or -before tokens after it.
+  // It reaches the W tokens from its own place on, and the final state where it is one of the last W - 1 inputs.
+  HYBRIDATTN_HD T of_input(Index sequence, Index before, Index c) const {
+    Index const W = w.extent(1), start = sequences.list(sequence).start, length = sequences.list(sequence).length;
+    T sum = 0;
+    for (Index ahead = simt::larger(before, Index{0}); ahead < simt::smaller(W, before + length); ++ahead)
+      sum += w(c, W - 1 - ahead) * d_s(start - before + ahead, c);
+    Index const row = W - 1 - before - length;   // of the final state
+    if (!d_final_state.empty() && row >= 0) sum += d_final_state(sequence, row, c);
+    return sum;
+  }
+};
+
+// d_x. A thread has a channel of a token.
+template <class T> struct ConvInputGradient {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvOutputGradients<T> gradients;
+    View<T, 2> d_x;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    ConvOutputGradients<T> const& from = p.gradients;
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.d_x.extent(1)) return;
+    Index const sequence = from.sequences.owners(n), position = n - from.sequences.list(sequence).start;
+    p.d_x(n, c) = from.w.extent(1) == 0 ? from.d_s(n, c) : from.of_input(sequence, -position, c);
+  }
+};
+
+// Row j of an initial state stands W - 1 - j tokens before its sequence. A thread has an element.
+template <class T> struct ConvStateGradient {
+  ConvOutputGradients<T> gradients;
+  View<T, 3> d_initial_state;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const rows = d_initial_state.extent(1), C = d_initial_state.extent(2), sequence = i / (rows * C), j = i / C % rows, c = i % C;
+    d_initial_state(sequence, j, c) = gradients.of_input(sequence, rows - j, c);
+  }
+};
+
+// The part of d_w that sum_rows tokens make. A thread has a channel.
+template <class T> struct ConvTapGradients {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvInputs<T> inputs;
+    View<T const, 2> d_s;
+    View<T, 3> parts;   // [blocks of tokens, W, C]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, last = simt::smaller(first + sum_rows, p.d_s.extent(0));
+    Index const c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.d_s.extent(1)) return;
+    for (Index tap = 0; tap < p.parts.extent(1); ++tap) p.parts(simt::block_x(), tap, c) = sum_tokens(p, first, last, tap, c);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE T sum_tokens(Params const& p, Index first, Index last, Index tap, Index c) {
+    Index const back = p.inputs.width() - 1 - tap;
+    T sum = 0;
+    for (Index n = first; n < last; ++n) {
+      Index const position = p.inputs.position_of(n);
+      if (p.inputs.has(position, back)) sum += p.d_s(n, c) * p.inputs.at(p.inputs.sequences.owners(n), position, back, c);
+    }
+    return sum;
+  }
+};
+
+// d_w [C, W] = the parts [n, W, C], added in order. A thread has an element.
+template <class T> struct SumTapGradients {
+  View<T const, 3> parts;
+  View<T, 2> d_w;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const C = d_w.extent(0), tap = i / C, c = i % C;
+    T sum = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) sum += parts(n, tap, c);
+    d_w(c, tap) = sum;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/gpu.hpp
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_GPU_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// M is B, or a backend that wraps it.
+template <GpuBackend B> struct On<CausalConv1d, B> {
+  template <class T, class M>
+  static void forward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
+                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+    gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
+    launch<gpu::ConvForward<T>>(gpu, gpu::conv_grid(x.extent(0), x.extent(1)), {inputs, activation, y});
+    if (!final_state.empty()) for_each(gpu, s.count() * x.extent(1), gpu::KeepLastInputs<T>{inputs, final_state});
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
+                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       View<T, 3> d_initial_state) {
+    Index const N = x.extent(0), C = x.extent(1), W = w.extent(1), blocks = gpu::row_blocks(N);
+    Tensor<T, 2, B> d_s{gpu, {N, C}};
+    Tensor<T, 3, B> parts{gpu, {blocks, W, C}};
+    gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
+    launch<gpu::ConvThroughActivation<T>>(gpu, gpu::conv_grid(N, C), {inputs, activation, d_y, out(d_s)});
+    gpu::ConvOutputGradients<T> const gradients{s.table(), w, in(d_s), d_final_state};
+    launch<gpu::ConvInputGradient<T>>(gpu, gpu::conv_grid(N, C), {gradients, d_x});
+    if (W > 0) {
+      launch<gpu::ConvTapGradients<T>>(gpu, gpu::conv_grid(blocks, C), {inputs, in(d_s), out(parts)});
+      for_each(gpu, W * C, gpu::SumTapGradients<T>{in(parts), d_w});
+    }
+    if (!d_initial_state.empty()) for_each(gpu, d_initial_state.count(), gpu::ConvStateGradient<T>{gradients, d_initial_state});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/embedding/embedding.hpp
+// One row of a table for each token: y[n] = table[tokens[n]].   d_table[v] = sum of d_y[n] over the tokens that are v
+#ifndef HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, tokens, table, y)       tokens [N], table [V, C], y [N, C]; tokens are in 0 .. V - 1
+//   backward(backend, tokens, d_y, d_table, into)   d_table is added, where a tied head has been there, or overwritten
+struct Embedding {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/embedding/cpu.hpp
+#ifndef HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Embedding, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+    parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
+    });
+  }
+  // Threads share out the columns, so that each sum runs over the tokens in order.
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
+                                          Into into) {
+    parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
+      for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
+      for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/embedding/kernels.hpp
+// Embedding as kernels.
+#ifndef HYBRIDATTN_OPS_EMBEDDING_KERNELS_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// A thread has a column of a token.
+template <class T> struct EmbeddingForward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<std::int32_t const, 1> tokens;
+    View<T const, 2> table;
+    View<T, 2> y;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c < p.y.extent(1)) p.y(n, c) = p.table(p.tokens(n), c);
+  }
+};
+
+// A block has up to 512 columns of a row v of the table, a thread every 128th of them. The warps look for the tokens that are v, 1024
+// tokens at a time. Then each thread adds the rows of these tokens, in their order, to its sums. All blocks together take
+// V ceil(C / 512) N / 32 ballots.
+template <class T> struct EmbeddingBackward {
+  static constexpr int threads = 128, own_columns = 4, columns = threads * own_columns;
+  struct Params {
+    View<std::int32_t const, 1> tokens;
+    View<T const, 2> d_y;
+    View<T, 2> d_table;
+    Into into;
+  };
+  struct Shared {
+    std::uint32_t found[32];   // bit l of word i: token 32 i + l of the 1024 tokens is v
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    T sums[own_columns];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < own_columns; ++k) sums[k] = p.into == Into::add && has(p, k) ? p.d_table(simt::block_x(), column(k)) : T(0);
+    for (Index first = 0; first < p.tokens.extent(0); first += 1024) {
+      find(shared, p, first);
+      simt::sync_block();
+      if (simt::any(shared.found[simt::lane()] != 0)) add_rows(shared, p, first, sums);
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < own_columns; ++k)
+      if (has(p, k)) p.d_table(simt::block_x(), column(k)) = sums[k];
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE Index column(int k) { return simt::block_y() * columns + k * threads + simt::thread_id(); }
+  static HYBRIDATTN_DEVICE bool has(Params const& p, int k) { return column(k) < p.d_table.extent(1); }
+  static HYBRIDATTN_DEVICE void find(Shared& shared, Params const& p, Index first) {
+    for (int word = simt::warp(); word < 32; word += threads / 32) {
+      Index const n = first + 32 * word + simt::lane();
+      std::uint32_t const found = simt::ballot(n < p.tokens.extent(0) && p.tokens(n) == simt::block_x());
+      if (simt::lane() == 0) shared.found[word] = found;
+    }
+  }
+  static HYBRIDATTN_DEVICE void add_rows(Shared const& shared, Params const& p, Index first, T (&sums)[own_columns]) {
+    for (int word = 0; word < 32; ++word)
+      for (std::uint32_t left = shared.found[word]; left != 0; left &= left - 1) {
+        Index const n = first + 32 * word + simt::first_bit(left);
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int k = 0; k < own_columns; ++k)
+          if (has(p, k)) sums[k] += p.d_y(n, column(k));
+      }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/embedding/gpu.hpp
+#ifndef HYBRIDATTN_OPS_EMBEDDING_GPU_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Embedding, B> {
+  template <class T> static void forward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+    using Forward = gpu::EmbeddingForward<T>;
+    launch<Forward>(gpu, {.x = y.extent(0), .y = ceil_div(y.extent(1), Forward::threads)}, {tokens, table, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table, Into into) {
+    using Backward = gpu::EmbeddingBackward<T>;
+    launch<Backward>(gpu, {.x = d_table.extent(0), .y = ceil_div(d_table.extent(1), Backward::columns)}, {tokens, d_y, d_table, into});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/gate/kernels.hpp
+// Gates as kernels. A thread has an element.
+#ifndef HYBRIDATTN_OPS_GATE_KERNELS_HPP
+#define HYBRIDATTN_OPS_GATE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> struct SwigluForward {
+  View<T const, 1> gate, up;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) = up.empty() ? silu(gate(i)) : silu(gate(i)) * up(i); }
+};
+
+template <class T> struct SwigluBackward {
+  View<T const, 1> gate, up, d_y;
+  View<T, 1> d_gate, d_up;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    T const x = gate(i), dy = d_y(i), wide = up.empty() ? T(1) : up(i);
+    d_gate(i) = dy * wide * silu_slope(x);
+    if (!up.empty()) d_up(i) = dy * silu(x);
+  }
+};
+
+template <class T> struct SigmoidGateForward {
+  View<T const, 1> x, z;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) = x(i) * sigmoid(z(i)); }
+};
+
+template <class T> struct SigmoidGateBackward {
+  View<T const, 1> x, z, d_y;
+  View<T, 1> d_x, d_z;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    T const open = sigmoid(z(i)), dy = d_y(i), value = x(i);
+    d_x(i) = dy * open;
+    d_z(i) = dy * value * open * (T(1) - open);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/gate/gpu.hpp
+#ifndef HYBRIDATTN_OPS_GATE_GPU_HPP
+#define HYBRIDATTN_OPS_GATE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Swiglu, B> {
+  template <class T> static void forward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+    for_each(gpu, y.count(), gpu::SwigluForward<T>{gate, up, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
+    for_each(gpu, d_y.count(), gpu::SwigluBackward<T>{gate, up, d_y, d_gate, d_up});
+  }
+};
+
+template <GpuBackend B> struct On<SigmoidGate, B> {
+  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+    for_each(gpu, y.count(), gpu::SigmoidGateForward<T>{x, z, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
+    for_each(gpu, d_y.count(), gpu::SigmoidGateBackward<T>{x, z, d_y, d_x, d_z});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/gdn_gate/gdn_gate.hpp
+// The gates of Gated DeltaNet, from their projections a and b:
+//   g = -exp(a_log) softplus(a + dt_bias)      beta = range sigmoid(b), range 1 or 2
+//   d_a = d_dt_bias = -exp(a_log) sigmoid(a + dt_bias) d_g      d_a_log = sum d_g g      d_b = beta (1 - beta / range) d_beta
+#ifndef HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
+//   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
+struct GdnGate {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/gdn_gate/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: one number a head and token.
+template <> struct On<GdnGate, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                      View<T, 2> g, View<T, 2> beta) {
+    parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index h = 0; h < a.extent(1); ++h) {
+          g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
+          beta(n, h) = range * sigmoid(b(n, h));
+        }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
+                       View<T, 1> d_dt_bias) {
+    cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
+      for (Index h = 0; h < a.extent(1); ++h) {
+        T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
+        d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
+        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        sum[h] += rate * softplus(shifted) * d_g(n, h);
+      }
+    });
+    cpu::sum_over_rows<T>(cpu, a.extent(0), d_dt_bias, [&](Index n, T* sum) {
+      for (Index h = 0; h < a.extent(1); ++h) sum[h] += d_a(n, h);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/gdn_gate/kernels.hpp
+// The gates of Gated DeltaNet as kernels.
+#ifndef HYBRIDATTN_OPS_GDN_GATE_KERNELS_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// A thread has a head of a token.
+template <class T> struct GdnGateForward {
+  T range;
+  View<T const, 2> a, b;
+  View<T const, 1> a_log, dt_bias;
+  View<T, 2> g, beta;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const n = i / a.extent(1), h = i % a.extent(1);
+    g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
+    beta(n, h) = range * sigmoid(b(n, h));
+  }
+};
+
+// A block has sum_rows tokens and 32 heads, a thread one head of all these tokens.
+template <class T> struct GdnGateBackward {
+  static constexpr int threads = 32;
+  struct Params {
+    T range;
+    View<T const, 2> a, b;
+    View<T const, 1> a_log, dt_bias;
+    View<T const, 2> d_g, d_beta;
+    View<T, 2> d_a, d_b;
+    View<T, 2> d_a_log, d_dt_bias;   // [blocks of tokens, HV]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const h = simt::block_y() * threads + simt::thread_id(), first = simt::block_x() * sum_rows;
+    if (h >= p.a.extent(1)) return;
+    T const rate = -std::exp(p.a_log(h)), bias = p.dt_bias(h);
+    T d_rate = 0, d_bias = 0;
+    for (Index n = first; n < simt::smaller(first + sum_rows, p.a.extent(0)); ++n) {
+      T const shifted = p.a(n, h) + bias, open = sigmoid(p.b(n, h)), d_shifted = rate * sigmoid(shifted) * p.d_g(n, h);
+      p.d_b(n, h) = p.range * open * (T(1) - open) * p.d_beta(n, h);
+      d_rate += rate * softplus(shifted) * p.d_g(n, h);
+      d_bias += d_shifted;
+      p.d_a(n, h) = d_shifted;
+    }
+    p.d_a_log(simt::block_x(), h) = d_rate;
+    p.d_dt_bias(simt::block_x(), h) = d_bias;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/gdn_gate/gpu.hpp
+#ifndef HYBRIDATTN_OPS_GDN_GATE_GPU_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<GdnGate, B> {
+  template <class T>
+  static void forward(B& gpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                      View<T, 2> g, View<T, 2> beta) {
+    for_each(gpu, a.count(), gpu::GdnGateForward<T>{range, a, b, a_log, dt_bias, g, beta});
+  }
+
+  template <class T>
+  static void backward(B& gpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
+                       View<T, 1> d_dt_bias) {
+    using Backward = gpu::GdnGateBackward<T>;
+    Index const blocks = gpu::row_blocks(a.extent(0)), heads = a.extent(1);
+    Tensor<T, 2, B> rate_parts{gpu, {blocks, heads}}, bias_parts{gpu, {blocks, heads}};
+    launch<Backward>(gpu, {.x = blocks, .y = ceil_div(heads, Backward::threads)},
+                     {range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, out(rate_parts), out(bias_parts)});
+    for_each(gpu, heads, gpu::SumParts<T>{in(rate_parts), d_a_log});
+    for_each(gpu, heads, gpu::SumParts<T>{in(bias_parts), d_dt_bias});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/l2_norm/l2_norm.hpp
+// Rows of length one: y = x rnorm,  rnorm = (sum x^2 + eps)^-1/2;   d_x = rnorm (d_y - y (y . d_y)).  A row of zeros stays zero.
+#ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
+#define HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, y)            x, y [N, C]; y may be x
+//   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
+struct L2Norm {
+  static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/l2_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_L2_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_L2_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<L2Norm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rnorm = inverse_norm(row, C);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rnorm); });
+      }
+    });
+  }
+
+  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *xn = x.row(n), *d_yn = d_y.row(n), rnorm = inverse_norm(xn, C);
+        T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); }) * rnorm;
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along)); });
+      }
+    });
+  }
+
+ private:
+  template <class T> static T inverse_norm(T const* x, Index C) {
+    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const v = s.get(x);
+      return v * v;
+    });
+    return cpu::inverse_root(squares + static_cast<T>(L2Norm::eps));
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/l2_norm/kernels.hpp
+// L2Norm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_L2_NORM_KERNELS_HPP
+#define HYBRIDATTN_OPS_L2_NORM_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> HYBRIDATTN_DEVICE T inverse_norm(View<T const, 2> x, Index n) {
+  T squares = 0;
+  for (Index c = simt::lane(); c < x.extent(1); c += 32) squares += x(n, c) * x(n, c);
+  return T(1) / std::sqrt(simt::sum_lanes(squares) + static_cast<T>(L2Norm::eps));
+}
+
+template <class T> struct L2NormForward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x;
+    View<T, 2> y;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n >= p.x.extent(0)) return;
+    T const rnorm = inverse_norm(p.x, n);
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) p.y(n, c) = p.x(n, c) * rnorm;
+  }
+};
+
+template <class T> struct L2NormBackward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x, d_y;
+    View<T, 2> d_x;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp(), C = p.x.extent(1);
+    if (n >= p.x.extent(0)) return;
+    T const rnorm = inverse_norm(p.x, n);
+    T along = 0;
+    for (Index c = simt::lane(); c < C; c += 32) along += p.x(n, c) * p.d_y(n, c);
+    along = simt::sum_lanes(along) * rnorm;
+    for (Index c = simt::lane(); c < C; c += 32) p.d_x(n, c) = rnorm * (p.d_y(n, c) - p.x(n, c) * rnorm * along);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/l2_norm/gpu.hpp
+#ifndef HYBRIDATTN_OPS_L2_NORM_GPU_HPP
+#define HYBRIDATTN_OPS_L2_NORM_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<L2Norm, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T, 2> y) {
+    launch<gpu::L2NormForward<T>>(gpu, {.x = ceil_div(x.extent(0), gpu::L2NormForward<T>::threads / 32)}, {x, y});
+  }
+  template <class T> static void backward(B& gpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+    launch<gpu::L2NormBackward<T>>(gpu, {.x = ceil_div(x.extent(0), gpu::L2NormBackward<T>::threads / 32)}, {x, d_y, d_x});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/layer_norm/layer_norm.hpp
+// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
+//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, eps, x, w, b, y)
+//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
+struct LayerNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/layer_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
+template <> struct On<LayerNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
+        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
+                       View<T, 1> d_b) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      auto const [mean, rstd] = moments(x.row(n), C, eps);
+      T g_mean = 0, along = 0;
+      for (Index c = 0; c < C; ++c) {
+        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
+        g_mean += g / static_cast<T>(C);
+        along += g * xh / static_cast<T>(C);
+        sum[c] += d_y(n, c) * xh;
+      }
+      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
+    });
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
+      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
+    });
+  }
+
+ private:
+  template <class T> struct Moments {
+    T mean, rstd;
+  };
+  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
+    T mean = 0, variance = 0;
+    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
+    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
+    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/layer_norm/kernels.hpp
+// LayerNorm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_KERNELS_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> struct LayerNormMoments {
+  T mean, rstd;
+};
+// Of row n, for all lanes.
+template <class T> HYBRIDATTN_DEVICE LayerNormMoments<T> layer_norm_moments(View<T const, 2> x, Index n, T eps) {
+  T const C = static_cast<T>(x.extent(1));
+  T sum = 0, squares = 0;
+  for (Index c = simt::lane(); c < x.extent(1); c += 32) sum += x(n, c);
+  T const mean = simt::sum_lanes(sum) / C;
+  for (Index c = simt::lane(); c < x.extent(1); c += 32) squares += (x(n, c) - mean) * (x(n, c) - mean);
+  return {mean, T(1) / std::sqrt(simt::sum_lanes(squares) / C + eps)};
+}
+
+template <class T> struct LayerNormForward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x;
+    View<T const, 1> w, b;
+    View<T, 2> y;
+    T eps;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n >= p.x.extent(0)) return;
+    auto const [mean, rstd] = layer_norm_moments(p.x, n, p.eps);
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) p.y(n, c) = (p.x(n, c) - mean) * rstd * p.w(c) + p.b(c);
+  }
+};
+
+// A block has sum_rows rows: first each warp some of them, for d_x; then each thread its columns of all, for d_w and d_b.
+template <class T> struct LayerNormBackward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x;
+    View<T const, 1> w;
+    View<T const, 2> d_y;
+    View<T, 2> d_x;
+    View<T, 2> d_w, d_b;   // [blocks of rows, C]
+    T eps;
+  };
+  struct Shared {
+    LayerNormMoments<T> of_rows[sum_rows];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, rows = simt::smaller(sum_rows, p.x.extent(0) - first);
+    for (Index r = simt::warp(); r < rows; r += threads / 32) {
+      LayerNormMoments<T> const moments = layer_norm_moments(p.x, first + r, p.eps);
+      if (simt::lane() == 0) shared.of_rows[r] = moments;
+      write_row(p, first + r, moments);
+    }
+    simt::sync_block();
+    for (Index c = simt::thread_id(); c < p.x.extent(1); c += threads) {
+      T d_w = 0, d_b = 0;
+      for (Index r = 0; r < rows; ++r) {
+        auto const [mean, rstd] = shared.of_rows[r];
+        d_w += p.d_y(first + r, c) * (p.x(first + r, c) - mean) * rstd;
+        d_b += p.d_y(first + r, c);
+      }
+      p.d_w(simt::block_x(), c) = d_w;
+      p.d_b(simt::block_x(), c) = d_b;
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void write_row(Params const& p, Index n, LayerNormMoments<T> moments) {
+    auto const [mean, rstd] = moments;
+    T const C = static_cast<T>(p.x.extent(1));
+    T g_sum = 0, along = 0;
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) {
+      T const g = p.d_y(n, c) * p.w(c);
+      g_sum += g;
+      along += g * (p.x(n, c) - mean) * rstd;
+    }
+    T const g_mean = simt::sum_lanes(g_sum) / C;
+    along = simt::sum_lanes(along) / C;
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32)
+      p.d_x(n, c) = rstd * (p.d_y(n, c) * p.w(c) - g_mean - (p.x(n, c) - mean) * rstd * along);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/layer_norm/gpu.hpp
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_GPU_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<LayerNorm, B> {
+  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+    using Forward = gpu::LayerNormForward<T>;
+    launch<Forward>(gpu, {.x = ceil_div(x.extent(0), Forward::threads / 32)}, {x, w, b, y, static_cast<T>(eps)});
+  }
+  template <class T>
+  static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
+                       View<T, 1> d_b) {
+    Index const blocks = gpu::row_blocks(x.extent(0)), C = x.extent(1);
+    Tensor<T, 2, B> w_parts{gpu, {blocks, C}}, b_parts{gpu, {blocks, C}};
+    launch<gpu::LayerNormBackward<T>>(gpu, {.x = blocks}, {x, w, d_y, d_x, out(w_parts), out(b_parts), static_cast<T>(eps)});
+    for_each(gpu, C, gpu::SumParts<T>{in(w_parts), d_w});
+    for_each(gpu, C, gpu::SumParts<T>{in(b_parts), d_b});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/operand.hpp
 // The factors of matrix products, for every backend.
 #ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
@@ -5635,42 +7726,6 @@ template <GpuBackend B> struct On<Linear, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/backend/gpu/reduce.hpp
-// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
-#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
-#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
-template <class T, int warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
-  x = simt::sum_lanes(x);
-  if (simt::lane() == 0) of_warps[simt::warp()] = x;
-  simt::sync_block();
-  T sum = 0;
-  for (T part : of_warps) sum += part;
-  simt::sync_block();   // of_warps may be used again
-  return sum;
-}
-
-// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
-template <class T> struct SumParts {
-  View<T const, 2> parts;
-  View<T, 1> sum;
-  HYBRIDATTN_HD void operator()(Index c) const {
-    T total = 0;
-    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
-    sum(c) = total;
-  }
-};
-
-// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
-inline constexpr Index sum_rows = 32;
-inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
-#endif
-
 // ==== hybridattn/ops/rms_norm/kernels.hpp
 // RMSNorm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
 #ifndef HYBRIDATTN_OPS_RMS_NORM_KERNELS_HPP
@@ -5798,6 +7853,342 @@ template <GpuBackend B> struct On<GatedRmsNorm, B> {
   static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 2> d_z, View<T, 1> d_w) {
     gpu::rms_norm_gradients<T>(gpu, {{x, z, w, {}, T(0), static_cast<T>(eps)}, d_y, d_x, d_z, {}, Into::overwrite}, d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/rope/kernels.hpp
+// Rotary positions as kernels. A warp has a row of angles, or a head of a token: lane l has the pairs l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_ROPE_KERNELS_HPP
+#define HYBRIDATTN_OPS_ROPE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+HYBRIDATTN_DEVICE Index angles_row(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+
+// angle / pi without whole turns, in -1 .. 1. 1/pi is inverse + rest, with twice the digits of a double. So a large angle is turned as
+// exactly as a small one.
+HYBRIDATTN_DEVICE double half_turns(double angle) {
+  constexpr double inverse = 0.3183098861837907, rest = -1.9678676675182486e-17;
+  double const turns = angle * inverse, error = std::fma(angle, inverse, -turns) + angle * rest;
+  return turns - 2 * std::rint(turns / 2) + error;
+}
+
+template <class T> struct RopeAnglesForward {
+  static constexpr int threads = 128;
+  static constexpr Index most_pairs = 128;
+  struct Params {
+    View<std::int32_t const, 1> positions;
+    View<T, 3> angles;
+    double frequencies[most_pairs];   // radians a position
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const row = simt::block_x() * (threads / 32) + simt::warp();
+    if (row >= p.angles.extent(0)) return;
+    double const position = static_cast<double>(angles_row(p.positions, row));
+    for (Index i = simt::lane(); i < p.angles.extent(2); i += 32) {
+      double const turns = half_turns(position * p.frequencies[i]);
+      p.angles(row, 0, i) = static_cast<T>(simt::cos_pi(turns));
+      p.angles(row, 1, i) = static_cast<T>(simt::sin_pi(turns));
+    }
+  }
+};
+
+// y is x turned forward (direction 1) or back (-1).
+template <class T> struct Turn {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 3> angles;
+    View<std::int32_t const, 1> positions;
+    View<T const, 3> x;
+    View<T, 3> y;
+    Index pairs;
+    bool interleaved;
+    T direction;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const row = simt::block_x() * (threads / 32) + simt::warp(), heads = p.x.extent(1);
+    if (row >= p.x.extent(0) * heads) return;
+    Index const n = row / heads, h = row % heads, angle = angles_row(p.positions, n);
+    for (Index i = simt::lane(); i < p.pairs; i += 32) {
+      Index const first = p.interleaved ? 2 * i : i, second = p.interleaved ? first + 1 : i + p.pairs;
+      T const a = p.x(n, h, first), b = p.x(n, h, second);
+      T const cosine = p.angles(angle, 0, i), sine = p.direction * p.angles(angle, 1, i);
+      p.y(n, h, first) = a * cosine - b * sine;
+      p.y(n, h, second) = b * cosine + a * sine;
+    }
+    for (Index d = 2 * p.pairs + simt::lane(); d < p.x.extent(2); d += 32) p.y(n, h, d) = p.x(n, h, d);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/rope/gpu.hpp
+#ifndef HYBRIDATTN_OPS_ROPE_GPU_HPP
+#define HYBRIDATTN_OPS_ROPE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<RopeAngles, B> {
+  // The frequencies are computed on the host and travel with the kernel's parameters: no upload. Throws Error for a rotary_dim above 256.
+  template <class T> static void forward(B& gpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    using Angles = gpu::RopeAnglesForward<T>;
+    check_positive("Rope", "theta", o.theta);
+    Index const pairs = angles.extent(2);
+    check(pairs <= Angles::most_pairs, "Rope: rotary_dim ", 2 * pairs, " is not allowed on a GPU; it must be at most ",
+          2 * Angles::most_pairs);
+    typename Angles::Params p{positions, angles, {}};
+    for (Index i = 0; i < pairs; ++i)
+      p.frequencies[i] = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
+    launch<Angles>(gpu, {.x = ceil_div(angles.extent(0), Angles::threads / 32)}, p);
+  }
+};
+
+template <GpuBackend B> struct On<Rope, B> {
+  template <class T>
+  static void forward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                      View<T, 3> y) {
+    turn<T>(gpu, o, {angles, positions, x, y, o.rotary_dim / 2, o.interleaved, T(1)});
+  }
+  template <class T>
+  static void backward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+                       View<T, 3> d_x) {
+    turn<T>(gpu, o, {angles, positions, d_y, d_x, o.rotary_dim / 2, o.interleaved, T(-1)});
+  }
+
+ private:
+  template <class T> static void turn(B& gpu, Rope::Options const& o, typename gpu::Turn<T>::Params const& p) {
+    check_rotary_dim(o, p.x.extent(2));
+    launch<gpu::Turn<T>>(gpu, {.x = ceil_div(p.x.extent(0) * p.x.extent(1), gpu::Turn<T>::threads / 32)}, p);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/top_k/top_k.hpp
+// The k largest scores of a row, exactly: an order on (score, index) and no approximation.
+//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
+//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
+//   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
+#ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+#define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
+struct TopK {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/top_k/cpu.hpp
+#ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
+#define HYBRIDATTN_OPS_TOP_K_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu {
+
+// One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
+// counts the larger keys, a vector at a time; it ends as soon as a bound has exactly k keys above it, after about 16 steps
+// of 32 when scores are random.
+template <class T> class RowTopK {
+ public:
+  using Key = typename BitsOf<T>::type;
+  // Keys that a row of n scores needs room for.
+  static Index scratch(Index n) { return round_up(n, lanes<T>); }
+
+  RowTopK(T const* scores, Index n, Key* keys) : keys_(keys), n_(n) {
+    Mask<T> largest = broadcast_key(lowest);
+    for_each_vector<T>(0, n, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      Mask<T> key = ordered(s.get(scores));
+      if (s.count < lanes<T>) key = lane_numbers<T>() < static_cast<Key>(s.count) ? key : broadcast_key(lowest);
+      largest = key > largest ? key : largest;
+      store<Key>(keys_ + s.i, key);
+    });
+    for (int lane = 0; lane < lanes<T>; ++lane) largest_ = std::max(largest_, static_cast<Key>(largest[lane]));
+  }
+
+  // k <= n of them, ascending.
+  void select(Index k, std::int32_t* indices) const {
+    Bound const bound = find(k);
+    Index const tied = end_of_ties(bound);
+    Index chosen = 0, i = 0;
+    for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
+    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
+  }
+
+ private:
+  // The chosen keys: those above `key`, and the first `ties` of those equal to it.
+  struct Bound {
+    Key key;
+    Index ties;
+  };
+  static constexpr Key lowest = std::numeric_limits<Key>::min();   // no score: padding
+
+  static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
+  // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
+  static Mask<T> ordered(Vec<T> x) {
+    constexpr int sign = 8 * sizeof(Key) - 1;
+    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> sign) & std::numeric_limits<Key>::max());
+    return x == x ? key : broadcast_key(lowest + 1);
+  }
+
+  // Without a branch: what is not chosen is overwritten by the next.
+  HYBRIDATTN_INLINE Index take(Index i, Key above, std::int32_t* indices, Index chosen) const {
+    indices[chosen] = static_cast<std::int32_t>(i);
+    return chosen + (keys_[i] > above);
+  }
+  // Behind the last tie that is chosen.
+  Index end_of_ties(Bound bound) const {
+    Index i = 0;
+    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
+    return i;
+  }
+  Index count_above(Key bound) const {
+    Mask<T> count{};
+    for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;
+    return static_cast<Index>(sum<Key>(count));
+  }
+  Bound find(Index k) const {
+    Key low = lowest, high = largest_;   // more than k keys are above low, or all; fewer than k above high
+    Index above = 0;                     // high
+    while (high > low + 1) {
+      Key const middle = std::midpoint(low, high);
+      Index const count = count_above(middle);
+      if (count == k) return {middle, 0};
+      low = count > k ? middle : low;
+      high = count > k ? high : middle;
+      above = count > k ? above : count;
+    }
+    return {high, k - above};
+  }
+
+  Key* keys_;
+  Index n_;
+  Key largest_ = lowest;
+};
+
+}  // namespace cpu
+
+template <> struct On<TopK, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+    using Row = cpu::RowTopK<T>;
+    Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
+    Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
+    auto const keys = out(scratch);
+    parallel_for(cpu, scores.extent(0), [&](Index r, int thread) {
+      if (chosen > 0) Row{scores.row(r), n, keys.row(thread)}.select(chosen, indices.row(r));
+      std::fill(indices.row(r) + chosen, indices.row(r) + k, -1);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/top_k/kernels.hpp
+// TopK as a kernel. A block has a row. Scores become unsigned integers in the same order, their keys. The block finds the k-th largest key
+// bit by bit, from the highest bit on: a bit is set where at least k keys are as large as the bits so far. Each bit counts the row once.
+#ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+#define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
+template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
+  auto const bits = simt::bits_of(x + T(0));
+  using Key = std::remove_const_t<decltype(bits)>;
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  if (x != x) return Key{0};
+  return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
+}
+
+template <class T> struct SelectTopK {
+  static constexpr int threads = 128, warps = threads / 32;
+  struct Params {
+    View<T const, 2> scores;
+    View<std::int32_t, 2> indices;
+  };
+  struct Shared {
+    int counts[warps], ties[warps];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const row = simt::block_x(), k = p.indices.extent(1);
+    int const chosen = static_cast<int>(simt::smaller(k, p.scores.extent(1)));
+    if (chosen > 0) write_chosen(shared, p, chosen, kth_largest(shared, p, chosen));
+    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
+  }
+
+ private:
+  using Key = decltype(simt::bits_of(T()));
+
+  static HYBRIDATTN_DEVICE Key key_of(Params const& p, Index i) { return ordered_key(p.scores(simt::block_x(), i)); }
+  // How many keys of the row are at least `least`.
+  static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
+    int count = 0;
+    for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
+    return sum_block(shared.counts, count);
+  }
+  // The k-th largest key, or a smaller number that exactly k keys reach.
+  static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
+    Key found = 0;
+    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
+      int const count = count_from(shared, p, found | bit);
+      if (count >= k) found |= bit;
+      if (count == k) break;
+    }
+    return found;
+  }
+  // The indices of the keys above `least`, and of the first ones equal to it, k in all. Each turn looks at a key for each thread.
+  static HYBRIDATTN_DEVICE void write_chosen(Shared& shared, Params const& p, int k, Key least) {
+    int const most_ties = k - count_from(shared, p, least + 1);   // the largest key is infinity's, so least + 1 does not overflow
+    int above = 0, ties = 0;   // in earlier turns
+    for (Index first = 0; first < p.scores.extent(1); first += threads) {
+      Index const i = first + simt::thread_id();
+      bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
+      Earlier const a = count_earlier(shared.counts, is_above), t = count_earlier(shared.ties, is_tie);
+      int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
+      if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
+      above += a.all;
+      ties += t.all;
+    }
+  }
+  // How many threads of the block vote true: those before this thread, and all.
+  struct Earlier {
+    int before, all;
+  };
+  static HYBRIDATTN_DEVICE Earlier count_earlier(int (&of_warps)[warps], bool vote) {
+    std::uint32_t const votes = simt::ballot(vote);
+    if (simt::lane() == 0) of_warps[simt::warp()] = simt::count_bits(votes);
+    simt::sync_block();
+    Earlier result{simt::count_bits(votes & ((std::uint32_t{1} << simt::lane()) - 1)), 0};
+    for (int w = 0; w < warps; ++w) {
+      if (w < simt::warp()) result.before += of_warps[w];
+      result.all += of_warps[w];
+    }
+    simt::sync_block();   // of_warps may be used again
+    return result;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/top_k/gpu.hpp
+#ifndef HYBRIDATTN_OPS_TOP_K_GPU_HPP
+#define HYBRIDATTN_OPS_TOP_K_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<TopK, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+    if (!indices.empty()) launch<gpu::SelectTopK<T>>(gpu, {.x = indices.extent(0)}, {scores, indices});
   }
 };
 

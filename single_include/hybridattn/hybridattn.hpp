@@ -1280,6 +1280,21 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/pool.hpp
 // A pool of freed memory blocks, for later requests.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
@@ -1467,6 +1482,17 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.synchronise();
   { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
+};
+
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// A backend that runs kernels (backend/gpu/gpu.hpp): start<Kernel>(grid, params) runs one after all earlier work, and need not wait.
+template <class B>
+concept GpuBackend = Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) {
+  gpu.template start<detail::AnyKernel>(grid, params);
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
@@ -2046,6 +2072,9 @@ inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
 
+// Runs a policy's own loops on GPU backends, see attention/from_loops.hpp.
+template <class P, class B> struct FromLoops;
+
 struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
@@ -2621,6 +2650,12 @@ struct Rope {
 //                                                  0 .. P - 1 without positions; throws on a theta that is not positive
 struct RopeAngles {};
 
+// Throws Error where rotary_dim is odd or does not fit the head.
+inline void check_rotary_dim(Rope::Options const& o, Index head_dim) {
+  check(0 <= o.rotary_dim && o.rotary_dim <= head_dim && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+        " is not allowed; it must be even, and in 0 .. ", head_dim, ", the size of a head");
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/rope/cpu.hpp
@@ -2667,8 +2702,7 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
-    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
-          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -8228,7 +8262,7 @@ struct LossSum {
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
 
   double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
-  LossSum& operator+=(LossSum const& other) {
+  HYBRIDATTN_HD LossSum& operator+=(LossSum const& other) {
     loss += other.loss;
     count += other.count;
     correct += other.correct;
@@ -8242,7 +8276,7 @@ struct BatchLosses {
   double balance = 0;   // load balancing
   double policy = 0;    // of the policies
 
-  double auxiliary() const { return policy + balance; }
+  HYBRIDATTN_HD double auxiliary() const { return policy + balance; }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -9231,6 +9265,18 @@ struct DecideStep {
     double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
     bool bias_correction;
   };
+  // The factors of a tensor's update number `step`, counted from 1. `rate` is a factor for the learning rate, `norm` that of the gradients.
+  static HYBRIDATTN_HD AdamWRates rates(Options const& o, std::int32_t role, double step, double rate, double norm) {
+    double const clip = o.max_norm / (norm + 1e-6);
+    return {.learning_rate = o.learning_rate * rate,
+            .beta_1 = o.beta_1,
+            .beta_2 = o.beta_2,
+            .epsilon = o.epsilon,
+            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
+            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
+            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
+            .gradient_scale = o.max_norm != 0 && clip < 1 ? clip : 1};
+  }
 };
 // A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
 //   forward(backend, roles, found, updates, numbers)
@@ -9258,7 +9304,7 @@ template <class T> struct AdamWTensor {
   Index first_block = 0;   // blocks of all tensors before it
 
   static constexpr Index block = 16384;   // elements that one task works on
-  Index blocks() const { return ceil_div(count, block); }
+  HYBRIDATTN_HD Index blocks() const { return ceil_div(count, block); }
   friend bool operator==(AdamWTensor const&, AdamWTensor const&) = default;
 };
 
@@ -9434,19 +9480,8 @@ template <> struct On<DecideStep, Cpu> {
     if (step.fault != StepFault::none) return;
     if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
     for (Index i = 0; i < roles.count(); ++i)
-      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
-  }
-
- private:
-  static AdamWRates rates_of(DecideStep::Options const& o, std::int32_t role, double step, double rate, double norm) {
-    return {.learning_rate = o.learning_rate * rate,
-            .beta_1 = o.beta_1,
-            .beta_2 = o.beta_2,
-            .epsilon = o.epsilon,
-            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
-            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
-            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
-            .gradient_scale = o.max_norm == 0 ? 1 : std::min(1.0, o.max_norm / (norm + 1e-6))};
+      rates(i) =
+          DecideStep::rates(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
   }
 };
 
@@ -10280,21 +10315,6 @@ StepResult train_step(B& backend, Model const& model, Params& params, AdamW<Para
 #define HYBRIDATTN_HYBRIDATTN_HPP
 
 #if HYBRIDATTN_CUDA
-
-// ==== hybridattn/backend/gpu/grid.hpp
-// The blocks of a launch.
-#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
-#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
-struct Grid {
-  Index x = 1, y = 1, z = 1;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 
 // ==== hybridattn/backend/gpu/call_site.hpp
 // Where a kernel calls a word of simt.hpp.
@@ -11163,6 +11183,10 @@ HYBRIDATTN_HD double number_of(std::uint64_t bits) {
   return x;
 }
 
+// The number of bits that are set, and the place of the first of them, in bits != 0.
+HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
+HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
+
 // n numbers that are read or written at once, from a multiple of their size.
 template <class T, int n> struct alignas(sizeof(T) * n) Vector {
   T x[n];
@@ -11212,16 +11236,6 @@ concept Kernel = requires(typename K::Shared& shared, typename K::Params const& 
   { K::threads } -> std::convertible_to<int>;
   K::run(shared, p);
 };
-namespace detail {
-struct AnyKernel {
-  struct Params {};
-};
-}  // namespace detail
-// start<Kernel>(grid, params) runs a kernel after all earlier work of the backend, and need not wait for it.
-template <class B>
-concept GpuBackend =
-    Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) { gpu.template start<detail::AnyKernel>(grid, params); };
-
 // Runs a kernel on a grid of blocks. A grid without blocks starts nothing. Throws Error for more blocks than a GPU takes.
 template <Kernel K, GpuBackend B> void launch(B& gpu, Grid grid, typename K::Params const& params) {
   static_assert(std::is_trivially_copyable_v<typename K::Params> && sizeof(typename K::Params) <= 4096,
@@ -11693,6 +11707,79 @@ static_assert(GpuBackend<Cuda>);
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/attention/from_loops.hpp
+// A policy's own loops as kernels of one thread: right and slow, for a policy that has no kernels yet.
+#ifndef HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
+#define HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+// A pass of a policy: P::Loops::forward or backward with these arguments.
+template <class P, class T> struct LoopsForward {
+  static constexpr int threads = 32;
+  struct Params {
+    typename P::Config config;
+    View<Sequence const, 1> sequences;
+    typename P::template Inputs<In<T>> x;
+    typename P::template Outputs<Out<T>> y;
+    typename P::template Saved<Out<T>> saved;
+    View<T, 1> scratch;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (simt::thread_id() == 0) P::Loops::template forward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.scratch);
+  }
+};
+template <class P, class T> struct LoopsBackward {
+  static constexpr int threads = 32;
+  struct Params {
+    typename P::Config config;
+    View<Sequence const, 1> sequences;
+    typename P::template Inputs<In<T>> x;
+    typename P::template Outputs<In<T>> y;
+    typename P::template Saved<In<T>> saved;
+    typename P::template Outputs<In<T>> d_y;
+    typename P::template Inputs<Out<T>> d_x;
+    View<T, 1> scratch;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (simt::thread_id() == 0) P::Loops::template backward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.d_y, p.d_x, p.scratch);
+  }
+};
+
+}  // namespace gpu
+
+// template <ha::GpuBackend B> struct ha::On<Mine, B> : ha::FromLoops<Mine, B> {};
+//
+// Mine::Loops has, for a scalar T:
+//   scratch<T>(config, sequences)   how many elements of T the loops need besides their arguments; on the host
+//   forward<T> (config, sequences, x, y, saved, scratch)              HYBRIDATTN_HD
+//   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
+// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds numbers alone.
+template <class P, class B> struct FromLoops {
+  template <class T, class M>
+  static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
+                      typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
+    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
+    launch<gpu::LoopsForward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, out(scratch)});
+  }
+  template <class T, class M>
+  static void backward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
+                       typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
+                       typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
+    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
+    launch<gpu::LoopsBackward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, d_y, d_x, out(scratch)});
+  }
+};
+// Whether a policy runs from its loops on this backend.
+template <class P, class B>
+concept RunsFromLoops = std::is_base_of_v<FromLoops<P, B>, On<P, B>>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/attention/full/kernels.hpp
 // Full attention as kernels, in exact arithmetic. Numbers in brackets are equations of full.hpp.
 //
@@ -12142,26 +12229,6 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/linear/gpu.hpp
-#ifndef HYBRIDATTN_OPS_LINEAR_GPU_HPP
-#define HYBRIDATTN_OPS_LINEAR_GPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <GpuBackend B> struct On<Linear, B> {
-  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
-    gpu::gemm<T>(gpu, operand(x), operand(w).transposed(), y);
-  }
-  template <class T>
-  static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
-    if (!d_x.empty()) gpu::gemm<T>(gpu, operand(d_y), operand(w), d_x, into);
-    if (!d_w.empty()) gpu::gemm<T>(gpu, operand(d_y).transposed(), operand(x), d_w);
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/backend/gpu/reduce.hpp
 // Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
 #ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
@@ -12196,6 +12263,1205 @@ inline constexpr Index sum_rows = 32;
 inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/adamw/kernels.hpp
+// AdamW as kernels. One launch works on all tensors of a table. The host cannot read how many blocks of elements the table has, so a
+// fixed number of blocks of threads take the table's blocks in turns: block x takes the blocks x, x + adamw_turns, ...
+#ifndef HYBRIDATTN_OPS_ADAMW_KERNELS_HPP
+#define HYBRIDATTN_OPS_ADAMW_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+inline constexpr Index adamw_turns = 264;
+inline constexpr int adamw_threads = 512;
+
+template <class T> using AdamWTable = View<AdamWTensor<T> const, 1>;
+
+template <class T> HYBRIDATTN_DEVICE Index blocks_of_all(AdamWTable<T> tensors) {
+  Index const n = tensors.extent(0);
+  return n == 0 ? 0 : tensors(n - 1).first_block + tensors(n - 1).blocks();
+}
+// The tensor that a block of the table belongs to.
+template <class T> HYBRIDATTN_DEVICE Index tensor_of(AdamWTable<T> tensors, Index block) {
+  Index first = 0, last = tensors.extent(0);
+  while (last - first > 1) {
+    Index const middle = (first + last) / 2;
+    if (tensors(middle).first_block <= block) first = middle;
+    else last = middle;
+  }
+  return first;
+}
+// The elements of a tensor's block.
+struct AdamWRange {
+  Index first, last;
+};
+template <class T> HYBRIDATTN_DEVICE AdamWRange elements_of(AdamWTensor<T> const& t, Index block) {
+  Index const first = (block - t.first_block) * AdamWTensor<T>::block;
+  return {first, simt::smaller(first + AdamWTensor<T>::block, t.count)};
+}
+
+// parts [tensors, adamw_turns]: part s of a tensor is the sum over its blocks s, s + adamw_turns, ... So the order of a tensor's sum does
+// not depend on the other tensors. A tensor has as many parts as blocks, at most adamw_turns.
+template <class T> struct AdamWPartialSquares {
+  static constexpr int threads = adamw_threads;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<double, 2> parts;
+  };
+  struct Shared {
+    double of_warps[threads / 32];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const blocks = blocks_of_all<T>(p.tensors);
+    for (Index block = simt::block_x(); block < blocks;) {
+      Index const i = tensor_of<T>(p.tensors, block);
+      AdamWTensor<T> const t = p.tensors(i);
+      Index const part = block - t.first_block;   // below adamw_turns: the block before this one in turn is another tensor's
+      double sum = 0;
+      for (; block < t.first_block + t.blocks(); block += adamw_turns) sum += sum_of_squares(t, elements_of(t, block));
+      sum = sum_block(shared.of_warps, sum);
+      if (simt::thread_id() == 0) p.parts(i, part) = sum;
+    }
+  }
+
+ private:
+  // x - x is 0, or NaN where x is not finite. Squares of floats do not overflow in double.
+  static HYBRIDATTN_DEVICE double sum_of_squares(AdamWTensor<T> const& t, AdamWRange elements) {
+    double sum = 0;
+    for (Index e = elements.first + simt::thread_id(); e < elements.last; e += threads) {
+      double const x = static_cast<double>(t.g[e]);
+      sum += x * x + (x - x);
+    }
+    return sum;
+  }
+};
+// A warp has a tensor.
+template <class T> struct AdamWAddSquares {
+  static constexpr int threads = 128;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<double const, 2> parts;
+    View<double, 1> squares;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const i = simt::block_x() * (threads / 32) + simt::warp();
+    if (i >= p.tensors.extent(0)) return;
+    Index const parts = simt::smaller(p.tensors(i).blocks(), adamw_turns);
+    double sum = 0;
+    for (Index part = simt::lane(); part < parts; part += 32) sum += p.parts(i, part);
+    sum = simt::sum_lanes(sum);
+    if (simt::lane() == 0) p.squares(i) = sum;
+  }
+};
+
+// The rule for an element.
+template <class T> struct AdamWElement {
+  T keep, clip, b1, b2, eps, add1, add2, step, root;
+
+  struct Result {
+    T mean, square, parameter;
+  };
+  explicit HYBRIDATTN_DEVICE AdamWElement(AdamWRates const& r)
+      : keep(static_cast<T>(1 - r.learning_rate * r.weight_decay)), clip(static_cast<T>(r.gradient_scale)), b1(static_cast<T>(r.beta_1)),
+        b2(static_cast<T>(r.beta_2)), eps(static_cast<T>(r.epsilon)), add1(static_cast<T>(1 - r.beta_1)),
+        add2(static_cast<T>(1 - r.beta_2)), step(static_cast<T>(r.learning_rate / r.correction_1)),
+        root(static_cast<T>(1 / std::sqrt(r.correction_2))) {}
+  HYBRIDATTN_DEVICE Result operator()(AdamWTensor<T> const& t, Index e) const {
+    T const gradient = t.g[e] * clip, mean = b1 * t.m[e] + add1 * gradient, square = b2 * t.v[e] + add2 * gradient * gradient;
+    return {mean, square, keep * t.p[e] - step * mean / (std::sqrt(square) * root + eps)};
+  }
+};
+
+template <class T> struct AdamWMove {
+  static constexpr int threads = adamw_threads;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<AdamWRates const, 1> rates;
+    View<StepNumbers const, 1> numbers;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (p.numbers(0).fault != StepFault::none) return;
+    Index const blocks = blocks_of_all<T>(p.tensors);
+    for (Index block = simt::block_x(); block < blocks; block += adamw_turns) {
+      Index const i = tensor_of<T>(p.tensors, block);
+      AdamWTensor<T> const t = p.tensors(i);
+      AdamWRange const elements = elements_of(t, block);
+      AdamWElement<T> const rule{p.rates(i)};
+      for (Index e = elements.first + simt::thread_id(); e < elements.last; e += threads) {
+        auto const next = rule(t, e);
+        t.m[e] = next.mean;
+        t.v[e] = next.square;
+        t.p[e] = next.parameter;
+      }
+    }
+  }
+};
+
+// A fault in block `number` of a tensor, as an integer above 0. The earlier block has the larger one, and in a block the mean before the
+// square before the parameter. So the largest one is the fault that a tensor is said to have.
+inline constexpr Index first_fault_rank = Index{1} << 60;
+HYBRIDATTN_HD Index rank_of(Index number, StepFault fault) {
+  return first_fault_rank - (number * 4 + static_cast<Index>(fault) - static_cast<Index>(StepFault::mean));
+}
+HYBRIDATTN_HD StepFault fault_of(Index rank) {
+  return rank == 0 ? StepFault::none : static_cast<StepFault>((first_fault_rank - rank) % 4 + static_cast<Index>(StepFault::mean));
+}
+
+// ranks [tensors]: the largest rank of each tensor's faults; 0 before.
+template <class T> struct AdamWRankFaults {
+  static constexpr int threads = adamw_threads;
+  struct Params {
+    AdamWTable<T> tensors;
+    View<AdamWRates const, 1> rates;
+    View<StepNumbers const, 1> numbers;
+    View<Index, 1> ranks;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (p.numbers(0).fault != StepFault::none) return;
+    Index const blocks = blocks_of_all<T>(p.tensors);
+    for (Index block = simt::block_x(); block < blocks; block += adamw_turns) {
+      Index const i = tensor_of<T>(p.tensors, block);
+      AdamWTensor<T> const t = p.tensors(i);
+      StepFault const fault = fault_in(t, elements_of(t, block), AdamWElement<T>{p.rates(i)});
+      if (fault != StepFault::none) simt::atomic_max(&p.ranks(i), rank_of(block - t.first_block, fault));
+    }
+  }
+
+ private:
+  // Of the elements that this thread has.
+  static HYBRIDATTN_DEVICE StepFault fault_in(AdamWTensor<T> const& t, AdamWRange elements, AdamWElement<T> const& rule) {
+    T mean = 0, square = 0, parameter = 0;   // NaN as soon as one number is not finite: x - x is 0 of a finite one only
+    for (Index e = elements.first + simt::thread_id(); e < elements.last; e += threads) {
+      auto const next = rule(t, e);
+      mean += next.mean - next.mean;
+      square += next.square - next.square;
+      parameter += next.parameter - next.parameter;
+    }
+    return mean != 0 ? StepFault::mean : square != 0 ? StepFault::square : parameter != 0 ? StepFault::parameter : StepFault::none;
+  }
+};
+struct AdamWNameFaults {
+  View<Index const, 1> ranks;
+  View<StepFault, 1> found;
+  HYBRIDATTN_HD void operator()(Index i) const { found(i) = fault_of(ranks(i)); }
+};
+
+struct StepOpening {
+  View<StepNumbers, 1> numbers;
+  HYBRIDATTN_HD void operator()(Index) const {
+    StepNumbers const& last = numbers(0);
+    StepNumbers next;
+    next.rate = last.rate;
+    next.steps = last.steps;
+    next.first_bad = last.first_bad;
+    numbers(0) = next;
+  }
+};
+struct StepLosses {
+  double share;
+  View<BatchLosses const, 1> losses;
+  View<StepNumbers, 1> numbers;
+  HYBRIDATTN_HD void operator()(Index) const {
+    numbers(0).loss += losses(0).loss;
+    numbers(0).auxiliary_loss += share * losses(0).auxiliary();
+    numbers(0).policy_loss += share * losses(0).policy;
+  }
+};
+
+// One warp: lane l has the tensors l, l + 32, ...
+struct StepDecision {
+  static constexpr int threads = 32;
+  struct Params {
+    DecideStep::Options options;
+    View<std::int32_t const, 1> roles;
+    View<double const, 1> squares;
+    View<Index const, 1> updates;
+    View<AdamWRates, 1> rates;
+    View<StepNumbers, 1> numbers;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const tensors = p.roles.extent(0);
+    double others = 0, detached = 0;   // norms
+    Index bad = tensors;               // the first tensor whose sum is not finite
+    for (Index i = simt::lane(); i < tensors; i += 32) {
+      bool const is_detached = p.roles(i) & StepRole::detached;
+      others += is_detached ? 0 : p.squares(i);
+      detached += is_detached ? p.squares(i) : 0;
+      if (!std::isfinite(p.squares(i))) bad = simt::smaller(bad, i);
+    }
+    others = std::sqrt(simt::sum_lanes(others));
+    detached = std::sqrt(simt::sum_lanes(detached));
+    bad = -simt::largest_of_lanes(-bad);
+    StepFault const fault = fault_before_clipping(p, bad);
+    double const rate = p.numbers(0).rate, norm = std::hypot(others, detached);
+    for (Index i = simt::lane(); i < tensors && fault == StepFault::none; i += 32)
+      p.rates(i) = DecideStep::rates(p.options, p.roles(i), static_cast<double>(p.updates(i) + 1), rate,
+                                     p.roles(i) & StepRole::detached ? detached : others);
+    simt::sync_warp();   // every lane has read the numbers
+    if (simt::lane() > 0) return;
+    p.numbers(0).gradient_norm = norm;
+    p.numbers(0).fault = fault == StepFault::none && !std::isfinite(norm) ? StepFault::global_norm : fault;
+    if (bad < tensors && p.numbers(0).tensor < 0) p.numbers(0).tensor = static_cast<std::int32_t>(bad);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE StepFault fault_before_clipping(Params const& p, Index bad) {
+    StepNumbers const& step = p.numbers(0);
+    if (!std::isfinite(step.loss.loss)) return StepFault::loss;
+    if (!std::isfinite(step.auxiliary_loss)) return StepFault::auxiliary_loss;
+    if (step.fault != StepFault::none || bad == p.roles.extent(0)) return step.fault;
+    return std::isnan(p.squares(bad)) ? StepFault::gradient : StepFault::tensor_norm;
+  }
+};
+
+// One warp: lane l has the tensors l, l + 32, ...
+struct StepClosing {
+  static constexpr int threads = 32;
+  struct Params {
+    View<std::int32_t const, 1> roles;
+    View<StepFault const, 1> found;
+    View<Index, 1> updates;
+    View<StepNumbers, 1> numbers;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const tensors = p.found.extent(0);
+    Index bad = tensors;   // the first tensor with a fault
+    for (Index i = simt::lane(); i < tensors; i += 32)
+      if (p.found(i) != StepFault::none) bad = simt::smaller(bad, i);
+    bad = -simt::largest_of_lanes(-bad);
+    bool const was_sound = p.numbers(0).fault == StepFault::none;
+    for (Index i = simt::lane(); i < p.roles.extent(0) && was_sound && bad == tensors; i += 32)
+      p.updates(i) += p.roles(i) & StepRole::has_gradient ? 1 : 0;
+    simt::sync_warp();   // every lane has read the fault
+    if (simt::lane() > 0) return;
+    StepNumbers& step = p.numbers(0);
+    if (was_sound && bad < tensors) {
+      step.fault = p.found(bad);
+      step.tensor = static_cast<std::int32_t>(bad);
+    }
+    if (step.fault == StepFault::none) ++step.steps;
+    else if (step.first_bad.step == 0) step.first_bad = {step.steps + 1, step.loss, step.auxiliary_loss, step.fault, step.tensor};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/adamw/gpu.hpp
+#ifndef HYBRIDATTN_OPS_ADAMW_GPU_HPP
+#define HYBRIDATTN_OPS_ADAMW_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<AdamWSquares, B> {
+  template <class T> static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
+    using Add = gpu::AdamWAddSquares<T>;
+    Tensor<double, 2, B> parts{gpu, {tensors.extent(0), gpu::adamw_turns}};
+    launch<gpu::AdamWPartialSquares<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, out(parts)});
+    launch<Add>(gpu, {.x = ceil_div(tensors.extent(0), Add::threads / 32)}, {tensors, in(parts), squares});
+  }
+};
+
+template <GpuBackend B> struct On<AdamWCheck, B> {
+  template <class T>
+  static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers,
+                      View<StepFault, 1> found) {
+    if (tensors.extent(0) == 0) return;
+    Tensor<Index, 1, B> ranks{gpu, {tensors.extent(0)}};
+    gpu.fill(out(ranks).data, std::byte{0}, ranks.byte_count());
+    launch<gpu::AdamWRankFaults<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, rates, numbers, out(ranks)});
+    for_each(gpu, found.count(), gpu::AdamWNameFaults{in(ranks), found});
+  }
+};
+
+template <GpuBackend B> struct On<AdamWStep, B> {
+  template <class T>
+  static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<AdamWRates const, 1> rates, View<StepNumbers const, 1> numbers) {
+    launch<gpu::AdamWMove<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, rates, numbers});
+  }
+};
+
+template <GpuBackend B> struct On<OpenStep, B> {
+  static void forward(B& gpu, View<StepNumbers, 1> numbers) { for_each(gpu, 1, gpu::StepOpening{numbers}); }
+};
+
+template <GpuBackend B> struct On<AddBatchLosses, B> {
+  static void forward(B& gpu, double share, View<BatchLosses const, 1> losses, View<StepNumbers, 1> numbers) {
+    for_each(gpu, 1, gpu::StepLosses{share, losses, numbers});
+  }
+};
+
+template <GpuBackend B> struct On<DecideStep, B> {
+  static void forward(B& gpu, DecideStep::Options const& o, View<std::int32_t const, 1> roles, View<double const, 1> squares,
+                      View<Index const, 1> updates, View<AdamWRates, 1> rates, View<StepNumbers, 1> numbers) {
+    launch<gpu::StepDecision>(gpu, {}, {o, roles, squares, updates, rates, numbers});
+  }
+};
+
+template <GpuBackend B> struct On<CloseStep, B> {
+  static void forward(B& gpu, View<std::int32_t const, 1> roles, View<StepFault const, 1> found, View<Index, 1> updates,
+                      View<StepNumbers, 1> numbers) {
+    launch<gpu::StepClosing>(gpu, {}, {roles, found, updates, numbers});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/arithmetic/kernels.hpp
+// Arithmetic as kernels. A thread has an element.
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_KERNELS_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_KERNELS_HPP
+
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> struct SetElement {
+  T value;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) = value; }
+};
+
+template <class T> struct AddElement {
+  View<T const, 1> x;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) += x(i); }
+};
+
+template <class T> struct AddWeightedElement {
+  double weight;
+  View<T const, 1> x;
+  View<double, 1> sum;
+  HYBRIDATTN_HD void operator()(Index i) const { sum(i) += weight * static_cast<double>(x(i)); }
+};
+
+// found becomes 1 where an element is NaN or infinite.
+template <class T> struct FindBadElement {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 1> x;
+    View<std::int32_t, 1> found;   // [1]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const i = simt::block_x() * threads + simt::thread_id();
+    bool const bad = i < p.x.extent(0) && !(-simt::infinity<T>() < p.x(i) && p.x(i) < simt::infinity<T>());
+    if (simt::any(bad) && simt::lane() == 0) simt::atomic_max(&p.found(0), std::int32_t{1});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/arithmetic/gpu.hpp
+#ifndef HYBRIDATTN_OPS_ARITHMETIC_GPU_HPP
+#define HYBRIDATTN_OPS_ARITHMETIC_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Fill, B> {
+  template <class T> static void forward(B& gpu, T value, View<T, 1> y) { for_each(gpu, y.count(), gpu::SetElement<T>{value, y}); }
+};
+
+template <GpuBackend B> struct On<Add, B> {
+  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T, 1> y) { for_each(gpu, y.count(), gpu::AddElement<T>{x, y}); }
+};
+
+template <GpuBackend B> struct On<AddWeighted, B> {
+  template <class T> static void forward(B& gpu, double weight, View<T const, 1> loss, View<double, 1> sum) {
+    for_each(gpu, 1, gpu::AddWeightedElement<T>{weight, loss, sum});
+  }
+};
+
+template <GpuBackend B> struct On<AllFinite, B> {
+  template <class T> static bool forward(B& gpu, View<T const, 1> x) {
+    using Find = gpu::FindBadElement<T>;
+    auto found = zeros<std::int32_t>(gpu, Shape<1>{1});
+    launch<Find>(gpu, {.x = ceil_div(x.count(), Find::threads)}, {x, out(found)});
+    return download(gpu, found)[0] == 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/balance/kernels.hpp
+// Load balancing as kernels.
+#ifndef HYBRIDATTN_OPS_BALANCE_KERNELS_HPP
+#define HYBRIDATTN_OPS_BALANCE_KERNELS_HPP
+
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of an expert's probabilities over sum_rows tokens. A thread has an expert.
+template <class T> struct SumProbabilities {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> probabilities;
+    View<double, 2> parts;   // [blocks of tokens, E]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, last = simt::smaller(first + sum_rows, p.probabilities.extent(0));
+    Index const e = simt::block_y() * threads + simt::thread_id();
+    if (e >= p.probabilities.extent(1)) return;
+    double sum = 0;
+    for (Index n = first; n < last; ++n) sum += static_cast<double>(p.probabilities(n, e));
+    p.parts(simt::block_x(), e) = sum;
+  }
+};
+
+// Adds an expert's tokens, and the parts of its probabilities in order. A thread has an expert.
+struct AddExpertUse {
+  View<std::int32_t const, 1> offsets;
+  View<double const, 2> parts;
+  View<double, 2> sums;
+  HYBRIDATTN_HD void operator()(Index e) const {
+    double sum = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) sum += parts(n, e);
+    sums(0, e) += offsets(e + 1) - offsets(e);
+    sums(1, e) += sum;
+  }
+};
+
+// One warp adds up the experts.
+struct AddBalanceLoss {
+  static constexpr int threads = 32;
+  struct Params {
+    double coefficient;
+    Index tokens;   // not 0
+    View<double const, 2> sums;
+    View<double, 1> value;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    double const tokens = static_cast<double>(p.tokens), experts = static_cast<double>(p.sums.extent(1));
+    double sum = 0;
+    for (Index e = simt::lane(); e < p.sums.extent(1); e += 32) sum += p.sums(0, e) / tokens * (p.sums(1, e) / tokens);
+    sum = simt::sum_lanes(sum);
+    if (simt::lane() == 0) p.value(0) += p.coefficient * experts * sum;
+  }
+};
+
+template <class T> struct BalanceLossBackward {
+  double coefficient;
+  Index tokens;
+  View<double const, 2> sums;
+  double d_value;
+  View<T, 1> d_probability;
+  HYBRIDATTN_HD void operator()(Index e) const {
+    double const count = static_cast<double>(tokens), experts = static_cast<double>(sums.extent(1));
+    d_probability(e) = tokens == 0 ? T(0) : static_cast<T>(d_value * coefficient * experts * sums(0, e) / count / count);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/balance/gpu.hpp
+#ifndef HYBRIDATTN_OPS_BALANCE_GPU_HPP
+#define HYBRIDATTN_OPS_BALANCE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<ExpertUse, B> {
+  template <class T>
+  static void forward(B& gpu, View<std::int32_t const, 1> offsets, View<T const, 2> probabilities, View<double, 2> sums) {
+    using Sum = gpu::SumProbabilities<T>;
+    Index const blocks = gpu::row_blocks(probabilities.extent(0)), experts = sums.extent(1);
+    Tensor<double, 2, B> parts{gpu, {blocks, experts}};
+    launch<Sum>(gpu, {.x = blocks, .y = ceil_div(experts, Sum::threads)}, {probabilities, out(parts)});
+    for_each(gpu, experts, gpu::AddExpertUse{offsets, in(parts), sums});
+  }
+};
+
+template <GpuBackend B> struct On<BalanceLoss, B> {
+  static void forward(B& gpu, double coefficient, Index count, View<double const, 2> sums, View<double, 1> value) {
+    if (count > 0) launch<gpu::AddBalanceLoss>(gpu, {.x = 1}, {coefficient, count, sums, value});
+  }
+  template <class T>
+  static void backward(B& gpu, double coefficient, Index count, View<double const, 2> sums, double d_value, View<T, 1> d_probability) {
+    for_each(gpu, sums.extent(1), gpu::BalanceLossBackward<T>{coefficient, count, sums, d_value, d_probability});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/kernels.hpp
+// The short causal convolution as kernels.
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_KERNELS_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+inline constexpr int conv_threads = 128;
+// A block has conv_threads channels of a token, or of a block of tokens.
+inline Grid conv_grid(Index rows, Index channels) { return {.x = rows, .y = ceil_div(channels, conv_threads)}; }
+
+// The inputs of a convolution. Those before a sequence are its initial state, or zeros where there are no states.
+template <class T> struct ConvInputs {
+  SequenceTable sequences;
+  View<T const, 2> x, w;
+  View<T const, 3> initial_state;
+
+  HYBRIDATTN_HD Index width() const { return w.extent(1); }
+  HYBRIDATTN_HD Index channels() const { return x.extent(1); }
+  // A token's number in its sequence. The token after the last one has the sequence's length as its number.
+  HYBRIDATTN_HD Index position_of(Index n) const { return n - sequences.list(sequences.owners(n)).start; }
+  // Whether the input `back` tokens before a token is a number of x or of a state.
+  HYBRIDATTN_HD bool has(Index position, Index back) const { return back <= position || !initial_state.empty(); }
+  // The input of channel c, `back` tokens before token `position` of a sequence.
+  HYBRIDATTN_HD T at(Index sequence, Index position, Index back, Index c) const {
+    if (back <= position) return x(sequences.list(sequence).start + position - back, c);
+    return initial_state(sequence, width() - 1 - (back - position), c);
+  }
+  // The sum over the taps for channel c of token n. Without taps it is x.
+  HYBRIDATTN_HD T convolved(Index n, Index c) const {
+    if (width() == 0) return x(n, c);
+    Index const sequence = sequences.owners(n), position = position_of(n);
+    T sum = 0;
+    for (Index tap = 0; tap < width(); ++tap)
+      if (Index const back = width() - 1 - tap; has(position, back)) sum += w(c, tap) * at(sequence, position, back, c);
+    return sum;
+  }
+};
+
+// y. A thread has a channel of a token.
+template <class T> struct ConvForward {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvInputs<T> inputs;
+    Activation activation;
+    View<T, 2> y;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.inputs.channels()) return;
+    T const s = p.inputs.convolved(n, c);
+    p.y(n, c) = p.activation == Activation::silu ? silu(s) : s;
+  }
+};
+
+// Row j of a final state is the input W - 1 - j tokens before the end. A thread has a channel of a sequence. It makes row j of x, or of
+// row j or a later one of the initial state. So the final state may be the initial state.
+template <class T> struct KeepLastInputs {
+  ConvInputs<T> inputs;
+  View<T, 3> final_state;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const sequence = i / inputs.channels(), c = i % inputs.channels(), length = inputs.sequences.list(sequence).length;
+    for (Index j = 0; j < final_state.extent(1); ++j) {
+      Index const back = inputs.width() - 1 - j;
+      final_state(sequence, j, c) = inputs.has(length, back) ? inputs.at(sequence, length, back, c) : T(0);
+    }
+  }
+};
+
+// d_s = d_y silu'(s), or d_y. A thread has a channel of a token.
+template <class T> struct ConvThroughActivation {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvInputs<T> inputs;
+    Activation activation;
+    View<T const, 2> d_y;
+    View<T, 2> d_s;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.inputs.channels()) return;
+    p.d_s(n, c) = p.activation == Activation::silu ? p.d_y(n, c) * silu_slope(p.inputs.convolved(n, c)) : p.d_y(n, c);
+  }
+};
+
+// What the gradients of x and of the initial states are made of.
+template <class T> struct ConvOutputGradients {
+  SequenceTable sequences;
+  View<T const, 2> w, d_s;
+  View<T const, 3> d_final_state;   // may be empty
+
+  // The gradient of the input of channel c that stands `before` tokens before the start of a sequence, or -before tokens after it.
+  // It reaches the W tokens from its own place on, and the final state where it is one of the last W - 1 inputs.
+  HYBRIDATTN_HD T of_input(Index sequence, Index before, Index c) const {
+    Index const W = w.extent(1), start = sequences.list(sequence).start, length = sequences.list(sequence).length;
+    T sum = 0;
+    for (Index ahead = simt::larger(before, Index{0}); ahead < simt::smaller(W, before + length); ++ahead)
+      sum += w(c, W - 1 - ahead) * d_s(start - before + ahead, c);
+    Index const row = W - 1 - before - length;   // of the final state
+    if (!d_final_state.empty() && row >= 0) sum += d_final_state(sequence, row, c);
+    return sum;
+  }
+};
+
+// d_x. A thread has a channel of a token.
+template <class T> struct ConvInputGradient {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvOutputGradients<T> gradients;
+    View<T, 2> d_x;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    ConvOutputGradients<T> const& from = p.gradients;
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.d_x.extent(1)) return;
+    Index const sequence = from.sequences.owners(n), position = n - from.sequences.list(sequence).start;
+    p.d_x(n, c) = from.w.extent(1) == 0 ? from.d_s(n, c) : from.of_input(sequence, -position, c);
+  }
+};
+
+// Row j of an initial state stands W - 1 - j tokens before its sequence. A thread has an element.
+template <class T> struct ConvStateGradient {
+  ConvOutputGradients<T> gradients;
+  View<T, 3> d_initial_state;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const rows = d_initial_state.extent(1), C = d_initial_state.extent(2), sequence = i / (rows * C), j = i / C % rows, c = i % C;
+    d_initial_state(sequence, j, c) = gradients.of_input(sequence, rows - j, c);
+  }
+};
+
+// The part of d_w that sum_rows tokens make. A thread has a channel.
+template <class T> struct ConvTapGradients {
+  static constexpr int threads = conv_threads;
+  struct Params {
+    ConvInputs<T> inputs;
+    View<T const, 2> d_s;
+    View<T, 3> parts;   // [blocks of tokens, W, C]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, last = simt::smaller(first + sum_rows, p.d_s.extent(0));
+    Index const c = simt::block_y() * threads + simt::thread_id();
+    if (c >= p.d_s.extent(1)) return;
+    for (Index tap = 0; tap < p.parts.extent(1); ++tap) p.parts(simt::block_x(), tap, c) = sum_tokens(p, first, last, tap, c);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE T sum_tokens(Params const& p, Index first, Index last, Index tap, Index c) {
+    Index const back = p.inputs.width() - 1 - tap;
+    T sum = 0;
+    for (Index n = first; n < last; ++n) {
+      Index const position = p.inputs.position_of(n);
+      if (p.inputs.has(position, back)) sum += p.d_s(n, c) * p.inputs.at(p.inputs.sequences.owners(n), position, back, c);
+    }
+    return sum;
+  }
+};
+
+// d_w [C, W] = the parts [n, W, C], added in order. A thread has an element.
+template <class T> struct SumTapGradients {
+  View<T const, 3> parts;
+  View<T, 2> d_w;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const C = d_w.extent(0), tap = i / C, c = i % C;
+    T sum = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) sum += parts(n, tap, c);
+    d_w(c, tap) = sum;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/gpu.hpp
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_GPU_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// M is B, or a backend that wraps it.
+template <GpuBackend B> struct On<CausalConv1d, B> {
+  template <class T, class M>
+  static void forward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
+                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+    gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
+    launch<gpu::ConvForward<T>>(gpu, gpu::conv_grid(x.extent(0), x.extent(1)), {inputs, activation, y});
+    if (!final_state.empty()) for_each(gpu, s.count() * x.extent(1), gpu::KeepLastInputs<T>{inputs, final_state});
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
+                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       View<T, 3> d_initial_state) {
+    Index const N = x.extent(0), C = x.extent(1), W = w.extent(1), blocks = gpu::row_blocks(N);
+    Tensor<T, 2, B> d_s{gpu, {N, C}};
+    Tensor<T, 3, B> parts{gpu, {blocks, W, C}};
+    gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
+    launch<gpu::ConvThroughActivation<T>>(gpu, gpu::conv_grid(N, C), {inputs, activation, d_y, out(d_s)});
+    gpu::ConvOutputGradients<T> const gradients{s.table(), w, in(d_s), d_final_state};
+    launch<gpu::ConvInputGradient<T>>(gpu, gpu::conv_grid(N, C), {gradients, d_x});
+    if (W > 0) {
+      launch<gpu::ConvTapGradients<T>>(gpu, gpu::conv_grid(blocks, C), {inputs, in(d_s), out(parts)});
+      for_each(gpu, W * C, gpu::SumTapGradients<T>{in(parts), d_w});
+    }
+    if (!d_initial_state.empty()) for_each(gpu, d_initial_state.count(), gpu::ConvStateGradient<T>{gradients, d_initial_state});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/embedding/kernels.hpp
+// Embedding as kernels.
+#ifndef HYBRIDATTN_OPS_EMBEDDING_KERNELS_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_KERNELS_HPP
+
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// A thread has a column of a token.
+template <class T> struct EmbeddingForward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<std::int32_t const, 1> tokens;
+    View<T const, 2> table;
+    View<T, 2> y;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x(), c = simt::block_y() * threads + simt::thread_id();
+    if (c < p.y.extent(1)) p.y(n, c) = p.table(p.tokens(n), c);
+  }
+};
+
+// A block has up to 512 columns of a row v of the table, a thread every 128th of them. The warps look for the tokens that are v, 1024
+// tokens at a time. Then each thread adds the rows of these tokens, in their order, to its sums. All blocks together take
+// V ceil(C / 512) N / 32 ballots.
+template <class T> struct EmbeddingBackward {
+  static constexpr int threads = 128, own_columns = 4, columns = threads * own_columns;
+  struct Params {
+    View<std::int32_t const, 1> tokens;
+    View<T const, 2> d_y;
+    View<T, 2> d_table;
+    Into into;
+  };
+  struct Shared {
+    std::uint32_t found[32];   // bit l of word i: token 32 i + l of the 1024 tokens is v
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    T sums[own_columns];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < own_columns; ++k) sums[k] = p.into == Into::add && has(p, k) ? p.d_table(simt::block_x(), column(k)) : T(0);
+    for (Index first = 0; first < p.tokens.extent(0); first += 1024) {
+      find(shared, p, first);
+      simt::sync_block();
+      if (simt::any(shared.found[simt::lane()] != 0)) add_rows(shared, p, first, sums);
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < own_columns; ++k)
+      if (has(p, k)) p.d_table(simt::block_x(), column(k)) = sums[k];
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE Index column(int k) { return simt::block_y() * columns + k * threads + simt::thread_id(); }
+  static HYBRIDATTN_DEVICE bool has(Params const& p, int k) { return column(k) < p.d_table.extent(1); }
+  static HYBRIDATTN_DEVICE void find(Shared& shared, Params const& p, Index first) {
+    for (int word = simt::warp(); word < 32; word += threads / 32) {
+      Index const n = first + 32 * word + simt::lane();
+      std::uint32_t const found = simt::ballot(n < p.tokens.extent(0) && p.tokens(n) == simt::block_x());
+      if (simt::lane() == 0) shared.found[word] = found;
+    }
+  }
+  static HYBRIDATTN_DEVICE void add_rows(Shared const& shared, Params const& p, Index first, T (&sums)[own_columns]) {
+    for (int word = 0; word < 32; ++word)
+      for (std::uint32_t left = shared.found[word]; left != 0; left &= left - 1) {
+        Index const n = first + 32 * word + simt::first_bit(left);
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int k = 0; k < own_columns; ++k)
+          if (has(p, k)) sums[k] += p.d_y(n, column(k));
+      }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/embedding/gpu.hpp
+#ifndef HYBRIDATTN_OPS_EMBEDDING_GPU_HPP
+#define HYBRIDATTN_OPS_EMBEDDING_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Embedding, B> {
+  template <class T> static void forward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+    using Forward = gpu::EmbeddingForward<T>;
+    launch<Forward>(gpu, {.x = y.extent(0), .y = ceil_div(y.extent(1), Forward::threads)}, {tokens, table, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table, Into into) {
+    using Backward = gpu::EmbeddingBackward<T>;
+    launch<Backward>(gpu, {.x = d_table.extent(0), .y = ceil_div(d_table.extent(1), Backward::columns)}, {tokens, d_y, d_table, into});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/gate/kernels.hpp
+// Gates as kernels. A thread has an element.
+#ifndef HYBRIDATTN_OPS_GATE_KERNELS_HPP
+#define HYBRIDATTN_OPS_GATE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> struct SwigluForward {
+  View<T const, 1> gate, up;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) = up.empty() ? silu(gate(i)) : silu(gate(i)) * up(i); }
+};
+
+template <class T> struct SwigluBackward {
+  View<T const, 1> gate, up, d_y;
+  View<T, 1> d_gate, d_up;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    T const x = gate(i), dy = d_y(i), wide = up.empty() ? T(1) : up(i);
+    d_gate(i) = dy * wide * silu_slope(x);
+    if (!up.empty()) d_up(i) = dy * silu(x);
+  }
+};
+
+template <class T> struct SigmoidGateForward {
+  View<T const, 1> x, z;
+  View<T, 1> y;
+  HYBRIDATTN_HD void operator()(Index i) const { y(i) = x(i) * sigmoid(z(i)); }
+};
+
+template <class T> struct SigmoidGateBackward {
+  View<T const, 1> x, z, d_y;
+  View<T, 1> d_x, d_z;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    T const open = sigmoid(z(i)), dy = d_y(i), value = x(i);
+    d_x(i) = dy * open;
+    d_z(i) = dy * value * open * (T(1) - open);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/gate/gpu.hpp
+#ifndef HYBRIDATTN_OPS_GATE_GPU_HPP
+#define HYBRIDATTN_OPS_GATE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Swiglu, B> {
+  template <class T> static void forward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+    for_each(gpu, y.count(), gpu::SwigluForward<T>{gate, up, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
+    for_each(gpu, d_y.count(), gpu::SwigluBackward<T>{gate, up, d_y, d_gate, d_up});
+  }
+};
+
+template <GpuBackend B> struct On<SigmoidGate, B> {
+  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+    for_each(gpu, y.count(), gpu::SigmoidGateForward<T>{x, z, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
+    for_each(gpu, d_y.count(), gpu::SigmoidGateBackward<T>{x, z, d_y, d_x, d_z});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/gdn_gate/kernels.hpp
+// The gates of Gated DeltaNet as kernels.
+#ifndef HYBRIDATTN_OPS_GDN_GATE_KERNELS_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// A thread has a head of a token.
+template <class T> struct GdnGateForward {
+  T range;
+  View<T const, 2> a, b;
+  View<T const, 1> a_log, dt_bias;
+  View<T, 2> g, beta;
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const n = i / a.extent(1), h = i % a.extent(1);
+    g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
+    beta(n, h) = range * sigmoid(b(n, h));
+  }
+};
+
+// A block has sum_rows tokens and 32 heads, a thread one head of all these tokens.
+template <class T> struct GdnGateBackward {
+  static constexpr int threads = 32;
+  struct Params {
+    T range;
+    View<T const, 2> a, b;
+    View<T const, 1> a_log, dt_bias;
+    View<T const, 2> d_g, d_beta;
+    View<T, 2> d_a, d_b;
+    View<T, 2> d_a_log, d_dt_bias;   // [blocks of tokens, HV]
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const h = simt::block_y() * threads + simt::thread_id(), first = simt::block_x() * sum_rows;
+    if (h >= p.a.extent(1)) return;
+    T const rate = -std::exp(p.a_log(h)), bias = p.dt_bias(h);
+    T d_rate = 0, d_bias = 0;
+    for (Index n = first; n < simt::smaller(first + sum_rows, p.a.extent(0)); ++n) {
+      T const shifted = p.a(n, h) + bias, open = sigmoid(p.b(n, h)), d_shifted = rate * sigmoid(shifted) * p.d_g(n, h);
+      p.d_b(n, h) = p.range * open * (T(1) - open) * p.d_beta(n, h);
+      d_rate += rate * softplus(shifted) * p.d_g(n, h);
+      d_bias += d_shifted;
+      p.d_a(n, h) = d_shifted;
+    }
+    p.d_a_log(simt::block_x(), h) = d_rate;
+    p.d_dt_bias(simt::block_x(), h) = d_bias;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/gdn_gate/gpu.hpp
+#ifndef HYBRIDATTN_OPS_GDN_GATE_GPU_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<GdnGate, B> {
+  template <class T>
+  static void forward(B& gpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                      View<T, 2> g, View<T, 2> beta) {
+    for_each(gpu, a.count(), gpu::GdnGateForward<T>{range, a, b, a_log, dt_bias, g, beta});
+  }
+
+  template <class T>
+  static void backward(B& gpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
+                       View<T, 1> d_dt_bias) {
+    using Backward = gpu::GdnGateBackward<T>;
+    Index const blocks = gpu::row_blocks(a.extent(0)), heads = a.extent(1);
+    Tensor<T, 2, B> rate_parts{gpu, {blocks, heads}}, bias_parts{gpu, {blocks, heads}};
+    launch<Backward>(gpu, {.x = blocks, .y = ceil_div(heads, Backward::threads)},
+                     {range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, out(rate_parts), out(bias_parts)});
+    for_each(gpu, heads, gpu::SumParts<T>{in(rate_parts), d_a_log});
+    for_each(gpu, heads, gpu::SumParts<T>{in(bias_parts), d_dt_bias});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/l2_norm/kernels.hpp
+// L2Norm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_L2_NORM_KERNELS_HPP
+#define HYBRIDATTN_OPS_L2_NORM_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> HYBRIDATTN_DEVICE T inverse_norm(View<T const, 2> x, Index n) {
+  T squares = 0;
+  for (Index c = simt::lane(); c < x.extent(1); c += 32) squares += x(n, c) * x(n, c);
+  return T(1) / std::sqrt(simt::sum_lanes(squares) + static_cast<T>(L2Norm::eps));
+}
+
+template <class T> struct L2NormForward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x;
+    View<T, 2> y;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n >= p.x.extent(0)) return;
+    T const rnorm = inverse_norm(p.x, n);
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) p.y(n, c) = p.x(n, c) * rnorm;
+  }
+};
+
+template <class T> struct L2NormBackward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x, d_y;
+    View<T, 2> d_x;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp(), C = p.x.extent(1);
+    if (n >= p.x.extent(0)) return;
+    T const rnorm = inverse_norm(p.x, n);
+    T along = 0;
+    for (Index c = simt::lane(); c < C; c += 32) along += p.x(n, c) * p.d_y(n, c);
+    along = simt::sum_lanes(along) * rnorm;
+    for (Index c = simt::lane(); c < C; c += 32) p.d_x(n, c) = rnorm * (p.d_y(n, c) - p.x(n, c) * rnorm * along);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/l2_norm/gpu.hpp
+#ifndef HYBRIDATTN_OPS_L2_NORM_GPU_HPP
+#define HYBRIDATTN_OPS_L2_NORM_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<L2Norm, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T, 2> y) {
+    launch<gpu::L2NormForward<T>>(gpu, {.x = ceil_div(x.extent(0), gpu::L2NormForward<T>::threads / 32)}, {x, y});
+  }
+  template <class T> static void backward(B& gpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+    launch<gpu::L2NormBackward<T>>(gpu, {.x = ceil_div(x.extent(0), gpu::L2NormBackward<T>::threads / 32)}, {x, d_y, d_x});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/layer_norm/kernels.hpp
+// LayerNorm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_KERNELS_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+template <class T> struct LayerNormMoments {
+  T mean, rstd;
+};
+// Of row n, for all lanes.
+template <class T> HYBRIDATTN_DEVICE LayerNormMoments<T> layer_norm_moments(View<T const, 2> x, Index n, T eps) {
+  T const C = static_cast<T>(x.extent(1));
+  T sum = 0, squares = 0;
+  for (Index c = simt::lane(); c < x.extent(1); c += 32) sum += x(n, c);
+  T const mean = simt::sum_lanes(sum) / C;
+  for (Index c = simt::lane(); c < x.extent(1); c += 32) squares += (x(n, c) - mean) * (x(n, c) - mean);
+  return {mean, T(1) / std::sqrt(simt::sum_lanes(squares) / C + eps)};
+}
+
+template <class T> struct LayerNormForward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x;
+    View<T const, 1> w, b;
+    View<T, 2> y;
+    T eps;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n >= p.x.extent(0)) return;
+    auto const [mean, rstd] = layer_norm_moments(p.x, n, p.eps);
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) p.y(n, c) = (p.x(n, c) - mean) * rstd * p.w(c) + p.b(c);
+  }
+};
+
+// A block has sum_rows rows: first each warp some of them, for d_x; then each thread its columns of all, for d_w and d_b.
+template <class T> struct LayerNormBackward {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 2> x;
+    View<T const, 1> w;
+    View<T const, 2> d_y;
+    View<T, 2> d_x;
+    View<T, 2> d_w, d_b;   // [blocks of rows, C]
+    T eps;
+  };
+  struct Shared {
+    LayerNormMoments<T> of_rows[sum_rows];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const first = simt::block_x() * sum_rows, rows = simt::smaller(sum_rows, p.x.extent(0) - first);
+    for (Index r = simt::warp(); r < rows; r += threads / 32) {
+      LayerNormMoments<T> const moments = layer_norm_moments(p.x, first + r, p.eps);
+      if (simt::lane() == 0) shared.of_rows[r] = moments;
+      write_row(p, first + r, moments);
+    }
+    simt::sync_block();
+    for (Index c = simt::thread_id(); c < p.x.extent(1); c += threads) {
+      T d_w = 0, d_b = 0;
+      for (Index r = 0; r < rows; ++r) {
+        auto const [mean, rstd] = shared.of_rows[r];
+        d_w += p.d_y(first + r, c) * (p.x(first + r, c) - mean) * rstd;
+        d_b += p.d_y(first + r, c);
+      }
+      p.d_w(simt::block_x(), c) = d_w;
+      p.d_b(simt::block_x(), c) = d_b;
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void write_row(Params const& p, Index n, LayerNormMoments<T> moments) {
+    auto const [mean, rstd] = moments;
+    T const C = static_cast<T>(p.x.extent(1));
+    T g_sum = 0, along = 0;
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32) {
+      T const g = p.d_y(n, c) * p.w(c);
+      g_sum += g;
+      along += g * (p.x(n, c) - mean) * rstd;
+    }
+    T const g_mean = simt::sum_lanes(g_sum) / C;
+    along = simt::sum_lanes(along) / C;
+    for (Index c = simt::lane(); c < p.x.extent(1); c += 32)
+      p.d_x(n, c) = rstd * (p.d_y(n, c) * p.w(c) - g_mean - (p.x(n, c) - mean) * rstd * along);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/layer_norm/gpu.hpp
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_GPU_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<LayerNorm, B> {
+  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+    using Forward = gpu::LayerNormForward<T>;
+    launch<Forward>(gpu, {.x = ceil_div(x.extent(0), Forward::threads / 32)}, {x, w, b, y, static_cast<T>(eps)});
+  }
+  template <class T>
+  static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
+                       View<T, 1> d_b) {
+    Index const blocks = gpu::row_blocks(x.extent(0)), C = x.extent(1);
+    Tensor<T, 2, B> w_parts{gpu, {blocks, C}}, b_parts{gpu, {blocks, C}};
+    launch<gpu::LayerNormBackward<T>>(gpu, {.x = blocks}, {x, w, d_y, d_x, out(w_parts), out(b_parts), static_cast<T>(eps)});
+    for_each(gpu, C, gpu::SumParts<T>{in(w_parts), d_w});
+    for_each(gpu, C, gpu::SumParts<T>{in(b_parts), d_b});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/linear/gpu.hpp
+#ifndef HYBRIDATTN_OPS_LINEAR_GPU_HPP
+#define HYBRIDATTN_OPS_LINEAR_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Linear, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    gpu::gemm<T>(gpu, operand(x), operand(w).transposed(), y);
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
+    if (!d_x.empty()) gpu::gemm<T>(gpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) gpu::gemm<T>(gpu, operand(d_y).transposed(), operand(x), d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/rms_norm/kernels.hpp
@@ -12325,6 +13591,228 @@ template <GpuBackend B> struct On<GatedRmsNorm, B> {
   static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 2> d_z, View<T, 1> d_w) {
     gpu::rms_norm_gradients<T>(gpu, {{x, z, w, {}, T(0), static_cast<T>(eps)}, d_y, d_x, d_z, {}, Into::overwrite}, d_w);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/rope/kernels.hpp
+// Rotary positions as kernels. A warp has a row of angles, or a head of a token: lane l has the pairs l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_ROPE_KERNELS_HPP
+#define HYBRIDATTN_OPS_ROPE_KERNELS_HPP
+
+#include <cmath>
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+HYBRIDATTN_DEVICE Index angles_row(View<std::int32_t const, 1> positions, Index n) { return positions.empty() ? n : positions(n); }
+
+// angle / pi without whole turns, in -1 .. 1. 1/pi is inverse + rest, with twice the digits of a double. So a large angle is turned as
+// exactly as a small one.
+HYBRIDATTN_DEVICE double half_turns(double angle) {
+  constexpr double inverse = 0.3183098861837907, rest = -1.9678676675182486e-17;
+  double const turns = angle * inverse, error = std::fma(angle, inverse, -turns) + angle * rest;
+  return turns - 2 * std::rint(turns / 2) + error;
+}
+
+template <class T> struct RopeAnglesForward {
+  static constexpr int threads = 128;
+  static constexpr Index most_pairs = 128;
+  struct Params {
+    View<std::int32_t const, 1> positions;
+    View<T, 3> angles;
+    double frequencies[most_pairs];   // radians a position
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const row = simt::block_x() * (threads / 32) + simt::warp();
+    if (row >= p.angles.extent(0)) return;
+    double const position = static_cast<double>(angles_row(p.positions, row));
+    for (Index i = simt::lane(); i < p.angles.extent(2); i += 32) {
+      double const turns = half_turns(position * p.frequencies[i]);
+      p.angles(row, 0, i) = static_cast<T>(simt::cos_pi(turns));
+      p.angles(row, 1, i) = static_cast<T>(simt::sin_pi(turns));
+    }
+  }
+};
+
+// y is x turned forward (direction 1) or back (-1).
+template <class T> struct Turn {
+  static constexpr int threads = 128;
+  struct Params {
+    View<T const, 3> angles;
+    View<std::int32_t const, 1> positions;
+    View<T const, 3> x;
+    View<T, 3> y;
+    Index pairs;
+    bool interleaved;
+    T direction;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const row = simt::block_x() * (threads / 32) + simt::warp(), heads = p.x.extent(1);
+    if (row >= p.x.extent(0) * heads) return;
+    Index const n = row / heads, h = row % heads, angle = angles_row(p.positions, n);
+    for (Index i = simt::lane(); i < p.pairs; i += 32) {
+      Index const first = p.interleaved ? 2 * i : i, second = p.interleaved ? first + 1 : i + p.pairs;
+      T const a = p.x(n, h, first), b = p.x(n, h, second);
+      T const cosine = p.angles(angle, 0, i), sine = p.direction * p.angles(angle, 1, i);
+      p.y(n, h, first) = a * cosine - b * sine;
+      p.y(n, h, second) = b * cosine + a * sine;
+    }
+    for (Index d = 2 * p.pairs + simt::lane(); d < p.x.extent(2); d += 32) p.y(n, h, d) = p.x(n, h, d);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/rope/gpu.hpp
+#ifndef HYBRIDATTN_OPS_ROPE_GPU_HPP
+#define HYBRIDATTN_OPS_ROPE_GPU_HPP
+
+#include <cmath>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<RopeAngles, B> {
+  // The frequencies are computed on the host and travel with the kernel's parameters: no upload. Throws Error for a rotary_dim above 256.
+  template <class T> static void forward(B& gpu, Rope::Options o, View<std::int32_t const, 1> positions, View<T, 3> angles) {
+    using Angles = gpu::RopeAnglesForward<T>;
+    check_positive("Rope", "theta", o.theta);
+    Index const pairs = angles.extent(2);
+    check(pairs <= Angles::most_pairs, "Rope: rotary_dim ", 2 * pairs, " is not allowed on a GPU; it must be at most ",
+          2 * Angles::most_pairs);
+    typename Angles::Params p{positions, angles, {}};
+    for (Index i = 0; i < pairs; ++i)
+      p.frequencies[i] = std::pow(o.theta, -2.0 * static_cast<double>(i) / static_cast<double>(o.rotary_dim));
+    launch<Angles>(gpu, {.x = ceil_div(angles.extent(0), Angles::threads / 32)}, p);
+  }
+};
+
+template <GpuBackend B> struct On<Rope, B> {
+  template <class T>
+  static void forward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+                      View<T, 3> y) {
+    turn<T>(gpu, o, {angles, positions, x, y, o.rotary_dim / 2, o.interleaved, T(1)});
+  }
+  template <class T>
+  static void backward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+                       View<T, 3> d_x) {
+    turn<T>(gpu, o, {angles, positions, d_y, d_x, o.rotary_dim / 2, o.interleaved, T(-1)});
+  }
+
+ private:
+  template <class T> static void turn(B& gpu, Rope::Options const& o, typename gpu::Turn<T>::Params const& p) {
+    check_rotary_dim(o, p.x.extent(2));
+    launch<gpu::Turn<T>>(gpu, {.x = ceil_div(p.x.extent(0) * p.x.extent(1), gpu::Turn<T>::threads / 32)}, p);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/top_k/kernels.hpp
+// TopK as a kernel. A block has a row. Scores become unsigned integers in the same order, their keys. The block finds the k-th largest key
+// bit by bit, from the highest bit on: a bit is set where at least k keys are as large as the bits so far. Each bit counts the row once.
+#ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+#define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
+template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
+  auto const bits = simt::bits_of(x + T(0));
+  using Key = std::remove_const_t<decltype(bits)>;
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  if (x != x) return Key{0};
+  return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
+}
+
+template <class T> struct SelectTopK {
+  static constexpr int threads = 128, warps = threads / 32;
+  struct Params {
+    View<T const, 2> scores;
+    View<std::int32_t, 2> indices;
+  };
+  struct Shared {
+    int counts[warps], ties[warps];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const row = simt::block_x(), k = p.indices.extent(1);
+    int const chosen = static_cast<int>(simt::smaller(k, p.scores.extent(1)));
+    if (chosen > 0) write_chosen(shared, p, chosen, kth_largest(shared, p, chosen));
+    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
+  }
+
+ private:
+  using Key = decltype(simt::bits_of(T()));
+
+  static HYBRIDATTN_DEVICE Key key_of(Params const& p, Index i) { return ordered_key(p.scores(simt::block_x(), i)); }
+  // How many keys of the row are at least `least`.
+  static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
+    int count = 0;
+    for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
+    return sum_block(shared.counts, count);
+  }
+  // The k-th largest key, or a smaller number that exactly k keys reach.
+  static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
+    Key found = 0;
+    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
+      int const count = count_from(shared, p, found | bit);
+      if (count >= k) found |= bit;
+      if (count == k) break;
+    }
+    return found;
+  }
+  // The indices of the keys above `least`, and of the first ones equal to it, k in all. Each turn looks at a key for each thread.
+  static HYBRIDATTN_DEVICE void write_chosen(Shared& shared, Params const& p, int k, Key least) {
+    int const most_ties = k - count_from(shared, p, least + 1);   // the largest key is infinity's, so least + 1 does not overflow
+    int above = 0, ties = 0;   // in earlier turns
+    for (Index first = 0; first < p.scores.extent(1); first += threads) {
+      Index const i = first + simt::thread_id();
+      bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
+      Earlier const a = count_earlier(shared.counts, is_above), t = count_earlier(shared.ties, is_tie);
+      int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
+      if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
+      above += a.all;
+      ties += t.all;
+    }
+  }
+  // How many threads of the block vote true: those before this thread, and all.
+  struct Earlier {
+    int before, all;
+  };
+  static HYBRIDATTN_DEVICE Earlier count_earlier(int (&of_warps)[warps], bool vote) {
+    std::uint32_t const votes = simt::ballot(vote);
+    if (simt::lane() == 0) of_warps[simt::warp()] = simt::count_bits(votes);
+    simt::sync_block();
+    Earlier result{simt::count_bits(votes & ((std::uint32_t{1} << simt::lane()) - 1)), 0};
+    for (int w = 0; w < warps; ++w) {
+      if (w < simt::warp()) result.before += of_warps[w];
+      result.all += of_warps[w];
+    }
+    simt::sync_block();   // of_warps may be used again
+    return result;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/top_k/gpu.hpp
+#ifndef HYBRIDATTN_OPS_TOP_K_GPU_HPP
+#define HYBRIDATTN_OPS_TOP_K_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<TopK, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+    if (!indices.empty()) launch<gpu::SelectTopK<T>>(gpu, {.x = indices.extent(0)}, {scores, indices});
   }
 };
 

@@ -1275,6 +1275,21 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/pool.hpp
 // A pool of freed memory blocks, for later requests.
 #ifndef HYBRIDATTN_BACKEND_POOL_HPP
@@ -1462,6 +1477,17 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.synchronise();
   { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
+};
+
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// A backend that runs kernels (backend/gpu/gpu.hpp): start<Kernel>(grid, params) runs one after all earlier work, and need not wait.
+template <class B>
+concept GpuBackend = Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) {
+  gpu.template start<detail::AnyKernel>(grid, params);
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
@@ -2041,6 +2067,9 @@ inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
 
+// Runs a policy's own loops on GPU backends, see attention/from_loops.hpp.
+template <class P, class B> struct FromLoops;
+
 struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
@@ -2616,6 +2645,12 @@ struct Rope {
 //                                                  0 .. P - 1 without positions; throws on a theta that is not positive
 struct RopeAngles {};
 
+// Throws Error where rotary_dim is odd or does not fit the head.
+inline void check_rotary_dim(Rope::Options const& o, Index head_dim) {
+  check(0 <= o.rotary_dim && o.rotary_dim <= head_dim && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+        " is not allowed; it must be even, and in 0 .. ", head_dim, ", the size of a head");
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/rope/cpu.hpp
@@ -2662,8 +2697,7 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
-    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
-          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {

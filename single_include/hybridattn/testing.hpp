@@ -280,6 +280,21 @@ inline std::size_t byte_count(Index count, std::size_t element) {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/memory.hpp
 // The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
 #ifndef HYBRIDATTN_CORE_MEMORY_HPP
@@ -533,6 +548,17 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.synchronise();
   { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
+};
+
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// A backend that runs kernels (backend/gpu/gpu.hpp): start<Kernel>(grid, params) runs one after all earlier work, and need not wait.
+template <class B>
+concept GpuBackend = Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) {
+  gpu.template start<detail::AnyKernel>(grid, params);
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
@@ -1975,7 +2001,7 @@ struct LossSum {
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
 
   double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
-  LossSum& operator+=(LossSum const& other) {
+  HYBRIDATTN_HD LossSum& operator+=(LossSum const& other) {
     loss += other.loss;
     count += other.count;
     correct += other.correct;
@@ -1989,7 +2015,7 @@ struct BatchLosses {
   double balance = 0;   // load balancing
   double policy = 0;    // of the policies
 
-  double auxiliary() const { return policy + balance; }
+  HYBRIDATTN_HD double auxiliary() const { return policy + balance; }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -2381,6 +2407,9 @@ constexpr char const* name_of(Stage stage) {
 inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
+
+// Runs a policy's own loops on GPU backends, see attention/from_loops.hpp.
+template <class P, class B> struct FromLoops;
 
 struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
@@ -4539,6 +4568,18 @@ struct DecideStep {
     double learning_rate, beta_1, beta_2, epsilon, weight_decay, max_norm;
     bool bias_correction;
   };
+  // The factors of a tensor's update number `step`, counted from 1. `rate` is a factor for the learning rate, `norm` that of the gradients.
+  static HYBRIDATTN_HD AdamWRates rates(Options const& o, std::int32_t role, double step, double rate, double norm) {
+    double const clip = o.max_norm / (norm + 1e-6);
+    return {.learning_rate = o.learning_rate * rate,
+            .beta_1 = o.beta_1,
+            .beta_2 = o.beta_2,
+            .epsilon = o.epsilon,
+            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
+            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
+            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
+            .gradient_scale = o.max_norm != 0 && clip < 1 ? clip : 1};
+  }
 };
 // A step counts when it has no fault and AdamWCheck found none. The first bad step since the last read is kept.
 //   forward(backend, roles, found, updates, numbers)
@@ -4566,7 +4607,7 @@ template <class T> struct AdamWTensor {
   Index first_block = 0;   // blocks of all tensors before it
 
   static constexpr Index block = 16384;   // elements that one task works on
-  Index blocks() const { return ceil_div(count, block); }
+  HYBRIDATTN_HD Index blocks() const { return ceil_div(count, block); }
   friend bool operator==(AdamWTensor const&, AdamWTensor const&) = default;
 };
 
@@ -5036,19 +5077,8 @@ template <> struct On<DecideStep, Cpu> {
     if (step.fault != StepFault::none) return;
     if (!std::isfinite(step.gradient_norm)) step.fault = StepFault::global_norm;
     for (Index i = 0; i < roles.count(); ++i)
-      rates(i) = rates_of(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
-  }
-
- private:
-  static AdamWRates rates_of(DecideStep::Options const& o, std::int32_t role, double step, double rate, double norm) {
-    return {.learning_rate = o.learning_rate * rate,
-            .beta_1 = o.beta_1,
-            .beta_2 = o.beta_2,
-            .epsilon = o.epsilon,
-            .weight_decay = role & StepRole::decays ? o.weight_decay : 0,
-            .correction_1 = o.bias_correction ? 1 - std::pow(o.beta_1, step) : 1,
-            .correction_2 = o.bias_correction ? 1 - std::pow(o.beta_2, step) : 1,
-            .gradient_scale = o.max_norm == 0 ? 1 : std::min(1.0, o.max_norm / (norm + 1e-6))};
+      rates(i) =
+          DecideStep::rates(o, roles(i), static_cast<double>(updates(i) + 1), step.rate, roles(i) & StepRole::detached ? detached : others);
   }
 };
 
@@ -6477,6 +6507,12 @@ struct Rope {
 //                                                  0 .. P - 1 without positions; throws on a theta that is not positive
 struct RopeAngles {};
 
+// Throws Error where rotary_dim is odd or does not fit the head.
+inline void check_rotary_dim(Rope::Options const& o, Index head_dim) {
+  check(0 <= o.rotary_dim && o.rotary_dim <= head_dim && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
+        " is not allowed; it must be even, and in 0 .. ", head_dim, ", the size of a head");
+}
+
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
 // ==== hybridattn/ops/rope/cpu.hpp
@@ -6523,8 +6559,7 @@ template <> struct On<Rope, Cpu> {
   template <class T>
   static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
-    check(0 <= o.rotary_dim && o.rotary_dim <= x.extent(2) && o.rotary_dim % 2 == 0, "Rope: rotary_dim ", o.rotary_dim,
-          " is not allowed; it must be even, and in 0 .. ", x.extent(2), ", the size of a head");
+    check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -7556,6 +7591,12 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
     On<AdamWStep, B>::forward(backend, in(table), in(its_rates), in(numbers));
   }
 };
+
+// The operations that the laws judge. AdamWCheck is judged with AdamWStep.
+using AllOperations =
+    std::tuple<Fill, Add, AddWeighted, Swiglu, SigmoidGate, GdnGate, RmsNorm, GatedRmsNorm, LayerNorm, L2Norm, RopeAngles, Rope, Linear,
+               GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute, Distribute, Combine, AddGated, ExpertUse,
+               BalanceLoss, AdamWSquares, AdamWStep>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -531,6 +531,21 @@ struct Initialization {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/grid.hpp
+// The blocks of a launch.
+#ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
+#define HYBRIDATTN_BACKEND_GPU_GRID_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// How many blocks of threads a kernel runs on each axis, or the number of one of these blocks.
+struct Grid {
+  Index x = 1, y = 1, z = 1;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/memory.hpp
 // The machine's memory, and allocations of host memory whose size a caller or a file chooses: an Error says what did not fit.
 #ifndef HYBRIDATTN_CORE_MEMORY_HPP
@@ -784,6 +799,17 @@ concept Backend = requires(B b, void* to, void const* from, std::size_t bytes) {
   b.synchronise();
   { b.owns(from) } -> std::same_as<bool>;
   { b.pool() } -> std::same_as<Pool&>;
+};
+
+namespace detail {
+struct AnyKernel {
+  struct Params {};
+};
+}  // namespace detail
+// A backend that runs kernels (backend/gpu/gpu.hpp): start<Kernel>(grid, params) runs one after all earlier work, and need not wait.
+template <class B>
+concept GpuBackend = Backend<B> && requires(B gpu, Grid grid, detail::AnyKernel::Params params) {
+  gpu.template start<detail::AnyKernel>(grid, params);
 };
 
 // A backend that wraps another one names it (`using Inner = Cpu;`). It has run(f), which calls f(inner), and arrives(argument), which
@@ -2963,6 +2989,9 @@ inline constexpr bool trains(Stage stage, bool detached) {
   return detached ? stage != Stage::language_model : stage != Stage::dense_warm_up;
 }
 
+// Runs a policy's own loops on GPU backends, see attention/from_loops.hpp.
+template <class P, class B> struct FromLoops;
+
 struct PolicyDefaults {
   static constexpr std::string_view name = "a policy without a name";   // in tables and checkpoints
   using Prepare = NoStep;   // from the projections to Inputs: convolution, norms, rotary, gates
@@ -3928,7 +3957,7 @@ struct LossSum {
   Index count = 0, correct = 0;   // correct: the target has the largest logit (the first of equal ones)
 
   double mean() const { return count == 0 ? 0 : loss / static_cast<double>(count); }
-  LossSum& operator+=(LossSum const& other) {
+  HYBRIDATTN_HD LossSum& operator+=(LossSum const& other) {
     loss += other.loss;
     count += other.count;
     correct += other.correct;
@@ -3942,7 +3971,7 @@ struct BatchLosses {
   double balance = 0;   // load balancing
   double policy = 0;    // of the policies
 
-  double auxiliary() const { return policy + balance; }
+  HYBRIDATTN_HD double auxiliary() const { return policy + balance; }
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

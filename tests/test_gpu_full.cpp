@@ -1,0 +1,62 @@
+// Full attention on the emulator of a GPU: the laws, agreement with the CPU, and every barrier of its kernels.
+#include "barriers.hpp"
+#include "catch.hpp"
+
+#include <hybridattn/emulator.hpp>
+#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing/policies.hpp>
+
+namespace ha = hybridattn;
+using ha::Emulator;
+using ha::Full;
+using ha::Index;
+
+namespace {
+
+template <int window> using Windowed = ha::FullAttention<ha::FullOptions{.window = window}>;
+
+void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
+  CHECK_FALSE(verdicts.empty());
+  for (auto const& verdict : verdicts) {
+    INFO(verdict.law << ": " << verdict.why);
+    CHECK(verdict.holds);
+  }
+}
+// Heads that fill, or nearly fill, each room that kernels are compiled for.
+std::vector<ha::full::Config> all_rooms() {
+  std::vector<ha::full::Config> sizes;
+  for (Index const dim : {32, 33, 64, 100, 128, 130, 256}) sizes.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = dim});
+  return sizes;
+}
+template <class T> void agree_in_all_rooms() {
+  for (auto const& size : all_rooms()) {
+    ha::testing::Adaptor<Full, ha::Cpu, T> const cpu{size};
+    ha::testing::Adaptor<Full, Emulator, T> const here{size};
+    check_all({agree_within_budget(cpu, here), decodes_the_whole(here), fills_everything(here)});
+  }
+}
+
+}  // namespace
+
+TEST_CASE("full attention keeps every law on the emulator in float", "[float]") { check_all(ha::testing::judge<Full, Emulator, float>()); }
+TEST_CASE("full attention keeps every law on the emulator in double", "[double]") {
+  check_all(ha::testing::judge<Full, Emulator, double>());
+}
+TEST_CASE("full attention with a window keeps every law on the emulator", "[window]") {
+  check_all(ha::testing::judge<Windowed<16>, Emulator, float>());
+  check_all(judge(ha::testing::Adaptor<Windowed<1>, Emulator, double>{ha::testing::Samples<Windowed<1>>::sizes().front()}));
+}
+TEST_CASE("full attention agrees with the CPU for every room of a head", "[float]") { agree_in_all_rooms<float>(); }
+TEST_CASE("full attention agrees with the CPU for every room of a head in double", "[double]") { agree_in_all_rooms<double>(); }
+TEST_CASE("a head that no kernel has room for is an error", "[window]") {
+  ha::testing::Adaptor<Full, Emulator, float> const wide{{.num_heads = 1, .num_kv_heads = 1, .head_dim = 257}};
+  auto const x = wide.sample(wide.kinds().front(), ha::Sequences::equal(1, 2), 1, false);
+  CHECK_THROWS_WITH(wide.run(x, {}), "FullAttention: head_dim 257; a GPU's kernels have room for 256");
+}
+TEST_CASE("every barrier of full attention is noticed when it is left out", "[barriers]") {
+  barriers::Barriers all;
+  for (Index const dim : {8, 130})
+    all.judge(ha::testing::Adaptor<Full, Emulator, float>{{.num_heads = 2, .num_kv_heads = 1, .head_dim = dim}});
+  CHECK(all.count() > 10);
+  all.check_all();
+}

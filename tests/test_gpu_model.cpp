@@ -1,0 +1,104 @@
+// Models of full attention on the emulator of a GPU: they learn and decode as on the CPU, in every schedule, and nothing passes between
+// host and machine inside a step.
+#include "catch.hpp"
+#include "counting.hpp"
+
+#include <hybridattn/emulator.hpp>
+#include <hybridattn/hybridattn.hpp>
+
+namespace ha = hybridattn;
+using ha::Index;
+
+namespace {
+
+using Windowed = ha::FullAttention<ha::FullOptions{.window = 7, .qk_norm = ha::QkNorm::plain, .rotary = ha::Rotary::interleaved}>;
+using Model = ha::LanguageModel<ha::Stack<ha::Full, Windowed, ha::Full, ha::Full>>;
+
+Model const& model(bool mixture) {
+  static Model const dense{{.vocab_size = 19, .model_dim = 32, .num_heads = 2, .feed_forward = {.hidden_dim = 40}}};
+  static Model const experts{{.vocab_size = 19,
+                              .model_dim = 32,
+                              .num_heads = 2,
+                              .feed_forward = {.num_experts = 4, .top_k = 2, .expert_dim = 24, .shared_dim = 8, .balance_coefficient = 0.1},
+                              .tie_embedding = true}};
+  return mixture ? experts : dense;
+}
+std::vector<std::int32_t> tokens(Index count, std::uint64_t seed) {
+  ha::Random random{ha::Seed{seed}, "tokens"};
+  std::vector<std::int32_t> list;
+  for (Index i = 0; i < count; ++i) list.push_back(static_cast<std::int32_t>(random.below(19)));
+  return list;
+}
+
+template <class B> struct Training {
+  B backend;
+  Model const& of;
+  typename Model::template Params<ha::Owned<float, B>> params;
+  ha::AdamW<decltype(params)> optimizer{backend, params, {.learning_rate = 3e-3}};
+  ha::TokenBatch<B> batch;
+
+  explicit Training(bool mixture, int schedule = 1)
+      : backend(schedule), of(model(mixture)), params(of.template initialize<float>(backend, ha::Seed{1})),
+        batch(make_batch(backend, ha::Sequences::packed(std::vector<Index>{0, 65, 66, 66, 130}), tokens(130, 1), tokens(130, 2))) {}
+  double step() { return train_step(backend, of, params, optimizer, batch).loss.mean(); }
+  std::vector<double> losses() {
+    std::vector<double> list;
+    for (int i = 0; i < 5; ++i) list.push_back(step());
+    return list;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a model learns on the emulator as on the CPU, dense and mixture", "[models]") {
+  for (bool const mixture : {false, true}) {
+    auto const expected = Training<ha::Cpu>{mixture}.losses(), losses = Training<ha::Emulator>{mixture}.losses();
+    for (std::size_t i = 0; i < losses.size(); ++i) {
+      UNSCOPED_INFO((mixture ? "mixture" : "dense")
+                    << ", step " << i + 1 << ": " << losses[i] << " here, " << expected[i] << " on the CPU");
+      CHECK(losses[i] == Approx(expected[i]).epsilon(1e-5));
+    }
+    CHECK(losses.back() < losses.front() - 0.1);
+  }
+}
+TEST_CASE("a model learns the same bits in every schedule", "[models]") {
+  for (bool const mixture : {false, true}) {
+    auto const first = Training<ha::Emulator>{mixture, 1}.losses();
+    for (int const schedule : {2, 6}) CHECK(Training<ha::Emulator>{mixture, schedule}.losses() == first);
+  }
+}
+TEST_CASE("from the second step on a step uploads, downloads, waits for and allocates nothing", "[models]") {
+  for (bool const mixture : {false, true}) {
+    Training<CountingOn<ha::Emulator>> run{mixture};
+    run.step();
+    run.step();   // reading the first one's numbers allocates too
+    run.backend.reset();
+    auto const allocations = run.backend.pool().allocations();
+    start_step(run.backend, run.of, run.params, run.optimizer, std::span<decltype(run.batch) const>(&run.batch, 1), {});
+    CHECK(run.backend.uploads == 0);
+    CHECK(run.backend.downloads == 0);
+    CHECK(run.backend.waits == 0);
+    CHECK(run.backend.pool().allocations() == allocations);
+    CHECK(run.backend.operations > 50);
+  }
+}
+TEST_CASE("a model decodes on the emulator as on the CPU", "[models]") {
+  Training<ha::Cpu> cpu{false};
+  Training<ha::Emulator> emulator{false};
+  cpu.losses();
+  emulator.losses();
+  auto const generated = [](auto& run) {
+    return generate(run.backend, run.of, run.params, {{1, 2, 3}, {4}}, {.max_new_tokens = 12, .sampling = {.temperature = 0}}).tokens;
+  };
+  CHECK(generated(emulator) == generated(cpu));
+}
+TEST_CASE("a step that is not finite changes no parameter on the emulator, and says why", "[models]") {
+  Training<ha::Emulator> run{false};
+  run.step();
+  auto poisoned = std::vector<float>(static_cast<std::size_t>(run.params.norm.shape().count()), std::numeric_limits<float>::quiet_NaN());
+  auto const before = download(run.backend, run.params.norm);
+  upload(run.backend, poisoned, run.params.norm);
+  CHECK_THROWS_WITH(run.step(), Catch::Matchers::Contains("loss"));
+  upload(run.backend, before, run.params.norm);
+  CHECK(std::isfinite(run.step()));
+}
