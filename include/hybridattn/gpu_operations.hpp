@@ -8,6 +8,7 @@
 #include <hybridattn/ops/arithmetic/gpu.hpp>
 #include <hybridattn/ops/balance/gpu.hpp>
 #include <hybridattn/ops/causal_conv1d/gpu.hpp>
+#include <hybridattn/ops/cross_entropy/gpu.hpp>
 #include <hybridattn/ops/embedding/gpu.hpp>
 #include <hybridattn/ops/gate/gpu.hpp>
 #include <hybridattn/ops/gdn_gate/gpu.hpp>
