@@ -204,6 +204,17 @@ TEST_CASE("README's first C++ block is the quickstart, in under 60 lines") {
   CHECK(std::count(example.begin(), example.end(), '\n') < 60);
 }
 
+TEST_CASE("the quickstart for a GPU differs from the other one in the backend's name") {
+  std::string const on_gpu = contents(fs::path(root) / "examples/quickstart.cu");
+  CHECK(std::regex_replace(on_gpu, std::regex("ha::Cuda"), "ha::Cpu") == contents(fs::path(root) / "examples/quickstart.cpp"));
+  CHECK(on_gpu.find("ha::Cuda machine;") != on_gpu.npos);
+}
+
+TEST_CASE("the page about the emulator shows the example with a broken kernel") {
+  std::string const example = contents(fs::path(root) / "examples/broken_kernel.cpp");
+  CHECK(contents(fs::path(root) / "docs/emulator.md").find("```cpp\n" + example + "```") != std::string::npos);
+}
+
 TEST_CASE("README points to the example that compares one's own patterns, which is short") {
   std::string const example = contents(fs::path(root) / "examples/compare_patterns.cpp");
   CHECK(contents(fs::path(root) / "README.md").find("examples/compare_patterns.cpp") != std::string::npos);

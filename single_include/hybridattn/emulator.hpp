@@ -6728,6 +6728,631 @@ template <GpuBackend B> struct On<CausalConv1d, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/product.hpp
+// A matrix product for a GPU, and how a library for column-major matrices computes it.
+#ifndef HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
+#define HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+  Into into;
+};
+
+// The arguments of a BLAS gemm: columns are contiguous, and steps are between columns.
+template <class T> struct ColumnMajorProduct {
+  struct Factor {
+    T const* data;
+    bool transposed;
+    Index step;
+  };
+  Factor first, second;   // op(first) [m, k], op(second) [k, n]
+  T* c;                   // [m, n]
+  Index m, n, k, c_step;
+  T old;                  // the factor of what c holds
+};
+// Read by columns, row-major matrices are their transposes. So c^T = b^T a^T is computed.
+template <class T> ColumnMajorProduct<T> column_major(Product<T> const& p) {
+  auto const factor = [](Operand<T> const& x) -> typename ColumnMajorProduct<T>::Factor {
+    bool const by_rows = x.column == 1;
+    return {x.data, !by_rows, std::max<Index>(1, by_rows ? x.row : x.column)};
+  };
+  return {factor(p.b),
+          factor(p.a),
+          p.c.data,
+          p.c.extent(1),
+          p.c.extent(0),
+          p.a.columns,
+          std::max<Index>(1, p.c.stride[0]),
+          p.into == Into::add ? T(1) : T(0)};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/backend/gpu/gemm.hpp
+// Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
+// depth in one fixed order.
+#ifndef HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
+template <class T, int size_> struct ProductTile {
+  static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
+  struct Shared {
+    T a[depth][size + 1], b[depth][size + 1];
+  };
+
+  // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
+  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
+    for (int i = simt::thread_id(); i < size * depth; i += threads) {
+      int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
+      to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
+    }
+  }
+  // The tile of p.c from element (row, column) on.
+  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Product<T> const& p, Index row, Index column) {
+    int const r = simt::thread_id() / (size / each) * each, c = simt::thread_id() % (size / each) * each;
+    Index const rows = p.c.extent(0) - row, columns = p.c.extent(1) - column;
+    bool const has_elements = r < rows && c < columns;
+    T sum[each][each] = {};
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (p.into == Into::add && r + i < rows && c + j < columns) sum[i][j] = p.c(row + r + i, column + c + j);
+    }
+    for (Index k = 0; k < p.a.columns; k += depth) {
+      load(shared.a, p.a, row, k);
+      load(shared.b, p.b.transposed(), column, k);
+      simt::sync_block();
+      if (has_elements) add_step(shared, r, c, sum);
+      simt::sync_block();
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < each; ++i) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int j = 0; j < each; ++j)
+        if (r + i < rows && c + j < columns) p.c(row + r + i, column + c + j) = sum[i][j];
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void add_step(Shared const& shared, int r, int c, T (&sum)[each][each]) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int k = 0; k < depth; ++k) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int i = 0; i < each; ++i) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int j = 0; j < each; ++j) sum[i][j] += shared.a[k][r + i] * shared.b[k][c + j];
+      }
+    }
+  }
+};
+
+template <class T, int size> struct Multiply {
+  using Tile = ProductTile<T, size>;
+  static constexpr int threads = Tile::threads;
+  using Params = Product<T>;
+  using Shared = typename Tile::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Tile::multiply(shared, p, simt::block_x() * size, simt::block_y() * size);
+  }
+};
+
+// f(size) with the size of the tiles for `products` matrices [rows, columns]: large tiles where they are many enough for a whole GPU.
+// The size changes no bit.
+template <class F> void with_tile(Index products, Index rows, Index columns, F f) {
+  constexpr Index enough = 128;
+  if (products * ceil_div(rows, 64) * ceil_div(columns, 64) >= enough) f(std::integral_constant<int, 64>{});
+  else f(std::integral_constant<int, 32>{});
+}
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place. The one place where a library of
+// matrix products may compute instead: a backend with multiply(product) decides there.
+template <class T, GpuBackend B> void gemm(B& gpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c, into};
+  if constexpr (requires { gpu.multiply(product); })
+    if (gpu.multiply(product)) return;
+  with_tile(1, c.extent(0), c.extent(1), [&](auto size) {
+    launch<Multiply<T, size()>>(gpu, {.x = ceil_div(c.extent(0), size()), .y = ceil_div(c.extent(1), size())}, product);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cross_entropy.hpp
+// The language-model head fused with its loss, so that the logits [N, V] are never all in memory:
+//   logits = x w^T      loss = sum over counted tokens of log sum_v exp(logits_v) - logits_target
+//   d_logits = scale (softmax(logits) - one_hot(target))      d_x = d_logits w      d_w = d_logits^T x
+// A target below 0 is not counted; the others are in 0 .. V - 1. With nothing to count, loss and gradients are 0.
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CROSS_ENTROPY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, w, targets, loss)                    x [N, C], w [V, C], targets [N]; adds to loss [1] of LossSum
+//   backward(backend, x, w, targets, scale, d_x, d_w, loss)   scale [1]; overwrites d_x and d_w, adds to loss
+// Backward also computes the loss, so a training step calls backward alone. The scale may be 0. It is in the machine's memory, so that
+// a recorded step can be replayed for a batch with another number of targets.
+struct CrossEntropy {
+  static constexpr Index block_rows = 128;   // tokens whose logits are in memory at the same time
+};
+//   forward(backend, logits, targets, scale, d_logits, loss): the part behind the logits; d_logits may be logits. Without gradients
+//   scale and d_logits are empty.
+struct SoftmaxLoss {};
+//   forward(backend, targets, count, scale)   adds the number of counted tokens to count [1]; scale [1] = 1 / count, or 0
+struct CountTargets {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/backend/cpu/gemm.hpp
+// Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
+// summed over the depth in one fixed order, for any number of rows and threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+#define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+namespace detail {
+
+inline constexpr int panel_vectors = 2;
+template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
+inline constexpr Index depth_block = 256, row_block = 64;
+
+// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
+template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
+  constexpr Index width = panel_columns<T>;
+  Index const here = std::min(width, b.columns - first);
+  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
+  if (b.column == 1) {
+    for (Index k = k0; k < k1; ++k)
+      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
+    return;
+  }
+  Index j = 0;
+  for (; j + lanes<T> <= here; j += lanes<T>) {
+    T const* from = b.data + (first + j) * b.column;
+    Index k = k0;
+    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
+    for (; k < k1; ++k)
+      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
+  }
+  for (; j < here; ++j)
+    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+}
+
+// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
+template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tile_rows, NV = panel_vectors;
+  if (rows == MR && columns == panel_columns<T>) {
+    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
+    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+    Columns<T> const b{panel, panel_columns<T>};
+    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+    return;
+  }
+  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
+  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
+  for (Index r = 0; r < rows; ++r) {
+    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
+    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
+  }
+  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
+  for (Index r = 0; r < rows; ++r)
+    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
+}
+
+// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+template <class T>
+void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
+  Index const columns = std::min(panel_columns<T>, b.columns - first);
+  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
+    Index const k1 = std::min(a.columns, k0 + depth_block);
+    pack_panel(b, first, k0, k1, panel);
+    for (Index r = r0; r < r1; r += tile_rows)
+      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
+                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+  }
+}
+
+// A product without depth.
+template <class T> void sum_nothing(View<T, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+}
+
+}  // namespace detail
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  if (c.count() == 0) return;
+  if (a.columns == 0) return detail::sum_nothing(c, into);
+  using detail::panel_columns;
+  Index const panels = ceil_div(b.columns, panel_columns<T>);
+  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
+  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
+  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
+    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
+    if (r0 < r1)
+      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+  });
+}
+
+// One product of several.
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  if (first == last) return;
+  if (first->a.columns == 0) {
+    for (; first != last; ++first) detail::sum_nothing(first->c, into);
+    return;
+  }
+  using detail::panel_columns;
+  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
+  constexpr Index panel = detail::depth_block * panel_columns<T>;
+  Scratch<T> const packed{cpu, cpu.threads() * panel};
+  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
+    Product<T> const& p = first[task / panels];
+    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
+                           into);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/cross_entropy/cpu.hpp
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<CountTargets, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 1> targets, View<Index, 1> count, View<double, 1> scale) {
+    count(0) += std::count_if(targets.data, targets.data + targets.count(), [](std::int32_t target) { return target >= 0; });
+    scale(0) = count(0) == 0 ? 0 : 1 / static_cast<double>(count(0));
+  }
+};
+
+template <> struct On<SoftmaxLoss, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                      View<T, 2> d_logits, View<LossSum, 1> loss) {
+    Index const N = logits.extent(0);
+    T const factor = d_logits.empty() ? T(0) : static_cast<T>(scale(0));
+    Tensor<double, 1, Cpu> losses_storage{cpu, {N}};
+    Tensor<std::int32_t, 1, Cpu> hits_storage{cpu, {N}};
+    auto const losses = out(losses_storage);
+    auto const hits = out(hits_storage);
+    parallel_blocks(cpu, N, 8, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        Row const row = one_row(logits.row(n), logits.extent(1), targets(n), factor, d_logits.empty() ? nullptr : d_logits.row(n));
+        losses(n) = row.loss;
+        hits(n) = row.correct;
+      }
+    });
+    LossSum total;
+    for (Index n = 0; n < N; ++n) total += {losses(n), targets(n) >= 0, hits(n)};
+    loss(0) += total;
+  }
+
+ private:
+  struct Row {
+    double loss;
+    bool correct;
+  };
+  template <class T> static Row one_row(T const* logits, Index V, std::int32_t target, T scale, T* d_logits) {
+    check_target(target, V);
+    if (target < 0) {
+      if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
+      return {0, false};
+    }
+    Index best = 0;
+    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
+    T const peak = logits[best], own = logits[target];
+    cpu::Vec<T> sums{};
+    cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
+      if (s.count < cpu::lanes<T>)
+        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      sums += e;
+      if (d_logits != nullptr) s.put(d_logits, e);
+    });
+    T const sum = cpu::sum<T>(sums);
+    if (d_logits != nullptr) {
+      for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
+      d_logits[target] -= scale;
+    }
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+  }
+  // The model checks targets before it calls this. Who calls the operation checks them himself.
+  static void check_target(std::int32_t target, Index V) {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (target >= V) std::abort();
+#else
+    (void)target, (void)V;
+#endif
+  }
+};
+
+template <> struct On<CrossEntropy, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
+    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
+    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
+      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
+      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
+      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+    });
+  }
+
+ private:
+  // f(logits, targets, first row, sum) adds the loss of a block of rows to a sum; one block after the other.
+  template <class T, class F>
+  static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
+    Index const N = x.extent(0), V = w.extent(0);
+    Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
+    LossSum total;
+    for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
+      Index const rows = std::min(N - first, CrossEntropy::block_rows);
+      View<T, 2> const logits{out(storage).data, {rows, V}};
+      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
+      LossSum of_block;
+      f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
+      total += of_block;
+    }
+    loss(0) += total;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/cross_entropy/kernels.hpp
+// The loss of logits as kernels. A block has a row of logits: thread i has the elements i, i + threads, ...
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_KERNELS_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The largest of some logits, the first of equal ones.
+template <class T> struct LargestLogit {
+  T value;
+  int at;
+
+  HYBRIDATTN_DEVICE bool comes_before(LargestLogit const& other) const {
+    return value > other.value || (value == other.value && at < other.at);
+  }
+};
+
+template <class T> struct SoftmaxLossRow {
+  static constexpr int threads = 256, warps = threads / 32;
+  struct Params {
+    View<T const, 2> logits;
+    View<std::int32_t const, 1> targets;
+    View<double const, 1> scale;
+    View<T, 2> d_logits;
+    View<LossSum, 1> losses;   // of each row
+  };
+  struct Shared {
+    LargestLogit<T> largest[warps];
+    T sums[warps];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x();
+    int const V = static_cast<int>(p.logits.extent(1)), target = p.targets(n);
+    check_target(target, V);
+    if (target < 0) {
+      write_zeros(p, n);
+      return;
+    }
+    int const best = largest_of_row(shared, p.logits.row(n), V);
+    T const* const logits = p.logits.row(n);
+    T const peak = logits[best], own = logits[target];
+    T sum = 0;
+    for (int v = simt::thread_id(); v < V; v += threads) sum += std::exp(logits[v] - peak);
+    sum = sum_block(shared.sums, sum);   // every thread has read peak and own: d_logits may be logits
+    if (simt::thread_id() == 0)
+      p.losses(n) = {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), 1, best == target};
+    if (!p.d_logits.empty()) write_gradient(p, n, target, peak, sum);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void write_zeros(Params const& p, Index n) {
+    for (int v = simt::thread_id(); v < static_cast<int>(p.logits.extent(1)) && !p.d_logits.empty(); v += threads) p.d_logits(n, v) = T(0);
+    if (simt::thread_id() == 0) p.losses(n) = {};
+  }
+  static HYBRIDATTN_DEVICE void write_gradient(Params const& p, Index n, int target, T peak, T sum) {
+    T const* const logits = p.logits.row(n);
+    T* const d_logits = p.d_logits.row(n);
+    T const scale = static_cast<T>(p.scale(0)), factor = scale / sum;
+    for (int v = simt::thread_id(); v < static_cast<int>(p.logits.extent(1)); v += threads)
+      d_logits[v] = std::exp(logits[v] - peak) * factor - (v == target ? scale : T(0));
+  }
+  // A NaN is never the largest, except in the first place: then the whole row is NaN.
+  static HYBRIDATTN_DEVICE int largest_of_row(Shared& shared, T const* logits, int V) {
+    LargestLogit<T> best{-simt::infinity<T>(), V};
+    for (int v = simt::thread_id(); v < V; v += threads) {
+      LargestLogit<T> const next{v == 0 && logits[0] != logits[0] ? simt::infinity<T>() : logits[v], v};
+      if (next.comes_before(best)) best = next;
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int step = 1; step < 32; step *= 2) {
+      LargestLogit<T> const other{simt::shuffle_xor(best.value, step), simt::shuffle_xor(best.at, step)};
+      if (other.comes_before(best)) best = other;
+    }
+    if (simt::lane() == 0) shared.largest[simt::warp()] = best;
+    simt::sync_block();
+    for (LargestLogit<T> const& other : shared.largest)
+      if (other.comes_before(best)) best = other;
+    return best.at;
+  }
+  // As on the CPU: who calls the operation checks the targets.
+  static HYBRIDATTN_DEVICE void check_target([[maybe_unused]] int target, [[maybe_unused]] int V) {
+#if HYBRIDATTN_BOUNDS_CHECKS
+    if (target >= V) HYBRIDATTN_ABORT();
+#endif
+  }
+};
+
+// Adds the losses of all rows to loss [1]. One block.
+struct AddRowLosses {
+  static constexpr int threads = 256;
+  struct Params {
+    View<LossSum const, 1> rows;
+    View<LossSum, 1> loss;
+  };
+  struct Shared {
+    double losses[threads / 32];
+    Index numbers[threads / 32];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    LossSum sum;
+    for (Index n = simt::thread_id(); n < p.rows.extent(0); n += threads) sum += p.rows(n);
+    LossSum const all{sum_block(shared.losses, sum.loss), sum_block(shared.numbers, sum.count), sum_block(shared.numbers, sum.correct)};
+    if (simt::thread_id() == 0) p.loss(0) += all;
+  }
+};
+
+// One block.
+struct CountTargetsOnce {
+  static constexpr int threads = 256;
+  struct Params {
+    View<std::int32_t const, 1> targets;
+    View<Index, 1> count;
+    View<double, 1> scale;
+  };
+  struct Shared {
+    Index of_warps[threads / 32];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index counted = 0;
+    for (Index n = simt::thread_id(); n < p.targets.extent(0); n += threads) counted += p.targets(n) >= 0;
+    counted = sum_block(shared.of_warps, counted);
+    if (simt::thread_id() > 0) return;
+    p.count(0) += counted;
+    p.scale(0) = p.count(0) == 0 ? 0 : 1 / static_cast<double>(p.count(0));
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/cross_entropy/gpu.hpp
+#ifndef HYBRIDATTN_OPS_CROSS_ENTROPY_GPU_HPP
+#define HYBRIDATTN_OPS_CROSS_ENTROPY_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<CountTargets, B> {
+  static void forward(B& gpu, View<std::int32_t const, 1> targets, View<Index, 1> count, View<double, 1> scale) {
+    launch<gpu::CountTargetsOnce>(gpu, {}, {targets, count, scale});
+  }
+};
+
+template <GpuBackend B> struct On<SoftmaxLoss, B> {
+  template <class T>
+  static void forward(B& gpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                      View<T, 2> d_logits, View<LossSum, 1> loss) {
+    Tensor<LossSum, 1, B> rows{gpu, {logits.extent(0)}};
+    launch<gpu::SoftmaxLossRow<T>>(gpu, {.x = logits.extent(0)}, {logits, targets, scale, d_logits, out(rows)});
+    launch<gpu::AddRowLosses>(gpu, {}, {in(rows), loss});
+  }
+};
+
+template <GpuBackend B> struct On<CrossEntropy, B> {
+  template <class T>
+  static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
+    in_blocks<T>(gpu, x, w, targets, {}, loss, [](View<T, 2>, View<T const, 2>, Index) {});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
+    if (x.extent(0) == 0) gpu::gemm<T>(gpu, Operand<T>{nullptr, w.extent(0), 0}, Operand<T>{nullptr, 0, w.extent(1)}, d_w);   // d_w = 0
+    in_blocks<T>(gpu, x, w, targets, scale, loss, [&](View<T, 2> d_logits, View<T const, 2> rows, Index first) {
+      gpu::gemm<T>(gpu, operand(d_logits), operand(w), View<T, 2>{d_x.row(first), rows.shape, d_x.stride});
+      gpu::gemm<T>(gpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+    });
+  }
+
+ private:
+  // f(d_logits, rows of x, first row) for blocks of rows, one after the other. Without a scale there are no gradients: then f receives the
+  // logits.
+  template <class T, class F>
+  static void in_blocks(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
+                        View<LossSum, 1> loss, F f) {
+    Index const N = x.extent(0), V = w.extent(0);
+    Tensor<T, 2, B> storage{gpu, {std::min(N, CrossEntropy::block_rows), V}};
+    Tensor<LossSum, 1, B> losses{gpu, {N}};
+    for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
+      Index const count = std::min(N - first, CrossEntropy::block_rows);
+      View<T, 2> const logits{out(storage).data, {count, V}};
+      View<T const, 2> const rows{x.row(first), {count, x.extent(1)}, x.stride};
+      gpu::gemm<T>(gpu, operand(rows), operand(w).transposed(), logits);
+      launch<gpu::SoftmaxLossRow<T>>(
+          gpu, {.x = count},
+          {logits, {targets.data + first, {count}}, scale, scale.empty() ? View<T, 2>{} : logits, {out(losses).data + first, {count}}});
+      f(logits, rows, first);
+    }
+    launch<gpu::AddRowLosses>(gpu, {}, {in(losses), loss});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/ops/embedding/embedding.hpp
 // One row of a table for each token: y[n] = table[tokens[n]].   d_table[v] = sum of d_y[n] over the tokens that are v
 #ifndef HYBRIDATTN_OPS_EMBEDDING_EMBEDDING_HPP
@@ -7381,170 +8006,6 @@ template <GpuBackend B> struct On<LayerNorm, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/backend/operand.hpp
-// The factors of matrix products, for every backend.
-#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
-#define HYBRIDATTN_BACKEND_OPERAND_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
-
-  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
-  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
-  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
-  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/backend/gpu/product.hpp
-// A matrix product for a GPU, and how a library for column-major matrices computes it.
-#ifndef HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
-#define HYBRIDATTN_BACKEND_GPU_PRODUCT_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// c = a b, or c += a b, for a [M, K], b [K, N], c [M, N].
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-  Into into;
-};
-
-// The arguments of a BLAS gemm: columns are contiguous, and steps are between columns.
-template <class T> struct ColumnMajorProduct {
-  struct Factor {
-    T const* data;
-    bool transposed;
-    Index step;
-  };
-  Factor first, second;   // op(first) [m, k], op(second) [k, n]
-  T* c;                   // [m, n]
-  Index m, n, k, c_step;
-  T old;                  // the factor of what c holds
-};
-// Read by columns, row-major matrices are their transposes. So c^T = b^T a^T is computed.
-template <class T> ColumnMajorProduct<T> column_major(Product<T> const& p) {
-  auto const factor = [](Operand<T> const& x) -> typename ColumnMajorProduct<T>::Factor {
-    bool const by_rows = x.column == 1;
-    return {x.data, !by_rows, std::max<Index>(1, by_rows ? x.row : x.column)};
-  };
-  return {factor(p.b),
-          factor(p.a),
-          p.c.data,
-          p.c.extent(1),
-          p.c.extent(0),
-          p.a.columns,
-          std::max<Index>(1, p.c.stride[0]),
-          p.into == Into::add ? T(1) : T(0)};
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
-#endif
-
-// ==== hybridattn/backend/gpu/gemm.hpp
-// Matrix products on GPU backends, tile by tile. A row of a result depends only on that row of `a` and on `b`, and is summed over the
-// depth in one fixed order.
-#ifndef HYBRIDATTN_BACKEND_GPU_GEMM_HPP
-#define HYBRIDATTN_BACKEND_GPU_GEMM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// A tile of a product, size x size elements. Each thread has `each` x `each` of them; a step in depth goes through shared memory.
-template <class T, int size_> struct ProductTile {
-  static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
-  struct Shared {
-    T a[depth][size + 1], b[depth][size + 1];
-  };
-
-  // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
-  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
-    for (int i = simt::thread_id(); i < size * depth; i += threads) {
-      int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
-      to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
-    }
-  }
-  // The tile of p.c from element (row, column) on.
-  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Product<T> const& p, Index row, Index column) {
-    int const r = simt::thread_id() / (size / each) * each, c = simt::thread_id() % (size / each) * each;
-    Index const rows = p.c.extent(0) - row, columns = p.c.extent(1) - column;
-    bool const has_elements = r < rows && c < columns;
-    T sum[each][each] = {};
-    HYBRIDATTN_UNROLL_IN_KERNEL
-    for (int i = 0; i < each; ++i) {
-      HYBRIDATTN_UNROLL_IN_KERNEL
-      for (int j = 0; j < each; ++j)
-        if (p.into == Into::add && r + i < rows && c + j < columns) sum[i][j] = p.c(row + r + i, column + c + j);
-    }
-    for (Index k = 0; k < p.a.columns; k += depth) {
-      load(shared.a, p.a, row, k);
-      load(shared.b, p.b.transposed(), column, k);
-      simt::sync_block();
-      if (has_elements) add_step(shared, r, c, sum);
-      simt::sync_block();
-    }
-    HYBRIDATTN_UNROLL_IN_KERNEL
-    for (int i = 0; i < each; ++i) {
-      HYBRIDATTN_UNROLL_IN_KERNEL
-      for (int j = 0; j < each; ++j)
-        if (r + i < rows && c + j < columns) p.c(row + r + i, column + c + j) = sum[i][j];
-    }
-  }
-
- private:
-  static HYBRIDATTN_DEVICE void add_step(Shared const& shared, int r, int c, T (&sum)[each][each]) {
-    HYBRIDATTN_UNROLL_IN_KERNEL
-    for (int k = 0; k < depth; ++k) {
-      HYBRIDATTN_UNROLL_IN_KERNEL
-      for (int i = 0; i < each; ++i) {
-        HYBRIDATTN_UNROLL_IN_KERNEL
-        for (int j = 0; j < each; ++j) sum[i][j] += shared.a[k][r + i] * shared.b[k][c + j];
-      }
-    }
-  }
-};
-
-template <class T, int size> struct Multiply {
-  using Tile = ProductTile<T, size>;
-  static constexpr int threads = Tile::threads;
-  using Params = Product<T>;
-  using Shared = typename Tile::Shared;
-  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Tile::multiply(shared, p, simt::block_x() * size, simt::block_y() * size);
-  }
-};
-
-// f(size) with the size of the tiles for `products` matrices [rows, columns]: large tiles where they are many enough for a whole GPU.
-// The size changes no bit.
-template <class F> void with_tile(Index products, Index rows, Index columns, F f) {
-  constexpr Index enough = 128;
-  if (products * ceil_div(rows, 64) * ceil_div(columns, 64) >= enough) f(std::integral_constant<int, 64>{});
-  else f(std::integral_constant<int, 32>{});
-}
-
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place. The one place where a library of
-// matrix products may compute instead: a backend with multiply(product) decides there.
-template <class T, GpuBackend B> void gemm(B& gpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
-  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
-        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  Product<T> const product{a, b, c, into};
-  if constexpr (requires { gpu.multiply(product); })
-    if (gpu.multiply(product)) return;
-  with_tile(1, c.extent(0), c.extent(1), [&](auto size) {
-    launch<Multiply<T, size()>>(gpu, {.x = ceil_div(c.extent(0), size()), .y = ceil_div(c.extent(1), size())}, product);
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
-#endif
-
 // ==== hybridattn/ops/linear/linear.hpp
 // Linear projection without bias: y[N, M] = x[N, C] w[M, C]^T, weights [out, in] as in the field's checkpoints.
 //   d_x = d_y w      d_w = d_y^T x
@@ -7559,131 +8020,6 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct Linear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/backend/cpu/gemm.hpp
-// Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
-// summed over the depth in one fixed order, for any number of rows and threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_GEMM_HPP
-#define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-namespace detail {
-
-inline constexpr int panel_vectors = 2;
-template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
-inline constexpr Index depth_block = 256, row_block = 64;
-
-// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
-template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
-  constexpr Index width = panel_columns<T>;
-  Index const here = std::min(width, b.columns - first);
-  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
-  if (b.column == 1) {
-    for (Index k = k0; k < k1; ++k)
-      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
-    return;
-  }
-  Index j = 0;
-  for (; j + lanes<T> <= here; j += lanes<T>) {
-    T const* from = b.data + (first + j) * b.column;
-    Index k = k0;
-    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
-    for (; k < k1; ++k)
-      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
-  }
-  for (; j < here; ++j)
-    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
-}
-
-// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
-template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
-  constexpr int MR = tile_rows, NV = panel_vectors;
-  if (rows == MR && columns == panel_columns<T>) {
-    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
-    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
-    Columns<T> const b{panel, panel_columns<T>};
-    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
-    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
-    return;
-  }
-  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
-  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
-  for (Index r = 0; r < rows; ++r) {
-    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
-    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
-  }
-  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
-  for (Index r = 0; r < rows; ++r)
-    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
-}
-
-// Rows r0 .. r1 of one panel of columns of c (+)= a b.
-template <class T>
-void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
-  Index const columns = std::min(panel_columns<T>, b.columns - first);
-  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
-    Index const k1 = std::min(a.columns, k0 + depth_block);
-    pack_panel(b, first, k0, k1, panel);
-    for (Index r = r0; r < r1; r += tile_rows)
-      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
-                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
-  }
-}
-
-// A product without depth.
-template <class T> void sum_nothing(View<T, 2> c, Into into) {
-  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
-}
-
-}  // namespace detail
-
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
-template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
-  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
-        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  if (c.count() == 0) return;
-  if (a.columns == 0) return detail::sum_nothing(c, into);
-  using detail::panel_columns;
-  Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
-  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
-  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
-    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
-    if (r0 < r1)
-      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
-  });
-}
-
-// One product of several.
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-};
-
-// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
-  if (first == last) return;
-  if (first->a.columns == 0) {
-    for (; first != last; ++first) detail::sum_nothing(first->c, into);
-    return;
-  }
-  using detail::panel_columns;
-  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
-    Product<T> const& p = first[task / panels];
-    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
-                           into);
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
 
 // ==== hybridattn/ops/linear/cpu.hpp
 #ifndef HYBRIDATTN_OPS_LINEAR_CPU_HPP

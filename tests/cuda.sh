@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Programs for GPUs compile with nvcc without a warning, from the headers and from the single files, and say clearly that there is no GPU:
+# cuda.sh SOURCE_FOLDER. Exit status 77: there is no nvcc.
+set -euo pipefail
+source=$1
+command -v nvcc >/dev/null || { echo "skipped: nvcc is not installed"; exit 77; }
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+nvcc=(nvcc -std=c++20 -O1 -DNDEBUG -arch=sm_90 -Xcompiler -fopenmp,-Wall,-Wextra -Werror all-warnings)
+
+"${nvcc[@]}" -I"$source/include" "$source/examples/quickstart.cu" -o "$folder/quickstart"
+echo "quickstart.cu compiles"
+if output=$(OMP_NUM_THREADS=1 "$folder/quickstart" "$source/README.md" 2>&1); then
+  echo "quickstart.cu runs on a GPU"
+else
+  grep -qE 'Cuda: (no NVIDIA driver is installed|no GPU was found|the driver is for)' <<<"$output" || { echo "FAILED: quickstart.cu says: $output" >&2; exit 1; }
+  tail -1 <<<"$output"
+fi
+
+# Kernels are found by their names: the program registers them by the same names that their code has.
+mkdir "$folder/keep"
+cat >"$folder/names.cu" <<'END'
+#include <hybridattn/cuda.cuh>
+void names(hybridattn::Cuda& gpu) { hybridattn::On<hybridattn::Fill, hybridattn::Cuda>::forward<float>(gpu, 1, {}); }
+END
+"${nvcc[@]}" --keep --keep-dir "$folder/keep" -I"$source/include" -c "$folder/names.cu" -o "$folder/names.o"
+entries=$(grep -ohE '^\.visible \.entry \w+' "$folder"/keep/*.ptx | awk '{ print $3 }' | sort -u)
+[[ -n $entries ]] || { echo "FAILED: no kernel in the code" >&2; exit 1; }
+for entry in $entries; do
+  grep -q ", $entry," "$folder"/keep/*.stub.c || { echo "FAILED: the program does not register $entry" >&2; exit 1; }
+done
+echo "$(wc -w <<<"$entries") kernels are registered by their names"
+
+# Every single file, in one program.
+(cd "$source/single_include" && find hybridattn -name '*.hpp' ! -name emulator.hpp ! -name eigen.hpp -printf '#include <%p>\n' | LC_ALL=C sort) >"$folder/all.cu"
+"${nvcc[@]}" -I"$source/single_include" -c "$folder/all.cu" -o "$folder/all.o"
+echo "$(wc -l <"$folder/all.cu") single files compile with nvcc"
+
+# Products::cublas, linked.
+echo '#include <hybridattn/cuda.cuh>
+int main() {
+  hybridattn::Cuda gpu({.products = hybridattn::Products::cublas});
+  hybridattn::On<hybridattn::Linear, hybridattn::Cuda>::forward<float>(gpu, {}, {}, {});
+}' >"$folder/cublas.cu"
+"${nvcc[@]}" -DHYBRIDATTN_CUBLAS=1 -I"$source/include" "$folder/cublas.cu" -lcublas -o "$folder/cublas"
+echo "a program with cuBLAS links"
