@@ -1,11 +1,11 @@
-// Checkpoints: models in files, with what a training run needs to go on. The file is a safetensors file (checkpoint/file.hpp says
-// what is in it), which other programs read too.
+// A checkpoint is a file with a model and all that a training run needs to go on. It is a safetensors file, which other programs
+// read too; checkpoint/file.hpp says what is in it.
 //
 //   auto const header = read_checkpoint_header("run.safetensors");
 //   Model const model{checkpoint_config<Model>(header)};
 //   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
 //
-// No optimizer is known here. Whoever trains hands in what an optimizer keeps as NamedGroups: train/checkpoint.hpp does it for AdamW.
+// The functions here know no optimizer. The caller passes an optimizer's state as NamedGroups; train/checkpoint.hpp does so for AdamW.
 #ifndef HYBRIDATTN_STORE_CHECKPOINT_HPP
 #define HYBRIDATTN_STORE_CHECKPOINT_HPP
 
@@ -29,7 +29,7 @@ template <class Params> std::vector<StoredTensor> tensors_of(Params const& param
 
 }  // namespace checkpoint
 
-// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name.
+// Writes a run to a file. If this fails, throws Error with the file's name and leaves an older file of that name as it was.
 template <class B, class Model, class Params>
 void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params, NamedGroups const& optimizer,
                      Progress const& progress = {}) {
@@ -38,9 +38,9 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
   checkpoint::write(backend, path, std::move(json), checkpoint::tensors_of(params, optimizer), progress);
 }
 
-// Takes parameters and the optimizer's groups out of a file. check_numbers(numbers, where) sees the numbers that the file has for the
-// optimizer, and throws an Error beginning with `where` unless they fit. Throws Error, too, where the file is damaged, or of another
-// pattern, size, dtype or version, and names both, or cannot be read to its end; then nothing was touched.
+// Reads parameters and the optimizer's groups from a file. check_numbers(numbers, where) gets the optimizer's numbers from the file and
+// must throw an Error that begins with `where` if they do not fit. Throws Error if the file is damaged, cannot be read to its end, or
+// has another pattern, size, dtype or version than the model; it names both. Parameters and groups then have their old values.
 template <class B, class Model, class Params, class CheckNumbers>
 Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, NamedGroups const& optimizer,
                          CheckNumbers check_numbers) {
@@ -54,11 +54,11 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   return progress;
 }
 
-// The parameters alone, for a model that is not trained any more: what only training reads may differ from the file's.
+// Reads the parameters alone, for a model that is not trained any more. Settings that only training reads may differ from the file's.
 //   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
 template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
   checkpoint::File const file{path};
-  std::error_code ignored;   // then reading will fail
+  std::error_code ignored;   // an unreadable file is an error of File::read
   auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path, ignored));
   check(needed <= there, "checkpoint ", one_line(path.string()), ": the model's parameters take ", needed, " bytes, the whole file has ",
         there);
@@ -70,12 +70,12 @@ template <class T, class B, class Model> auto load_parameters(B& backend, std::f
   return params;
 }
 
-// The configuration of a checkpoint's model, whose pattern must be that of Model; the header comes from read_checkpoint_header.
+// Returns the configuration of a checkpoint's model. Model must have the checkpoint's pattern. read_checkpoint_header makes the header.
 template <class Model> typename Model::Config checkpoint_config(CheckpointHeader const& header) {
   return checkpoint::configuration<Model>(header.json, "checkpoint: ");
 }
 
-// What stands in a file: its pattern, configuration and step, without any tensor.
+// Reads a file's pattern, configuration and step, but no tensor.
 inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI

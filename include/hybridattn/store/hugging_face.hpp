@@ -1,5 +1,5 @@
-// Released models in folders of the Hugging Face layout: config.json, and parameters as safetensors under their released
-// names. Qwen3-Next and the text models of Qwen3.5; a Stack of Gated DeltaNet and full attention is their type:
+// Reads and writes released models in folders of the Hugging Face layout: config.json, and safetensors files with the parameters under
+// their released names. The library knows Qwen3-Next and the text models of Qwen3.5, Stacks of Gated DeltaNet and full attention:
 //
 //   using Letters = Alphabet<Letter<'L', GDN>, Letter<'F', Full>>;
 //   using Model = LanguageModel<Pattern<"LLLF", Letters>>;
@@ -7,7 +7,7 @@
 //   auto params = hugging_face::load<float>(cpu, model, folder);
 //   hugging_face::save(cpu, model, params, another_folder);
 //
-// Which name is which field: hugging_face/table.hpp.
+// The tables in hugging_face/qwen.hpp, qwen3_next.hpp and qwen3_5.hpp say which name is which field.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_HPP
 
@@ -22,9 +22,9 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
-// The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
-// otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
-// `options` may name fields that are read as if they were not there.
+// Returns one letter for each layer of the folder: L for linear_attention (Gated DeltaNet), F for full_attention. The default is
+// "LLLF...". Like all functions here it throws if it does not fully understand config.json, and names the field and its value. Fields
+// in options.ignore are read as if they were absent.
 inline std::string pattern(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   return read_settings(folder, options).pattern;
 }
@@ -41,15 +41,15 @@ inline Format format_of(Settings const& settings, Weights const& weights) {
 }
 }  // namespace detail
 
-// How the folder's parameters are named, for writing others in the same way.
+// Returns how the folder's parameters are named. `save` with this Format names others in the same way.
 inline Format format(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   return detail::format_of(read_settings(folder, options), Weights{folder});
 }
 
-// The folder's sizes for a model of this type. Throws, naming field, value and what is supported, when the types are those of
-// another model: other layers, convolution width, rotary share, norms or gates.
-// The load-balancing loss counts, pooled over the layers, when the folder says output_router_logits; set
-// feed_forward.balance_coefficient to train with it otherwise.
+// Returns the folder's sizes for a model of this type. Throws if the type has other layers, another convolution width or rotary share,
+// or other norms or gates than the folder; the error names field, value and what is supported.
+// If output_router_logits is true in the folder, the loss includes the load-balancing loss, pooled over the layers. Otherwise set
+// feed_forward.balance_coefficient to train with it.
 template <class Model> typename Model::Config config(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   Settings const s = read_settings(folder, options);
   check_types<typename Model::Stack>(s);
@@ -58,7 +58,7 @@ template <class Model> typename Model::Config config(std::filesystem::path const
 
 namespace detail {
 
-// The memory of every tensor of a group of parameters, by path; without elements for a tensor that is absent.
+// The memory of every tensor of a group of parameters, by path. An absent tensor has no elements.
 template <class T> using Memory = std::map<std::string, std::span<T>>;
 template <class T> Memory<T> memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
   Memory<T> result;
@@ -91,10 +91,10 @@ template <class B, class T> void load_entry(B& backend, Entry const& entry, Weig
 
 }  // namespace detail
 
-// The folder's parameters for this model, in float or double; their tensors may be F32, BF16, F16 or F64, in one file or in
-// several. Throws before memory is taken at a tensor that is missing, superfluous or of another shape, naming it and both
-// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over, and a head that a tied model does not need must
-// be its embedding.
+// Returns the folder's parameters for this model, in float or double. Its tensors may be F32, BF16, F16 or F64, in one file or several.
+// Throws, before it takes memory, if a tensor is missing, superfluous or of another shape, and names the tensor and both shapes. Skips
+// draft heads (mtp.*) and image encoders (model.visual.*). If the model ties its head to the embedding, a head in the folder must equal
+// the embedding.
 template <class T, class B, class Model>
 auto load(B& backend, Model const& model, std::filesystem::path const& folder, ReadOptions const& options = {}) {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
@@ -116,8 +116,8 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   return params;
 }
 
-// f(released name, shape, elements) for every tensor of a group of parameters: trained ones, or their gradients. What the
-// group has not, as nothing trains it, is left out.
+// Calls f(released name, shape, elements) for every tensor of a group of parameters or of their gradients. Skips tensors that the group
+// does not have, such as gradients of parameters that are not trained.
 template <class B, class Model, class Params, class F>
 void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
   using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
@@ -135,8 +135,8 @@ void for_each_tensor(B& backend, Model const& model, Params const& params, F f, 
   }
 }
 
-// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws,
-// naming it, at an option that no released model of the family has, and at a folder with shards.
+// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws if an
+// option of the model is in no released model of the family, or if the folder has shards, and names the option or the folder.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
   std::string const config = config_text(settings_of(model, *format.family));
@@ -144,7 +144,7 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
   check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
         ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");
   SafetensorsWriter writer;
-  std::deque<std::vector<float>> kept;   // the writer holds no elements
+  std::deque<std::vector<float>> kept;   // the writer only refers to the elements
   for_each_tensor(
       backend, model, params,
       [&](std::string const& name, Extents const& shape, auto const& elements) {
@@ -154,7 +154,7 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
         writer.add(name, shape, copy);
       },
       format);
-  writer.add_metadata("format", "pt");   // how the layout's readers know the file
+  writer.add_metadata("format", "pt");   // the layout's readers expect this
   std::filesystem::create_directories(folder);
   writer.write(folder / "model.safetensors");
   write_file_atomically(folder / "config.json", config);

@@ -1,7 +1,7 @@
-// A model as JSON: what a checkpoint says of it, and what it is compared with.
+// Describes a model as JSON. A checkpoint holds this description, and loading compares it with the description of the caller's model.
 //
-// A policy of your own is described by its name alone, unless there is members(config, f), as for the policies here, and
-// another one for the type of P::options, in the namespace of these types.
+// A policy of your own is described by its name alone. To have its config and its options described too, define members(config, f) and
+// members(options, f), as here for the library's policies, in the namespaces of these types.
 #ifndef HYBRIDATTN_STORE_CHECKPOINT_DESCRIBE_HPP
 #define HYBRIDATTN_STORE_CHECKPOINT_DESCRIBE_HPP
 
@@ -25,7 +25,7 @@ using Json = nlohmann::json;
 template <class C, class T>
 concept Either = std::is_same_v<std::remove_const_t<C>, T>;   // a T, or a T const
 
-// Enumerations stand in files as words, in the order of their values.
+// Files have a word for each enumerator. The words are in the order of the enumerators' values.
 template <class E> inline constexpr std::array<char const*, 0> words_of{};
 template <> inline constexpr std::array words_of<QkNorm>{"none", "plain", "zero_centred"};
 template <> inline constexpr std::array words_of<Rotary>{"half_split", "interleaved"};
@@ -36,7 +36,7 @@ template <> inline constexpr std::array words_of<gdn::GateStart>{"fla", "transfo
 
 }  // namespace checkpoint
 
-// f(name, member) for every member that a checkpoint keeps: one list for writing and for reading.
+// members(c, f) calls f(name, member) for every member that a checkpoint keeps, to write it or to read it.
 namespace full {
 template <checkpoint::Either<Config> C> void members(C& c, auto f) {
   f("num_heads", c.num_heads);
@@ -59,7 +59,7 @@ template <checkpoint::Either<Config> C> void members(C& c, auto f) {
 }
 }  // namespace gdn
 namespace dsa {
-// Without the stage, which is a step's and not the model's.
+// The stage is left out, because it belongs to a training step and not to the model.
 template <checkpoint::Either<Config> C> void members(C& c, auto f) {
   f("num_heads", c.num_heads);
   f("num_kv_heads", c.num_kv_heads);
@@ -128,10 +128,10 @@ struct Write {
     else json[name] = member;
   }
 };
-// No model comes near it, and products of three do not overflow.
+// Larger than any size of a real model. The product of three such sizes does not overflow.
 inline constexpr Index largest_size = 1 << 20;
 
-// Throws at a member that is not there, of another kind, or beyond every model.
+// Throws if a member is missing, is of another kind, or is larger than largest_size.
 struct Read {
   Json const& json;
   std::string const& where;
@@ -191,7 +191,7 @@ template <class P> Json describe_policy(typename P::Config const& config) {
   return json;
 }
 
-// Norms that come before their branches, as in files that are older than the other placement, are not mentioned.
+// norm_placement is left out where the norms come before their branches, because older files do not have it.
 template <class P> Json describe_layer(LayerConfig<P> const& layer) {
   Json json = describe_policy<P>(layer.policy);
   if (layer.norm_placement != NormPlacement::before) Write{json}("norm_placement", layer.norm_placement);
@@ -213,8 +213,8 @@ inline Json describe_stack(BlockConfig const& block, std::vector<Json> const& ki
   return json;
 }
 
-// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes", "norm_placement"}, ...], "model": {"vocab_size", ...}}, with
-// every size as it is used, none left to a default.
+// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes", "norm_placement"}, ...], "model": {"vocab_size", ...}}.
+// Sizes that the user left to a default have the value that the default stands for.
 template <class Model> Json describe(Model const& model) {
   using Stack = typename Model::Stack;
   auto const& stack = model.stack_config();
@@ -230,7 +230,7 @@ template <class Model> Json describe(Model const& model) {
   return json;
 }
 
-// The other way: what describe(model) said, as the configuration of a model of the same pattern.
+// The inverse of describe: returns the configuration of a model of the same pattern. Throws an Error that begins with `where`.
 template <class Model> typename Model::Config configuration(Json const& json, std::string const& where) {
   using Stack = typename Model::Stack;
   typename Model::Config config{};

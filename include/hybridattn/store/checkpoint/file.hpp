@@ -1,7 +1,7 @@
-// A checkpoint as a file. Everything here works on lists of tensors and on JSON: no type of model is known to it.
+// Reads and writes a checkpoint's file. The code here works on lists of tensors and on JSON, and knows no type of model.
 //
-// One safetensors file. Its __metadata__ has, under one key, the JSON of all that is no tensor; so the two become visible by
-// one rename, and no reader ever sees the one without the other, or half of either.
+// A checkpoint is one safetensors file. All that is not a tensor is JSON under one key of its __metadata__. One rename makes the whole
+// file visible, so no reader sees the tensors without the JSON, the JSON without the tensors, or a part of either.
 //
 //   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
 //   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square
@@ -20,7 +20,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a checkpoint says of itself.
+// A checkpoint's description of itself.
 struct CheckpointHeader {
   Index version = 0;                 // of the format
   std::vector<std::string> pattern;  // names of the layers' policies
@@ -38,7 +38,7 @@ inline constexpr Index version = 1;
 inline constexpr char const* metadata_key = "hybridattn";
 inline constexpr std::string_view optimizer_prefix = "optimizer.", history_prefix = "history.";
 
-// A tensor of a run, where its backend has it. One that is not there has no bytes.
+// A tensor of a run and its address in the backend's memory. An absent tensor has no bytes.
 struct StoredTensor {
   std::string name;
   TensorInfo info;
@@ -46,7 +46,7 @@ struct StoredTensor {
   std::size_t bytes = 0;
 };
 
-// For loops over fields: appends each tensor of a group to a list.
+// A function for zip. It appends each tensor of a group to a list.
 struct Collect {
   std::string_view prefix;
   std::vector<StoredTensor>& list;
@@ -67,12 +67,12 @@ template <class Group> void collect(std::string_view prefix, Group const& group,
 
 }  // namespace checkpoint
 
-// What an optimizer keeps: groups of tensors with the structure of the parameters, each under a name, and numbers.
+// An optimizer's state: numbers, and named groups of tensors with the structure of the parameters.
 struct NamedGroups {
   std::vector<checkpoint::StoredTensor> tensors;   // optimizer.<name>.<path>
   nlohmann::json numbers;
 
-  // Names the tensors of a group, which must live until they are written or read.
+  // Adds a group's tensors under this name. They must live until they are written or read.
   template <class Group> void add(std::string_view name, Group const& group) {
     checkpoint::collect(std::string(checkpoint::optimizer_prefix) + std::string(name) + ".", group, tensors);
   }
@@ -80,7 +80,7 @@ struct NamedGroups {
 
 namespace checkpoint {
 
-// In one line, whatever a file says.
+// Joins the words with spaces. The result is one line, even where a word has line breaks.
 inline std::string words(std::vector<std::string> const& list) {
   std::string text;
   for (auto const& word : list) text += (text.empty() ? "" : " ") + word;
@@ -101,7 +101,7 @@ inline std::string shape_text(std::vector<Index> const& shape) {
   return "[" + text + "]";
 }
 
-// A value out of a file, fit for an error message.
+// How an error message shows a value of a file.
 inline std::string shown(Json const& value) {
   if (value.is_string()) return escaped(value.get_ref<std::string const&>());
   if (value.is_null()) return "nothing";
@@ -109,7 +109,7 @@ inline std::string shown(Json const& value) {
   return value.is_object() ? "a group" : value.dump();
 }
 
-// Throws at the first difference: "model_dim: 128 in the file, 64 in the model". Keys in `ignored` are passed over.
+// Throws at the first difference, with "model_dim: 128 in the file, 64 in the model". Skips the keys in `ignored`.
 struct Comparison {
   std::string const& where;
   char const* ours;   // "model"
@@ -129,7 +129,7 @@ struct Comparison {
 
  private:
   inline static Json const nothing = {};
-  // 2.0 is no 2 where an integer belongs.
+  // Where the model has an integer, 2.0 in the file does not equal 2.
   static bool is_same(Json const& file, Json const& model) { return file == model && (file.is_number_float() <= model.is_number_float()); }
   static Json const& found(Json const& json, std::string const& key) { return json.contains(key) ? json[key] : nothing; }
   void inner(Json const& file, Json const& model, std::string const& name, std::string const& key) const {
@@ -146,7 +146,7 @@ inline Json to_json(DataState const& data) {
   return json;
 }
 
-// Writes the tensors that are there and all the rest beside them. `json` is that of the model and the optimizer.
+// Writes the tensors, the progress and `json`, which describes the model and the optimizer. Skips absent tensors.
 template <class B>
 void write(B& backend, std::filesystem::path const& path, Json json, std::vector<StoredTensor> const& tensors, Progress const& progress) {
   check(progress.step >= 0, "checkpoint ", path.string(), ": step ", progress.step, " is not allowed; it must be >= 0");
@@ -175,8 +175,8 @@ void write(B& backend, std::filesystem::path const& path, Json json, std::vector
   });
 }
 
-// A checkpoint being read. The constructor refuses what is no checkpoint of this version; the checks refuse one that is of
-// something else. They come before anything is written to anybody.
+// A checkpoint being read. The constructor throws if the file is not a checkpoint of this version. The checks throw if it does not fit
+// the model or the optimizer. Callers check first and then `read`, so a checkpoint that does not fit changes no tensor.
 class File {
  public:
   explicit File(std::filesystem::path const& path) : where_("checkpoint " + one_line(path.string()) + ": "), file_(path) {
@@ -196,16 +196,16 @@ class File {
             .json = std::move(json_)};
   }
   Index step() const { return count(json_, "step"); }
-  // The numbers of the optimizer that wrote it, and how an error about them begins.
+  // optimizer() returns the optimizer's numbers, where() how an error about this file begins.
   Json const& optimizer() const { return member("optimizer"); }
   std::string const& where() const { return where_; }
 
-  // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
+  // `model` is the result of describe(model). `forward_alone` says that the model will not be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
     auto const theirs = pattern(), ours = names_in(model["pattern"], where_);
     if (theirs != ours) fail(where_, "the file holds ", words(theirs), ", the model is ", words(ours));
     check(text(json_, "dtype") == dtype, where_, "dtype: ", escaped(text(json_, "dtype")), " in the file, '", dtype, "' in the model");
-    // How parameters once started, and what only training reads.
+    // Two keys about the initial parameters, and three that only training reads.
     static constexpr std::string_view ignored[] = {"initialization", "gate_start", "balance", "balance_coefficient", "index_loss"};
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
     compare(member("model"), model["model"], "");
@@ -217,7 +217,7 @@ class File {
       compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
     }
   }
-  // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
+  // Throws unless `tensors` are exactly the file's tensors of the model and, with `training`, of the optimizer.
   void check_tensors(std::vector<StoredTensor> const& tensors, bool training) const {
     std::set<std::string> ours;
     for (auto const& tensor : tensors)
@@ -227,12 +227,12 @@ class File {
       check(ours.contains(name), where_, "tensor ", escaped(name), " is in the file, but not in the model");
     }
   }
-  // Into the tensors, which must be writable. Throws in the middle when the file cannot be read to its end.
+  // Reads into the tensors, which must be writable. If the file cannot be read to its end, throws after some tensors have changed.
   template <class B> void read(B& backend, std::vector<StoredTensor> const& tensors) const {
     for (auto const& tensor : tensors)
       if (tensor.bytes > 0) upload(backend, file_.read_bytes(tensor.name), tensor);
   }
-  // The same for tensors that hold a run already: all of them are written, or none. It takes as much memory again.
+  // The same for tensors that already hold a run. Changes all of them or, if it throws, none. Takes memory for a copy of all tensors.
   template <class B> void read_all_or_none(B& backend, std::vector<StoredTensor> const& tensors) const {
     std::vector<std::vector<char>> host;
     for (auto const& tensor : tensors) host.push_back(tensor.bytes > 0 ? file_.read_bytes(tensor.name) : std::vector<char>{});

@@ -1,4 +1,4 @@
-// config.json of a released model, read and written.
+// Reads and writes the config.json of a released model.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_CONFIG_FILE_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_CONFIG_FILE_HPP
 
@@ -32,7 +32,7 @@ inline std::string names_of(std::vector<Family const*> const& known) {
 
 }  // namespace detail
 
-// The folder's config.json; throws, naming it, at a field that is unknown, missing, or has a value that is not supported.
+// Reads the folder's config.json. Throws if a field is unknown, missing or has a value that is not supported, and names the field.
 inline Settings read_settings(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   auto const path = folder / "config.json";
   std::string const where = one_line(path.string()) + ": ";

@@ -14,7 +14,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 using Json = nlohmann::json;
 
-// How fields, which are [rows, ...] each, lie in a released tensor.
+// How a released tensor holds fields of the model. Each field is [rows, ...].
 enum class Layout {
   stacked,      // all rows of the first field, then those of the next; a single field as it is
   convolution,  // stacked, with an axis between: [channels, 1, width]
@@ -23,7 +23,7 @@ enum class Layout {
   each_expert   // a tensor of its own for each expert; {} in the name is its number
 };
 
-// `fields` are the paths of ours that make one released tensor, in order.
+// One released tensor: its name and, in order, the paths of the model's fields that it holds.
 struct Row {
   std::string_view name, fields;
   Layout layout = Layout::stacked;
@@ -37,7 +37,7 @@ struct RowGroup {
     each_layer,  // names after prefix and layers.3., paths after blocks.3.
     kind         // the same, in layers of one kind alone
   };
-  // Folders have the experts of a layer in one tensor, or each one apart.
+  // A folder has the experts of a layer together in common tensors (fused), or each one in tensors of its own (apart).
   enum class Experts { either, apart, fused };
 
   Place place;
@@ -56,7 +56,7 @@ struct LayerKind {
 
 struct Family;
 
-// What a config.json says, in the library's words.
+// The contents of a config.json in the library's terms.
 struct Settings {
   std::string where;   // how an error begins
   Family const* family = nullptr;
@@ -65,12 +65,12 @@ struct Settings {
   std::map<char, Json> layers;             // of each letter {"options", "sizes", "norm_placement"}, as a checkpoint describes a layer
   Json of_family = Json::object();         // what only the family's own functions read
 
-  // The layers of a kind have these options and sizes, which are structs of a policy.
+  // Sets the options and the sizes of a kind of layer. Both are structs of its policy.
   template <class Options, class Config> void set_layer(char letter, Options const& options, Config const& config) {
     checkpoint::to_json(layers[letter]["options"], options);
     checkpoint::to_json(layers[letter]["sizes"], config);
   }
-  // The other way, for a struct that has members(config, f): settings.read<full::Config>(settings.layers.at('F')["sizes"]).
+  // Reads a struct that has members(config, f), as in settings.read<full::Config>(settings.layers.at('F')["sizes"]).
   template <class Members> Members read(Json const& json) const {
     Members result{};
     members(result, checkpoint::Read{json, where});
@@ -82,19 +82,19 @@ class Fields;
 
 struct Family {
   std::string_view model_type;     // of config.json
-  std::string_view architecture;   // what is written as its class
-  // The model_type of folders whose text_config is such a config.json; empty: there are none.
+  std::string_view architecture;   // the class name that `save` writes
+  // The model_type of folders whose text_config is such a config.json. Empty if there are no such folders.
   std::string_view wrapper = "";
   std::span<LayerKind const> kinds;
   std::span<RowGroup const> tensors;
 
   // Reads the fields into all settings but where and family. Throws, naming the field, at a value that is not supported.
   void (*read)(Fields& fields, Settings& settings);
-  // Throws where a model's options of a kind of layer compute something else than the folder asks for.
+  // Throws if a model's options of a kind of layer compute something else than the folder asks for.
   void (*check_options)(Settings const& settings, char letter, Json const& options);
-  // Completes the settings of a model of ours. Throws at what no released model of the family has.
+  // Completes the settings that were made from a model. Throws if no released model of the family has such settings.
   void (*check_model)(Settings& settings);
-  // The fields of a config.json that `read` reads as these settings, beside model_type and architectures.
+  // Returns the fields of a config.json that `read` reads as these settings, except model_type and architectures.
   Json (*write)(Settings const& settings);
 
   LayerKind const* kind_of_word(std::string_view word) const {

@@ -1,4 +1,4 @@
-// The fields of a config.json. Each one is read, or known to change nothing, or an error.
+// Reads the fields of a config.json. A field that is not read and not known to be harmless is an error.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_FIELDS_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_FIELDS_HPP
 
@@ -18,19 +18,19 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 struct ReadOptions {
-  // Fields of config.json that are read as if they were not there: "conv_window", "rope_parameters.factor".
+  // Fields of config.json that are read as if they were absent, such as "conv_window" or "rope_parameters.factor".
   std::vector<std::string> ignore = {};
-  // Families that the library does not know, which the folder may be of.
+  // Families that the folder may be of, besides those that the library knows.
   std::vector<Family const*> families = {};
 };
 
 namespace detail {
 
-// Fields that change nothing a text model computes. A * stands for any letters.
+// Fields that do not change what a text model computes. A * stands for any letters.
 struct Harmless {
   std::string_view names;
-  std::string_view values = "any";   // those that change nothing, as JSON: what is computed anyway. Empty: null alone
-  std::string_view same_as = "";     // or that of this field
+  std::string_view values = "any";   // the harmless values, as JSON. If empty, only null is harmless
+  std::string_view same_as = "";     // a field whose value is harmless here too
 };
 
 inline constexpr Harmless harmless[] = {
@@ -57,9 +57,9 @@ inline constexpr Harmless harmless[] = {
     // How it was started and trained.
     {"initializer_* init_std init_method embedding_initializer_range train_* trained_* training_* trainer_* gradient_checkpointing* "
      "use_reentrant neftune_noise_alpha seed *_seed"},
-    // Draft heads, and eyes and ears, which are passed over; positions on several axes, which a text has in common.
+    // Draft heads, and encoders of images and sound, which are skipped. Positions on several axes, which are equal for a text.
     {"mtp_* num_nextn_predict_layers mrope_* vision_config audio_config vision_* image_* video_* audio_* language_model_only"},
-    // What is computed anyway.
+    // The values that the library computes with in any case.
     {"hidden_act hidden_activation activation_function", R"("silu", "swish")"},
     {"output_gate_type", R"("swish", "silu")"},
     {"attn_output_gate qk_norm use_qk_norm qk_layernorm use_qk_layernorm is_causal causal use_rope", "true"},
@@ -69,7 +69,7 @@ inline constexpr Harmless harmless[] = {
     {"rope_type type", R"("default")"},
     {"pruned_heads", "{}"},
     {"num_experts num_local_experts n_routed_experts", "0"},
-    // Other libraries' names for what stands there already.
+    // Other libraries' names for a field. They must have that field's value.
     {"num_local_experts n_routed_experts", "", "num_experts"},
     {"moe_topk num_experts_per_token", "", "num_experts_per_tok"},
     {"d_model n_embd dim", "", "hidden_size"},
@@ -79,10 +79,10 @@ inline constexpr Harmless harmless[] = {
     {"ffn_dim n_inner ffn_hidden_size", "", "intermediate_size"},
     {"layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon", "", "rms_norm_eps"},
     {"padded_vocab_size", "", "vocab_size"},
-    // What is not supported at all.
+    // Fields that are not supported.
     {"quantization* compression_config sliding_window", ""}};
 
-// What only a model with experts reads.
+// Fields that only a model with experts reads.
 inline constexpr std::string_view of_experts =
     "output_router_logits router_* num_experts_per_tok moe_* shared_expert_intermediate_size norm_topk_prob decoder_sparse_step "
     "mlp_only_layers";
@@ -111,7 +111,7 @@ inline std::string shown(Json const& value) {   // in letters of ASCII
   return text.size() > 80 ? text.substr(0, 80) + "..." : text;
 }
 
-// No model comes near it, and products of three do not overflow.
+// Larger than any size of a real model. The product of three such sizes does not overflow.
 inline constexpr Index largest_size = 1 << 20, max_layers = 10'000;
 
 inline bool is_mixed(FeedForwardConfig const& c, Index layers) {
@@ -129,10 +129,10 @@ class Fields {
       : object_(object), where_(std::move(where)), path_(std::move(path)), options_(options) {
     check(object.is_object(), where_, "not a JSON object");
   }
-  // An object in there.
+  // Returns an object inside this one.
   Fields inside(std::string const& name) { return {at(name), where_ + name + ": ", options_, path_ + name + "."}; }
 
-  // Null is as if the field were not there.
+  // A field that is null counts as absent.
   bool has(std::string const& name) {
     known_.insert(name);
     return object_.contains(name) && !object_[name].is_null() && !is_ignored(name);
@@ -164,12 +164,12 @@ class Fields {
     check(at(name).is_boolean(), where_, name, " is ", detail::shown(at(name)), "; it must be true or false");
     return at(name).get<bool>();
   }
-  // Whether it has this value; it is not read by that.
+  // Whether the field has this value. This does not count as reading it.
   bool says(std::string const& name, Json const& value) const { return object_.contains(name) && object_[name] == value; }
-  // Fields of these names change nothing here.
+  // Declares fields of these names harmless.
   void pass_over(std::string_view patterns) { passed_over_ += std::string(patterns) + " "; }
 
-  // Every field was read, or changes nothing. `inner` is an object whose fields may be repeated here.
+  // Throws at a field that was not read and is not harmless. This object may repeat fields of `inner`.
   void check_all_known(Json const* inner = nullptr) const {
     for (auto const& [name, value] : object_.items()) {
       bool const repeated = inner != nullptr && inner->contains(name) && (*inner)[name] == value;
@@ -216,14 +216,14 @@ class Fields {
   }
 
   Json const& object_;
-  std::string where_, path_;   // how an error begins, and the name of a field in there
+  std::string where_, path_;   // how an error begins, and what stands before a field's name in ReadOptions::ignore
   ReadOptions const& options_;
   std::set<std::string> known_;
   std::string passed_over_;
 };
 
-// The layers as most config.json files have them: a word for each in layer_types or, where that is absent, every interval-th layer
-// of the family's last kind and the others of its first.
+// Reads the layers as most config.json files have them, a word for each layer in layer_types. Without layer_types, every interval-th
+// layer is of the family's last kind and the others are of its first kind.
 inline std::string read_layer_types(Fields& fields, Family const& family, Index interval) {
   Index const depth = fields.size("num_hidden_layers", 1, detail::max_layers);
   std::string letters;
@@ -249,7 +249,7 @@ inline void write_layer_types(Settings const& s, Json& json) {
 
 namespace detail {
 
-// A JSON file of a folder. Real ones have a few kilobytes; an index of many tensors has some megabytes.
+// Reads a JSON file of at most `largest` bytes.
 inline std::string read_json_text(std::filesystem::path const& path, std::size_t largest) {
   std::string const where = one_line(path.string()) + ": ";
   std::string text = read_regular_file(path, largest, where);

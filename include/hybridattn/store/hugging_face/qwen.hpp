@@ -1,4 +1,4 @@
-// What Qwen's families have in common: layers of Gated DeltaNet and of full attention, and most fields of config.json.
+// The common part of Qwen's families: layers of Gated DeltaNet and of full attention, and most fields of config.json.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_QWEN_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_QWEN_HPP
 
@@ -29,10 +29,10 @@ inline constexpr Row full_rows[] = {{"q_proj.weight", "w.q w_gate", Layout::by_h
 inline constexpr Row dense_rows[] = {
     {"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
 
-// What the families' own functions read, besides: the share of a head that turns.
+// The key in Settings::of_family for the share of a head that rotary positions turn.
 inline constexpr char const* rotary_share = "rotary_share";
 
-// The dimensions of a head that turn, as the families count them.
+// How many dimensions of a head turn, rounded as in the released models.
 inline Index rotary_dim(double share, Index head_dim) { return static_cast<Index>(static_cast<double>(head_dim) * share); }
 
 inline full::Config full_sizes(Settings const& s) { return s.read<full::Config>(s.layers.at('F')["sizes"]); }
@@ -40,7 +40,7 @@ inline gdn::Config gdn_sizes(Settings const& s) { return s.read<gdn::Config>(s.l
 inline FeedForwardConfig feed_forward(Settings const& s) { return s.read<FeedForwardConfig>(s.model["feed_forward"]); }
 inline RmsNorm::Options norm(Settings const& s) { return s.read<RmsNorm::Options>(s.model["norm"]); }
 
-// Rotary fields stand beside the others as in the first releases, or in an object of their own; where one stands twice, they agree.
+// Rotary fields stand among the other fields, as in the first releases, or in an object of their own. Throws if the two differ.
 inline void read_rotary(Fields& fields, double& theta, double& share) {
   struct Rotary {
     char const* name;
@@ -66,7 +66,7 @@ inline void read_rotary(Fields& fields, double& theta, double& share) {
   }
 }
 
-// All but the feed-forward layers.
+// Reads all fields but those of the feed-forward layers.
 inline void read_common(Fields& fields, Settings& s) {
   s.pattern = read_layer_types(fields, *s.family, fields.size_or("full_attention_interval", 4));
   Json& model = s.model;
@@ -122,7 +122,7 @@ inline void check_options(Settings const& s, char letter, Json const& options) {
   else check_full(s, s.read<FullOptions>(options));
 }
 
-// The sizes that config.json has no field for must be what follows from the others.
+// Throws if a size that config.json has no field for is not the one that follows from the others.
 template <class Policy> void check_derived(Settings const& s, typename Policy::Config const& c) {
   auto derived = c;
   derived.scale = 0;
@@ -130,7 +130,7 @@ template <class Policy> void check_derived(Settings const& s, typename Policy::C
   check(c.scale == derived.scale, s.where, "the scale of ", Policy::name, " is ", c.scale, ", not ", derived.scale);
   check(c.norm_eps == norm(s).eps, s.where, "the norm_eps of ", Policy::name, " is ", c.norm_eps, ", that of the blocks ", norm(s).eps);
 }
-// A model without layers of a kind has that kind's fields all the same.
+// Sets the sizes of a kind of layer that the model does not have, because config.json has fields for both kinds.
 inline void set_absent_layers(Settings& s) {
   Index const heads = s.model["num_heads"].get<Index>(), dim = std::max<Index>(s.model["model_dim"].get<Index>() / heads, 1);
   if (!s.layers.contains('F')) s.set_layer('F', FullOptions{}, full::Config{.num_heads = heads, .num_kv_heads = heads, .head_dim = dim});

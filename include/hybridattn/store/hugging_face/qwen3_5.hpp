@@ -1,4 +1,4 @@
-// The text models of Qwen3.5: projections of Gated DeltaNet side by side, dense layers.
+// The text models of Qwen3.5. Gated DeltaNet's projections are stacked one after the other, and all feed-forward layers are dense.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_5_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_5_HPP
 

@@ -1,4 +1,4 @@
-// Qwen3-Next: projections of Gated DeltaNet fused head by head, dense layers and mixtures of experts.
+// Qwen3-Next. Gated DeltaNet's projections are fused head by head, and feed-forward layers are dense or mixtures of experts.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_NEXT_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_NEXT_HPP
 
@@ -64,7 +64,7 @@ inline void check_qwen3_next(Settings& s) {
 
 inline Json write_qwen3_next(Settings const& s) {
   Json json = write_common(s);
-  auto const& rotary = json["rope_parameters"];   // where readers of its first releases look
+  auto const& rotary = json["rope_parameters"];   // readers for the first releases look for its fields outside
   json["rope_theta"] = rotary["rope_theta"];
   json["partial_rotary_factor"] = rotary["partial_rotary_factor"];
   auto const c = feed_forward(s);

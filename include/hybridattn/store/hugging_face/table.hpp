@@ -1,4 +1,4 @@
-// Released parameter names and our fields: a table, and what one row of it becomes in one layer of a model.
+// Lists a model's tensors under their released names. The rows of the family's table say which released name holds which fields.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_TABLE_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_TABLE_HPP
 
@@ -17,11 +17,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 // How a folder's parameters are named and laid out, beyond what its config.json says.
 struct Format {
   Family const* family = &qwen3_next;
-  bool fused_experts = false;      // all experts of a layer in one tensor, gate and up together, or one matrix each
+  bool fused_experts = false;      // all experts of a layer in one tensor, gate and up together; otherwise one matrix for each expert
   std::string prefix = "model.";   // of all names but the head's; model.language_model. in multimodal files
 };
 
-// What the table must know of a model.
+// What table() must know of a model.
 using Extents = std::vector<Index>;
 struct Layer {
   char letter = 0;   // of the family's kinds
@@ -33,7 +33,7 @@ struct Outline {
   std::map<std::string, Extents> fields;   // every tensor of the model, by path
 };
 
-// Released tensors and the fields of ours that they hold. The numbers of the tensors, in order, are `groups` groups; each group has an
+// Released tensors and the model's fields that they hold. The numbers of the tensors, in order, are `groups` groups. Each group has an
 // equal share of every field, one field after the other.
 struct Entry {
   std::vector<std::string> names;
@@ -71,7 +71,7 @@ inline std::vector<std::string> released_names(Layout layout, std::string const&
   return names;
 }
 
-// Makes the entries of one model, row by row; each of the model's tensors stands in one of them.
+// Makes the entries of one model, row by row. Each tensor of the model must be in exactly one entry.
 class Builder {
  public:
   explicit Builder(Outline const& outline) : outline_(outline) {}
@@ -91,7 +91,7 @@ class Builder {
       if (extent != 0) return false;
     return true;
   }
-  // Rows of tensors that the model has not (a head that is the embedding, a shared expert) are left out.
+  // Skips rows whose tensors the model does not have, such as the head of a tied model or a shared expert.
   void add(std::string const& name, std::string const& field, Row const& row, Layer const& layer) {
     Entry entry;
     std::vector<Extents> extents;
@@ -118,7 +118,7 @@ class Builder {
 
 }  // namespace detail
 
-// Every tensor of a model under its released name; throws, naming it, when one has none.
+// Returns every tensor of a model under its released name. Throws if a tensor has none, and names the tensor.
 inline std::vector<Entry> table(Outline const& outline, Format const& format) {
   using Place = RowGroup::Place;
   using Experts = RowGroup::Experts;
@@ -143,7 +143,7 @@ inline std::vector<Entry> table(Outline const& outline, Format const& format) {
   return builder.take();
 }
 
-// f(share) for the shares of an entry's fields, in the order of the released elements.
+// Calls f(share) for the shares of an entry's fields, in the order of the released elements.
 template <class T, class F> void for_each_share(Index groups, std::vector<std::vector<T>>& fields, F f) {
   for (Index group = 0; group < groups; ++group)
     for (auto& field : fields) {

@@ -1,4 +1,4 @@
-// What a model's types say, held against a config.json, and what a model says, as one.
+// Compares a model's type with a config.json, and describes a model as the settings of a config.json.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
 
@@ -11,13 +11,13 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 namespace detail {
 
-// {"policy", "options", "sizes"} of each layer, the sizes being defaults.
+// {"policy", "options", "sizes"} of each layer. The sizes are defaults.
 template <class Stack> struct TypesOf;
 template <class... Policies> struct TypesOf<hybridattn::Stack<Policies...>> {
   static std::vector<Json> layers() { return {checkpoint::describe_policy<Policies>(typename Policies::Config{})...}; }
 };
 
-// The letter of a layer of ours, or '?' where the family has none like it.
+// The letter of a model's layer, or '?' if the family has no such layer.
 inline char letter_of(Family const& family, Json const& layer) {
   auto const* const kind = family.kind_of_policy(layer["policy"].get_ref<std::string const&>());
   return kind == nullptr ? '?' : kind->letter;
@@ -37,7 +37,7 @@ inline void check_layers(Settings const& s, std::vector<Json> const& layers) {
 
 }  // namespace detail
 
-// Throws when the layers of a model of these settings have their norms elsewhere than a model's.
+// Throws if the norms of a layer have another placement in the settings than in a model's description.
 inline void check_norm_placement(Settings const& s, Json const& description) {
   auto const placement = [](Json const& layer) { return layer.value("norm_placement", "before"); };
   for (std::size_t i = 0; i < s.pattern.size(); ++i) {
@@ -45,12 +45,12 @@ inline void check_norm_placement(Settings const& s, Json const& description) {
     check(theirs == ours, s.where, "the norms of layer ", i, " come ", theirs, " attention and feed-forward, but in the model ", ours);
   }
 }
-// Throws when a config.json is that of other types than the stack's.
+// Throws if a config.json asks for layers of other types than the stack has.
 template <class Stack> void check_types(Settings const& s) { detail::check_layers(s, detail::TypesOf<Stack>::layers()); }
 
 namespace detail {
 
-// As checkpoint::describe says it of a model of these settings.
+// Returns what checkpoint::describe returns for a model of these settings.
 inline Json description(Settings const& s) {
   Json json;
   json["model"] = s.model;
@@ -79,7 +79,7 @@ inline Outline outline(Json const& description, Family const& family) {
   return result;
 }
 
-// Throws where a layer differs from an earlier one of its kind: a config.json has one set of options and sizes for both.
+// Throws if a layer differs from an earlier one of its kind, because a config.json has one set of options and sizes for both.
 inline void check_same(Settings const& s, Json const& earlier, Json const& layer) {
   for (char const* group : {"options", "sizes"}) {
     Json const ours = layer.value(group, Json::object()), theirs = earlier.value(group, Json::object());
@@ -110,14 +110,14 @@ inline Settings settings_of(Json const& description, Family const& family) {
 
 }  // namespace detail
 
-// What the table must know of a model.
+// Returns what table() must know of a model.
 template <class Stack> Outline outline(LanguageModel<Stack> const& model, Family const& family) {
   Outline result = detail::outline(checkpoint::describe(model), family);
   zip(detail::CollectShapes{result.fields}, model.params());
   return result;
 }
 
-// A model as the config.json of a family; throws at what no released model of it has.
+// Returns the settings of a family's config.json for a model. Throws if no released model of the family has such settings.
 template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, Family const& family) {
   return detail::settings_of(checkpoint::describe(model), family);
 }

@@ -51,8 +51,8 @@ class Weights {
     return elements;
   }
 
-  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing. `embedding` is
-  // the tensor that a tied model has for its head too; else it is empty.
+  // Throws at the first tensor that is missing, has another shape, is not of real numbers, or is not in the table. `embedding` is the
+  // name of the embedding if the model ties its head to it, and empty otherwise.
   void check_against(std::vector<Entry> const& table, std::string const& embedding) const {
     std::set<std::string_view> expected;
     for (Entry const& entry : table)
@@ -66,15 +66,15 @@ class Weights {
 
  private:
   static constexpr char const* head = "lm_head.weight";
-  // Draft heads and image encoders: no logit of the text model depends on them. And what follows from config.json.
+  // No logit of the text model depends on draft heads and image encoders. inv_freq follows from config.json.
   static bool is_ignored(std::string_view name) {
     return name.starts_with("mtp.") || name.starts_with("model.visual.") || name.ends_with(".rotary_emb.inv_freq");
   }
-  static bool is_there(std::filesystem::path const& path) {   // if only as a link to nothing
+  static bool is_there(std::filesystem::path const& path) {   // true for a broken link too
     std::error_code ignored;
     return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
   }
-  // Up to three files of other kinds.
+  // Names up to three files that hold weights under other names, for an error message.
   static std::string other_weights(std::filesystem::path const& folder) {
     static constexpr std::array<std::string_view, 7> kinds = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"};
     std::string found;
@@ -116,7 +116,7 @@ class Weights {
     }
   }
 
-  // Everything in the index is bounded by its size; what else a file says is not kept.
+  // Keeps nothing but weight_map, so the size of the index limits the memory that this takes.
   void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
     constexpr std::size_t max_index_bytes = 100'000'000;
     std::string const where = one_line(index.string()) + ": ";
