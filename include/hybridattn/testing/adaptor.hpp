@@ -1,4 +1,4 @@
-// One policy on one backend in one scalar, as the laws see it. The only template that is compiled for each of them.
+// Makes the Subject of the laws from a policy on a backend in a scalar. Only this template is compiled for each such triple.
 #ifndef HYBRIDATTN_TESTING_ADAPTOR_HPP
 #define HYBRIDATTN_TESTING_ADAPTOR_HPP
 
@@ -16,7 +16,7 @@ template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
   else return shape[0] == count;
 }
 
-// Zips over shapes, and memory or views of them. All are named, so that equal groups share their instantiations.
+// Functions for zip. They are named types and not lambdas, so that equal groups share their instantiations.
 template <class B> struct Place {
   B& backend;
   bool spaced;
@@ -140,7 +140,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   static constexpr auto outputs_of = [](Config const& c, Sequences const& s) { return Samples<P>::outputs(c, s); };
   static constexpr auto saved_of = [](Config const& c, Sequences const& s) { return P::saved(c, s); };
 
-  // Tensors without values, of the given shapes. Their rows count what two batches of other numbers say.
+  // Tensors of the given shapes, all values 0. What a first axis counts follows from its extents in two batches of other sizes.
   template <class G, class ShapesOf> HostGroup empty_group(G const& shapes, ShapesOf shapes_of) const {
     HostGroup group;
     auto const few = shapes_of(config_, Sequences::equal(2, 5)), more = shapes_of(config_, Sequences::equal(3, 7));
@@ -179,7 +179,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     return group;
   }
 
-  // forward and backward of `which`, the kernel or the loops, in U on M.
+  // Runs forward and backward of Which, the kernel or the loops, in the scalar U on the backend M.
   template <class U, class M, class Which>
   Result run_on(M& backend, Case const& x, Surroundings const& around, HostGroup const& chosen, Which) const {
     using Role = FencedRole<U, M>;
@@ -243,7 +243,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     result.cache = values(backend, cache, empty_group(cache_of(config_, x.sequences), cache_of), result.trespass);
     return result;
   }
-  // One call, whose outputs go to their places.
+  // Makes one call and copies its outputs to their places in result.outputs.
   template <class Cache>
   void extend(B& backend, Case const& x, SequencesOn<B> const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
     std::vector<Part> parts;

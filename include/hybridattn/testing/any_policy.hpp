@@ -1,4 +1,4 @@
-// A policy as the laws see it.
+// A policy as the laws use it.
 #ifndef HYBRIDATTN_TESTING_ANY_POLICY_HPP
 #define HYBRIDATTN_TESTING_ANY_POLICY_HPP
 
@@ -6,10 +6,10 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// Decoding: in call c, calls[c][i] more tokens of sequence i.
+// The calls of a decoding. Call c reads calls[c][i] more tokens of sequence i.
 using Calls = std::vector<std::vector<Index>>;
 struct Decoded {
-  HostGroup outputs;                   // of all tokens that the calls gave, at their places in the whole; what counts no tokens is empty
+  HostGroup outputs;                   // of the tokens read, at their rows in the case; tensors without token rows are empty
   HostGroup cache;                     // at the end
   std::string trespass;
   std::ptrdiff_t kept = 0;             // bytes of the pool that are not given back, besides the cache
@@ -18,11 +18,11 @@ struct Decoded {
 
 class AnyPolicy : public Subject {
  public:
-  virtual bool overflows_like_loops() const = 0;   // NaN and infinite results are so, with their sign, where the reference's are
+  virtual bool overflows_like_loops() const = 0;   // NaN and infinity, with its sign, are where the reference has them
   // What is wrong with the choices in `saved`, or "".
   virtual std::string wrong_choice(Case const& x, HostGroup const& saved) const = 0;
   virtual bool decodes() const = 0;
-  // The tokens of x, with a cache that just holds them.
+  // Decodes the tokens of x in these calls, with a cache that has just enough room.
   virtual Decoded decode(Case const& x, Calls const& calls, Surroundings const& around) const = 0;
 };
 

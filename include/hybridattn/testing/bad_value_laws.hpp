@@ -1,4 +1,4 @@
-// What becomes of NaN, of infinity, and of numbers at the ends of the scalar's range: a run that diverges meets them all.
+// The law of bad values: NaN, infinity, and numbers at the ends of the scalar's range. A training run that diverges has all of them.
 #ifndef HYBRIDATTN_TESTING_BAD_VALUE_LAWS_HPP
 #define HYBRIDATTN_TESTING_BAD_VALUE_LAWS_HPP
 
@@ -29,7 +29,7 @@ inline Kind kind_of(double x) {
   return std::isfinite(x) ? Kind::finite : x != x ? Kind::nan : x > 0 ? Kind::infinity : Kind::minus_infinity;
 }
 
-// The first element that is finite for one and not for the other; or, if kinds count, infinite or NaN in another way.
+// The first element that is finite in one group and not in the other. If kinds count, also the first of another Kind.
 inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& loops, bool kinds_count) {
   for (std::size_t i = 0; i < kernel.size(); ++i) {
     HostTensor const &x = kernel[i], &y = loops[i];
@@ -41,8 +41,8 @@ inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& lo
   }
   return {};
 }
-// The first difference that a NaN makes to a row of a head in a kernel's results, where it makes none in the loops: not read there.
-// A gradient that is judged head by head may be formed from differences that the NaN stood in: it may differ by their rounding.
+// Finds the first element that a NaN changes in the kernel's results while, in the loops, it changes nothing in the same row of a head.
+// A gradient that is judged head by head may change by roundings, because it may be a difference of sums that held the NaN.
 struct Effect {
   HostGroup const &without, &with;
 };
@@ -63,7 +63,7 @@ inline std::string first_touched(Effect const& kernel, Effect const& loops, AnyP
   return {};
 }
 
-// One policy on one batch, sound but for what a test spoils.
+// A policy and a batch of good values, in which the law spoils one tensor at a time.
 class BadValues {
  public:
   BadValues(AnyPolicy const& policy, Sequences const& s)
@@ -71,7 +71,7 @@ class BadValues {
         decoded_(forward_only(sample_to_decode(policy, policy.kinds().front(), s, 1))), sound_(policy.run(x_, {})),
         sound_loops_(policy.loops(x_, choices_in(sound_.saved), false)) {}
 
-  // `bad` in one element or in all of a row of every input and every output's gradient in turn.
+  // Puts `bad` into one element or one row of each input and each output's gradient, one tensor after the other.
   std::string spoil(BadValue const& bad, std::size_t turn) const {
     std::string why;
     auto const each = [&](Case& x, HostGroup& group, bool decodes) {
@@ -93,7 +93,7 @@ class BadValues {
     if (policy_.decodes()) each(decoded, decoded.inputs, true);
     return why;
   }
-  // All inputs of tokens, `times` as large; what is detached has sums of its own.
+  // Multiplies all inputs with token rows by `times`, except detached ones, because the auxiliary loss sums those in its own way.
   std::string enlarge(double times) const {
     Case x = x_;
     for (HostTensor& tensor : x.inputs)
@@ -103,15 +103,15 @@ class BadValues {
   }
 
  private:
-  // Of a token at the edges of blocks or anywhere, of the last sequence.
+  // A token of the last sequence, at an edge of a block or between edges.
   Index row_to_spoil(HostTensor const& tensor, std::size_t turn) const {
     Index const last = tensor.row_count() - 1, length = x_.sequences.longest();
     if (tensor.rows != RowsOf::tokens) return last;
     Index const positions[] = {0, length / 2, 31, 32, length - 1, 3, 16};
     return last + 1 - length + positions[turn % std::size(positions)];
   }
-  // Whether results must be infinite and NaN as the loops make them. On its way a kernel may overflow where loops do not, unless
-  // its policy says otherwise, of what the main loss reaches.
+  // kinds_count() says whether results must be NaN or infinite exactly as those of the loops. Otherwise a kernel may overflow where the
+  // loops do not. A finite bad value is judged only if kinds count and the main loss reaches the spoiled tensor.
   bool kinds_count() const { return policy_.overflows_like_loops(); }
   bool judges(HostTensor const& spoiled, double bad) const {
     return !std::isfinite(bad) || (kinds_count() && !policy_.detached(spoiled.name) && spoiled.name != "auxiliary_loss");
@@ -148,10 +148,10 @@ class BadValues {
 
 }  // namespace detail
 
-// Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
-// it so, in the policy's scalar and on the kernel's own choices; what does not read a NaN keeps every bit; a gradient that is
-// judged head by head may differ by 128 roundings. A policy that overflows like its loops is NaN and infinite, with the sign, where
-// they are, and on large finite inputs too.
+// A run ends, whatever the inputs hold. With a NaN or an infinity in an input, a result is finite exactly where the reference loops, in the
+// policy's scalar and on the kernel's choices, make it finite. Results that do not read a NaN keep every bit, but a gradient that is judged
+// head by head may differ by 128 roundings. With overflows_like_loops, results are NaN or infinite, with the sign, where those of the loops
+// are, on large finite inputs too.
 inline Verdict bears_bad_values(AnyPolicy const& policy) {
   Watchdog watchdog{sentence(policy.name(), ", on bad values,")};
   std::string why;

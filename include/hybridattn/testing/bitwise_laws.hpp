@@ -1,4 +1,4 @@
-// Laws that hold to the last bit, in every scalar. Each returns a verdict on one policy or operation at one size.
+// Laws that hold for every bit, in every scalar. Each returns a verdict on one policy or operation at one size.
 #ifndef HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 #define HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 
@@ -9,15 +9,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 struct Verdict {
   std::string law;
   bool holds;
-  std::string why;   // of a broken law: the first offender with its place and values; of one that has nothing to judge: the reason
+  std::string why;   // a broken law's first wrong element with its place and values, or the reason why a law has nothing to judge
 };
 
 namespace detail {
 
 // For each sequence the position at which it is cut in two.
 using Cut = std::vector<Index>;
-// Cuts at edges of blocks, equal in all sequences and shared out among the kinds of inputs to save time, and two random cuts for each
-// sequence.
+// Returns cuts at edges of blocks, at the same place in all sequences, and two random cuts. Each kind of inputs gets only a part of the
+// edges, to save time.
 inline std::vector<Cut> cuts(Sequences const& s, std::size_t kind, std::size_t kinds) {
   std::vector<Cut> result;
   std::size_t const turns = std::min<std::size_t>(kinds, 4);
@@ -36,7 +36,7 @@ inline bool is_early(Sequences const& s, Cut const& cut, Index token) {
 // The sequence that a row of tokens or sequences belongs to.
 inline Index owner(Sequences const& s, RowsOf rows, Index row) { return rows == RowsOf::tokens ? s.owners()(row) : row; }
 
-// The first of the checks that names an offender: "" if none does.
+// Makes the checks in order, until one returns an error. Returns this error, or "" if there is none.
 template <class... Checks> std::string first_of(Checks... checks) {
   std::string why;
   auto const finds = [&](auto& check) {
@@ -54,7 +54,7 @@ inline std::string told(std::string const& why, std::string const& circumstances
   return why.empty() ? why : why + " (" + circumstances + ")";
 }
 
-// The first offender that check(x, what x computes, changed inputs and d_outputs, cut) finds, for many kinds, cuts and changes.
+// Calls check(x, result of x, case with changed inputs and d_outputs, cut) for many kinds, cuts and changes. Returns the first error.
 template <class Check> std::string first_at_a_cut(Subject const& subject, Check check) {
   Sequences const s = subject.batch();
   auto const kinds = subject.kinds();
@@ -75,7 +75,7 @@ template <class Check> std::string first_at_a_cut(Subject const& subject, Check 
 
 }  // namespace detail
 
-// Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
+// When inputs at tokens >= t change, the outputs of tokens before t and what is saved of these tokens keep every bit.
 inline Verdict causal_forward(Subject const& subject) {
   if (subject.batch().longest() < 2) return {"causal forward", true, "every row is a sequence of its own"};
   return detail::verdict(
@@ -92,7 +92,7 @@ inline Verdict causal_forward(Subject const& subject) {
       }));
 }
 
-// d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
+// When d_outputs at tokens < t change, the gradients of tokens >= t keep every bit.
 inline Verdict causal_backward(Subject const& subject) {
   if (subject.batch().longest() < 2) return {"causal backward", true, "every row is a sequence of its own"};
   return detail::verdict(
@@ -113,7 +113,7 @@ inline bool any_has_rows(HostGroup const& group) {
 inline bool any_has_rows(Result const& result) { return any_has_rows(result.outputs) || any_has_rows(result.gradients); }
 }  // namespace detail
 
-// Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
+// When inputs and d_outputs of every other sequence change, the results of the remaining sequences keep every bit.
 inline Verdict independent_of_the_batch(Subject const& subject) {
   Sequences const s = subject.batch();
   std::string const kind = subject.kinds().front();
@@ -142,7 +142,7 @@ inline Verdict independent_of_the_batch(Subject const& subject) {
   return detail::verdict("independent of the batch", why);
 }
 
-// A packed batch is its sequences, one by one: outputs, states and gradients.
+// A packed batch has the outputs, states and gradients that its sequences have when each runs alone.
 inline Verdict packed_equals_its_sequences(Subject const& subject) {
   if (subject.has_tables()) return {"packed equals its sequences", true, "an input speaks of the batch as a whole"};
   Sequences const s = subject.batch();
@@ -165,14 +165,14 @@ inline Verdict packed_equals_its_sequences(Subject const& subject) {
 }
 
 namespace detail {
-// All of a run.
+// The first difference in outputs, saved tensors and gradients.
 inline std::string first_difference_of_runs(Result const& a, Result const& b) {
   return first_of([&] { return first_difference(a.outputs, b.outputs); }, [&] { return first_difference(a.saved, b.saved); },
                   [&] { return first_difference(a.gradients, b.gradients); });
 }
 }  // namespace detail
 
-// Two runs agree, and so do runs on any number of threads.
+// Two equal runs have the same bits, on any number of threads.
 inline Verdict repeatable(Subject const& subject) {
   Case const x = subject.sample(subject.kinds().back(), subject.batch(), 1, true);
   Result const one = subject.run(x, {});
@@ -201,15 +201,15 @@ inline std::string first_unfilled(Result const& result) {
                   [&] { return told(first_not_finite(result.saved, false), "in what is saved"); },
                   [&] { return told(first_not_finite(result.gradients, true), "in gradients"); });
 }
-// The first difference that other surroundings make.
+// The first element that other surroundings change.
 inline std::string changed_by(Subject const& subject, Case const& x, Result const& plain, Surroundings const& around,
                               char const* circumstances) {
   return told(first_difference_of_runs(plain, subject.run(x, around)), circumstances);
 }
 }  // namespace detail
 
-// Every element of a result is written, of a batch without tokens too: among NaN results are finite, and they have the same bits
-// whatever stood in their place and in scratch memory.
+// A run writes every element of its results, also for a batch without tokens. Results are finite even if their memory held NaN before,
+// and their bits do not depend on what their memory and scratch memory held before.
 inline Verdict fills_everything(Subject const& subject) {
   std::string why;
   for (std::vector<Index> const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}, {0, 2, 0}}) {
@@ -235,8 +235,8 @@ inline Verdict fills_everything(Subject const& subject) {
                        }));
 }
 
-// Nothing beside a tensor is written or used. Its fence is NaN or another number; a run leaves it as it was, for a batch without
-// tokens too.
+// A run neither writes nor uses memory beside a tensor, also for a batch without tokens. This memory, the fence, holds NaN or another
+// number.
 inline Verdict fenced(Subject const& subject) {
   std::string const kind = subject.kinds().front();
   auto const trespass = [&](Sequences const& s, Surroundings const& around) {
@@ -251,14 +251,14 @@ inline Verdict fenced(Subject const& subject) {
                     [&] { return detail::changed_by(subject, x, plain, {.fence = -1e6}, "among NaN and among -1e6 beside all tensors"); }));
 }
 
-// Strides are honoured: with gaps between the rows of every axis results have the bits that they have without.
+// Results have the same bits with and without gaps between the rows of every axis, so a run honours strides.
 inline Verdict strided(Subject const& subject) {
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
   return detail::verdict("strided",
                          detail::changed_by(subject, x, subject.run(x, {}), {.spaced = true}, "without and with gaps between the rows"));
 }
 
-// An operation that may work in place computes the same bits where a result stands in the memory of its argument.
+// If an operation may work in place, it computes the same bits when a result is in the memory of its argument.
 inline Verdict in_place(Subject const& subject) {
   if (!subject.works_in_place()) return {"in place", true, "nothing may stand in the memory of an argument"};
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
@@ -294,7 +294,7 @@ inline Verdict isolated(Subject const& subject) {
   return detail::verdict("isolated", why);
 }
 
-// Of one policy or operation on two backends that shall compute the same bits.
+// Two backends compute the same bits for one policy or operation.
 inline Verdict same_on_both(Subject const& a, Subject const& b) {
   Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   return detail::verdict(

@@ -1,4 +1,4 @@
-// Laws that hold within a stated budget of rounding, and the one about memory. Each returns a verdict on one policy or operation at
+// Laws that hold within a stated budget of rounding, and the law about memory. Each returns a verdict on one policy or operation at
 // one size.
 #ifndef HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
 #define HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
@@ -10,7 +10,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// The reference on the kernel's own choices: in double, the truth; in the subject's scalar, the yardstick.
+// Results of the reference loops with the kernel's choices. `truth` is in double. `naive` is in the subject's scalar; its error sets the
+// budget.
 struct Judges {
   Result truth, naive;
 };
@@ -26,17 +27,18 @@ inline Judges judges_of(Subject const& subject, Case const& x, Result const& res
   return judges;
 }
 
-// In double, a share of the largest element. Otherwise twice the error of the loops in that scalar, and 4 roundings of the
-// largest element: loops may be right by luck. What is zero on paper may be rounding: elements below 1e-3 count as that much.
+// The largest error allowed. In double it is a share of the largest element. In other scalars it is twice the error of the loops in that
+// scalar, and 4 roundings of the largest element, because the loops may be right by luck. A largest element below 1e-3 counts as 1e-3,
+// because a result that is zero on paper may be rounding.
 inline double budget(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const largest = std::max(max_abs(truth), 1e-3);
   return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest;
 }
-// Tensors that the loops leave unwritten are no part of the equations.
+// The loops do not write tensors that are not part of the equations. Such tensors are not judged.
 inline bool is_unwritten(HostTensor const& truth) {
   return std::all_of(truth.values.begin(), truth.values.end(), [](double x) { return x != x; });
 }
-// The first tensor of x that is further from `expected` than `times` the budget.
+// Names the first tensor of x that differs from `expected` by more than `times` the budget, or returns "".
 inline std::string beyond_budget(Subject const& subject, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
                                  HostGroup const& naive, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -63,13 +65,13 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
   for (Index n = 0; n < x.row_count(); ++n) head.values.push_back(x.row(n)[h]);
   return head;
 }
-// The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
+// The same budget without the 1e-3. An error below the smallest normal number of the scalar is always allowed.
 inline double budget_of_head(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const least = subject.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
   return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest);
 }
-// The first head of those gradients that are judged head by head which is further from the truth than `times` its budget.
+// Names the first head, of gradients that are judged head by head, that differs from the truth by more than `times` its budget.
 inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
                                          double times) {
   for (std::size_t i = 0; i < x.size(); ++i)
@@ -85,7 +87,7 @@ inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const
     }
   return {};
 }
-// Outputs, what is saved and gradients, with `times` the budget.
+// Judges outputs, saved tensors and gradients by `times` the budget. Returns the first error, or "".
 inline std::string wrong_values(Subject const& subject, Values const& of, std::uint64_t seed, double times) {
   Case const x = subject.sample(of.kind, of.sequences, seed, of.carried);
   Result const result = subject.run(x, {});
@@ -103,8 +105,8 @@ inline std::string wrong_values(Subject const& subject, Values const& of, std::u
   return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
                   [&] { return group("gradient", &Result::gradients); }, heads);
 }
-// Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
-// result in less than double that misses the budget, but not by far, is drawn again.
+// Where large scores meet, one rounding is the whole error, and the error of the loops is small by luck in 2 of 100 batches. If a result in
+// another scalar than double is beyond the budget, but not beyond 4 times the budget, another sample is judged.
 inline std::string wrong_values(Subject const& subject, Values const& of) {
   std::string why = wrong_values(subject, of, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
@@ -114,7 +116,7 @@ inline std::string wrong_values(Subject const& subject, Values const& of) {
 
 }  // namespace detail
 
-// Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
+// Outputs and gradients are those of the reference. Gradients of gates are judged in every head by itself.
 inline Verdict true_values(Subject const& subject) {
   std::vector<detail::Values> all;
   for (std::string const& kind : subject.kinds()) all.push_back({kind, subject.batch()});
@@ -126,7 +128,7 @@ inline Verdict true_values(Subject const& subject) {
   return detail::verdict("true values", why);
 }
 
-// Choices are those of the exact scores, as far as rounding can tell.
+// The kernel chooses the keys with the largest exact scores, as far as rounding can tell.
 inline Verdict right_choices(AnyPolicy const& policy) {
   std::string why;
   for (std::string const& kind : policy.kinds())
@@ -148,14 +150,14 @@ inline double inner(HostGroup const& a, HostGroup const& b) {
     for (std::size_t e = 0; e < a[i].values.size(); ++e) sum += a[i].values[e] * b[i].values[e];
   return sum;
 }
-// The length of the elementwise product: how large a sum of it with random signs is.
+// The length of the elementwise product. A sum of this product with random signs has about this size.
 inline double product_length(HostGroup const& a, HostGroup const& b) {
   double sum = 0;
   for (std::size_t i = 0; i < a.size(); ++i)
     for (std::size_t e = 0; e < a[i].values.size(); ++e) sum += std::pow(a[i].values[e] * b[i].values[e], 2);
   return std::sqrt(sum);
 }
-// Of what `input` has the gradient of: a detached one of the auxiliary loss, with the choices fixed, another one of the rest.
+// The upstream gradients that reach `input`. The auxiliary loss alone reaches a detached input, and it does not reach the others.
 inline HostGroup upstream_for(Subject const& subject, Case const& x, std::size_t input) {
   HostGroup upstream = x.d_outputs;
   for (HostTensor& tensor : upstream)
@@ -165,7 +167,7 @@ inline HostGroup upstream_for(Subject const& subject, Case const& x, std::size_t
 inline bool any_gradient(Result const& result) {
   return std::any_of(result.gradients.begin(), result.gradients.end(), [](HostTensor const& x) { return !x.values.empty(); });
 }
-// The outputs with one input moved.
+// The outputs after one input has moved by a step. If the input is detached, the choices stay those of `result`.
 inline HostGroup outputs_at(Subject const& subject, Case x, Result const& result, std::size_t input, HostTensor const& direction,
                             double step) {
   for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
@@ -178,9 +180,9 @@ inline HostGroup difference(HostGroup x, HostGroup const& y) {
     for (std::size_t e = 0; e < x[i].values.size(); ++e) x[i].values[e] -= y[i].values[e];
   return x;
 }
-// The central difference at a step h is off by its truncation and by the rounding of each output. How much another step changes it shows
-// both: the step 2h adds three times the truncation where the function is smooth, and as much where it has a kink at x, as a rectified
-// score has. One such change may be small by chance, so a slope that seems wrong is judged by the changes at three more steps too.
+// The central difference at a step h has two errors, its truncation and the rounding of each output. A second step shows their size. The
+// step 2h adds three times the truncation where the function is smooth, and as much where it has a kink at x, as a rectified score has.
+// This change may be small by chance, so a slope that seems wrong is judged by the changes at three more steps too.
 inline std::string wrong_slope(Subject const& subject, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
   constexpr double step = 0x1p-16;
   Random random{Seed{seed}, "direction"};
@@ -205,8 +207,8 @@ inline std::string wrong_slope(Subject const& subject, Case const& x, Result con
 
 }  // namespace detail
 
-// In double: gradients are slopes, in random directions of each input alone. Where detached inputs decide choices, these
-// stay fixed: the slope is that of the loops, which the law of true values compares with the kernel.
+// In double, gradients are the slopes of a loss, in random directions of each input. Where detached inputs decide choices, the choices stay
+// fixed, and the slope is that of the loops, which the law of true values compares with the kernel.
 inline Verdict finite_differences(Subject const& subject) {
   if (!subject.in_double()) return {"finite differences", true, "taken in double"};
   Case const x = subject.sample(subject.kinds().front(), subject.small_batch(), 4, true);
@@ -219,8 +221,8 @@ inline Verdict finite_differences(Subject const& subject) {
   return detail::verdict("finite differences", why);
 }
 
-// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that the
-// sum on the left has no rounding.
+// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that
+// the sum on the left has no rounding.
 inline Verdict linear(Subject const& subject) {
   Case a = subject.sample(subject.kinds().front(), subject.batch(), 1, true), b = a;
   b.d_outputs = subject.sample(subject.kinds().front(), subject.batch(), 2, true).d_outputs;
@@ -257,13 +259,13 @@ inline Verdict linear(Subject const& subject) {
 
 namespace detail {
 
-// initial_x := final_x, and the other way round for gradients.
+// Copies each final_x to the initial_x of the next part. For gradients it copies d_initial_x to the d_final_x of the part before.
 inline void pass_states(HostGroup const& from, std::string_view from_prefix, HostGroup& to, std::string_view to_prefix) {
   for (HostTensor const& tensor : from)
     if (tensor.name.starts_with(from_prefix))
       if (HostTensor* const state = to.find(std::string(to_prefix) + tensor.name.substr(from_prefix.size()))) state->values = tensor.values;
 }
-// Each sequence's first half, then one token, then the rest.
+// Cuts each sequence into its first half, one token, and the rest.
 inline std::vector<Case> three_parts(Case const& x) {
   std::vector<Part> parts[3];
   for (Index i = 0; i < x.sequences.count(); ++i) {
@@ -274,7 +276,8 @@ inline std::vector<Case> three_parts(Case const& x) {
   }
   return {cut(x, parts[0]), cut(x, parts[1]), cut(x, parts[2])};
 }
-// Rows of tokens from the parts, in the order of the whole; states from part `states`; what has no rows is a sum over tokens.
+// Joins the results of the parts to those of the whole: token rows in the order of the whole, states of part `states`, and sums of tensors
+// without rows, because these are sums over tokens.
 inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
     if (whole[i].rows == RowsOf::sequences) whole[i].values = groups[states][i].values;
@@ -295,7 +298,7 @@ inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vect
 
 }  // namespace detail
 
-// Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
+// Parts of a sequence, each starting from the final state of the part before, give the outputs, final state and gradients of the whole.
 inline Verdict agrees_in_parts(Subject const& subject) {
   if (!subject.has_states()) return {"agrees in parts", true, "no state is carried"};
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 5, true);
@@ -320,8 +323,8 @@ inline Verdict agrees_in_parts(Subject const& subject) {
                                                          "in three parts and whole"));
 }
 
-// What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
-// neither what is saved nor scratch memory grows faster than the number of tokens.
+// Saved tensors take the announced number of bytes. A run keeps no other memory, and a second equal run allocates none. Neither saved
+// tensors nor scratch memory grow faster than the number of tokens.
 inline Verdict memory_as_announced(Subject const& subject) {
   std::vector<Footprint> prints;
   for (Index length : {128, 256, 512}) prints.push_back(subject.footprint(Sequences::equal(1, length)));

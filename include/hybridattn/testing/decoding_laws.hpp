@@ -1,4 +1,4 @@
-// The laws of policies that decode: reading a sequence in parts, each continuing what a cache holds, is reading it whole.
+// The laws of policies that decode. A sequence that is read in parts, with a cache, must give what it gives when it is read whole.
 #ifndef HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 #define HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 
@@ -7,7 +7,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 namespace detail {
 
-// Calls that read each sequence to its end; next(call, sequence's length, what is left of it) says how many tokens a call gives it.
+// Calls that read each sequence to its end. next(call, length of a sequence, tokens left of it) says how many of its tokens a call reads.
 template <class Next> Calls calls_of(Sequences const& s, Next next) {
   Calls calls;
   std::vector<Index> left;
@@ -25,7 +25,7 @@ struct Splitting {
   std::string name;
   Calls calls;
 };
-// A prompt of any length, none included, then 0 to 9 tokens at a time.
+// Reads a prompt of any length, 0 included, then 0 to 9 tokens at a time.
 inline Splitting in_pieces(Sequences const& s, std::uint64_t seed) {
   Random random{Seed{seed}, "pieces"};
   return {"in pieces", calls_of(s, [&](Index call, Index length, Index) { return random.below(call == 0 ? length + 1 : 10); })};
@@ -37,7 +37,7 @@ inline std::vector<Splitting> splittings(Sequences const& s, std::uint64_t seed)
           {"at once", calls_of(s, [](Index, Index length, Index) { return length; })}};
 }
 
-// Sequences that begin: states that a policy's inputs always have are zero.
+// A sample of sequences that begin here. Initial states are zero where a policy's inputs always have them.
 inline Case sample_to_decode(AnyPolicy const& policy, std::string const& kind, Sequences const& s, std::uint64_t seed) {
   Case x = policy.sample(kind, s, seed, false);
   for (HostTensor& tensor : x.inputs)
@@ -53,7 +53,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
   return told(beyond_budget(policy, decoded.outputs, judges.truth.outputs, judges.truth.outputs, judges.naive.outputs, times),
               sentence("decoded ", splitting.name, ", kind ", kind));
 }
-// Drawn again where the budget is missed by little, as the law of true values does.
+// If the error is little more than the budget, judges another sample, as the law of true values does.
 inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& kind, Splitting const& splitting) {
   std::string why = wrong_decoding(policy, kind, splitting, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
@@ -64,7 +64,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
 
 }  // namespace detail
 
-// Outputs are those of the whole sequence, within the budget of true values, however it is split.
+// However a sequence is split, the outputs are those of the whole sequence, within the budget of true values.
 inline Verdict decodes_the_whole(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes the whole", true, "it does not decode"};
   auto const splittings = detail::splittings(detail::all_lengths(), 1);
@@ -78,7 +78,7 @@ inline Verdict decodes_the_whole(AnyPolicy const& policy) {
 
 namespace detail {
 
-// Outputs of a token see no later token, and no other sequence.
+// Says where outputs of a token depend on a later token or on another sequence, or "".
 inline std::string decoding_sees_too_much(AnyPolicy const& policy, Case const& x, Calls const& calls) {
   Decoded const before = policy.decode(x, calls, {});
   HostGroup const nan = all_nan(x.inputs);
@@ -115,7 +115,7 @@ inline std::string decoding_differs_alone(AnyPolicy const& policy, Case const& x
   }
   return why;
 }
-// A call that gives a sequence no token leaves what the cache holds of it; one that gives it some leaves nothing undone.
+// Says where a call changes the cache of a sequence that it gives no token, or "".
 inline std::string decoding_disturbs(AnyPolicy const& policy, Case const& x) {
   Calls calls = calls_of(x.sequences, [](Index call, Index length, Index) { return call == 0 ? (length + 1) / 2 : length; });
   if (calls.size() > 2) calls.resize(2);
@@ -151,8 +151,8 @@ inline std::string decoding_keeps_memory(AnyPolicy const& policy, Case const& x,
 
 }  // namespace detail
 
-// Decoding keeps the laws of bits, never reads what the cache does not hold, changes nothing of sequences
-// without new tokens, and allocates nothing from step to step.
+// Decoding keeps the laws of bits, does not read elements of the cache before they are written, does not change the cache of sequences
+// without new tokens, and allocates no memory from step to step.
 inline Verdict decodes_cleanly(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes cleanly", true, "it does not decode"};
   Sequences const s = detail::all_lengths();

@@ -1,5 +1,5 @@
-// A device without a device: its memory is the host's, but unreadable except while an operation or a copy runs. Host code
-// that touches what only a kernel may touch dies here, on any machine, rather than on somebody's GPU.
+// A backend that stands in for a GPU. Its memory is memory of the host, but can be accessed only while an operation or a copy runs. Host
+// code that accesses it at another time crashes, as it would on a GPU, so tests find such code on a machine without a GPU.
 #ifndef HYBRIDATTN_TESTING_FAKE_HPP
 #define HYBRIDATTN_TESTING_FAKE_HPP
 
@@ -9,7 +9,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// Operations run on the Cpu inside, whose scratch memory is its own.
+// Operations run on an inner Cpu, which has scratch memory of its own.
 class Fake {
  public:
   using Inner = Cpu;
@@ -47,7 +47,7 @@ class Fake {
   Pool& pool() { return pool_; }
 
   bool owns(void const* memory) const { return memory_.owns(memory); }
-  // What an operation is given, alone or in a group: memory of the host is none that a device could read.
+  // Throws if an argument of an operation, a view or a group of views, is in memory of the host, because a device could not read it.
   template <class T, int Rank> void arrives(View<T, Rank> const& view) const {
     check(view.count() == 0 || owns(view.data), "Fake: an operation was given memory of the host");
   }
@@ -55,7 +55,7 @@ class Fake {
     if constexpr (FieldGroup<Argument>) zip([&](Path const&, auto const& view) { arrives(view); }, argument);
   }
 
-  // f(inner): the only place where the memory is there.
+  // Calls f(inner). Inside this call the memory can be accessed.
   template <class F> auto run(F&& f) {
     HiddenMemory::Open const open{memory_};
     return f(cpu_);

@@ -1,4 +1,4 @@
-// A tensor of a backend inside a larger block, so that what is written beside it, or read there and used, shows.
+// Tensors of a backend inside larger blocks. A kernel that writes beside a tensor, or reads there and uses what it reads, is found.
 #ifndef HYBRIDATTN_TESTING_FENCED_HPP
 #define HYBRIDATTN_TESTING_FENCED_HPP
 
@@ -15,7 +15,7 @@ struct Layout {
   std::vector<Index> shape, stride;
   Index first = 0, size = 0;
 
-  // `spaced`: with a gap behind every row of every axis, as in a packed q|k|v. Otherwise one after the other.
+  // With `spaced` there is a gap behind every row of every axis, as in a packed q|k|v. Otherwise there are no gaps.
   Layout() = default;
   Layout(std::vector<Index> extents, bool spaced) : shape(std::move(extents)), stride(shape.size()) {
     Index step = 1;
@@ -31,7 +31,8 @@ struct Layout {
     for (Index extent : shape) product *= extent;
     return product;
   }
-  // f(element, place, length) for every row: its elements are length many from `element` on, in memory from `place` on.
+  // Calls f(element, place, length) for every row of `length` elements. `element` is the number of the first one, `place` is where it is
+  // in the block.
   template <class F> void for_each_row(F f) const {
     std::vector<Index> index(shape.size());
     for (Index element = 0, place = first, all = count(), length = shape.back(); element < all; element += length) {
@@ -49,7 +50,7 @@ struct Layout {
   static constexpr Index guard = 64;   // elements before and behind: a whole number of cache lines
 };
 
-// What an element is in memory, and its numbers on the host.
+// The type of an element at run time: its size, how many numbers stand for it on the host, and functions that convert between the two.
 struct Element {
   std::size_t bytes;
   Index numbers;   // of one element
@@ -95,7 +96,7 @@ template <class E> void read(std::byte const* from, Index count, double* numbers
 template <class E> inline constexpr Element element_of{sizeof(E),       detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
                                                        detail::fill<E>, detail::write<E>,      detail::read<E>};
 
-// What stands in memory before a run writes there, and beside it.
+// What a tensor's memory and the memory beside it hold before a run.
 struct Unwritten {
   double inside = not_a_number, beside = not_a_number;
 };
@@ -133,7 +134,7 @@ template <class B> class FencedBlock {
     for (int axis = 0; axis < Rank; ++axis) shape.extent[axis] = layout_.shape[static_cast<std::size_t>(axis)];
     return view<E>(shape);
   }
-  // What it holds now. `trespass` names the first number beside it that has changed since.
+  // Reads the tensor's values. If memory beside it has changed, `trespass` names the first such place.
   void read(B& backend, HostTensor& to, std::string& trespass) const {
     if (!memory_) return;
     std::vector<std::byte> now = download(backend, memory_);

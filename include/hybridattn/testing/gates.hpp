@@ -1,5 +1,5 @@
-// Inputs as they occur for policies whose state forgets by a gate: g is the logarithm of a decay, beta how much is written. Gates
-// forget nothing or all, differ from head to head and from token to token; keys repeat. For a policy of your own with a g [N, H]:
+// Inputs for policies whose state forgets by a gate. g is the logarithm of a decay, beta how much is written. As in practice, gates forget
+// nothing or all and differ from head to head and from token to token, and keys repeat. A policy of your own with a g [N, H] uses them by
 // `struct Samples<Mine> : GatedSamples<Mine>`.
 #ifndef HYBRIDATTN_TESTING_GATES_HPP
 #define HYBRIDATTN_TESTING_GATES_HPP
@@ -21,7 +21,7 @@ inline void normalise(HostTensor& tensor) {
     for (Index d = 0; d < D; ++d) row[d] /= std::sqrt(sum);
   }
 }
-// All rows become `share` of the first one and the rest of their own.
+// Each row becomes `share` times the first row and 1 - share times itself.
 inline void correlate(HostTensor& tensor, double share) {
   for (Index n = 0; n < tensor.row_count(); ++n)
     for (Index e = 0; e < tensor.row_size(); ++e) tensor.row(n)[e] = share * tensor.row(0)[e] + (1 - share) * tensor.row(n)[e];
@@ -33,7 +33,7 @@ struct GateKind {
   char const* name;
   Decay decay;
   Beta beta;
-  double shared;   // of a key's direction with all others
+  double shared;   // the share of a key's direction that all keys have in common
 };
 inline constexpr GateKind gate_kinds[] = {
     {"mild", Decay::mild, Beta::between, 0},
@@ -74,7 +74,7 @@ template <class P> struct GatedSamples : PlainSamples<P> {
     for (detail::GateKind const& kind : detail::gate_kinds) names.push_back(kind.name);
     return names;
   }
-  // Names that the policy does not have are passed over.
+  // Skips q, k and beta if the policy does not have them.
   static void draw(std::string_view name, Random& random, HostGroup& inputs) {
     auto const is_named = [&](detail::GateKind const& kind) { return kind.name == name; };
     detail::GateKind const& kind = *std::find_if(std::begin(detail::gate_kinds), std::end(detail::gate_kinds), is_named);
@@ -91,7 +91,7 @@ template <class P> struct GatedSamples : PlainSamples<P> {
         if (beta != nullptr) beta->row(n)[h] = detail::draw_beta(kind.beta, random);
       }
   }
-  // The gradient of a strong decay is as small as the decay: it must not hide behind that of a head which keeps its state.
+  // The gradient of a strong decay is as small as the decay. Among the gradients of heads that keep their state, its error would not show.
   static bool by_head(std::string_view input) { return input == "g"; }
 };
 

@@ -1,5 +1,5 @@
-// Tensors on the host, with names, shapes and values as doubles, whatever they are elsewhere. A double holds every float,
-// bf16 and int32 exactly, the sign of zero included, so that equal bits here are equal bits there.
+// Tensors on the host, with names, shapes and values as doubles, whatever their type on the backend. A double holds every float, bf16 and
+// int32 exactly, the sign of zero included, so equal bits here mean equal bits on the backend.
 #ifndef HYBRIDATTN_TESTING_HOST_TENSOR_HPP
 #define HYBRIDATTN_TESTING_HOST_TENSOR_HPP
 
@@ -26,16 +26,16 @@ enum class RowsOf { tokens, sequences, other };
 struct HostTensor {
   std::string name;
   RowsOf rows = RowsOf::other;
-  bool whole = false;            // of whole numbers: a choice
+  bool whole = false;            // of whole numbers, such as the keys that a policy chooses
   std::vector<Index> shape;
-  std::vector<double> values;    // none: the tensor is not there
+  std::vector<double> values;    // empty if the tensor is absent
 
   Index row_count() const { return shape.empty() ? 0 : shape[0]; }
   Index row_size() const { return row_count() == 0 ? 0 : std::ssize(values) / row_count(); }
   double* row(Index i) { return values.data() + i * row_size(); }
   double const* row(Index i) const { return values.data() + i * row_size(); }
 
-  // "[3, 0, 7]": where an element stands.
+  // The indices of an element: "[3, 0, 7]".
   std::string place(Index element) const {
     std::string text = "]";
     for (std::size_t axis = shape.size(); axis-- > 0; element /= shape[axis])
@@ -65,7 +65,7 @@ struct HostGroup : std::vector<HostTensor> {
   }
 };
 
-// What a verdict quotes: enough digits to tell two numbers apart.
+// A number as verdicts quote it, with enough digits to tell any two numbers apart.
 inline std::string number(double x) {
   std::ostringstream text;
   text.precision(17);
@@ -82,7 +82,7 @@ template <class Numbers> std::string listed(Numbers const& numbers) {
 
 inline bool same_bits(double a, double b) { return std::bit_cast<std::uint64_t>(a) == std::bit_cast<std::uint64_t>(b); }
 
-// The first element, of the rows that `wanted(tensor, row)` names, that has not the same bits in both; "" if there is none.
+// Names the first element with other bits in b than in a, among the rows for which wanted(tensor, row) holds, or returns "".
 template <class Wanted> std::string first_difference(HostGroup const& a, HostGroup const& b, Wanted wanted) {
   for (std::size_t i = 0; i < a.size(); ++i) {
     HostTensor const &x = a[i], &y = b[i];
@@ -104,7 +104,7 @@ inline double max_abs(HostTensor const& x) {
   for (double value : x.values) largest = std::max(largest, std::abs(value));
   return largest;
 }
-// The place and size of the largest difference; a NaN on either side is infinitely far.
+// The place and size of the largest difference. A NaN on either side counts as an infinite difference.
 struct Difference {
   double size = 0;
   Index element = 0;
@@ -122,7 +122,7 @@ inline Difference max_difference(HostTensor const& x, HostTensor const& y) {
 template <class F> void set_each(HostTensor& tensor, F value) {
   for (double& x : tensor.values) x = value();
 }
-// Mean 0, deviation 1 and nearly normal: the sum of four uniform numbers from one draw. The laws spend their time elsewhere.
+// A nearly normal number of mean 0 and deviation 1. It is the sum of four uniform numbers from one draw, which takes little time.
 inline double bell(Random& random) {
   std::uint64_t const bits = random.bits();
   std::uint64_t const sum = (bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48);
@@ -131,7 +131,7 @@ inline double bell(Random& random) {
 inline void set_normal(HostTensor& tensor, Random& random, double deviation = 1) {
   set_each(tensor, [&] { return deviation * bell(random); });
 }
-// Floats in every scalar, so that runs in float and double mean the same.
+// Rounds all values to floats, so that runs in float and in double have the same inputs.
 inline void round_to_float(HostGroup& group) {
   for (HostTensor& tensor : group)
     for (double& x : tensor.values) x = static_cast<double>(static_cast<float>(x));

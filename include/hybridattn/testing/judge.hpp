@@ -1,6 +1,6 @@
-// The laws that every attention policy and every operation keeps, for the library's and for yours: testing::judge<MyPolicy, Cpu, float>()
-// returns a verdict for each law at each size, and a broken one says why. It needs no test framework. traits.hpp says what a policy may
-// add: sizes, inputs as they occur, a reference. operation.hpp says how an operation names its groups.
+// Judges an attention policy or an operation, the library's or yours, by all laws. testing::judge<MyPolicy, Cpu, float>() returns a verdict
+// for each law at each size; a broken law says why. It needs no test framework. traits.hpp says what a policy may add: sizes, typical
+// inputs, a reference. operation.hpp says how an operation names its groups.
 #ifndef HYBRIDATTN_TESTING_JUDGE_HPP
 #define HYBRIDATTN_TESTING_JUDGE_HPP
 
@@ -18,7 +18,7 @@ template <class Of> struct Law {
   char const* name;
   Verdict (*judge)(Of const&);
 };
-// Of a policy and of an operation alike.
+// The laws of policies and of operations.
 inline constexpr Law<Subject> common_laws[] = {
     {"causal forward", causal_forward},
     {"causal backward", causal_backward},
@@ -48,7 +48,7 @@ inline constexpr Law<Subject> operation_laws[] = {
 
 namespace detail {
 
-// A subject that throws breaks the law that called it.
+// Judges a subject by each law. A subject that throws breaks the law that called it.
 template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count], Of const& subject, std::vector<Verdict>& verdicts) {
   for (Law<Of> const& law : laws) {
     try {
@@ -58,7 +58,7 @@ template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count
     }
   }
 }
-// `why`, if there is one, starts with the name and the number of the size.
+// Appends verdicts. A `why` that is not empty gets the subject's name and the number of the size in front.
 inline void append(std::vector<Verdict>& all, std::vector<Verdict> verdicts, Subject const& subject, std::size_t size) {
   for (Verdict& verdict : verdicts) {
     if (!verdict.why.empty()) verdict.why = sentence(subject.name(), ", size ", size, ": ", verdict.why);
@@ -68,7 +68,7 @@ inline void append(std::vector<Verdict>& all, std::vector<Verdict> verdicts, Sub
 
 }  // namespace detail
 
-// All verdicts at one size.
+// Returns all verdicts at one size.
 inline std::vector<Verdict> judge(AnyPolicy const& policy) {
   std::vector<Verdict> verdicts;
   detail::judge_by<Subject>(common_laws, policy, verdicts);
@@ -82,7 +82,7 @@ inline std::vector<Verdict> judge(detail::AnyOperation const& operation) {
   return verdicts;
 }
 
-// At all the sizes of Samples<P>, or of Operation<P>.
+// Returns all verdicts at all sizes of Samples<P>, or of Operation<P>.
 template <class P, class B, class T> std::vector<Verdict> judge() {
   std::vector<Verdict> verdicts;
   auto const at = [&](auto const& sizes, auto make) {

@@ -1,4 +1,4 @@
-// How the laws make a backend.
+// Makes a backend for the laws.
 #ifndef HYBRIDATTN_TESTING_MACHINE_HPP
 #define HYBRIDATTN_TESTING_MACHINE_HPP
 
@@ -8,8 +8,9 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// make(schedule) makes a backend that does its work in another order for each schedule, from 1 on: no result may depend on the order.
-// A backend that has several orders specialises this. One that a number makes must: what the number means is its own affair.
+// make(schedule) makes a backend that works in another order for each schedule 1, 2, ..., because no result may depend on the order. A
+// backend with several orders specialises this. A backend that an int constructs must specialise it, because the int may mean something
+// else than a schedule.
 template <class B> struct Machine {
   static_assert(!std::is_constructible_v<B, int>, "say what the schedules of this backend are: specialise testing::Machine");
   static B make(int) { return B(); }
@@ -18,7 +19,7 @@ template <class B> struct Machine {
 template <class B> requires B::takes_schedule struct Machine<B> {
   static B make(int schedule) { return B(schedule); }
 };
-// Cpu, Fake: the schedule is the number of threads.
+// For Cpu and Fake the schedule is the number of threads.
 template <> struct Machine<Cpu> {
   static Cpu make(int schedule) { return Cpu(schedule); }
 };

@@ -1,4 +1,4 @@
-// One operation on one backend in one scalar, as the laws see it. operations.hpp names the groups of the library's operations.
+// Makes the Subject of the laws from an operation on a backend in a scalar. operations.hpp names the groups of the library's operations.
 #ifndef HYBRIDATTN_TESTING_OPERATION_HPP
 #define HYBRIDATTN_TESTING_OPERATION_HPP
 
@@ -13,7 +13,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace testing::detail {
-// Stand for a model's scalar, and for what is never narrower than float.
+// AnyScalar stands for a model's scalar, AnyWide for the scalar of Wide tensors, which is never narrower than float.
 struct AnyScalar {};
 struct AnyWide {};
 }  // namespace testing::detail
@@ -24,7 +24,7 @@ template <> struct WideOf<testing::detail::AnyScalar> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// A tensor of elements of one type, whatever the scalar is: sums in double, losses.
+// A tensor whose elements have the type E, whatever the scalar is, such as sums in double or losses.
 namespace detail {
 template <class S, class E, int Rank> struct OfType;
 template <class E, int Rank> struct OfType<Shapes, E, Rank> {
@@ -39,35 +39,35 @@ template <class T, class E, int Rank> struct OfType<Out<T>, E, Rank> {
 }  // namespace detail
 template <class S, class E, int Rank> using OfType = typename detail::OfType<S, E, Rank>::type;
 
-// An operation names its groups like a policy, and how it is called with them, in an Operation<Op>:
+// Operation<Op> names an operation's groups, as a policy does, and says how to call the operation with them:
 //
 //   template <> struct Operation<Op> : PlainOperation {
 //     Config, sizes()                                     its arguments on the host, and those that it is judged at
-//     Inputs<S>,  inputs(config, sequences)               a shape of no extents: a view that is not there
+//     Inputs<S>,  inputs(config, sequences)               a shape whose extents are 0 makes an empty view
 //     Outputs<S>, outputs(config, sequences)
 //     forward<B, T>(backend, config, sequences, x, y)     calls On<Op, B>::forward
 //     backward<B, T>(backend, config, sequences, x, y, d_y, d_x)
 //   };
 //
-// A tensor whose first axis counts tokens has rows; where `rows_stand_alone`, a row depends on no other one.
+// A tensor whose first axis counts tokens has rows. With rows_stand_alone, no row depends on another one.
 template <class Op> struct Operation;
 
 struct PlainOperation {
   // Whether each row is a sequence of its own. Otherwise the operation works on sequences, as a policy does.
   static constexpr bool rows_stand_alone = true;
-  // Whether an input speaks of the batch as a whole, so that no part of it can be judged by itself.
+  // Whether an input is a table of the whole batch, so that no part of the batch can be judged by itself.
   template <class Config> static bool has_tables(Config const&) { return false; }
-  // Results that may be in the memory of an argument: {"y", "x"} says that forward's y may be in x, {"d_x", "d_y"} that backward's d_x
-  // may be in d_y, and {"d_x", "x"} that it may be in x.
+  // Results that may be in the memory of an argument. {"y", "x"} says that forward's y may be in x, {"d_x", "d_y"} that backward's d_x
+  // may be in d_y, and {"d_x", "x"} that d_x may be in x.
   static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {}; }
-  // Whether a result ("y" or "d_x") is formed from what stands in its place: it is added, or moved.
+  // Whether a result ("y" or "d_x") is computed from what its memory holds before, for example by adding to it.
   template <class Config> static bool starts_from(Config const&, std::string_view) { return false; }
-  // Whether backward makes the gradient of an input, and takes that of an output. Whole numbers have none.
+  // Whether backward makes the gradient of an input, and whether it takes the gradient of an output. Whole numbers have no gradient.
   template <class Config> static bool has_gradient(Config const&, std::string_view) { return true; }
   template <class Config> static bool takes_gradient(Config const&, std::string_view) { return true; }
-  // The values of inputs that are no noise. Whole numbers must be drawn without `random` where they are tables of the batch.
+  // Sets the inputs that are not noise. Tables of the batch must not be drawn from `random`, so that they are the same for every seed.
   template <class Config> static void draw(Config const&, Sequences const&, Random&, HostGroup&) {}
-  // The config with what backward takes from the host of the gradients of its results, where it takes a number.
+  // Where backward takes a gradient of a result as a number of the host, returns the config with this number.
   template <class Config> static Config with_upstream(Config c, HostGroup const&) { return c; }
 };
 
@@ -83,7 +83,7 @@ struct Declared {
   std::vector<Index> extents;
   RowsOf rows = RowsOf::other;
 };
-// What the first axis of each counts, by the shapes for two sequences of five tokens and for three of seven.
+// Finds out what the first axis of each tensor counts, from its shapes for two sequences of five tokens and for three of seven.
 inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<Declared> const& few, std::vector<Declared> const& more) {
   for (std::size_t i = 0; i < list.size(); ++i) {
     auto const counts = [&](Index two, Index three) { return few[i].extents[0] == two && more[i].extents[0] == three; };
@@ -91,7 +91,7 @@ inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<D
   }
   return list;
 }
-// What a scalar and its sums are in memory.
+// How a scalar and its wide type are in memory.
 struct Elements {
   Element const *scalar, *wide;
 };
@@ -127,7 +127,7 @@ template <class Group, class B> Group views(Blocks<B> const& blocks) {
   return group;
 }
 
-// An operation with its config, to be run in one scalar on one backend. Everything that depends on the operation's type is here.
+// Calls an operation with its config, in one scalar on one backend. The interface does not depend on the operation's type.
 template <class B> struct Call {
   virtual ~Call() = default;
   virtual bool has_backward() const = 0;
@@ -159,7 +159,7 @@ template <class Op, class B, class T> struct CallOf final : Call<B> {
   }
 };
 
-// Some results are added to what is in their memory before. For a result of forward, the old values are one more input. For a gradient,
+// Some results are added to what their memory holds before. For a result of forward, the old values are one more input. For a gradient,
 // they are the gradient of one more output, which is the input itself.
 inline std::string before(std::string const& output) { return output + " before"; }
 inline std::string passed_on(std::string const& input) { return input + " passed on"; }
@@ -171,7 +171,7 @@ struct Description {
   std::function<bool(std::string const&)> starts_from, has_gradient;
 };
 
-// A tensor without values.
+// A tensor of zeros.
 inline HostTensor host_tensor(Declared const& d, std::string name) {
   HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}};
   Index count = d.element->numbers;
@@ -247,7 +247,7 @@ template <class B> class OperationRun {
     note_overwritten(declared_part(case_.d_outputs, d_outputs), d_outputs.read(backend_, result_.trespass), result_.trespass);
   }
 
-  // Without memory where there is none.
+  // The inputs as gradients. An input without a gradient has extents of 0.
   std::vector<Declared> those_with_a_gradient() const {
     std::vector<Declared> list = description_.inputs;
     for (Declared& d : list)
@@ -259,13 +259,13 @@ template <class B> class OperationRun {
     for (Declared const& d : description_.inputs) group.emplace_back(host_tensor(d, d.name)).values.clear();
     return group;
   }
-  // Results that do not start from nothing.
+  // Writes old values to the results that start from them.
   void start(Placed<B>& results, HostGroup const& from, std::string const& prefix, std::string (*name)(std::string const&)) {
     for (std::size_t i = 0; i < results.blocks.size(); ++i)
       if (description_.starts_from(prefix + results.declared[i].name))
         if (HostTensor const* const values = from.find(name(results.declared[i].name))) results.blocks[i].write(backend_, values->values);
   }
-  // In place, a result's block takes the values of its argument and stands for it.
+  // For a run in place, writes an argument's values to the block of its result and passes this block as the argument too.
   void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, std::string const& argument_prefix, Placed<B>& results,
              std::string const& result_prefix) {
     for (auto const& [result, argument] : description_.in_place)
@@ -303,7 +303,7 @@ template <class B> class OperationRun {
   Result result_;
 };
 
-// What an operation says of itself, with its config, in any scalar.
+// The facts about an operation with its config that do not depend on the scalar.
 struct Facts {
   virtual ~Facts() = default;
   virtual Description describe(Sequences const& s, Elements elements) const = 0;
@@ -360,7 +360,7 @@ class AnyOperation : public Subject {
     facts_->draw(s, random, x.inputs);
     for (HostTensor& tensor : x.d_outputs)
       if (!tensor.whole && facts_->takes_gradient(tensor.name)) set_normal(tensor, upstream);
-    for (std::size_t i = 0; i < d.outputs.size(); ++i)   // of a loss and its counts, the counts have none
+    for (std::size_t i = 0; i < d.outputs.size(); ++i)   // a loss has a gradient, its counts have none
       if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
     round_to_float(x.inputs);
     round_to_float(x.d_outputs);

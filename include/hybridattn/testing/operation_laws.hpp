@@ -1,4 +1,4 @@
-// The laws of an operation that policies have in another form, and how two backends are compared.
+// The law that judges an operation's values, and the comparison of two backends.
 #ifndef HYBRIDATTN_TESTING_OPERATION_LAWS_HPP
 #define HYBRIDATTN_TESTING_OPERATION_LAWS_HPP
 
@@ -8,7 +8,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// Every number moves by up to a rounding of a scalar with this eps.
+// Moves every number by up to a rounding of a scalar with this eps.
 inline void move_by_rounding(HostGroup& group, double eps, Random& random) {
   for (HostTensor& tensor : group)
     if (!tensor.whole)
@@ -21,9 +21,9 @@ inline void widen(Budgets& budgets, HostGroup const& moved, HostGroup const& tru
   for (std::size_t i = 0; i < truth.size(); ++i) budgets[i] = std::max(budgets[i], 8 * max_difference(moved[i], truth[i]).size);
 }
 
-// In double, and what rounding in a scalar with this eps may make of it. A sum of rounded terms is the exact sum of terms that are moved
-// by as much, so the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings
-// of its largest element.
+// The result in double, and how far a scalar with this eps may be off. A sum of rounded terms is the exact sum of terms that moved by as
+// much. So the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings of its
+// largest element.
 struct Truth {
   Result result;
   Budgets outputs, gradients;
@@ -42,7 +42,7 @@ struct Truth {
     for (std::size_t i = 0; i < gradients.size(); ++i) gradients[i] += 4 * eps * max_abs(result.gradients[i]);
   }
 };
-// The first tensor that is further from another one than `times` the budget. Whole numbers must be equal.
+// Names the first tensor that differs by more than `times` the budget, or returns "". Whole numbers must be equal.
 inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& budgets, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
     double const allowed = x[i].whole ? 0 : times * budgets[i];
@@ -61,8 +61,8 @@ inline std::string apart(Result const& x, Result const& y, Truth const& truth, d
 
 }  // namespace detail
 
-// Two backends, or two scalars, agree: each may be off by the budget, so they differ by twice as much at most. `a` says what the truth
-// is. Choices are those of `a`.
+// Two backends or two scalars agree. Each may be off by the budget, so they differ by twice the budget at most. The loops of `a`, with the
+// choices of `a`, are the truth.
 inline Verdict agree_within_budget(Subject const& a, Subject const& b) {
   Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   Result const of_a = a.run(x, {});

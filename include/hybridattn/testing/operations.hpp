@@ -1,5 +1,5 @@
-// The groups of the library's operations, and the one place where the laws call each of them. They stand here and not in the
-// operations' own headers because only the laws need them: every include of the library would pay for them otherwise.
+// The groups of the library's operations, and how the laws call each operation. They are not in the operations' own headers, because only
+// the laws need them and every include of the library would pay for them.
 #ifndef HYBRIDATTN_TESTING_OPERATIONS_HPP
 #define HYBRIDATTN_TESTING_OPERATIONS_HPP
 
@@ -25,11 +25,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// Whole numbers from first to before last. Tables of a batch are drawn from a Random of their own, the same for every seed.
+// Draws whole numbers from first to last - 1. For tables of a batch, pass a Random of their own, so that they are the same for every seed.
 inline void draw_whole(HostTensor& tensor, Random& random, Index first, Index last) {
   set_each(tensor, [&] { return static_cast<double>(first + random.below(last - first)); });
 }
-// Where each of the batch's choices stands among the rows of all experts: any order, the same for every seed.
+// Draws the row of each choice of the batch among the rows of all experts. The order is arbitrary, but the same for every seed.
 inline void draw_places(HostTensor& places) {
   Random random{Seed{1}, "places"};
   for (std::size_t i = 0; i < places.values.size(); ++i) {
@@ -37,7 +37,7 @@ inline void draw_places(HostTensor& places) {
     std::swap(places.values[i], places.values[static_cast<std::size_t>(random.below(static_cast<Index>(i) + 1))]);
   }
 }
-// Four experts: one without rows, one with most of them, one with the rest, one without.
+// The second of four experts has most rows and the third has the others. The first and the last have none.
 inline constexpr Index experts = 4;
 inline void draw_offsets(HostTensor& offsets, Index rows) {
   double const most = static_cast<double>(rows - rows / 3), all = static_cast<double>(rows);
@@ -70,13 +70,13 @@ template <> struct Operation<Fill> : PlainOperation {
   }
 };
 
-// One element of a token, or more than one task has.
+// One element for each token, or more elements for each token than a task has.
 struct ElementwiseOperation : PlainOperation {
   struct Config {
     Index count = 0;   // elements of a token
   };
   static std::vector<Config> sizes() { return {{1}, {120}}; }
-  static bool has_tables(Config const& c) { return c.count > 1; }   // of more elements than tokens none is a token's own
+  static bool has_tables(Config const& c) { return c.count > 1; }   // with more elements than tokens, no element belongs to a token
   static Shape<1> line(Config const& c, Sequences const& s) { return {s.tokens() * c.count}; }
 };
 
@@ -262,7 +262,7 @@ template <> struct Operation<GatedRmsNorm> : PlainOperation {
   }
 };
 
-// Rows of so many columns.
+// An operation on rows.
 struct RowOperation : PlainOperation {
   struct Config {
     Index columns = 0;
@@ -335,7 +335,7 @@ template <> struct Operation<RopeAngles> : PlainOperation {
     Held<S, 3> angles;   // [N, 2, rotary_dim/2]
     HYBRIDATTN_FIELDS(angles)
   };
-  // Without positions a row is that of its place in the batch.
+  // Without positions, a row's angles depend on its place in the batch.
   static bool has_tables(Config const& c) { return !c.positions; }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {c.positions ? Shape<1>{s.tokens()} : Shape<1>{}}; }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), 2, c.options.rotary_dim / 2}}; }
@@ -383,7 +383,7 @@ template <> struct Operation<Rope> : PlainOperation {
 
 // ---- products and tables
 
-// Which of the gradients of x and w are wanted.
+// Which of the gradients of x and w backward computes.
 enum class Wanted { both, of_x, of_w };
 
 template <> struct Operation<Linear> : PlainOperation {
@@ -471,7 +471,7 @@ template <> struct Operation<Embedding> : PlainOperation {
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens()}, {vocabulary, c.columns}}; }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}}; }
   static bool starts_from(Config const& c, std::string_view result) { return result == "d_table" && c.into == Into::add; }
-  // The last one occurs nowhere.
+  // The last token of the vocabulary does not occur.
   static void draw(Config const&, Sequences const&, Random& random, HostGroup& inputs) {
     detail::draw_whole(inputs.at("tokens"), random, 0, vocabulary - 1);
   }
@@ -525,7 +525,7 @@ template <> struct Operation<CausalConv1d> : PlainOperation {
 
 // ---- losses
 
-// The scale is the gradient of the loss; a number on the host.
+// `scale` is the gradient of the loss, a number of the host.
 struct LossOperation : PlainOperation {
   struct Config {
     Index columns = 0, vocabulary = 0;
@@ -537,7 +537,7 @@ struct LossOperation : PlainOperation {
     c.scale = d_outputs.at("loss").values[0];
     return c;
   }
-  // Some tokens are not counted, or none is.
+  // Some tokens are not counted. Without c.counts, no token is counted.
   static void draw(Config const& c, Sequences const&, Random& random, HostGroup& inputs) {
     detail::draw_whole(inputs.at("targets"), random, -1, c.counts ? c.vocabulary : 0);
     inputs.at("loss before").values = {2.5, 3, 1};
@@ -646,7 +646,7 @@ template <> struct Operation<Route> : PlainOperation {
     return {{s.tokens(), experts}, {s.tokens(), top_k}, {s.tokens(), top_k}, c.balanced ? Shape<1>{experts} : Shape<1>{}};
   }
   static bool takes_gradient(Config const&, std::string_view output) { return output != "probabilities"; }
-  // Far enough from each other that no rounding makes a choice.
+  // Logits so far apart that rounding does not change a choice.
   static void draw(Config const&, Sequences const& s, Random& random, HostGroup& inputs) {
     HostTensor& logits = inputs.at("logits");
     for (Index n = 0; n < s.tokens(); ++n)
@@ -692,7 +692,7 @@ template <> struct Operation<Permute> : PlainOperation {
   }
 };
 
-// Rows of two choices of each token.
+// An operation on the rows of two choices of each token.
 struct PlacedOperation : PlainOperation {
   struct Config {
     Index columns = 0;
@@ -803,7 +803,7 @@ template <> struct Operation<ExpertUse> : PlainOperation {
   }
 };
 
-// Of one layer: sums by ExpertUse, and the gradient of a probability the same for every token.
+// The loss of one layer, from the sums of ExpertUse. The gradient of a probability is the same for every token.
 template <> struct Operation<BalanceLoss> : PlainOperation {
   struct Config {
     Index experts = 0;
@@ -849,7 +849,7 @@ template <> struct Operation<BalanceLoss> : PlainOperation {
 
 // ---- the optimizer
 
-// One tensor of parameters, in more blocks than one.
+// One tensor of parameters, in several blocks.
 struct AdamWOperation : PlainOperation {
   struct Config {
     Index count = 0;
@@ -881,7 +881,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
   }
 };
 
-// The step, and whether its check finds a fault.
+// A step, and the fault that its check finds.
 template <> struct Operation<AdamWStep> : AdamWOperation {
   template <class S> struct Outputs {
     Held<S, 1> p, m, v;

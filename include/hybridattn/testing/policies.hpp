@@ -1,5 +1,5 @@
-// What the laws need to know of the library's policies: their references, their sizes, and inputs as they occur. Plain noise
-// would hide what goes wrong at the edges: gates that forget nothing or all, keys that repeat, softmax near one-hot, ties.
+// What the laws need to know of the library's policies: references, sizes and kinds of inputs. Plain noise would not show errors at the
+// edges, so there are also inputs with gates that forget nothing or all, keys that repeat, a softmax near one-hot, and ties.
 #ifndef HYBRIDATTN_TESTING_POLICIES_HPP
 #define HYBRIDATTN_TESTING_POLICIES_HPP
 
@@ -23,12 +23,12 @@ inline void draw_softmax(std::string_view kind, Random& random, HostGroup& x) {
   set_normal(x.at("v"), random);
   HostTensor& k = x.at("k");
   if (kind == "one key for all") correlate(k, 1);
-  if (kind == "early keys stand out")   // by more than e^40: what was summed before has to be scaled
+  if (kind == "early keys stand out")   // by more than e^40, so that the online softmax must scale its sums
     for (Index n = 0; n < k.row_count(); n += 5)
       for (Index e = 0; e < k.row_size(); ++e) k.row(n)[e] *= 30.0 / static_cast<double>(1 + n % 30);
 }
 
-// The indexer's inputs: in whole numbers scores are exact and full of ties.
+// Draws the indexer's inputs. With whole numbers, scores are exact and many of them are equal.
 inline void draw_index(std::string_view kind, Random& random, HostGroup& x) {
   for (char const* name : {"index_q", "index_k", "index_w"}) {
     HostTensor& tensor = x.at(name);
@@ -39,7 +39,7 @@ inline void draw_index(std::string_view kind, Random& random, HostGroup& x) {
   if (kind == "one index key") correlate(x.at("index_k"), 1);
 }
 
-// How far a score may be off that a scalar with this eps computed in any order.
+// The largest error of a score that a scalar with this eps computes in any order.
 inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Inputs<In<double>> const& x, Index t, double eps) {
   double largest = 0;
   for (Index s = 0; s <= t; ++s) {
@@ -54,13 +54,14 @@ inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Input
 inline bool all_whole(View<double const, 2> rows) {
   return std::all_of(rows.data, rows.data + rows.count(), [](double x) { return x == std::round(x) && std::abs(x) < 8; });
 }
-// Whole numbers times a power of two: no rounding in any scalar, in any order.
+// Whole numbers times a power of two are not rounded, in any scalar and in any order.
 inline bool scores_are_exact(dsa::Config const& c, dsa::Inputs<In<double>> const& x) {
   int exponent;
   return std::frexp(std::abs(c.index_scale), &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) &&
          all_whole(x.index_w);
 }
-// Of query t: keys in ascending order, none unseen, none twice, and none left out that scores more; ties as dsa.hpp (2) says.
+// Says what is wrong with the keys of a query, or "". They must be keys with the k largest scores among the visible ones, as far as
+// rounding can tell, in ascending order, each only once. Ties must be as dsa.hpp (2) says.
 inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t const* keys, Index k, double rounding) {
   Index const seen = std::ssize(scores), count = std::min(k, seen);
   std::vector<std::int32_t> best(static_cast<std::size_t>(k));
@@ -107,7 +108,7 @@ template <FullOptions O> struct Reference<FullAttention<O>> {
 };
 template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
   static constexpr bool overflows_like_loops = true;
-  // The options are values to the kernels: other windows need not see every head dim again. Heads of 12 fill no vector.
+  // Options are values to the kernels, so windows are judged with fewer head dimensions. Heads of 12 do not fill a vector.
   static std::vector<full::Config> sizes() {
     std::vector<full::Config> list{
         {.num_heads = 2, .num_kv_heads = 1, .head_dim = 12}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
@@ -168,7 +169,7 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
       list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .index_heads = 3});
       list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
     }
-    // The stages that train the indexer. The dense one knows no top_k.
+    // The stages that train the indexer. The dense one does not depend on top_k.
     bool const is_default = O.top_k == SparseOptions{}.top_k;
     list.push_back(at(is_default ? list[1] : list[0], Stage::sparse));
     if (is_default) list.push_back(at(list[0], Stage::dense_warm_up));

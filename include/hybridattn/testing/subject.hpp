@@ -1,6 +1,6 @@
-// What the laws judge: a policy or an operation, as tensors on the host that go in and tensors on the host that come out. The laws
-// are ordinary run-time code over this. Only what makes a Subject of a policy (adaptor.hpp) or of an operation (operation.hpp), on a
-// backend and in a scalar, is a template.
+// A Subject is a policy or an operation that the laws judge. It takes tensors on the host and returns tensors on the host. The laws are
+// ordinary functions. Only the code that makes a Subject of a policy (adaptor.hpp) or of an operation (operation.hpp), on a backend and
+// in a scalar, is a template.
 #ifndef HYBRIDATTN_TESTING_SUBJECT_HPP
 #define HYBRIDATTN_TESTING_SUBJECT_HPP
 
@@ -16,10 +16,10 @@ struct Case {
   bool carried = true;   // with the states that pass from one part of a sequence to the next
 };
 
-// What an earlier run on the same backend left in scratch memory: there was none, it worked on the same numbers, or on NaNs.
+// The earlier run on the same backend, which leaves its numbers in scratch memory: none, one on the same inputs, or one on NaNs.
 enum class Leftovers { none, numbers, nan };
 
-// What surrounds a run, and must not matter.
+// The circumstances of a run. The result must not depend on them.
 struct Surroundings {
   int threads = 1;
   double unwritten = not_a_number;   // in all results before they are written
@@ -31,7 +31,7 @@ struct Surroundings {
 
 struct Result {
   HostGroup outputs, saved, gradients;   // gradients have the names of their inputs
-  std::string trespass;                  // where a run wrote outside, or nothing
+  std::string trespass;                  // where a run wrote outside its results, or ""
   std::size_t scratch = 0;               // bytes of the backend's pool that the run took at most, on top of the tensors
   std::ptrdiff_t kept = 0;               // and those that it did not give back
 };
@@ -45,7 +45,7 @@ struct Footprint {   // of a run on one thread
 
 namespace detail {
 
-// Every length at which a kernel's blocks begin, end or are missing.
+// Lengths at which a kernel has no block, whole blocks, or a block that is not full.
 inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
 
 }  // namespace detail
@@ -57,13 +57,12 @@ class Subject {
   virtual std::string name() const = 0;
   virtual double eps() const = 0;         // of the scalar
   virtual double tolerance() const = 0;   // of a result in double, relative to the largest element
-  // Kinds of inputs. The first is ordinary and smooth: finite differences are taken there.
+  // Kinds of inputs. The first is ordinary and smooth, because finite differences are taken there.
   virtual std::vector<std::string> kinds() const = 0;
-  // Batches that the laws are judged on. What one sequence holds must not depend on another: the rows of an operation on rows are
-  // sequences of one token.
+  // Batches on which the laws judge. No sequence may depend on another, so an operation on rows has sequences of one token.
   virtual Sequences batch() const { return detail::all_lengths(); }
   virtual Sequences small_batch() const { return packed({1, 2, 0, 19, 40}); }
-  virtual bool has_tables() const { return false; }           // an input speaks of the batch as a whole
+  virtual bool has_tables() const { return false; }           // an input is a table of the whole batch
   virtual bool works_in_place() const { return false; }       // a result may stand in the memory of an argument
   virtual bool has_states() const { return false; }           // an input initial_x for an output final_x
   virtual bool saved_is_linear() const { return true; }       // in the number of tokens
@@ -73,7 +72,7 @@ class Subject {
   // Two seeds differ in every value.
   virtual Case sample(std::string const& kind, Sequences const& sequences, std::uint64_t seed, bool carried) const = 0;
   virtual Result run(Case const& x, Surroundings const& around) const = 0;
-  // The reference in the subject's scalar or in double, with the choices that `chosen` holds.
+  // The result of the reference loops in the subject's scalar or in double, with the choices in `chosen`.
   virtual Result loops(Case const& x, HostGroup const& chosen, bool in_double) const = 0;
   virtual Footprint footprint(Sequences const& sequences) const = 0;
 
@@ -87,7 +86,7 @@ struct Part {
 
 namespace detail {
 
-// Rows of tokens or sequences from `from`, of a batch of `from_sequences`, to the rows of consecutive parts.
+// Returns the rows of tokens or of sequences that belong to the parts, one part after the other.
 inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, std::vector<Part> const& parts) {
   if (from.rows == RowsOf::other || from.values.empty()) return from;
   HostTensor to = from;
@@ -112,7 +111,7 @@ inline HostGroup rows_of(HostGroup const& from, Sequences const& sequences, std:
 }  // namespace detail
 
 namespace detail {
-// What is only read must stand there as it did: trespass names the first number that does not.
+// A run must not change its arguments. If it did, `trespass` names the first number that changed.
 inline void note_overwritten(HostGroup const& before, HostGroup const& after, std::string& trespass) {
   if (std::string const changed = first_difference(before, after); trespass.empty() && !changed.empty())
     trespass = sentence("a run overwrites what it reads: ", changed);
@@ -129,20 +128,20 @@ inline Case forward_only(Case x) {
   x.d_outputs.clear();
   return x;
 }
-// x, with the rows that `wanted(tensor, row)` names taken from y.
+// Replaces the rows of x for which wanted(tensor, row) holds by those of y.
 template <class Wanted> void replace_rows(HostGroup& x, HostGroup const& y, Wanted wanted) {
   for (std::size_t i = 0; i < x.size(); ++i)
     for (Index row = 0; row < x[i].row_count(); ++row)
       if (wanted(x[i], row)) std::copy_n(y[i].row(row), y[i].row_size(), x[i].row(row));
 }
-// Whole numbers stay: they are indices.
+// Sets all values to NaN. Whole numbers stay, because they are indices.
 inline HostGroup all_nan(HostGroup x) {
   for (HostTensor& tensor : x)
     if (!tensor.whole) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
   return x;
 }
 
-// The earlier run.
+// The inputs of the earlier run that `leftovers` asks for.
 inline Case earlier(Case const& x, Leftovers leftovers) {
   return leftovers == Leftovers::nan ? Case{x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried} : x;
 }

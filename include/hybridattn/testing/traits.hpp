@@ -9,17 +9,17 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// At which sizes a policy is judged, and on which inputs. Specialise as `struct Samples<Mine> : PlainSamples<Mine>`.
+// The sizes at which a policy is judged, and the inputs. Specialise as `struct Samples<Mine> : PlainSamples<Mine>`.
 template <class P> struct PlainSamples {
   using Config = typename P::Config;
 
   static std::vector<Config> sizes() { return {Config{}}; }   // a 0 stands for the default at model_dim 32, num_heads 2
-  // With the tensors that a batch of training leaves out.
+  // Inputs and outputs with all tensors, also those that a batch of training leaves out.
   static auto inputs(Config const& c, Sequences const& s) { return P::inputs(c, s); }
   static auto outputs(Config const& c, Sequences const& s) { return P::outputs(c, s); }
-  // False where Saved grows faster than the number of tokens, as the policy's options demand.
+  // False if the policy's options make Saved grow faster than the number of tokens.
   static constexpr bool saved_is_linear = true;
-  // True where a kernel sums large numbers in the order of the reference: it is NaN and infinite where that is, sign included.
+  // True if a kernel sums large numbers in the order of the reference, so that it is NaN or infinite, sign included, where that is.
   static constexpr bool overflows_like_loops = false;
 
   // Kinds of inputs; the first one is ordinary and smooth.
@@ -32,8 +32,8 @@ template <class P> struct PlainSamples {
 };
 template <class P> struct Samples : PlainSamples<P> {};
 
-// The equations as loops, in any scalar: P::Reference if there is one, otherwise what the policy has for Cpu. In the whole
-// numbers of `saved`, forward finds the choices of the kernel that it shall be compared with, and keeps them.
+// The equations as loops, in any scalar: P::Reference if there is one, otherwise On<P, Cpu>. When forward begins, the whole numbers of
+// `saved` hold the kernel's choices. A reference uses these choices and does not change them.
 template <class P> struct PlainReference {
   static constexpr double tolerance = 1e-11;   // of a result in double
 
@@ -56,8 +56,8 @@ template <class P> struct PlainReference {
 };
 template <class P> struct Reference : PlainReference<P> {};
 
-// A policy that chooses specialises this with a static std::string wrong(config, sequences, inputs, saved, eps): what is
-// wrong with the choices in `saved`, made in a scalar with that eps; "" if they are right. The tensors are in double.
+// A policy that makes choices specialises this with a static std::string wrong(config, sequences, inputs, saved, eps). It returns what is
+// wrong with the choices in `saved`, made in a scalar with this eps, or "" if they are right. The tensors are in double.
 template <class P> struct Choices {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing

@@ -1,4 +1,4 @@
-// An endless loop is a red test, and not a suite that hangs.
+// A Watchdog makes an endless loop a failed test instead of tests that hang.
 #ifndef HYBRIDATTN_TESTING_WATCHDOG_HPP
 #define HYBRIDATTN_TESTING_WATCHDOG_HPP
 
@@ -16,7 +16,8 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// Watches what runs while it lives. An endless loop cannot be stopped from outside, so by default the program ends, and says why.
+// Watches the code that runs while it lives. After `patience` it calls `bark`. An endless loop cannot be stopped from outside, so by
+// default `bark` ends the program and says why.
 class Watchdog {
  public:
   static inline std::chrono::milliseconds patience =
@@ -32,7 +33,7 @@ class Watchdog {
   Watchdog& operator=(Watchdog const&) = delete;
   ~Watchdog() { stop(); }
 
-  // The end of what it watched: whether that came in time.
+  // Ends the watch. Returns whether the watched code ended in time.
   bool stop() {
     {
       std::lock_guard const lock{mutex_};
