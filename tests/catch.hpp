@@ -1,4 +1,4 @@
-// Catch2 as it is packaged: version 2 on Debian 12, version 3 elsewhere.
+// Includes Catch2, which is version 2 on Debian 12 and version 3 elsewhere.
 #ifndef HYBRIDATTN_TESTS_CATCH_HPP
 #define HYBRIDATTN_TESTS_CATCH_HPP
 

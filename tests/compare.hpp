@@ -1,4 +1,4 @@
-// How the tests of the kernels compare what they get.
+// The tests of the kernels compare results with these functions.
 #ifndef HYBRIDATTN_TESTS_COMPARE_HPP
 #define HYBRIDATTN_TESTS_COMPARE_HPP
 

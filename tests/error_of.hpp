@@ -1,4 +1,4 @@
-// The sentence of what is thrown.
+// Returns the message of a thrown Error.
 #ifndef HYBRIDATTN_TESTS_ERROR_OF_HPP
 #define HYBRIDATTN_TESTS_ERROR_OF_HPP
 
@@ -8,7 +8,7 @@
 
 inline constexpr char const* no_error = "no error";
 
-// What f throws says; `no_error` where it returns. Exceptions that are not the library's pass.
+// Returns the message of the Error that f throws, or `no_error` if f returns. Other exceptions are not caught.
 template <class F> std::string error_of(F f) {
   try {
     f();

@@ -1,4 +1,4 @@
-// A disk that fails at one of this program's reads. For one file of a program.
+// Makes one of the program's reads fail, as a broken disk does. Include it in one source file of a program.
 #ifndef HYBRIDATTN_TESTS_FAILING_READ_HPP
 #define HYBRIDATTN_TESTS_FAILING_READ_HPP
 
@@ -9,9 +9,9 @@
 
 namespace failing_read {
 
-inline int done = 0, which = -1;   // calls of pread; the one that fails, or none
+inline int done = 0, which = -1;   // calls of pread so far, and the call that fails or -1
 
-// How many reads f does when none fails.
+// Returns how many reads f does when none fails.
 template <class F> int count(F f) {
   which = -1;
   done = 0;
@@ -27,7 +27,7 @@ template <class F> void at(int read, F f) {
 
 }  // namespace failing_read
 
-// In place of the system's, under its name for the linker: a checked libc has defined the other one already.
+// Replaces the system's pread. It has pread's name only for the linker, because headers of a hardened libc define pread already.
 extern "C" ssize_t hybridattn_failing_pread(int file, void* into, size_t count, off_t offset) __asm__("pread");
 extern "C" ssize_t hybridattn_failing_pread(int file, void* into, size_t count, off_t offset) {
   if (failing_read::done++ != failing_read::which) return ::syscall(SYS_pread64, file, into, count, offset);

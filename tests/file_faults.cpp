@@ -1,7 +1,8 @@
-// Makes the n-th call of one kind fail, in a program that is started with this preloaded:
+// Makes the n-th call of one function fail, in a program that is started with this library preloaded:
 //   FILE_FAULT="write 3 ENOSPC" FILE_FAULT_MARK=fired LD_PRELOAD=./file_faults.so PROGRAM
-// Calls: open (of a new file), write, fsync, close, rename, read. Kinds: EIO, EINTR and SHORT (half of it is written or read) happen once, ENOSPC from then on;
-// KILL ends the process before the call. Standard streams are left alone. The mark is a file that is made when it happens.
+// The functions are open (of a new file), write, fsync, close, rename and read. EIO, EINTR and SHORT (which writes or reads half) fail one
+// call, ENOSPC fails this call and all later ones, and KILL ends the process before the call. Calls on standard streams never fail. The
+// file FILE_FAULT_MARK is made when the call fails.
 #include <cerrno>
 #include <csignal>
 #include <cstdarg>
@@ -28,7 +29,7 @@ struct Plan {
   }
   bool is(char const* word) const { return std::strcmp(kind, word) == 0; }
 
-  // What happens to this call; errno is set.
+  // Returns what happens to this call, and sets errno.
   Fault next(char const* name) {
     if (std::strcmp(name, call) != 0) return Fault::none;
     ++seen;
@@ -88,7 +89,7 @@ int fsync(int file) { return plan().next("fsync") != Fault::none ? -1 : real<int
 int rename(char const* from, char const* to) {
   return plan().next("rename") != Fault::none ? -1 : real<int(char const*, char const*)>("rename")(from, to);
 }
-// Linux closes a file whatever it answers.
+// Linux closes a file even if close returns an error.
 int close(int file) {
   Fault const fault = file > 2 ? plan().next("close") : Fault::none;
   int const error = errno, result = real<int(int)>("close")(file);

@@ -1,5 +1,5 @@
-// Golden values: inputs, outputs and gradients by implementations that have nothing to do with this library, one
-// safetensors file a case. A family is a function that runs one case; here is what all of them need.
+// Golden values are inputs, outputs and gradients of implementations that share no code with this library. Each case is a safetensors
+// file. A family is a function that runs one case. This header has what all families need.
 #ifndef HYBRIDATTN_TESTS_GOLDEN_HPP
 #define HYBRIDATTN_TESTS_GOLDEN_HPP
 
@@ -38,12 +38,12 @@ using ha::Shapes;
 using ha::Tensor;
 using ha::View;
 
-// Every family the tests know. A file of another one fails, so that no file is passed over in silence.
+// The families that the tests know. A file of another family is a failure, so that no file is skipped in silence.
 inline constexpr std::array<std::string_view, 11> operator_families{
     "adamw", "causal_conv1d", "cross_entropy", "gated_rms_norm", "gdn_gate", "l2_norm", "moe", "rms_norm", "rope", "schedule", "swiglu"};
 inline constexpr std::array<std::string_view, 6> policy_families{"dsa", "dsa_kl", "full", "full_layer", "gdn", "gdn_layer"};
 
-// Another folder of the same layout can be named by the environment.
+// The environment can name another folder of the same layout.
 inline bool elsewhere() { return std::getenv("HYBRIDATTN_GOLDEN_DIR") != nullptr; }
 inline std::filesystem::path folder() {
   return std::filesystem::path(elsewhere() ? std::getenv("HYBRIDATTN_GOLDEN_DIR") : HYBRIDATTN_GOLDEN_DIR) / "policies";
@@ -56,7 +56,7 @@ inline std::vector<std::filesystem::path> files() {
   return result;
 }
 
-// One file: its options, and which of its tensors have been used.
+// A file with its options and tensors. It notes which tensors have been used.
 class Case {
  public:
   explicit Case(std::filesystem::path const& path) : file_(path) {}
@@ -98,7 +98,7 @@ class Case {
   bool contains(std::string const& tensor) const { return file_.contains(tensor); }
   std::vector<double> doubles(std::string const& tensor) const { return used_.insert(tensor), file_.read_doubles(tensor); }
   std::vector<std::int64_t> integers(std::string const& tensor) const { return used_.insert(tensor), file_.read_int64s(tensor); }
-  // Nothing of ours corresponds to this tensor.
+  // Counts a tensor as used that the library has no tensor for.
   void pass_over(std::string const& tensor) const { used_.insert(tensor); }
   std::string unused() const {
     std::string names;
@@ -112,7 +112,7 @@ class Case {
   mutable std::set<std::string> used_;
 };
 
-// A tensor of a file that holds several of ours, group after group: in each of `groups`, the group's share of every part.
+// A tensor of a file that holds several tensors of the library. It has `groups` groups; each has an equal share of every part.
 template <class T> struct Fused {
   std::string name;
   Index groups;
@@ -122,7 +122,7 @@ template <class T, int... Ranks> Fused<T> fused(std::string name, Index groups, 
   return {.name = std::move(name), .groups = groups, .parts = {ha::flat(parts)...}};
 }
 template <class T, int Rank> Fused<T> one(std::string name, View<T, Rank> part) { return fused(std::move(name), 1, part); }
-// f(element of the file's tensor, element of the part that holds it)
+// Calls f(number of an element in the file's tensor, the element in the part that holds it).
 template <class T, class F> void for_each_element(Fused<T> const& tensor, F f) {
   std::size_t next = 0;
   for (Index group = 0; group < tensor.groups; ++group)
@@ -137,23 +137,23 @@ struct Worst {
   std::string where = "nothing";
 };
 
-// The error of a tensor is max|a - b| / max(max|b|, smallest): what is zero on paper may be rounding, 1e-14 in double.
-// In float the inputs are the same numbers, since all of them are exact there, and only rounding is left: 170 eps, for sums of
-// some hundred terms and some ten roundings in a row, of 0.1 at least, since inputs are of size one.
+// The error of a tensor is max|a - b| / max(max|b|, smallest), because a result that is zero on paper may be rounding, 1e-14 in double.
+// All inputs are exact in float, so only rounding is left in float. Its tolerance is 170 eps, for sums of some hundred terms and some ten
+// roundings in a row. There `smallest` is 0.1, because inputs are of size one.
 template <class T> inline constexpr double smallest = sizeof(T) == 4 ? 0.1 : 1e-3;
 inline constexpr double float_tolerance = 2e-5;
 
-// One case in one precision: reads the inputs, judges the results.
+// Runs one case in one precision. It reads the inputs and judges the results.
 template <class T> class Run {
  public:
   Run(Case const& c, Worst& worst) : c_(c), worst_(worst) {}
 
   Case const& c() const { return c_; }
   Cpu& cpu() { return cpu_; }
-  // The rounding of a score, eps times its size, is a relative error of its exponential.
+  // Widens the tolerance. The rounding of a score, eps times its size, is a relative error of the score's exponential.
   void expect_scores(double largest) { float_tolerance_ += largest * std::numeric_limits<float>::epsilon(); }
 
-  // A tensor of the file, its axes grouped as we like. Not in the file: a tensor that is not there.
+  // Reads a tensor of the file in this shape. read_if_there returns an empty tensor if the file does not have it.
   template <int Rank> Tensor<T, Rank, Cpu> read(std::string const& name, Shape<Rank> shape) {
     auto const elements = c_.doubles(name);
     return make(std::vector<T>(elements.begin(), elements.end()), shape);
@@ -176,7 +176,7 @@ template <class T> class Run {
     ha::upload(cpu_, elements, tensor);
     return tensor;
   }
-  // What an operator must fill: it begins as NaN.
+  // A tensor that an operator must fill. It holds NaN before.
   template <int Rank> Tensor<T, Rank, Cpu> unset(Shape<Rank> shape) {
     return make(std::vector<T>(static_cast<std::size_t>(shape.count()), std::numeric_limits<T>::quiet_NaN()), shape);
   }
@@ -233,7 +233,7 @@ struct Family {
   void (*in_float)(Run<float>&) = nullptr;   // null: it has no float form
 };
 
-// Runs every case of a family, and says how many there were and how far off the worst one is.
+// Runs every case of a family, and prints how many there were and the largest error.
 inline void check(Family const& family) {
   Index count = 0;
   Worst in_double, in_float;

@@ -1,5 +1,5 @@
-// A policy whose inputs are not projections of x: multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) without its rotary
-// part. Queries come through a low rank, keys and values from one latent vector of each token:
+// A policy whose inputs are not projections of x. It is multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) without its rotary
+// part. Queries come from a vector of low rank, keys and values from one latent vector of each token:
 //   a = norm(x W_a^T)   q = a W_q^T      c = norm(x W_c^T)   k = c W_k^T   v = c W_v^T      o = softmax attention
 #ifndef HYBRIDATTN_TESTS_LATENT_HPP
 #define HYBRIDATTN_TESTS_LATENT_HPP
@@ -104,8 +104,8 @@ struct Attention : ha::PolicyDefaults {
   static auto cache(Config const& c, ha::Index batch, ha::Index capacity) { return Attend::cache(c.attend, batch, capacity); }
 };
 
-// The same with an indexer (DeepSeek Sparse Attention), whose inputs come from the projections too: its loss trains parameters of
-// Prepare alone, and its gradient stops before the projections.
+// The same with an indexer (DeepSeek Sparse Attention), whose inputs come from the projections too. The gradient of its loss stops
+// before the projections, so this loss trains only parameters of Prepare.
 using Select = ha::SparseAttention<ha::SparseOptions{.top_k = 4, .qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>;
 
 struct IndexedConfig {
@@ -180,7 +180,7 @@ struct Indexed : ha::PolicyDefaults {
   static auto saved(Config const& c, ha::Sequences const& s) { return Select::saved(c.staged(), s); }
 };
 
-// Norms after the branches, for all policies of a list but the first.
+// Places the norms after the branches for all policies of a list except the first.
 template <class First, class... Policies, class Config> void norms_after(ha::Types<First, Policies...>, Config& config) {
   ((config.template norm_placement<Policies>() = ha::NormPlacement::after), ...);
 }

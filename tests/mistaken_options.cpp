@@ -1,4 +1,4 @@
-// Options of policies: mistakes.sh gives POLICY one that must not compile; without it all of these do.
+// Options of policies. Those below must compile. mistakes.sh defines POLICY as a policy that must not compile.
 #include <hybridattn/attention/attention.hpp>
 
 namespace ha = hybridattn;

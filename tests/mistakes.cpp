@@ -1,4 +1,4 @@
-// What a user gets wrong, one at a time: -DMISTAKE=0 compiles, every other number must not, and the first error says what to do.
+// Mistakes of users. -DMISTAKE=0 compiles. Every other number makes one mistake that must not compile. The first error says what to do.
 #include <hybridattn/hybridattn.hpp>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ using Layers = ha::Pattern<"LDFL">;
 #endif
 static_assert(Layers::depth == 4);
 
-// A policy of one's own: a token sees itself.
+// A policy of the user, in which a token sees itself alone.
 struct Mine : ha::PolicyDefaults {
   struct Config {
     ha::Index num_heads = 0, head_dim = 0;

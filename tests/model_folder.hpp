@@ -1,4 +1,4 @@
-// Folders of the Hugging Face layout in tests: small ones that are right, what can be changed in them, and what reading them says.
+// Small folders of the Hugging Face layout for tests, functions that change them, and functions that return the errors of reading them.
 #ifndef HYBRIDATTN_TESTS_MODEL_FOLDER_HPP
 #define HYBRIDATTN_TESTS_MODEL_FOLDER_HPP
 
@@ -35,20 +35,20 @@ inline void check_says(std::string const& message, std::initializer_list<std::st
 }
 
 inline Json config_of(fs::path const& folder) { return Json::parse(content_of(folder / "config.json")); }
-// A config.json with some fields changed; null removes one.
+// Returns a folder's config.json with some fields changed. A null removes a field.
 inline std::string config_with(char const* changes, fs::path const& folder = tiny) {
   auto json = config_of(folder);
   json.merge_patch(Json::parse(changes));
   return json.dump();
 }
-// What reading this config.json says.
+// Returns the error of reading this config.json.
 template <class Model> std::string config_message(std::string const& config) {
   ScratchFolder const scratch;
   scratch.file("config.json", config);
   return error_of([&] { hf::config<Model>(scratch.path()); });
 }
 
-// A checkpoint's tensors, to be changed and written again.
+// A tensor of a Checkpoint, which tests change and write again.
 struct Stored {
   std::string dtype;
   std::vector<Index> shape;
@@ -81,18 +81,18 @@ inline void write(ScratchFolder const& scratch, std::string_view name, Checkpoin
   scratch.file(name, bytes_of(std::vector{std::uint64_t{text.size()}}) + text + data);
 }
 
-// Loads a folder and writes what came of it as the first releases are written.
+// Loads a folder and saves its model in the default Format of the family.
 template <class Model> void load_and_save(fs::path const& from, fs::path const& to, hf::Family const& family) {
   ha::Cpu cpu{1};
   Model const model{hf::config<Model>(from)};
   hf::save(cpu, model, hf::load<double>(cpu, model, from), to, {.family = &family});
 }
-// What loading a folder says.
+// Returns the error of loading a folder.
 template <class Model> std::string load_message(fs::path const& folder) {
   ha::Cpu cpu{1};
   return error_of([&] { hf::load<double>(cpu, Model{hf::config<Model>(folder)}, folder); });
 }
-// The same of the small model with these tensors.
+// Returns the error of loading the small model with these tensors.
 inline std::string load_message(Checkpoint const& checkpoint) {
   ScratchFolder const scratch;
   scratch.file("config.json", content_of(tiny / "config.json"));

@@ -1,4 +1,5 @@
-// A part of a program, compiled as function PART: it trains a model of every policy and says what it has found, to the last bit.
+// A part of a program, compiled as the function PART. It trains a model of every policy and returns the bits of the loss, the number of
+// threads, and whether indices are checked.
 #include <hybridattn/hybridattn.hpp>
 
 #include <sys/resource.h>
@@ -26,7 +27,7 @@ double trained() {
   return model.loss(cpu, params, batch).loss;
 }
 
-// Whether reading beside a view ends the program. It is tried in a process of its own, which leaves no core file; there is memory.
+// Whether reading beside a view ends the program. The read is in a child process without a core file. There is memory beside the view.
 bool checks_indices() {
   pid_t const child = fork();
   if (child == 0) {

@@ -1,4 +1,4 @@
-// How much memory a piece of a program has at once, beyond what it had before: counted at operator new. For one file of a program.
+// Counts in operator new how much memory a piece of a program takes at once. Include it in one source file of a program.
 #ifndef HYBRIDATTN_TESTS_PEAK_MEMORY_HPP
 #define HYBRIDATTN_TESTS_PEAK_MEMORY_HPP
 
@@ -13,7 +13,7 @@
 namespace memory {
 
 inline std::atomic<std::ptrdiff_t> in_use = 0, peak = 0, takes = 0;
-inline std::size_t largest = ~std::size_t{0};   // block that can be had
+inline std::size_t largest = ~std::size_t{0};   // the largest block that operator new gives
 
 inline void* take(std::size_t bytes, std::size_t alignment) {
   if (bytes > largest) throw std::bad_alloc();
@@ -31,7 +31,7 @@ inline void* take(std::size_t bytes, std::size_t alignment) {
 }
 
 struct Use {
-  std::ptrdiff_t bytes = 0, takes = 0;   // at most at once; how often it asked
+  std::ptrdiff_t bytes = 0, takes = 0;   // the most bytes at once, beyond those before; the number of allocations
 };
 template <class F> Use of(F f) {
   auto const bytes_before = in_use.load(), takes_before = takes.load();

@@ -1,5 +1,5 @@
-// A backend that records what a step asks of it, with copies of the arguments, and does it again: what a machine with captured
-// graphs does.
+// A backend that records the operations of a step, with copies of the arguments, and runs them again, as a machine with captured graphs
+// does.
 #ifndef HYBRIDATTN_TESTS_RECORDER_HPP
 #define HYBRIDATTN_TESTS_RECORDER_HPP
 
@@ -33,13 +33,14 @@ class Recorder {
   bool owns(void const* memory) const { return cpu_.owns(memory); }
   hybridattn::Pool& pool() { return cpu_.pool(); }
 
-  // work(cpu) owns all that it needs. An operation's own memory is not among the blocks of this backend: a replay takes it anew.
+  // work(cpu) owns all that it needs. Scratch memory of an operation comes from scratch_, not from the blocks of this backend, so a replay
+  // takes it anew.
   template <class Work> void run(Work work) {
     work(scratch_);
     if (recording_) recorded_.push_back(std::move(work));
   }
-  // Both record and replay leave the blocks of the recorded work where they are, as a graph does: whoever replays must not have
-  // taken memory in between that he wants to keep.
+  // As a captured graph does, a replay uses the same blocks as the recorded work. A caller that wants to keep memory must not take it
+  // between recording and replay.
   template <class Work> void record(Work work) {
     recorded_.clear();
     recording_ = true;
@@ -62,7 +63,7 @@ static_assert(hybridattn::Backend<Recorder>);
 
 namespace recorder_detail {
 
-// An argument as a recording keeps it: the sequences of a batch, whose table stands on the machine, by address; all else by value.
+// How a recording keeps an argument: sequences of a batch by address, because their table is on the machine, all others by value.
 template <class Argument> auto kept(Argument const& argument) {
   if constexpr (std::is_base_of_v<hybridattn::Sequences, Argument>) return std::cref(argument);
   else return argument;
@@ -70,7 +71,7 @@ template <class Argument> auto kept(Argument const& argument) {
 
 }  // namespace recorder_detail
 
-// Where operations that one text computes on every backend leave room for others, see On.
+// Operations that one template computes on every backend need this specialisation instead of one of On. See On.
 template <class Op> struct hybridattn::detail::OnInner<Op, Recorder> {
   template <class C = Cpu, class... Args>
   static auto forward(Recorder& recorder, Args const&... args) -> decltype(On<Op, C>::forward(std::declval<C&>(), args...)) {

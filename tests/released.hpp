@@ -1,4 +1,4 @@
-// Released models in tests: their types, and whether two folders hold the same tensors.
+// Types of released models for tests, and a comparison of two folders' tensors.
 #ifndef HYBRIDATTN_TESTS_RELEASED_HPP
 #define HYBRIDATTN_TESTS_RELEASED_HPP
 
@@ -17,12 +17,12 @@ using ModelOf = hybridattn::LanguageModel<hybridattn::Pattern<
     hybridattn::Alphabet<hybridattn::Letter<'L', hybridattn::GDN>,
                          hybridattn::Letter<'F', hybridattn::FullAttention<hybridattn::FullOptions{.rotary_percent = rotary_percent}>>>>>;
 
-// How much of a head the full attention of a folder turns, in percent.
+// The share of a head that a folder's full attention turns, in percent.
 inline double rotary_percent_of(hybridattn::hugging_face::Settings const& settings) {
   return 100 * settings.of_family.at(hybridattn::hugging_face::qwen::rotary_share).get<double>();
 }
 
-// The first tensor that is not the same in both folders, bit for bit; empty if there is none.
+// Names the first tensor that is not the same in both folders, bit for bit, or returns "".
 inline std::string differing_tensor(std::filesystem::path const& ours, std::filesystem::path const& theirs) {
   hybridattn::Safetensors const a{ours / "model.safetensors"}, b{theirs / "model.safetensors"};
   for (auto const& [name, info] : b.tensors()) {

@@ -1,4 +1,4 @@
-// A folder of its own for a test's files, gone at the brace; and a disk that is full.
+// A temporary folder for a test's files, which the destructor removes, and a simulation of a full disk.
 #ifndef HYBRIDATTN_TESTS_SCRATCH_FOLDER_HPP
 #define HYBRIDATTN_TESTS_SCRATCH_FOLDER_HPP
 
@@ -43,7 +43,7 @@ inline std::string content_of(std::filesystem::path const& path) {
   return {std::istreambuf_iterator<char>{file}, {}};
 }
 
-// While it lives no file of this process can grow beyond `bytes`.
+// While a FullDisk lives, no file of this process can grow beyond `bytes`.
 class FullDisk {
  public:
   explicit FullDisk(rlim_t bytes) {

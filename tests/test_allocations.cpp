@@ -1,4 +1,4 @@
-// A training step or decoding step after the first asks the allocator for nothing: counted at operator new, under every container.
+// A training step or a decoding step after the first one allocates no memory. operator new counts, so all containers are included.
 #include "catch.hpp"
 
 #include <hybridattn/hybridattn.hpp>
@@ -43,7 +43,7 @@ TEST_CASE("a training step after the first allocates nothing", "[laws]") {
   ha::Batch next;
   task.next_batch(2, 64, next);
   for (int step = 0; step < 3; ++step) {
-    task.next_batch(2, 64, next);   // other tokens: the experts get other numbers of them
+    task.next_batch(2, 64, next);   // other tokens, so that each expert gets another number of tokens
     refill(cpu, batch, next.tokens, next.targets);
     long const before = allocations;
     auto const result = train_step(cpu, model, params, optimizer, batch);

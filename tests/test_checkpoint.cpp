@@ -1,4 +1,4 @@
-// Checkpoints: a run goes on bit for bit, whenever its process was killed, and never with what does not belong to it.
+// Checkpoints. A run goes on from a checkpoint bit for bit, whenever its process was killed, and refuses a checkpoint that does not fit.
 #include "catch.hpp"
 #include "error_of.hpp"
 #include "failing_read.hpp"
@@ -45,7 +45,7 @@ ha::AdamWOptions adamw() {
   return {.learning_rate = 3e-3, .decays = [](std::string_view path) { return !path.ends_with("norm"); }};
 }
 
-// All a training run consists of.
+// A training run with its model, parameters, optimizer and data.
 struct Run {
   ha::Cpu cpu;
   Model model;
@@ -75,7 +75,7 @@ struct Run {
   }
 };
 
-// Every bit of parameters and moments.
+// Appends every bit of a group.
 template <class Group> void append_bits(ha::Cpu& cpu, Group const& group, std::string& bits) {
   ha::zip(
       [&](ha::Path const&, auto const& tensor) {
@@ -103,7 +103,7 @@ std::string saved_run(ScratchFolder const& folder) {
   return content_of(folder / "run.safetensors");
 }
 
-// The file with another header, or other words in its JSON.
+// Functions that change a file's header, or the JSON in it.
 Json header_of(std::string const& file) {
   std::uint64_t length = 0;
   std::memcpy(&length, file.data(), sizeof length);
@@ -116,7 +116,7 @@ std::string with_header(std::string const& file, Json const& header) {
   std::uint64_t const now = text.size();
   return std::string(reinterpret_cast<char const*>(&now), sizeof now) + text + file.substr(8 + length);
 }
-// With a JSON merge patch (RFC 7396: null removes) of its header, or of the JSON in there.
+// with_tensors applies a JSON merge patch (RFC 7396: null removes) to the header, with_json to the checkpoint's JSON in the header.
 std::string with_tensors(std::string const& file, Json const& patch) {
   Json header = header_of(file);
   header.merge_patch(patch);
@@ -130,7 +130,7 @@ std::string with_json(std::string const& file, Json const& patch) {
   return with_tensors(file, inner);
 }
 
-// What loading it says; the run keeps every bit.
+// Returns the error of loading a file. After an error the run must have every bit that it had before.
 std::string refusal(Run& run, std::filesystem::path const& path) {
   std::string const before = bits_of(run);
   std::string const said = error_of([&] { load_checkpoint(run.cpu, path, run.model, run.params, run.optimizer); });
@@ -190,7 +190,7 @@ TEST_CASE("a header says what a file holds") {
   CHECK(json["model"]["feed_forward"]["expert_dim"] == 8);
   CHECK(json["layers"][2]["options"]["top_k"] == 5);
   CHECK(json["layers"][1]["options"]["qk_norm"] == "zero_centred");
-  CHECK(json["layers"][0]["sizes"]["key_dim"] == 8);   // completed
+  CHECK(json["layers"][0]["sizes"]["key_dim"] == 8);   // no longer the 0 that stands for a default
   CHECK(!json["layers"][2]["sizes"].contains("stage"));
   CHECK(json["layers"][2]["norm_placement"] == "after");
   CHECK(!json["layers"][0].contains("norm_placement"));
@@ -500,7 +500,7 @@ TEST_CASE("a policy of one's own is described as far as it says how") {
 
 namespace {
 
-// This program again, with a hidden test of its own, and the folder to work in. What it writes to descriptor 3 can be read.
+// Runs a hidden test of this program in a child process, in a given folder. `report` reads what the child writes to descriptor 3.
 class Child {
  public:
   Child(char const* test, std::filesystem::path const& folder) {
@@ -521,7 +521,7 @@ class Child {
     ::kill(process_, SIGKILL);
     ::waitpid(process_, nullptr, 0);
   }
-  // The next number it reports; nothing when it has ended, or has not reported yet and we do not wait.
+  // Returns the next number that the child reports. Returns nothing if the child has ended, or has not reported yet and `wait` is false.
   std::optional<Index> report(bool wait) {
     pollfd wanted{reports_.number(), POLLIN, 0};
     Index number = 0;
@@ -542,7 +542,7 @@ std::filesystem::path folder_of_child() {
 
 }  // namespace
 
-// Not a test: what the next one kills. Every step ends with a checkpoint, and then a report.
+// The process that the next test kills. Every step ends with a checkpoint and then a report.
 TEST_CASE("trains until it is killed", "[.trains]") {
   auto const path = folder_of_child() / "run.safetensors";
   Run run;
@@ -562,7 +562,7 @@ TEST_CASE("killed at any moment, the last finished checkpoint opens, and the run
   int in_the_middle = 0;
   for (int round = 0; round < 20; ++round) {
     Child child{"[.trains]", folder.path()};
-    // Every second one may die before it has done anything, the others while they train.
+    // Every second process may be killed before it has done anything, the others are killed while they train.
     if (round % 2 == 0) finished = child.report(true).value_or(finished);
     std::this_thread::sleep_for(std::chrono::microseconds(random.below(round % 2 == 0 ? 50'000 : 100'000)));
     child.kill();
@@ -581,11 +581,11 @@ TEST_CASE("killed at any moment, the last finished checkpoint opens, and the run
   whole.train(last.progress.step);
   CHECK((bits_of(last) == bits_of(whole)));
   CHECK(same_bits(last.progress.history["loss"], whole.progress.history["loss"]));
-  last.save(path);   // and with it goes what the killed left
+  last.save(path);   // removes the temporary files that killed processes left
   CHECK(std::distance(std::filesystem::directory_iterator{folder.path()}, {}) == 1);
 }
 
-// Not a test: what tests/open_checkpoint.py opens, and what it must find there.
+// Writes a checkpoint for tests/open_checkpoint.py, and what that script must find in it.
 TEST_CASE("writes a checkpoint and what is in it", "[.writes]") {
   auto const folder = folder_of_child();
   Run run;
@@ -598,7 +598,7 @@ TEST_CASE("writes a checkpoint and what is in it", "[.writes]") {
         [&](ha::Path const& tensor_path, auto const& tensor) {
           auto const host = download(run.cpu, tensor);
           if (host.empty()) return;
-          std::uint64_t sum = 0;   // of bits, each times its place
+          std::uint64_t sum = 0;   // of each element's bits times its number
           for (std::size_t i = 0; i < host.size(); ++i) sum += std::uint64_t{std::bit_cast<std::uint32_t>(host[i])} * (i + 1);
           auto const extents = tensor.shape();
           std::vector<Index> const shape(std::begin(extents.extent), std::end(extents.extent));
@@ -620,7 +620,7 @@ TEST_CASE("a sweep refuses what another one put into its folder after it looked"
   sweep::Memory const memory{ours, {"linear_only"}, state}, theirs{other, {"linear_only"}, state};
   memory.check();
 
-  // A checkpoint. `load` is what reads it.
+  // A checkpoint of another sweep, or one that does not fit.
   Run run;
   run.train(1);
   for (auto const* series : {"training", "elapsed"}) run.progress.history[series] = {1};
@@ -639,7 +639,7 @@ TEST_CASE("a sweep refuses what another one put into its folder after it looked"
   run.save(memory.checkpoint("linear_only"));
   CHECK_THROWS_WITH(memory.resumed("linear_only", load), Contains("3 of 2 steps"));
 
-  // A result: of other arguments, of another pattern, of too few steps.
+  // Results of other arguments, of another pattern, and of too few steps.
   theirs.finish({.name = "linear_only", .letters = "LLLL", .losses = {1, 2, 3}});
   CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("--steps 3") && Contains("--steps 2") && Contains("another --out"));
   memory.finish({.name = "linear_only", .letters = "FFFF", .losses = {1, 2}});

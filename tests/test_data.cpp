@@ -18,7 +18,7 @@ using ha::Index;
 
 namespace {
 
-// Position i holds byte i mod 251: a window tells where it was cut.
+// Position i holds byte i mod 251, so the bytes of a window show where it was cut.
 std::string counting_text(std::size_t bytes) {
   std::string text;
   for (std::size_t i = 0; i < bytes; ++i) text += static_cast<char>(i % 251);

@@ -1,4 +1,4 @@
-// Decoding: whole models go on from a cache as if they had read everything at once; then text, token by token.
+// Decoding. A model that goes on from a cache computes what it computes from all tokens at once, and generates text token by token.
 #include "catch.hpp"
 #include "compare.hpp"
 #include "latent.hpp"
@@ -18,7 +18,7 @@ namespace {
 using Windowed = ha::FullAttention<ha::FullOptions{.window = 7}>;
 using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5}>;
 using Mixed = ha::Stack<ha::GDN, Windowed, Sparse, ha::Full>;
-// Every option that decoding meets, away from its default, and a policy whose inputs are not projections.
+// Every option that changes decoding has another value than its default, and one policy has inputs that are not projections.
 using Bare =
     ha::Stack<latent::Attention, ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
               ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>,
@@ -62,7 +62,7 @@ template <class Stack, class T> struct Fixture {
   explicit Fixture(int threads = 2) : cpu(threads) {}
 
   auto cache(Index batch, Index capacity) { return ha::make_cache<T>(cpu, model, {.batch = batch, .capacity = capacity}); }
-  // In one forward.
+  // Logits of one forward over all tokens.
   Rows<T> whole(TokenLists const& tokens) {
     std::vector<std::int32_t> flat;
     std::vector<Index> lengths;
@@ -73,7 +73,7 @@ template <class Stack, class T> struct Fixture {
     auto const saved = model.forward(cpu, params, make_batch(cpu, packed(lengths), flat, flat));
     return split(download(cpu, model.logits(cpu, params, saved)), tokens);
   }
-  // The tokens in calls that go on from each other, `next` of them at a time.
+  // Logits of calls of extend. next(call, length of a sequence) says how many tokens of a sequence a call reads.
   template <class Next> Rows<T> decoded(TokenLists const& tokens, Next next, auto& cache) {
     Rows<T> rows(tokens.size());
     std::vector<std::size_t> done(tokens.size());
@@ -111,7 +111,7 @@ template <class Stack, class T> struct Fixture {
   }
 };
 
-// Ways to read: each is the number of tokens that a call takes of a sequence.
+// Functions for `next`.
 Index one_by_one(Index, Index) { return 1; }
 Index half_then_one(Index call, Index length) { return call == 0 ? length / 2 : 1; }
 auto in_pieces() {
@@ -136,7 +136,7 @@ std::vector<Index> const lengths{1, 33, 0, 40, 2};
 
 }  // namespace
 
-// A step's extend is called or refused, never passed over.
+// NamesExtend holds for an extend that cannot be called too. So it is an error of the compiler, and decoding does not skip it.
 struct WithWrongExtend {
   template <class T> static void extend(T);
 };
@@ -165,7 +165,7 @@ TEMPLATE_TEST_CASE("a model that goes on from a cache gives what the whole forwa
 TEST_CASE("a window's ring holds the last keys at their positions, whatever was written over", "[laws]") {
   auto const tokens = some_tokens({40});
   Fixture<ha::Stack<Windowed>, float> f;
-  Fixture<ha::Stack<ha::Full>, float> g;   // the same parameters; keys of a first layer depend on nothing else
+  Fixture<ha::Stack<ha::Full>, float> g;   // has equal parameters and so, in the first layer, equal keys
   auto ring = f.cache(1, 50);
   auto line = g.cache(1, 50);
   f.decoded(tokens, in_pieces(), ring);
@@ -246,7 +246,7 @@ template <class P> void check_that_overflow_is_refused() {
 
 TEST_CASE("a policy refuses what its own cache cannot hold") {
   check_that_overflow_is_refused<ha::Full>();
-  check_that_overflow_is_refused<Windowed>();   // whose ring is smaller than its window here
+  check_that_overflow_is_refused<Windowed>();   // the ring is smaller than the window here
   check_that_overflow_is_refused<Sparse>();
 }
 
@@ -261,7 +261,7 @@ TEMPLATE_TEST_CASE("a cache takes the bytes announced, and no step but the first
   extend(f.cpu, f.model, f.params, next, cache);
   auto const allocations = f.cpu.pool().allocations(), kept = f.cpu.pool().in_use();
   for (int step = 0; step < 20; ++step) {
-    next[0][0] = next[1][0] = static_cast<std::int32_t>(step % V);   // other experts
+    next[0][0] = next[1][0] = static_cast<std::int32_t>(step % V);   // tokens of other experts
     extend(f.cpu, f.model, f.params, next, cache);
   }
   CHECK(f.cpu.pool().allocations() == allocations);

@@ -1,4 +1,4 @@
-// Released models decode what the published implementation decodes: what they remember of a prompt, then token by token.
+// Released models decode as the published implementation does. Compared are the cache after a prompt and the logits of each later token.
 #include "catch.hpp"
 
 #include "golden.hpp"
@@ -15,7 +15,7 @@ using ha::Index;
 
 namespace {
 
-// f<Model>() for the folder's own model, if this test compiles it.
+// Calls f<Model>() for the folder's model, if this test compiles it.
 template <int rotary_percent, ha::Text... patterns, class F> bool try_patterns(hf::Settings const& s, F& f) {
   auto const is = [&]<std::size_t size>(ha::Text<size> text) { return s.pattern == std::string(text.letters); };
   return rotary_percent_of(s) == rotary_percent &&
@@ -41,7 +41,7 @@ ha::TokenLists lists(ha::Safetensors const& file, std::string const& name) {
   return result;
 }
 
-// [batch, rows, ...] as the file has it: heads before positions, or channels before positions with one input more than we need.
+// Reorders [batch, rows, ...] to the order of the file, in which heads or channels come before positions.
 std::vector<double> in_released_order(std::vector<double> const& ours, Index batch, Index rows, Index outer, Index inner, Index count) {
   std::vector<double> result;
   for (Index b = 0; b < batch; ++b)
@@ -52,7 +52,7 @@ std::vector<double> in_released_order(std::vector<double> const& ours, Index bat
       }
   return result;
 }
-// Of [B, channels, W], channels first .. first + count, the last W - 1 inputs.
+// The last W - 1 inputs of channels first .. first + count of a tensor [B, channels, W].
 std::vector<double> conv_of(ha::Safetensors const& file, std::string const& name, Index first, Index count) {
   auto const all = file.read_doubles(name);
   auto const shape = file.info(name).shape;
@@ -65,7 +65,7 @@ std::vector<double> conv_of(ha::Safetensors const& file, std::string const& name
   return result;
 }
 
-// What a layer remembers, as far as it is one of ours.
+// The error of a layer's cache.
 double cache_error(ha::Cpu& cpu, ha::full::Cache<ha::Owned<double, ha::Cpu>> const& layer, ha::Safetensors const& file,
                    std::string const& prefix, Index length) {
   auto const shape = layer.keys.shape();

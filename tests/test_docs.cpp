@@ -1,4 +1,4 @@
-// What the pages say is so: errors that they quote are thrown, options that they list exist, links lead somewhere.
+// The pages are right. Errors that they quote are thrown, options that they list exist, and links lead to files.
 #include "catch.hpp"
 #include "error_of.hpp"
 #include "scratch_folder.hpp"
@@ -132,7 +132,7 @@ std::set<std::string> errors_of_steps() {
   return errors;
 }
 
-// The members of a struct in a header, with what they start as.
+// The members of a struct in a header, with their default values.
 std::vector<std::pair<std::string, std::string>> members(std::string const& header, std::string const& name) {
   std::string const text = content_of(root / "include/hybridattn" / header);
   auto const start = text.find("struct " + name + " {");
@@ -151,7 +151,7 @@ std::vector<std::string> unlisted(std::string const& page, std::string const& he
   return missing;
 }
 
-// Numbers that an attention layer remembers of a token.
+// How many numbers an attention layer saves of a token for backward.
 template <class Policy> ha::Index remembered(typename Policy::Config const& c) {
   ha::Index count = 0;
   ha::zip([&](ha::Path const&, auto const& shape) { count += shape.count(); },
@@ -159,7 +159,7 @@ template <class Policy> ha::Index remembered(typename Policy::Config const& c) {
   return count / 100;
 }
 
-// Numbers that its cache holds for one sequence with room for `capacity` tokens.
+// How many numbers its cache holds for one sequence of up to `capacity` tokens.
 template <class Policy> ha::Index cached(typename Policy::Config const& c, ha::Index capacity) {
   ha::Index count = 0;
   ha::zip([&](ha::Path const&, auto const& shape) { count += shape.count(); }, Policy::cache(c, 1, capacity));

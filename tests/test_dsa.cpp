@@ -23,7 +23,7 @@ namespace {
 template <class T> constexpr T unwritten = std::numeric_limits<T>::quiet_NaN();
 template <> constexpr std::int32_t unwritten<std::int32_t> = std::numeric_limits<std::int32_t>::min();
 
-// A tensor in the middle of what nobody writes: a token of it before and after, and between the tokens.
+// A tensor with guards before it, behind it and between its tokens. No kernel may write a guard.
 template <class T, int Rank> class Guarded {
  public:
   explicit Guarded(ha::Shape<Rank> shape) : shape_(shape), stride_(ha::View<T, Rank>(nullptr, shape).stride) {
@@ -41,7 +41,7 @@ template <class T, int Rank> class Guarded {
     return result;
   }
   std::vector<T> tokens() { return tokens(0, shape_[0]); }
-  // Every element written, with numbers, and none besides.
+  // Whether every element was written with a number, and no guard was written.
   bool is_filled_and_no_more() {
     auto const is_number = [](T x) { return x - x == T(0) && x != unwritten<T>; };
     auto const written = std::count_if(elements_.begin(), elements_.end(), is_number);
@@ -54,10 +54,10 @@ template <class T, int Rank> class Guarded {
   std::vector<T> elements_;
 };
 
-// Numbers for the indexer whose scores are exact: small integers, with all their ties.
+// The numbers of the indexer. With small integers, scores are exact and many are equal.
 enum class Scores { random, integers };
 
-// One forward and backward. The values are floats in every scalar, so that runs in float and double mean the same.
+// One forward and backward. The values are floats in every scalar, so that runs in float and in double have the same inputs.
 template <class T> struct Run {
   ha::SparseOptions o;
   dsa::Config c;
@@ -100,7 +100,7 @@ template <class T> struct Run {
   dsa::Outputs<ha::In<T>> upstream() { return {.o = d_y.view(), .auxiliary_loss = {}}; }
   void forward(ha::Cpu& cpu) { dsa::forward<T>(cpu, o, c, s, x(), outputs(), saved()); }
   void backward(ha::Cpu& cpu) { dsa::backward<T>(cpu, o, c, s, x(), in(outputs()), in(saved()), upstream(), d_x()); }
-  // On the keys that another run chose.
+  // Runs the reference on the keys that another run chose.
   template <class U> void by_reference(Run<U>& other) {
     for (Index n = 0; n < s.tokens(); ++n) std::copy_n(other.indices.token(n), indices.token_size(), indices.token(n));
     dsa::reference::attend<T>(c, s, x(), indices.view(), outputs(), lse.view());
@@ -122,7 +122,7 @@ template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
   return run;
 }
 
-// What tokens first .. last of a stand for, and as many of b from `other` on.
+// Whether tokens first .. last of a have the outputs and choices of as many tokens of b from `other` on.
 template <class T> bool same_outputs(Run<T>& a, Run<T>& b, Index first, Index last, Index other) {
   Index const end = other + last - first;
   return same_bits(a.results(first, last), b.results(other, end)) && a.indices.tokens(first, last) == b.indices.tokens(other, end);
@@ -132,7 +132,7 @@ std::vector<Index> const all_lengths{1, 0, 2, 31, 33, 64, 65, 0, 130, 0};
 std::vector<ha::SparseOptions> const some_options{{.top_k = 8}, {.top_k = 64}},
     all_options{{.top_k = 1}, {.top_k = 8}, {.top_k = 16}, {.top_k = 64}, {.top_k = 200}, {.top_k = 0, .top_k_percent = 50}};
 
-// Against the loops in double on the kernel's own choices: as near as twice the loops in float, or the tolerance of a double.
+// Compares a run with the loops in double on the kernel's choices. In float the error may be twice that of the loops in float.
 template <class T> void check_values(ha::Cpu& cpu, ha::SparseOptions o, dsa::Config const& config, ha::Sequences const& s) {
   auto result = computed(cpu, Run<T>(o, config, s));
   Run<T> naive(o, config, s);
@@ -157,7 +157,7 @@ template <class T> void check_values(ha::Cpu& cpu, ha::SparseOptions o, dsa::Con
   }
 }
 
-// The largest score that a query left out may beat the smallest one it chose by no more than both can be off.
+// The largest score that a query left out may exceed the smallest score that it chose only by the rounding of both.
 template <class T> void check_choices(Run<T>& run) {
   Run<double> exact(run.o, run.c, run.s);
   for (ha::Sequence const sequence : run.s)
@@ -213,7 +213,7 @@ TEMPLATE_TEST_CASE("where scores are exact the choice is the reference's, ties a
     for (auto [HI, DI] : {std::pair<Index, Index>{1, 3}, {4, 8}, {5, 32}, {8, 20}, {13, 16}}) {
       Run<TestType> run(o, {.head_dim = 16, .index_heads = HI, .index_dim = DI, .index_scale = 0.5}, packed(all_lengths), Scores::integers);
       for (Index n = 0; n < run.s.tokens(); ++n) {
-        if (n % 7 == 3) run.index_k.fill_token(n, 0);  // every score 0, some of them -0
+        if (n % 7 == 3) run.index_k.fill_token(n, 0);  // makes scores of 0 and -0
         if (n % 5 == 4) std::copy_n(run.index_k.token(n - 3), run.index_k.token_size(), run.index_k.token(n));  // twice the same key
       }
       Run<TestType> truth = run;
@@ -236,7 +236,7 @@ TEMPLATE_TEST_CASE("the choice is a top k within rounding", "", float, double) {
 
 TEMPLATE_TEST_CASE("sparse attention equals its equations for every head dim, length and number of keys", "", float, double) {
   ha::Cpu cpu{2};
-  for (Index D : {8, 20, 64, 112})   // the laws have others
+  for (Index D : {8, 20, 64, 112})   // the laws judge other head dimensions
     for (auto o : D == 20 || D == 64 ? all_options : some_options)
       check_values<TestType>(cpu, o, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, packed(all_lengths));
   check_values<TestType>(cpu, {.top_k = 16}, {.num_heads = 2, .num_kv_heads = 1, .head_dim = 256}, packed({65, 0, 2, 33}));
@@ -267,12 +267,12 @@ TEMPLATE_TEST_CASE("choosing has no gradient, and none is written where none is 
 
 namespace {
 
-// A policy in a stage that trains its indexer, as the laws see it.
+// A policy in a stage that trains its indexer, as a subject of the laws.
 template <int top_k, class T> auto trained(dsa::Config config, ha::Stage stage) {
   config.stage = stage;
   return ha::testing::Adaptor<ha::SparseAttention<ha::SparseOptions{.top_k = top_k}>, ha::Cpu, T>{config};
 }
-// What backward of a case gives when some of what it may read or write is not there.
+// A case whose backward gets only some of the gradients of outputs, or computes only some gradients.
 template <class T> struct Partly {
   ha::Cpu cpu{2};
   dsa::Config config;
@@ -297,7 +297,7 @@ template <class T> struct Partly {
   }
   dsa::Inputs<ha::Out<T>> wanted() { return out(d_x); }
   dsa::Outputs<ha::In<T>> upstream() { return in(d_y); }
-  // Gradients of q, k, v, index_q, index_k, index_w; 7 where nothing was written.
+  // The gradients of q, k, v, index_q, index_k and index_w. Elements that backward did not write are 7.
   std::vector<std::vector<T>> backward(dsa::Outputs<ha::In<T>> d_outputs, dsa::Inputs<ha::Out<T>> d_inputs) {
     ha::zip([](ha::Path const&, auto& tensor) { ha::fill(out(tensor), T(7)); }, d_x);
     ha::On<ha::DSA, ha::Cpu>::backward<T>(cpu, config, s, in(x), in(y), in(saved), d_outputs, d_inputs);

@@ -1,5 +1,5 @@
-// A family of released models that the library has never heard of, with a policy of its own among its layers: it is defined here,
-// and no file of the library knows it.
+// A family of released models that this file defines and the library does not know. It has kinds of layers that the library's families
+// do not have.
 #include "catch.hpp"
 #include "error_of.hpp"
 #include "scratch_folder.hpp"
@@ -14,8 +14,7 @@ using ha::Index;
 
 namespace {
 
-// Layers of sparse and of full attention, named by letters; tied embeddings, and names of
-// tensors as no other family has them.
+// Layers of sparse and of full attention, named by letters, with tied embeddings and names of tensors that no other family has.
 namespace made_up {
 
 using Classic = ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 100}>;
@@ -81,7 +80,7 @@ using Model = ha::LanguageModel<ha::Stack<Classic, Picky, Picky>>;
 constexpr char const* config = R"({"model_type": "made_up", "mix": "CPP",
   "words": 11, "width": 16, "heads": 2, "hidden": 24})";
 
-// The small model's tensors, each element another number.
+// Writes the tensors of a small model. Each element is another number.
 void write_weights(std::filesystem::path const& path) {
   ha::SafetensorsWriter writer;
   std::deque<std::vector<float>> kept;

@@ -22,7 +22,7 @@ namespace {
 
 template <class T> constexpr T not_a_number = std::numeric_limits<T>::quiet_NaN();
 
-// A tensor in the middle of NaNs: a token of them before and after, and between the tokens.
+// A tensor with NaNs before it, behind it and between its tokens. No kernel may write there.
 template <class T, int Rank> class Guarded {
  public:
   explicit Guarded(ha::Shape<Rank> shape) : shape_(shape), stride_(ha::View<T, Rank>(nullptr, shape).stride) {
@@ -40,7 +40,7 @@ template <class T, int Rank> class Guarded {
   T* token(Index n) { return elements_.data() + (n + 1) * stride_[0]; }
   Index token_size() const { return shape_.count() / std::max<Index>(shape_[0], 1); }
   void fill_token(Index n, T value) { std::fill_n(token(n), token_size(), value); }
-  // Every element written, with numbers, and none besides.
+  // Whether every element was written with a number, and nothing else was written.
   bool is_filled_and_no_more() {
     auto const is_number = [](T x) { return x - x == T(0); };
     auto const written = std::count_if(elements_.begin(), elements_.end(), is_number);
@@ -53,7 +53,7 @@ template <class T, int Rank> class Guarded {
   std::vector<T> elements_;
 };
 
-// One forward and backward. The values are floats in every scalar, so that runs in float and double mean the same.
+// One forward and backward. The values are floats in every scalar, so that runs in float and in double have the same inputs.
 template <class T> struct Run {
   ha::FullOptions o;
   full::Config c;
@@ -90,7 +90,7 @@ template <class T> struct Run {
                                  {.q = d_q.view(), .k = d_k.view(), .v = d_v.view()});
   }
   std::vector<Guarded<T, 3>*> results() { return {&y, &d_q, &d_k, &d_v}; }
-  // Of tokens first .. last.
+  // The outputs and gradients of tokens first .. last.
   std::vector<std::vector<T>> outputs(Index first, Index last) { return {y.tokens(first, last), lse.tokens(first, last)}; }
   std::vector<std::vector<T>> gradients(Index first, Index last) {
     return {d_q.tokens(first, last), d_k.tokens(first, last), d_v.tokens(first, last)};
@@ -109,9 +109,9 @@ template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
 
 std::vector<Index> const all_lengths{1, 0, 2, 31, 32, 33, 63, 64, 65, 0, 130, 257, 0};
 
-// Against the loops in double: as near as twice the loops in float, or the tolerance of a double. Where scores are steep,
-// a score of size S is itself known to eps S only, which moves the weights and all that is made of them by as much: without
-// this term 1 to 7 % of seeds fail, in the loops of another compiler too.
+// Compares a run with the loops in double. In float the error may be twice that of the loops in float. A score of size S has a rounding
+// of eps S, which changes the weights, and all results made of them, by as much. So steep scores have one more term. Without it 1 to 7 %
+// of seeds fail, in the loops of another compiler too.
 template <class T> void check_values(ha::Cpu& cpu, int window, full::Config const& config, ha::Sequences const& s, double steepness = 1) {
   auto result = computed(cpu, Run<T>(window, config, s, steepness));
   Run<T> naive(window, config, s, steepness);
@@ -126,7 +126,7 @@ template <class T> void check_values(ha::Cpu& cpu, int window, full::Config cons
   for (std::size_t i = 0; i < truths.size(); ++i) {
     INFO(names[i] << ", head_dim " << config.head_dim << ", window " << window);
     double const error = max_error(results[i], truths[i]), size = max_abs(truths[i]), eps = std::numeric_limits<T>::epsilon();
-    double const steep = steepness > 1 ? max_abs(truths[1]) : 0;   // lse of a row with one winner is its score
+    double const steep = steepness > 1 ? max_abs(truths[1]) : 0;   // where one key has all the weight, lse is its score
     if constexpr (sizeof(T) == 8) CHECK(error <= 1e-11 * std::max(size, 1e-3));
     else CHECK(error <= 2 * max_error(loops[i], truths[i]) + (4 + steep) * eps * size);
   }
@@ -136,7 +136,7 @@ template <class T> void check_values(ha::Cpu& cpu, int window, full::Config cons
 
 TEMPLATE_TEST_CASE("full attention equals its equations for every head dim, length and window", "", float, double) {
   ha::Cpu cpu{2};
-  for (Index D : {8, 20, 64})   // the laws have others
+  for (Index D : {8, 20, 64})   // the laws judge other head dimensions
     for (int window : {0, 1, 16, 64})
       check_values<TestType>(cpu, window, {.num_heads = 2, .num_kv_heads = 1, .head_dim = D}, packed(all_lengths));
   for (int window : {0, 16})
@@ -151,7 +151,7 @@ TEMPLATE_TEST_CASE("full attention equals its equations for groups of heads and 
 
 TEMPLATE_TEST_CASE("full attention is right where one key takes all", "", float, double) {
   ha::Cpu cpu{1};
-  for (double steepness : {4, 12})   // scores of tens, and of hundreds: references are beaten by more than 2^60
+  for (double steepness : {4, 12})   // scores of tens and of hundreds, which exceed the softmax's reference by more than 2^60
     for (Index D : {32, 64})
       for (int window : {0, 40}) check_values<TestType>(cpu, window, {.num_heads = 1, .head_dim = D}, packed({257, 33}), steepness);
 }

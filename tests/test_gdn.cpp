@@ -22,7 +22,7 @@ namespace {
 
 template <class T> constexpr T not_a_number = std::numeric_limits<T>::quiet_NaN();
 
-// A tensor in the middle of NaNs: a row before, a row after and one number or head between the rows.
+// A tensor with NaNs around it: a row before, a row behind, and a number or a head between the rows. No kernel may write there.
 template <class T, int Rank> class Guarded {
  public:
   explicit Guarded(ha::Shape<Rank> shape) : shape_(shape), stride_(ha::View<T, Rank>(nullptr, shape).stride) {
@@ -41,11 +41,11 @@ template <class T, int Rank> class Guarded {
   void fill_rows(Index first, Index last, T value) {
     for (Index n = first; n < last; ++n) std::fill_n(row(n), row_size(), value);
   }
-  template <class F> void set(F value) {  // floats in every scalar, so that runs in float and double mean the same
+  template <class F> void set(F value) {  // floats in every scalar, so that runs in float and in double have the same inputs
     for (Index n = 0; n < shape_[0]; ++n)
       for (Index e = 0; e < row_size(); ++e) row(n)[e] = static_cast<T>(static_cast<float>(value(n, e)));
   }
-  // Every element written, with numbers, and none besides.
+  // Whether every element was written with a number, and nothing else was written.
   bool is_filled_and_no_more() {
     auto const is_number = [](T x) { return x - x == T(0); };
     auto const written = std::count_if(elements_.begin(), elements_.end(), is_number);
@@ -149,7 +149,7 @@ template <class T> struct Run {
     gdn::reference::forward<T>(c, s, x(), y(), {.error = error.view()});
     gdn::reference::backward<T>(c, s, x(), ha::in(y()), {.error = error.view()}, d_y(), d_x());
   }
-  // Of tokens first .. last.
+  // The outputs and gradients of tokens first .. end.
   std::vector<std::vector<T>> outputs(Index first, Index end) { return {o.rows(first, end), error.rows(first, end)}; }
   std::vector<std::vector<T>> gradients(Index first, Index end) {
     return {d_q.rows(first, end), d_k.rows(first, end), d_v.rows(first, end), d_g.rows(first, end), d_beta.rows(first, end)};
@@ -177,8 +177,8 @@ template <class T> Run<T> computed(ha::Cpu& cpu, Run<T> run) {
 
 std::vector<Index> const all_lengths{1, 0, 2, 3, 63, 64, 65, 130, 0};
 
-// Against the loops in double: as near as twice the loops in float, or the tolerance of a recurrence in double. With beta 2
-// one repeated key turns the state over for ever, and nothing damps the rounding of k . k: that case may drift by an eps a token.
+// Compares a run with the loops in double. In float the error may be twice that of the loops in float. With beta 2 and one key for all
+// tokens, each token reflects the state and no decay reduces the rounding of k . k, so this case may drift by an eps for each token.
 template <class T> void check_values(ha::Cpu& cpu, Problem const& problem, ha::Sequences const& s) {
   auto result = computed(cpu, Run<T>(problem, s));
   Run<T> naive(problem, s);
@@ -212,7 +212,7 @@ TEMPLATE_TEST_CASE("gated delta rule: every size gives the values of the loops a
   struct Dims {
     Index K, V;
   };
-  for (Dims d : {Dims{64, 32}, {16, 16}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})   // the laws have others
+  for (Dims d : {Dims{64, 32}, {16, 16}, {8, 16}, {12, 24}, {1, 3}, {40, 96}})   // the laws judge other sizes
     check_values<TestType>(cpu, {.sizes = sizes(d.K, d.V, 2, 4)}, packed(all_lengths));
   check_values<TestType>(cpu, {.sizes = sizes(160, 48, 1, 3)}, packed({65}));
   check_values<TestType>(cpu, {.sizes = sizes(256, 256)}, packed({65, 3}));
@@ -280,8 +280,8 @@ TEMPLATE_TEST_CASE("gated delta rule: inference without a place for the error gi
 
 namespace {
 
-// How far the gradients of one head's decays are from the truth: relative L2 error, and |sum g (d_g - truth)| in sum |g truth|,
-// which is what reaches a_log.
+// The errors of the gradients of one head's decays. `length` is the relative L2 error. `sum` is |sum g (d_g - truth)| / sum |g truth|,
+// the error that reaches a_log.
 struct DecayErrors {
   double length, sum;
 };
@@ -328,7 +328,7 @@ template <class T> void check_decays(ha::Cpu& cpu, Problem const& problem, Index
 
 }  // namespace
 
-// Euler's relation in place of (7) is off by 2e-3 at g = -5, and by 1e20 at g = -60.
+// With Euler's relation instead of equation (7), the error would be 2e-3 at g = -5, and 1e20 at g = -60.
 TEST_CASE("gated delta rule: the gradient of a decay is right in every head, however strong the decay") {
   ha::Cpu cpu{2};
   for (Gate const& gate : strong_gates())
@@ -421,7 +421,7 @@ TEMPLATE_TEST_CASE("gated delta rule: steps give what the whole sequence gives, 
 
 namespace {
 
-// One number of head 3 (q, k: head 1) at token t of the second sequence, or of its states.
+// A place for a bad value: one number of head 3 (of head 1 in q and k) at token t of the second sequence, or of its states.
 enum class Place { q, k, v, g, beta, initial, d_o, d_last };
 constexpr Place all_places[] = {Place::q, Place::k, Place::v, Place::g, Place::beta, Place::initial, Place::d_o, Place::d_last};
 template <class T> Run<T> with_bad_value(Run<T> run, Place place, Index t, T value) {
@@ -437,8 +437,8 @@ template <class T> Run<T> with_bad_value(Run<T> run, Place place, Index t, T val
   return run;
 }
 template <class T> bool same_number(T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; }
-// Of a run without and with the value, and the same by loops: where the loops are NaN or infinite so is the kernel, and nowhere
-// else; what the value leaves alone in the loops, `keeps_bits(tensor)`, keeps its bits.
+// Results of a run without and with the bad value. The kernel must be NaN or infinite exactly where the loops are. In tensors for which
+// keeps_bits(tensor) holds, elements that the value does not change in the loops must keep their bits in the kernel.
 template <class T> struct WithAndWithout {
   std::vector<std::vector<T>> without, with;
 };
@@ -457,8 +457,8 @@ void check_spread(WithAndWithout<T> const& kernel, WithAndWithout<T> const& loop
 }
 template <class T> struct BadValue {
   T value;
-  bool same_places = true;   // not where a result may overflow in one order of its sums and not in another
-  bool keeps_bits = true;    // not where the value is so small that the loops do not notice it by luck
+  bool same_places = true;   // false if a result may overflow in one order of its sums and not in another
+  bool keeps_bits = true;    // false if the value is so small that it may change nothing in the loops by luck
 };
 template <class T> std::vector<BadValue<T>> bad_values(Place place) {
   using Limits = std::numeric_limits<T>;
@@ -474,7 +474,7 @@ template <class T> std::vector<BadValue<T>> bad_values(Place place) {
 
 }  // namespace
 
-// d_g of a token is a difference of what its later tokens up to the next fresh start leave: v there costs it the last bits.
+// d_g of a token is a difference of sums over later tokens, in which a bad v changes the last bits. So for v its bits are not compared.
 TEMPLATE_TEST_CASE("gated delta rule: NaN, infinite and huge numbers reach what they reach in the loops, and nothing else", "", float,
                    double) {
   ha::Cpu cpu{1};
@@ -494,7 +494,7 @@ TEMPLATE_TEST_CASE("gated delta rule: NaN, infinite and huge numbers reach what 
 
 TEMPLATE_TEST_CASE("gated delta rule: decoding spreads NaN, infinite and huge numbers as the loops do", "", float, double) {
   ha::Cpu cpu{1};
-  for (Index length : {1, 7}) {   // a step, and a forward on the state
+  for (Index length : {1, 7}) {   // one token takes the kernel for a step, more tokens take that of forward
     Run<TestType> const clean({.sizes = sizes(12, 20, 2, 4), .decay = Decay::mild}, packed(std::vector<Index>(3, length)));
     std::vector<Index> const past(3, 1), lengths(3, length);
     auto const s = ha::Sequences::continuing(past, lengths);

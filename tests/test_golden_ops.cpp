@@ -58,7 +58,7 @@ template <class T> void gated_rms_norm(Run<T>& run) {
   run.compare("d_weight", d_w);
 }
 
-// The operator has one eps. Another one is the same function of x stretched: y(x, eps) = y(a x, a^2 eps).
+// The operator has one eps. Another eps is the same function of a stretched x: y(x, eps) = y(a x, a^2 eps).
 template <class T> void l2_norm(Run<T>& run) {
   Case const& c = run.c();
   Shape<2> const rows{c.tokens() * c.size("H"), c.size("D")};
@@ -111,7 +111,7 @@ template <class T> void causal_conv1d(Run<T>& run) {
   if (c.contains("d_initial_state")) run.compare("d_initial_state", d_initial_state);
 }
 
-// The operator makes beta too, which the files leave out.
+// The operator also makes beta, which the files do not have.
 template <class T> void gdn_gate(Run<T>& run) {
   Case const& c = run.c();
   Shape<2> const gates{c.tokens(), c.size("HV")};
@@ -216,7 +216,7 @@ template <class T> void moe(Run<T>& run) {
   run.compare_gradients(mixture_names(out(d_params), config.num_experts));
 }
 
-// What each position is to predict: its own label, or the next one's. The last of a row then predicts nothing.
+// The target of each position. It is the position's own label or, with `shift`, that of the next position, and the last one has no target.
 std::vector<std::int32_t> targets(Case const& c) {
   auto const labels = c.integers("labels");
   Index const T = c.size("T"), shift = c.is("shift") ? 1 : 0;
@@ -256,7 +256,7 @@ template <class T> void cross_entropy(Run<T>& run) {
   run.compare("loss", {static_cast<T>(loss.mean())});
 }
 
-// The tensors of a case of AdamW, as lines; those beyond its number are not there.
+// The tensors of a case of AdamW, as vectors. A case with fewer tensors leaves the last ones empty.
 template <class S> struct Trajectory {
   ha::Held<S, 1> param_0, param_1, param_2, param_3, param_4, param_5;
   HYBRIDATTN_FIELDS(param_0, param_1, param_2, param_3, param_4, param_5)
@@ -280,7 +280,7 @@ ha::AdamWOptions adamw_options(Case const& c) {
   return options;
 }
 
-// AdamW keeps its moments to itself; here they come from its single step, with the file's norms.
+// Computes the moments by single steps, with the norms of the file, and compares them.
 template <class T> void compare_moments(Run<T>& run, std::string const& number, Shape<2> steps) {
   auto const options = adamw_options(run.c());
   auto const gradients = run.read("grad_" + number, steps);

@@ -21,7 +21,7 @@ using ha::View;
 
 namespace {
 
-// What a score can be at most: by Cauchy and Schwarz.
+// A bound of the scores, by the inequality of Cauchy and Schwarz.
 template <class T> double largest_score(Run<T>& run, double scale, Tensor<T, 3, Cpu> const& q, Tensor<T, 3, Cpu> const& k) {
   auto const longest = [&](Tensor<T, 3, Cpu> const& x) {
     auto const elements = ha::download(run.cpu(), x);
@@ -34,7 +34,7 @@ template <class T> double largest_score(Run<T>& run, double scale, Tensor<T, 3, 
   return scale * longest(q) * longest(k);
 }
 
-// The options are a value here, as `On` hands them to the kernels.
+// The options are a run-time value here, because the kernels take them as one.
 template <class T> void full(Run<T>& run) {
   Case const& c = run.c();
   ha::FullOptions const options{.window = c.option_or("window", 0)};
@@ -57,7 +57,7 @@ template <class T> void full(Run<T>& run) {
   run.compare("d_v", d_x.v);
 }
 
-// q and k of length one, as the layer hands them over; and back through that.
+// `unit` makes q or k of length one, as the layer does. `unit_backward` returns the gradient through it.
 template <class T> Tensor<T, 3, Cpu> unit(Run<T>& run, Tensor<T, 3, Cpu> const& raw) {
   auto result = run.unset(raw.shape());
   On<ha::L2Norm, Cpu>::forward(run.cpu(), head_rows(in(raw)), head_rows(out(result)));
@@ -115,8 +115,8 @@ template <class T> void compare_selection(Run<T>& run, Tensor<std::int32_t, 2, C
   for (std::size_t row = 0; row < chosen.size(); row += k)
     counts.push_back(std::count_if(chosen.data() + row, chosen.data() + row + k, [](auto key) { return key >= 0; }));
   run.compare_integers("counts", counts);
-  run.c().pass_over("index_scores");   // never stand in memory
-  run.c().pass_over("indices");        // of a packed row: indices_local says the same
+  run.c().pass_over("index_scores");   // the library never has them in memory
+  run.c().pass_over("indices");        // in a packed row; indices_local has the same keys
 }
 
 template <class T> ha::dsa::Config dsa_config(Run<T>& run) {
@@ -129,7 +129,7 @@ template <class T> ha::dsa::Config dsa_config(Run<T>& run) {
           .index_dim = c.size("DI"),
           .index_scale = c.real("index_scale")};
 }
-// Room for what a number of keys known at run time saves.
+// The shapes of Saved for a number of keys that is known at run time.
 ha::dsa::Saved<ha::Shapes> dsa_saved(ha::SparseOptions options, ha::dsa::Config const& config, ha::Sequences const& s) {
   auto shapes = ha::DSA::saved(config, s);
   if (config.stage != ha::Stage::dense_warm_up) shapes.indices = {s.tokens(), ha::dsa::selection_size(options, s.longest())};
@@ -168,7 +168,7 @@ template <class T> void dsa(Run<T>& run) {
   CHECK((is_zero(run, d_x.index_q) && is_zero(run, d_x.index_k) && is_zero(run, d_x.index_w)));   // choosing has no gradient
 }
 
-// Each query's part of the loss never leaves the kernel: it is asked for them here.
+// Each query's part of the loss. The kernel does not return it, so this calls an inner function of the kernel.
 template <class T>
 std::vector<T> query_losses(Run<T>& run, ha::SparseOptions options, ha::dsa::Config const& config, ha::Sequences const& s,
                             ha::dsa::Inputs<In<T>> x, ha::dsa::Saved<ha::Out<T>> saved) {
@@ -177,7 +177,7 @@ std::vector<T> query_losses(Run<T>& run, ha::SparseOptions options, ha::dsa::Con
   ha::dsa::query_losses<T>(run.cpu(), sets, config, s, x, saved.lse, saved.index_lse, losses.data());
   return losses;
 }
-// The indexer's loss, over every visible key or over those that it selects. The files know no v: here it is zero.
+// The indexer's loss, over all visible keys or over the selected ones. The files have no v, so v is zero here.
 template <class T> void dsa_kl(Run<T>& run) {
   Case const& c = run.c();
   ha::SparseOptions const options{.top_k = c.option("top_k").get<int>()};
@@ -208,10 +208,10 @@ template <class T> void dsa_kl(Run<T>& run) {
   run.compare("d_index_k", d_x.index_k);
   run.compare("d_index_w", d_x.index_w);
   CHECK((is_zero(run, d_x.q) && is_zero(run, d_x.k) && is_zero(run, d_x.v)));
-  for (char const* name : {"target", "index_scores"}) c.pass_over(name);   // never stand in memory
+  for (char const* name : {"target", "index_scores"}) c.pass_over(name);   // the library never has them in memory
 }
 
-// A whole layer with parameters of the given sizes, known to the file by `names`.
+// A whole layer with parameters of the given shapes. `names` gives their names in the file.
 template <class Policy, class T, class Params, class Names>
 void layer(Run<T>& run, typename Policy::Config const& config, Params const& shapes, Names names) {
   using Layer = ha::Attention<Policy>;
@@ -229,7 +229,7 @@ void layer(Run<T>& run, typename Policy::Config const& config, Params const& sha
   run.compare_gradients(names(out(d_params)));
 }
 
-// Positions count from 0 here and from `offset` in the file: rotary turns queries and keys alike, so only differences count.
+// Positions count from 0 here and from `offset` in the file. Scores are the same, because they depend only on differences of positions.
 template <int percent, class T> void full_layer_with(Run<T>& run) {
   using Policy = ha::FullAttention<ha::FullOptions{.rotary_percent = percent}>;
   Case const& c = run.c();
@@ -257,7 +257,7 @@ template <class T> void full_layer(Run<T>& run) {
       [&] { FAIL("layers with " << percent << " % rotary are not compiled here; 25, 50, 75 and 100 % are"); });
 }
 
-// Layout qwen3_next: rows of the projections grouped by key head, the convolutions one after the other.
+// The layout qwen3_next groups rows of the projections by key head, and stacks the convolutions.
 template <class P> auto fused_names(P const& p, Index heads) {
   return std::vector{golden::fused("in_proj_qkvz.weight", heads, p.w.q, p.w.k, p.w.v, p.w_gate),
                      golden::fused("in_proj_ba.weight", heads, p.w.beta, p.w.g),
@@ -267,7 +267,7 @@ template <class P> auto fused_names(P const& p, Index heads) {
                      golden::one("norm.weight", p.finish.norm),
                      golden::one("out_proj.weight", p.w_o)};
 }
-// Layout fla: one matrix for each projection; those that an option leaves out are not there.
+// The layout fla has one matrix for each projection. A projection that an option turns off has none.
 template <class P> auto separate_names(P const& p) {
   std::vector names{
       golden::one("q_proj.weight", p.w.q),       golden::one("k_proj.weight", p.w.k),         golden::one("v_proj.weight", p.w.v),
@@ -281,7 +281,7 @@ template <class P> auto separate_names(P const& p) {
   return names;
 }
 
-// A width of the convolution stands in the type only to size its parameters: with those of the file, one type runs them all.
+// The convolution's width in the type only sets the shapes of its parameters. With the file's shapes, one type runs all widths.
 template <ha::GdnOptions O, class T> void gdn_layer_with(Run<T>& run) {
   using Policy = ha::GatedDeltaNet<O>;
   Case const& c = run.c();

@@ -1,4 +1,4 @@
-// Released models from folders of the Hugging Face layout: all that the published implementation computes from them.
+// Released models in folders of the Hugging Face layout, compared with all that the published implementation computes from them.
 // `test_hugging_face [.table]` prints the errors of every folder.
 #include "catch.hpp"
 
@@ -23,7 +23,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-// Numbers by name: what a model makes of a batch, in the words of the golden files.
+// What a model computes from a batch, under the names of the golden files.
 struct Tensor {
   std::vector<Index> shape;
   std::vector<double> elements;
@@ -43,11 +43,11 @@ struct Tokens {
   }
 };
 
-// A folder's model, its type behind it.
+// A folder's model. The interface does not depend on the model's type.
 struct AnyModel {
   virtual ~AnyModel() = default;
   virtual void set_balance(double coefficient) = 0;
-  // Logits, losses, what flows between the parts, and every gradient.
+  // Logits, losses, activations between the parts, and every gradient.
   virtual Values evaluate(Tokens tokens) = 0;
   virtual ha::StepResult train(Tokens tokens) = 0;
   virtual Values parameters() = 0;
@@ -88,7 +88,7 @@ template <class Model, class T> struct ModelIn final : AnyModel {
   }
   ha::StepResult train(Tokens tokens) override {
     if constexpr (sizeof(T) == 8) return train_step(cpu, model, params, optimizer, tokens.batch(cpu));
-    else return {};   // in double only
+    else return {};   // only in double
   }
   Values parameters() override {
     Values values;
@@ -107,7 +107,7 @@ template <class Model, class T> struct ModelIn final : AnyModel {
     std::string const layer = ".layer" + std::to_string(i);
     keep(values, i == 0 ? "hidden.embedding" : "hidden.layer" + std::to_string(i - 1), block.x);
     keep(values, "mixer_input" + layer, block.x_normed);
-    keep(values, "mixer" + layer, block.h);   // the residual added
+    keep(values, "mixer" + layer, block.h);   // includes the residual, which is subtracted below
     auto& mixed = values["mixer" + layer].elements;
     auto const x = download(cpu, block.x);
     for (std::size_t n = 0; n < x.size(); ++n) mixed[n] -= static_cast<double>(x[n]);
@@ -126,14 +126,14 @@ template <class Model, class T> struct ModelIn final : AnyModel {
 };
 
 using Maker = std::unique_ptr<AnyModel> (*)(fs::path const&);
-using Makers = std::map<std::pair<std::string, double>, Maker>;   // by pattern and per cent of a head that turn
+using Makers = std::map<std::pair<std::string, double>, Maker>;   // by pattern and share of a head that turns, in percent
 template <class T, int rotary_percent, ha::Text... patterns> void add_makers(Makers& makers) {
   ((makers[{patterns.letters, rotary_percent}] = [](fs::path const& folder) -> std::unique_ptr<AnyModel> {
      return std::make_unique<ModelIn<ModelOf<rotary_percent, patterns>, T>>(folder);
    }),
    ...);
 }
-// The folder's own model, or nothing when this program was not compiled for it.
+// The folder's model, or null if this program does not compile its type.
 std::unique_ptr<AnyModel> open_model(Makers const& makers, fs::path const& folder) {
   auto const s = hf::read_settings(folder);
   auto const found = makers.find({s.pattern, rotary_percent_of(s)});
@@ -152,7 +152,7 @@ std::unique_ptr<AnyModel> open_in_float(fs::path const& folder) {
   return open_model(makers, folder);
 }
 
-// The largest error of some values, and which they are; a NaN stays.
+// The largest error and the name of its values. A NaN counts as the largest.
 struct Worst {
   double error = 0;
   std::string where;
@@ -162,7 +162,7 @@ struct Worst {
     if (!std::isnan(error) && !(more <= error)) error = more, where = name;
   }
 };
-// max|a - b| / max|b|, where b is not all rounding.
+// max|a - b| / max(max|b|, 1e-3)
 template <class T> double difference(std::vector<T> const& ours, std::vector<double> const& theirs) {
   REQUIRE(ours.size() == theirs.size());
   Worst worst;
@@ -174,7 +174,7 @@ template <class T> double difference(std::vector<T> const& ours, std::vector<dou
   return worst.error / largest;
 }
 
-// What the published implementation gives for a folder, as far as the folder has it.
+// The files of a folder with the results of the published implementation.
 class Released {
  public:
   explicit Released(fs::path folder) : folder_(std::move(folder)) {}
@@ -214,7 +214,7 @@ struct Errors {
   Index experts_differ = 0;
 };
 
-// Every tensor of a file whose name begins so.
+// Compares every tensor of a file whose name begins with `prefix`.
 void compare_named(Values const& ours, ha::Safetensors const& file, std::string const& prefix, Worst& worst) {
   for (auto const& [name, info] : file.tensors()) {
     if (!name.starts_with(prefix)) continue;
@@ -235,7 +235,7 @@ std::vector<double> softmax_rows(std::vector<double> logits, std::size_t width) 
   }
   return logits;
 }
-// How many tokens have other experts than expected, in whichever order.
+// How many tokens have other experts than expected. The order of the experts does not count.
 Index count_other_experts(std::vector<double> ours, std::vector<double> theirs, Index top_k) {
   REQUIRE(ours.size() == theirs.size());
   Index others = 0;
@@ -266,7 +266,7 @@ void compare_passes(Released const& truth, AnyModel& model, Errors& e) {
     e.logits.add(difference(ours.at("logits").elements, expected.read_doubles("logits")), "T=" + T);
     e.loss.add(std::abs(ours.at("loss").elements[0] - expected.read_doubles("loss")[0]), "T=" + T);
     compare_named(ours, expected, "hidden.", e.hidden);
-    compare_named(ours, expected, "mixer", e.hidden);   // and what goes into it
+    compare_named(ours, expected, "mixer", e.hidden);   // includes mixer_input
     compare_routers(ours, expected, e);
     compare_named(ours, gradients, "grad.", e.gradients);
   }
@@ -312,8 +312,8 @@ void compare_gradients_in_float(Values const& ours, ha::Safetensors const& gradi
   for (auto const& [name, info] : gradients.tensors())
     e.float_gradients.add(difference(ours.at(name).elements, gradients.read_doubles(name)), name);
 }
-// The published code in float32 is up to 5e-6 (logits) and 4e-5 (gradients) away from double; where a folder has what it gave,
-// twice its own error is allowed too.
+// The published code in float32 differs from double by up to 5e-6 (logits) and 4e-5 (gradients). Where a folder has its float32 results,
+// twice their error is allowed too.
 void allow_twice_published(ha::Safetensors const& published, ha::Safetensors const& expected, ha::Safetensors const& gradients, Errors& e) {
   e.float_logits_allowed =
       std::max(e.float_logits_allowed, 2 * difference(published.read_doubles("logits"), expected.read_doubles("logits")));

@@ -1,4 +1,4 @@
-// What a config.json of the Hugging Face layout may say, and what one that is not quite right gets to hear.
+// Which config.json files of the Hugging Face layout are accepted, and the errors for the others.
 #include "model_folder.hpp"
 #include "peak_memory.hpp"
 
@@ -63,7 +63,7 @@ TEST_CASE("a config.json that says what the library cannot compute is refused, f
 }
 
 TEST_CASE("a number of a config.json that no model has is refused, whatever it is written as") {
-  // Sizes: integers from 1, or 0, to what no model comes near.
+  // Sizes are integers from 1, or 0, up to a limit that no model comes near.
   for (char const* size : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
                            "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
                            "linear_conv_kernel_dim", "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
@@ -173,14 +173,14 @@ TEST_CASE("fields that change nothing are passed over") {
     "do_sample": true, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_length": 20, "num_beams": 1, "repetition_penalty": 1.0,
     "task_specific_params": {}, "gradient_checkpointing": true, "attn_implementation": "flash_attention_2", "cache_implementation": null,
     "base_model_tp_plan": {"layers.*": "colwise"}, "keys_to_ignore_at_inference": ["past_key_values"]})");
-  // Null, whatever the name.
+  // A field with any name may be null.
   accepts(
       R"({"rope_scaling": null, "sliding_window": null, "quantization_config": null, "conv_window": null, "final_logit_softcapping": null})");
-  // merge_patch takes null for "not there", so this one is written by hand.
+  // merge_patch removes a field for a null, so this text is made by hand.
   auto text = config_with("{}");
   text.insert(1, R"("quantization_config": null, "conv_window": null, "sliding_window": null, "rope_scaling": null, )");
   CHECK(config_message<Tiny>(text) == no_error);
-  // What is computed anyway.
+  // Values that the library computes with in any case.
   accepts(
       R"({"attention_bias": false, "mlp_bias": false, "qkv_bias": false, "attention_dropout": 0.0, "hidden_dropout": 0, "embd_pdrop": 0.0,
     "hidden_act": "silu", "hidden_activation": "swish", "attn_output_gate": true, "output_gate_type": "swish", "is_encoder_decoder": false,
@@ -191,7 +191,7 @@ TEST_CASE("fields that change nothing are passed over") {
       R"({"d_model": 32, "num_layers": null, "vision_config": {"depth": 3}, "mtp_num_hidden_layers": 1, "num_nextn_predict_layers": 1})");
   accepts(R"({"rope_parameters": {"mrope_section": [2, 1, 1], "factor": 1.0, "original_max_position_embeddings": 4096}})");
   CHECK(config_message<Tiny>(config_with(R"({"num_local_experts": 4, "n_layers": 4})")) == no_error);
-  // What only experts read.
+  // Fields that only a model with experts reads.
   CHECK(config_message<TinySplit>(config_with(R"({"num_experts": 0, "num_experts_per_tok": 2, "output_router_logits": true,
     "router_aux_loss_coef": 0.001, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "norm_topk_prob": true,
     "decoder_sparse_step": 1, "mlp_only_layers": [0], "num_local_experts": 0})",
@@ -285,7 +285,7 @@ TEST_CASE("a folder of other types than the model's is refused, both named") {
   check_says(full_message.operator()<ha::FullOptions{.rotary_percent = 50, .rotary = ha::Rotary::interleaved}>(), {"Rotary::interleaved"});
 }
 
-// Calls of the allocator and bytes at once are bounds that hold on every machine, of memory and of time.
+// The bounds are on allocations and on bytes at once, because they hold on every machine. They limit memory, and time with it.
 TEST_CASE("numbers in the billions cost nothing before they are refused") {
   auto const repeated = [](std::string const& part, std::size_t count) {
     std::string text;
@@ -317,7 +317,7 @@ TEST_CASE("numbers in the billions cost nothing before they are refused") {
     CHECK(use.bytes < 40 * size + 1'000'000);
     CHECK(use.takes < 10 * size + 10'000);
   }
-  // A config.json that is right, and of another size than the weights are.
+  // A config.json that is right, but has other sizes than the weights.
   for (char const* changes : {R"({"num_experts": 1048576})", R"({"vocab_size": 1048576, "hidden_size": 1048576})",
                               R"({"moe_intermediate_size": 1048576, "intermediate_size": 1048576})"}) {
     ScratchFolder const scratch;

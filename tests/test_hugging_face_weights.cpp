@@ -1,4 +1,4 @@
-// What weights may lie in a folder of the Hugging Face layout, and in how many files.
+// Which weights a folder of the Hugging Face layout may have, in one file or in several.
 #include "failing_read.hpp"
 #include "model_folder.hpp"
 
@@ -124,7 +124,7 @@ TEST_CASE("the text model is read out of a multimodal folder") {
   scratch.file("config.json", config.dump());
   check_says(load_message<TinySplit>(scratch.path()), {"the field projector (\"wide\") is unknown", "--ignore-field projector"});
 
-  // As Qwen3.5 is released; what stands outside may also stand inside.
+  // As Qwen3.5 is released. A field of text_config may also stand beside text_config, with the same value.
   config.erase("projector");
   config.update({{"architectures", {"Qwen3_5ForConditionalGeneration"}},
                  {"image_token_id", 1},
@@ -213,11 +213,11 @@ struct Numbers {
   }
 };
 
-// A released model in two files with an index; every other tensor is in the first one, in bfloat16, the others in float16.
+// A released model in two files with an index. Every second tensor is in the first file, in bfloat16; the others are in float16.
 struct TwoFiles {
   std::string const one = "model-00001-of-00002.safetensors", two = "model-00002-of-00002.safetensors";
   ScratchFolder const scratch, written;
-  Checkpoint whole = checkpoint_of(tiny), first, second;   // in float, and what each file has
+  Checkpoint whole = checkpoint_of(tiny), first, second;   // all tensors in float, and the tensors of each file
   Json weight_map = Json::object();
   std::string in_one, in_two;   // a tensor of each file
 
@@ -234,12 +234,12 @@ struct TwoFiles {
   void write_index(Json const& map) const { write_index(Json{{"weight_map", map}}.dump()); }
   void write_index() const { write_index(weight_map); }
   std::string message() const { return load_message<Tiny>(scratch.path()); }
-  // What was loaded, and saved again.
+  // The tensors after loading and saving.
   Checkpoint loaded() const {
     load_and_save<Tiny>(scratch.path(), written.path(), hf::qwen3_next);
     return checkpoint_of(written.path());
   }
-  // Whether the tensor of the first file is loaded with its numbers there.
+  // Whether the tensor in_one is loaded with the numbers of the first file.
   bool loads_first() const { return floats_of(loaded().at(in_one)) == floats_of(whole.at(in_one)); }
 
  private:

@@ -1,4 +1,4 @@
-// How DSA's indexer is trained in a model: which stage moves what, and that what it should learn is learned.
+// Training of DSA's indexer in a model: which parameters each stage changes, and whether the indexer learns.
 #include "catch.hpp"
 #include "latent.hpp"
 
@@ -14,7 +14,7 @@ using ha::Stage;
 
 namespace {
 
-// Indexers of bare projections, with rotary, with a norm as well, and of inputs that Prepare makes.
+// Indexers whose inputs are plain projections, have rotary positions and a norm, or are made by Prepare.
 using Bare = ha::SparseAttention<ha::SparseOptions{.top_k = 6}>;
 using Normed = ha::SparseAttention<ha::SparseOptions{.top_k = 9, .index_rotary_percent = 50, .index_norm = true}>;
 using Rotated = ha::SparseAttention<ha::SparseOptions{.top_k = 4, .qk_norm = ha::QkNorm::none, .index_rotary_percent = 100}>;
@@ -40,7 +40,7 @@ template <class T> bool same_bits(std::vector<T> const& a, std::vector<T> const&
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 bool is_indexer(std::string const& path) { return path.find("index_") != path.npos; }
-// Paths whose values differ, of the indexers or of all else.
+// The paths of the indexers' parameters, or of all others, whose values differ.
 template <class T> std::vector<std::string> changed(Values<T> const& before, Values<T> const& after, bool of_indexers) {
   std::vector<std::string> paths;
   for (auto const& [path, values] : before)
@@ -130,7 +130,7 @@ TEST_CASE("in sparse training each loss gives what it gives alone, bitwise", "[l
     auto doubled = values;
     for (float& x : doubled) x *= 2;
     INFO(path);
-    CHECK(same_bits(doubled, twice.at(path)));   // of the weight of its loss, and of nothing else
+    CHECK(same_bits(doubled, twice.at(path)));   // the weight of its loss alone scales the gradient
     CHECK((values.empty() || values != std::vector<float>(values.size())));
   }
 }
@@ -145,13 +145,13 @@ TEST_CASE("sparse training takes the model where its own loss takes it, and the 
     Fixture<float> with{config, options}, loud{louder, options}, without{config, options};
     auto const result = with.step(Stage::sparse);
     without.step(Stage::language_model);
-    CHECK((max_norm == 0 || result.gradient_norm > max_norm));   // it clips
+    CHECK((max_norm == 0 || result.gradient_norm > max_norm));   // so that the step clips
     auto const params = values_of<float>(with.cpu, with.params);
     CHECK(changed(params, values_of<float>(without.cpu, without.params), false).empty());
     loud.step(Stage::sparse);
     CHECK(changed(params, values_of<float>(loud.cpu, loud.params), false).empty());
 
-    auto quieter = small_config();   // another gradient for all else
+    auto quieter = small_config();   // changes the gradients of all other parameters
     quieter.feed_forward.balance_coefficient = 0;
     Fixture<float> quiet{quieter, options};
     quiet.step(Stage::sparse);
@@ -204,7 +204,7 @@ TEST_CASE("the indexers' loss is a weighted mean over tokens, summed over layers
     CHECK(sums[0] > 0);
     CHECK(f.policy_loss(stage) == Approx((sums[0] + sums[1] + sums[2] + sums[3]) / tokens_in_batch));
     CHECK(weighted.policy_loss(stage) == Approx((sums[0] + 3 * sums[1] + sums[2] + sums[3]) / tokens_in_batch));
-    CHECK(f.policy_loss(stage, 7) == f.policy_loss(stage));   // reported as it is, whatever scales its gradient
+    CHECK(f.policy_loss(stage, 7) == f.policy_loss(stage));   // the scale of its gradient does not change the reported loss
   }
   CHECK(f.policy_loss(Stage::language_model) == 0);
 }
@@ -249,7 +249,7 @@ TEST_CASE("every gradient of an indexer equals finite differences through the wh
 
 TEST_CASE("in every stage, steps over parts of a batch are one step over it, and threads change no bit") {
   for (Stage stage : {Stage::dense_warm_up, Stage::sparse}) {
-    // The balancing loss is a mean over each batch: of one batch it is not the mean of its parts, so it is off here.
+    // The balancing loss of a batch is not the mean over the batch's parts, so it is off here.
     auto config = small_config();
     config.feed_forward.balance_coefficient = 0;
     Fixture<double> whole{config}, parts{config}, on_three{config, {.learning_rate = 1e-2}, 3};
@@ -267,7 +267,7 @@ TEST_CASE("in every stage, steps over parts of a batch are one step over it, and
       double worst = 0;
       for (std::size_t i = 0; i < values.size(); ++i) worst = std::max(worst, std::abs(values[i] - b.at(path)[i]));
       INFO(path);
-      CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its own size: rounding of tiny ones shows
+      CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its size, which enlarges the rounding of tiny gradients
       CHECK(same_bits(values, c.at(path)));
     }
   }
@@ -276,12 +276,12 @@ TEST_CASE("in every stage, steps over parts of a batch are one step over it, and
 TEST_CASE("Saved takes the bytes announced in every stage, and no step but a stage's first allocates") {
   Fixture<float> f;
   auto const batch = f.batch();
-  f.model.forward(f.cpu, f.params, batch);   // rotary angles belong to the batch
+  f.model.forward(f.cpu, f.params, batch);   // makes the rotary angles, which belong to the batch
   for (Stage stage : {Stage::dense_warm_up, Stage::sparse, Stage::language_model}) {
     auto const staged = f.model.at(stage);
     auto const before = f.cpu.pool().in_use();
     auto const saved = staged.forward(f.cpu, f.params, batch);
-    // One number a layer waits for the pass back.
+    // Saved includes one number for each layer, its loss.
     CHECK(f.cpu.pool().in_use() - before == ha::bytes<float>(staged.saved(batch.sequences)));
   }
   for (Stage stage : {Stage::dense_warm_up, Stage::sparse}) {

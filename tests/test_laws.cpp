@@ -1,4 +1,4 @@
-// Every policy inherits every law by standing in the list.
+// Judges every policy in the list by all laws.
 #include "catch.hpp"
 #include "retention.hpp"
 
@@ -16,7 +16,7 @@ template <int percent> using SparseShare = ha::SparseAttention<ha::SparseOptions
 
 using Policies =
     std::tuple<ha::Full, Windowed<1>, Windowed<16>, Windowed<64>, ha::GDN, ha::DSA, Sparse<8>, Sparse<1>, SparseShare<25>, Retention>;
-// One of each family: a backend that wraps another one shares its kernels.
+// One policy of each family is enough on Fake, because Fake uses the kernels of Cpu.
 using OnFake = std::tuple<Windowed<16>, ha::GDN, Sparse<8>, Retention>;
 
 void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
@@ -39,7 +39,7 @@ TEMPLATE_LIST_TEST_CASE("a policy keeps every law in double", "[double]", Polici
 
 namespace {
 
-// One size of each family, with scales below 0.
+// A size of each policy, with scales below 0.
 template <class P> typename P::Config opposite() {
   auto size = ha::testing::Samples<P>::sizes().front();
   size.scale = -0.6;
@@ -64,7 +64,7 @@ TEMPLATE_TEST_CASE("the indexer keeps every law with scales below 0 in the stage
   }
 }
 
-// What has the bits of the CPU keeps the laws that the CPU keeps. Memory is the device's own affair.
+// A policy with the bits of Cpu keeps the laws that it keeps on Cpu, so here only the laws about memory are judged besides.
 TEMPLATE_LIST_TEST_CASE("a policy has the bits of the CPU on a device that the host cannot read, and keeps the laws about memory there",
                         "[float]", OnFake) {
   using Fake = ha::testing::Fake;
@@ -89,7 +89,7 @@ template <class P, class T> void check_bad_values_for_odd_head_dims() {
   for (ha::Index const D : {33, 80}) check_all({bears_bad_values(ha::testing::Adaptor<P, ha::Cpu, T>{with_head_dim<P>(D)})});
 }
 
-// One early key ahead of all others by `lead`, values of about `size`.
+// A case in which the score of one early key exceeds all others by `lead`. Values are of about `size`.
 ha::testing::Case with_a_leading_key(ha::testing::AnyPolicy const& policy, double lead, double size) {
   auto x = detail::sample_to_decode(policy, policy.kinds().front(), ha::testing::packed({150, 40}), 1);
   auto const set_first = [](ha::testing::HostTensor& tensor, ha::Index row, double value) {

@@ -1,5 +1,5 @@
-// A law that cannot be broken proves nothing. Here are policies with one flaw each, and the laws that each of them breaks:
-// those and no others. Most flaws are one unit in the last place, so that only a law about bits can see them.
+// A law that cannot be broken proves nothing. This file has policies with one flaw each. A flaw must break the laws that the tests name,
+// and no others. Most flaws are one unit in the last place, so that only a law about bits can find them.
 #include "catch.hpp"
 #include "retention.hpp"
 
@@ -80,7 +80,7 @@ void spoil(ha::Cpu& cpu, Retention::Config const& c, ha::Sequences const& s, Ret
   if (F == Flaw::writes_outside) (&y.o(0, 0, 0))[-1] = 0;
   if (F == Flaw::ignores_strides) nudge_if(y.o.data[D] != y.o.data[D], y.o(N - 1, 0, 0));
   if constexpr (F == Flaw::keeps_memory) {
-    static auto& kept = *new std::vector<void*>;  // within reach for ever, so that a leak checker has nothing to say
+    static auto& kept = *new std::vector<void*>;  // reachable until the end, so that a leak checker does not report it
     kept.push_back(cpu.take(64));
   }
   if (F == Flaw::quadratic_memory) ha::Tensor<T, 2, ha::Cpu> scores{cpu, {N, N}};
@@ -137,7 +137,7 @@ template <IndexerFlaw F> void spoil_choices(ha::Sequences const& s, ha::View<std
   for (ha::Sequence const sequence : s) {
     if (sequence.length < 65) continue;
     std::int32_t* const keys = indices.row(sequence.start + 63);
-    bool const are_the_first = keys[k - 1] == k - 1;   // of 64 keys: all scores are equal
+    bool const are_the_first = keys[k - 1] == k - 1;   // the first k of 64 keys, chosen if all scores are equal
     if (F == IndexerFlaw::chooses_another_key && !are_the_first) std::iota(keys, keys + k, std::int32_t{20});
     if (F == IndexerFlaw::prefers_later_ties && are_the_first) std::iota(keys, keys + k, static_cast<std::int32_t>(64 - k));
     if (F == IndexerFlaw::chooses_the_future) keys[k - 1] = 64;
@@ -145,8 +145,8 @@ template <IndexerFlaw F> void spoil_choices(ha::Sequences const& s, ha::View<std
   }
 }
 
-// Gated DeltaNet whose gradient of a decay is Euler's relation, exact on paper: sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) +
-// <S_T, d_final_state>. At mild decays nothing is wrong with it.
+// Gated DeltaNet that computes the gradient of a decay by Euler's relation, which is exact on paper: sum_{j >= t} (q_j . d_q_j -
+// v_j . d_v_j) + <S_T, d_final_state>. At mild decays its values are right.
 struct EulersDecay : ha::GDN {};
 
 template <class T>
@@ -165,7 +165,7 @@ void spoil_decays(ha::gdn::Config const& c, ha::Sequences const& s, ha::gdn::Inp
     }
 }
 
-// In decoding alone; forward and backward are sound.
+// Flaws of decoding. Forward and backward are sound.
 enum class DecodingFlaw {
   none,
   begins_anew,
@@ -182,7 +182,7 @@ enum class DecodingFlaw {
   grows,
 };
 struct FlawedDecoder : Retention {
-  static inline DecodingFlaw flaw = DecodingFlaw::none;   // not a type: one policy is enough to compile
+  static inline DecodingFlaw flaw = DecodingFlaw::none;   // a variable and no template parameter, so that one policy is compiled for all
 };
 bool is_decoding(DecodingFlaw flaw) { return FlawedDecoder::flaw == flaw; }
 
@@ -288,14 +288,14 @@ template <IndexerFlaw F> struct ha::On<FlawedIndexer<F>, ha::Cpu> {
 template <IndexerFlaw F> struct ha::testing::Reference<FlawedIndexer<F>> : Reference<FlawlessSparse> {};
 template <IndexerFlaw F> struct ha::testing::Choices<FlawedIndexer<F>> : Choices<FlawlessSparse> {};
 template <IndexerFlaw F> struct ha::testing::Samples<FlawedIndexer<F>> : Samples<FlawlessSparse> {
-  static constexpr bool overflows_like_loops = false;   // forward is the loops', backward the kernel's
+  static constexpr bool overflows_like_loops = false;   // forward is that of the loops, backward that of the kernel
 };
 
 namespace {
 
 using Laws = std::set<std::string>;
 
-// In double: all laws are judged there.
+// Returns the broken laws in double, where all laws are judged.
 template <class P> Laws broken(typename P::Config const& size) {
   Laws names;
   for (auto const& verdict : ha::testing::judge(ha::testing::Adaptor<P, ha::Cpu, double>{size}))
@@ -314,9 +314,9 @@ template <IndexerFlaw F> Laws broken() {
   return broken<FlawedIndexer<F>>({.num_heads = 2, .num_kv_heads = 1, .head_dim = 8, .index_heads = 2, .index_dim = 4, .index_scale = 0.5});
 }
 
-// What a NaN or a wrong number in a result breaks besides.
+// A NaN or a wrong number in a result breaks these laws too.
 Laws const about_values{"true values", "finite differences"};
-// What looks elsewhere sees NaN there, and what is one unit off is finite next to infinity.
+// Many flaws break this law too. A flaw that reads elsewhere reads a NaN there, and a nudge can make an infinity finite.
 Laws const bad_values{"bears bad values"};
 Laws operator+(Laws a, Laws const& b) {
   a.insert(b.begin(), b.end());

@@ -1,4 +1,4 @@
-// What sizes, threads and memory a caller may ask for: all that there is, and an Error that says what did not fit.
+// Which sizes, threads and memory a caller may ask for. If something does not fit, an Error says what.
 #include "catch.hpp"
 #include "error_of.hpp"
 
@@ -59,8 +59,8 @@ struct User {
   void trim() { pool.trim(system.release()); }
 };
 
-// Something like a training step: each layer keeps some blocks until backward, and works on others meanwhile; then one small
-// block for each parameter.
+// Takes and gives blocks as a training step does. Each layer keeps some blocks until backward and works with others meanwhile. Then there
+// is one small block for each parameter.
 void step(User& user, int layers, std::size_t unit, int parameters) {
   std::vector<std::pair<void*, std::size_t>> kept;
   auto const keep = [&](std::size_t bytes) { kept.emplace_back(user.take(bytes), bytes); };
@@ -82,11 +82,11 @@ template <class Model> void train(ha::Cpu& cpu, Model const& model, auto& params
   train_step(cpu, model, params, optimizer, make_batch(cpu, ha::Sequences::equal(1, length), tokens, targets));
 }
 
-// The exit code of f in a child of this process; -1 where it hangs or crashes.
+// The exit code of f in a child process, or -1 if the child hangs or crashes.
 template <class F> int in_child(F f) {
   pid_t const child = fork();
   if (child == 0) {
-    alarm(1800);   // a hang, on the slowest machine too
+    alarm(1800);   // ends a child that hangs; even the slowest machine needs less
     int code = 99;
     try {
       code = f();
@@ -223,8 +223,8 @@ TEST_CASE("memory that is short: what waits goes back first, then the error says
   user.system.room = 10'000;
   void* const kept = user.take(1000);
   user.use(4000);
-  user.use(3000);   // 1024 + 4096 + 3072 are held
-  user.use(8000);   // only without them
+  user.use(3000);   // the pool now holds 1024 + 4096 + 3072
+  user.use(8000);   // fits only after the pool has returned the free blocks
   CHECK(user.pool.held() == 1024 + 8192);
   for (int i = 0; i < 2; ++i)
     CHECK(error_of([&] { user.take(9000); }) ==
@@ -452,7 +452,7 @@ TEST_CASE("threads beyond reason are refused") {
   CHECK(gdn_forward(many).size() == 4 * 64 * 2 * 16);
 }
 
-// With the environment that the test below makes.
+// The test below runs this one with its own environment.
 TEST_CASE("threads of the environment", "[.environment]") {
   ha::Cpu cpu;
   CHECK(cpu.threads() >= 1);

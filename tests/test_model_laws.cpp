@@ -1,4 +1,4 @@
-// The laws for Block, Stack and LanguageModel, mixtures of experts included.
+// The laws of Block, Stack and LanguageModel, mixtures of experts included.
 #include "catch.hpp"
 #include "error_of.hpp"
 #include "latent.hpp"
@@ -17,7 +17,7 @@ using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5}>;
 using Windowed = ha::FullAttention<ha::FullOptions{.window = 7}>;
 using One = ha::Stack<ha::GDN>;
 using Mixed = ha::Stack<ha::GDN, Sparse, ha::Full, Windowed>;
-// Every option away from its default, and a policy whose inputs are not projections.
+// Every option has another value than its default, and one policy has inputs that are not projections.
 using Bare =
     ha::Stack<latent::Attention, ha::GatedDeltaNet<ha::GdnOptions{.conv_width = 0, .output_gate = false, .negative_eigenvalues = true}>,
               ha::FullAttention<ha::FullOptions{.qk_norm = ha::QkNorm::none, .output_gate = false, .rotary_percent = 0}>,
@@ -111,7 +111,7 @@ template <class T> bool same_bits(std::vector<T> const& a, std::vector<T> const&
   return a.size() == b.size() && same_bits(a.data(), b.data(), std::ssize(a));
 }
 
-// Every gradient of the model along a random direction, against two forwards.
+// Compares every gradient of the model, along a random direction, with the difference of two forwards.
 template <class Stack> void check_finite_differences(Fixture<Stack, double>& f) {
   auto const batch = f.batch(ha::Sequences::equal(2, 13), some_tokens(26));
   auto const evaluate = [&] { return f.model.backward(f.cpu, f.params, batch, f.model.forward(f.cpu, f.params, batch), 1.0 / 26); };
@@ -272,7 +272,7 @@ TEMPLATE_TEST_CASE("Saved takes the bytes announced, and no step but the first a
   Fixture<TestType, float> f;
   auto const s = ha::Sequences::equal(2, 33);
   auto const batch = f.batch(s, some_tokens(66));
-  f.model.forward(f.cpu, f.params, batch);   // rotary angles belong to the batch
+  f.model.forward(f.cpu, f.params, batch);   // makes the rotary angles, which belong to the batch
   auto const before = f.cpu.pool().in_use();
   {
     auto const saved = f.model.forward(f.cpu, f.params, batch);
@@ -301,7 +301,7 @@ TEST_CASE("accumulating over two batches is one step on both") {
   ha::AdamW optimizer_whole{whole.cpu, whole.params, {.learning_rate = 1e-2}},
       optimizer_parts{parts.cpu, parts.params, {.learning_rate = 1e-2}};
   std::vector<std::int32_t> targets(tokens.rbegin(), tokens.rend());
-  // The balancing loss is a mean over each batch: of one batch it is not the mean of the halves, so it is off here.
+  // The balancing loss of a batch is not the mean over the batch's halves, so it is off here.
   auto config = small_config<Mixed>();
   config.feed_forward.balance_coefficient = 0;
   ha::LanguageModel<Mixed> const model{config};
@@ -321,7 +321,7 @@ TEST_CASE("accumulating over two batches is one step on both") {
         double worst = 0;
         for (std::size_t i = 0; i < x.size(); ++i) worst = std::max(worst, std::abs(x[i] - y[i]));
         INFO(path.str());
-        CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its own size: rounding of tiny ones shows
+        CHECK(worst < 1e-7);   // Adam's first step divides a gradient by its size, which enlarges the rounding of tiny gradients
       },
       whole.params, parts.params);
 }
@@ -334,7 +334,7 @@ TEST_CASE("a Saved serves one backward") {
   CHECK_THROWS_AS(f.model.backward(f.cpu, f.params, batch, std::move(saved), 1), ha::Error);
 }
 
-// Steps that cannot be taken. Each is the second one, so that the moments are not all 0.
+// A step that cannot be taken. It is the second one, so that the moments are not all 0.
 template <class Stack, class T> struct BadStep {
   using Params = typename ha::LanguageModel<Stack>::template Params<ha::Owned<T, ha::Cpu>>;
   Fixture<Stack, T> f;
@@ -345,7 +345,7 @@ template <class Stack, class T> struct BadStep {
   explicit BadStep(ha::AdamWOptions const& with = {}, ha::Stage stage = ha::Stage::language_model) : options(with) {
     train_step(f.cpu, f.model, f.params, optimizer, batch, {.rate = 0, .stage = stage});
   }
-  // The sentence of what `step` throws; afterwards everything is as it was.
+  // Returns the message of the Error that `step` throws. Parameters and moments must then have their old values.
   template <class Step> std::string refused(Step step) {
     auto const before = everything();
     std::string const sentence = error_of(step);
@@ -387,7 +387,7 @@ TEST_CASE("a loss that is not finite is named with its step and the first tensor
     out(bad.f.params.blocks.arrays[boost::hana::size_c<2>][0].attention.w.k).data[1] = inf;
     CHECK(bad.refused() == "step 2: the loss is nan; the first tensor that is not finite is the parameter blocks.2.attention.w.k");
   }
-  {   // finite parameters that overflow on their way
+  {   // finite parameters whose activations overflow
     BadStep<Mixed, float> bad;
     for (float& x : std::span(out(bad.f.params.blocks.arrays[boost::hana::size_c<2>][0].attention.w_o).data, 24 * 24)) x = 3e38f;
     CHECK_THAT(bad.refused(), Contains("step 2: the loss is nan; the first tensor that is not finite is the activation blocks.2.h"));
@@ -405,7 +405,7 @@ TEST_CASE("a loss that is not finite is named with its step and the first tensor
     };
     CHECK(bad.refused(both) == "step 2: the loss is nan; the first tensor that is not finite is the parameter embedding");
   }
-  for (ha::Stage stage : {ha::Stage::dense_warm_up, ha::Stage::sparse}) {   // only the indexer's loss feels it
+  for (ha::Stage stage : {ha::Stage::dense_warm_up, ha::Stage::sparse}) {   // only the indexer's loss depends on it
     BadStep<Mixed, float> bad{{}, stage};
     out(bad.f.params.blocks.arrays[boost::hana::size_c<1>][0].attention.w.index_w).data[0] = nan;
     CHECK(bad.refused({.stage = stage}) ==
@@ -427,11 +427,11 @@ TEMPLATE_TEST_CASE("a gradient that is not finite, or makes a parameter or a mom
   auto const w_o = [](auto& group) { return out(group.blocks.arrays[boost::hana::size_c<0>][0].attention.w_o).data; };
   for (T value : {std::numeric_limits<T>::infinity(), -std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()})
     CHECK(with(0, [&](auto& g) { w_o(g)[7] = value; }) == "step 2: the gradient of blocks.0.attention.w_o holds a NaN or an infinity");
-  // Its square is no number any more.
+  // The square of this gradient overflows in the scalar.
   std::string const large = with(0, [&](auto& g) { w_o(g)[7] = most; });
   if (std::is_same_v<T, double>) CHECK(large == "step 2: the gradient of blocks.0.attention.w_o is too large for its norm");
   else CHECK(large == "step 2: the update of blocks.0.attention.w_o would make the mean of the squared gradients a NaN or an infinity");
-  // What the optimizer holds.
+  // Bad values in moments and parameters.
   auto const spoiled = [&](auto& group, T value) {
     T* const at = w_o(group) + 7;
     T const before = std::exchange(*at, value);
@@ -447,7 +447,7 @@ TEMPLATE_TEST_CASE("a gradient that is not finite, or makes a parameter or a mom
   CHECK(spoiled(bad.f.params, nan) == update + "the parameter itself a NaN or an infinity");
 }
 
-// A model one of whose gradients is as large as this, whatever the batch.
+// A model in which one element of a gradient has this value for every batch.
 struct Steep : ha::LanguageModel<One> {
   float gradient = 0;
 
@@ -468,7 +468,7 @@ TEST_CASE("a gradient that overflows only in the sum over batches is refused wit
   };
   CHECK(bad.refused([&] { step(3e38f, 2); }) == "step 2: the gradient of blocks.0.attention.w_o holds a NaN or an infinity");
   CHECK(bad.refused([&] { step(-3e38f, 2); }) == "step 2: the gradient of blocks.0.attention.w_o holds a NaN or an infinity");
-  // Both are finite: alone, and as a sum of halves.
+  // Finite are the gradient of one batch, and the sum of two halves.
   CHECK(step(3e38f, 1).gradient_norm == Approx(3e38));
   CHECK(step(1.5e38f, 2).gradient_norm == Approx(3e38));
 }
@@ -484,7 +484,7 @@ TEST_CASE("a learning rate that takes a parameter out of the numbers is refused 
   BadStep<One, float> bad;
   std::vector<std::int32_t> const tokens{4, 5}, targets{1, 2};
   bad.batch = make_batch(bad.f.cpu, ha::Sequences::equal(1, 2), tokens, targets);
-  float& unused = out(bad.f.params.embedding).data[18 * 24];   // of a token that the batch has not
+  float& unused = out(bad.f.params.embedding).data[18 * 24];   // of a token that is not in the batch
   float const before = std::exchange(unused, std::nanf(""));
   CHECK(bad.refused() == "step 2: the update of embedding would make the parameter itself a NaN or an infinity");
   unused = before;
@@ -510,7 +510,7 @@ TEST_CASE("what cannot be is refused with the value and what is allowed") {
   CHECK_THROWS_WITH(ha::LanguageModel<One>{config}, Contains("3 heads") && Contains("2 key/value heads"));
 }
 
-// A backward of a model whose parameters are all NaN: afterwards free memory holds NaN.
+// Runs a backward of a model whose parameters are all NaN, so that free memory holds NaN afterwards.
 template <class Stack> void leave_nan(Fixture<Stack, float>& f, ha::LanguageModel<Stack> const& model,
                                       ha::TokenBatch<ha::Cpu> const& batch) {
   auto params = model.template initialize<float>(f.cpu, ha::Seed{3});

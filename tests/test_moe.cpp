@@ -1,4 +1,4 @@
-// Experts as one operation, and what keeps them balanced: without a number that the host waits for.
+// Experts as one operation, and their balancing loss. The host waits for no number of them.
 #include "catch.hpp"
 #include "compare.hpp"
 
@@ -34,7 +34,7 @@ template <class T> View<T const, 2> rows(std::vector<T> const& x, Index columns,
   return {x.data() + first * columns, {last - first, columns}};
 }
 
-// Experts with so many rows each.
+// Experts, each with its own number of rows.
 template <class T> struct Experts {
   Index C, F, E, R;
   std::vector<std::int32_t> offsets{0};
@@ -91,7 +91,7 @@ TEMPLATE_TEST_CASE("experts as one operation have the bits of a Linear for each,
 
 namespace {
 
-// Layers of tokens that chose experts, and their balancing loss by loops.
+// The choices of experts in one or several layers, and their balancing loss by loops.
 struct Choices {
   static constexpr Index E = 21, N = 37;   // more experts than a task has
   std::vector<double> probabilities;
@@ -151,7 +151,7 @@ TEST_CASE("without tokens a balancing loss and its gradient are 0") {
 
 namespace {
 
-// Tensors of a group that hold anything but finite numbers.
+// The paths of tensors that hold a NaN or an infinity.
 template <class Group> std::string not_finite(ha::Cpu& cpu, Group const& group) {
   std::string paths;
   ha::zip(
@@ -186,7 +186,7 @@ TEST_CASE("a mixture whose experts have no tokens has gradients for all of them,
         ha::FeedForwardConfig const c =
             ha::FeedForwardConfig{.hidden_dim = 6, .gated = gated, .num_experts = 4, .top_k = 1, .shared_dim = shared_dim}.completed(8);
         auto const shapes = ha::FeedForward::params(c, 0, 8);
-        for (float scale : {not_a_number, 1.0f}) {   // first a run on NaN
+        for (float scale : {not_a_number, 1.0f}) {   // the first run leaves NaN in memory
           auto params = filled(cpu, shapes, scale), gradients = filled(cpu, shapes, not_a_number);
           ha::On<ha::Fill, ha::Cpu>::forward(cpu, 0.0f, flat(out(params.router)));   // every token goes to expert 0
           ha::Tensor<float, 2, ha::Cpu> x{cpu, {N, 8}}, d_y{cpu, {N, 8}};

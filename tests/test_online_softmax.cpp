@@ -11,7 +11,7 @@ namespace {
 
 double exponential(double x, double y) { return std::exp(x - y); }
 
-// Of a part of a list of scores, with the weighted sum of their numbers.
+// The softmax of a part of a list of scores, with the weighted sum of their numbers.
 struct Part {
   Softmax softmax{-std::numeric_limits<double>::infinity(), 0};
   double weighted = 0;

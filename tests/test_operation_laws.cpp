@@ -1,5 +1,5 @@
-// Every operation inherits the laws by standing in the list. Operations with one flaw each show that each law can be broken, and that
-// no other law is.
+// Judges every operation in the list by the laws. Operations with one flaw each show that each law can be broken, and that a flaw breaks
+// no other law.
 #include "catch.hpp"
 
 #include <hybridattn/testing/fake.hpp>
@@ -47,7 +47,7 @@ TEMPLATE_LIST_TEST_CASE("an operation keeps every law in double, and the page li
   INFO(row);
   CHECK(the_page().find(row) != std::string::npos);
 }
-// What passes numbers by way of the host, or tables of its own, would show here; whole models run on a Fake elsewhere.
+// Operations that could pass numbers through the host, or make tables of their own. Other tests run whole models on a Fake.
 using OnFake = std::tuple<ha::CausalConv1d, ha::CrossEntropy, ha::GroupedLinear, ha::Route, ha::BalanceLoss, ha::AdamWStep>;
 TEMPLATE_LIST_TEST_CASE("an operation has the bits of the CPU on a device that the host cannot read", "[float]", OnFake) {
   for (auto const& size : ha::testing::Operation<TestType>::sizes()) {
@@ -80,9 +80,9 @@ enum class Flaw {
   is_not_in_place,
   rounds_coarsely,
 };
-// A convolution over sequences with states: every law speaks of it.
+// A convolution over sequences with states, because every law judges it.
 struct Flawed {
-  static inline Flaw flaw = Flaw::none;   // not a type: one operation is enough to compile
+  static inline Flaw flaw = Flaw::none;   // a variable and no template parameter, so that one operation is compiled for all
 };
 bool has(Flaw flaw) { return Flawed::flaw == flaw; }
 
@@ -113,7 +113,7 @@ template <class T> void spoil(ha::Cpu& cpu, ha::Sequences const& s, Convolution:
     nudge_if(cpu.pool().allocations() == allocations, y.y(N - 1, 0));   // the run before left something there
   }
   if (has(Flaw::keeps_memory)) {
-    static auto& kept = *new std::vector<void*>;   // within reach for ever, so that a leak checker has nothing to say
+    static auto& kept = *new std::vector<void*>;   // reachable until the end, so that a leak checker does not report it
     kept.push_back(cpu.take(64));
   }
   if (has(Flaw::quadratic_memory)) ha::Tensor<T, 2, ha::Cpu> scores{cpu, {N, N}};
@@ -134,9 +134,9 @@ template <class T> void spoil_gradients(ha::Sequences const& s, Convolution::Out
     }
 }
 
-// One that adds where it is told to, and one that does not.
+// An operation that overwrites a result where it should add to it.
 struct OverwritesASum {};
-// A product summed from the last column to the first, and one that is wrong besides.
+// A product that sums from the last column to the first. With `wrong` it also has a wrong value.
 template <bool wrong> struct OtherOrder {};
 
 }  // namespace
@@ -186,7 +186,7 @@ template <class Op, class T> Laws broken(typename ha::testing::Operation<Op>::Co
     }
   return names;
 }
-// In double, where every law is judged.
+// Returns the broken laws in double, where every law is judged.
 Laws broken(Flaw flaw) {
   Flawed::flaw = flaw;
   return broken<Flawed, double>({2, 3});

@@ -1,4 +1,4 @@
-// Operations that no golden file covers, and what golden files do not ask of the others.
+// Operations that have no golden files, and properties of other operations that golden files do not test.
 #include "catch.hpp"
 
 #include <hybridattn/core/random.hpp>
@@ -70,7 +70,7 @@ TEST_CASE("the loss counts only tokens with a target, takes the first of equal l
   CHECK(sum.correct == 1);
   CHECK(sum.mean() == Approx(std::log(5.0)));
 
-  ha::Index count = 1;   // of another batch
+  ha::Index count = 1;   // left from another batch
   double scale = 0;
   ha::On<ha::CountTargets, ha::Cpu>::forward(cpu, at, ha::View<ha::Index, 1>{&count, {1}}, ha::View<double, 1>{&scale, {1}});
   CHECK(count == 3);

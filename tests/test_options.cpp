@@ -1,5 +1,5 @@
-// The numbers of every configuration that a program may set: which are legal, which stand for a default, which are refused.
-// Each struct has a row for each of its members. A new member without a row does not compile.
+// Says for every configuration that a program may set which numbers are legal, which stand for a default and which are refused. Each
+// struct has a table with a row for each member. A new member without a row does not compile.
 #include "catch.hpp"
 #include "error_of.hpp"
 
@@ -18,7 +18,7 @@ using ha::Index;
 
 namespace {
 
-// How many members an aggregate has: as many as it can be initialised with.
+// member_count is the number of members of an aggregate, which is the number of values that it can be initialised with.
 struct Anything {
   template <class T> operator T() const;
 };
@@ -30,13 +30,13 @@ template <class S, class... Members> constexpr std::size_t member_count() {
 constexpr double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
 constexpr Index most = std::numeric_limits<Index>::max(), least = std::numeric_limits<Index>::min();
 
-// A number that a member may be set to, and what it means where it stands for a default.
+// A value of a member, and the default that it stands for, if it stands for one.
 template <class M> struct Value {
   M value, meaning;
   Value(M v) : value(v), meaning(v) {}
   Value(M v, M means) : value(std::move(v)), meaning(std::move(means)) {}
 };
-// f(config): sets a member. shown: "beta_1 = 1".
+// Sets a member of a config. `shown` is "beta_1 = 1".
 template <class S> struct Setting {
   std::string shown, value;
   std::function<void(S&)> set;
@@ -69,7 +69,7 @@ Row<S> row(char const* name, M C::* member, std::type_identity_t<std::vector<M>>
   for (M value : refused) result.refused.push_back(setting(value, value));
   return result;
 }
-// The row of a member that is a struct with a table of its own, or no number at all.
+// The row of a member that is a struct with a table of its own, or is not a number.
 template <class S> Row<S> elsewhere(char const* name) { return {name, {}, {}, {}}; }
 
 struct Count {
@@ -80,7 +80,7 @@ Count& counted() {
   return count;
 }
 
-// Judges a table. make(config) makes what the config is for, and returns the config as it is used.
+// Judges a table. make(config) makes the object of the config, and returns the config with its defaults filled in.
 template <class S, std::size_t rows, class Make> void judge(char const* name, S const& plain, Row<S> const (&table)[rows], Make make) {
   static_assert(rows == member_count<S>(), "a member without a row in the table: give it one");
   ++counted().structs;
@@ -120,7 +120,7 @@ using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 5}>;
 using Layers = ha::Stack<ha::GDN, ha::Full, Sparse>;
 using Model = ha::LanguageModel<Layers>;
 
-// What a policy makes of its config in a model of width 24 with 2 heads.
+// A policy's config with its defaults filled in, for a model of width 24 with 2 heads.
 template <class P> typename P::Config completed(typename P::Config const& c) { return P::complete(c, 24, 2); }
 template <class P> std::vector<Value<double>> default_scale(double dim) { return {{0.0, 1 / std::sqrt(dim)}, {-0.0, 1 / std::sqrt(dim)}}; }
 
@@ -313,9 +313,9 @@ void generating() {
            {row<G>("max_new_tokens", &G::max_new_tokens, {0, 1, 9}, {}, {-1, least, Index{1} << 31, most}), elsewhere<G>("sampling"),
             elsewhere<G>("seed"), row<G>("stop_tokens", &G::stop_tokens, {{}, {0, 1, 2}, {-1, 300}})},
            run);
-  // The numbers of a sampler are refused before a prompt is read.
+  // generate refuses numbers of a sampler before it reads a prompt.
   CHECK_THROWS_WITH(run({.max_new_tokens = 0, .sampling = {.top_p = 0}}), Catch::Matchers::Contains("top_p 0 is not allowed"));
-  // As many as there is room for, whatever number was asked.
+  // generate makes as many tokens as the cache has room for, even if more were asked for.
   auto cache = ha::make_cache<float>(cpu, model, {.batch = 1, .capacity = 4});
   CHECK_THROWS_WITH(generate(cpu, model, params, cache, {{0, 1}}, {.max_new_tokens = 0x7fffffff}),
                     Catch::Matchers::Contains("its capacity is 4"));
@@ -346,14 +346,14 @@ void operations() {
              ha::On<ha::RopeAngles, ha::Cpu>::forward(cpu, o, ha::View<std::int32_t const, 1>{}, table);
              Op::forward(cpu, o, ha::View<float const, 3>(table), {}, ha::View<float const, 3>{x.data(), {2, 1, 8}},
                          ha::View<float, 3>{y.data(), {2, 1, 8}});
-             CHECK(y == x);   // all is zero, and written
+             CHECK(y == x);   // x is zero, so all of y was written with zeros
              return o;
            });
   using M = ha::Route::Options;
   judge<M>("Route::Options", {}, {row<M>("renormalise", &M::renormalise, switches)}, [](M const& o) { return o; });
 }
 
-// Options in types are judged by the compiler: tests/mistakes.sh has a row for each that can be wrong.
+// The compiler judges options in types. tests/mistakes.sh has a row for each option that can be wrong.
 static_assert(member_count<ha::FullOptions>() == 5, "a new option: give it its rows in mistakes.sh, if it can be wrong");
 static_assert(member_count<ha::GdnOptions>() == 3, "a new option: give it its rows in mistakes.sh, if it can be wrong");
 static_assert(member_count<ha::SparseOptions>() == 8, "a new option: give it its rows in mistakes.sh, if it can be wrong");

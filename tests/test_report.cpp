@@ -77,7 +77,7 @@ TEST_CASE("category averages are arithmetic and say how many of the eight are in
   CHECK(original.val_loss == Approx(1.73));
   CHECK(original.val_perplexity == Approx((std::exp(1.72) + std::exp(1.74) + std::exp(1.71) + std::exp(1.75)) / 4));
   results.erase(results.begin(), results.begin() + 4);
-  results.push_back(run("FFFF", 9));   // none of the eight
+  results.push_back(run("FFFF", 9));   // is not one of the study's eight
   auto const text = sweep::category_averages(results);
   CHECK_THAT(text, Contains("over 4 of the study's 8") && Contains("Original    none of 4") && Contains("DSA         4 of 4"));
   CHECK_THAT(text, !Contains("difference"));
@@ -144,14 +144,14 @@ TEST_CASE("a file that is replaced keeps its mode, a link its target") {
   mode_t const before = ::umask(027);
   hybridattn::write_file_atomically(folder / "new", "1");
   ::umask(before);
-  CHECK(mode(folder / "new") == 0640);   // a new one has what the umask leaves
+  CHECK(mode(folder / "new") == 0640);   // a new file has the permissions that the umask leaves
   for (int const bits : {0600, 0444, 0777, 0604}) {
     fs::permissions(folder / "new", static_cast<fs::perms>(bits));
     hybridattn::write_file_atomically(folder / "new", "2");
     CHECK(mode(folder / "new") == bits);
   }
 
-  // Relative, absolute and through each other; a target that is not there yet is made.
+  // Links that are relative, absolute and to other links. A target that does not exist yet is made.
   fs::create_directory(folder / "far");
   fs::create_symlink("far/target", folder / "link");
   fs::create_symlink(folder / "link", folder / "outer");

@@ -22,7 +22,7 @@ std::string with_length(std::string_view header, std::string_view data, std::uin
 }
 std::string with_length(std::string_view header, std::string_view data) { return with_length(header, data, header.size()); }
 
-// The error of opening a file with these bytes.
+// Returns the error of opening a file with these bytes.
 std::string refusal(std::string_view bytes) {
   ScratchFolder const folder;
   return error_of([&] { ha::Safetensors{folder.file("bad.safetensors", bytes)}; });
@@ -69,7 +69,7 @@ TEST_CASE("a golden file gives its options, shapes and values") {
   CHECK(file.read_int64s("cu_seqlens") == std::vector<std::int64_t>{0, 1, 34, 66});
   CHECK(file.info("q").shape == std::vector<Index>{1, 66, 2, 8});
   CHECK(file.info("q").dtype == "F64");
-  // Inputs are exact in float.
+  // All inputs are exact in float.
   auto const wide = file.read_doubles("q");
   auto const narrow = file.read_floats("q");
   CHECK(std::vector<double>(narrow.begin(), narrow.end()) == wide);
@@ -84,7 +84,7 @@ TEST_CASE("what is written is read back, bit for bit") {
   std::vector<std::int64_t> const i64 = {std::numeric_limits<std::int64_t>::min(), -1, 5};
   std::vector<std::int32_t> const i32 = {7};
   ha::SafetensorsWriter writer;
-  writer.add("odd", {1, 3}, f32);   // 12 bytes: the doubles must still lie aligned
+  writer.add("odd", {1, 3}, f32);   // 12 bytes, after which the doubles must still be aligned
   writer.add("blocks.0.w", {2, 2}, f64);
   writer.add("long", {3}, i64);
   writer.add("one number", {}, i32);
@@ -269,7 +269,7 @@ TEST_CASE("what is no regular file is refused at once, and called what it is") {
   CHECK_THROWS_WITH(ha::read_regular_file("/dev/zero", 100, "x: "), Contains("x: it is a device"));
   CHECK_THROWS_WITH(ha::read_regular_file(file, 9, "x: "), Contains("it has 10 bytes or more; at most 9 are allowed"));
   CHECK(ha::read_regular_file(file, 10, "x: ").size() == 10);
-  CHECK_THROWS_WITH(ha::read_regular_file("/proc/self/maps", 9, "x: "), Contains("at most 9 are allowed"));   // which has no size
+  CHECK_THROWS_WITH(ha::read_regular_file("/proc/self/maps", 9, "x: "), Contains("at most 9 are allowed"));   // its size is given as 0
   CHECK(ha::read_regular_file("/proc/self/maps", 1 << 24, "x: ").size() > 100);
 }
 
@@ -279,8 +279,8 @@ TEST_CASE("names out of files are shown on one line, and nothing in them reaches
   CHECK(ha::escaped(words) == "'" + words + "'");
   CHECK(ha::escaped("a\n\r\t\x1b[31m\x7f") == "'a\\x0a\\x0d\\x09\\x1b[31m\\x7f'");
   CHECK(ha::escaped(std::string_view("a\0b", 3)) == "'a\\x00b'");
-  CHECK(ha::escaped("\\x1b") == "'\\\\x1b'");   // not to be taken for the byte
-  // CSI; from right to left; invisible
+  CHECK(ha::escaped("\\x1b") == "'\\\\x1b'");   // must differ from the byte 0x1b
+  // A control sequence, an override of the direction of writing, and an invisible letter.
   CHECK(ha::escaped("\xc2\x9b"
                     "31m \xe2\x80\xae \xef\xbb\xbf") == "'\\u{9b}31m \\u{202e} \\u{feff}'");
   CHECK(ha::escaped("\xff\xc3( \xc0\x80 \xed\xa0\x80 \xf4\x90\x80\x80 \xe2\x82") ==
@@ -289,7 +289,7 @@ TEST_CASE("names out of files are shown on one line, and nothing in them reaches
   CHECK(ha::escaped(std::string(79, 'a') + "\xc3\xb6") == "'" + std::string(79, 'a') + "...'");   // whole letters only
 }
 
-// Bounds that hold on every machine: bytes at once and calls of the allocator, as multiples of the file's size.
+// The bounds are on bytes at once and on allocations, as multiples of the file's size, because they hold on every machine.
 TEST_CASE("hostile headers are refused in memory and time that follow the size of the file") {
   auto const repeated = [](std::string const& part, std::size_t bytes) {
     std::string text;
@@ -334,7 +334,7 @@ TEST_CASE("hostile headers are refused in memory and time that follow the size o
 
 namespace {
 
-// What f throws where no block of memory is larger than this.
+// Returns the message of the Error that f throws if no larger block of memory can be allocated.
 template <class F> std::string error_within(std::size_t largest, F f) {
   memory::largest = largest;
   std::string const error = error_of(f);
@@ -367,9 +367,9 @@ TEST_CASE("a tensor that is larger than the memory is an error of its reader") {
   auto const path = folder.file("sparse.safetensors", with_length(header, ""));
   std::error_code error;
   std::filesystem::resize_file(path, 8 + header.size() + (std::uintmax_t{1} << 42), error);
-  if (error) return;   // a file system without such files
+  if (error) return;   // the file system cannot have such files
   ha::Safetensors const file{path};
-  memory::largest = 1 << 30;   // on any machine
+  memory::largest = 1 << 30;   // so that machines with much memory fail too
   CHECK_THROWS_WITH(file.read_floats("w"), Contains("sparse.safetensors: out of memory: 4398046511104 bytes for a tensor did not fit"));
   CHECK_THROWS_WITH(file.read_doubles("w"), Contains("out of memory"));
   memory::largest = ~std::size_t{0};

@@ -15,7 +15,7 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 
 std::int32_t one(ha::Sampler& sampler, std::vector<double> const& logits) { return sampler(std::span<double const>(logits)); }
 
-// How often each token comes in `draws` draws.
+// The share of each token in `draws` draws.
 std::vector<double> shares(ha::SamplingOptions options, std::vector<double> const& logits, int draws = 40000) {
   ha::Sampler sampler{options, ha::Seed{3}};
   std::vector<double> result(logits.size());

@@ -1,4 +1,4 @@
-// The rules of the house: what may include what, and README's example.
+// Rules about the repository's files, such as which header may include which, and README's example.
 #include "catch.hpp"
 
 #include <algorithm>
@@ -47,7 +47,7 @@ std::map<std::string, std::string> headers() {
 }
 std::string at(Line const& line) { return line.file + ":" + std::to_string(line.number) + ": " + line.text; }
 
-// Lines that match, in files for which `allowed` is false.
+// The lines that match in files for which `allowed` is false.
 template <class Allowed> std::vector<std::string> offenders(char const* pattern, Allowed allowed) {
   std::regex const wanted(pattern);
   std::vector<std::string> found;
@@ -66,7 +66,7 @@ std::vector<std::string> parts(std::string const& path) {
   return result;
 }
 
-// What a file includes of the library and of the examples, directly or not.
+// All headers of the library and of the examples that a file includes, directly or through others.
 std::set<std::string> included(fs::path const& file) {
   std::set<std::string> found;
   std::regex const include("#include (<(hybridattn/[^>]*)>|\"([^\"]*)\")");
@@ -114,7 +114,7 @@ TEST_CASE("whoever reads models and decodes includes no optimizer") {
   }
 }
 
-// What throws inside parallel_for arrives behind the loop, but the results of other tasks are lost: checks stand before it.
+// An error in a task of parallel_for is thrown after the loop, when the results of other tasks are lost. So checks stand before the loop.
 TEST_CASE("nothing in a parallel loop of the library can throw: no check, no memory, no look at a tensor") {
   std::regex const call("\\b(parallel_(for|blocks)|for_each_queries|sum_over_rows(<\\w+>)?)\\("),
       throws("\\b(check|fail|out|in|resize|reserve|push_back|Tensor<|Scratch<|allocate|zeros|new)\\b");
@@ -181,7 +181,7 @@ TEST_CASE("what headers ask the compiler stands in the name of that namespace") 
   std::string const in_the_name = config.substr(config.find("// The library's code depends on some compiler flags"));
   std::regex const condition("^\\s*#\\s*(if|ifdef|ifndef|elif)\\b(.*)"), macro("\\b(?!defined\\b)[A-Z_][A-Z_0-9a-z]*");
   std::set<std::string> const of_every_part = {"__GNUC__", "__SSE2__", "__aarch64__",
-                                               "__linux__"};   // one answer in a program, or told apart by another name
+                                               "__linux__"};   // equal in all files of a program, or implied by a part of the name
   std::set<std::string> asked;
   for (Line const& line : header_lines()) {
     std::smatch match;

@@ -1,4 +1,4 @@
-// The study's own small model, run by the study's own code after the causal repair: logits, loss and every gradient.
+// Compares logits, loss and every gradient of the study's small model with those of the study's code, which was made causal first.
 #include "catch.hpp"
 
 #include "../examples/study_models.hpp"
@@ -29,7 +29,7 @@ Model tiny_model() {
   return Model{c};
 }
 
-// Rows of the checkpoint's tensors, in the order of ours: `repeat` times `count` rows, the next ones `step` rows later.
+// Rows of one of the checkpoint's tensors: `repeat` blocks of `count` rows. A block begins `step` rows after the one before.
 struct Rows {
   std::string name;
   Index first = 0, count = -1, step = 0, repeat = 1;
@@ -83,7 +83,7 @@ std::vector<Rows> feed_forward_rows(std::string const& layer, std::string const&
   return rows;
 }
 
-// Where the tensor at one of our paths stands in the checkpoint.
+// The rows of the checkpoint that hold the model's tensor at this path.
 std::vector<Rows> rows_of(std::string const& path) {
   if (path == "embedding") return {{"model.embed_tokens.weight"}};
   if (path == "norm") return {{"model.norm.weight"}};
@@ -163,7 +163,7 @@ template <class T> Errors errors_in() {
         errors.gradients = std::max(errors.gradients, error);
       },
       gradients.params, params);
-  CHECK(without == 3);   // the indexer: nothing trains it
+  CHECK(without == 3);   // the indexer's, which are not trained
   return errors;
 }
 
@@ -176,7 +176,7 @@ TEST_CASE("the study's small model: logits, loss and every gradient in double") 
   CHECK(errors.loss <= 1e-11);
 }
 
-// The published code in float32 is itself 5e-6 (logits) and 4e-5 (gradients) away from double.
+// The published code in float32 differs from double by 5e-6 (logits) and 4e-5 (gradients).
 TEST_CASE("the study's small model in float") {
   auto const errors = errors_in<float>();
   std::printf("study_tiny, float: logits %.1e, loss %.1e, gradients %.1e\n", errors.logits, errors.loss, errors.gradients);

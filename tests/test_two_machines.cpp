@@ -1,5 +1,5 @@
-// A whole model on a device whose memory the host cannot read, which refuses memory of the host: the bits of the CPU, for every
-// policy, dense and mixture, in every stage of training, and in decoding.
+// A whole model has the bits of the CPU on a device whose memory the host cannot read and that refuses memory of the host. Tested are
+// every policy, dense layers and mixtures, every stage of training, and decoding.
 #include "catch.hpp"
 #include "counting.hpp"
 #include "error_of.hpp"
@@ -48,7 +48,7 @@ std::vector<std::int32_t> tokens(Index count, std::uint64_t seed) {
   return list;
 }
 
-// All that a machine computes, as numbers on the host.
+// Runs a model on a backend. The results are numbers on the host.
 template <class B> struct Run {
   B backend{2};
   Model model;
@@ -132,14 +132,14 @@ TEST_CASE("rotary angles are made once for a batch and a size, whatever the laye
   ha::AdamW optimizer{run.backend, run.params};
   auto const batch = run.batch(1);
   for (int step = 0; step < 3; ++step) train_step(run.backend, run.model, run.params, optimizer, batch, {.stage = ha::Stage::sparse});
-  CHECK(run.backend.angles == 2);   // of heads of 12, 25 % of which turn, and of the indexer's, 50 %
+  CHECK(run.backend.angles == 2);   // for heads of 12, of which 25 % turn, and for the indexer's, of which 50 % turn
   auto cache = ha::make_cache<float>(run.backend, run.model, {.batch = 1, .capacity = 20});
   run.backend.reset();
   for (int call = 0; call < 3; ++call) extend(run.backend, run.model, run.params, {{1, 2, 3}}, cache);
   CHECK(run.backend.angles == 3 * 2);
 }
 
-// Steps that nobody waits for.
+// Steps that the host does not wait for.
 namespace {
 
 template <class B> struct TrainingOn : Run<B> {
@@ -154,7 +154,7 @@ template <class B> struct TrainingOn : Run<B> {
     return start_step(Base::backend, Base::model, Base::params, optimizer, std::span<ha::TokenBatch<B> const>(batches).first(count),
                       options);
   }
-  // Other tokens, the last `without` of them without a target.
+  // Refills the batches with other tokens. The last `without` tokens have no target.
   void refill_batches(std::uint64_t seed, std::size_t without) {
     for (auto& batch : batches) {
       auto targets = tokens(26, ++seed);
@@ -221,7 +221,7 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   CHECK(run.optimizer.steps() == 4);
 
   auto const before = values();
-  run.start(1, {.rate = 1e38});   // would take parameters out of the numbers
+  run.start(1, {.rate = 1e38});   // would make parameters NaN or infinite
   run.start(1, {.rate = 1e38});
   CHECK(before == values());
   run.start(1);   // counts as the fifth
@@ -231,13 +231,13 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   CHECK_THAT(sentence, Contains(bad));
   CHECK(!std::filesystem::exists(path));
   CHECK_THAT(sentence, Contains("; its loss was ") && !Contains("was 0"));
-  run.start(1).read();   // it was named: training goes on
+  run.start(1).read();   // the error above has named the bad step, so training goes on
   CHECK(run.optimizer.steps() == 6);
   CHECK(std::ranges::max(run.optimizer.updates(run.backend)) == 6);
   run.start(1, {.rate = 1e38});
   CHECK_THROWS_WITH(run.start(1).read(), Contains("step 7: the update of embedding"));
 
-  // A bad step is bad however often it is read. train_step reads what nobody read before it moves anything.
+  // Every read of a bad step throws. train_step first reads steps that were not read, and changes nothing if one is bad.
   auto const twice = run.start(1, {.rate = 1e38});
   CHECK_THROWS_WITH(twice.read(), Contains("step 8: the update of embedding"));
   CHECK_THROWS_WITH(twice.read(), Contains("step 8: it was bad, as an earlier read of it said"));
@@ -245,14 +245,14 @@ TEST_CASE("a read names the first bad step since the last one; a bad step moves 
   auto const untouched = values();
   CHECK_THROWS_WITH(train_step(run.backend, run.model, run.params, run.optimizer, run.batches[0]), Contains("step 8: the update"));
   CHECK(untouched == values());
-  // A step that could not be started leaves none to read.
+  // After a step that could not be started, no earlier step can be read.
   auto const good = run.start(1, {.rate = 0});
   auto const wrong = make_batch(run.backend, ha::Sequences::equal(1, 1), std::vector<std::int32_t>{40}, std::vector<std::int32_t>{1});
   CHECK_THROWS_WITH(start_step(run.backend, run.model, run.params, run.optimizer, wrong), Contains("token 40 at place 0"));
   CHECK_THROWS_WITH(good.read(), Contains("the step is not the last one any more"));
   run.optimizer.read(run.backend);
 
-  // A loss that is no number, seen late and at once.
+  // A loss that is NaN, found by a later read and by train_step.
   ha::On<ha::Fill, Counting>::forward(run.backend, std::nanf(""), flat(ha::out(run.params.norm)));
   run.start(1);
   CHECK_THROWS_WITH(run.start(1).read(), Contains("step 9: the loss is nan; the first gradient that is not finite is that of embedding"));
@@ -273,7 +273,7 @@ TEST_CASE("a step that was recorded has the bits of a new one when it is replaye
       CHECK(recorded.backend.recorded() > 0);
 
       std::uint64_t seed = 21;
-      for (double const rate : {1e-3, 1e-3, 1e-4, 1e38}) {   // the last one is bad: it moves nothing
+      for (double const rate : {1e-3, 1e-3, 1e-4, 1e38}) {   // the last step is bad and changes nothing
         both([&](auto& run) { run.refill_batches(seed, seed % 5); });
         seed += 11;
         recorded.optimizer.set_rate(recorded.backend, rate);
@@ -285,7 +285,7 @@ TEST_CASE("a step that was recorded has the bits of a new one when it is replaye
         auto const got = recorded.optimizer.read(recorded.backend), expected = plain.optimizer.read(plain.backend);
         CHECK(got.counted == expected.counted);
         CHECK(got.counted < 3 * 26);
-        ha::Index known = 0;   // to the host
+        ha::Index known = 0;   // the count that the host knows
         for (auto const& batch : plain.batches) known += batch.counted;
         CHECK(got.counted == known);
         CHECK(got.loss.loss == expected.loss.loss);
@@ -340,7 +340,7 @@ TEST_CASE("parameters, gradients and moments stand in one block of memory each, 
 
 namespace {
 
-// An operation of a user's own, which one text computes on every backend.
+// An operation of a user, which one template computes on every backend.
 struct Twice {};
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What users do with the library, all of it: training, checkpoints, released folders, decoding, Eigen's matrices, the laws. It is
-// compiled with the headers as ordinary ones and with every warning under which docs/conventions.md says that they are silent.
+// Uses all parts of the library: training, checkpoints, released folders, decoding, Eigen's matrices, the laws. It is compiled with the
+// headers as ordinary headers and with all warnings that docs/conventions.md names, and must give no warning.
 #include <hybridattn/eigen.hpp>
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
