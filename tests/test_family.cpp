@@ -30,10 +30,17 @@ constexpr hf::Row layer[] = {{"norm_1", "attention_norm"},
                              {"down", "feed_forward.dense.down"}};
 constexpr hf::Row attention[] = {{"qkv", "w.q w.k w.v"}, {"out", "w_o"}};
 constexpr hf::Row indexer[] = {{"index_q", "w.index_q"}, {"index_k", "w.index_k"}, {"index_w", "w.index_w"}};
+constexpr hf::Row apart[] = {{"{}.gate", "experts.gate", hf::Layout::each_expert},
+                             {"{}.up", "experts.up", hf::Layout::each_expert},
+                             {"{}.down", "experts.down", hf::Layout::each_expert}};
+constexpr hf::Row fused[] = {{"gate_and_up", "experts.gate experts.up", hf::Layout::by_expert},
+                             {"all_down", "experts.down", hf::Layout::by_expert}};
 constexpr hf::RowGroup tensors[] = {{hf::RowGroup::Place::model, whole},
                                     {hf::RowGroup::Place::each_layer, layer},
                                     {hf::RowGroup::Place::each_layer, attention, "mix.", "attention."},
-                                    {hf::RowGroup::Place::kind, indexer, "mix.", "attention.", 'P'}};
+                                    {hf::RowGroup::Place::kind, indexer, "mix.", "attention.", 'P'},
+                                    {hf::RowGroup::Place::each_layer, apart, "bank.", "feed_forward.", 0, hf::RowGroup::Experts::apart},
+                                    {hf::RowGroup::Place::each_layer, fused, "bank.", "feed_forward.", 0, hf::RowGroup::Experts::fused}};
 
 void read(hf::Fields& fields, hf::Settings& s) {
   s.pattern = fields.at("mix").get<std::string>();
@@ -158,4 +165,20 @@ TEST_CASE("what is not of that family is refused in its words") {
   std::string const other_word = std::string(config).replace(std::string(config).find("CPP"), 3, "CXP");
   scratch.file("config.json", other_word);
   CHECK_THAT(error_of([&] { hf::read_settings(scratch.path(), reading); }), Contains("supported are classic and picky"));
+}
+
+TEST_CASE("fused experts are recognised by the names that the family's table gives them") {
+  ScratchFolder const scratch;
+  scratch.file("config.json", config);
+  auto const is_fused = [&](std::string const& name) {
+    ha::SafetensorsWriter writer;
+    std::vector<float> const one{1};
+    writer.add(name, {1}, one);
+    writer.write(scratch / "model.safetensors");
+    return hf::format(scratch.path(), {.families = {&made_up::family}}).fused_experts;
+  };
+  CHECK(is_fused("model.layers.0.bank.gate_and_up"));
+  CHECK(is_fused("model.layers.0.bank.all_down"));
+  CHECK_FALSE(is_fused("model.layers.0.bank.0.gate"));
+  CHECK_FALSE(is_fused("model.layers.0.mlp.experts.gate_up_proj"));
 }
