@@ -198,6 +198,17 @@ TEST_CASE("the logits of the last tokens are those of all tokens there, one row 
   for (std::size_t i : {0u, 2u, 3u}) CHECK(same_bits(Rows<float>{{all[i].end() - V, all[i].end()}}, Rows<float>{last[i]}));
 }
 
+TEST_CASE("no new tokens have logits [0, V] and leave the cache as it was") {
+  Fixture<Mixed, float> f;
+  auto cache = f.cache(2, 10);
+  extend(f.cpu, f.model, f.params, some_tokens({3, 1}), cache);
+  auto const all = extend(f.cpu, f.model, f.params, TokenLists(2), cache);
+  auto const last = extend_to_last(f.cpu, f.model, f.params, TokenLists(2), cache);
+  CHECK((all.shape() == ha::Shape<2>{0, V} && download(f.cpu, all).empty()));
+  CHECK((last.shape() == ha::Shape<2>{0, V} && download(f.cpu, last).empty()));
+  CHECK((cache.lengths()[0] == 3 && cache.lengths()[1] == 1));
+}
+
 TEST_CASE("a sequence that is forgotten begins anew, among others that go on") {
   Fixture<Mixed, float> f;
   auto const first = some_tokens({12, 17}, 1), second = some_tokens({8, 5}, 2), both = TokenLists{second[0], first[1]};
