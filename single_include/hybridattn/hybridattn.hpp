@@ -8881,7 +8881,7 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
                        Cache<Stack, T, B>& cache, LogitRows rows) {
   check_sizes(model, cache);
   auto const& call = cache.next(backend, tokens);
-  if (call.tokens.empty()) return {};
+  if (call.tokens.empty()) return {backend, {0, model.config().vocab_size}};
   TokenRange::of(call.tokens).check_tokens(model.config().vocab_size);
   auto const p = in(params);
   Tensor<std::int32_t, 1, B> numbers{backend, {std::ssize(call.tokens)}};

@@ -9630,10 +9630,10 @@ template <class S_> class LanguageModel {
 #endif
 
 // ==== hybridattn/store/checkpoint/describe.hpp
-// A model as JSON: what a checkpoint says of it, and what it is compared with.
+// Describes a model as JSON. A checkpoint holds this description, and loading compares it with the description of the caller's model.
 //
-// A policy of your own is described by its name alone, unless there is members(config, f), as for the policies here, and
-// another one for the type of P::options, in the namespace of these types.
+// A policy of your own is described by its name alone. To have its config and its options described too, define members(config, f) and
+// members(options, f), as here for the library's policies, in the namespaces of these types.
 #ifndef HYBRIDATTN_STORE_CHECKPOINT_DESCRIBE_HPP
 #define HYBRIDATTN_STORE_CHECKPOINT_DESCRIBE_HPP
 
@@ -9646,7 +9646,7 @@ using Json = nlohmann::json;
 template <class C, class T>
 concept Either = std::is_same_v<std::remove_const_t<C>, T>;   // a T, or a T const
 
-// Enumerations stand in files as words, in the order of their values.
+// Files have a word for each enumerator. The words are in the order of the enumerators' values.
 template <class E> inline constexpr std::array<char const*, 0> words_of{};
 template <> inline constexpr std::array words_of<QkNorm>{"none", "plain", "zero_centred"};
 template <> inline constexpr std::array words_of<Rotary>{"half_split", "interleaved"};
@@ -9657,7 +9657,7 @@ template <> inline constexpr std::array words_of<gdn::GateStart>{"fla", "transfo
 
 }  // namespace checkpoint
 
-// f(name, member) for every member that a checkpoint keeps: one list for writing and for reading.
+// members(c, f) calls f(name, member) for every member that a checkpoint keeps, to write it or to read it.
 namespace full {
 template <checkpoint::Either<Config> C> void members(C& c, auto f) {
   f("num_heads", c.num_heads);
@@ -9680,7 +9680,7 @@ template <checkpoint::Either<Config> C> void members(C& c, auto f) {
 }
 }  // namespace gdn
 namespace dsa {
-// Without the stage, which is a step's and not the model's.
+// The stage is left out, because it belongs to a training step and not to the model.
 template <checkpoint::Either<Config> C> void members(C& c, auto f) {
   f("num_heads", c.num_heads);
   f("num_kv_heads", c.num_kv_heads);
@@ -9749,10 +9749,10 @@ struct Write {
     else json[name] = member;
   }
 };
-// No model comes near it, and products of three do not overflow.
+// Larger than any size of a real model. The product of three such sizes does not overflow.
 inline constexpr Index largest_size = 1 << 20;
 
-// Throws at a member that is not there, of another kind, or beyond every model.
+// Throws if a member is missing, is of another kind, or is larger than largest_size.
 struct Read {
   Json const& json;
   std::string const& where;
@@ -9812,7 +9812,7 @@ template <class P> Json describe_policy(typename P::Config const& config) {
   return json;
 }
 
-// Norms that come before their branches, as in files that are older than the other placement, are not mentioned.
+// norm_placement is left out where the norms come before their branches, because older files do not have it.
 template <class P> Json describe_layer(LayerConfig<P> const& layer) {
   Json json = describe_policy<P>(layer.policy);
   if (layer.norm_placement != NormPlacement::before) Write{json}("norm_placement", layer.norm_placement);
@@ -9834,8 +9834,8 @@ inline Json describe_stack(BlockConfig const& block, std::vector<Json> const& ki
   return json;
 }
 
-// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes", "norm_placement"}, ...], "model": {"vocab_size", ...}}, with
-// every size as it is used, none left to a default.
+// {"pattern": ["GDN", "Full", ...], "layers": [{"policy", "options", "sizes", "norm_placement"}, ...], "model": {"vocab_size", ...}}.
+// Sizes that the user left to a default have the value that the default stands for.
 template <class Model> Json describe(Model const& model) {
   using Stack = typename Model::Stack;
   auto const& stack = model.stack_config();
@@ -9851,7 +9851,7 @@ template <class Model> Json describe(Model const& model) {
   return json;
 }
 
-// The other way: what describe(model) said, as the configuration of a model of the same pattern.
+// The inverse of describe: returns the configuration of a model of the same pattern. Throws an Error that begins with `where`.
 template <class Model> typename Model::Config configuration(Json const& json, std::string const& where) {
   using Stack = typename Model::Stack;
   typename Model::Config config{};
@@ -9924,10 +9924,10 @@ struct Progress {
 #endif
 
 // ==== hybridattn/store/checkpoint/file.hpp
-// A checkpoint as a file. Everything here works on lists of tensors and on JSON: no type of model is known to it.
+// Reads and writes a checkpoint's file. The code here works on lists of tensors and on JSON, and knows no type of model.
 //
-// One safetensors file. Its __metadata__ has, under one key, the JSON of all that is no tensor; so the two become visible by
-// one rename, and no reader ever sees the one without the other, or half of either.
+// A checkpoint is one safetensors file. All that is not a tensor is JSON under one key of its __metadata__. One rename makes the whole
+// file visible, so no reader sees the tensors without the JSON, the JSON without the tensors, or a part of either.
 //
 //   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
 //   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square
@@ -9937,7 +9937,7 @@ struct Progress {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-// What a checkpoint says of itself.
+// A checkpoint's description of itself.
 struct CheckpointHeader {
   Index version = 0;                 // of the format
   std::vector<std::string> pattern;  // names of the layers' policies
@@ -9955,7 +9955,7 @@ inline constexpr Index version = 1;
 inline constexpr char const* metadata_key = "hybridattn";
 inline constexpr std::string_view optimizer_prefix = "optimizer.", history_prefix = "history.";
 
-// A tensor of a run, where its backend has it. One that is not there has no bytes.
+// A tensor of a run and its address in the backend's memory. An absent tensor has no bytes.
 struct StoredTensor {
   std::string name;
   TensorInfo info;
@@ -9963,7 +9963,7 @@ struct StoredTensor {
   std::size_t bytes = 0;
 };
 
-// For loops over fields: appends each tensor of a group to a list.
+// A function for zip. It appends each tensor of a group to a list.
 struct Collect {
   std::string_view prefix;
   std::vector<StoredTensor>& list;
@@ -9984,12 +9984,12 @@ template <class Group> void collect(std::string_view prefix, Group const& group,
 
 }  // namespace checkpoint
 
-// What an optimizer keeps: groups of tensors with the structure of the parameters, each under a name, and numbers.
+// An optimizer's state: numbers, and named groups of tensors with the structure of the parameters.
 struct NamedGroups {
   std::vector<checkpoint::StoredTensor> tensors;   // optimizer.<name>.<path>
   nlohmann::json numbers;
 
-  // Names the tensors of a group, which must live until they are written or read.
+  // Adds a group's tensors under this name. They must live until they are written or read.
   template <class Group> void add(std::string_view name, Group const& group) {
     checkpoint::collect(std::string(checkpoint::optimizer_prefix) + std::string(name) + ".", group, tensors);
   }
@@ -9997,7 +9997,7 @@ struct NamedGroups {
 
 namespace checkpoint {
 
-// In one line, whatever a file says.
+// Joins the words with spaces. The result is one line, even where a word has line breaks.
 inline std::string words(std::vector<std::string> const& list) {
   std::string text;
   for (auto const& word : list) text += (text.empty() ? "" : " ") + word;
@@ -10018,7 +10018,7 @@ inline std::string shape_text(std::vector<Index> const& shape) {
   return "[" + text + "]";
 }
 
-// A value out of a file, fit for an error message.
+// How an error message shows a value of a file.
 inline std::string shown(Json const& value) {
   if (value.is_string()) return escaped(value.get_ref<std::string const&>());
   if (value.is_null()) return "nothing";
@@ -10026,7 +10026,7 @@ inline std::string shown(Json const& value) {
   return value.is_object() ? "a group" : value.dump();
 }
 
-// Throws at the first difference: "model_dim: 128 in the file, 64 in the model". Keys in `ignored` are passed over.
+// Throws at the first difference, with "model_dim: 128 in the file, 64 in the model". Skips the keys in `ignored`.
 struct Comparison {
   std::string const& where;
   char const* ours;   // "model"
@@ -10046,7 +10046,7 @@ struct Comparison {
 
  private:
   inline static Json const nothing = {};
-  // 2.0 is no 2 where an integer belongs.
+  // Where the model has an integer, 2.0 in the file does not equal 2.
   static bool is_same(Json const& file, Json const& model) { return file == model && (file.is_number_float() <= model.is_number_float()); }
   static Json const& found(Json const& json, std::string const& key) { return json.contains(key) ? json[key] : nothing; }
   void inner(Json const& file, Json const& model, std::string const& name, std::string const& key) const {
@@ -10063,7 +10063,7 @@ inline Json to_json(DataState const& data) {
   return json;
 }
 
-// Writes the tensors that are there and all the rest beside them. `json` is that of the model and the optimizer.
+// Writes the tensors, the progress and `json`, which describes the model and the optimizer. Skips absent tensors.
 template <class B>
 void write(B& backend, std::filesystem::path const& path, Json json, std::vector<StoredTensor> const& tensors, Progress const& progress) {
   check(progress.step >= 0, "checkpoint ", path.string(), ": step ", progress.step, " is not allowed; it must be >= 0");
@@ -10092,8 +10092,8 @@ void write(B& backend, std::filesystem::path const& path, Json json, std::vector
   });
 }
 
-// A checkpoint being read. The constructor refuses what is no checkpoint of this version; the checks refuse one that is of
-// something else. They come before anything is written to anybody.
+// A checkpoint being read. The constructor throws if the file is not a checkpoint of this version. The checks throw if it does not fit
+// the model or the optimizer. Callers check first and then `read`, so a checkpoint that does not fit changes no tensor.
 class File {
  public:
   explicit File(std::filesystem::path const& path) : where_("checkpoint " + one_line(path.string()) + ": "), file_(path) {
@@ -10113,16 +10113,16 @@ class File {
             .json = std::move(json_)};
   }
   Index step() const { return count(json_, "step"); }
-  // The numbers of the optimizer that wrote it, and how an error about them begins.
+  // optimizer() returns the optimizer's numbers, where() how an error about this file begins.
   Json const& optimizer() const { return member("optimizer"); }
   std::string const& where() const { return where_; }
 
-  // `model` is what describe(model) made. `forward_alone`: nothing will be trained.
+  // `model` is the result of describe(model). `forward_alone` says that the model will not be trained.
   void check_model(Json const& model, std::string const& dtype, bool forward_alone) const {
     auto const theirs = pattern(), ours = names_in(model["pattern"], where_);
     if (theirs != ours) fail(where_, "the file holds ", words(theirs), ", the model is ", words(ours));
     check(text(json_, "dtype") == dtype, where_, "dtype: ", escaped(text(json_, "dtype")), " in the file, '", dtype, "' in the model");
-    // How parameters once started, and what only training reads.
+    // Two keys about the initial parameters, and three that only training reads.
     static constexpr std::string_view ignored[] = {"initialization", "gate_start", "balance", "balance_coefficient", "index_loss"};
     Comparison const compare{where_, "model", std::span(ignored).first(forward_alone ? 5 : 2)};
     compare(member("model"), model["model"], "");
@@ -10134,7 +10134,7 @@ class File {
       compare(layers[i], layer, "layer " + std::to_string(i) + " (" + layer["policy"].get_ref<std::string const&>() + ")");
     }
   }
-  // Of the file's tensors, those of the model (and of the optimizer, with `training`) are these, no more and no less.
+  // Throws unless `tensors` are exactly the file's tensors of the model and, with `training`, of the optimizer.
   void check_tensors(std::vector<StoredTensor> const& tensors, bool training) const {
     std::set<std::string> ours;
     for (auto const& tensor : tensors)
@@ -10144,12 +10144,12 @@ class File {
       check(ours.contains(name), where_, "tensor ", escaped(name), " is in the file, but not in the model");
     }
   }
-  // Into the tensors, which must be writable. Throws in the middle when the file cannot be read to its end.
+  // Reads into the tensors, which must be writable. If the file cannot be read to its end, throws after some tensors have changed.
   template <class B> void read(B& backend, std::vector<StoredTensor> const& tensors) const {
     for (auto const& tensor : tensors)
       if (tensor.bytes > 0) upload(backend, file_.read_bytes(tensor.name), tensor);
   }
-  // The same for tensors that hold a run already: all of them are written, or none. It takes as much memory again.
+  // The same for tensors that already hold a run. Changes all of them or, if it throws, none. Takes memory for a copy of all tensors.
   template <class B> void read_all_or_none(B& backend, std::vector<StoredTensor> const& tensors) const {
     std::vector<std::vector<char>> host;
     for (auto const& tensor : tensors) host.push_back(tensor.bytes > 0 ? file_.read_bytes(tensor.name) : std::vector<char>{});
@@ -10206,14 +10206,14 @@ class File {
 #endif
 
 // ==== hybridattn/store/checkpoint.hpp
-// Checkpoints: models in files, with what a training run needs to go on. The file is a safetensors file (checkpoint/file.hpp says
-// what is in it), which other programs read too.
+// A checkpoint is a file with a model and all that a training run needs to go on. It is a safetensors file, which other programs
+// read too; checkpoint/file.hpp says what is in it.
 //
 //   auto const header = read_checkpoint_header("run.safetensors");
 //   Model const model{checkpoint_config<Model>(header)};
 //   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
 //
-// No optimizer is known here. Whoever trains hands in what an optimizer keeps as NamedGroups: train/checkpoint.hpp does it for AdamW.
+// The functions here know no optimizer. The caller passes an optimizer's state as NamedGroups; train/checkpoint.hpp does so for AdamW.
 #ifndef HYBRIDATTN_STORE_CHECKPOINT_HPP
 #define HYBRIDATTN_STORE_CHECKPOINT_HPP
 
@@ -10234,7 +10234,7 @@ template <class Params> std::vector<StoredTensor> tensors_of(Params const& param
 
 }  // namespace checkpoint
 
-// Writes a run to a file, or leaves what stands there when that fails. Throws Error with the file's name.
+// Writes a run to a file. If this fails, throws Error with the file's name and leaves an older file of that name as it was.
 template <class B, class Model, class Params>
 void save_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params const& params, NamedGroups const& optimizer,
                      Progress const& progress = {}) {
@@ -10243,9 +10243,9 @@ void save_checkpoint(B& backend, std::filesystem::path const& path, Model const&
   checkpoint::write(backend, path, std::move(json), checkpoint::tensors_of(params, optimizer), progress);
 }
 
-// Takes parameters and the optimizer's groups out of a file. check_numbers(numbers, where) sees the numbers that the file has for the
-// optimizer, and throws an Error beginning with `where` unless they fit. Throws Error, too, where the file is damaged, or of another
-// pattern, size, dtype or version, and names both, or cannot be read to its end; then nothing was touched.
+// Reads parameters and the optimizer's groups from a file. check_numbers(numbers, where) gets the optimizer's numbers from the file and
+// must throw an Error that begins with `where` if they do not fit. Throws Error if the file is damaged, cannot be read to its end, or
+// has another pattern, size, dtype or version than the model; it names both. Parameters and groups then have their old values.
 template <class B, class Model, class Params, class CheckNumbers>
 Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model const& model, Params& params, NamedGroups const& optimizer,
                          CheckNumbers check_numbers) {
@@ -10259,11 +10259,11 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   return progress;
 }
 
-// The parameters alone, for a model that is not trained any more: what only training reads may differ from the file's.
+// Reads the parameters alone, for a model that is not trained any more. Settings that only training reads may differ from the file's.
 //   auto const params = load_parameters<float>(cpu, "run.safetensors", model);
 template <class T, class B, class Model> auto load_parameters(B& backend, std::filesystem::path const& path, Model const& model) {
   checkpoint::File const file{path};
-  std::error_code ignored;   // then reading will fail
+  std::error_code ignored;   // an unreadable file is an error of File::read
   auto const needed = bytes<T>(model.params()), there = static_cast<std::size_t>(std::filesystem::file_size(path, ignored));
   check(needed <= there, "checkpoint ", one_line(path.string()), ": the model's parameters take ", needed, " bytes, the whole file has ",
         there);
@@ -10275,12 +10275,12 @@ template <class T, class B, class Model> auto load_parameters(B& backend, std::f
   return params;
 }
 
-// The configuration of a checkpoint's model, whose pattern must be that of Model; the header comes from read_checkpoint_header.
+// Returns the configuration of a checkpoint's model. Model must have the checkpoint's pattern. read_checkpoint_header makes the header.
 template <class Model> typename Model::Config checkpoint_config(CheckpointHeader const& header) {
   return checkpoint::configuration<Model>(header.json, "checkpoint: ");
 }
 
-// What stands in a file: its pattern, configuration and step, without any tensor.
+// Reads a file's pattern, configuration and step, but no tensor.
 inline CheckpointHeader read_checkpoint_header(std::filesystem::path const& path) { return checkpoint::File{path}.header(); }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -10296,7 +10296,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 using Json = nlohmann::json;
 
-// How fields, which are [rows, ...] each, lie in a released tensor.
+// How a released tensor holds fields of the model. Each field is [rows, ...].
 enum class Layout {
   stacked,      // all rows of the first field, then those of the next; a single field as it is
   convolution,  // stacked, with an axis between: [channels, 1, width]
@@ -10305,7 +10305,7 @@ enum class Layout {
   each_expert   // a tensor of its own for each expert; {} in the name is its number
 };
 
-// `fields` are the paths of ours that make one released tensor, in order.
+// One released tensor: its name and, in order, the paths of the model's fields that it holds.
 struct Row {
   std::string_view name, fields;
   Layout layout = Layout::stacked;
@@ -10319,7 +10319,7 @@ struct RowGroup {
     each_layer,  // names after prefix and layers.3., paths after blocks.3.
     kind         // the same, in layers of one kind alone
   };
-  // Folders have the experts of a layer in one tensor, or each one apart.
+  // A folder has the experts of a layer together in common tensors (fused), or each one in tensors of its own (apart).
   enum class Experts { either, apart, fused };
 
   Place place;
@@ -10338,7 +10338,7 @@ struct LayerKind {
 
 struct Family;
 
-// What a config.json says, in the library's words.
+// The contents of a config.json in the library's terms.
 struct Settings {
   std::string where;   // how an error begins
   Family const* family = nullptr;
@@ -10347,12 +10347,12 @@ struct Settings {
   std::map<char, Json> layers;             // of each letter {"options", "sizes", "norm_placement"}, as a checkpoint describes a layer
   Json of_family = Json::object();         // what only the family's own functions read
 
-  // The layers of a kind have these options and sizes, which are structs of a policy.
+  // Sets the options and the sizes of a kind of layer. Both are structs of its policy.
   template <class Options, class Config> void set_layer(char letter, Options const& options, Config const& config) {
     checkpoint::to_json(layers[letter]["options"], options);
     checkpoint::to_json(layers[letter]["sizes"], config);
   }
-  // The other way, for a struct that has members(config, f): settings.read<full::Config>(settings.layers.at('F')["sizes"]).
+  // Reads a struct that has members(config, f), as in settings.read<full::Config>(settings.layers.at('F')["sizes"]).
   template <class Members> Members read(Json const& json) const {
     Members result{};
     members(result, checkpoint::Read{json, where});
@@ -10364,19 +10364,19 @@ class Fields;
 
 struct Family {
   std::string_view model_type;     // of config.json
-  std::string_view architecture;   // what is written as its class
-  // The model_type of folders whose text_config is such a config.json; empty: there are none.
+  std::string_view architecture;   // the class name that `save` writes
+  // The model_type of folders whose text_config is such a config.json. Empty if there are no such folders.
   std::string_view wrapper = "";
   std::span<LayerKind const> kinds;
   std::span<RowGroup const> tensors;
 
   // Reads the fields into all settings but where and family. Throws, naming the field, at a value that is not supported.
   void (*read)(Fields& fields, Settings& settings);
-  // Throws where a model's options of a kind of layer compute something else than the folder asks for.
+  // Throws if a model's options of a kind of layer compute something else than the folder asks for.
   void (*check_options)(Settings const& settings, char letter, Json const& options);
-  // Completes the settings of a model of ours. Throws at what no released model of the family has.
+  // Completes the settings that were made from a model. Throws if no released model of the family has such settings.
   void (*check_model)(Settings& settings);
-  // The fields of a config.json that `read` reads as these settings, beside model_type and architectures.
+  // Returns the fields of a config.json that `read` reads as these settings, except model_type and architectures.
   Json (*write)(Settings const& settings);
 
   LayerKind const* kind_of_word(std::string_view word) const {
@@ -10406,26 +10406,26 @@ struct Family {
 #endif
 
 // ==== hybridattn/store/hugging_face/fields.hpp
-// The fields of a config.json. Each one is read, or known to change nothing, or an error.
+// Reads the fields of a config.json. A field that is not read and not known to be harmless is an error.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_FIELDS_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_FIELDS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 struct ReadOptions {
-  // Fields of config.json that are read as if they were not there: "conv_window", "rope_parameters.factor".
+  // Fields of config.json that are read as if they were absent, such as "conv_window" or "rope_parameters.factor".
   std::vector<std::string> ignore = {};
-  // Families that the library does not know, which the folder may be of.
+  // Families that the folder may be of, besides those that the library knows.
   std::vector<Family const*> families = {};
 };
 
 namespace detail {
 
-// Fields that change nothing a text model computes. A * stands for any letters.
+// Fields that do not change what a text model computes. A * stands for any letters.
 struct Harmless {
   std::string_view names;
-  std::string_view values = "any";   // those that change nothing, as JSON: what is computed anyway. Empty: null alone
-  std::string_view same_as = "";     // or that of this field
+  std::string_view values = "any";   // the harmless values, as JSON. If empty, only null is harmless
+  std::string_view same_as = "";     // a field whose value is harmless here too
 };
 
 inline constexpr Harmless harmless[] = {
@@ -10452,9 +10452,9 @@ inline constexpr Harmless harmless[] = {
     // How it was started and trained.
     {"initializer_* init_std init_method embedding_initializer_range train_* trained_* training_* trainer_* gradient_checkpointing* "
      "use_reentrant neftune_noise_alpha seed *_seed"},
-    // Draft heads, and eyes and ears, which are passed over; positions on several axes, which a text has in common.
+    // Draft heads, and encoders of images and sound, which are skipped. Positions on several axes, which are equal for a text.
     {"mtp_* num_nextn_predict_layers mrope_* vision_config audio_config vision_* image_* video_* audio_* language_model_only"},
-    // What is computed anyway.
+    // The values that the library computes with in any case.
     {"hidden_act hidden_activation activation_function", R"("silu", "swish")"},
     {"output_gate_type", R"("swish", "silu")"},
     {"attn_output_gate qk_norm use_qk_norm qk_layernorm use_qk_layernorm is_causal causal use_rope", "true"},
@@ -10464,7 +10464,7 @@ inline constexpr Harmless harmless[] = {
     {"rope_type type", R"("default")"},
     {"pruned_heads", "{}"},
     {"num_experts num_local_experts n_routed_experts", "0"},
-    // Other libraries' names for what stands there already.
+    // Other libraries' names for a field. They must have that field's value.
     {"num_local_experts n_routed_experts", "", "num_experts"},
     {"moe_topk num_experts_per_token", "", "num_experts_per_tok"},
     {"d_model n_embd dim", "", "hidden_size"},
@@ -10474,10 +10474,10 @@ inline constexpr Harmless harmless[] = {
     {"ffn_dim n_inner ffn_hidden_size", "", "intermediate_size"},
     {"layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon", "", "rms_norm_eps"},
     {"padded_vocab_size", "", "vocab_size"},
-    // What is not supported at all.
+    // Fields that are not supported.
     {"quantization* compression_config sliding_window", ""}};
 
-// What only a model with experts reads.
+// Fields that only a model with experts reads.
 inline constexpr std::string_view of_experts =
     "output_router_logits router_* num_experts_per_tok moe_* shared_expert_intermediate_size norm_topk_prob decoder_sparse_step "
     "mlp_only_layers";
@@ -10506,7 +10506,7 @@ inline std::string shown(Json const& value) {   // in letters of ASCII
   return text.size() > 80 ? text.substr(0, 80) + "..." : text;
 }
 
-// No model comes near it, and products of three do not overflow.
+// Larger than any size of a real model. The product of three such sizes does not overflow.
 inline constexpr Index largest_size = 1 << 20, max_layers = 10'000;
 
 inline bool is_mixed(FeedForwardConfig const& c, Index layers) {
@@ -10524,10 +10524,10 @@ class Fields {
       : object_(object), where_(std::move(where)), path_(std::move(path)), options_(options) {
     check(object.is_object(), where_, "not a JSON object");
   }
-  // An object in there.
+  // Returns an object inside this one.
   Fields inside(std::string const& name) { return {at(name), where_ + name + ": ", options_, path_ + name + "."}; }
 
-  // Null is as if the field were not there.
+  // A field that is null counts as absent.
   bool has(std::string const& name) {
     known_.insert(name);
     return object_.contains(name) && !object_[name].is_null() && !is_ignored(name);
@@ -10559,12 +10559,12 @@ class Fields {
     check(at(name).is_boolean(), where_, name, " is ", detail::shown(at(name)), "; it must be true or false");
     return at(name).get<bool>();
   }
-  // Whether it has this value; it is not read by that.
+  // Whether the field has this value. This does not count as reading it.
   bool says(std::string const& name, Json const& value) const { return object_.contains(name) && object_[name] == value; }
-  // Fields of these names change nothing here.
+  // Declares fields of these names harmless.
   void pass_over(std::string_view patterns) { passed_over_ += std::string(patterns) + " "; }
 
-  // Every field was read, or changes nothing. `inner` is an object whose fields may be repeated here.
+  // Throws at a field that was not read and is not harmless. This object may repeat fields of `inner`.
   void check_all_known(Json const* inner = nullptr) const {
     for (auto const& [name, value] : object_.items()) {
       bool const repeated = inner != nullptr && inner->contains(name) && (*inner)[name] == value;
@@ -10611,14 +10611,14 @@ class Fields {
   }
 
   Json const& object_;
-  std::string where_, path_;   // how an error begins, and the name of a field in there
+  std::string where_, path_;   // how an error begins, and what stands before a field's name in ReadOptions::ignore
   ReadOptions const& options_;
   std::set<std::string> known_;
   std::string passed_over_;
 };
 
-// The layers as most config.json files have them: a word for each in layer_types or, where that is absent, every interval-th layer
-// of the family's last kind and the others of its first.
+// Reads the layers as most config.json files have them, a word for each layer in layer_types. Without layer_types, every interval-th
+// layer is of the family's last kind and the others are of its first kind.
 inline std::string read_layer_types(Fields& fields, Family const& family, Index interval) {
   Index const depth = fields.size("num_hidden_layers", 1, detail::max_layers);
   std::string letters;
@@ -10644,7 +10644,7 @@ inline void write_layer_types(Settings const& s, Json& json) {
 
 namespace detail {
 
-// A JSON file of a folder. Real ones have a few kilobytes; an index of many tensors has some megabytes.
+// Reads a JSON file of at most `largest` bytes.
 inline std::string read_json_text(std::filesystem::path const& path, std::size_t largest) {
   std::string const where = one_line(path.string()) + ": ";
   std::string text = read_regular_file(path, largest, where);
@@ -10657,7 +10657,7 @@ inline std::string read_json_text(std::filesystem::path const& path, std::size_t
 #endif
 
 // ==== hybridattn/store/hugging_face/qwen.hpp
-// What Qwen's families have in common: layers of Gated DeltaNet and of full attention, and most fields of config.json.
+// The common part of Qwen's families: layers of Gated DeltaNet and of full attention, and most fields of config.json.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_QWEN_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_QWEN_HPP
 
@@ -10683,10 +10683,10 @@ inline constexpr Row full_rows[] = {{"q_proj.weight", "w.q w_gate", Layout::by_h
 inline constexpr Row dense_rows[] = {
     {"gate_proj.weight", "dense.gate"}, {"up_proj.weight", "dense.up"}, {"down_proj.weight", "dense.down"}};
 
-// What the families' own functions read, besides: the share of a head that turns.
+// The key in Settings::of_family for the share of a head that rotary positions turn.
 inline constexpr char const* rotary_share = "rotary_share";
 
-// The dimensions of a head that turn, as the families count them.
+// How many dimensions of a head turn, rounded as in the released models.
 inline Index rotary_dim(double share, Index head_dim) { return static_cast<Index>(static_cast<double>(head_dim) * share); }
 
 inline full::Config full_sizes(Settings const& s) { return s.read<full::Config>(s.layers.at('F')["sizes"]); }
@@ -10694,7 +10694,7 @@ inline gdn::Config gdn_sizes(Settings const& s) { return s.read<gdn::Config>(s.l
 inline FeedForwardConfig feed_forward(Settings const& s) { return s.read<FeedForwardConfig>(s.model["feed_forward"]); }
 inline RmsNorm::Options norm(Settings const& s) { return s.read<RmsNorm::Options>(s.model["norm"]); }
 
-// Rotary fields stand beside the others as in the first releases, or in an object of their own; where one stands twice, they agree.
+// Rotary fields stand among the other fields, as in the first releases, or in an object of their own. Throws if the two differ.
 inline void read_rotary(Fields& fields, double& theta, double& share) {
   struct Rotary {
     char const* name;
@@ -10720,7 +10720,7 @@ inline void read_rotary(Fields& fields, double& theta, double& share) {
   }
 }
 
-// All but the feed-forward layers.
+// Reads all fields but those of the feed-forward layers.
 inline void read_common(Fields& fields, Settings& s) {
   s.pattern = read_layer_types(fields, *s.family, fields.size_or("full_attention_interval", 4));
   Json& model = s.model;
@@ -10776,7 +10776,7 @@ inline void check_options(Settings const& s, char letter, Json const& options) {
   else check_full(s, s.read<FullOptions>(options));
 }
 
-// The sizes that config.json has no field for must be what follows from the others.
+// Throws if a size that config.json has no field for is not the one that follows from the others.
 template <class Policy> void check_derived(Settings const& s, typename Policy::Config const& c) {
   auto derived = c;
   derived.scale = 0;
@@ -10784,7 +10784,7 @@ template <class Policy> void check_derived(Settings const& s, typename Policy::C
   check(c.scale == derived.scale, s.where, "the scale of ", Policy::name, " is ", c.scale, ", not ", derived.scale);
   check(c.norm_eps == norm(s).eps, s.where, "the norm_eps of ", Policy::name, " is ", c.norm_eps, ", that of the blocks ", norm(s).eps);
 }
-// A model without layers of a kind has that kind's fields all the same.
+// Sets the sizes of a kind of layer that the model does not have, because config.json has fields for both kinds.
 inline void set_absent_layers(Settings& s) {
   Index const heads = s.model["num_heads"].get<Index>(), dim = std::max<Index>(s.model["model_dim"].get<Index>() / heads, 1);
   if (!s.layers.contains('F')) s.set_layer('F', FullOptions{}, full::Config{.num_heads = heads, .num_kv_heads = heads, .head_dim = dim});
@@ -10840,7 +10840,7 @@ inline Json write_common(Settings const& s) {
 #endif
 
 // ==== hybridattn/store/hugging_face/qwen3_5.hpp
-// The text models of Qwen3.5: projections of Gated DeltaNet side by side, dense layers.
+// The text models of Qwen3.5. Gated DeltaNet's projections are stacked one after the other, and all feed-forward layers are dense.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_5_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_5_HPP
 
@@ -10884,7 +10884,7 @@ inline constexpr Family qwen3_5_text{.model_type = "qwen3_5_text",
 #endif
 
 // ==== hybridattn/store/hugging_face/qwen3_next.hpp
-// Qwen3-Next: projections of Gated DeltaNet fused head by head, dense layers and mixtures of experts.
+// Qwen3-Next. Gated DeltaNet's projections are fused head by head, and feed-forward layers are dense or mixtures of experts.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_NEXT_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_QWEN3_NEXT_HPP
 
@@ -10948,7 +10948,7 @@ inline void check_qwen3_next(Settings& s) {
 
 inline Json write_qwen3_next(Settings const& s) {
   Json json = write_common(s);
-  auto const& rotary = json["rope_parameters"];   // where readers of its first releases look
+  auto const& rotary = json["rope_parameters"];   // readers for the first releases look for its fields outside
   json["rope_theta"] = rotary["rope_theta"];
   json["partial_rotary_factor"] = rotary["partial_rotary_factor"];
   auto const c = feed_forward(s);
@@ -10991,7 +10991,7 @@ inline constexpr Family const* families[] = {&qwen3_next, &qwen3_5_text};
 #endif
 
 // ==== hybridattn/store/hugging_face/config_file.hpp
-// config.json of a released model, read and written.
+// Reads and writes the config.json of a released model.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_CONFIG_FILE_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_CONFIG_FILE_HPP
 
@@ -11019,7 +11019,7 @@ inline std::string names_of(std::vector<Family const*> const& known) {
 
 }  // namespace detail
 
-// The folder's config.json; throws, naming it, at a field that is unknown, missing, or has a value that is not supported.
+// Reads the folder's config.json. Throws if a field is unknown, missing or has a value that is not supported, and names the field.
 inline Settings read_settings(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   auto const path = folder / "config.json";
   std::string const where = one_line(path.string()) + ": ";
@@ -11054,7 +11054,7 @@ inline std::string config_text(Settings const& s) {
 #endif
 
 // ==== hybridattn/store/hugging_face/table.hpp
-// Released parameter names and our fields: a table, and what one row of it becomes in one layer of a model.
+// Lists a model's tensors under their released names. The rows of the family's table say which released name holds which fields.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_TABLE_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_TABLE_HPP
 
@@ -11063,11 +11063,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 // How a folder's parameters are named and laid out, beyond what its config.json says.
 struct Format {
   Family const* family = &qwen3_next;
-  bool fused_experts = false;      // all experts of a layer in one tensor, gate and up together, or one matrix each
+  bool fused_experts = false;      // all experts of a layer in one tensor, gate and up together; otherwise one matrix for each expert
   std::string prefix = "model.";   // of all names but the head's; model.language_model. in multimodal files
 };
 
-// What the table must know of a model.
+// What table() must know of a model.
 using Extents = std::vector<Index>;
 struct Layer {
   char letter = 0;   // of the family's kinds
@@ -11079,7 +11079,7 @@ struct Outline {
   std::map<std::string, Extents> fields;   // every tensor of the model, by path
 };
 
-// Released tensors and the fields of ours that they hold. The numbers of the tensors, in order, are `groups` groups; each group has an
+// Released tensors and the model's fields that they hold. The numbers of the tensors, in order, are `groups` groups. Each group has an
 // equal share of every field, one field after the other.
 struct Entry {
   std::vector<std::string> names;
@@ -11117,7 +11117,7 @@ inline std::vector<std::string> released_names(Layout layout, std::string const&
   return names;
 }
 
-// Makes the entries of one model, row by row; each of the model's tensors stands in one of them.
+// Makes the entries of one model, row by row. Each tensor of the model must be in exactly one entry.
 class Builder {
  public:
   explicit Builder(Outline const& outline) : outline_(outline) {}
@@ -11137,7 +11137,7 @@ class Builder {
       if (extent != 0) return false;
     return true;
   }
-  // Rows of tensors that the model has not (a head that is the embedding, a shared expert) are left out.
+  // Skips rows whose tensors the model does not have, such as the head of a tied model or a shared expert.
   void add(std::string const& name, std::string const& field, Row const& row, Layer const& layer) {
     Entry entry;
     std::vector<Extents> extents;
@@ -11164,7 +11164,7 @@ class Builder {
 
 }  // namespace detail
 
-// Every tensor of a model under its released name; throws, naming it, when one has none.
+// Returns every tensor of a model under its released name. Throws if a tensor has none, and names the tensor.
 inline std::vector<Entry> table(Outline const& outline, Format const& format) {
   using Place = RowGroup::Place;
   using Experts = RowGroup::Experts;
@@ -11189,7 +11189,7 @@ inline std::vector<Entry> table(Outline const& outline, Format const& format) {
   return builder.take();
 }
 
-// f(share) for the shares of an entry's fields, in the order of the released elements.
+// Calls f(share) for the shares of an entry's fields, in the order of the released elements.
 template <class T, class F> void for_each_share(Index groups, std::vector<std::vector<T>>& fields, F f) {
   for (Index group = 0; group < groups; ++group)
     for (auto& field : fields) {
@@ -11202,7 +11202,7 @@ template <class T, class F> void for_each_share(Index groups, std::vector<std::v
 #endif
 
 // ==== hybridattn/store/hugging_face/types.hpp
-// What a model's types say, held against a config.json, and what a model says, as one.
+// Compares a model's type with a config.json, and describes a model as the settings of a config.json.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_TYPES_HPP
 
@@ -11210,13 +11210,13 @@ namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
 namespace detail {
 
-// {"policy", "options", "sizes"} of each layer, the sizes being defaults.
+// {"policy", "options", "sizes"} of each layer. The sizes are defaults.
 template <class Stack> struct TypesOf;
 template <class... Policies> struct TypesOf<hybridattn::Stack<Policies...>> {
   static std::vector<Json> layers() { return {checkpoint::describe_policy<Policies>(typename Policies::Config{})...}; }
 };
 
-// The letter of a layer of ours, or '?' where the family has none like it.
+// The letter of a model's layer, or '?' if the family has no such layer.
 inline char letter_of(Family const& family, Json const& layer) {
   auto const* const kind = family.kind_of_policy(layer["policy"].get_ref<std::string const&>());
   return kind == nullptr ? '?' : kind->letter;
@@ -11236,7 +11236,7 @@ inline void check_layers(Settings const& s, std::vector<Json> const& layers) {
 
 }  // namespace detail
 
-// Throws when the layers of a model of these settings have their norms elsewhere than a model's.
+// Throws if the norms of a layer have another placement in the settings than in a model's description.
 inline void check_norm_placement(Settings const& s, Json const& description) {
   auto const placement = [](Json const& layer) { return layer.value("norm_placement", "before"); };
   for (std::size_t i = 0; i < s.pattern.size(); ++i) {
@@ -11244,12 +11244,12 @@ inline void check_norm_placement(Settings const& s, Json const& description) {
     check(theirs == ours, s.where, "the norms of layer ", i, " come ", theirs, " attention and feed-forward, but in the model ", ours);
   }
 }
-// Throws when a config.json is that of other types than the stack's.
+// Throws if a config.json asks for layers of other types than the stack has.
 template <class Stack> void check_types(Settings const& s) { detail::check_layers(s, detail::TypesOf<Stack>::layers()); }
 
 namespace detail {
 
-// As checkpoint::describe says it of a model of these settings.
+// Returns what checkpoint::describe returns for a model of these settings.
 inline Json description(Settings const& s) {
   Json json;
   json["model"] = s.model;
@@ -11278,7 +11278,7 @@ inline Outline outline(Json const& description, Family const& family) {
   return result;
 }
 
-// Throws where a layer differs from an earlier one of its kind: a config.json has one set of options and sizes for both.
+// Throws if a layer differs from an earlier one of its kind, because a config.json has one set of options and sizes for both.
 inline void check_same(Settings const& s, Json const& earlier, Json const& layer) {
   for (char const* group : {"options", "sizes"}) {
     Json const ours = layer.value(group, Json::object()), theirs = earlier.value(group, Json::object());
@@ -11309,14 +11309,14 @@ inline Settings settings_of(Json const& description, Family const& family) {
 
 }  // namespace detail
 
-// What the table must know of a model.
+// Returns what table() must know of a model.
 template <class Stack> Outline outline(LanguageModel<Stack> const& model, Family const& family) {
   Outline result = detail::outline(checkpoint::describe(model), family);
   zip(detail::CollectShapes{result.fields}, model.params());
   return result;
 }
 
-// A model as the config.json of a family; throws at what no released model of it has.
+// Returns the settings of a family's config.json for a model. Throws if no released model of the family has such settings.
 template <class Stack> Settings settings_of(LanguageModel<Stack> const& model, Family const& family) {
   return detail::settings_of(checkpoint::describe(model), family);
 }
@@ -11368,8 +11368,8 @@ class Weights {
     return elements;
   }
 
-  // Throws at the first tensor that is missing, has another shape or is not of real numbers, or belongs to nothing. `embedding` is
-  // the tensor that a tied model has for its head too; else it is empty.
+  // Throws at the first tensor that is missing, has another shape, is not of real numbers, or is not in the table. `embedding` is the
+  // name of the embedding if the model ties its head to it, and empty otherwise.
   void check_against(std::vector<Entry> const& table, std::string const& embedding) const {
     std::set<std::string_view> expected;
     for (Entry const& entry : table)
@@ -11383,15 +11383,15 @@ class Weights {
 
  private:
   static constexpr char const* head = "lm_head.weight";
-  // Draft heads and image encoders: no logit of the text model depends on them. And what follows from config.json.
+  // No logit of the text model depends on draft heads and image encoders. inv_freq follows from config.json.
   static bool is_ignored(std::string_view name) {
     return name.starts_with("mtp.") || name.starts_with("model.visual.") || name.ends_with(".rotary_emb.inv_freq");
   }
-  static bool is_there(std::filesystem::path const& path) {   // if only as a link to nothing
+  static bool is_there(std::filesystem::path const& path) {   // true for a broken link too
     std::error_code ignored;
     return std::filesystem::exists(std::filesystem::symlink_status(path, ignored));
   }
-  // Up to three files of other kinds.
+  // Names up to three files that hold weights under other names, for an error message.
   static std::string other_weights(std::filesystem::path const& folder) {
     static constexpr std::array<std::string_view, 7> kinds = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"};
     std::string found;
@@ -11433,7 +11433,7 @@ class Weights {
     }
   }
 
-  // Everything in the index is bounded by its size; what else a file says is not kept.
+  // Keeps nothing but weight_map, so the size of the index limits the memory that this takes.
   void open_all(std::filesystem::path const& folder, std::filesystem::path const& index) {
     constexpr std::size_t max_index_bytes = 100'000'000;
     std::string const where = one_line(index.string()) + ": ";
@@ -11488,8 +11488,8 @@ class Weights {
 #endif
 
 // ==== hybridattn/store/hugging_face.hpp
-// Released models in folders of the Hugging Face layout: config.json, and parameters as safetensors under their released
-// names. Qwen3-Next and the text models of Qwen3.5; a Stack of Gated DeltaNet and full attention is their type:
+// Reads and writes released models in folders of the Hugging Face layout: config.json, and safetensors files with the parameters under
+// their released names. The library knows Qwen3-Next and the text models of Qwen3.5, Stacks of Gated DeltaNet and full attention:
 //
 //   using Letters = Alphabet<Letter<'L', GDN>, Letter<'F', Full>>;
 //   using Model = LanguageModel<Pattern<"LLLF", Letters>>;
@@ -11497,15 +11497,15 @@ class Weights {
 //   auto params = hugging_face::load<float>(cpu, model, folder);
 //   hugging_face::save(cpu, model, params, another_folder);
 //
-// Which name is which field: hugging_face/table.hpp.
+// The tables in hugging_face/qwen.hpp, qwen3_next.hpp and qwen3_5.hpp say which name is which field.
 #ifndef HYBRIDATTN_STORE_HUGGING_FACE_HPP
 #define HYBRIDATTN_STORE_HUGGING_FACE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::hugging_face {
 
-// The folder's layers, one letter each: L linear_attention (Gated DeltaNet), F full_attention. "LLLF..." unless it says
-// otherwise. Like all functions here it throws at a config.json that is not fully understood, naming field and value.
-// `options` may name fields that are read as if they were not there.
+// Returns one letter for each layer of the folder: L for linear_attention (Gated DeltaNet), F for full_attention. The default is
+// "LLLF...". Like all functions here it throws if it does not fully understand config.json, and names the field and its value. Fields
+// in options.ignore are read as if they were absent.
 inline std::string pattern(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   return read_settings(folder, options).pattern;
 }
@@ -11522,15 +11522,15 @@ inline Format format_of(Settings const& settings, Weights const& weights) {
 }
 }  // namespace detail
 
-// How the folder's parameters are named, for writing others in the same way.
+// Returns how the folder's parameters are named. `save` with this Format names others in the same way.
 inline Format format(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   return detail::format_of(read_settings(folder, options), Weights{folder});
 }
 
-// The folder's sizes for a model of this type. Throws, naming field, value and what is supported, when the types are those of
-// another model: other layers, convolution width, rotary share, norms or gates.
-// The load-balancing loss counts, pooled over the layers, when the folder says output_router_logits; set
-// feed_forward.balance_coefficient to train with it otherwise.
+// Returns the folder's sizes for a model of this type. Throws if the type has other layers, another convolution width or rotary share,
+// or other norms or gates than the folder; the error names field, value and what is supported.
+// If output_router_logits is true in the folder, the loss includes the load-balancing loss, pooled over the layers. Otherwise set
+// feed_forward.balance_coefficient to train with it.
 template <class Model> typename Model::Config config(std::filesystem::path const& folder, ReadOptions const& options = {}) {
   Settings const s = read_settings(folder, options);
   check_types<typename Model::Stack>(s);
@@ -11539,7 +11539,7 @@ template <class Model> typename Model::Config config(std::filesystem::path const
 
 namespace detail {
 
-// The memory of every tensor of a group of parameters, by path; without elements for a tensor that is absent.
+// The memory of every tensor of a group of parameters, by path. An absent tensor has no elements.
 template <class T> using Memory = std::map<std::string, std::span<T>>;
 template <class T> Memory<T> memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
   Memory<T> result;
@@ -11572,10 +11572,10 @@ template <class B, class T> void load_entry(B& backend, Entry const& entry, Weig
 
 }  // namespace detail
 
-// The folder's parameters for this model, in float or double; their tensors may be F32, BF16, F16 or F64, in one file or in
-// several. Throws before memory is taken at a tensor that is missing, superfluous or of another shape, naming it and both
-// shapes. Draft heads (mtp.*) and image encoders (model.visual.*) are passed over, and a head that a tied model does not need must
-// be its embedding.
+// Returns the folder's parameters for this model, in float or double. Its tensors may be F32, BF16, F16 or F64, in one file or several.
+// Throws, before it takes memory, if a tensor is missing, superfluous or of another shape, and names the tensor and both shapes. Skips
+// draft heads (mtp.*) and image encoders (model.visual.*). If the model ties its head to the embedding, a head in the folder must equal
+// the embedding.
 template <class T, class B, class Model>
 auto load(B& backend, Model const& model, std::filesystem::path const& folder, ReadOptions const& options = {}) {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
@@ -11597,8 +11597,8 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   return params;
 }
 
-// f(released name, shape, elements) for every tensor of a group of parameters: trained ones, or their gradients. What the
-// group has not, as nothing trains it, is left out.
+// Calls f(released name, shape, elements) for every tensor of a group of parameters or of their gradients. Skips tensors that the group
+// does not have, such as gradients of parameters that are not trained.
 template <class B, class Model, class Params, class F>
 void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
   using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
@@ -11616,8 +11616,8 @@ void for_each_tensor(B& backend, Model const& model, Params const& params, F f, 
   }
 }
 
-// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws,
-// naming it, at an option that no released model of the family has, and at a folder with shards.
+// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws if an
+// option of the model is in no released model of the family, or if the folder has shards, and names the option or the folder.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
   std::string const config = config_text(settings_of(model, *format.family));
@@ -11625,7 +11625,7 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
   check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
         ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");
   SafetensorsWriter writer;
-  std::deque<std::vector<float>> kept;   // the writer holds no elements
+  std::deque<std::vector<float>> kept;   // the writer only refers to the elements
   for_each_tensor(
       backend, model, params,
       [&](std::string const& name, Extents const& shape, auto const& elements) {
@@ -11635,7 +11635,7 @@ void save(B& backend, Model const& model, Params const& params, std::filesystem:
         writer.add(name, shape, copy);
       },
       format);
-  writer.add_metadata("format", "pt");   // how the layout's readers know the file
+  writer.add_metadata("format", "pt");   // the layout's readers expect this
   std::filesystem::create_directories(folder);
   writer.write(folder / "model.safetensors");
   write_file_atomically(folder / "config.json", config);

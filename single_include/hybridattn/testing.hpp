@@ -1469,14 +1469,14 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 #endif
 
 // ==== hybridattn/testing/fake.hpp
-// A device without a device: its memory is the host's, but unreadable except while an operation or a copy runs. Host code
-// that touches what only a kernel may touch dies here, on any machine, rather than on somebody's GPU.
+// A backend that stands in for a GPU. Its memory is memory of the host, but can be accessed only while an operation or a copy runs. Host
+// code that accesses it at another time crashes, as it would on a GPU, so tests find such code on a machine without a GPU.
 #ifndef HYBRIDATTN_TESTING_FAKE_HPP
 #define HYBRIDATTN_TESTING_FAKE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// Operations run on the Cpu inside, whose scratch memory is its own.
+// Operations run on an inner Cpu, which has scratch memory of its own.
 class Fake {
  public:
   using Inner = Cpu;
@@ -1514,7 +1514,7 @@ class Fake {
   Pool& pool() { return pool_; }
 
   bool owns(void const* memory) const { return memory_.owns(memory); }
-  // What an operation is given, alone or in a group: memory of the host is none that a device could read.
+  // Throws if an argument of an operation, a view or a group of views, is in memory of the host, because a device could not read it.
   template <class T, int Rank> void arrives(View<T, Rank> const& view) const {
     check(view.count() == 0 || owns(view.data), "Fake: an operation was given memory of the host");
   }
@@ -1522,7 +1522,7 @@ class Fake {
     if constexpr (FieldGroup<Argument>) zip([&](Path const&, auto const& view) { arrives(view); }, argument);
   }
 
-  // f(inner): the only place where the memory is there.
+  // Calls f(inner). Inside this call the memory can be accessed.
   template <class F> auto run(F&& f) {
     HiddenMemory::Open const open{memory_};
     return f(cpu_);
@@ -1673,8 +1673,8 @@ class Sequences {
 #endif
 
 // ==== hybridattn/testing/host_tensor.hpp
-// Tensors on the host, with names, shapes and values as doubles, whatever they are elsewhere. A double holds every float,
-// bf16 and int32 exactly, the sign of zero included, so that equal bits here are equal bits there.
+// Tensors on the host, with names, shapes and values as doubles, whatever their type on the backend. A double holds every float, bf16 and
+// int32 exactly, the sign of zero included, so equal bits here mean equal bits on the backend.
 #ifndef HYBRIDATTN_TESTING_HOST_TENSOR_HPP
 #define HYBRIDATTN_TESTING_HOST_TENSOR_HPP
 
@@ -1688,16 +1688,16 @@ enum class RowsOf { tokens, sequences, other };
 struct HostTensor {
   std::string name;
   RowsOf rows = RowsOf::other;
-  bool whole = false;            // of whole numbers: a choice
+  bool whole = false;            // of whole numbers, such as the keys that a policy chooses
   std::vector<Index> shape;
-  std::vector<double> values;    // none: the tensor is not there
+  std::vector<double> values;    // empty if the tensor is absent
 
   Index row_count() const { return shape.empty() ? 0 : shape[0]; }
   Index row_size() const { return row_count() == 0 ? 0 : std::ssize(values) / row_count(); }
   double* row(Index i) { return values.data() + i * row_size(); }
   double const* row(Index i) const { return values.data() + i * row_size(); }
 
-  // "[3, 0, 7]": where an element stands.
+  // The indices of an element: "[3, 0, 7]".
   std::string place(Index element) const {
     std::string text = "]";
     for (std::size_t axis = shape.size(); axis-- > 0; element /= shape[axis])
@@ -1727,7 +1727,7 @@ struct HostGroup : std::vector<HostTensor> {
   }
 };
 
-// What a verdict quotes: enough digits to tell two numbers apart.
+// A number as verdicts quote it, with enough digits to tell any two numbers apart.
 inline std::string number(double x) {
   std::ostringstream text;
   text.precision(17);
@@ -1744,7 +1744,7 @@ template <class Numbers> std::string listed(Numbers const& numbers) {
 
 inline bool same_bits(double a, double b) { return std::bit_cast<std::uint64_t>(a) == std::bit_cast<std::uint64_t>(b); }
 
-// The first element, of the rows that `wanted(tensor, row)` names, that has not the same bits in both; "" if there is none.
+// Names the first element with other bits in b than in a, among the rows for which wanted(tensor, row) holds, or returns "".
 template <class Wanted> std::string first_difference(HostGroup const& a, HostGroup const& b, Wanted wanted) {
   for (std::size_t i = 0; i < a.size(); ++i) {
     HostTensor const &x = a[i], &y = b[i];
@@ -1766,7 +1766,7 @@ inline double max_abs(HostTensor const& x) {
   for (double value : x.values) largest = std::max(largest, std::abs(value));
   return largest;
 }
-// The place and size of the largest difference; a NaN on either side is infinitely far.
+// The place and size of the largest difference. A NaN on either side counts as an infinite difference.
 struct Difference {
   double size = 0;
   Index element = 0;
@@ -1784,7 +1784,7 @@ inline Difference max_difference(HostTensor const& x, HostTensor const& y) {
 template <class F> void set_each(HostTensor& tensor, F value) {
   for (double& x : tensor.values) x = value();
 }
-// Mean 0, deviation 1 and nearly normal: the sum of four uniform numbers from one draw. The laws spend their time elsewhere.
+// A nearly normal number of mean 0 and deviation 1. It is the sum of four uniform numbers from one draw, which takes little time.
 inline double bell(Random& random) {
   std::uint64_t const bits = random.bits();
   std::uint64_t const sum = (bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48);
@@ -1793,7 +1793,7 @@ inline double bell(Random& random) {
 inline void set_normal(HostTensor& tensor, Random& random, double deviation = 1) {
   set_each(tensor, [&] { return deviation * bell(random); });
 }
-// Floats in every scalar, so that runs in float and double mean the same.
+// Rounds all values to floats, so that runs in float and in double have the same inputs.
 inline void round_to_float(HostGroup& group) {
   for (HostTensor& tensor : group)
     for (double& x : tensor.values) x = static_cast<double>(static_cast<float>(x));
@@ -1809,9 +1809,9 @@ inline Sequences packed(std::vector<Index> const& lengths) {
 #endif
 
 // ==== hybridattn/testing/subject.hpp
-// What the laws judge: a policy or an operation, as tensors on the host that go in and tensors on the host that come out. The laws
-// are ordinary run-time code over this. Only what makes a Subject of a policy (adaptor.hpp) or of an operation (operation.hpp), on a
-// backend and in a scalar, is a template.
+// A Subject is a policy or an operation that the laws judge. It takes tensors on the host and returns tensors on the host. The laws are
+// ordinary functions. Only the code that makes a Subject of a policy (adaptor.hpp) or of an operation (operation.hpp), on a backend and
+// in a scalar, is a template.
 #ifndef HYBRIDATTN_TESTING_SUBJECT_HPP
 #define HYBRIDATTN_TESTING_SUBJECT_HPP
 
@@ -1824,10 +1824,10 @@ struct Case {
   bool carried = true;   // with the states that pass from one part of a sequence to the next
 };
 
-// What an earlier run on the same backend left in scratch memory: there was none, it worked on the same numbers, or on NaNs.
+// The earlier run on the same backend, which leaves its numbers in scratch memory: none, one on the same inputs, or one on NaNs.
 enum class Leftovers { none, numbers, nan };
 
-// What surrounds a run, and must not matter.
+// The circumstances of a run. The result must not depend on them.
 struct Surroundings {
   int threads = 1;
   double unwritten = not_a_number;   // in all results before they are written
@@ -1839,7 +1839,7 @@ struct Surroundings {
 
 struct Result {
   HostGroup outputs, saved, gradients;   // gradients have the names of their inputs
-  std::string trespass;                  // where a run wrote outside, or nothing
+  std::string trespass;                  // where a run wrote outside its results, or ""
   std::size_t scratch = 0;               // bytes of the backend's pool that the run took at most, on top of the tensors
   std::ptrdiff_t kept = 0;               // and those that it did not give back
 };
@@ -1853,7 +1853,7 @@ struct Footprint {   // of a run on one thread
 
 namespace detail {
 
-// Every length at which a kernel's blocks begin, end or are missing.
+// Lengths at which a kernel has no block, whole blocks, or a block that is not full.
 inline Sequences all_lengths() { return packed({1, 0, 2, 63, 64, 65, 130}); }
 
 }  // namespace detail
@@ -1865,13 +1865,12 @@ class Subject {
   virtual std::string name() const = 0;
   virtual double eps() const = 0;         // of the scalar
   virtual double tolerance() const = 0;   // of a result in double, relative to the largest element
-  // Kinds of inputs. The first is ordinary and smooth: finite differences are taken there.
+  // Kinds of inputs. The first is ordinary and smooth, because finite differences are taken there.
   virtual std::vector<std::string> kinds() const = 0;
-  // Batches that the laws are judged on. What one sequence holds must not depend on another: the rows of an operation on rows are
-  // sequences of one token.
+  // Batches on which the laws judge. No sequence may depend on another, so an operation on rows has sequences of one token.
   virtual Sequences batch() const { return detail::all_lengths(); }
   virtual Sequences small_batch() const { return packed({1, 2, 0, 19, 40}); }
-  virtual bool has_tables() const { return false; }           // an input speaks of the batch as a whole
+  virtual bool has_tables() const { return false; }           // an input is a table of the whole batch
   virtual bool works_in_place() const { return false; }       // a result may stand in the memory of an argument
   virtual bool has_states() const { return false; }           // an input initial_x for an output final_x
   virtual bool saved_is_linear() const { return true; }       // in the number of tokens
@@ -1881,7 +1880,7 @@ class Subject {
   // Two seeds differ in every value.
   virtual Case sample(std::string const& kind, Sequences const& sequences, std::uint64_t seed, bool carried) const = 0;
   virtual Result run(Case const& x, Surroundings const& around) const = 0;
-  // The reference in the subject's scalar or in double, with the choices that `chosen` holds.
+  // The result of the reference loops in the subject's scalar or in double, with the choices in `chosen`.
   virtual Result loops(Case const& x, HostGroup const& chosen, bool in_double) const = 0;
   virtual Footprint footprint(Sequences const& sequences) const = 0;
 
@@ -1895,7 +1894,7 @@ struct Part {
 
 namespace detail {
 
-// Rows of tokens or sequences from `from`, of a batch of `from_sequences`, to the rows of consecutive parts.
+// Returns the rows of tokens or of sequences that belong to the parts, one part after the other.
 inline HostTensor rows_of(HostTensor const& from, Sequences const& sequences, std::vector<Part> const& parts) {
   if (from.rows == RowsOf::other || from.values.empty()) return from;
   HostTensor to = from;
@@ -1920,7 +1919,7 @@ inline HostGroup rows_of(HostGroup const& from, Sequences const& sequences, std:
 }  // namespace detail
 
 namespace detail {
-// What is only read must stand there as it did: trespass names the first number that does not.
+// A run must not change its arguments. If it did, `trespass` names the first number that changed.
 inline void note_overwritten(HostGroup const& before, HostGroup const& after, std::string& trespass) {
   if (std::string const changed = first_difference(before, after); trespass.empty() && !changed.empty())
     trespass = sentence("a run overwrites what it reads: ", changed);
@@ -1937,20 +1936,20 @@ inline Case forward_only(Case x) {
   x.d_outputs.clear();
   return x;
 }
-// x, with the rows that `wanted(tensor, row)` names taken from y.
+// Replaces the rows of x for which wanted(tensor, row) holds by those of y.
 template <class Wanted> void replace_rows(HostGroup& x, HostGroup const& y, Wanted wanted) {
   for (std::size_t i = 0; i < x.size(); ++i)
     for (Index row = 0; row < x[i].row_count(); ++row)
       if (wanted(x[i], row)) std::copy_n(y[i].row(row), y[i].row_size(), x[i].row(row));
 }
-// Whole numbers stay: they are indices.
+// Sets all values to NaN. Whole numbers stay, because they are indices.
 inline HostGroup all_nan(HostGroup x) {
   for (HostTensor& tensor : x)
     if (!tensor.whole) std::fill(tensor.values.begin(), tensor.values.end(), not_a_number);
   return x;
 }
 
-// The earlier run.
+// The inputs of the earlier run that `leftovers` asks for.
 inline Case earlier(Case const& x, Leftovers leftovers) {
   return leftovers == Leftovers::nan ? Case{x.sequences, all_nan(x.inputs), all_nan(x.d_outputs), x.carried} : x;
 }
@@ -1959,16 +1958,16 @@ inline Case earlier(Case const& x, Leftovers leftovers) {
 #endif
 
 // ==== hybridattn/testing/any_policy.hpp
-// A policy as the laws see it.
+// A policy as the laws use it.
 #ifndef HYBRIDATTN_TESTING_ANY_POLICY_HPP
 #define HYBRIDATTN_TESTING_ANY_POLICY_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// Decoding: in call c, calls[c][i] more tokens of sequence i.
+// The calls of a decoding. Call c reads calls[c][i] more tokens of sequence i.
 using Calls = std::vector<std::vector<Index>>;
 struct Decoded {
-  HostGroup outputs;                   // of all tokens that the calls gave, at their places in the whole; what counts no tokens is empty
+  HostGroup outputs;                   // of the tokens read, at their rows in the case; tensors without token rows are empty
   HostGroup cache;                     // at the end
   std::string trespass;
   std::ptrdiff_t kept = 0;             // bytes of the pool that are not given back, besides the cache
@@ -1977,11 +1976,11 @@ struct Decoded {
 
 class AnyPolicy : public Subject {
  public:
-  virtual bool overflows_like_loops() const = 0;   // NaN and infinite results are so, with their sign, where the reference's are
+  virtual bool overflows_like_loops() const = 0;   // NaN and infinity, with its sign, are where the reference has them
   // What is wrong with the choices in `saved`, or "".
   virtual std::string wrong_choice(Case const& x, HostGroup const& saved) const = 0;
   virtual bool decodes() const = 0;
-  // The tokens of x, with a cache that just holds them.
+  // Decodes the tokens of x in these calls, with a cache that has just enough room.
   virtual Decoded decode(Case const& x, Calls const& calls, Surroundings const& around) const = 0;
 };
 
@@ -2022,7 +2021,7 @@ struct BatchLosses {
 #endif
 
 // ==== hybridattn/testing/fenced.hpp
-// A tensor of a backend inside a larger block, so that what is written beside it, or read there and used, shows.
+// Tensors of a backend inside larger blocks. A kernel that writes beside a tensor, or reads there and uses what it reads, is found.
 #ifndef HYBRIDATTN_TESTING_FENCED_HPP
 #define HYBRIDATTN_TESTING_FENCED_HPP
 
@@ -2033,7 +2032,7 @@ struct Layout {
   std::vector<Index> shape, stride;
   Index first = 0, size = 0;
 
-  // `spaced`: with a gap behind every row of every axis, as in a packed q|k|v. Otherwise one after the other.
+  // With `spaced` there is a gap behind every row of every axis, as in a packed q|k|v. Otherwise there are no gaps.
   Layout() = default;
   Layout(std::vector<Index> extents, bool spaced) : shape(std::move(extents)), stride(shape.size()) {
     Index step = 1;
@@ -2049,7 +2048,8 @@ struct Layout {
     for (Index extent : shape) product *= extent;
     return product;
   }
-  // f(element, place, length) for every row: its elements are length many from `element` on, in memory from `place` on.
+  // Calls f(element, place, length) for every row of `length` elements. `element` is the number of the first one, `place` is where it is
+  // in the block.
   template <class F> void for_each_row(F f) const {
     std::vector<Index> index(shape.size());
     for (Index element = 0, place = first, all = count(), length = shape.back(); element < all; element += length) {
@@ -2067,7 +2067,7 @@ struct Layout {
   static constexpr Index guard = 64;   // elements before and behind: a whole number of cache lines
 };
 
-// What an element is in memory, and its numbers on the host.
+// The type of an element at run time: its size, how many numbers stand for it on the host, and functions that convert between the two.
 struct Element {
   std::size_t bytes;
   Index numbers;   // of one element
@@ -2113,7 +2113,7 @@ template <class E> void read(std::byte const* from, Index count, double* numbers
 template <class E> inline constexpr Element element_of{sizeof(E),       detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
                                                        detail::fill<E>, detail::write<E>,      detail::read<E>};
 
-// What stands in memory before a run writes there, and beside it.
+// What a tensor's memory and the memory beside it hold before a run.
 struct Unwritten {
   double inside = not_a_number, beside = not_a_number;
 };
@@ -2151,7 +2151,7 @@ template <class B> class FencedBlock {
     for (int axis = 0; axis < Rank; ++axis) shape.extent[axis] = layout_.shape[static_cast<std::size_t>(axis)];
     return view<E>(shape);
   }
-  // What it holds now. `trespass` names the first number beside it that has changed since.
+  // Reads the tensor's values. If memory beside it has changed, `trespass` names the first such place.
   void read(B& backend, HostTensor& to, std::string& trespass) const {
     if (!memory_) return;
     std::vector<std::byte> now = download(backend, memory_);
@@ -2206,14 +2206,15 @@ template <class T, class B> struct FencedRole {
 #endif
 
 // ==== hybridattn/testing/machine.hpp
-// How the laws make a backend.
+// Makes a backend for the laws.
 #ifndef HYBRIDATTN_TESTING_MACHINE_HPP
 #define HYBRIDATTN_TESTING_MACHINE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// make(schedule) makes a backend that does its work in another order for each schedule, from 1 on: no result may depend on the order.
-// A backend that has several orders specialises this. One that a number makes must: what the number means is its own affair.
+// make(schedule) makes a backend that works in another order for each schedule 1, 2, ..., because no result may depend on the order. A
+// backend with several orders specialises this. A backend that an int constructs must specialise it, because the int may mean something
+// else than a schedule.
 template <class B> struct Machine {
   static_assert(!std::is_constructible_v<B, int>, "say what the schedules of this backend are: specialise testing::Machine");
   static B make(int) { return B(); }
@@ -2222,7 +2223,7 @@ template <class B> struct Machine {
 template <class B> requires B::takes_schedule struct Machine<B> {
   static B make(int schedule) { return B(schedule); }
 };
-// Cpu, Fake: the schedule is the number of threads.
+// For Cpu and Fake the schedule is the number of threads.
 template <> struct Machine<Cpu> {
   static Cpu make(int schedule) { return Cpu(schedule); }
 };
@@ -2515,17 +2516,17 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// At which sizes a policy is judged, and on which inputs. Specialise as `struct Samples<Mine> : PlainSamples<Mine>`.
+// The sizes at which a policy is judged, and the inputs. Specialise as `struct Samples<Mine> : PlainSamples<Mine>`.
 template <class P> struct PlainSamples {
   using Config = typename P::Config;
 
   static std::vector<Config> sizes() { return {Config{}}; }   // a 0 stands for the default at model_dim 32, num_heads 2
-  // With the tensors that a batch of training leaves out.
+  // Inputs and outputs with all tensors, also those that a batch of training leaves out.
   static auto inputs(Config const& c, Sequences const& s) { return P::inputs(c, s); }
   static auto outputs(Config const& c, Sequences const& s) { return P::outputs(c, s); }
-  // False where Saved grows faster than the number of tokens, as the policy's options demand.
+  // False if the policy's options make Saved grow faster than the number of tokens.
   static constexpr bool saved_is_linear = true;
-  // True where a kernel sums large numbers in the order of the reference: it is NaN and infinite where that is, sign included.
+  // True if a kernel sums large numbers in the order of the reference, so that it is NaN or infinite, sign included, where that is.
   static constexpr bool overflows_like_loops = false;
 
   // Kinds of inputs; the first one is ordinary and smooth.
@@ -2538,8 +2539,8 @@ template <class P> struct PlainSamples {
 };
 template <class P> struct Samples : PlainSamples<P> {};
 
-// The equations as loops, in any scalar: P::Reference if there is one, otherwise what the policy has for Cpu. In the whole
-// numbers of `saved`, forward finds the choices of the kernel that it shall be compared with, and keeps them.
+// The equations as loops, in any scalar: P::Reference if there is one, otherwise On<P, Cpu>. When forward begins, the whole numbers of
+// `saved` hold the kernel's choices. A reference uses these choices and does not change them.
 template <class P> struct PlainReference {
   static constexpr double tolerance = 1e-11;   // of a result in double
 
@@ -2562,15 +2563,15 @@ template <class P> struct PlainReference {
 };
 template <class P> struct Reference : PlainReference<P> {};
 
-// A policy that chooses specialises this with a static std::string wrong(config, sequences, inputs, saved, eps): what is
-// wrong with the choices in `saved`, made in a scalar with that eps; "" if they are right. The tensors are in double.
+// A policy that makes choices specialises this with a static std::string wrong(config, sequences, inputs, saved, eps). It returns what is
+// wrong with the choices in `saved`, made in a scalar with this eps, or "" if they are right. The tensors are in double.
 template <class P> struct Choices {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
 
 // ==== hybridattn/testing/adaptor.hpp
-// One policy on one backend in one scalar, as the laws see it. The only template that is compiled for each of them.
+// Makes the Subject of the laws from a policy on a backend in a scalar. Only this template is compiled for each such triple.
 #ifndef HYBRIDATTN_TESTING_ADAPTOR_HPP
 #define HYBRIDATTN_TESTING_ADAPTOR_HPP
 
@@ -2583,7 +2584,7 @@ template <int Rank> bool counts(Shape<Rank> const& shape, Index count) {
   else return shape[0] == count;
 }
 
-// Zips over shapes, and memory or views of them. All are named, so that equal groups share their instantiations.
+// Functions for zip. They are named types and not lambdas, so that equal groups share their instantiations.
 template <class B> struct Place {
   B& backend;
   bool spaced;
@@ -2707,7 +2708,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   static constexpr auto outputs_of = [](Config const& c, Sequences const& s) { return Samples<P>::outputs(c, s); };
   static constexpr auto saved_of = [](Config const& c, Sequences const& s) { return P::saved(c, s); };
 
-  // Tensors without values, of the given shapes. Their rows count what two batches of other numbers say.
+  // Tensors of the given shapes, all values 0. What a first axis counts follows from its extents in two batches of other sizes.
   template <class G, class ShapesOf> HostGroup empty_group(G const& shapes, ShapesOf shapes_of) const {
     HostGroup group;
     auto const few = shapes_of(config_, Sequences::equal(2, 5)), more = shapes_of(config_, Sequences::equal(3, 7));
@@ -2746,7 +2747,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     return group;
   }
 
-  // forward and backward of `which`, the kernel or the loops, in U on M.
+  // Runs forward and backward of Which, the kernel or the loops, in the scalar U on the backend M.
   template <class U, class M, class Which>
   Result run_on(M& backend, Case const& x, Surroundings const& around, HostGroup const& chosen, Which) const {
     using Role = FencedRole<U, M>;
@@ -2810,7 +2811,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     result.cache = values(backend, cache, empty_group(cache_of(config_, x.sequences), cache_of), result.trespass);
     return result;
   }
-  // One call, whose outputs go to their places.
+  // Makes one call and copies its outputs to their places in result.outputs.
   template <class Cache>
   void extend(B& backend, Case const& x, SequencesOn<B> const& s, Surroundings const& around, Cache& cache, Decoded& result) const {
     std::vector<Part> parts;
@@ -2839,7 +2840,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
 #endif
 
 // ==== hybridattn/testing/bitwise_laws.hpp
-// Laws that hold to the last bit, in every scalar. Each returns a verdict on one policy or operation at one size.
+// Laws that hold for every bit, in every scalar. Each returns a verdict on one policy or operation at one size.
 #ifndef HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 #define HYBRIDATTN_TESTING_BITWISE_LAWS_HPP
 
@@ -2848,15 +2849,15 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 struct Verdict {
   std::string law;
   bool holds;
-  std::string why;   // of a broken law: the first offender with its place and values; of one that has nothing to judge: the reason
+  std::string why;   // a broken law's first wrong element with its place and values, or the reason why a law has nothing to judge
 };
 
 namespace detail {
 
 // For each sequence the position at which it is cut in two.
 using Cut = std::vector<Index>;
-// Cuts at edges of blocks, equal in all sequences and shared out among the kinds of inputs to save time, and two random cuts for each
-// sequence.
+// Returns cuts at edges of blocks, at the same place in all sequences, and two random cuts. Each kind of inputs gets only a part of the
+// edges, to save time.
 inline std::vector<Cut> cuts(Sequences const& s, std::size_t kind, std::size_t kinds) {
   std::vector<Cut> result;
   std::size_t const turns = std::min<std::size_t>(kinds, 4);
@@ -2875,7 +2876,7 @@ inline bool is_early(Sequences const& s, Cut const& cut, Index token) {
 // The sequence that a row of tokens or sequences belongs to.
 inline Index owner(Sequences const& s, RowsOf rows, Index row) { return rows == RowsOf::tokens ? s.owners()(row) : row; }
 
-// The first of the checks that names an offender: "" if none does.
+// Makes the checks in order, until one returns an error. Returns this error, or "" if there is none.
 template <class... Checks> std::string first_of(Checks... checks) {
   std::string why;
   auto const finds = [&](auto& check) {
@@ -2893,7 +2894,7 @@ inline std::string told(std::string const& why, std::string const& circumstances
   return why.empty() ? why : why + " (" + circumstances + ")";
 }
 
-// The first offender that check(x, what x computes, changed inputs and d_outputs, cut) finds, for many kinds, cuts and changes.
+// Calls check(x, result of x, case with changed inputs and d_outputs, cut) for many kinds, cuts and changes. Returns the first error.
 template <class Check> std::string first_at_a_cut(Subject const& subject, Check check) {
   Sequences const s = subject.batch();
   auto const kinds = subject.kinds();
@@ -2914,7 +2915,7 @@ template <class Check> std::string first_at_a_cut(Subject const& subject, Check 
 
 }  // namespace detail
 
-// Inputs at tokens >= t change: all outputs before t, and what is saved of those tokens, keep every bit.
+// When inputs at tokens >= t change, the outputs of tokens before t and what is saved of these tokens keep every bit.
 inline Verdict causal_forward(Subject const& subject) {
   if (subject.batch().longest() < 2) return {"causal forward", true, "every row is a sequence of its own"};
   return detail::verdict(
@@ -2931,7 +2932,7 @@ inline Verdict causal_forward(Subject const& subject) {
       }));
 }
 
-// d_outputs at tokens < t change: the gradients of tokens >= t keep every bit.
+// When d_outputs at tokens < t change, the gradients of tokens >= t keep every bit.
 inline Verdict causal_backward(Subject const& subject) {
   if (subject.batch().longest() < 2) return {"causal backward", true, "every row is a sequence of its own"};
   return detail::verdict(
@@ -2952,7 +2953,7 @@ inline bool any_has_rows(HostGroup const& group) {
 inline bool any_has_rows(Result const& result) { return any_has_rows(result.outputs) || any_has_rows(result.gradients); }
 }  // namespace detail
 
-// Every other sequence changes, inputs and d_outputs: the rest keeps every bit.
+// When inputs and d_outputs of every other sequence change, the results of the remaining sequences keep every bit.
 inline Verdict independent_of_the_batch(Subject const& subject) {
   Sequences const s = subject.batch();
   std::string const kind = subject.kinds().front();
@@ -2981,7 +2982,7 @@ inline Verdict independent_of_the_batch(Subject const& subject) {
   return detail::verdict("independent of the batch", why);
 }
 
-// A packed batch is its sequences, one by one: outputs, states and gradients.
+// A packed batch has the outputs, states and gradients that its sequences have when each runs alone.
 inline Verdict packed_equals_its_sequences(Subject const& subject) {
   if (subject.has_tables()) return {"packed equals its sequences", true, "an input speaks of the batch as a whole"};
   Sequences const s = subject.batch();
@@ -3004,14 +3005,14 @@ inline Verdict packed_equals_its_sequences(Subject const& subject) {
 }
 
 namespace detail {
-// All of a run.
+// The first difference in outputs, saved tensors and gradients.
 inline std::string first_difference_of_runs(Result const& a, Result const& b) {
   return first_of([&] { return first_difference(a.outputs, b.outputs); }, [&] { return first_difference(a.saved, b.saved); },
                   [&] { return first_difference(a.gradients, b.gradients); });
 }
 }  // namespace detail
 
-// Two runs agree, and so do runs on any number of threads.
+// Two equal runs have the same bits, on any number of threads.
 inline Verdict repeatable(Subject const& subject) {
   Case const x = subject.sample(subject.kinds().back(), subject.batch(), 1, true);
   Result const one = subject.run(x, {});
@@ -3040,15 +3041,15 @@ inline std::string first_unfilled(Result const& result) {
                   [&] { return told(first_not_finite(result.saved, false), "in what is saved"); },
                   [&] { return told(first_not_finite(result.gradients, true), "in gradients"); });
 }
-// The first difference that other surroundings make.
+// The first element that other surroundings change.
 inline std::string changed_by(Subject const& subject, Case const& x, Result const& plain, Surroundings const& around,
                               char const* circumstances) {
   return told(first_difference_of_runs(plain, subject.run(x, around)), circumstances);
 }
 }  // namespace detail
 
-// Every element of a result is written, of a batch without tokens too: among NaN results are finite, and they have the same bits
-// whatever stood in their place and in scratch memory.
+// A run writes every element of its results, also for a batch without tokens. Results are finite even if their memory held NaN before,
+// and their bits do not depend on what their memory and scratch memory held before.
 inline Verdict fills_everything(Subject const& subject) {
   std::string why;
   for (std::vector<Index> const& lengths : {std::vector<Index>{}, {0}, {0, 0}, {1}, {0, 2, 0}}) {
@@ -3074,8 +3075,8 @@ inline Verdict fills_everything(Subject const& subject) {
                        }));
 }
 
-// Nothing beside a tensor is written or used. Its fence is NaN or another number; a run leaves it as it was, for a batch without
-// tokens too.
+// A run neither writes nor uses memory beside a tensor, also for a batch without tokens. This memory, the fence, holds NaN or another
+// number.
 inline Verdict fenced(Subject const& subject) {
   std::string const kind = subject.kinds().front();
   auto const trespass = [&](Sequences const& s, Surroundings const& around) {
@@ -3090,14 +3091,14 @@ inline Verdict fenced(Subject const& subject) {
                     [&] { return detail::changed_by(subject, x, plain, {.fence = -1e6}, "among NaN and among -1e6 beside all tensors"); }));
 }
 
-// Strides are honoured: with gaps between the rows of every axis results have the bits that they have without.
+// Results have the same bits with and without gaps between the rows of every axis, so a run honours strides.
 inline Verdict strided(Subject const& subject) {
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
   return detail::verdict("strided",
                          detail::changed_by(subject, x, subject.run(x, {}), {.spaced = true}, "without and with gaps between the rows"));
 }
 
-// An operation that may work in place computes the same bits where a result stands in the memory of its argument.
+// If an operation may work in place, it computes the same bits when a result is in the memory of its argument.
 inline Verdict in_place(Subject const& subject) {
   if (!subject.works_in_place()) return {"in place", true, "nothing may stand in the memory of an argument"};
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 1, true);
@@ -3133,7 +3134,7 @@ inline Verdict isolated(Subject const& subject) {
   return detail::verdict("isolated", why);
 }
 
-// Of one policy or operation on two backends that shall compute the same bits.
+// Two backends compute the same bits for one policy or operation.
 inline Verdict same_on_both(Subject const& a, Subject const& b) {
   Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   return detail::verdict(
@@ -3144,7 +3145,7 @@ inline Verdict same_on_both(Subject const& a, Subject const& b) {
 #endif
 
 // ==== hybridattn/testing/budget_laws.hpp
-// Laws that hold within a stated budget of rounding, and the one about memory. Each returns a verdict on one policy or operation at
+// Laws that hold within a stated budget of rounding, and the law about memory. Each returns a verdict on one policy or operation at
 // one size.
 #ifndef HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
 #define HYBRIDATTN_TESTING_BUDGET_LAWS_HPP
@@ -3153,7 +3154,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// The reference on the kernel's own choices: in double, the truth; in the subject's scalar, the yardstick.
+// Results of the reference loops with the kernel's choices. `truth` is in double. `naive` is in the subject's scalar; its error sets the
+// budget.
 struct Judges {
   Result truth, naive;
 };
@@ -3169,17 +3171,18 @@ inline Judges judges_of(Subject const& subject, Case const& x, Result const& res
   return judges;
 }
 
-// In double, a share of the largest element. Otherwise twice the error of the loops in that scalar, and 4 roundings of the
-// largest element: loops may be right by luck. What is zero on paper may be rounding: elements below 1e-3 count as that much.
+// The largest error allowed. In double it is a share of the largest element. In other scalars it is twice the error of the loops in that
+// scalar, and 4 roundings of the largest element, because the loops may be right by luck. A largest element below 1e-3 counts as 1e-3,
+// because a result that is zero on paper may be rounding.
 inline double budget(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const largest = std::max(max_abs(truth), 1e-3);
   return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest;
 }
-// Tensors that the loops leave unwritten are no part of the equations.
+// The loops do not write tensors that are not part of the equations. Such tensors are not judged.
 inline bool is_unwritten(HostTensor const& truth) {
   return std::all_of(truth.values.begin(), truth.values.end(), [](double x) { return x != x; });
 }
-// The first tensor of x that is further from `expected` than `times` the budget.
+// Names the first tensor of x that differs from `expected` by more than `times` the budget, or returns "".
 inline std::string beyond_budget(Subject const& subject, HostGroup const& x, HostGroup const& expected, HostGroup const& truth,
                                  HostGroup const& naive, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -3206,13 +3209,13 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
   for (Index n = 0; n < x.row_count(); ++n) head.values.push_back(x.row(n)[h]);
   return head;
 }
-// The same budget without the floor of ordinary size, but for numbers that are no normal ones in the scalar.
+// The same budget without the 1e-3. An error below the smallest normal number of the scalar is always allowed.
 inline double budget_of_head(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const least = subject.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
   return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest);
 }
-// The first head of those gradients that are judged head by head which is further from the truth than `times` its budget.
+// Names the first head, of gradients that are judged head by head, that differs from the truth by more than `times` its budget.
 inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
                                          double times) {
   for (std::size_t i = 0; i < x.size(); ++i)
@@ -3228,7 +3231,7 @@ inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const
     }
   return {};
 }
-// Outputs, what is saved and gradients, with `times` the budget.
+// Judges outputs, saved tensors and gradients by `times` the budget. Returns the first error, or "".
 inline std::string wrong_values(Subject const& subject, Values const& of, std::uint64_t seed, double times) {
   Case const x = subject.sample(of.kind, of.sequences, seed, of.carried);
   Result const result = subject.run(x, {});
@@ -3246,8 +3249,8 @@ inline std::string wrong_values(Subject const& subject, Values const& of, std::u
   return first_of([&] { return group("output", &Result::outputs); }, [&] { return group("saved", &Result::saved); },
                   [&] { return group("gradient", &Result::gradients); }, heads);
 }
-// Where large scores meet, one rounding is the whole error, and that of the loops is small by luck in 2 of 100 batches: a
-// result in less than double that misses the budget, but not by far, is drawn again.
+// Where large scores meet, one rounding is the whole error, and the error of the loops is small by luck in 2 of 100 batches. If a result in
+// another scalar than double is beyond the budget, but not beyond 4 times the budget, another sample is judged.
 inline std::string wrong_values(Subject const& subject, Values const& of) {
   std::string why = wrong_values(subject, of, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
@@ -3257,7 +3260,7 @@ inline std::string wrong_values(Subject const& subject, Values const& of) {
 
 }  // namespace detail
 
-// Outputs and gradients are those of the reference; gradients of gates are so in every head by itself.
+// Outputs and gradients are those of the reference. Gradients of gates are judged in every head by itself.
 inline Verdict true_values(Subject const& subject) {
   std::vector<detail::Values> all;
   for (std::string const& kind : subject.kinds()) all.push_back({kind, subject.batch()});
@@ -3269,7 +3272,7 @@ inline Verdict true_values(Subject const& subject) {
   return detail::verdict("true values", why);
 }
 
-// Choices are those of the exact scores, as far as rounding can tell.
+// The kernel chooses the keys with the largest exact scores, as far as rounding can tell.
 inline Verdict right_choices(AnyPolicy const& policy) {
   std::string why;
   for (std::string const& kind : policy.kinds())
@@ -3291,14 +3294,14 @@ inline double inner(HostGroup const& a, HostGroup const& b) {
     for (std::size_t e = 0; e < a[i].values.size(); ++e) sum += a[i].values[e] * b[i].values[e];
   return sum;
 }
-// The length of the elementwise product: how large a sum of it with random signs is.
+// The length of the elementwise product. A sum of this product with random signs has about this size.
 inline double product_length(HostGroup const& a, HostGroup const& b) {
   double sum = 0;
   for (std::size_t i = 0; i < a.size(); ++i)
     for (std::size_t e = 0; e < a[i].values.size(); ++e) sum += std::pow(a[i].values[e] * b[i].values[e], 2);
   return std::sqrt(sum);
 }
-// Of what `input` has the gradient of: a detached one of the auxiliary loss, with the choices fixed, another one of the rest.
+// The upstream gradients that reach `input`. The auxiliary loss alone reaches a detached input, and it does not reach the others.
 inline HostGroup upstream_for(Subject const& subject, Case const& x, std::size_t input) {
   HostGroup upstream = x.d_outputs;
   for (HostTensor& tensor : upstream)
@@ -3308,7 +3311,7 @@ inline HostGroup upstream_for(Subject const& subject, Case const& x, std::size_t
 inline bool any_gradient(Result const& result) {
   return std::any_of(result.gradients.begin(), result.gradients.end(), [](HostTensor const& x) { return !x.values.empty(); });
 }
-// The outputs with one input moved.
+// The outputs after one input has moved by a step. If the input is detached, the choices stay those of `result`.
 inline HostGroup outputs_at(Subject const& subject, Case x, Result const& result, std::size_t input, HostTensor const& direction,
                             double step) {
   for (std::size_t e = 0; e < direction.values.size(); ++e) x.inputs[input].values[e] += step * direction.values[e];
@@ -3321,9 +3324,9 @@ inline HostGroup difference(HostGroup x, HostGroup const& y) {
     for (std::size_t e = 0; e < x[i].values.size(); ++e) x[i].values[e] -= y[i].values[e];
   return x;
 }
-// The central difference at a step h is off by its truncation and by the rounding of each output. How much another step changes it shows
-// both: the step 2h adds three times the truncation where the function is smooth, and as much where it has a kink at x, as a rectified
-// score has. One such change may be small by chance, so a slope that seems wrong is judged by the changes at three more steps too.
+// The central difference at a step h has two errors, its truncation and the rounding of each output. A second step shows their size. The
+// step 2h adds three times the truncation where the function is smooth, and as much where it has a kink at x, as a rectified score has.
+// This change may be small by chance, so a slope that seems wrong is judged by the changes at three more steps too.
 inline std::string wrong_slope(Subject const& subject, Case const& x, Result const& result, std::size_t input, std::uint64_t seed) {
   constexpr double step = 0x1p-16;
   Random random{Seed{seed}, "direction"};
@@ -3348,8 +3351,8 @@ inline std::string wrong_slope(Subject const& subject, Case const& x, Result con
 
 }  // namespace detail
 
-// In double: gradients are slopes, in random directions of each input alone. Where detached inputs decide choices, these
-// stay fixed: the slope is that of the loops, which the law of true values compares with the kernel.
+// In double, gradients are the slopes of a loss, in random directions of each input. Where detached inputs decide choices, the choices stay
+// fixed, and the slope is that of the loops, which the law of true values compares with the kernel.
 inline Verdict finite_differences(Subject const& subject) {
   if (!subject.in_double()) return {"finite differences", true, "taken in double"};
   Case const x = subject.sample(subject.kinds().front(), subject.small_batch(), 4, true);
@@ -3362,8 +3365,8 @@ inline Verdict finite_differences(Subject const& subject) {
   return detail::verdict("finite differences", why);
 }
 
-// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that the
-// sum on the left has no rounding.
+// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that
+// the sum on the left has no rounding.
 inline Verdict linear(Subject const& subject) {
   Case a = subject.sample(subject.kinds().front(), subject.batch(), 1, true), b = a;
   b.d_outputs = subject.sample(subject.kinds().front(), subject.batch(), 2, true).d_outputs;
@@ -3400,13 +3403,13 @@ inline Verdict linear(Subject const& subject) {
 
 namespace detail {
 
-// initial_x := final_x, and the other way round for gradients.
+// Copies each final_x to the initial_x of the next part. For gradients it copies d_initial_x to the d_final_x of the part before.
 inline void pass_states(HostGroup const& from, std::string_view from_prefix, HostGroup& to, std::string_view to_prefix) {
   for (HostTensor const& tensor : from)
     if (tensor.name.starts_with(from_prefix))
       if (HostTensor* const state = to.find(std::string(to_prefix) + tensor.name.substr(from_prefix.size()))) state->values = tensor.values;
 }
-// Each sequence's first half, then one token, then the rest.
+// Cuts each sequence into its first half, one token, and the rest.
 inline std::vector<Case> three_parts(Case const& x) {
   std::vector<Part> parts[3];
   for (Index i = 0; i < x.sequences.count(); ++i) {
@@ -3417,7 +3420,8 @@ inline std::vector<Case> three_parts(Case const& x) {
   }
   return {cut(x, parts[0]), cut(x, parts[1]), cut(x, parts[2])};
 }
-// Rows of tokens from the parts, in the order of the whole; states from part `states`; what has no rows is a sum over tokens.
+// Joins the results of the parts to those of the whole: token rows in the order of the whole, states of part `states`, and sums of tensors
+// without rows, because these are sums over tokens.
 inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vector<HostGroup> const& groups, std::size_t states) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
     if (whole[i].rows == RowsOf::sequences) whole[i].values = groups[states][i].values;
@@ -3438,7 +3442,7 @@ inline HostGroup join(HostGroup whole, std::vector<Case> const& parts, std::vect
 
 }  // namespace detail
 
-// Parts of a sequence that hand on their state make the whole: outputs and final state forwards, gradients backwards.
+// Parts of a sequence, each starting from the final state of the part before, give the outputs, final state and gradients of the whole.
 inline Verdict agrees_in_parts(Subject const& subject) {
   if (!subject.has_states()) return {"agrees in parts", true, "no state is carried"};
   Case const x = subject.sample(subject.kinds().front(), subject.batch(), 5, true);
@@ -3463,8 +3467,8 @@ inline Verdict agrees_in_parts(Subject const& subject) {
                                                          "in three parts and whole"));
 }
 
-// What is saved takes the bytes that were announced; nothing else is kept, nothing more is allocated by a second run, and
-// neither what is saved nor scratch memory grows faster than the number of tokens.
+// Saved tensors take the announced number of bytes. A run keeps no other memory, and a second equal run allocates none. Neither saved
+// tensors nor scratch memory grow faster than the number of tokens.
 inline Verdict memory_as_announced(Subject const& subject) {
   std::vector<Footprint> prints;
   for (Index length : {128, 256, 512}) prints.push_back(subject.footprint(Sequences::equal(1, length)));
@@ -3490,14 +3494,14 @@ inline Verdict memory_as_announced(Subject const& subject) {
 #endif
 
 // ==== hybridattn/testing/decoding_laws.hpp
-// The laws of policies that decode: reading a sequence in parts, each continuing what a cache holds, is reading it whole.
+// The laws of policies that decode. A sequence that is read in parts, with a cache, must give what it gives when it is read whole.
 #ifndef HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 #define HYBRIDATTN_TESTING_DECODING_LAWS_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 namespace detail {
 
-// Calls that read each sequence to its end; next(call, sequence's length, what is left of it) says how many tokens a call gives it.
+// Calls that read each sequence to its end. next(call, length of a sequence, tokens left of it) says how many of its tokens a call reads.
 template <class Next> Calls calls_of(Sequences const& s, Next next) {
   Calls calls;
   std::vector<Index> left;
@@ -3515,7 +3519,7 @@ struct Splitting {
   std::string name;
   Calls calls;
 };
-// A prompt of any length, none included, then 0 to 9 tokens at a time.
+// Reads a prompt of any length, 0 included, then 0 to 9 tokens at a time.
 inline Splitting in_pieces(Sequences const& s, std::uint64_t seed) {
   Random random{Seed{seed}, "pieces"};
   return {"in pieces", calls_of(s, [&](Index call, Index length, Index) { return random.below(call == 0 ? length + 1 : 10); })};
@@ -3527,7 +3531,7 @@ inline std::vector<Splitting> splittings(Sequences const& s, std::uint64_t seed)
           {"at once", calls_of(s, [](Index, Index length, Index) { return length; })}};
 }
 
-// Sequences that begin: states that a policy's inputs always have are zero.
+// A sample of sequences that begin here. Initial states are zero where a policy's inputs always have them.
 inline Case sample_to_decode(AnyPolicy const& policy, std::string const& kind, Sequences const& s, std::uint64_t seed) {
   Case x = policy.sample(kind, s, seed, false);
   for (HostTensor& tensor : x.inputs)
@@ -3543,7 +3547,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
   return told(beyond_budget(policy, decoded.outputs, judges.truth.outputs, judges.truth.outputs, judges.naive.outputs, times),
               sentence("decoded ", splitting.name, ", kind ", kind));
 }
-// Drawn again where the budget is missed by little, as the law of true values does.
+// If the error is little more than the budget, judges another sample, as the law of true values does.
 inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& kind, Splitting const& splitting) {
   std::string why = wrong_decoding(policy, kind, splitting, 1, 1);
   for (std::uint64_t seed : {2u, 3u})
@@ -3554,7 +3558,7 @@ inline std::string wrong_decoding(AnyPolicy const& policy, std::string const& ki
 
 }  // namespace detail
 
-// Outputs are those of the whole sequence, within the budget of true values, however it is split.
+// However a sequence is split, the outputs are those of the whole sequence, within the budget of true values.
 inline Verdict decodes_the_whole(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes the whole", true, "it does not decode"};
   auto const splittings = detail::splittings(detail::all_lengths(), 1);
@@ -3568,7 +3572,7 @@ inline Verdict decodes_the_whole(AnyPolicy const& policy) {
 
 namespace detail {
 
-// Outputs of a token see no later token, and no other sequence.
+// Says where outputs of a token depend on a later token or on another sequence, or "".
 inline std::string decoding_sees_too_much(AnyPolicy const& policy, Case const& x, Calls const& calls) {
   Decoded const before = policy.decode(x, calls, {});
   HostGroup const nan = all_nan(x.inputs);
@@ -3605,7 +3609,7 @@ inline std::string decoding_differs_alone(AnyPolicy const& policy, Case const& x
   }
   return why;
 }
-// A call that gives a sequence no token leaves what the cache holds of it; one that gives it some leaves nothing undone.
+// Says where a call changes the cache of a sequence that it gives no token, or "".
 inline std::string decoding_disturbs(AnyPolicy const& policy, Case const& x) {
   Calls calls = calls_of(x.sequences, [](Index call, Index length, Index) { return call == 0 ? (length + 1) / 2 : length; });
   if (calls.size() > 2) calls.resize(2);
@@ -3641,8 +3645,8 @@ inline std::string decoding_keeps_memory(AnyPolicy const& policy, Case const& x,
 
 }  // namespace detail
 
-// Decoding keeps the laws of bits, never reads what the cache does not hold, changes nothing of sequences
-// without new tokens, and allocates nothing from step to step.
+// Decoding keeps the laws of bits, does not read elements of the cache before they are written, does not change the cache of sequences
+// without new tokens, and allocates no memory from step to step.
 inline Verdict decodes_cleanly(AnyPolicy const& policy) {
   if (!policy.decodes()) return {"decodes cleanly", true, "it does not decode"};
   Sequences const s = detail::all_lengths();
@@ -3664,13 +3668,14 @@ inline Verdict decodes_cleanly(AnyPolicy const& policy) {
 #endif
 
 // ==== hybridattn/testing/watchdog.hpp
-// An endless loop is a red test, and not a suite that hangs.
+// A Watchdog makes an endless loop a failed test instead of tests that hang.
 #ifndef HYBRIDATTN_TESTING_WATCHDOG_HPP
 #define HYBRIDATTN_TESTING_WATCHDOG_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// Watches what runs while it lives. An endless loop cannot be stopped from outside, so by default the program ends, and says why.
+// Watches the code that runs while it lives. After `patience` it calls `bark`. An endless loop cannot be stopped from outside, so by
+// default `bark` ends the program and says why.
 class Watchdog {
  public:
   static inline std::chrono::milliseconds patience =
@@ -3686,7 +3691,7 @@ class Watchdog {
   Watchdog& operator=(Watchdog const&) = delete;
   ~Watchdog() { stop(); }
 
-  // The end of what it watched: whether that came in time.
+  // Ends the watch. Returns whether the watched code ended in time.
   bool stop() {
     {
       std::lock_guard const lock{mutex_};
@@ -3716,7 +3721,7 @@ class Watchdog {
 #endif
 
 // ==== hybridattn/testing/bad_value_laws.hpp
-// What becomes of NaN, of infinity, and of numbers at the ends of the scalar's range: a run that diverges meets them all.
+// The law of bad values: NaN, infinity, and numbers at the ends of the scalar's range. A training run that diverges has all of them.
 #ifndef HYBRIDATTN_TESTING_BAD_VALUE_LAWS_HPP
 #define HYBRIDATTN_TESTING_BAD_VALUE_LAWS_HPP
 
@@ -3744,7 +3749,7 @@ inline Kind kind_of(double x) {
   return std::isfinite(x) ? Kind::finite : x != x ? Kind::nan : x > 0 ? Kind::infinity : Kind::minus_infinity;
 }
 
-// The first element that is finite for one and not for the other; or, if kinds count, infinite or NaN in another way.
+// The first element that is finite in one group and not in the other. If kinds count, also the first of another Kind.
 inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& loops, bool kinds_count) {
   for (std::size_t i = 0; i < kernel.size(); ++i) {
     HostTensor const &x = kernel[i], &y = loops[i];
@@ -3756,8 +3761,8 @@ inline std::string first_other_kind(HostGroup const& kernel, HostGroup const& lo
   }
   return {};
 }
-// The first difference that a NaN makes to a row of a head in a kernel's results, where it makes none in the loops: not read there.
-// A gradient that is judged head by head may be formed from differences that the NaN stood in: it may differ by their rounding.
+// Finds the first element that a NaN changes in the kernel's results while, in the loops, it changes nothing in the same row of a head.
+// A gradient that is judged head by head may change by roundings, because it may be a difference of sums that held the NaN.
 struct Effect {
   HostGroup const &without, &with;
 };
@@ -3778,7 +3783,7 @@ inline std::string first_touched(Effect const& kernel, Effect const& loops, AnyP
   return {};
 }
 
-// One policy on one batch, sound but for what a test spoils.
+// A policy and a batch of good values, in which the law spoils one tensor at a time.
 class BadValues {
  public:
   BadValues(AnyPolicy const& policy, Sequences const& s)
@@ -3786,7 +3791,7 @@ class BadValues {
         decoded_(forward_only(sample_to_decode(policy, policy.kinds().front(), s, 1))), sound_(policy.run(x_, {})),
         sound_loops_(policy.loops(x_, choices_in(sound_.saved), false)) {}
 
-  // `bad` in one element or in all of a row of every input and every output's gradient in turn.
+  // Puts `bad` into one element or one row of each input and each output's gradient, one tensor after the other.
   std::string spoil(BadValue const& bad, std::size_t turn) const {
     std::string why;
     auto const each = [&](Case& x, HostGroup& group, bool decodes) {
@@ -3808,7 +3813,7 @@ class BadValues {
     if (policy_.decodes()) each(decoded, decoded.inputs, true);
     return why;
   }
-  // All inputs of tokens, `times` as large; what is detached has sums of its own.
+  // Multiplies all inputs with token rows by `times`, except detached ones, because the auxiliary loss sums those in its own way.
   std::string enlarge(double times) const {
     Case x = x_;
     for (HostTensor& tensor : x.inputs)
@@ -3818,15 +3823,15 @@ class BadValues {
   }
 
  private:
-  // Of a token at the edges of blocks or anywhere, of the last sequence.
+  // A token of the last sequence, at an edge of a block or between edges.
   Index row_to_spoil(HostTensor const& tensor, std::size_t turn) const {
     Index const last = tensor.row_count() - 1, length = x_.sequences.longest();
     if (tensor.rows != RowsOf::tokens) return last;
     Index const positions[] = {0, length / 2, 31, 32, length - 1, 3, 16};
     return last + 1 - length + positions[turn % std::size(positions)];
   }
-  // Whether results must be infinite and NaN as the loops make them. On its way a kernel may overflow where loops do not, unless
-  // its policy says otherwise, of what the main loss reaches.
+  // kinds_count() says whether results must be NaN or infinite exactly as those of the loops. Otherwise a kernel may overflow where the
+  // loops do not. A finite bad value is judged only if kinds count and the main loss reaches the spoiled tensor.
   bool kinds_count() const { return policy_.overflows_like_loops(); }
   bool judges(HostTensor const& spoiled, double bad) const {
     return !std::isfinite(bad) || (kinds_count() && !policy_.detached(spoiled.name) && spoiled.name != "auxiliary_loss");
@@ -3863,10 +3868,10 @@ class BadValues {
 
 }  // namespace detail
 
-// Whatever the inputs hold, a run ends. With NaN and infinite inputs a result is finite exactly where the reference loops make
-// it so, in the policy's scalar and on the kernel's own choices; what does not read a NaN keeps every bit; a gradient that is
-// judged head by head may differ by 128 roundings. A policy that overflows like its loops is NaN and infinite, with the sign, where
-// they are, and on large finite inputs too.
+// A run ends, whatever the inputs hold. With a NaN or an infinity in an input, a result is finite exactly where the reference loops, in the
+// policy's scalar and on the kernel's choices, make it finite. Results that do not read a NaN keep every bit, but a gradient that is judged
+// head by head may differ by 128 roundings. With overflows_like_loops, results are NaN or infinite, with the sign, where those of the loops
+// are, on large finite inputs too.
 inline Verdict bears_bad_values(AnyPolicy const& policy) {
   Watchdog watchdog{sentence(policy.name(), ", on bad values,")};
   std::string why;
@@ -3884,14 +3889,14 @@ inline Verdict bears_bad_values(AnyPolicy const& policy) {
 #endif
 
 // ==== hybridattn/testing/operation.hpp
-// One operation on one backend in one scalar, as the laws see it. operations.hpp names the groups of the library's operations.
+// Makes the Subject of the laws from an operation on a backend in a scalar. operations.hpp names the groups of the library's operations.
 #ifndef HYBRIDATTN_TESTING_OPERATION_HPP
 #define HYBRIDATTN_TESTING_OPERATION_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 namespace testing::detail {
-// Stand for a model's scalar, and for what is never narrower than float.
+// AnyScalar stands for a model's scalar, AnyWide for the scalar of Wide tensors, which is never narrower than float.
 struct AnyScalar {};
 struct AnyWide {};
 }  // namespace testing::detail
@@ -3902,7 +3907,7 @@ template <> struct WideOf<testing::detail::AnyScalar> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
-// A tensor of elements of one type, whatever the scalar is: sums in double, losses.
+// A tensor whose elements have the type E, whatever the scalar is, such as sums in double or losses.
 namespace detail {
 template <class S, class E, int Rank> struct OfType;
 template <class E, int Rank> struct OfType<Shapes, E, Rank> {
@@ -3917,35 +3922,35 @@ template <class T, class E, int Rank> struct OfType<Out<T>, E, Rank> {
 }  // namespace detail
 template <class S, class E, int Rank> using OfType = typename detail::OfType<S, E, Rank>::type;
 
-// An operation names its groups like a policy, and how it is called with them, in an Operation<Op>:
+// Operation<Op> names an operation's groups, as a policy does, and says how to call the operation with them:
 //
 //   template <> struct Operation<Op> : PlainOperation {
 //     Config, sizes()                                     its arguments on the host, and those that it is judged at
-//     Inputs<S>,  inputs(config, sequences)               a shape of no extents: a view that is not there
+//     Inputs<S>,  inputs(config, sequences)               a shape whose extents are 0 makes an empty view
 //     Outputs<S>, outputs(config, sequences)
 //     forward<B, T>(backend, config, sequences, x, y)     calls On<Op, B>::forward
 //     backward<B, T>(backend, config, sequences, x, y, d_y, d_x)
 //   };
 //
-// A tensor whose first axis counts tokens has rows; where `rows_stand_alone`, a row depends on no other one.
+// A tensor whose first axis counts tokens has rows. With rows_stand_alone, no row depends on another one.
 template <class Op> struct Operation;
 
 struct PlainOperation {
   // Whether each row is a sequence of its own. Otherwise the operation works on sequences, as a policy does.
   static constexpr bool rows_stand_alone = true;
-  // Whether an input speaks of the batch as a whole, so that no part of it can be judged by itself.
+  // Whether an input is a table of the whole batch, so that no part of the batch can be judged by itself.
   template <class Config> static bool has_tables(Config const&) { return false; }
-  // Results that may be in the memory of an argument: {"y", "x"} says that forward's y may be in x, {"d_x", "d_y"} that backward's d_x
-  // may be in d_y, and {"d_x", "x"} that it may be in x.
+  // Results that may be in the memory of an argument. {"y", "x"} says that forward's y may be in x, {"d_x", "d_y"} that backward's d_x
+  // may be in d_y, and {"d_x", "x"} that d_x may be in x.
   static std::vector<std::pair<std::string_view, std::string_view>> in_place() { return {}; }
-  // Whether a result ("y" or "d_x") is formed from what stands in its place: it is added, or moved.
+  // Whether a result ("y" or "d_x") is computed from what its memory holds before, for example by adding to it.
   template <class Config> static bool starts_from(Config const&, std::string_view) { return false; }
-  // Whether backward makes the gradient of an input, and takes that of an output. Whole numbers have none.
+  // Whether backward makes the gradient of an input, and whether it takes the gradient of an output. Whole numbers have no gradient.
   template <class Config> static bool has_gradient(Config const&, std::string_view) { return true; }
   template <class Config> static bool takes_gradient(Config const&, std::string_view) { return true; }
-  // The values of inputs that are no noise. Whole numbers must be drawn without `random` where they are tables of the batch.
+  // Sets the inputs that are not noise. Tables of the batch must not be drawn from `random`, so that they are the same for every seed.
   template <class Config> static void draw(Config const&, Sequences const&, Random&, HostGroup&) {}
-  // The config with what backward takes from the host of the gradients of its results, where it takes a number.
+  // Where backward takes a gradient of a result as a number of the host, returns the config with this number.
   template <class Config> static Config with_upstream(Config c, HostGroup const&) { return c; }
 };
 
@@ -3961,7 +3966,7 @@ struct Declared {
   std::vector<Index> extents;
   RowsOf rows = RowsOf::other;
 };
-// What the first axis of each counts, by the shapes for two sequences of five tokens and for three of seven.
+// Finds out what the first axis of each tensor counts, from its shapes for two sequences of five tokens and for three of seven.
 inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<Declared> const& few, std::vector<Declared> const& more) {
   for (std::size_t i = 0; i < list.size(); ++i) {
     auto const counts = [&](Index two, Index three) { return few[i].extents[0] == two && more[i].extents[0] == three; };
@@ -3969,7 +3974,7 @@ inline std::vector<Declared> with_rows(std::vector<Declared> list, std::vector<D
   }
   return list;
 }
-// What a scalar and its sums are in memory.
+// How a scalar and its wide type are in memory.
 struct Elements {
   Element const *scalar, *wide;
 };
@@ -4005,7 +4010,7 @@ template <class Group, class B> Group views(Blocks<B> const& blocks) {
   return group;
 }
 
-// An operation with its config, to be run in one scalar on one backend. Everything that depends on the operation's type is here.
+// Calls an operation with its config, in one scalar on one backend. The interface does not depend on the operation's type.
 template <class B> struct Call {
   virtual ~Call() = default;
   virtual bool has_backward() const = 0;
@@ -4037,7 +4042,7 @@ template <class Op, class B, class T> struct CallOf final : Call<B> {
   }
 };
 
-// Some results are added to what is in their memory before. For a result of forward, the old values are one more input. For a gradient,
+// Some results are added to what their memory holds before. For a result of forward, the old values are one more input. For a gradient,
 // they are the gradient of one more output, which is the input itself.
 inline std::string before(std::string const& output) { return output + " before"; }
 inline std::string passed_on(std::string const& input) { return input + " passed on"; }
@@ -4049,7 +4054,7 @@ struct Description {
   std::function<bool(std::string const&)> starts_from, has_gradient;
 };
 
-// A tensor without values.
+// A tensor of zeros.
 inline HostTensor host_tensor(Declared const& d, std::string name) {
   HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}};
   Index count = d.element->numbers;
@@ -4125,7 +4130,7 @@ template <class B> class OperationRun {
     note_overwritten(declared_part(case_.d_outputs, d_outputs), d_outputs.read(backend_, result_.trespass), result_.trespass);
   }
 
-  // Without memory where there is none.
+  // The inputs as gradients. An input without a gradient has extents of 0.
   std::vector<Declared> those_with_a_gradient() const {
     std::vector<Declared> list = description_.inputs;
     for (Declared& d : list)
@@ -4137,13 +4142,13 @@ template <class B> class OperationRun {
     for (Declared const& d : description_.inputs) group.emplace_back(host_tensor(d, d.name)).values.clear();
     return group;
   }
-  // Results that do not start from nothing.
+  // Writes old values to the results that start from them.
   void start(Placed<B>& results, HostGroup const& from, std::string const& prefix, std::string (*name)(std::string const&)) {
     for (std::size_t i = 0; i < results.blocks.size(); ++i)
       if (description_.starts_from(prefix + results.declared[i].name))
         if (HostTensor const* const values = from.find(name(results.declared[i].name))) results.blocks[i].write(backend_, values->values);
   }
-  // In place, a result's block takes the values of its argument and stands for it.
+  // For a run in place, writes an argument's values to the block of its result and passes this block as the argument too.
   void share(Blocks<B>& arguments, Placed<B> const& named, HostGroup const& values, std::string const& argument_prefix, Placed<B>& results,
              std::string const& result_prefix) {
     for (auto const& [result, argument] : description_.in_place)
@@ -4181,7 +4186,7 @@ template <class B> class OperationRun {
   Result result_;
 };
 
-// What an operation says of itself, with its config, in any scalar.
+// The facts about an operation with its config that do not depend on the scalar.
 struct Facts {
   virtual ~Facts() = default;
   virtual Description describe(Sequences const& s, Elements elements) const = 0;
@@ -4238,7 +4243,7 @@ class AnyOperation : public Subject {
     facts_->draw(s, random, x.inputs);
     for (HostTensor& tensor : x.d_outputs)
       if (!tensor.whole && facts_->takes_gradient(tensor.name)) set_normal(tensor, upstream);
-    for (std::size_t i = 0; i < d.outputs.size(); ++i)   // of a loss and its counts, the counts have none
+    for (std::size_t i = 0; i < d.outputs.size(); ++i)   // a loss has a gradient, its counts have none
       if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
     round_to_float(x.inputs);
     round_to_float(x.d_outputs);
@@ -4322,7 +4327,7 @@ template <class Op, class B, class T> class OperationOn final : public detail::O
 #endif
 
 // ==== hybridattn/testing/operation_laws.hpp
-// The laws of an operation that policies have in another form, and how two backends are compared.
+// The law that judges an operation's values, and the comparison of two backends.
 #ifndef HYBRIDATTN_TESTING_OPERATION_LAWS_HPP
 #define HYBRIDATTN_TESTING_OPERATION_LAWS_HPP
 
@@ -4330,7 +4335,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// Every number moves by up to a rounding of a scalar with this eps.
+// Moves every number by up to a rounding of a scalar with this eps.
 inline void move_by_rounding(HostGroup& group, double eps, Random& random) {
   for (HostTensor& tensor : group)
     if (!tensor.whole)
@@ -4343,9 +4348,9 @@ inline void widen(Budgets& budgets, HostGroup const& moved, HostGroup const& tru
   for (std::size_t i = 0; i < truth.size(); ++i) budgets[i] = std::max(budgets[i], 8 * max_difference(moved[i], truth[i]).size);
 }
 
-// In double, and what rounding in a scalar with this eps may make of it. A sum of rounded terms is the exact sum of terms that are moved
-// by as much, so the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings
-// of its largest element.
+// The result in double, and how far a scalar with this eps may be off. A sum of rounded terms is the exact sum of terms that moved by as
+// much. So the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings of its
+// largest element.
 struct Truth {
   Result result;
   Budgets outputs, gradients;
@@ -4364,7 +4369,7 @@ struct Truth {
     for (std::size_t i = 0; i < gradients.size(); ++i) gradients[i] += 4 * eps * max_abs(result.gradients[i]);
   }
 };
-// The first tensor that is further from another one than `times` the budget. Whole numbers must be equal.
+// Names the first tensor that differs by more than `times` the budget, or returns "". Whole numbers must be equal.
 inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& budgets, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
     double const allowed = x[i].whole ? 0 : times * budgets[i];
@@ -4383,8 +4388,8 @@ inline std::string apart(Result const& x, Result const& y, Truth const& truth, d
 
 }  // namespace detail
 
-// Two backends, or two scalars, agree: each may be off by the budget, so they differ by twice as much at most. `a` says what the truth
-// is. Choices are those of `a`.
+// Two backends or two scalars agree. Each may be off by the budget, so they differ by twice the budget at most. The loops of `a`, with the
+// choices of `a`, are the truth.
 inline Verdict agree_within_budget(Subject const& a, Subject const& b) {
   Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   Result const of_a = a.run(x, {});
@@ -4408,9 +4413,9 @@ inline Verdict agrees_with_cpu(Subject const& operation) {
 #endif
 
 // ==== hybridattn/testing/judge.hpp
-// The laws that every attention policy and every operation keeps, for the library's and for yours: testing::judge<MyPolicy, Cpu, float>()
-// returns a verdict for each law at each size, and a broken one says why. It needs no test framework. traits.hpp says what a policy may
-// add: sizes, inputs as they occur, a reference. operation.hpp says how an operation names its groups.
+// Judges an attention policy or an operation, the library's or yours, by all laws. testing::judge<MyPolicy, Cpu, float>() returns a verdict
+// for each law at each size; a broken law says why. It needs no test framework. traits.hpp says what a policy may add: sizes, typical
+// inputs, a reference. operation.hpp says how an operation names its groups.
 #ifndef HYBRIDATTN_TESTING_JUDGE_HPP
 #define HYBRIDATTN_TESTING_JUDGE_HPP
 
@@ -4420,7 +4425,7 @@ template <class Of> struct Law {
   char const* name;
   Verdict (*judge)(Of const&);
 };
-// Of a policy and of an operation alike.
+// The laws of policies and of operations.
 inline constexpr Law<Subject> common_laws[] = {
     {"causal forward", causal_forward},
     {"causal backward", causal_backward},
@@ -4450,7 +4455,7 @@ inline constexpr Law<Subject> operation_laws[] = {
 
 namespace detail {
 
-// A subject that throws breaks the law that called it.
+// Judges a subject by each law. A subject that throws breaks the law that called it.
 template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count], Of const& subject, std::vector<Verdict>& verdicts) {
   for (Law<Of> const& law : laws) {
     try {
@@ -4460,7 +4465,7 @@ template <class Of, std::size_t Count> void judge_by(Law<Of> const (&laws)[Count
     }
   }
 }
-// `why`, if there is one, starts with the name and the number of the size.
+// Appends verdicts. A `why` that is not empty gets the subject's name and the number of the size in front.
 inline void append(std::vector<Verdict>& all, std::vector<Verdict> verdicts, Subject const& subject, std::size_t size) {
   for (Verdict& verdict : verdicts) {
     if (!verdict.why.empty()) verdict.why = sentence(subject.name(), ", size ", size, ": ", verdict.why);
@@ -4470,7 +4475,7 @@ inline void append(std::vector<Verdict>& all, std::vector<Verdict> verdicts, Sub
 
 }  // namespace detail
 
-// All verdicts at one size.
+// Returns all verdicts at one size.
 inline std::vector<Verdict> judge(AnyPolicy const& policy) {
   std::vector<Verdict> verdicts;
   detail::judge_by<Subject>(common_laws, policy, verdicts);
@@ -4484,7 +4489,7 @@ inline std::vector<Verdict> judge(detail::AnyOperation const& operation) {
   return verdicts;
 }
 
-// At all the sizes of Samples<P>, or of Operation<P>.
+// Returns all verdicts at all sizes of Samples<P>, or of Operation<P>.
 template <class P, class B, class T> std::vector<Verdict> judge() {
   std::vector<Verdict> verdicts;
   auto const at = [&](auto const& sizes, auto make) {
@@ -6706,8 +6711,8 @@ template <> struct On<TopK, Cpu> {
 #endif
 
 // ==== hybridattn/testing/operations.hpp
-// The groups of the library's operations, and the one place where the laws call each of them. They stand here and not in the
-// operations' own headers because only the laws need them: every include of the library would pay for them otherwise.
+// The groups of the library's operations, and how the laws call each operation. They are not in the operations' own headers, because only
+// the laws need them and every include of the library would pay for them.
 #ifndef HYBRIDATTN_TESTING_OPERATIONS_HPP
 #define HYBRIDATTN_TESTING_OPERATIONS_HPP
 
@@ -6715,11 +6720,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::testing {
 
 namespace detail {
 
-// Whole numbers from first to before last. Tables of a batch are drawn from a Random of their own, the same for every seed.
+// Draws whole numbers from first to last - 1. For tables of a batch, pass a Random of their own, so that they are the same for every seed.
 inline void draw_whole(HostTensor& tensor, Random& random, Index first, Index last) {
   set_each(tensor, [&] { return static_cast<double>(first + random.below(last - first)); });
 }
-// Where each of the batch's choices stands among the rows of all experts: any order, the same for every seed.
+// Draws the row of each choice of the batch among the rows of all experts. The order is arbitrary, but the same for every seed.
 inline void draw_places(HostTensor& places) {
   Random random{Seed{1}, "places"};
   for (std::size_t i = 0; i < places.values.size(); ++i) {
@@ -6727,7 +6732,7 @@ inline void draw_places(HostTensor& places) {
     std::swap(places.values[i], places.values[static_cast<std::size_t>(random.below(static_cast<Index>(i) + 1))]);
   }
 }
-// Four experts: one without rows, one with most of them, one with the rest, one without.
+// The second of four experts has most rows and the third has the others. The first and the last have none.
 inline constexpr Index experts = 4;
 inline void draw_offsets(HostTensor& offsets, Index rows) {
   double const most = static_cast<double>(rows - rows / 3), all = static_cast<double>(rows);
@@ -6760,13 +6765,13 @@ template <> struct Operation<Fill> : PlainOperation {
   }
 };
 
-// One element of a token, or more than one task has.
+// One element for each token, or more elements for each token than a task has.
 struct ElementwiseOperation : PlainOperation {
   struct Config {
     Index count = 0;   // elements of a token
   };
   static std::vector<Config> sizes() { return {{1}, {120}}; }
-  static bool has_tables(Config const& c) { return c.count > 1; }   // of more elements than tokens none is a token's own
+  static bool has_tables(Config const& c) { return c.count > 1; }   // with more elements than tokens, no element belongs to a token
   static Shape<1> line(Config const& c, Sequences const& s) { return {s.tokens() * c.count}; }
 };
 
@@ -6952,7 +6957,7 @@ template <> struct Operation<GatedRmsNorm> : PlainOperation {
   }
 };
 
-// Rows of so many columns.
+// An operation on rows.
 struct RowOperation : PlainOperation {
   struct Config {
     Index columns = 0;
@@ -7025,7 +7030,7 @@ template <> struct Operation<RopeAngles> : PlainOperation {
     Held<S, 3> angles;   // [N, 2, rotary_dim/2]
     HYBRIDATTN_FIELDS(angles)
   };
-  // Without positions a row is that of its place in the batch.
+  // Without positions, a row's angles depend on its place in the batch.
   static bool has_tables(Config const& c) { return !c.positions; }
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {c.positions ? Shape<1>{s.tokens()} : Shape<1>{}}; }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), 2, c.options.rotary_dim / 2}}; }
@@ -7073,7 +7078,7 @@ template <> struct Operation<Rope> : PlainOperation {
 
 // ---- products and tables
 
-// Which of the gradients of x and w are wanted.
+// Which of the gradients of x and w backward computes.
 enum class Wanted { both, of_x, of_w };
 
 template <> struct Operation<Linear> : PlainOperation {
@@ -7161,7 +7166,7 @@ template <> struct Operation<Embedding> : PlainOperation {
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) { return {{s.tokens()}, {vocabulary, c.columns}}; }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.columns}}; }
   static bool starts_from(Config const& c, std::string_view result) { return result == "d_table" && c.into == Into::add; }
-  // The last one occurs nowhere.
+  // The last token of the vocabulary does not occur.
   static void draw(Config const&, Sequences const&, Random& random, HostGroup& inputs) {
     detail::draw_whole(inputs.at("tokens"), random, 0, vocabulary - 1);
   }
@@ -7215,7 +7220,7 @@ template <> struct Operation<CausalConv1d> : PlainOperation {
 
 // ---- losses
 
-// The scale is the gradient of the loss; a number on the host.
+// `scale` is the gradient of the loss, a number of the host.
 struct LossOperation : PlainOperation {
   struct Config {
     Index columns = 0, vocabulary = 0;
@@ -7227,7 +7232,7 @@ struct LossOperation : PlainOperation {
     c.scale = d_outputs.at("loss").values[0];
     return c;
   }
-  // Some tokens are not counted, or none is.
+  // Some tokens are not counted. Without c.counts, no token is counted.
   static void draw(Config const& c, Sequences const&, Random& random, HostGroup& inputs) {
     detail::draw_whole(inputs.at("targets"), random, -1, c.counts ? c.vocabulary : 0);
     inputs.at("loss before").values = {2.5, 3, 1};
@@ -7336,7 +7341,7 @@ template <> struct Operation<Route> : PlainOperation {
     return {{s.tokens(), experts}, {s.tokens(), top_k}, {s.tokens(), top_k}, c.balanced ? Shape<1>{experts} : Shape<1>{}};
   }
   static bool takes_gradient(Config const&, std::string_view output) { return output != "probabilities"; }
-  // Far enough from each other that no rounding makes a choice.
+  // Logits so far apart that rounding does not change a choice.
   static void draw(Config const&, Sequences const& s, Random& random, HostGroup& inputs) {
     HostTensor& logits = inputs.at("logits");
     for (Index n = 0; n < s.tokens(); ++n)
@@ -7382,7 +7387,7 @@ template <> struct Operation<Permute> : PlainOperation {
   }
 };
 
-// Rows of two choices of each token.
+// An operation on the rows of two choices of each token.
 struct PlacedOperation : PlainOperation {
   struct Config {
     Index columns = 0;
@@ -7493,7 +7498,7 @@ template <> struct Operation<ExpertUse> : PlainOperation {
   }
 };
 
-// Of one layer: sums by ExpertUse, and the gradient of a probability the same for every token.
+// The loss of one layer, from the sums of ExpertUse. The gradient of a probability is the same for every token.
 template <> struct Operation<BalanceLoss> : PlainOperation {
   struct Config {
     Index experts = 0;
@@ -7539,7 +7544,7 @@ template <> struct Operation<BalanceLoss> : PlainOperation {
 
 // ---- the optimizer
 
-// One tensor of parameters, in more blocks than one.
+// One tensor of parameters, in several blocks.
 struct AdamWOperation : PlainOperation {
   struct Config {
     Index count = 0;
@@ -7571,7 +7576,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
   }
 };
 
-// The step, and whether its check finds a fault.
+// A step, and the fault that its check finds.
 template <> struct Operation<AdamWStep> : AdamWOperation {
   template <class S> struct Outputs {
     Held<S, 1> p, m, v;
@@ -11680,8 +11685,8 @@ void backward(Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T
 #endif
 
 // ==== hybridattn/testing/gates.hpp
-// Inputs as they occur for policies whose state forgets by a gate: g is the logarithm of a decay, beta how much is written. Gates
-// forget nothing or all, differ from head to head and from token to token; keys repeat. For a policy of your own with a g [N, H]:
+// Inputs for policies whose state forgets by a gate. g is the logarithm of a decay, beta how much is written. As in practice, gates forget
+// nothing or all and differ from head to head and from token to token, and keys repeat. A policy of your own with a g [N, H] uses them by
 // `struct Samples<Mine> : GatedSamples<Mine>`.
 #ifndef HYBRIDATTN_TESTING_GATES_HPP
 #define HYBRIDATTN_TESTING_GATES_HPP
@@ -11699,7 +11704,7 @@ inline void normalise(HostTensor& tensor) {
     for (Index d = 0; d < D; ++d) row[d] /= std::sqrt(sum);
   }
 }
-// All rows become `share` of the first one and the rest of their own.
+// Each row becomes `share` times the first row and 1 - share times itself.
 inline void correlate(HostTensor& tensor, double share) {
   for (Index n = 0; n < tensor.row_count(); ++n)
     for (Index e = 0; e < tensor.row_size(); ++e) tensor.row(n)[e] = share * tensor.row(0)[e] + (1 - share) * tensor.row(n)[e];
@@ -11711,7 +11716,7 @@ struct GateKind {
   char const* name;
   Decay decay;
   Beta beta;
-  double shared;   // of a key's direction with all others
+  double shared;   // the share of a key's direction that all keys have in common
 };
 inline constexpr GateKind gate_kinds[] = {
     {"mild", Decay::mild, Beta::between, 0},
@@ -11752,7 +11757,7 @@ template <class P> struct GatedSamples : PlainSamples<P> {
     for (detail::GateKind const& kind : detail::gate_kinds) names.push_back(kind.name);
     return names;
   }
-  // Names that the policy does not have are passed over.
+  // Skips q, k and beta if the policy does not have them.
   static void draw(std::string_view name, Random& random, HostGroup& inputs) {
     auto const is_named = [&](detail::GateKind const& kind) { return kind.name == name; };
     detail::GateKind const& kind = *std::find_if(std::begin(detail::gate_kinds), std::end(detail::gate_kinds), is_named);
@@ -11769,7 +11774,7 @@ template <class P> struct GatedSamples : PlainSamples<P> {
         if (beta != nullptr) beta->row(n)[h] = detail::draw_beta(kind.beta, random);
       }
   }
-  // The gradient of a strong decay is as small as the decay: it must not hide behind that of a head which keeps its state.
+  // The gradient of a strong decay is as small as the decay. Among the gradients of heads that keep their state, its error would not show.
   static bool by_head(std::string_view input) { return input == "g"; }
 };
 
@@ -11777,8 +11782,8 @@ template <class P> struct GatedSamples : PlainSamples<P> {
 #endif
 
 // ==== hybridattn/testing/policies.hpp
-// What the laws need to know of the library's policies: their references, their sizes, and inputs as they occur. Plain noise
-// would hide what goes wrong at the edges: gates that forget nothing or all, keys that repeat, softmax near one-hot, ties.
+// What the laws need to know of the library's policies: references, sizes and kinds of inputs. Plain noise would not show errors at the
+// edges, so there are also inputs with gates that forget nothing or all, keys that repeat, a softmax near one-hot, and ties.
 #ifndef HYBRIDATTN_TESTING_POLICIES_HPP
 #define HYBRIDATTN_TESTING_POLICIES_HPP
 
@@ -11795,12 +11800,12 @@ inline void draw_softmax(std::string_view kind, Random& random, HostGroup& x) {
   set_normal(x.at("v"), random);
   HostTensor& k = x.at("k");
   if (kind == "one key for all") correlate(k, 1);
-  if (kind == "early keys stand out")   // by more than e^40: what was summed before has to be scaled
+  if (kind == "early keys stand out")   // by more than e^40, so that the online softmax must scale its sums
     for (Index n = 0; n < k.row_count(); n += 5)
       for (Index e = 0; e < k.row_size(); ++e) k.row(n)[e] *= 30.0 / static_cast<double>(1 + n % 30);
 }
 
-// The indexer's inputs: in whole numbers scores are exact and full of ties.
+// Draws the indexer's inputs. With whole numbers, scores are exact and many of them are equal.
 inline void draw_index(std::string_view kind, Random& random, HostGroup& x) {
   for (char const* name : {"index_q", "index_k", "index_w"}) {
     HostTensor& tensor = x.at(name);
@@ -11811,7 +11816,7 @@ inline void draw_index(std::string_view kind, Random& random, HostGroup& x) {
   if (kind == "one index key") correlate(x.at("index_k"), 1);
 }
 
-// How far a score may be off that a scalar with this eps computed in any order.
+// The largest error of a score that a scalar with this eps computes in any order.
 inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Inputs<In<double>> const& x, Index t, double eps) {
   double largest = 0;
   for (Index s = 0; s <= t; ++s) {
@@ -11826,13 +11831,14 @@ inline double score_rounding(dsa::Config const& c, Sequence sequence, dsa::Input
 inline bool all_whole(View<double const, 2> rows) {
   return std::all_of(rows.data, rows.data + rows.count(), [](double x) { return x == std::round(x) && std::abs(x) < 8; });
 }
-// Whole numbers times a power of two: no rounding in any scalar, in any order.
+// Whole numbers times a power of two are not rounded, in any scalar and in any order.
 inline bool scores_are_exact(dsa::Config const& c, dsa::Inputs<In<double>> const& x) {
   int exponent;
   return std::frexp(std::abs(c.index_scale), &exponent) == 0.5 && all_whole(as_rows(x.index_q)) && all_whole(x.index_k) &&
          all_whole(x.index_w);
 }
-// Of query t: keys in ascending order, none unseen, none twice, and none left out that scores more; ties as dsa.hpp (2) says.
+// Says what is wrong with the keys of a query, or "". They must be keys with the k largest scores among the visible ones, as far as
+// rounding can tell, in ascending order, each only once. Ties must be as dsa.hpp (2) says.
 inline std::string wrong_keys(std::vector<double> const& scores, std::int32_t const* keys, Index k, double rounding) {
   Index const seen = std::ssize(scores), count = std::min(k, seen);
   std::vector<std::int32_t> best(static_cast<std::size_t>(k));
@@ -11879,7 +11885,7 @@ template <FullOptions O> struct Reference<FullAttention<O>> {
 };
 template <FullOptions O> struct Samples<FullAttention<O>> : PlainSamples<FullAttention<O>> {
   static constexpr bool overflows_like_loops = true;
-  // The options are values to the kernels: other windows need not see every head dim again. Heads of 12 fill no vector.
+  // Options are values to the kernels, so windows are judged with fewer head dimensions. Heads of 12 do not fill a vector.
   static std::vector<full::Config> sizes() {
     std::vector<full::Config> list{
         {.num_heads = 2, .num_kv_heads = 1, .head_dim = 12}, {.num_heads = 2, .head_dim = 32}, {.num_heads = 1, .head_dim = 128}};
@@ -11940,7 +11946,7 @@ template <SparseOptions O> struct Samples<SparseAttention<O>> : PlainSamples<Spa
       list.push_back({.num_heads = 4, .num_kv_heads = 2, .head_dim = 16, .index_heads = 3});
       list.push_back({.num_heads = 2, .num_kv_heads = 1, .head_dim = 64});
     }
-    // The stages that train the indexer. The dense one knows no top_k.
+    // The stages that train the indexer. The dense one does not depend on top_k.
     bool const is_default = O.top_k == SparseOptions{}.top_k;
     list.push_back(at(is_default ? list[1] : list[0], Stage::sparse));
     if (is_default) list.push_back(at(list[0], Stage::dense_warm_up));
