@@ -17,7 +17,7 @@ int main(int argc, char** argv) try {
   ha::Cpu machine;
   ha::LanguageModel<Sandwich> const model{{.vocab_size = 256, .model_dim = 128, .num_heads = 4}};
   auto params = model.initialize<float>(machine, ha::Seed{42});
-  ha::AdamW optimizer{cpu, params, {.learning_rate = 1e-3}};
+  ha::AdamW optimizer{machine, params, {.learning_rate = 1e-3}};
   std::printf("%td parameters\n", model.parameter_count());
 
   for (int step = 1; step <= 200; ++step) {
