@@ -12,6 +12,7 @@
 #include <hybridattn/ops/embedding/gpu.hpp>
 #include <hybridattn/ops/gate/gpu.hpp>
 #include <hybridattn/ops/gdn_gate/gpu.hpp>
+#include <hybridattn/ops/grouped_linear/gpu.hpp>
 #include <hybridattn/ops/l2_norm/gpu.hpp>
 #include <hybridattn/ops/layer_norm/gpu.hpp>
 #include <hybridattn/ops/linear/gpu.hpp>
