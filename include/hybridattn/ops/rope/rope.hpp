@@ -20,7 +20,8 @@ struct Rope {
   };
 };
 //   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
-//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive, and on
+//                                                  a GPU on a rotary_dim above 256
 struct RopeAngles {};
 
 // Throws Error where rotary_dim is odd or does not fit the head.

@@ -26,7 +26,7 @@ template <class T> struct SelectTopK {
     View<std::int32_t, 2> indices;
   };
   struct Shared {
-    int counts[warps], ties[warps];
+    int of_warps[warps];
   };
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
     Index const row = simt::block_x(), k = p.indices.extent(1);
@@ -43,7 +43,7 @@ template <class T> struct SelectTopK {
   static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
     int count = 0;
     for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
-    return sum_block(shared.counts, count);
+    return sum_block(shared.of_warps, count);
   }
   // The k-th largest key, or a smaller number that exactly k keys reach.
   static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
@@ -62,7 +62,7 @@ template <class T> struct SelectTopK {
     for (Index first = 0; first < p.scores.extent(1); first += threads) {
       Index const i = first + simt::thread_id();
       bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
-      Earlier const a = count_earlier(shared.counts, is_above), t = count_earlier(shared.ties, is_tie);
+      Earlier const a = count_earlier(shared.of_warps, is_above), t = count_earlier(shared.of_warps, is_tie);
       int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
       if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
       above += a.all;
