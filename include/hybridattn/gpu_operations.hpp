@@ -16,6 +16,7 @@
 #include <hybridattn/ops/l2_norm/gpu.hpp>
 #include <hybridattn/ops/layer_norm/gpu.hpp>
 #include <hybridattn/ops/linear/gpu.hpp>
+#include <hybridattn/ops/moe/gpu.hpp>
 #include <hybridattn/ops/rms_norm/gpu.hpp>
 #include <hybridattn/ops/rope/gpu.hpp>
 #include <hybridattn/ops/top_k/gpu.hpp>
