@@ -1,5 +1,4 @@
-// Full attention on the emulator of a GPU: the laws, agreement with the CPU, and every barrier of its kernels.
-#include "barriers.hpp"
+// Full attention on the emulator of a GPU: the laws, and agreement with the CPU.
 #include "catch.hpp"
 
 #include <hybridattn/emulator.hpp>
@@ -52,11 +51,4 @@ TEST_CASE("a head that no kernel has room for is an error", "[window]") {
   ha::testing::Adaptor<Full, Emulator, float> const wide{{.num_heads = 1, .num_kv_heads = 1, .head_dim = 257}};
   auto const x = wide.sample(wide.kinds().front(), ha::Sequences::equal(1, 2), 1, false);
   CHECK_THROWS_WITH(wide.run(x, {}), "FullAttention: head_dim 257; a GPU's kernels have room for 256");
-}
-TEST_CASE("every barrier of full attention is noticed when it is left out", "[barriers]") {
-  barriers::Barriers all;
-  for (Index const dim : {8, 130})
-    all.judge(ha::testing::Adaptor<Full, Emulator, float>{{.num_heads = 2, .num_kv_heads = 1, .head_dim = dim}});
-  CHECK(all.count() > 10);
-  all.check_all();
 }

@@ -1,5 +1,4 @@
 // Every operation on the emulator of a GPU keeps the laws, and agrees with the CPU.
-#include "barriers.hpp"
 #include "catch.hpp"
 
 #include <hybridattn/emulator.hpp>
@@ -19,13 +18,6 @@ template <class Op, class T> void check_all() {
   }
 }
 
-template <class... Ops> void judge_all(barriers::Barriers& all, std::tuple<Ops...> const*) {
-  auto const judge = [&]<class Op>(std::type_identity<Op>) {
-    for (auto const& size : ha::testing::Operation<Op>::sizes()) all.judge(ha::testing::OperationOn<Op, ha::Emulator, float>{size});
-  };
-  (judge(std::type_identity<Ops>{}), ...);
-}
-
 }  // namespace
 
 TEMPLATE_LIST_TEST_CASE("an operation keeps every law on the emulator in float", "[float]", ha::testing::AllOperations) {
@@ -33,10 +25,4 @@ TEMPLATE_LIST_TEST_CASE("an operation keeps every law on the emulator in float",
 }
 TEMPLATE_LIST_TEST_CASE("an operation keeps every law on the emulator in double", "[double]", ha::testing::AllOperations) {
   check_all<TestType, double>();
-}
-TEST_CASE("every barrier of an operation is noticed when it is left out", "[barriers]") {
-  barriers::Barriers all;
-  judge_all(all, static_cast<ha::testing::AllOperations const*>(nullptr));
-  CHECK(all.count() > 10);
-  all.check_all();
 }

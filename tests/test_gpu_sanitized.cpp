@@ -1,0 +1,64 @@
+// Every kernel for GPUs under sanitizers, on the emulator. Addresses and undefined behaviour: the laws at the smallest sizes. Threads: one
+// run in two schedules, and runs in which one barrier is left out. Each thread of a kernel is a thread for the sanitizer, so a race is
+// reported at lines of the kernel.
+#include "barriers.hpp"
+#include "catch.hpp"
+
+#include <hybridattn/emulator.hpp>
+#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing/operations.hpp>
+#include <hybridattn/testing/policies.hpp>
+
+namespace ha = hybridattn;
+
+namespace {
+
+template <class Op> auto smallest() {
+  if constexpr (ha::testing::HasOperation<Op>)
+    return ha::testing::OperationOn<Op, ha::Emulator, float>{ha::testing::Operation<Op>::sizes().front()};
+  else return ha::testing::Adaptor<Op, ha::Emulator, float>{ha::testing::Samples<Op>::sizes().front()};
+}
+using Subjects = decltype(std::tuple_cat(ha::testing::AllOperations{}, std::tuple<ha::Full>{}));
+
+}  // namespace
+
+TEMPLATE_LIST_TEST_CASE("an operation or a policy keeps every law", "[laws]", Subjects) {
+  for (auto const& verdict : judge(smallest<TestType>())) {
+    INFO(verdict.law << ": " << verdict.why);
+    CHECK(verdict.holds);
+  }
+}
+TEMPLATE_LIST_TEST_CASE("an operation or a policy computes the same in two schedules", "[runs]", Subjects) {
+  auto const subject = smallest<TestType>();
+  auto const x = subject.sample(subject.kinds().front(), subject.small_batch(), 1, true);
+  auto const first = subject.run(x, {.threads = 1}), second = subject.run(x, {.threads = 2});
+  CHECK(first_difference(first.outputs, second.outputs) == "");
+  CHECK(first_difference(first.gradients, second.gradients) == "");
+}
+
+namespace {
+
+template <class Op> void judge_barriers(barriers::Barriers& all) {
+  if constexpr (ha::testing::HasOperation<Op>)
+    for (auto const& size : ha::testing::Operation<Op>::sizes()) all.judge(ha::testing::OperationOn<Op, ha::Emulator, float>{size});
+  else all.judge(smallest<Op>());
+}
+template <class... Ops> void judge_all_barriers(barriers::Barriers& all, std::tuple<Ops...> const*) { (judge_barriers<Ops>(all), ...); }
+// Some barriers matter only for more numbers than the laws' sizes have.
+template <class Op> void judge_more(barriers::Barriers& all, typename ha::testing::Operation<Op>::Config const& size, ha::Index tokens) {
+  all.judge(ha::testing::OperationOn<Op, ha::Emulator, float>{size}, ha::Sequences::equal(1, tokens));
+}
+
+}  // namespace
+
+TEST_CASE("a kernel without one of its barriers is noticed", "[barriers]") {
+  barriers::Barriers all;
+  judge_all_barriers(all, static_cast<Subjects const*>(nullptr));
+  judge_more<ha::SoftmaxLoss>(all, {0, 300}, 3);
+  judge_more<ha::TopK>(all, {300, 70}, 3);
+  judge_more<ha::Embedding>(all, ha::testing::Operation<ha::Embedding>::sizes().front(), 1100);
+  all.judge(ha::testing::Adaptor<ha::Full, ha::Emulator, float>{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 130}},
+            ha::Sequences::equal(1, 70));
+  CHECK(all.count() > 30);
+  all.check_all();
+}
