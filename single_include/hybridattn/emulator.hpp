@@ -85,8 +85,10 @@
 #endif
 #if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
 #define HYBRIDATTN_TSAN 1
+#define HYBRIDATTN_UNWATCHED __attribute__((no_sanitize_thread))   // a function whose own reads and writes the sanitizer ignores
 #else
 #define HYBRIDATTN_TSAN 0
+#define HYBRIDATTN_UNWATCHED
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))
@@ -1069,12 +1071,11 @@ class Fiber {
     __asan_unpoison_memory_region(stack_, Stacks::bytes);   // of a function that was stopped for ever
     fake_stack_ = nullptr;
 #endif
-  }
-#if HYBRIDATTN_TSAN
-  __attribute__((no_sanitize_thread))
+#if HYBRIDATTN_TSAN   // new memory, where the sanitizer knows of no earlier thread
+    mmap(stack_, Stacks::bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 #endif
-  static void
-  arrived(boost::context::detail::transfer_t transfer) {
+  }
+  HYBRIDATTN_UNWATCHED static void arrived(boost::context::detail::transfer_t transfer) {
     auto const [from, to] = *static_cast<Leaving*>(transfer.data);
     from->context_ = transfer.fctx;
 #if HYBRIDATTN_ASAN
@@ -1089,11 +1090,7 @@ class Fiber {
     (void)to;
 #endif
   }
-#if HYBRIDATTN_TSAN
-  __attribute__((no_sanitize_thread))
-#endif
-  static void
-  enter(boost::context::detail::transfer_t transfer) {
+  HYBRIDATTN_UNWATCHED static void enter(boost::context::detail::transfer_t transfer) {
     Fiber& self = *static_cast<Leaving*>(transfer.data)->to;
     arrived(transfer);
     self.entry_(self.argument_);
@@ -1302,10 +1299,12 @@ class Engine {
   // Throws Error where the block makes a mistake: barriers that not all threads reach, an end while others wait, a deadlock, writes
   // beside shared memory. The error names the kernel, the block, and where its threads wait.
   void run_block(Launch const& launch, Grid block) {
+    Unwatched const unwatched;
     launch_ = &launch;
     block_ = block;
     schedule_.start_block((block.z * launch.grid.y + block.y) * launch.grid.x + block.x);
     shared_.start_block(launch.shared_bytes);
+    shared_data_ = shared_.data();
     start_threads();
     Engine* const outer = std::exchange(current(), this);
     host_.adopt_thread();
@@ -1324,12 +1323,12 @@ class Engine {
   }
 
   // The engine whose kernel runs on this thread of the host.
-  static Engine*& current() {
+  HYBRIDATTN_UNWATCHED static Engine*& current() {
     static constinit thread_local Engine* engine = nullptr;
     return engine;
   }
-  Thread& self() { return *self_; }
-  Grid block() const { return block_; }
+  HYBRIDATTN_UNWATCHED Thread& self() { return *self_; }
+  HYBRIDATTN_UNWATCHED Grid const& block() const { return block_; }
 
   // Waits for all threads of the block.
   void sync_block(simt::CallSite at) {
@@ -1408,11 +1407,11 @@ class Engine {
       wake(thread);
     }
   }
-  static void run_thread(void* thread) {
+  HYBRIDATTN_UNWATCHED static void run_thread(void* thread) {
     Engine& engine = *current();
     acquire(&engine.start_);
     try {
-      engine.launch_->run(engine.shared_.data(), engine.launch_->params);
+      engine.launch_->run(engine.shared_data_, engine.launch_->params);
     } catch (...) {
       engine.failure_ = std::current_exception();
     }
@@ -1486,6 +1485,7 @@ class Engine {
 
   Schedule schedule_;
   SharedMemory shared_;
+  void* shared_data_ = nullptr;
   std::unique_ptr<Thread[]> threads_;  // made with the first block
   std::array<Warp, most_threads / 32> warps_;
   Fiber host_;
@@ -1609,7 +1609,7 @@ HYBRIDATTN_DEVICE double sin_pi(double x) { return sinpi(x); }
 namespace hybridattn::inline HYBRIDATTN_ABI::simt {
 
 namespace detail {
-inline emulator::Engine& engine() { return *emulator::Engine::current(); }
+HYBRIDATTN_UNWATCHED inline emulator::Engine& engine() { return *emulator::Engine::current(); }
 
 // Each lane gives x, and receives choose(lanes, own number).
 template <class T, class Choose> auto exchange(char const* word, CallSite at, T x, Choose choose) {
@@ -1635,10 +1635,10 @@ template <class T> T given(emulator::Thread const& lane) {
 }
 }  // namespace detail
 
-inline int thread_id() { return detail::engine().self().number; }
-inline Index block_x() { return detail::engine().block().x; }
-inline Index block_y() { return detail::engine().block().y; }
-inline Index block_z() { return detail::engine().block().z; }
+HYBRIDATTN_UNWATCHED inline int thread_id() { return detail::engine().self().number; }
+HYBRIDATTN_UNWATCHED inline Index block_x() { return detail::engine().block().x; }
+HYBRIDATTN_UNWATCHED inline Index block_y() { return detail::engine().block().y; }
+HYBRIDATTN_UNWATCHED inline Index block_z() { return detail::engine().block().z; }
 
 inline void sync_block(CallSite at = CallSite::here()) { detail::engine().sync_block(at); }
 inline void sync_warp(CallSite at = CallSite::here()) {
@@ -1749,9 +1749,13 @@ HYBRIDATTN_HD double number_of(std::uint64_t bits) {
 HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
 HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
 
+// Arrays of shared memory and of a thread, whose sizes are ints as all numbers of a kernel are.
+template <class T, int n> using Array = T[static_cast<std::size_t>(n)];
+template <class T, int rows, int columns> using Table = T[static_cast<std::size_t>(rows)][static_cast<std::size_t>(columns)];
+
 // n numbers that are read or written at once, from a multiple of their size.
-template <class T, int n> struct alignas(sizeof(T) * n) Vector {
-  T x[n];
+template <class T, int n> struct alignas(sizeof(T) * static_cast<std::size_t>(n)) Vector {
+  Array<T, n> x;
 };
 template <int n, class T> HYBRIDATTN_DEVICE Vector<std::remove_const_t<T>, n> load_vector(T* from) {
   return *reinterpret_cast<Vector<std::remove_const_t<T>, n> const*>(from);
@@ -4100,7 +4104,8 @@ struct Rope {
   };
 };
 //   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
-//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive, and on
+//                                                  a GPU on a rotary_dim above 256
 struct RopeAngles {};
 
 // Throws Error where rotary_dim is odd or does not fit the head.
@@ -4952,7 +4957,7 @@ template <class T, int D> struct Tiling {
 // Rows of a head in shared memory. Entries that the head does not have are zeros.
 template <class T, int D> struct Tile {
   using Of = Tiling<T, D>;
-  T row[Of::rows][D + 1];   // one more, so that the rows begin in different banks
+  simt::Table<T, Of::rows, D + 1> row;   // one more, so that the rows begin in different banks
 
   // Rows first, first + 1, ... of head h of a sequence. Rows behind its end are zeros.
   HYBRIDATTN_DEVICE void load(View<T const, 3> from, Sequence s, Index h, Index first) {
@@ -4963,10 +4968,10 @@ template <class T, int D> struct Tile {
     }
   }
 };
-template <class T, int columns> HYBRIDATTN_DEVICE T dot_rows(T const (&a)[columns], T const (&b)[columns]) {
+template <class T, std::size_t columns> HYBRIDATTN_DEVICE T dot_rows(T const (&a)[columns], T const (&b)[columns]) {
   T sum = 0;
   HYBRIDATTN_UNROLL_8_IN_KERNEL
-  for (int d = 0; d < columns - 1; ++d) sum += a[d] * b[d];
+  for (int d = 0; d < static_cast<int>(columns) - 1; ++d) sum += a[d] * b[d];
   return sum;
 }
 
@@ -5023,7 +5028,7 @@ template <class T, int D> struct Forward {
   using Params = KernelParams<T>;
   struct Shared {
     Tile<T, D> q, kv;
-    T weights[rows][rows + 1];
+    simt::Table<T, rows, rows + 1> weights;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -5090,7 +5095,7 @@ template <class T, int D> struct QueryGradients {
   using Params = KernelParams<T>;
   struct Shared {
     Tile<T, D> q, d_o, k, v;
-    T d_s[rows][rows + 1];
+    simt::Table<T, rows, rows + 1> d_s;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -5141,7 +5146,7 @@ template <class T, int D> struct KeyGradients {
   using Params = KernelParams<T>;
   struct Shared {
     Tile<T, D> k, v, q, d_o;
-    T weights[rows][rows + 1], d_s[rows][rows + 1];
+    simt::Table<T, rows, rows + 1> weights, d_s;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -5219,7 +5224,9 @@ template <class T, int D> struct Decode {
   static constexpr int threads = 128, keys = 32, entries = (D + threads - 1) / threads;
   using Params = ExtendParams<T>;
   struct Shared {
-    T q[D + 1], kv[keys][D + 1], scores[keys], weights[keys];
+    simt::Array<T, D + 1> q;
+    simt::Table<T, keys, D + 1> kv;
+    simt::Array<T, keys> scores, weights;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -5227,7 +5234,7 @@ template <class T, int D> struct Decode {
     KeysAt<T> const at{p, p.sequences.list(number), number, h / p.group};
     if (at.sequence.past == 0) return;
     Index const end = Index{p.sequences.positions(n)} + 1, first = p.window == 0 ? 0 : simt::larger<Index>(end - p.window, 0);
-    T o[entries] = {};
+    simt::Array<T, entries> o = {};
     attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
     for (int d = simt::thread_id(); d < D; d += threads) shared.q[d] = d < dim ? p.x.q(n, h, d) : T(0);
     for (Index key = first; key < end; key += keys) {
@@ -5385,7 +5392,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
 
 // The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
-template <class T, int warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+template <class T, std::size_t warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
   x = simt::sum_lanes(x);
   if (simt::lane() == 0) of_warps[simt::warp()] = x;
   simt::sync_block();
@@ -6050,10 +6057,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <GpuBackend B> struct On<AdamWSquares, B> {
   template <class T> static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
-    using Add = gpu::AdamWAddSquares<T>;
+    using AddParts = gpu::AdamWAddSquares<T>;
     Tensor<double, 2, B> parts{gpu, {tensors.extent(0), gpu::adamw_turns}};
     launch<gpu::AdamWPartialSquares<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, out(parts)});
-    launch<Add>(gpu, {.x = ceil_div(tensors.extent(0), Add::threads / 32)}, {tensors, in(parts), squares});
+    launch<AddParts>(gpu, {.x = ceil_div(tensors.extent(0), AddParts::threads / 32)}, {tensors, in(parts), squares});
   }
 };
 
@@ -6808,11 +6815,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
 template <class T, int size_> struct ProductTile {
   static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
   struct Shared {
-    T a[depth][size + 1], b[depth][size + 1];
+    simt::Table<T, depth, size + 1> a, b;
   };
 
   // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
-  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
+  static HYBRIDATTN_DEVICE void load(simt::Table<T, depth, size + 1>& to, Operand<T> const& x, Index first, Index k) {
     for (int i = simt::thread_id(); i < size * depth; i += threads) {
       int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
       to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);
@@ -7698,6 +7705,217 @@ template <GpuBackend B> struct On<GdnGate, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/ops/grouped_linear/grouped_linear.hpp
+// Linear projections of many experts as one operation. Rows are sorted by expert: rows offsets[e] .. offsets[e + 1] belong to e.
+//   y = x w[e]^T      d_x = d_y w[e]      d_w[e] = d_y^T x      over the rows of e
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_GROUPED_LINEAR_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, offsets, x, w, y)                  offsets [E + 1], x [R, C], w [E, F, C], y [R, F]
+//   backward(backend, offsets, x, w, d_y, d_x, d_w, into)   d_x is added or overwritten; overwrites d_w, with 0 for an expert without
+//                                                           rows
+// An empty d_x or d_w is not computed. The offsets stay on the machine. Row for row the bits are those of Linear.
+struct GroupedLinear {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/grouped_linear/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<GroupedLinear, Cpu> {
+  using Offsets = View<std::int32_t const, 1>;
+
+  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 3> d_w, Into into) {
+    if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
+    if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
+  }
+
+ private:
+  // Rows of one task. A task packs its part of the matrix by itself, which many rows pay for.
+  static constexpr Index block_rows = 256;
+
+  template <class T>
+  static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
+    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    cpu::Product<T>* next = products.data();
+    for_each_block(offsets, [&](Index e, Index first, Index last) {
+      *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
+    });
+    cpu::gemm_each(cpu, products.data(), next, into);
+  }
+  template <class T>
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
+    Index const E = d_w.extent(0), F = d_w.extent(1);
+    cpu::Scratch<cpu::Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    cpu::Product<T>* next = products.data();
+    for (Index e = 0; e < E; ++e) {
+      if (is_idle(offsets, e)) continue;
+      auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
+      for (Index first = 0; first < F; first += block_rows) {
+        Index const last = std::min(F, first + block_rows);
+        *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
+      }
+    }
+    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    parallel_for(cpu, E, [&](Index e, int) {
+      if (!is_idle(offsets, e)) return;
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
+    });
+  }
+
+  static bool is_idle(Offsets offsets, Index e) { return offsets(e) == offsets(e + 1); }
+  // f(expert, first row, last row) for blocks of rows, each of one expert.
+  template <class F> static void for_each_block(Offsets offsets, F f) {
+    for (Index e = 0; e + 1 < offsets.extent(0); ++e)
+      for (Index first = offsets(e); first < offsets(e + 1); first += block_rows)
+        f(e, first, std::min<Index>(first + block_rows, offsets(e + 1)));
+  }
+  // However R rows are shared out among E experts: equal steps take equal memory.
+  static Index most_blocks(Index E, Index R) { return std::min(E, R) + R / block_rows; }
+  template <class T> static View<T, 2> of_expert(View<T, 3> all, Index e) {
+    return {all.data + e * all.stride[0], {all.extent(1), all.extent(2)}, {all.stride[1], 1}};
+  }
+  template <class T> static View<T, 2> rows(View<T, 2> all, Index first, Index last) {
+    return {all.data + first * all.stride[0], {last - first, all.extent(1)}, all.stride};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/grouped_linear/kernels.hpp
+// Linear projections of experts as kernels. A block has a tile of one expert's product.
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_KERNELS_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+using ExpertOffsets = View<std::int32_t const, 1>;
+
+template <class T> HYBRIDATTN_DEVICE View<T, 2> matrix_of(View<T, 3> all, Index expert) {
+  return {all.data + expert * all.stride[0], {all.extent(1), all.extent(2)}, {all.stride[1], 1}};
+}
+template <class T> HYBRIDATTN_DEVICE View<T, 2> rows_of(View<T, 2> all, ExpertOffsets offsets, Index expert) {
+  return {all.data + offsets(expert) * all.stride[0], {offsets(expert + 1) - offsets(expert), all.extent(1)}, all.stride};
+}
+
+// Tiles of rows, numbered for all experts: those of expert e begin at offsets[e] / size + e. So an expert has as many numbers as tiles or
+// one more, and its first number needs no sum over the experts before it.
+HYBRIDATTN_HD Index first_tile(ExpertOffsets offsets, Index expert, int size) { return offsets(expert) / size + expert; }
+inline Index most_tiles(Index experts, Index rows, int size) { return rows / size + experts; }
+HYBRIDATTN_DEVICE Index expert_of(ExpertOffsets offsets, Index tile, int size) {
+  Index first = 0, last = offsets.extent(0) - 1;
+  while (last - first > 1) {
+    Index const middle = (first + last) / 2;
+    if (first_tile(offsets, middle, size) <= tile) first = middle;
+    else last = middle;
+  }
+  return first;
+}
+
+// y = x m for each expert's rows and its m: w[e] transposed, or w[e].
+template <class T, int size> struct MultiplyRows {
+  using Tile = ProductTile<T, size>;
+  static constexpr int threads = Tile::threads;
+  struct Params {
+    ExpertOffsets offsets;
+    View<T const, 2> x;
+    View<T const, 3> w;
+    View<T, 2> y;
+    bool transposes;
+    Into into;
+  };
+  using Shared = typename Tile::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const expert = expert_of(p.offsets, simt::block_x(), size);
+    Index const row = (simt::block_x() - first_tile(p.offsets, expert, size)) * size;
+    if (row >= p.offsets(expert + 1) - p.offsets(expert)) return;
+    Operand<T> const w = operand(matrix_of(p.w, expert));
+    Product<T> const product{operand(rows_of(p.x, p.offsets, expert)), p.transposes ? w.transposed() : w, rows_of(p.y, p.offsets, expert),
+                             p.into};
+    Tile::multiply(shared, product, row, simt::block_y() * size);
+  }
+};
+
+// d_w[e] = d_y^T x over the rows of e; 0 without rows.
+template <class T, int size> struct MultiplyOverRows {
+  using Tile = ProductTile<T, size>;
+  static constexpr int threads = Tile::threads;
+  struct Params {
+    ExpertOffsets offsets;
+    View<T const, 2> x, d_y;
+    View<T, 3> d_w;
+  };
+  using Shared = typename Tile::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const expert = simt::block_z();
+    Product<T> const product{operand(rows_of(p.d_y, p.offsets, expert)).transposed(), operand(rows_of(p.x, p.offsets, expert)),
+                             matrix_of(p.d_w, expert), Into::overwrite};
+    Tile::multiply(shared, product, simt::block_x() * size, simt::block_y() * size);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/grouped_linear/gpu.hpp
+#ifndef HYBRIDATTN_OPS_GROUPED_LINEAR_GPU_HPP
+#define HYBRIDATTN_OPS_GROUPED_LINEAR_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<GroupedLinear, B> {
+  using Offsets = View<std::int32_t const, 1>;
+
+  template <class T> static void forward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+    multiply_rows<T>(gpu, offsets, x, w, y, true, Into::overwrite);
+  }
+  template <class T>
+  static void backward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       View<T, 3> d_w, Into into) {
+    if (!d_x.empty()) multiply_rows<T>(gpu, offsets, d_y, w, d_x, false, into);
+    if (!d_w.empty()) multiply_over_rows<T>(gpu, offsets, x, d_y, d_w);
+  }
+
+ private:
+  // The host cannot read how the rows are shared out, so the grid has the most tiles that they can make. Blocks without a tile return.
+  template <class T>
+  static void multiply_rows(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y, bool transposes, Into into) {
+    if (y.empty()) return;
+    gpu::with_tile(1, y.extent(0), y.extent(1), [&](auto size) {
+      Grid const grid{.x = gpu::most_tiles(w.extent(0), y.extent(0), size()), .y = ceil_div(y.extent(1), size())};
+      launch<gpu::MultiplyRows<T, size()>>(gpu, grid, {offsets, x, w, y, transposes, into});
+    });
+  }
+  template <class T> static void multiply_over_rows(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
+    Index const E = d_w.extent(0), F = d_w.extent(1), C = d_w.extent(2);
+    gpu::with_tile(E, F, C, [&](auto size) {
+      Grid const grid{.x = ceil_div(F, size()), .y = ceil_div(C, size()), .z = E};
+      launch<gpu::MultiplyOverRows<T, size()>>(gpu, grid, {offsets, x, d_y, d_w});
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/ops/l2_norm/l2_norm.hpp
 // Rows of length one: y = x rnorm,  rnorm = (sum x^2 + eps)^-1/2;   d_x = rnorm (d_y - y (y . d_y)).  A row of zeros stays zero.
 #ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
@@ -8062,6 +8280,524 @@ template <GpuBackend B> struct On<Linear, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/gpu/rows.hpp
+// Work on rows, a warp for each.
+#ifndef HYBRIDATTN_BACKEND_GPU_ROWS_HPP
+#define HYBRIDATTN_BACKEND_GPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+template <class F> struct ForEachRow {
+  static constexpr int threads = 128;
+  struct Params {
+    F f;
+    Index rows;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    Index const n = simt::block_x() * (threads / 32) + simt::warp();
+    if (n < p.rows) p.f(n);
+  }
+};
+
+}  // namespace gpu
+
+// Calls f(n) for n = 0 .. rows - 1, each by all lanes of a warp. F is a struct of views and numbers with operator()(Index) const,
+// HYBRIDATTN_DEVICE.
+template <GpuBackend B, class F> void for_each_row(B& gpu, Index rows, F f) {
+  launch<gpu::ForEachRow<F>>(gpu, {.x = ceil_div(rows, gpu::ForEachRow<F>::threads / 32)}, {f, rows});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/moe/moe.hpp
+// Mixture of experts, dropless: every token goes to its top_k experts (arXiv 2101.03961, 2401.04088).
+//   p = softmax(router logits)      the top_k largest, ties to the smaller index
+//   weight of a chosen expert: p_e; or p_e / sum of the chosen (renormalised), which is the softmax over the chosen logits
+//   y = sum over the chosen of weight * expert(x)
+// Experts receive their tokens in token order, so a later token never changes an earlier one's place among the sums.
+#ifndef HYBRIDATTN_OPS_MOE_MOE_HPP
+#define HYBRIDATTN_OPS_MOE_MOE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, options, logits, probabilities, weights, experts)      [N, E] [N, E] [N, k] [N, k]; highest first
+//   backward(backend, options, probabilities, weights, experts, d_weights, d_probability, d_logits)
+//     d_probability [E], the same for every token, is what a balancing loss adds; overwrites d_logits
+struct Route {
+  struct Options {
+    bool renormalise = true;
+  };
+};
+//   forward(backend, experts, offsets, places)     experts [N, k] -> rows offsets[e] .. offsets[e + 1] belong to expert e
+//   offsets [E + 1], places [N, k]: the row of each choice
+struct Permute {};
+//   forward (backend, x, places, rows)             rows[places[n, j]] = x[n]
+//   backward(backend, places, d_rows, d_x, into)   d_x is added or overwritten
+struct Distribute {};
+//   forward (backend, rows, weights, places, y)    y[n] = sum_j weights[n, j] rows[places[n, j]]
+//   backward(backend, rows, weights, places, d_y, d_rows, d_weights)   overwrites both
+struct Combine {};
+//   y[n] += sigmoid(logit[n]) x[n]: how a shared expert joins
+//   forward (backend, x, logit, y)                 x, y [N, C], logit [N, 1]
+//   backward(backend, x, logit, d_y, d_x, d_logit) overwrites both
+struct AddGated {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/moe/cpu.hpp
+#ifndef HYBRIDATTN_OPS_MOE_CPU_HPP
+#define HYBRIDATTN_OPS_MOE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<Route, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
+                      View<std::int32_t, 2> experts) {
+    parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        choose(logits.row(n), logits.extent(1), experts.row(n), experts.extent(1));
+        softmax(logits.row(n), logits.extent(1), logits(n, experts(n, 0)), probabilities.row(n));
+        T sum = 0;
+        for (Index j = 0; j < experts.extent(1); ++j) sum += weights(n, j) = probabilities(n, experts(n, j));
+        if (o.renormalise)
+          for (Index j = 0; j < experts.extent(1); ++j) weights(n, j) /= sum;
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
+                       View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
+                       View<T, 2> d_logits) {
+    Index const E = probabilities.extent(1), k = experts.extent(1);
+    parallel_blocks(cpu, probabilities.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const* p = probabilities.row(n);
+        T along = 0, along_chosen = 0;   // of the softmax over all, over the chosen
+        for (Index e = 0; e < E && !d_probability.empty(); ++e) along += p[e] * d_probability(e);
+        for (Index j = 0; j < k; ++j) (o.renormalise ? along_chosen : along) += weights(n, j) * d_weights(n, j);
+        for (Index e = 0; e < E; ++e) d_logits(n, e) = p[e] * ((d_probability.empty() ? T(0) : d_probability(e)) - along);
+        for (Index j = 0; j < k; ++j) d_logits(n, experts(n, j)) += weights(n, j) * (d_weights(n, j) - along_chosen);
+      }
+    });
+  }
+
+ private:
+  // Highest first, the smaller index of equal ones first.
+  template <class T> static void choose(T const* logits, Index E, std::int32_t* chosen, Index k) {
+    for (Index j = 0; j < k; ++j) {
+      Index best = -1;
+      for (Index e = 0; e < E; ++e)
+        if (std::find(chosen, chosen + j, e) == chosen + j && (best < 0 || logits[e] > logits[best])) best = e;
+      chosen[j] = static_cast<std::int32_t>(best);
+    }
+  }
+  template <class T> static void softmax(T const* logits, Index E, T peak, T* probabilities) {
+    T sum = 0;
+    for (Index e = 0; e < E; ++e) sum += probabilities[e] = std::exp(logits[e] - peak);
+    for (Index e = 0; e < E; ++e) probabilities[e] /= sum;
+  }
+};
+
+template <> struct On<Permute, Cpu> {
+  static void forward(Cpu&, View<std::int32_t const, 2> experts, View<std::int32_t, 1> offsets, View<std::int32_t, 2> places) {
+    auto const for_each_choice = [&](auto f) {
+      for (Index n = 0; n < experts.extent(0); ++n)
+        for (Index j = 0; j < experts.extent(1); ++j) f(n, j, experts(n, j));
+    };
+    std::fill_n(offsets.data, offsets.count(), 0);
+    for_each_choice([&](Index, Index, Index e) { ++offsets(e + 1); });
+    for (Index e = 1; e < offsets.extent(0); ++e) offsets(e) += offsets(e - 1);
+    for_each_choice([&](Index n, Index j, Index e) { places(n, j) = offsets(e)++; });
+    for (Index e = offsets.extent(0) - 1; e > 0; --e) offsets(e) = offsets(e - 1);
+    offsets(0) = 0;
+  }
+};
+
+template <> struct On<Distribute, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
+    });
+  }
+  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
+                                          Into into) {
+    parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
+        for (Index j = 0; j < places.extent(1); ++j) axpy(T(1), d_rows.row(places(n, j)), d_x.row(n), d_x.extent(1));
+      }
+    });
+  }
+};
+
+template <> struct On<Combine, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+    parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        std::fill_n(y.row(n), y.extent(1), T(0));
+        for (Index j = 0; j < places.extent(1); ++j) axpy(weights(n, j), rows.row(places(n, j)), y.row(n), y.extent(1));
+      }
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, View<T, 2> d_weights) {
+    Index const C = d_y.extent(1);
+    parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index j = 0; j < places.extent(1); ++j) {
+          T const *d_yn = d_y.row(n), *row = rows.row(places(n, j));
+          T* const d_row = d_rows.row(places(n, j));
+          for (Index c = 0; c < C; ++c) d_row[c] = weights(n, j) * d_yn[c];
+          d_weights(n, j) = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(d_yn) * s.get(row); });
+        }
+    });
+  }
+};
+
+template <> struct On<AddGated, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+    parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
+    });
+  }
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
+    Index const C = d_y.extent(1);
+    parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const open = sigmoid(logit(n, 0)), *xn = x.row(n), *d_yn = d_y.row(n);
+        for (Index c = 0; c < C; ++c) d_x(n, c) = open * d_yn[c];
+        d_logit(n, 0) =
+            open * (T(1) - open) * cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); });
+      }
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/moe/kernels.hpp
+// Mixtures of experts as kernels. A warp has a row, lane l its elements l, l + 32, ...
+#ifndef HYBRIDATTN_OPS_MOE_KERNELS_HPP
+#define HYBRIDATTN_OPS_MOE_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// An expert with its logit. Higher logits come first, the smaller index of equal ones first, and a NaN is as low as -infinity.
+template <class T> struct RankedExpert {
+  T logit;
+  std::int32_t expert;
+
+  HYBRIDATTN_DEVICE bool comes_before(RankedExpert const& other) const {
+    return logit > other.logit || (logit == other.logit && expert < other.expert);
+  }
+};
+
+template <class T> struct RouteRow {
+  Route::Options options;
+  View<T const, 2> logits;
+  View<T, 2> probabilities, weights;
+  View<std::int32_t, 2> experts;
+
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    choose(n);
+    simt::sync_warp();   // every lane sees the choices
+    write_softmax(n, logits(n, experts(n, 0)));
+    simt::sync_warp();   // and the probabilities
+    Index const k = experts.extent(1);
+    T sum = 0;
+    for (Index j = simt::lane(); j < k; j += 32) sum += probabilities(n, experts(n, j));
+    sum = options.renormalise ? simt::sum_lanes(sum) : T(1);
+    for (Index j = simt::lane(); j < k; j += 32) weights(n, j) = probabilities(n, experts(n, j)) / sum;
+  }
+
+ private:
+  // Each choice is the first expert that comes after the choice before it.
+  HYBRIDATTN_DEVICE void choose(Index n) const {
+    RankedExpert<T> last{simt::infinity<T>(), -1};
+    for (Index j = 0; j < experts.extent(1); ++j) {
+      last = first_after(n, last);
+      if (simt::lane() == 0) experts(n, j) = last.expert;
+    }
+  }
+  HYBRIDATTN_DEVICE RankedExpert<T> first_after(Index n, RankedExpert<T> last) const {
+    auto const E = static_cast<std::int32_t>(logits.extent(1));
+    RankedExpert<T> best{-simt::infinity<T>(), E};
+    for (std::int32_t e = simt::lane(); e < E; e += 32) {
+      T const logit = logits(n, e);
+      RankedExpert<T> const next{logit == logit ? logit : -simt::infinity<T>(), e};
+      if (last.comes_before(next) && next.comes_before(best)) best = next;
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int step = 1; step < 32; step *= 2) {
+      RankedExpert<T> const other{simt::shuffle_xor(best.logit, step), simt::shuffle_xor(best.expert, step)};
+      if (other.comes_before(best)) best = other;
+    }
+    return best;
+  }
+  HYBRIDATTN_DEVICE void write_softmax(Index n, T peak) const {
+    T sum = 0;
+    for (Index e = simt::lane(); e < logits.extent(1); e += 32) sum += probabilities(n, e) = std::exp(logits(n, e) - peak);
+    sum = simt::sum_lanes(sum);
+    for (Index e = simt::lane(); e < logits.extent(1); e += 32) probabilities(n, e) /= sum;
+  }
+};
+
+template <class T> struct RouteRowGradients {
+  Route::Options options;
+  View<T const, 2> probabilities, weights;
+  View<std::int32_t const, 2> experts;
+  View<T const, 2> d_weights;
+  View<T const, 1> d_probability;
+  View<T, 2> d_logits;
+
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    Index const E = probabilities.extent(1), k = experts.extent(1);
+    T along = 0, along_chosen = 0;   // of the softmax over all, over the chosen
+    for (Index e = simt::lane(); e < E && !d_probability.empty(); e += 32) along += probabilities(n, e) * d_probability(e);
+    for (Index j = simt::lane(); j < k; j += 32) along_chosen += weights(n, j) * d_weights(n, j);
+    along = simt::sum_lanes(options.renormalise ? along : along + along_chosen);
+    along_chosen = options.renormalise ? simt::sum_lanes(along_chosen) : T(0);
+    for (Index e = simt::lane(); e < E; e += 32)
+      d_logits(n, e) = probabilities(n, e) * ((d_probability.empty() ? T(0) : d_probability(e)) - along);
+    simt::sync_warp();   // another lane may have written a chosen expert's
+    for (Index j = simt::lane(); j < k; j += 32) d_logits(n, experts(n, j)) += weights(n, j) * (d_weights(n, j) - along_chosen);
+  }
+};
+
+// x[i] becomes the sum of the elements before it. Returns the sum of all.
+HYBRIDATTN_DEVICE std::int32_t sum_before(std::int32_t* x, Index count) {
+  std::int32_t total = 0;
+  for (Index first = 0; first < count; first += 32) {
+    Index const i = first + simt::lane();
+    std::int32_t const own = i < count ? x[i] : 0;
+    std::int32_t sum = own;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int step = 1; step < 32; step *= 2) {
+      std::int32_t const lower = simt::shuffle_up(sum, step);
+      sum += simt::lane() >= step ? lower : 0;
+    }
+    if (i < count) x[i] = total + sum - own;
+    total += simt::shuffle(sum, 31);
+  }
+  return total;
+}
+
+// Permute sorts by counting. The choices, in the order of tokens, are cut into parts of `part_size`, and counts [E, parts] says how many
+// choices of a part are for an expert. From the counts follows where the rows of each part and expert begin.
+inline constexpr Index part_size = 128;
+
+struct CountChoices {
+  View<std::int32_t const, 2> experts;
+  View<std::int32_t, 2> counts;   // 0 before
+  HYBRIDATTN_DEVICE void operator()(Index i) const {
+    Index const k = experts.extent(1);
+    simt::atomic_add(&counts(experts(i / k, i % k), i / part_size), 1);
+  }
+};
+// counts of an expert become how many of its rows are before a part's; offsets[e] becomes how many rows it has.
+struct StartParts {
+  View<std::int32_t, 2> counts;
+  View<std::int32_t, 1> offsets;
+  HYBRIDATTN_DEVICE void operator()(Index e) const {
+    std::int32_t const rows = sum_before(counts.row(e), counts.extent(1));
+    if (simt::lane() == 0) offsets(e) = rows;
+  }
+};
+struct StartExperts {
+  View<std::int32_t, 1> offsets;
+  HYBRIDATTN_DEVICE void operator()(Index) const {
+    Index const E = offsets.extent(0) - 1;
+    std::int32_t const rows = sum_before(offsets.data, E);
+    if (simt::lane() == 0) offsets(E) = rows;
+  }
+};
+// A warp has a part. 32 choices at a time take the next rows of their experts.
+struct PlaceChoices {
+  View<std::int32_t const, 2> experts;
+  View<std::int32_t const, 1> offsets;
+  View<std::int32_t, 2> counts, places;
+  HYBRIDATTN_DEVICE void operator()(Index part) const {
+    Index const k = experts.extent(1), end = simt::smaller((part + 1) * part_size, experts.extent(0) * k);
+    for (Index first = part * part_size; first < end; first += 32) {
+      Index const i = first + simt::lane();
+      std::int32_t const expert = i < end ? experts(i / k, i % k) : -1;
+      std::uint32_t const same = simt::match_any(expert), before = same & ((1u << simt::lane()) - 1);
+      std::int32_t const taken = i < end ? counts(expert, part) : 0;
+      simt::sync_warp();   // every lane has read the count
+      if (i < end) places(i / k, i % k) = offsets(expert) + taken + ones(before);
+      if (i < end && before == 0) counts(expert, part) = taken + ones(same);
+      simt::sync_warp();
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE std::int32_t ones(std::uint32_t bits) {
+    std::int32_t count = 0;
+    for (; bits != 0; bits &= bits - 1) ++count;
+    return count;
+  }
+};
+
+template <class T> struct DistributeRow {
+  View<T const, 2> x;
+  View<std::int32_t const, 2> places;
+  View<T, 2> rows;
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    for (Index c = simt::lane(); c < x.extent(1); c += 32) {
+      T const own = x(n, c);
+      for (Index j = 0; j < places.extent(1); ++j) rows(places(n, j), c) = own;
+    }
+  }
+};
+template <class T> struct CollectRow {
+  View<std::int32_t const, 2> places;
+  View<T const, 2> d_rows;
+  View<T, 2> d_x;
+  Into into;
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    for (Index c = simt::lane(); c < d_x.extent(1); c += 32) {
+      T sum = into == Into::add ? d_x(n, c) : T(0);
+      for (Index j = 0; j < places.extent(1); ++j) sum += d_rows(places(n, j), c);
+      d_x(n, c) = sum;
+    }
+  }
+};
+
+template <class T> struct CombineRow {
+  View<T const, 2> rows, weights;
+  View<std::int32_t const, 2> places;
+  View<T, 2> y;
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    for (Index c = simt::lane(); c < y.extent(1); c += 32) {
+      T sum = 0;
+      for (Index j = 0; j < places.extent(1); ++j) sum += weights(n, j) * rows(places(n, j), c);
+      y(n, c) = sum;
+    }
+  }
+};
+// A warp has a choice.
+template <class T> struct CombineChoiceGradients {
+  View<T const, 2> rows, weights;
+  View<std::int32_t const, 2> places;
+  View<T const, 2> d_y;
+  View<T, 2> d_rows, d_weights;
+  HYBRIDATTN_DEVICE void operator()(Index choice) const {
+    Index const n = choice / places.extent(1), j = choice % places.extent(1), row = places(n, j);
+    T const weight = weights(n, j);
+    T sum = 0;
+    for (Index c = simt::lane(); c < d_y.extent(1); c += 32) {
+      sum += d_y(n, c) * rows(row, c);
+      d_rows(row, c) = weight * d_y(n, c);
+    }
+    sum = simt::sum_lanes(sum);
+    if (simt::lane() == 0) d_weights(n, j) = sum;
+  }
+};
+
+template <class T> struct AddGatedRow {
+  View<T const, 2> x, logit;
+  View<T, 2> y;
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    T const open = sigmoid(logit(n, 0));
+    for (Index c = simt::lane(); c < y.extent(1); c += 32) y(n, c) += open * x(n, c);
+  }
+};
+template <class T> struct AddGatedRowGradients {
+  View<T const, 2> x, logit, d_y;
+  View<T, 2> d_x, d_logit;
+  HYBRIDATTN_DEVICE void operator()(Index n) const {
+    T const open = sigmoid(logit(n, 0));
+    T along = 0;
+    for (Index c = simt::lane(); c < d_y.extent(1); c += 32) {
+      along += x(n, c) * d_y(n, c);
+      d_x(n, c) = open * d_y(n, c);
+    }
+    along = simt::sum_lanes(along);
+    if (simt::lane() == 0) d_logit(n, 0) = open * (T(1) - open) * along;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/ops/moe/gpu.hpp
+#ifndef HYBRIDATTN_OPS_MOE_GPU_HPP
+#define HYBRIDATTN_OPS_MOE_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GpuBackend B> struct On<Route, B> {
+  template <class T>
+  static void forward(B& gpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
+                      View<std::int32_t, 2> experts) {
+    for_each_row(gpu, logits.extent(0), gpu::RouteRow<T>{o, logits, probabilities, weights, experts});
+  }
+  template <class T>
+  static void backward(B& gpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
+                       View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
+                       View<T, 2> d_logits) {
+    for_each_row(gpu, probabilities.extent(0),
+                 gpu::RouteRowGradients<T>{o, probabilities, weights, experts, d_weights, d_probability, d_logits});
+  }
+};
+
+template <GpuBackend B> struct On<Permute, B> {
+  static void forward(B& gpu, View<std::int32_t const, 2> experts, View<std::int32_t, 1> offsets, View<std::int32_t, 2> places) {
+    Index const E = offsets.extent(0) - 1, choices = experts.count(), parts = ceil_div(choices, gpu::part_size);
+    Tensor<std::int32_t, 2, B> counts{gpu, {E, parts}};
+    if (counts.byte_count() > 0) gpu.fill(out(counts).data, std::byte{0}, counts.byte_count());
+    for_each(gpu, choices, gpu::CountChoices{experts, out(counts)});
+    for_each_row(gpu, E, gpu::StartParts{out(counts), offsets});
+    for_each_row(gpu, 1, gpu::StartExperts{offsets});
+    for_each_row(gpu, parts, gpu::PlaceChoices{experts, offsets, out(counts), places});
+  }
+};
+
+template <GpuBackend B> struct On<Distribute, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+    for_each_row(gpu, x.extent(0), gpu::DistributeRow<T>{x, places, rows});
+  }
+  template <class T> static void backward(B& gpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x, Into into) {
+    for_each_row(gpu, d_x.extent(0), gpu::CollectRow<T>{places, d_rows, d_x, into});
+  }
+};
+
+template <GpuBackend B> struct On<Combine, B> {
+  template <class T>
+  static void forward(B& gpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+    for_each_row(gpu, y.extent(0), gpu::CombineRow<T>{rows, weights, places, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, View<T, 2> d_weights) {
+    for_each_row(gpu, places.count(), gpu::CombineChoiceGradients<T>{rows, weights, places, d_y, d_rows, d_weights});
+  }
+};
+
+template <GpuBackend B> struct On<AddGated, B> {
+  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+    for_each_row(gpu, y.extent(0), gpu::AddGatedRow<T>{x, logit, y});
+  }
+  template <class T>
+  static void backward(B& gpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
+    for_each_row(gpu, d_y.extent(0), gpu::AddGatedRowGradients<T>{x, logit, d_y, d_x, d_logit});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/ops/rms_norm/kernels.hpp
 // RMSNorm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
 #ifndef HYBRIDATTN_OPS_RMS_NORM_KERNELS_HPP
@@ -8124,7 +8860,6 @@ template <class T> struct RmsNormBackward {
       for (Index r = 0; r < rows; ++r) sum += d_normed(p, first + r, c) * p.forward.x(first + r, c) * shared.rstd[r];
       p.d_w(simt::block_x(), c) = sum;
     }
-    simt::sync_block();   // d_x may be d_y
     for (Index r = simt::warp(); r < rows; r += threads / 32) write_row(p, first + r, shared.rstd[r]);
   }
 
@@ -8452,7 +9187,7 @@ template <class T> struct SelectTopK {
     View<std::int32_t, 2> indices;
   };
   struct Shared {
-    int counts[warps], ties[warps];
+    int of_warps[warps];
   };
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
     Index const row = simt::block_x(), k = p.indices.extent(1);
@@ -8469,7 +9204,7 @@ template <class T> struct SelectTopK {
   static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
     int count = 0;
     for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
-    return sum_block(shared.counts, count);
+    return sum_block(shared.of_warps, count);
   }
   // The k-th largest key, or a smaller number that exactly k keys reach.
   static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
@@ -8488,7 +9223,7 @@ template <class T> struct SelectTopK {
     for (Index first = 0; first < p.scores.extent(1); first += threads) {
       Index const i = first + simt::thread_id();
       bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
-      Earlier const a = count_earlier(shared.counts, is_above), t = count_earlier(shared.ties, is_tie);
+      Earlier const a = count_earlier(shared.of_warps, is_above), t = count_earlier(shared.of_warps, is_tie);
       int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
       if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
       above += a.all;

@@ -88,8 +88,10 @@
 #endif
 #if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
 #define HYBRIDATTN_TSAN 1
+#define HYBRIDATTN_UNWATCHED __attribute__((no_sanitize_thread))   // a function whose own reads and writes the sanitizer ignores
 #else
 #define HYBRIDATTN_TSAN 0
+#define HYBRIDATTN_UNWATCHED
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))
@@ -6509,7 +6511,8 @@ struct Rope {
   };
 };
 //   forward(backend, options, positions, angles)   angles [P, 2, rotary_dim/2]: cosine and sine of these positions [P], or of
-//                                                  0 .. P - 1 without positions; throws on a theta that is not positive
+//                                                  0 .. P - 1 without positions; throws on a theta that is not positive, and on
+//                                                  a GPU on a rotary_dim above 256
 struct RopeAngles {};
 
 // Throws Error where rotary_dim is odd or does not fit the head.

@@ -30,7 +30,7 @@ inline char const* kind(mode_t mode) {
 // Opens a file for reading and follows symbolic links. Throws Error, which begins with `where`. A pipe is refused before it is opened,
 // because opening it may wait for ever.
 inline FileDescriptor open_regular_file(std::filesystem::path const& path, std::string const& where) {
-  struct stat status;
+  struct stat status = {};
   auto const check_regular = [&](bool known) {
     check(known, where, regular_file::reason(errno));
     check(S_ISREG(status.st_mode), where, "it is ", regular_file::kind(status.st_mode), ", not a regular file");

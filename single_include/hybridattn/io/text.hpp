@@ -77,8 +77,10 @@
 #endif
 #if defined(__SANITIZE_THREAD__) || HYBRIDATTN_HAS_FEATURE(thread_sanitizer)
 #define HYBRIDATTN_TSAN 1
+#define HYBRIDATTN_UNWATCHED __attribute__((no_sanitize_thread))   // a function whose own reads and writes the sanitizer ignores
 #else
 #define HYBRIDATTN_TSAN 0
+#define HYBRIDATTN_UNWATCHED
 #endif
 
 #define HYBRIDATTN_INLINE inline __attribute__((always_inline))

@@ -26,7 +26,7 @@ template <class T, int D> struct Tiling {
 // Rows of a head in shared memory. Entries that the head does not have are zeros.
 template <class T, int D> struct Tile {
   using Of = Tiling<T, D>;
-  T row[Of::rows][D + 1];   // one more, so that the rows begin in different banks
+  simt::Table<T, Of::rows, D + 1> row;   // one more, so that the rows begin in different banks
 
   // Rows first, first + 1, ... of head h of a sequence. Rows behind its end are zeros.
   HYBRIDATTN_DEVICE void load(View<T const, 3> from, Sequence s, Index h, Index first) {
@@ -37,10 +37,10 @@ template <class T, int D> struct Tile {
     }
   }
 };
-template <class T, int columns> HYBRIDATTN_DEVICE T dot_rows(T const (&a)[columns], T const (&b)[columns]) {
+template <class T, std::size_t columns> HYBRIDATTN_DEVICE T dot_rows(T const (&a)[columns], T const (&b)[columns]) {
   T sum = 0;
   HYBRIDATTN_UNROLL_8_IN_KERNEL
-  for (int d = 0; d < columns - 1; ++d) sum += a[d] * b[d];
+  for (int d = 0; d < static_cast<int>(columns) - 1; ++d) sum += a[d] * b[d];
   return sum;
 }
 
@@ -97,7 +97,7 @@ template <class T, int D> struct Forward {
   using Params = KernelParams<T>;
   struct Shared {
     Tile<T, D> q, kv;
-    T weights[rows][rows + 1];
+    simt::Table<T, rows, rows + 1> weights;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -164,7 +164,7 @@ template <class T, int D> struct QueryGradients {
   using Params = KernelParams<T>;
   struct Shared {
     Tile<T, D> q, d_o, k, v;
-    T d_s[rows][rows + 1];
+    simt::Table<T, rows, rows + 1> d_s;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -215,7 +215,7 @@ template <class T, int D> struct KeyGradients {
   using Params = KernelParams<T>;
   struct Shared {
     Tile<T, D> k, v, q, d_o;
-    T weights[rows][rows + 1], d_s[rows][rows + 1];
+    simt::Table<T, rows, rows + 1> weights, d_s;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -293,7 +293,9 @@ template <class T, int D> struct Decode {
   static constexpr int threads = 128, keys = 32, entries = (D + threads - 1) / threads;
   using Params = ExtendParams<T>;
   struct Shared {
-    T q[D + 1], kv[keys][D + 1], scores[keys], weights[keys];
+    simt::Array<T, D + 1> q;
+    simt::Table<T, keys, D + 1> kv;
+    simt::Array<T, keys> scores, weights;
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -301,7 +303,7 @@ template <class T, int D> struct Decode {
     KeysAt<T> const at{p, p.sequences.list(number), number, h / p.group};
     if (at.sequence.past == 0) return;
     Index const end = Index{p.sequences.positions(n)} + 1, first = p.window == 0 ? 0 : simt::larger<Index>(end - p.window, 0);
-    T o[entries] = {};
+    simt::Array<T, entries> o = {};
     attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
     for (int d = simt::thread_id(); d < D; d += threads) shared.q[d] = d < dim ? p.x.q(n, h, d) : T(0);
     for (Index key = first; key < end; key += keys) {

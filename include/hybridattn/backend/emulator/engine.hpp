@@ -44,10 +44,12 @@ class Engine {
   // Throws Error where the block makes a mistake: barriers that not all threads reach, an end while others wait, a deadlock, writes
   // beside shared memory. The error names the kernel, the block, and where its threads wait.
   void run_block(Launch const& launch, Grid block) {
+    Unwatched const unwatched;
     launch_ = &launch;
     block_ = block;
     schedule_.start_block((block.z * launch.grid.y + block.y) * launch.grid.x + block.x);
     shared_.start_block(launch.shared_bytes);
+    shared_data_ = shared_.data();
     start_threads();
     Engine* const outer = std::exchange(current(), this);
     host_.adopt_thread();
@@ -66,12 +68,12 @@ class Engine {
   }
 
   // The engine whose kernel runs on this thread of the host.
-  static Engine*& current() {
+  HYBRIDATTN_UNWATCHED static Engine*& current() {
     static constinit thread_local Engine* engine = nullptr;
     return engine;
   }
-  Thread& self() { return *self_; }
-  Grid block() const { return block_; }
+  HYBRIDATTN_UNWATCHED Thread& self() { return *self_; }
+  HYBRIDATTN_UNWATCHED Grid const& block() const { return block_; }
 
   // Waits for all threads of the block.
   void sync_block(simt::CallSite at) {
@@ -150,11 +152,11 @@ class Engine {
       wake(thread);
     }
   }
-  static void run_thread(void* thread) {
+  HYBRIDATTN_UNWATCHED static void run_thread(void* thread) {
     Engine& engine = *current();
     acquire(&engine.start_);
     try {
-      engine.launch_->run(engine.shared_.data(), engine.launch_->params);
+      engine.launch_->run(engine.shared_data_, engine.launch_->params);
     } catch (...) {
       engine.failure_ = std::current_exception();
     }
@@ -228,6 +230,7 @@ class Engine {
 
   Schedule schedule_;
   SharedMemory shared_;
+  void* shared_data_ = nullptr;
   std::unique_ptr<Thread[]> threads_;  // made with the first block
   std::array<Warp, most_threads / 32> warps_;
   Fiber host_;

@@ -169,12 +169,11 @@ class Fiber {
     __asan_unpoison_memory_region(stack_, Stacks::bytes);   // of a function that was stopped for ever
     fake_stack_ = nullptr;
 #endif
-  }
-#if HYBRIDATTN_TSAN
-  __attribute__((no_sanitize_thread))
+#if HYBRIDATTN_TSAN   // new memory, where the sanitizer knows of no earlier thread
+    mmap(stack_, Stacks::bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 #endif
-  static void
-  arrived(boost::context::detail::transfer_t transfer) {
+  }
+  HYBRIDATTN_UNWATCHED static void arrived(boost::context::detail::transfer_t transfer) {
     auto const [from, to] = *static_cast<Leaving*>(transfer.data);
     from->context_ = transfer.fctx;
 #if HYBRIDATTN_ASAN
@@ -189,11 +188,7 @@ class Fiber {
     (void)to;
 #endif
   }
-#if HYBRIDATTN_TSAN
-  __attribute__((no_sanitize_thread))
-#endif
-  static void
-  enter(boost::context::detail::transfer_t transfer) {
+  HYBRIDATTN_UNWATCHED static void enter(boost::context::detail::transfer_t transfer) {
     Fiber& self = *static_cast<Leaving*>(transfer.data)->to;
     arrived(transfer);
     self.entry_(self.argument_);

@@ -11,7 +11,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::simt {
 
 namespace detail {
-inline emulator::Engine& engine() { return *emulator::Engine::current(); }
+HYBRIDATTN_UNWATCHED inline emulator::Engine& engine() { return *emulator::Engine::current(); }
 
 // Each lane gives x, and receives choose(lanes, own number).
 template <class T, class Choose> auto exchange(char const* word, CallSite at, T x, Choose choose) {
@@ -37,10 +37,10 @@ template <class T> T given(emulator::Thread const& lane) {
 }
 }  // namespace detail
 
-inline int thread_id() { return detail::engine().self().number; }
-inline Index block_x() { return detail::engine().block().x; }
-inline Index block_y() { return detail::engine().block().y; }
-inline Index block_z() { return detail::engine().block().z; }
+HYBRIDATTN_UNWATCHED inline int thread_id() { return detail::engine().self().number; }
+HYBRIDATTN_UNWATCHED inline Index block_x() { return detail::engine().block().x; }
+HYBRIDATTN_UNWATCHED inline Index block_y() { return detail::engine().block().y; }
+HYBRIDATTN_UNWATCHED inline Index block_z() { return detail::engine().block().z; }
 
 inline void sync_block(CallSite at = CallSite::here()) { detail::engine().sync_block(at); }
 inline void sync_warp(CallSite at = CallSite::here()) {

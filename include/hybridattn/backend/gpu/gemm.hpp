@@ -12,11 +12,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
 template <class T, int size_> struct ProductTile {
   static constexpr int size = size_, depth = 16, each = 4, threads = size / each * (size / each);
   struct Shared {
-    T a[depth][size + 1], b[depth][size + 1];
+    simt::Table<T, depth, size + 1> a, b;
   };
 
   // Elements (first .. first + size, k .. k + depth) of x, zero outside. Neighbouring threads read neighbouring addresses.
-  static HYBRIDATTN_DEVICE void load(T (&to)[depth][size + 1], Operand<T> const& x, Index first, Index k) {
+  static HYBRIDATTN_DEVICE void load(simt::Table<T, depth, size + 1>& to, Operand<T> const& x, Index first, Index k) {
     for (int i = simt::thread_id(); i < size * depth; i += threads) {
       int const row = x.column == 1 ? i / depth : i % size, step = x.column == 1 ? i % depth : i / size;
       to[step][row] = first + row < x.rows && k + step < x.columns ? x(first + row, k + step) : T(0);

@@ -8,7 +8,7 @@
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
 
 // The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
-template <class T, int warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+template <class T, std::size_t warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
   x = simt::sum_lanes(x);
   if (simt::lane() == 0) of_warps[simt::warp()] = x;
   simt::sync_block();

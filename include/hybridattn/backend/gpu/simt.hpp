@@ -59,9 +59,13 @@ HYBRIDATTN_HD double number_of(std::uint64_t bits) {
 HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
 HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
 
+// Arrays of shared memory and of a thread, whose sizes are ints as all numbers of a kernel are.
+template <class T, int n> using Array = T[static_cast<std::size_t>(n)];
+template <class T, int rows, int columns> using Table = T[static_cast<std::size_t>(rows)][static_cast<std::size_t>(columns)];
+
 // n numbers that are read or written at once, from a multiple of their size.
-template <class T, int n> struct alignas(sizeof(T) * n) Vector {
-  T x[n];
+template <class T, int n> struct alignas(sizeof(T) * static_cast<std::size_t>(n)) Vector {
+  Array<T, n> x;
 };
 template <int n, class T> HYBRIDATTN_DEVICE Vector<std::remove_const_t<T>, n> load_vector(T* from) {
   return *reinterpret_cast<Vector<std::remove_const_t<T>, n> const*>(from);

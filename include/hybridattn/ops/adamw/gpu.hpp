@@ -8,10 +8,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <GpuBackend B> struct On<AdamWSquares, B> {
   template <class T> static void forward(B& gpu, View<AdamWTensor<T> const, 1> tensors, View<double, 1> squares) {
-    using Add = gpu::AdamWAddSquares<T>;
+    using AddParts = gpu::AdamWAddSquares<T>;
     Tensor<double, 2, B> parts{gpu, {tensors.extent(0), gpu::adamw_turns}};
     launch<gpu::AdamWPartialSquares<T>>(gpu, {.x = gpu::adamw_turns}, {tensors, out(parts)});
-    launch<Add>(gpu, {.x = ceil_div(tensors.extent(0), Add::threads / 32)}, {tensors, in(parts), squares});
+    launch<AddParts>(gpu, {.x = ceil_div(tensors.extent(0), AddParts::threads / 32)}, {tensors, in(parts), squares});
   }
 };
 

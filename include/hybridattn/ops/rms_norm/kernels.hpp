@@ -62,7 +62,6 @@ template <class T> struct RmsNormBackward {
       for (Index r = 0; r < rows; ++r) sum += d_normed(p, first + r, c) * p.forward.x(first + r, c) * shared.rstd[r];
       p.d_w(simt::block_x(), c) = sum;
     }
-    simt::sync_block();   // d_x may be d_y
     for (Index r = simt::warp(); r < rows; r += threads / 32) write_row(p, first + r, shared.rstd[r]);
   }
 
