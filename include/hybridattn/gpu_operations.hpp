@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_GPU_OPERATIONS_HPP
 #define HYBRIDATTN_GPU_OPERATIONS_HPP
 
+#include <hybridattn/attention/dsa/gpu.hpp>
 #include <hybridattn/attention/from_loops.hpp>
 #include <hybridattn/attention/full/gpu.hpp>
 #include <hybridattn/ops/adamw/gpu.hpp>

@@ -1,5 +1,6 @@
-// TopK as a kernel. A block has a row. Scores become unsigned integers in the same order, their keys. The block finds the k-th largest key
-// bit by bit, from the highest bit on: a bit is set where at least k keys are as large as the bits so far. Each bit counts the row once.
+// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become unsigned integers in the same order, their
+// keys. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that have
+// the digits found so far.
 #ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 #define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 
@@ -19,52 +20,71 @@ template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
   return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
 }
 
-template <class T> struct SelectTopK {
-  static constexpr int threads = 128, warps = threads / 32;
-  struct Params {
-    View<T const, 2> scores;
-    View<std::int32_t, 2> indices;
-  };
+// A row of n scores. All threads of the block work on it.
+template <class T, int threads> class RowTopK {
+ public:
+  static constexpr int warps = threads / 32, digits = 256;
   struct Shared {
-    int of_warps[warps];
+    int counts[warps], ties[warps], histogram[digits], digit, rank;
   };
-  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Index const row = simt::block_x(), k = p.indices.extent(1);
-    int const chosen = static_cast<int>(simt::smaller(k, p.scores.extent(1)));
-    if (chosen > 0) write_chosen(shared, p, chosen, kth_largest(shared, p, chosen));
-    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
-  }
+
+  HYBRIDATTN_DEVICE RowTopK(Shared& shared, T const* scores, Index n) : shared_(shared), scores_(scores), n_(n) {}
+
+  // The indices of the k largest scores, ascending, for 1 <= k <= n.
+  HYBRIDATTN_DEVICE void select(int k, std::int32_t* indices) const { write_chosen(kth_largest(k), indices); }
 
  private:
   using Key = decltype(simt::bits_of(T()));
+  // The k-th largest key, and how many of the keys equal to it are among the k largest.
+  struct Bound {
+    Key key;
+    int ties;
+  };
 
-  static HYBRIDATTN_DEVICE Key key_of(Params const& p, Index i) { return ordered_key(p.scores(simt::block_x(), i)); }
-  // How many keys of the row are at least `least`.
-  static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
-    int count = 0;
-    for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
-    return sum_block(shared.of_warps, count);
-  }
-  // The k-th largest key, or a smaller number that exactly k keys reach.
-  static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
-    Key found = 0;
-    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
-      int const count = count_from(shared, p, found | bit);
-      if (count >= k) found |= bit;
-      if (count == k) break;
+  HYBRIDATTN_DEVICE Key key_of(Index i) const { return ordered_key(scores_[i]); }
+  HYBRIDATTN_DEVICE Bound kth_largest(int k) const {
+    Bound bound{0, k};
+    Key known = 0;  // the bits of the digits that are found
+    for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {
+      for (int digit = simt::thread_id(); digit < digits; digit += threads) shared_.histogram[digit] = 0;
+      simt::sync_block();
+      for (Index i = simt::thread_id(); i < n_; i += threads)
+        if (Key const key = key_of(i); (key & known) == bound.key) simt::atomic_add(&shared_.histogram[key >> shift & (digits - 1)], 1);
+      simt::sync_block();
+      if (simt::warp() == 0) find_digit(bound.ties);
+      simt::sync_block();
+      bound = {bound.key | static_cast<Key>(shared_.digit) << shift, shared_.rank};
+      known |= static_cast<Key>(digits - 1) << shift;
     }
-    return found;
+    return bound;
   }
-  // The indices of the keys above `least`, and of the first ones equal to it, k in all. Each turn looks at a key for each thread.
-  static HYBRIDATTN_DEVICE void write_chosen(Shared& shared, Params const& p, int k, Key least) {
-    int const most_ties = k - count_from(shared, p, least + 1);   // the largest key is infinity's, so least + 1 does not overflow
-    int above = 0, ties = 0;   // in earlier turns
-    for (Index first = 0; first < p.scores.extent(1); first += threads) {
+  // The digit of the key that has this rank among the keys of the histogram, and its rank among those with this digit. A lane has 8
+  // digits, lane 0 the largest ones.
+  HYBRIDATTN_DEVICE void find_digit(int rank) const {
+    int const largest = digits - 1 - 8 * simt::lane();
+    int own = 0;
+    for (int digit = largest; digit > largest - 8; --digit) own += shared_.histogram[digit];
+    int sum = own;  // of this lane and those before it
+    for (int step = 1; step < 32; step *= 2) {
+      int const before = simt::shuffle_up(sum, step);
+      if (simt::lane() >= step) sum += before;
+    }
+    rank -= sum - own;
+    if (rank <= 0 || rank > own) return;
+    int digit = largest;
+    for (; rank > shared_.histogram[digit] && digit > largest - 7; --digit) rank -= shared_.histogram[digit];
+    shared_.digit = digit;
+    shared_.rank = rank;
+  }
+  // The indices of the keys above the bound, and of the first ones equal to it. Each turn looks at a key for each thread.
+  HYBRIDATTN_DEVICE void write_chosen(Bound bound, std::int32_t* indices) const {
+    int above = 0, ties = 0;  // in earlier turns
+    for (Index first = 0; first < n_; first += threads) {
       Index const i = first + simt::thread_id();
-      bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
-      Earlier const a = count_earlier(shared.of_warps, is_above), t = count_earlier(shared.of_warps, is_tie);
-      int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
-      if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
+      bool const inside = i < n_, is_above = inside && key_of(i) > bound.key, is_tie = inside && key_of(i) == bound.key;
+      Earlier const a = count_earlier(shared_.counts, is_above), t = count_earlier(shared_.ties, is_tie);
+      int const place = above + a.before + simt::smaller(ties + t.before, bound.ties);
+      if (is_above || (is_tie && ties + t.before < bound.ties)) indices[place] = static_cast<std::int32_t>(i);
       above += a.all;
       ties += t.all;
     }
@@ -82,8 +102,28 @@ template <class T> struct SelectTopK {
       if (w < simt::warp()) result.before += of_warps[w];
       result.all += of_warps[w];
     }
-    simt::sync_block();   // of_warps may be used again
+    simt::sync_block();  // of_warps may be used again
     return result;
+  }
+
+  Shared& shared_;
+  T const* scores_;
+  Index n_;
+};
+
+template <class T> struct SelectTopK {
+  static constexpr int threads = 128;
+  using Row = RowTopK<T, threads>;
+  struct Params {
+    View<T const, 2> scores;
+    View<std::int32_t, 2> indices;
+  };
+  using Shared = typename Row::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const row = simt::block_x(), k = p.indices.extent(1), n = p.scores.extent(1);
+    int const chosen = static_cast<int>(simt::smaller(k, n));
+    if (chosen > 0) Row{shared, p.scores.row(row), n}.select(chosen, p.indices.row(row));
+    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
   }
 };
 
