@@ -13,7 +13,7 @@ Batch<T> batch_of(SparseOptions o, Config const& c, SequencesOn<M> const& s, Inp
           .x = x,
           .sequences = s.table(),
           .indices = indices,
-          .group = c.num_heads / c.num_kv_heads,
+          .group = static_cast<int>(c.num_heads / c.num_kv_heads),
           .scale = static_cast<T>(c.scale),
           .index_scale = static_cast<T>(c.index_scale),
           .cache = {}};

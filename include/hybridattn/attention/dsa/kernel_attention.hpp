@@ -52,7 +52,7 @@ template <class T> struct Attend {
       T const weight = j < count ? std::exp(score - largest) : T(0);
       total += weight;
       shared.weights[simt::thread_id()] = weight;
-      shared.values[simt::thread_id()] = j < count ? query.value_row(query.key(j), h / p.batch.group) : nullptr;
+      shared.values[simt::thread_id()] = j < count ? query.value_row(query.key(j), p.batch.kv_head(h)) : nullptr;
       simt::sync_block();
       add_rows(shared.weights, shared.values, entries_from(first, count, threads), first == 0, p.o.row(n, h), D);
     }
@@ -64,7 +64,7 @@ template <class T> struct Attend {
  private:
   static HYBRIDATTN_DEVICE T score_from(Shared& shared, Params const& p, Query<T> const& query, Index first) {
     Index const j = first + simt::thread_id(), n = simt::block_x(), h = simt::block_y();
-    T const* const row = j < query.count() ? query.key_row(query.key(j), h / p.batch.group) : nullptr;
+    T const* const row = j < query.count() ? query.key_row(query.key(j), p.batch.kv_head(h)) : nullptr;
     return attention_score(shared.keys, p.batch, n, h, row, entries_from(first, query.count(), threads));
   }
 };
@@ -80,7 +80,7 @@ template <class T> struct AttendQueryGradients {
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Index const n = simt::block_x(), h = simt::block_y(), hk = h / p.batch.group, D = p.y.extent(2);
+    Index const n = simt::block_x(), h = simt::block_y(), hk = p.batch.kv_head(h), D = p.y.extent(2);
     Query<T> const query{p.batch, n};
     // The order of gather_dot: where one key has all the weight, o is its v, and the two terms of d_s cancel.
     T const delta = dot(p.d_o.row(n, h), p.y.row(n, h), D), lse = p.y_lse(n, h);
@@ -113,16 +113,17 @@ template <class T> struct AttendKeyGradients {
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Sequence const sequence = p.batch.sequences.list(simt::block_x() / p.tiles);
-    Index const first = simt::block_x() % p.tiles * Pairs::keys;
+    PartOfSequence const at{p.tiles};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const first = Index{at.part} * Pairs::keys;
     if (first >= sequence.length) return;
     View<T, 2> const d_k = tile_of(p.d_x.k, sequence, first), d_v = tile_of(p.d_x.v, sequence, first);
     set_tile_zero(d_k);
     set_tile_zero(d_v);
     for (Index query = first; query < sequence.length; query += Pairs::queries) {
       Pairs const pairs{shared.pairs, p.batch, sequence, first, query, sequence.length};
-      Index const terms = pairs.count() * p.batch.group;
-      for (Index term = 0; term < terms; term += threads) {
+      int const terms = pairs.count() * p.batch.group;
+      for (int term = 0; term < terms; term += threads) {
         int const count = entries_from(term, terms, threads);
         weigh(shared, p, pairs, sequence.start + query, sequence.start + first, term, count);
         simt::sync_block();
@@ -138,9 +139,10 @@ template <class T> struct AttendKeyGradients {
     return {x.row(s.start + first, simt::block_y()), {entries_from(first, s.length, Pairs::keys), x.extent(2)}, {x.stride[0], 1}};
   }
   // The weights of `count` terms: pairs, and for each the heads of the group. Queries and keys are counted from tokens n and key.
-  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Index n, Index key, Index term, int count) {
+  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Index n, Index key, int term, int count) {
     int const thread = simt::thread_id();
-    Index const own = term + (thread < count ? thread : 0), group = p.batch.group, hk = simt::block_y(), h = hk * group + own % group;
+    int const group = p.batch.group, own = term + (thread < count ? thread : 0);
+    Index const hk = simt::block_y(), h = hk * group + own % group;
     Pair const pair = pairs[own / group];
     n += pair.query;
     key += pair.key;

@@ -50,7 +50,7 @@ HYBRIDATTN_DEVICE T target_share(GatheredRows<T, threads>& rows, Batch<T> const&
                                  Query<T> const& query, Index key, int count) {
   T sum = 0;
   for (Index h = 0, H = b.x.q.extent(1); h < H; ++h)
-    sum += std::exp(attention_score(rows, b, n, h, query.key_row(key, h / b.group), count) - lse(n, h));
+    sum += std::exp(attention_score(rows, b, n, h, query.key_row(key, b.kv_head(h)), count) - lse(n, h));
   return sum / static_cast<T>(b.x.q.extent(1));
 }
 
@@ -131,8 +131,9 @@ template <class T> struct IndexQueryGradients {
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Sequence const sequence = p.batch.sequences.list(simt::block_x() / p.queries);
-    Index const t = p.first + simt::block_x() % p.queries, n = sequence.start + t;
+    PartOfSequence const at{p.queries};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const t = p.first + at.part, n = sequence.start + t;
     if (t >= sequence.length) return;
     Query<T> const query{p.batch, n};
     T const d_loss = p.d_loss(0);
@@ -178,8 +179,9 @@ template <class T> struct IndexKeyGradients {
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Sequence const sequence = p.batch.sequences.list(simt::block_x() / p.tiles);
-    Index const first = simt::block_x() % p.tiles * Pairs::keys, end = simt::smaller(p.first + p.queries, sequence.length);
+    PartOfSequence const at{p.tiles};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const first = Index{at.part} * Pairs::keys, end = simt::smaller(p.first + p.queries, sequence.length);
     if (first >= sequence.length) return;
     View<T, 2> const d_keys{p.d_x.index_k.row(sequence.start + first),
                             {entries_from(first, sequence.length, Pairs::keys), p.d_x.index_k.extent(1)},
@@ -188,22 +190,29 @@ template <class T> struct IndexKeyGradients {
     if (p.d_loss(0) == 0) return;
     for (Index query = simt::larger(p.first, first); query < end; query += Pairs::queries) {
       Pairs const pairs{shared.pairs, p.batch, sequence, first, query, end};
-      Index const HI = p.batch.x.index_w.extent(1), terms = pairs.count() * HI;
-      for (Index term = 0; term < terms; term += threads) {
-        int const count = entries_from(term, terms, threads), own = simt::smaller(simt::thread_id(), count - 1);
-        Pair const pair = pairs[(term + own) / HI];
-        Index const t = query + pair.query, n = sequence.start + t, j = (term + own) % HI;
-        T const *const q = p.batch.x.index_q.row(n, j), *const key = p.batch.x.index_k.row(sequence.start + first + pair.key);
-        T const product = gather_dot(shared.of_query, q, shared.of_key, key, p.batch.x.index_k.extent(1), count);
-        bool const passes = simt::rounded_product(p.batch.index_scale, product) > 0;
-        shared.q[simt::thread_id()] = q;
-        shared.keys[simt::thread_id()] = pair.key;
-        shared.d_z[simt::thread_id()] =
-            passes ? p.batch.index_scale * p.batch.x.index_w(n, j) * p.d_scores_of(sequence, t)[pair.place] : T(0);
+      int const terms = pairs.count() * static_cast<int>(p.batch.x.index_w.extent(1));
+      for (int term = 0; term < terms; term += threads) {
+        int const count = entries_from(term, terms, threads);
+        weigh(shared, p, pairs, sequence, first, query, term, count);
         simt::sync_block();
         add_terms(shared.d_z, shared.q, shared.keys, count, d_keys);
       }
     }
+  }
+
+ private:
+  // d_z of `count` terms: pairs, and for each the heads of the indexer. Queries and keys are counted from positions t and key.
+  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Sequence s, Index key, Index t, int term,
+                                      int count) {
+    int const thread = simt::thread_id(), own = term + (thread < count ? thread : 0), HI = static_cast<int>(p.batch.x.index_w.extent(1));
+    Pair const pair = pairs[own / HI];
+    Index const n = s.start + t + pair.query, j = own % HI;
+    T const *const q = p.batch.x.index_q.row(n, j), *const k = p.batch.x.index_k.row(s.start + key + pair.key);
+    T const d_score = p.d_scores_of(s, t + pair.query)[pair.place], weight = p.batch.index_scale * p.batch.x.index_w(n, j);
+    T const product = gather_dot(shared.of_query, q, shared.of_key, k, p.batch.x.index_k.extent(1), count);
+    shared.q[thread] = q;
+    shared.keys[thread] = pair.key;
+    shared.d_z[thread] = simt::rounded_product(p.batch.index_scale, product) > 0 ? weight * d_score : T(0);
   }
 };
 

@@ -35,7 +35,7 @@ class Pairs {
   }
 
   HYBRIDATTN_DEVICE int count() const { return count_; }
-  HYBRIDATTN_DEVICE Pair operator[](Index i) const {
+  HYBRIDATTN_DEVICE Pair operator[](int i) const {
     int const query = shared_.list[i] % queries, key = shared_.list[i] / queries;
     std::uint32_t const before = shared_.keys_of[query] & ((std::uint32_t{1} << key) - 1);
     return {query, key, shared_.place[query] + simt::count_bits(before)};
@@ -78,7 +78,7 @@ class Pairs {
 // Gradients of a tile of keys, set to zero or added to by a block of threads. A thread has every 64th entry of each key.
 template <class T> HYBRIDATTN_DEVICE void set_tile_zero(View<T, 2> d_keys) {
   for (Index key = 0; key < d_keys.extent(0); ++key)
-    for (Index d = simt::thread_id(); d < d_keys.extent(1); d += Pairs::threads) d_keys(key, d) = 0;
+    for (Index d = simt::thread_id(); d < d_keys.extent(1); d += Pairs::threads) d_keys.row(key)[d] = 0;
 }
 // Row keys[i] += weights[i] times row i, in the order of i. Equal keys follow each other.
 template <class T, int threads>
@@ -87,9 +87,10 @@ HYBRIDATTN_DEVICE void add_terms(T const (&weights)[threads], T const* const (&r
   for (Index d = simt::thread_id(); d < d_keys.extent(1); d += threads)
     for (int i = 0; i < count;) {
       int const key = keys[i];
-      T sum = d_keys(key, d);
+      T* const d_key = d_keys.row(key);
+      T sum = d_key[d];
       for (; i < count && keys[i] == key; ++i) sum += weights[i] * rows[i][d];
-      d_keys(key, d) = sum;
+      d_key[d] = sum;
     }
 }
 

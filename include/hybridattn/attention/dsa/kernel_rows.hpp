@@ -14,9 +14,20 @@ template <class T> struct Batch {
   Inputs<In<T>> x;
   SequenceTable sequences;
   View<std::int32_t const, 2> indices;   // empty: a query attends to every key that it sees
-  Index group;                           // query heads of a key/value head
+  int group;                             // query heads of a key/value head
   T scale, index_scale;
   Cache<In<T>> cache;                    // of past tokens; empty views where no sequence has any
+
+  HYBRIDATTN_DEVICE int kv_head(Index h) const { return static_cast<int>(h) / group; }
+};
+
+// The blocks of a grid are `parts` of each sequence. Numbers of blocks and tokens fit into an int, and a division of 64 bits would need
+// a function.
+struct PartOfSequence {
+  int sequence, part;
+  explicit HYBRIDATTN_DEVICE PartOfSequence(Index parts)
+      : sequence(static_cast<int>(simt::block_x()) / static_cast<int>(parts)),
+        part(static_cast<int>(simt::block_x()) % static_cast<int>(parts)) {}
 };
 
 // Query n of the batch, and its keys by their positions in its sequence, cached or new.
