@@ -1,0 +1,46 @@
+// Sparse attention on the emulator of a GPU: the laws, in every stage of training.
+#include "catch.hpp"
+
+#include <hybridattn/emulator.hpp>
+#include <hybridattn/testing/judge.hpp>
+#include <hybridattn/testing/policies.hpp>
+
+namespace ha = hybridattn;
+using ha::Emulator;
+
+namespace {
+
+template <int top_k> using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = top_k}>;
+
+void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
+  CHECK_FALSE(verdicts.empty());
+  for (auto const& verdict : verdicts) {
+    INFO(verdict.law << ": " << verdict.why);
+    CHECK(verdict.holds);
+  }
+}
+// The first size of the laws, in a stage.
+template <class P, class T> auto in_stage(ha::Stage stage) {
+  auto size = ha::testing::Samples<P>::sizes().front();
+  size.stage = stage;
+  return ha::testing::Adaptor<P, Emulator, T>{size};
+}
+
+}  // namespace
+
+TEST_CASE("sparse attention keeps every law on the emulator in float", "[float]") {
+  check_all(ha::testing::judge<Sparse<8>, Emulator, float>());
+}
+TEST_CASE("sparse attention keeps every law on the emulator in double", "[double]") {
+  check_all(ha::testing::judge<Sparse<8>, Emulator, double>());
+}
+TEST_CASE("sparse attention keeps every law in the stages that train the indexer", "[stages]") {
+  for (ha::Stage const stage : {ha::Stage::dense_warm_up, ha::Stage::sparse}) {
+    check_all(judge(in_stage<Sparse<8>, float>(stage)));
+    check_all(judge(in_stage<Sparse<8>, double>(stage)));
+  }
+}
+TEST_CASE("sparse attention with one key and with a share of the keys keeps every law", "[others]") {
+  check_all(judge(in_stage<Sparse<1>, float>(ha::Stage::language_model)));
+  check_all(judge(in_stage<ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 25}>, double>(ha::Stage::language_model)));
+}
