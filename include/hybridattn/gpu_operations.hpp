@@ -5,6 +5,7 @@
 #include <hybridattn/attention/dsa/gpu.hpp>
 #include <hybridattn/attention/from_loops.hpp>
 #include <hybridattn/attention/full/gpu.hpp>
+#include <hybridattn/attention/gdn/gpu.hpp>
 #include <hybridattn/ops/adamw/gpu.hpp>
 #include <hybridattn/ops/arithmetic/gpu.hpp>
 #include <hybridattn/ops/balance/gpu.hpp>

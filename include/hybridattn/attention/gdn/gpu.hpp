@@ -1,0 +1,95 @@
+#ifndef HYBRIDATTN_ATTENTION_GDN_GPU_HPP
+#define HYBRIDATTN_ATTENTION_GDN_GPU_HPP
+
+#include <hybridattn/attention/gdn/gdn.hpp>
+#include <hybridattn/attention/gdn/kernels.hpp>
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gdn {
+
+// f(room) with the smallest room for K entries of a key that kernels are compiled for. Throws Error where none is large enough.
+template <class F> void with_room(Index K, F f) {
+  check(K <= 256, "GatedDeltaNet: key_dim ", K, "; a GPU's kernels have room for 256");
+  if (K <= 32) f(std::integral_constant<int, 32>{});
+  else if (K <= 64) f(std::integral_constant<int, 64>{});
+  else if (K <= 128) f(std::integral_constant<int, 128>{});
+  else f(std::integral_constant<int, 256>{});
+}
+
+template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  ForwardParams<T> p{};
+  p.x = x;
+  p.sequences = s.table().list;
+  p.group = c.num_value_heads / c.num_heads;
+  p.scale = static_cast<T>(c.scale);
+  return p;
+}
+template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
+  with_room(c.key_dim, [&](auto K) {
+    using Kernel = Forward<T, K()>;
+    p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
+    launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
+  });
+}
+// p without states, parts and tiles.
+template <class T, class B>
+void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
+  with_room(c.key_dim, [&](auto K) {
+    using Kernel = Backward<T, K()>;
+    Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
+    Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
+    Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
+    p.states = out(states);
+    p.parts = out(parts);
+    p.tiles = tiles;
+    launch<Kernel>(gpu, {.x = tiles * s.count(), .y = HV}, p);
+    for_each(gpu, d_x.q.count(), SumKeyGradients<T>{in(parts), d_x.q, d_x.k, K(), p.group, p.scale});
+    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), p.x.g, d_x.g, d_x.beta, K()});
+  });
+}
+
+}  // namespace gdn
+
+template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
+  template <class T, class M>
+  static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
+                      gdn::Saved<Out<T>> saved) {
+    auto p = gdn::forward_params<T>(c, s, x);
+    p.o = y.o;
+    p.error = saved.error;
+    p.final_state = y.final_state;
+    gdn::launch_forward(gpu, c, s, p);
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    gdn::BackwardParams<T> p{};
+    p.x = x;
+    p.error = saved.error;
+    p.d_o = d_y.o;
+    p.d_final_state = d_y.final_state;
+    p.d_v = d_x.v;
+    p.d_initial_state = d_x.initial_state;
+    p.sequences = s.table().list;
+    p.group = c.num_value_heads / c.num_heads;
+    p.scale = static_cast<T>(c.scale);
+    gdn::launch_backward(gpu, c, s, p, d_x);
+  }
+
+  // Forward from the states in the cache to these states.
+  template <class T, class M>
+  static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
+                     gdn::Outputs<Out<T>> y) {
+    check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());
+    auto p = gdn::forward_params<T>(c, s, x);
+    p.x.initial_state = cache.state;
+    p.o = y.o;
+    p.final_state = cache.state;
+    p.extends = true;
+    gdn::launch_forward(gpu, c, s, p);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
