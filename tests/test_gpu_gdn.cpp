@@ -18,11 +18,18 @@ void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
   }
 }
 
+// The laws at one of their sizes.
+template <class T> void check_size(std::size_t size) {
+  check_all(judge(ha::testing::Adaptor<ha::GDN, Emulator, T>{ha::testing::Samples<ha::GDN>::sizes()[size]}));
+}
+
 }  // namespace
 
-TEST_CASE("gated DeltaNet keeps every law on the emulator in float", "[float]") {
-  check_all(ha::testing::judge<ha::GDN, Emulator, float>());
+TEST_CASE("gated DeltaNet keeps every law on the emulator", "[laws]") {
+  check_size<float>(0);
+  check_size<double>(1);
 }
-TEST_CASE("gated DeltaNet keeps every law on the emulator in double", "[double]") {
+TEST_CASE("gated DeltaNet keeps every law on the emulator at every size", "[sizes]") {
+  check_all(ha::testing::judge<ha::GDN, Emulator, float>());
   check_all(ha::testing::judge<ha::GDN, Emulator, double>());
 }

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <list>
@@ -2028,6 +2029,674 @@ static_assert(GpuBackend<Emulator>);
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
+
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
+  }
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
+  struct Factors {
+    V own, other;
+  };
+  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
+    total += other.total;
+    return factors;
+  }
+  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
+// ==== hybridattn/backend/cpu/simd.hpp
+// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
+#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+inline constexpr int tile_rows = 8;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+inline constexpr int tile_rows = 4;
+#else
+inline constexpr int vector_bytes = 16;
+inline constexpr int tile_rows = 4;
+#endif
+
+template <class T> struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T> struct BitsOf;
+template <> struct BitsOf<float> {
+  using type = std::int32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::int64_t;
+};
+// The integers in which a vector of T is compared and masked.
+template <class T> using Mask = Vec<typename BitsOf<T>::type>;
+
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
+template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
+  alignas(vector_bytes) T buffer[lanes<T>] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
+  alignas(vector_bytes) T buffer[lanes<T>];
+  store(buffer, x);
+  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
+template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
+// 0, 1, 2, ...
+template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
+  Mask<T> numbers;
+  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
+  return numbers;
+}
+
+namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
+}
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
+}
+
+// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
+template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
+#if defined(__clang__)
+  return __builtin_elementwise_sqrt(x);
+#else
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
+  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
+  else return __builtin_ia32_sqrtpd256(x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+#endif
+}
+
+// Summed in one fixed tree, for any values of the lanes.
+template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
+}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
+
+namespace detail {
+// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
+template <class T> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
+};
+template <> struct Exp2<double> {
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
+                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
+                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
+                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
+                                 6.9314718055994530942e-1,  1.0};
+};
+}  // namespace detail
+
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
+  using E = detail::Exp2<T>;
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
+  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
+  Vec<T> p = broadcast<T>(E::c[0]);
+  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
+  // A product, because a sum of exponents would turn a NaN into a number.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
+}
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
+template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
+  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
+  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
+  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
+  HYBRIDATTN_UNROLL
+  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
+}
+
+// to[c][r] = from[r][c] for the square of one vector's lanes.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
+
+namespace detail {
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
+}
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
+}
+// Every second part of m elements, of a, then of b.
+template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
+}
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
+template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
+  if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
+    halve<(Count + 1) / 2, left / 2, T>(x);
+  }
+}
+}  // namespace detail
+
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
+template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
+  detail::halve<N, lanes<T>, T>(x);
+  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/vectors.hpp
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
+#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// `count` elements from i on: all lanes, or the last ones of a row.
+template <class T> struct Slot {
+  Index i, count;
+
+  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
+  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
+    if (count == lanes<T>) store(row + i, x);
+    else store_first(row + i, x, count);
+  }
+};
+
+template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
+  Index i = first;
+  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
+  if (i < last) f(Slot<T>{i, last - i});
+}
+// sum over the row of f(slot), where f is zero for the padding.
+template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
+  Vec<T> total{};
+  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
+  return sum<T>(total);
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
+
+// One square root a row.
+template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
+
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
+inline constexpr Index element_grain = 16384, sum_rows = 32;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/core/sequences.hpp
+// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
+#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
+#define HYBRIDATTN_CORE_SEQUENCES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
+// Sequences never influence each other.
+struct Sequence {
+  Index start = 0, length = 0, past = 0;
+};
+
+// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
+// where a length is below 0, or where memory is short.
+class Sequences {
+ public:
+  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
+  static Sequences equal(Index count, Index length) {
+    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
+    Sequences result;
+    result.make_room(count, size_product(count, length));
+    for (Index i = 0; i < count; ++i) result.append(length);
+    return result;
+  }
+  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
+  static Sequences packed(std::span<Index const> offsets) {
+    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
+      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
+    Sequences result;
+    result.make_room(std::ssize(offsets) - 1, offsets.back());
+    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
+    return result;
+  }
+  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
+  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
+    Sequences result;
+    result.assign(past, lengths);
+    return result;
+  }
+  // The same as continuing, in the memory of this object.
+  void assign(std::span<Index const> past, std::span<Index const> lengths) {
+    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
+    Index tokens = 0;
+    for (std::size_t i = 0; i < past.size(); ++i) {
+      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
+      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
+            "; a sequence has at most ", largest_int32);
+      tokens = size_sum(tokens, lengths[i]);
+    }
+    list_.clear();
+    positions_.clear();
+    owners_.clear();
+    make_room(std::ssize(past), tokens);
+    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
+  }
+  // A copy in which sequences with past tokens have length 0.
+  Sequences beginnings() const {
+    Sequences result = *this;
+    for (Sequence& s : result.list_)
+      if (s.past > 0) s.length = 0;
+    return result;
+  }
+
+  std::size_t size() const { return list_.size(); }
+  std::span<Sequence const> list() const { return list_; }
+  Sequence operator[](std::size_t i) const { return list_[i]; }
+  auto begin() const { return list_.begin(); }
+  auto end() const { return list_.end(); }
+  Index count() const { return static_cast<Index>(list_.size()); }
+  Index tokens() const { return static_cast<Index>(positions_.size()); }
+  Index longest() const {
+    Index length = 0;
+    for (Sequence s : list_) length = std::max(length, s.length);
+    return length;
+  }
+  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
+  bool any_continue() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
+  }
+  bool any_begin() const {
+    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
+  }
+  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
+  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
+  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
+
+ private:
+  void make_room(Index sequences, Index tokens) {
+    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
+          " tokens in all; a batch has at most ", largest_int32, " of both");
+    reserve(list_, sequences, "a list of sequences");
+    reserve(positions_, tokens, "the positions of tokens");
+    reserve(owners_, tokens, "the sequences of tokens");
+  }
+  void append(Index length, Index past = 0) {
+    for (Index position = past; position < past + length; ++position) {
+      positions_.push_back(static_cast<std::int32_t>(position));
+      owners_.push_back(static_cast<std::int32_t>(list_.size()));
+    }
+    list_.push_back({tokens() - length, length, past});
+  }
+
+  std::vector<Sequence> list_;
+  std::vector<std::int32_t> positions_, owners_;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/cpu_rows.hpp
+// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
+#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// Rows of one head, [T, D].
+template <class T> struct Rows {
+  T* data;
+  Index stride;
+
+  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
+};
+template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+
+// The rows 0 .. count - 1. Other sets of rows have the same members.
+struct AllRows {
+  Index count;
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
+};
+// The size of an array with a number for each key, in whole vectors.
+template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
+
+// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
+template <class T, int V> struct Piece {
+  static constexpr int vectors = V;
+  Index d;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
+  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
+};
+template <class T> struct ShortPiece {
+  static constexpr int vectors = 1;
+  cpu::Slot<T> slot;
+  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
+  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
+};
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
+  constexpr int n = cpu::lanes<T>;
+  Index d = 0;
+  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
+  if (d + 2 * n <= D) {
+    f(Piece<T, 2>{d});
+    d += 2 * n;
+  }
+  if (d + n <= D) {
+    f(Piece<T, 1>{d});
+    d += n;
+  }
+  if (d < D) f(ShortPiece<T>{{d, D - d}});
+}
+
+// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
+// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
+template <class T> class Range {
+ public:
+  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
+    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
+    largest_ = size > largest_ ? size : largest_;
+  }
+  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
+  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
+
+ private:
+  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
+  using Mask = cpu::Mask<T>;
+  using Bits = typename cpu::BitsOf<T>::type;
+  Mask largest_{};
+};
+template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
+  Range<T> range;
+  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
+  return range.is_moderate();
+}
+
+template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
+}
+
+// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
+template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
+  constexpr int n = cpu::lanes<T>;
+  Range<T> range;
+  for (Index j = 0; j < keys.count; j += n) {
+    T const* row[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
+    cpu::Vec<T> sums[std::size_t{n}] = {};
+    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) {
+        HYBRIDATTN_UNROLL
+        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
+      }
+    });
+    cpu::sum_each<n, T>(sums, products + j);
+    range.add(cpu::load(products + j));
+  }
+  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
+}
+// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
+template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
+  cpu::Vec<T> sum{};
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
+  });
+  T result;
+  cpu::sum_each<1, T>(&sum, &result);
+  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
+}
+
+// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
+template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
+  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  T largest = -infinity, sum = 0;
+  for (Index j = 0; j < count; ++j) {
+    T const score = scaled_dot(scale, q, key_at(j).k, D);
+    if (!(score < infinity)) {   // all results would be NaN
+      std::fill_n(o, D, nan);
+      return nan;
+    }
+    largest = std::max(largest, score);
+  }
+  std::fill_n(o, D, T(0));
+  for (Index j = 0; j < count; ++j) {
+    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
+    sum += p;
+    axpy(p, key_at(j).v, o, D);
+  }
+  for (Index d = 0; d < D; ++d) o[d] /= sum;
+  return largest + std::log(sum);
+}
+template <class T> struct KeyRows {
+  T const *k, *v;
+};
+
+// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
+// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
+template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
+  using cpu::lanes;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
+  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
+  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
+  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
+  T const largest = cpu::largest<T>(most);
+  for (Index j = 0; j < count; j += lanes<T>) {
+    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
+    sum += e;
+    cpu::store<T>(p + j, e);
+  }
+  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
+}
+
+// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
+template <class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors;
+  constexpr int chains = V == 4 ? 2 : 4;
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
+  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
+    T const* const row = rows[keys[j]];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
+  };
+  Index j = 0;
+  for (; j + chains <= keys.count; j += chains) {
+    HYBRIDATTN_UNROLL
+    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
+  }
+  for (; j < keys.count; ++j) add(j, 0);
+  HYBRIDATTN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    total[v] = sum[0][v];
+    HYBRIDATTN_UNROLL
+    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
+  }
+}
+// o = factor * sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
+  });
+}
+// o += sum_j p[j] rows[key j]
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> total[std::size_t{V}];
+    sum_piece<T>(piece, p, rows, keys, total);
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_rows.hpp
+// Rows of chosen keys.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
+    attention::weighted_rows;
+
+// The keys of one query, relative to the start of its sequence.
+struct Keys {
+  std::int32_t const* indices;
+  Index count;
+
+  HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
 // ==== hybridattn/core/allowed.hpp
 // Checks of a configuration's numbers. Each check throws an Error that names the number, its value and the allowed values.
 // "A number" means one that fits into a float: configurations are doubles, and models compute in their own scalar.
@@ -2564,117 +3233,6 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/core/sequences.hpp
-// A batch is a list of sequences. The dense batch is a list of equally long sequences, and kernels know no other form.
-#ifndef HYBRIDATTN_CORE_SEQUENCES_HPP
-#define HYBRIDATTN_CORE_SEQUENCES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Tokens start .. start + length - 1 of the N tokens of a batch. In decoding they follow `past` tokens in a cache.
-// Sequences never influence each other.
-struct Sequence {
-  Index start = 0, length = 0, past = 0;
-};
-
-// Tables of tokens hold int32. The makers throw Error where a number of tokens, sequences or positions does not fit into an int32,
-// where a length is below 0, or where memory is short.
-class Sequences {
- public:
-  // `count` sequences of `length` tokens, one after the other: a tensor [B, T, ...] with B and T as one axis N = B*T.
-  static Sequences equal(Index count, Index length) {
-    check(count >= 0 && length >= 0, "Sequences: ", count, " sequences of ", length, " tokens; both must be >= 0");
-    Sequences result;
-    result.make_room(count, size_product(count, length));
-    for (Index i = 0; i < count; ++i) result.append(length);
-    return result;
-  }
-  // The offsets, elsewhere called cu_seqlens [number + 1]: sequence i has the tokens offsets[i] .. offsets[i + 1] - 1, and may be empty.
-  static Sequences packed(std::span<Index const> offsets) {
-    check(!offsets.empty() && offsets.front() == 0, "Sequences: offsets must start with 0");
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i)
-      check(offsets[i + 1] >= offsets[i], "Sequences: offsets must not fall, but ", offsets[i + 1], " follows ", offsets[i]);
-    Sequences result;
-    result.make_room(std::ssize(offsets) - 1, offsets.back());
-    for (std::size_t i = 0; i + 1 < offsets.size(); ++i) result.append(offsets[i + 1] - offsets[i]);
-    return result;
-  }
-  // Decoding: lengths[i] new tokens of sequence i, which follow past[i] tokens in a cache.
-  static Sequences continuing(std::span<Index const> past, std::span<Index const> lengths) {
-    Sequences result;
-    result.assign(past, lengths);
-    return result;
-  }
-  // The same as continuing, in the memory of this object.
-  void assign(std::span<Index const> past, std::span<Index const> lengths) {
-    check(past.size() == lengths.size(), "Sequences: ", past.size(), " numbers of past tokens for ", lengths.size(), " sequences");
-    Index tokens = 0;
-    for (std::size_t i = 0; i < past.size(); ++i) {
-      check(past[i] >= 0 && lengths[i] >= 0, "Sequences: ", lengths[i], " tokens after ", past[i], "; both must be >= 0");
-      check(size_sum(past[i], lengths[i]) <= largest_int32, "Sequences: ", lengths[i], " tokens after ", past[i],
-            "; a sequence has at most ", largest_int32);
-      tokens = size_sum(tokens, lengths[i]);
-    }
-    list_.clear();
-    positions_.clear();
-    owners_.clear();
-    make_room(std::ssize(past), tokens);
-    for (std::size_t i = 0; i < past.size(); ++i) append(lengths[i], past[i]);
-  }
-  // A copy in which sequences with past tokens have length 0.
-  Sequences beginnings() const {
-    Sequences result = *this;
-    for (Sequence& s : result.list_)
-      if (s.past > 0) s.length = 0;
-    return result;
-  }
-
-  std::size_t size() const { return list_.size(); }
-  std::span<Sequence const> list() const { return list_; }
-  Sequence operator[](std::size_t i) const { return list_[i]; }
-  auto begin() const { return list_.begin(); }
-  auto end() const { return list_.end(); }
-  Index count() const { return static_cast<Index>(list_.size()); }
-  Index tokens() const { return static_cast<Index>(positions_.size()); }
-  Index longest() const {
-    Index length = 0;
-    for (Sequence s : list_) length = std::max(length, s.length);
-    return length;
-  }
-  // Whether a sequence with tokens has past tokens (any_continue), or has none (any_begin).
-  bool any_continue() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past > 0; });
-  }
-  bool any_begin() const {
-    return std::any_of(list_.begin(), list_.end(), [](Sequence s) { return s.length > 0 && s.past == 0; });
-  }
-  // [N]: each token's position in its sequence, past tokens included, and the number of this sequence.
-  View<std::int32_t const, 1> positions() const { return {positions_.data(), {tokens()}}; }
-  View<std::int32_t const, 1> owners() const { return {owners_.data(), {tokens()}}; }
-
- private:
-  void make_room(Index sequences, Index tokens) {
-    check(sequences <= largest_int32 && tokens <= largest_int32, "Sequences: ", sequences, " sequences of ", tokens,
-          " tokens in all; a batch has at most ", largest_int32, " of both");
-    reserve(list_, sequences, "a list of sequences");
-    reserve(positions_, tokens, "the positions of tokens");
-    reserve(owners_, tokens, "the sequences of tokens");
-  }
-  void append(Index length, Index past = 0) {
-    for (Index position = past; position < past + length; ++position) {
-      positions_.push_back(static_cast<std::int32_t>(position));
-      owners_.push_back(static_cast<std::int32_t>(list_.size()));
-    }
-    list_.push_back({tokens() - length, length, past});
-  }
-
-  std::vector<Sequence> list_;
-  std::vector<std::int32_t> positions_, owners_;
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/tensor/sequences_on.hpp
 // The sequences of a batch on a machine.
 #ifndef HYBRIDATTN_TENSOR_SEQUENCES_ON_HPP
@@ -2907,901 +3465,6 @@ inline void check_fits(Sequences const& s, Index batch, Index capacity) {
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/attention/from_loops.hpp
-// A policy's own loops as kernels of one thread: right and slow, for a policy that has no kernels yet.
-#ifndef HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
-#define HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace gpu {
-
-// A pass of a policy: P::Loops::forward or backward with these arguments.
-template <class P, class T> struct LoopsForward {
-  static constexpr int threads = 32;
-  struct Params {
-    typename P::Config config;
-    View<Sequence const, 1> sequences;
-    typename P::template Inputs<In<T>> x;
-    typename P::template Outputs<Out<T>> y;
-    typename P::template Saved<Out<T>> saved;
-    View<T, 1> scratch;
-  };
-  struct Shared {};
-  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
-    if (simt::thread_id() == 0) P::Loops::template forward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.scratch);
-  }
-};
-template <class P, class T> struct LoopsBackward {
-  static constexpr int threads = 32;
-  struct Params {
-    typename P::Config config;
-    View<Sequence const, 1> sequences;
-    typename P::template Inputs<In<T>> x;
-    typename P::template Outputs<In<T>> y;
-    typename P::template Saved<In<T>> saved;
-    typename P::template Outputs<In<T>> d_y;
-    typename P::template Inputs<Out<T>> d_x;
-    View<T, 1> scratch;
-  };
-  struct Shared {};
-  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
-    if (simt::thread_id() == 0) P::Loops::template backward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.d_y, p.d_x, p.scratch);
-  }
-};
-
-}  // namespace gpu
-
-// template <ha::GpuBackend B> struct ha::On<Mine, B> : ha::FromLoops<Mine, B> {};
-//
-// Mine::Loops has, for a scalar T:
-//   scratch<T>(config, sequences)   how many elements of T the loops need besides their arguments; on the host
-//   forward<T> (config, sequences, x, y, saved, scratch)              HYBRIDATTN_HD
-//   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
-// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds numbers alone.
-template <class P, class B> struct FromLoops {
-  template <class T, class M>
-  static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
-                      typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
-    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
-    launch<gpu::LoopsForward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, out(scratch)});
-  }
-  template <class T, class M>
-  static void backward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
-                       typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
-                       typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
-    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
-    launch<gpu::LoopsBackward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, d_y, d_x, out(scratch)});
-  }
-};
-// Whether a policy runs from its loops on this backend.
-template <class P, class B>
-concept RunsFromLoops = std::is_base_of_v<FromLoops<P, B>, On<P, B>>;
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/attention/online_softmax.hpp
-// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
-#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
-// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
-template <class V> struct OnlineSoftmax {
-  V reference, total;
-
-  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
-  // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
-    V const factor = exponential(reference, next);
-    reference = next;
-    total *= factor;
-    return factor;
-  }
-  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
-  struct Factors {
-    V own, other;
-  };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
-    V const next = reference > other.reference ? reference : other.reference;
-    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
-    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
-    total += other.total;
-    return factors;
-  }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
-#endif
-
-// ==== hybridattn/backend/cpu/simd.hpp
-// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
-#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
-#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64;
-inline constexpr int tile_rows = 8;
-#elif defined(__AVX__)
-inline constexpr int vector_bytes = 32;
-inline constexpr int tile_rows = 4;
-#else
-inline constexpr int vector_bytes = 16;
-inline constexpr int tile_rows = 4;
-#endif
-
-template <class T> struct VectorOf {
-  typedef T type __attribute__((vector_size(vector_bytes)));
-  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
-};
-template <class T> using Vec = typename VectorOf<T>::type;
-template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
-
-template <class T> struct BitsOf;
-template <> struct BitsOf<float> {
-  using type = std::int32_t;
-};
-template <> struct BitsOf<double> {
-  using type = std::int64_t;
-};
-// The integers in which a vector of T is compared and masked.
-template <class T> using Mask = Vec<typename BitsOf<T>::type>;
-
-template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
-template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
-template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
-// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
-// element of an array would keep its array in memory.
-template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
-  asm("" : "+x"(x));
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
-  alignas(vector_bytes) T buffer[lanes<T>] = {};
-  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
-  return load(buffer);
-}
-template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
-  alignas(vector_bytes) T buffer[lanes<T>];
-  store(buffer, x);
-  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
-template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
-// 0, 1, 2, ...
-template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
-  Mask<T> numbers;
-  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
-  return numbers;
-}
-
-namespace detail {
-// Elements of a, and of b behind them, by their numbers.
-template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
-#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
-  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
-#else
-  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
-#endif
-}
-template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
-}
-// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
-template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
-  if constexpr (half == 0) return x;
-  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
-}
-
-// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
-template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
-#if defined(__clang__)
-  return __builtin_elementwise_sqrt(x);
-#else
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
-  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
-#elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
-  else return __builtin_ia32_sqrtpd256(x);
-#else
-  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-#endif
-}
-
-// Summed in one fixed tree, for any values of the lanes.
-template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
-}
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
-
-namespace detail {
-// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
-template <class T> struct Exp2;
-template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
-  static constexpr int mantissa = 23;
-  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
-};
-template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
-  static constexpr int mantissa = 52;
-  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
-                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
-                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
-                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
-                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
-                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
-                                 6.9314718055994530942e-1,  1.0};
-};
-}  // namespace detail
-
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
-// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
-  using E = detail::Exp2<T>;
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
-  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
-  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
-  Vec<T> p = broadcast<T>(E::c[0]);
-  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  // A product, because a sum of exponents would turn a NaN into a number.
-  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
-  return p * reinterpret_cast<Vec<T>>(power);
-}
-// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
-  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
-  return cpu::exp2_below_most<T>(x > most ? most : x);
-}
-template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
-
-// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
-// z = (m - 1) / (m + 1).
-template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
-  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
-  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
-  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
-  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
-  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
-  HYBRIDATTN_UNROLL
-  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
-  return x < std::numeric_limits<T>::infinity() ? result : x;
-}
-
-// to[c][r] = from[r][c] for the square of one vector's lanes.
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
-
-namespace detail {
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
-}
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
-  constexpr int n = lanes<T>;
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[std::size_t{n}];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
-  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
-      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
-}
-
-namespace detail {
-// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
-template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
-// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
-HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
-}
-// Every second part of m elements, of a, then of b.
-template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
-}
-// Adds up sums that are still spread over `left` lanes of each of Count vectors.
-template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
-  if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
-    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < (Count + 1) / 2; ++i) {
-      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
-      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
-      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
-    }
-    halve<(Count + 1) / 2, left / 2, T>(x);
-  }
-}
-}  // namespace detail
-
-// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
-template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
-  detail::halve<N, lanes<T>, T>(x);
-  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/backend/cpu/vectors.hpp
-// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
-// arithmetic, so an element's value does not depend on the length of its row.
-#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// `count` elements from i on: all lanes, or the last ones of a row.
-template <class T> struct Slot {
-  Index i, count;
-
-  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
-  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
-    if (count == lanes<T>) store(row + i, x);
-    else store_first(row + i, x, count);
-  }
-};
-
-template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
-  Index i = first;
-  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
-  if (i < last) f(Slot<T>{i, last - i});
-}
-// sum over the row of f(slot), where f is zero for the padding.
-template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
-  Vec<T> total{};
-  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
-  return sum<T>(total);
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
-
-// One square root a row.
-template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
-
-// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
-// and combine them in order, for any number of threads.
-inline constexpr Index element_grain = 16384, sum_rows = 32;
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/attention/cpu_rows.hpp
-// Attention of one query on the CPU: products with rows that are read in place. The lanes are entries of a head.
-#ifndef HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
-#define HYBRIDATTN_ATTENTION_CPU_ROWS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// Rows of one head, [T, D].
-template <class T> struct Rows {
-  T* data;
-  Index stride;
-
-  HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
-};
-template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
-
-// The rows 0 .. count - 1. Other sets of rows have the same members.
-struct AllRows {
-  Index count;
-  HYBRIDATTN_INLINE Index operator[](Index j) const { return j; }
-};
-// The size of an array with a number for each key, in whole vectors.
-template <class T> Index key_room(Index keys) { return round_up(keys, cpu::lanes<T>); }
-
-// V vectors of a row, from entry d on, that are computed together. The last vector of a row may be short: ShortPiece.
-template <class T, int V> struct Piece {
-  static constexpr int vectors = V;
-  Index d;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int v) const { return cpu::load(row + d + v * cpu::lanes<T>); }
-  HYBRIDATTN_INLINE void put(T* row, int v, cpu::Vec<T> x) const { cpu::store<T>(row + d + v * cpu::lanes<T>, x); }
-};
-template <class T> struct ShortPiece {
-  static constexpr int vectors = 1;
-  cpu::Slot<T> slot;
-  HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
-  HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
-};
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
-  constexpr int n = cpu::lanes<T>;
-  Index d = 0;
-  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
-  if (d + 2 * n <= D) {
-    f(Piece<T, 2>{d});
-    d += 2 * n;
-  }
-  if (d + n <= D) {
-    f(Piece<T, 1>{d});
-    d += n;
-  }
-  if (d < D) f(ShortPiece<T>{{d, D - d}});
-}
-
-// Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
-// are computed again by the reference's loops, so they are infinite or NaN exactly where those loops are.
-template <class T> class Range {
- public:
-  HYBRIDATTN_INLINE void add(cpu::Vec<T> x) {
-    Mask const size = reinterpret_cast<Mask>(x) & std::numeric_limits<Bits>::max();   // ordered as absolute values, NaN above all
-    largest_ = size > largest_ ? size : largest_;
-  }
-  HYBRIDATTN_INLINE static bool holds(T x) { return std::abs(x) <= moderate; }
-  HYBRIDATTN_INLINE bool is_moderate() const { return !cpu::any<T>(largest_ > std::bit_cast<Bits>(moderate)); }
-
- private:
-  static constexpr T moderate = std::numeric_limits<T>::max() * T(0x1p-20);
-  using Mask = cpu::Mask<T>;
-  using Bits = typename cpu::BitsOf<T>::type;
-  Mask largest_{};
-};
-template <class T, class Dim> HYBRIDATTN_INLINE bool is_moderate(Dim D, T const* x) {
-  Range<T> range;
-  cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { range.add(s.get(x)); });
-  return range.is_moderate();
-}
-
-template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
-}
-
-// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
-template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  constexpr int n = cpu::lanes<T>;
-  Range<T> range;
-  for (Index j = 0; j < keys.count; j += n) {
-    T const* row[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[std::size_t{n}] = {};
-    for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) {
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
-      }
-    });
-    cpu::sum_each<n, T>(sums, products + j);
-    range.add(cpu::load(products + j));
-  }
-  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
-}
-// x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
-template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
-  cpu::Vec<T> sum{};
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < piece.vectors; ++v) sum += piece.get(x, v) * piece.get(y, v);
-  });
-  T result;
-  cpu::sum_each<1, T>(&sum, &result);
-  return Range<T>::holds(result) ? result : scaled_dot(T(1), x, y, D);
-}
-
-// One row of attention, computed by the reference's loops. Returns its lse. key_at(j) has the rows k and v of key j.
-template <class T, class KeyAt> [[gnu::noinline]] T attend_in_order(Index D, T scale, T const* q, Index count, KeyAt key_at, T* o) {
-  constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-  T largest = -infinity, sum = 0;
-  for (Index j = 0; j < count; ++j) {
-    T const score = scaled_dot(scale, q, key_at(j).k, D);
-    if (!(score < infinity)) {   // all results would be NaN
-      std::fill_n(o, D, nan);
-      return nan;
-    }
-    largest = std::max(largest, score);
-  }
-  std::fill_n(o, D, T(0));
-  for (Index j = 0; j < count; ++j) {
-    T const p = std::exp(scaled_dot(scale, q, key_at(j).k, D) - largest);
-    sum += p;
-    axpy(p, key_at(j).v, o, D);
-  }
-  for (Index d = 0; d < D; ++d) o[d] /= sum;
-  return largest + std::log(sum);
-}
-template <class T> struct KeyRows {
-  T const *k, *v;
-};
-
-// p = exp(scale p - reference), where the reference is the largest of scale p. Also writes the elements after the last of `count`
-// numbers, up to a whole vector. Products are compared before they are scaled, so the largest product less itself is exactly 0.
-template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Index count, T* p) {
-  using cpu::lanes;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  T const sign = scale < 0 ? T(-1) : T(1), size = std::abs(scale), slope = size * cpu::log2_e<T>;
-  std::fill(p + count, p + round_up(count, lanes<T>), -sign * infinity);   // whose exponential is 0
-  cpu::Vec<T> most = cpu::broadcast<T>(-infinity), sum{};
-  for (Index j = 0; j < count; j += lanes<T>) most = cpu::max<T>(most, sign * cpu::load(p + j));
-  T const largest = cpu::largest<T>(most);
-  for (Index j = 0; j < count; j += lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp2_below_most<T>((sign * cpu::load(p + j) - largest) * slope);
-    sum += e;
-    cpu::store<T>(p + j, e);
-  }
-  return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
-}
-
-// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
-template <class T, class Piece, class Keys>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
-  constexpr int V = Piece::vectors;
-  constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
-  auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
-    T const* const row = rows[keys[j]];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
-  };
-  Index j = 0;
-  for (; j + chains <= keys.count; j += chains) {
-    HYBRIDATTN_UNROLL
-    for (int chain = 0; chain < chains; ++chain) add(j + chain, chain);
-  }
-  for (; j < keys.count; ++j) add(j, 0);
-  HYBRIDATTN_UNROLL
-  for (int v = 0; v < V; ++v) {
-    total[v] = sum[0][v];
-    HYBRIDATTN_UNROLL
-    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
-  }
-}
-// o = factor * sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
-  });
-}
-// o += sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
-#endif
-
-// ==== hybridattn/backend/cpu/tile.hpp
-// The register tile: the one loop in which the library multiplies matrices on the CPU.
-#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
-#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
-// without a copy.
-template <class T> struct Scalars {
-  T const* data;
-  Index row, depth;
-};
-// A matrix read by vectors: row k of the columns starts at data + k * depth.
-template <class T> struct Columns {
-  T const* data;
-  Index depth;
-};
-
-// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
-// smaller tile.
-template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
-  }
-  for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[std::size_t{NV}];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
-    HYBRIDATTN_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      T const x = a.data[r * a.row + k * a.depth];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
-    }
-  }
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/attention/full/cpu_tiles.hpp
-// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
-#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
-#define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::full {
-
-inline constexpr int tile_vectors = 2;
-template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
-
-using attention::Rows, attention::head_of;
-
-// Keys j that query i sees: i - reach < j <= i.
-inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
-
-// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
-template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
-  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
-  std::fill_n(pad, cpu::tile_rows * D, T(0));
-  for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
-  return {pad, D, 1};
-}
-
-// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
-template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
-  constexpr int n = cpu::lanes<T>;
-  if (first + n <= length) {
-    cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
-    return;
-  }
-  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
-  for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
-  cpu::transpose<T>(rows, n, to, to_stride);
-}
-// to [D, width] = the transpose of rows first .. first + width - 1.
-template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
-  for (Index i = 0; i < width; i += cpu::lanes<T>)
-    for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
-}
-
-// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
-// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
-struct Band {
-  Index begin, end, depth;
-};
-
-// cpu::tile over a band. Every sum runs over k in order.
-template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
-  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
-  }
-  auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
-    if (k < 0 || k >= band.depth) return;
-    cpu::Vec<T> column[std::size_t{NV}];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
-    HYBRIDATTN_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      if (!takes_part(r)) continue;
-      T const x = a.data[r * a.row + k * a.depth];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
-    }
-  };
-  Index const all = band.begin + MR - 1;   // from here to band.end every row takes part
-  if (all <= band.end) {
-    HYBRIDATTN_UNROLL
-    for (int s = 0; s < MR - 1; ++s) add(band.begin + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r <= s; });
-    for (Index k = std::max<Index>(all, 0), last = std::min(band.end, band.depth); k < last; ++k)
-      add(k, [](int) HYBRIDATTN_INLINE_LAMBDA { return true; });
-    HYBRIDATTN_UNROLL
-    for (int s = 0; s < MR - 1; ++s) add(band.end + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r > s; });
-  } else {
-    for (Index k = band.begin; k < band.end + MR - 1; ++k)
-      add(k, [&](int r) HYBRIDATTN_INLINE_LAMBDA { return band.begin + r <= k && k < band.end + r; });
-  }
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
-  }
-}
-
-// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
-  Index d = 0;
-  for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});
-  if (d < D) f(d, std::integral_constant<int, 1>{});
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
-#endif
-
-// ==== hybridattn/attention/full/cpu_backward.hpp
-// Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
-// one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
-// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
-// the band need no mask.
-#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
-#define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::full {
-
-// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
-template <class T> struct BackwardRows {
-  Rows<T const> q, k, v, o, d_o;
-  Rows<wide_t<T> const> lse;
-  Rows<T> d_q, d_k, d_v;
-};
-
-template <class T, class Dim> class BackwardHead {
- public:
-  static constexpr Index block = 64;   // queries and keys of a block
-  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
-  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
-
-  BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
-      : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
-        d_o_t_(q_t_ + padded_ * D), lse_(d_o_t_ + padded_ * D), delta_(lse_ + padded_), p_(delta_ + padded_), d_s_(p_ + block * block),
-        pad_(d_s_ + block * block) {}
-
-  // Overwrites d_q; adds to d_k and d_v.
-  void run(BackwardRows<T> const& x) {
-    prepare(x);
-    for (Index key = 0; key < length_; key += block)
-      for (Index query = key; query < std::min(length_, key + block - 1 + reach_); query += block) {
-        weights(x, key, query);
-        key_gradients(x, key, query);
-        query_gradients(x, key, query);
-      }
-  }
-
- private:
-  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
-  using Vec = cpu::Vec<T>;
-
-  Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
-
-  // Fills the tensors that the tiles read. Sets d_q to 0.
-  void prepare(BackwardRows<T> const& x) {
-    for (Index i = 0; i < padded_; i += block) {
-      transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
-      transpose_rows(D_, x.d_o, i, length_, block, d_o_t_ + i * D_);
-      for (Index lane = 0; lane < block; lane += cpu::lanes<T>) set_delta(x.o, i + lane, d_o_t_ + i * D_ + lane);
-    }
-    for (Index i = 0; i < padded_; ++i) lse_[i] = i < length_ ? *x.lse[i] : T(0);
-    for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
-  }
-
-  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
-  void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
-    constexpr int n = cpu::lanes<T>;
-    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
-    Vec delta{};
-    for (Index d = 0; d < D_; d += n) {
-      transpose_square(o, first, length_, d, o_t, n);
-      for (int r = 0; r < n; ++r) delta += cpu::load(o_t + r * n) * cpu::load(d_o_t + (d + r) * block);
-    }
-    cpu::store<T>(delta_ + first, delta);
-  }
-
-  // P and dS, [keys, queries], of the tiles in which a query sees a key.
-  void weights(BackwardRows<T> const& x, Index key, Index query) {
-    for (Index j = 0; j < rows_from(key); j += MR)
-      for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
-        Index const distance = query + i - (key + j);   // i - j of the tile's first row and column
-        if (distance <= -tile_columns<T> || distance >= reach_ + MR - 1) continue;
-        if (distance > -cpu::lanes<T>) tile_weights<0>(x, key, query, j, i);
-        else tile_weights<1>(x, key, query, j, i);
-      }
-  }
-  // All but the first `skipped` vectors of queries, which are older than every key of the tile.
-  template <int skipped> HYBRIDATTN_INLINE void tile_weights(BackwardRows<T> const& x, Index key, Index query, Index j, Index i) {
-    Index const column = i + skipped * cpu::lanes<T>;
-    T *const p = p_ + j * block + column, *const d_s = d_s_ + j * block + column;
-    T const *const lse = lse_ + query + column, *const delta = delta_ + query + column;
-    auto const zero = [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; };
-    auto const at = [](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r * block + v * cpu::lanes<T>; };
-    cpu::tile<MR, NV - skipped, T>(
-        D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
-        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
-    cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.v, key + j, length_, pad_), {d_o_t_ + query * D_ + column, block}, zero,
-                                   [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
-                                     cpu::store<T>(d_s + at(r, v),
-                                                   scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
-                                   });
-  }
-  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
-  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
-
-  // to += a b over the band, for up to `tile_rows` rows.
-  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
-    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
-      band_tile<MR, vectors, T>(
-          band, a, {b.data + d, b.stride},
-          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
-          [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA {
-            if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum);
-          });
-    });
-  }
-
-  // (5) d_v += P^T d_o, d_k += dS^T q
-  void key_gradients(BackwardRows<T> const& x, Index key, Index query) {
-    for (Index j = 0; j < rows_from(key); j += MR) {
-      Band const band{key + j - query, key + j - query + reach_, rows_from(query)};
-      Index const rows = std::min<Index>(MR, rows_from(key) - j);
-      add_product(band, {p_ + j * block, block, 1}, {x.d_o[query], x.d_o.stride}, {x.d_v[key + j], x.d_v.stride}, rows);
-      add_product(band, {d_s_ + j * block, block, 1}, {x.q[query], x.q.stride}, {x.d_k[key + j], x.d_k.stride}, rows);
-    }
-  }
-  // (5) d_q += dS k
-  void query_gradients(BackwardRows<T> const& x, Index key, Index query) {
-    for (Index i = 0; i < rows_from(query); i += MR) {
-      Index const newest = query + i - key;
-      add_product({newest - reach_ + 1, newest + 1, rows_from(key)}, {d_s_ + i, 1, block}, {x.k[key], x.k.stride},
-                  {x.d_q[query + i], x.d_q.stride}, std::min<Index>(MR, rows_from(query) - i));
-    }
-  }
-
-  Dim D_;
-  Index length_, reach_, padded_;
-  T scale_;
-  T *q_t_, *d_o_t_;                   // [padded_ / block, D, block]
-  T *lse_, *delta_;                   // [padded_]
-  T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
 #endif
 
 // ==== hybridattn/ops/arithmetic/arithmetic.hpp
@@ -4283,6 +3946,2634 @@ struct SigmoidFinish {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/attention/dsa/types.hpp
+// Options, sizes and tensors of sparse attention. The equations are those of dsa.hpp.
+#ifndef HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
+#define HYBRIDATTN_ATTENTION_DSA_TYPES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct SparseOptions {
+  int top_k = 64;                        // keys a query attends to; 0: top_k_percent sets their number
+  int top_k_percent = 0;                 // of the sequence's length, at least one key; 0: top_k sets the number
+  QkNorm qk_norm = QkNorm::zero_centred;
+  bool output_gate = true;               // o * sigmoid(x w_gate)
+  int rotary_percent = 25;
+  Rotary rotary = Rotary::half_split;
+  int index_rotary_percent = 0;          // half-split rotary on index_q and index_k
+  bool index_norm = false;               // LayerNorm on index_k
+};
+
+namespace dsa {
+
+struct Config {
+  Index num_heads = 0;      // H;  0: the model's
+  Index num_kv_heads = 0;   // HK; 0: num_heads
+  Index head_dim = 0;       // D;  0: model_dim / num_heads
+  double scale = 0;         // 0: head_dim^-1/2
+  Index index_heads = 4;    // HI
+  Index index_dim = 0;      // DI; 0: head_dim
+  double index_scale = 0;   // 0: index_dim^-1/2
+  double rope_theta = 10000;
+  double norm_eps = 1e-6;   // of the q/k norm and of the indexer's LayerNorm
+  double index_loss = 1;    // weight of the indexer's loss, a mean over tokens
+  Stage stage = Stage::language_model;
+};
+
+template <class S> struct Inputs {
+  Held<S, 3> q;        // [N, H, D]
+  Held<S, 3> k, v;     // [N, HK, D]
+  Held<S, 3> index_q;  // [N, HI, DI]
+  Held<S, 2> index_k;  // [N, DI]     one key for all indexer heads
+  Held<S, 2> index_w;  // [N, HI]
+  HYBRIDATTN_FIELDS(q, k, v, index_q, index_k, index_w)
+};
+template <class S> struct Outputs {
+  Held<S, 3> o;               // [N, H, D]
+  Wide<S, 1> auxiliary_loss;  // [1], a sum over tokens; empty where no loss trains the indexer
+  HYBRIDATTN_FIELDS(o, auxiliary_loss)
+};
+template <class S> struct Saved {
+  Wide<S, 2> lse;        // [N, H], over the keys of S_t
+  Whole<S, 2> indices;   // [N, k] ascending, relative to the start of the sequence, then -1; empty in the dense warm-up
+  Wide<S, 1> index_lse;  // [N], over the same keys; empty where no loss trains the indexer
+  HYBRIDATTN_FIELDS(lse, indices, index_lse)
+};
+
+// Keys and values of earlier tokens, after norms and rotary.
+template <class S> struct Cache {
+  Held<S, 4> keys, values;  // [batch, capacity, HK, D]
+  Held<S, 3> index_keys;    // [batch, capacity, DI]
+  HYBRIDATTN_FIELDS(keys, values, index_keys)
+};
+
+// The largest number of keys that a query selects, in a sequence of `length` tokens.
+HYBRIDATTN_HD constexpr Index selection_size(SparseOptions o, Index length) {
+  if (o.top_k_percent == 0) return o.top_k;
+  Index const share = length * o.top_k_percent / 100;
+  return share > 1 ? share : 1;
+}
+
+}  // namespace dsa
+
+template <SparseOptions O> struct SparseAttention;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_attention.hpp
+// Attention over chosen keys on the CPU, one query and one head after the other.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// The keys that each query attends to: its chosen keys, or in the dense warm-up all keys that it sees.
+class KeySets {
+ public:
+  KeySets(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, View<std::int32_t const, 2> chosen)
+      : options_(o), dense_(c.stage == Stage::dense_warm_up), chosen_(chosen), most_(dense_ ? s.longest() : chosen.extent(1)),
+        all_(cpu, dense_ ? most_ : 0) {
+    if (dense_) std::iota(all_.data(), all_.data() + most_, 0);
+  }
+  Index most() const { return most_; }
+  // The keys of query t of a sequence.
+  Keys of(Sequence s, Index t) const {
+    if (dense_) return {all_.data(), t + 1};
+    return {chosen_.row(s.start + t), std::min(selection_size(options_, s.length), t + 1)};
+  }
+
+ private:
+  SparseOptions options_;
+  bool dense_;
+  View<std::int32_t const, 2> chosen_;
+  Index most_;
+  cpu::Scratch<std::int32_t> all_;   // 0, 1, 2, ...
+};
+
+// x, with zeros in the lanes after the last of `count` keys. x starts with key j.
+template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count, cpu::Vec<T> x) {
+  using Bits = typename cpu::BitsOf<T>::type;
+  if (j + cpu::lanes<T> <= count) return x;
+  return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<Bits>(count - j), x, cpu::Vec<T>{});
+}
+
+// (3) for one query and one head. p is scratch with a number for each key.
+template <class T, class Dim>
+HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
+  dot_rows<T>(D, q, k, keys, p);
+  auto const softmax = attention::exponentials(scale, keys.count, p);
+  weighted_rows<T>(D, p, v, keys, T(1) / softmax.total, o);
+  lse = static_cast<wide_t<T>>(softmax.lse());
+  if (attention::is_moderate<T>(D, o)) return;
+  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
+  T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
+  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise only values are large
+}
+
+// The tensors of one query and one head in backward.
+template <class T> struct QueryGradient {
+  T const *q, *o, *d_o;
+  wide_t<T> lse;
+  T* d_q;
+};
+// (4): overwrites d_q, adds to d_k and d_v. p and d_s are scratch with a number for each key.
+template <class T, class Dim>
+HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* d_s,
+                                       Rows<T> d_k, Rows<T> d_v) {
+  dot_rows<T>(D, x.q, k, keys, p);
+  dot_rows<T>(D, x.d_o, v, keys, d_s);
+  T const delta = dot_row<T>(D, x.d_o, x.o), lse = static_cast<T>(x.lse);
+  for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
+    cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p + j)) - lse);   // a score rounded like lse
+    cpu::store<T>(p + j, e);
+    cpu::store<T>(d_s + j, scale * e * (cpu::load(d_s + j) - delta));
+  }
+  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> d_q[std::size_t{V}] = {}, q[std::size_t{V}], d_o[std::size_t{V}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < V; ++i) {
+      q[i] = piece.get(x.q, i);
+      d_o[i] = piece.get(x.d_o, i);
+    }
+    for (Index j = 0; j < keys.count; ++j) {
+      Index const key = keys.indices[j];
+      T const* const k_row = k[key];
+      T *const d_k_row = d_k[key], *const d_v_row = d_v[key], p_j = p[j], d_s_j = d_s[j];
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < V; ++i) {
+        d_q[i] += d_s_j * piece.get(k_row, i);
+        piece.put(d_k_row, i, piece.get(d_k_row, i) + d_s_j * q[i]);
+        piece.put(d_v_row, i, piece.get(d_v_row, i) + p_j * d_o[i]);
+      }
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < V; ++i) piece.put(x.d_q, i, d_q[i]);
+  });
+}
+
+// A task is a head and some of its queries, whose keys and values stay in the second-level cache.
+template <class T, class Dim>
+void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
+                Saved<Out<T>> saved) {
+  constexpr Index piece = 64;
+  Index const H = c.num_heads, group = H / c.num_kv_heads, pieces = ceil_div(s.longest(), piece);
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(sets.most())}};
+  auto const memory = out(scratch);
+  parallel_for(cpu, s.count() * H * pieces, [&](Index task, int thread) {
+    Sequence const sequence = s[static_cast<std::size_t>(task / pieces / H)];
+    Index const h = task / pieces % H, first = task % pieces * piece, last = std::min(first + piece, sequence.length);
+    if (first >= last) return;
+    Rows<T const> const q = head_of(x.q, sequence, h), k = head_of(x.k, sequence, h / group), v = head_of(x.v, sequence, h / group);
+    Rows<T> const output = head_of(y.o, sequence, h);
+    for (Index t = first; t < last; ++t)
+      attend<T>(D, static_cast<T>(c.scale), q[t], k, v, sets.of(sequence, t), memory.row(thread), output[t],
+                saved.lse(sequence.start + t, h));
+  });
+}
+
+// One task owns a key/value head of a sequence. So no two tasks write the same row, and a task's sums run over the queries in order.
+template <class T, class Dim>
+void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
+                         Saved<In<T>> saved, Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, room = key_room<T>(sets.most());
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, 2 * room}};
+  auto const memory = out(scratch);
+  parallel_for(cpu, s.count() * HK, [&](Index task, int thread) {
+    Sequence const sequence = s[static_cast<std::size_t>(task / HK)];
+    if (sequence.length == 0) return;
+    Index const hk = task % HK;
+    Rows<T const> const k = head_of(x.k, sequence, hk), v = head_of(x.v, sequence, hk);
+    Rows<T> const d_k = head_of(d_x.k, sequence, hk), d_v = head_of(d_x.v, sequence, hk);
+    T* const p = memory.row(thread);
+    for (Index j = 0; j < sequence.length; ++j) {
+      std::fill_n(d_k[j], D, T(0));
+      std::fill_n(d_v[j], D, T(0));
+    }
+    for (Index t = 0; t < sequence.length; ++t) {
+      Index const n = sequence.start + t;
+      Keys const keys = sets.of(sequence, t);
+      for (Index h = hk * group; h < (hk + 1) * group; ++h)
+        attend_backward<T>(D, static_cast<T>(c.scale), {x.q.row(n, h), y.o.row(n, h), d_y.o.row(n, h), saved.lse(n, h), d_x.q.row(n, h)}, k,
+                           v, keys, p, p + room, d_k, d_v);
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/backend/cpu/tile.hpp
+// The register tile: the one loop in which the library multiplies matrices on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
+#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
+template <class T> struct Scalars {
+  T const* data;
+  Index row, depth;
+};
+// A matrix read by vectors: row k of the columns starts at data + k * depth.
+template <class T> struct Columns {
+  T const* data;
+  Index depth;
+};
+
+// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/ops/top_k/top_k.hpp
+// The k largest scores of a row, exactly: an order on (score, index) and no approximation.
+//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
+//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
+//   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
+#ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+#define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
+struct TopK {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/top_k/cpu.hpp
+#ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
+#define HYBRIDATTN_OPS_TOP_K_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu {
+
+// One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
+// counts the larger keys, a vector at a time; it ends as soon as a bound has exactly k keys above it, after about 16 steps
+// of 32 when scores are random.
+template <class T> class RowTopK {
+ public:
+  using Key = typename BitsOf<T>::type;
+  // Keys that a row of n scores needs room for.
+  static Index scratch(Index n) { return round_up(n, lanes<T>); }
+
+  RowTopK(T const* scores, Index n, Key* keys) : keys_(keys), n_(n) {
+    Mask<T> largest = broadcast_key(lowest);
+    for_each_vector<T>(0, n, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      Mask<T> key = ordered(s.get(scores));
+      if (s.count < lanes<T>) key = lane_numbers<T>() < static_cast<Key>(s.count) ? key : broadcast_key(lowest);
+      largest = key > largest ? key : largest;
+      store<Key>(keys_ + s.i, key);
+    });
+    for (int lane = 0; lane < lanes<T>; ++lane) largest_ = std::max(largest_, static_cast<Key>(largest[lane]));
+  }
+
+  // k <= n of them, ascending.
+  void select(Index k, std::int32_t* indices) const {
+    Bound const bound = find(k);
+    Index const tied = end_of_ties(bound);
+    Index chosen = 0, i = 0;
+    for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
+    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
+  }
+
+ private:
+  // The chosen keys: those above `key`, and the first `ties` of those equal to it.
+  struct Bound {
+    Key key;
+    Index ties;
+  };
+  static constexpr Key lowest = std::numeric_limits<Key>::min();   // no score: padding
+
+  static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
+  // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
+  static Mask<T> ordered(Vec<T> x) {
+    constexpr int sign = 8 * sizeof(Key) - 1;
+    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> sign) & std::numeric_limits<Key>::max());
+    return x == x ? key : broadcast_key(lowest + 1);
+  }
+
+  // Without a branch: what is not chosen is overwritten by the next.
+  HYBRIDATTN_INLINE Index take(Index i, Key above, std::int32_t* indices, Index chosen) const {
+    indices[chosen] = static_cast<std::int32_t>(i);
+    return chosen + (keys_[i] > above);
+  }
+  // Behind the last tie that is chosen.
+  Index end_of_ties(Bound bound) const {
+    Index i = 0;
+    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
+    return i;
+  }
+  Index count_above(Key bound) const {
+    Mask<T> count{};
+    for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;
+    return static_cast<Index>(sum<Key>(count));
+  }
+  Bound find(Index k) const {
+    Key low = lowest, high = largest_;   // more than k keys are above low, or all; fewer than k above high
+    Index above = 0;                     // high
+    while (high > low + 1) {
+      Key const middle = std::midpoint(low, high);
+      Index const count = count_above(middle);
+      if (count == k) return {middle, 0};
+      low = count > k ? middle : low;
+      high = count > k ? high : middle;
+      above = count > k ? above : count;
+    }
+    return {high, k - above};
+  }
+
+  Key* keys_;
+  Index n_;
+  Key largest_ = lowest;
+};
+
+}  // namespace cpu
+
+template <> struct On<TopK, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+    using Row = cpu::RowTopK<T>;
+    Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
+    Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
+    auto const keys = out(scratch);
+    parallel_for(cpu, scores.extent(0), [&](Index r, int thread) {
+      if (chosen > 0) Row{scores.row(r), n, keys.row(thread)}.select(chosen, indices.row(r));
+      std::fill(indices.row(r) + chosen, indices.row(r) + k, -1);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_indexer.hpp
+// The indexer on the CPU: scores a tile at a time, then each query's choice. There are T x T scores in all, but a thread stores
+// only the rows of a few queries.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_INDEXER_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+inline constexpr int panel_vectors = 4;
+template <class T> inline constexpr Index panel_keys = panel_vectors * cpu::lanes<T>;
+inline constexpr Index panel_queries = 8;   // queries that take turns on a panel while it is in the first-level cache
+
+// Panel p of the index keys of a sequence: [DI, panel_keys] of consecutive keys, zero after the last key.
+template <class T> void pack_panel(Index DI, View<T const, 2> keys, Sequence sequence, Index p, T* panel) {
+  constexpr Index n = cpu::lanes<T>;
+  for (Index j = 0; j < panel_keys<T>; j += n)
+    for (Index d = 0; d < DI; d += n) {
+      Index const first = p * panel_keys<T> + j;
+      T* const to = panel + d * panel_keys<T> + j;
+      if (first + n <= sequence.length && d + n <= DI) {
+        cpu::transpose<T>(keys.row(sequence.start + first) + d, keys.stride[0], to, panel_keys<T>);
+        continue;
+      }
+      alignas(cpu::vector_bytes) T square[std::size_t{n * n}] = {};
+      for (Index i = first, row = 0; row < n && i < sequence.length; ++i, ++row)
+        std::copy_n(keys.row(sequence.start + i) + d, std::min(n, DI - d), square + row * n);
+      cpu::transpose<T>(square, n, to, panel_keys<T>);
+    }
+}
+
+// The index keys of a batch in panels.
+template <class T> class KeyPanels {
+ public:
+  KeyPanels(Cpu& cpu, Sequences const& s, Index DI)
+      : depth_(DI), memory_{cpu, {s.tokens() / panel_keys<T> + s.count(), round_up(DI, cpu::lanes<T>) * panel_keys<T>}},
+        panels_(out(memory_)) {}
+
+  // Panel p of sequence i. A sequence of length T has room for ceil(T / panel_keys) or more panels before those of the next sequence.
+  T* panel(Sequences const& s, Index i, Index p) const { return panels_.row(s[static_cast<std::size_t>(i)].start / panel_keys<T> + i + p); }
+
+  void pack(View<T const, 2> keys, Sequence sequence, Index p, T* panel) const { pack_panel<T>(depth_, keys, sequence, p, panel); }
+
+ private:
+  Index depth_;
+  Tensor<T, 2, Cpu> memory_;
+  View<T, 2> panels_;
+};
+
+// scores [panel_keys] (+)= the share of MR heads in (1): the rows of a tile are the heads of one query.
+template <int MR, class T>
+HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
+  constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
+  for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
+    cpu::Vec<T> sum[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[v] = first_heads ? cpu::Vec<T>{} : cpu::load(scores + column + v * cpu::lanes<T>);
+    cpu::tile<MR, NV, T>(
+        DI, q, {panel + column, panel_keys<T>}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return cpu::Vec<T>{}; },
+        [&](int r, int v, cpu::Vec<T> x) HYBRIDATTN_INLINE_LAMBDA { sum[v] += weights[r] * cpu::max<T>(cpu::Vec<T>{}, x); });
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) cpu::store<T>(scores + column + v * cpu::lanes<T>, sum[v]);
+  }
+}
+// (1) for one query and the keys of a panel. The weights are multiplied by index_scale: it is positive, so relu does not change it.
+template <class T> HYBRIDATTN_INLINE void score_panel(Config const& c, cpu::Scalars<T> q, T const* weights, T const* panel, T* scores) {
+  Index const HI = c.index_heads, DI = c.index_dim;
+  Index j = 0;
+  auto const from = [&] { return cpu::Scalars<T>{q.data + j * q.row, q.row, 1}; };
+  for (; j + 8 <= HI; j += 8) score_heads<8>(DI, from(), weights + j, panel, j == 0, scores);
+  for (; j + 4 <= HI; j += 4) score_heads<4>(DI, from(), weights + j, panel, j == 0, scores);
+  for (; j < HI; ++j) score_heads<1>(DI, from(), weights + j, panel, j == 0, scores);
+}
+
+// Computes a thread's rows of scores, and chooses keys from them.
+template <class T> class Chooser {
+ public:
+  using Row = cpu::RowTopK<T>;
+  static Index row_size(Index longest) { return round_up(longest, panel_keys<T>); }
+  static Index scratch(Config const& c, Index longest) { return panel_queries * (row_size(longest) + c.index_heads); }
+
+  Chooser(Config const& c, Inputs<In<T>> x, Index longest, T* memory, typename Row::Key* keys)
+      : c_(c), x_(x), row_(row_size(longest)), scores_(memory), weights_(scores_ + panel_queries * row_), keys_(keys) {}
+
+  // Chooses keys for the queries first .. last - 1 of sequence i.
+  void run(SparseOptions o, Sequences const& s, Index i, Index first, Index last, KeyPanels<T> const& panels,
+           View<std::int32_t, 2> indices) {
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    Index const k = selection_size(o, sequence.length);
+    for (Index t = first; t < last; t += panel_queries) {
+      Index const end = std::min(last, t + panel_queries);
+      if (k < end) score(s, i, t, end, panels);
+      for (Index query = t; query < end; ++query)
+        choose(std::min(k, query + 1), query, scores_ + (query - t) * row_, indices.row(sequence.start + query), indices.extent(1));
+    }
+  }
+
+ private:
+  void score(Sequences const& s, Index i, Index first, Index last, KeyPanels<T> const& panels) {
+    Index const start = s[static_cast<std::size_t>(i)].start, HI = c_.index_heads;
+    for (Index t = first; t < last; ++t)
+      for (Index j = 0; j < HI; ++j) weights_[(t - first) * HI + j] = static_cast<T>(c_.index_scale) * x_.index_w(start + t, j);
+    for (Index p = 0; p * panel_keys<T> < last; ++p) {
+      T const* const panel = panels.panel(s, i, p);
+      for (Index t = std::max(first, p * panel_keys<T>); t < last; ++t)
+        score_panel<T>(c_, {x_.index_q.row(start + t, 0), x_.index_q.stride[1], 1}, weights_ + (t - first) * HI, panel,
+                       scores_ + (t - first) * row_ + p * panel_keys<T>);
+    }
+  }
+  // (2). A query that sees at most k keys chooses all of them.
+  void choose(Index k, Index t, T const* scores, std::int32_t* indices, Index columns) {
+    if (k == t + 1) std::iota(indices, indices + k, 0);
+    else Row{scores, t + 1, keys_}.select(k, indices);
+    std::fill(indices + k, indices + columns, -1);
+  }
+
+  Config const& c_;
+  Inputs<In<T>> x_;
+  Index row_;
+  T *scores_, *weights_;          // [panel_queries, row_], [panel_queries, HI]
+  typename Row::Key* keys_;
+};
+
+// Tasks are pieces of a sequence's queries, those with the most keys first.
+template <class T>
+void choose_keys(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, View<std::int32_t, 2> indices) {
+  Index const count = s.count(), longest = s.longest(), threads = cpu.threads();
+  KeyPanels<T> const panels{cpu, s, c.index_dim};
+  Tensor<T, 2, Cpu> scores{cpu, {threads, Chooser<T>::scratch(c, longest)}};
+  Tensor<typename Chooser<T>::Row::Key, 2, Cpu> keys{cpu, {threads, Chooser<T>::Row::scratch(longest)}};
+  auto const score_memory = out(scores);
+  auto const key_memory = out(keys);
+  parallel_for(cpu, count * ceil_div(longest, panel_keys<T>), [&](Index task, int) {
+    Index const i = task % count, p = task / count;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    if (p * panel_keys<T> < sequence.length && selection_size(o, sequence.length) < sequence.length)
+      panels.pack(x.index_k, sequence, p, panels.panel(s, i, p));
+  });
+  Index const piece = round_up(ceil_div(longest * count, 8 * threads), panel_queries), pieces = ceil_div(longest, piece);
+  parallel_for(cpu, count * pieces, [&](Index task, int thread) {
+    Index const i = task % count, first = (pieces - 1 - task / count) * piece;
+    Index const last = std::min(first + piece, s[static_cast<std::size_t>(i)].length);
+    if (first >= last) return;
+    Chooser<T>{c, x, longest, score_memory.row(thread), key_memory.row(thread)}.run(o, s, i, first, last, panels, indices);
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_extend.hpp
+// Decoding on the CPU: queries over the keys of a cache. Scores and attention use the sums of cpu_indexer.hpp and
+// cpu_attention.hpp. So a query chooses the same keys and gives the same bits in a prompt and in a later step.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_EXTEND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// Chooses keys for a few queries at a time: threads share out the panels of keys, then the queries.
+template <class T> class CachedIndexer {
+ public:
+  CachedIndexer(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> const& x, View<T const, 3> index_keys,
+                View<std::int32_t, 2> indices)
+      : cpu_(cpu), c_(c), s_(s), x_(x), index_keys_(index_keys), indices_(indices), depth_(round_up(c.index_dim, cpu::lanes<T>)),
+        scores_(cpu, {queries, round_up(index_keys.extent(1), panel_keys<T>)}),
+        panels_(cpu, {Index{cpu.threads()}, depth_ * panel_keys<T> + c.index_heads}),
+        keys_(cpu, {Index{cpu.threads()}, Row::scratch(index_keys.extent(1))}), score_rows_(out(scores_)), panel_rows_(out(panels_)),
+        key_rows_(out(keys_)) {}
+
+  // (2) for every token of the sequences with past tokens.
+  void run() {
+    Index const parts = ceil_div(score_rows_.extent(1), part_keys);
+    for (Index first = 0; first < s_.tokens(); first += queries) {
+      Index const count = std::min(queries, s_.tokens() - first);
+      parallel_for(cpu_, count * parts, [&](Index task, int thread) { score(first + task / parts, task / parts, task % parts, thread); });
+      parallel_for(cpu_, count, [&](Index query, int thread) { choose(first + query, query, thread); });
+    }
+  }
+
+ private:
+  using Row = cpu::RowTopK<T>;
+  static constexpr Index queries = 8, part_keys = 8 * panel_keys<T>;
+
+  Sequence sequence_of(Index n) const { return s_[static_cast<std::size_t>(s_.owners()(n))]; }
+  Index seen_by(Index n) const { return s_.positions()(n) + 1; }
+  Index chosen_by(Index n) const { return std::min(indices_.extent(1), seen_by(n)); }
+
+  // (1) for some keys. A query that chooses all keys that it sees needs no scores.
+  void score(Index n, Index query, Index part, int thread) {
+    if (sequence_of(n).past == 0 || chosen_by(n) == seen_by(n)) return;
+    Index const owner = s_.owners()(n), last = std::min((part + 1) * part_keys, seen_by(n));
+    View<T const, 2> const keys{index_keys_.row(owner, 0), {seen_by(n), c_.index_dim}, {index_keys_.stride[1], 1}};
+    T *const panel = panel_rows_.row(thread), *const weights = panel + depth_ * panel_keys<T>;
+    for (Index j = 0; j < c_.index_heads; ++j) weights[j] = static_cast<T>(c_.index_scale) * x_.index_w(n, j);
+    for (Index p = part * part_keys / panel_keys<T>; p * panel_keys<T> < last; ++p) {
+      pack_panel<T>(c_.index_dim, keys, {0, seen_by(n)}, p, panel);
+      score_panel<T>(c_, {x_.index_q.row(n, 0), x_.index_q.stride[1], 1}, weights, panel, score_rows_.row(query) + p * panel_keys<T>);
+    }
+  }
+  void choose(Index n, Index query, int thread) {
+    if (sequence_of(n).past == 0) return;
+    std::int32_t* const indices = indices_.row(n);
+    if (chosen_by(n) == seen_by(n)) std::iota(indices, indices + chosen_by(n), 0);
+    else Row{score_rows_.row(query), seen_by(n), key_rows_.row(thread)}.select(chosen_by(n), indices);
+  }
+
+  Cpu& cpu_;
+  Config const& c_;
+  Sequences const& s_;
+  Inputs<In<T>> x_;
+  View<T const, 3> index_keys_;
+  View<std::int32_t, 2> indices_;
+  Index depth_;
+  Tensor<T, 2, Cpu> scores_, panels_;   // [queries, capacity], [threads, a panel and weights]
+  Tensor<typename Row::Key, 2, Cpu> keys_;
+  View<T, 2> score_rows_, panel_rows_;
+  View<typename Row::Key, 2> key_rows_;
+};
+
+// (3) for every token of the sequences with past tokens, over all keys if indices are empty. Tasks are groups of heads.
+template <class T>
+void attend_cached(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, View<std::int32_t const, 2> indices,
+                   View<T, 3> o) {
+  Index const capacity = cache.keys.extent(1), HK = c.num_kv_heads, group = c.num_heads / HK;
+  Index const most = indices.empty() ? capacity : std::min(capacity, indices.extent(1));
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(most)}};
+  cpu::Scratch<std::int32_t> const all{cpu, indices.empty() ? capacity : 0};
+  if (indices.empty()) std::iota(all.data(), all.data() + capacity, 0);
+  auto const memory = out(scratch);
+  parallel_for(cpu, s.tokens() * HK, [&](Index task, int thread) {
+    Index const n = task / HK, hk = task % HK, i = s.owners()(n);
+    if (s[static_cast<std::size_t>(i)].past == 0) return;
+    Keys const keys{indices.empty() ? all.data() : indices.row(n), std::min<Index>(most, s.positions()(n) + 1)};
+    Rows<T const> const k{cache.keys.row(i, 0, hk), cache.keys.stride[1]}, v{cache.values.row(i, 0, hk), cache.values.stride[1]};
+    wide_t<T> lse;
+    for (Index h = hk * group; h < (hk + 1) * group; ++h)
+      attend<T>(c.head_dim, static_cast<T>(c.scale), x.q.row(n, h), k, v, keys, memory.row(thread), o.row(n, h), lse);
+  });
+}
+
+template <class T> void remember(Cpu& cpu, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache) {
+  Index const HK = cache.keys.extent(2), D = cache.keys.extent(3);
+  parallel_blocks(cpu, s.tokens(), 16, [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      Index const i = s.owners()(n), position = s.positions()(n);
+      for (Index hk = 0; hk < HK; ++hk) {
+        std::copy_n(x.k.row(n, hk), D, cache.keys.row(i, position, hk));
+        std::copy_n(x.v.row(n, hk), D, cache.values.row(i, position, hk));
+      }
+      std::copy_n(x.index_k.row(n), x.index_k.extent(1), cache.index_keys.row(i, position));
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_kl.hpp
+// The indexer's loss on the CPU. Scores and attention's weights are computed again where they are needed, a query at a time.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_KL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// A query's distribution by the indexer, and its target: a number for each of its keys, in memory of the caller.
+template <class T> class KlQuery {
+ public:
+  KlQuery(Config const& c, Inputs<In<T>> const& x, Sequence s, Index t, Keys keys) : c_(c), x_(x), s_(s), n_(s.start + t), keys_(keys) {}
+
+  // products [HI, room]: iq_j . ik_s. scores: (1)
+  HYBRIDATTN_INLINE void score(T* products, Index room, T* scores) const {
+    for (Index j = 0; j < c_.index_heads; ++j) dot_rows<T>(c_.index_dim, x_.index_q.row(n_, j), index_keys(), keys_, products + j * room);
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> sum{};
+      for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::Vec<T>{}, cpu::load(products + j * room + i));
+      cpu::store<T>(scores + i, sum);
+    });
+  }
+  // target: p of (5). one_head is scratch with a number for each key.
+  HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, T* one_head, T* target) const {
+    Index const D = c_.head_dim, H = c_.num_heads, group = H / c_.num_kv_heads;
+    T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(H);
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(target + i, cpu::Vec<T>{}); });
+    for (Index h = 0; h < H; ++h) {
+      dot_rows<T>(D, x_.q.row(n_, h), head_of(x_.k, s_, h / group), keys_, one_head);
+      T const total = static_cast<T>(lse(n_, h));   // lse of rounded scores: the scores below are rounded too
+      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(one_head + i, scale * cpu::load(one_head + i)); });
+      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const p = cpu::exp<T>(cpu::load(one_head + i) - total);
+        cpu::store<T>(target + i, cpu::load(target + i) + each * p);
+      });
+    }
+  }
+  // index_lse of (5), and the query's part of (6).
+  HYBRIDATTN_INLINE T log_sum(T const* scores) const {
+    cpu::Vec<T> most = cpu::broadcast<T>(-std::numeric_limits<T>::infinity()), sum{};
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(most, cpu::load(scores + i)); });
+    T const largest = cpu::largest<T>(most);
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { sum += real(i, cpu::exp<T>(cpu::load(scores + i) - largest)); });
+    return attention::OnlineSoftmax<T>{largest, cpu::sum<T>(sum)}.lse();
+  }
+  HYBRIDATTN_INLINE T divergence(T const* scores, T const* target, T index_lse) const {
+    cpu::Vec<T> sum{};
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const p = cpu::load(target + i), log_p = std::numbers::ln2_v<T> * cpu::log2<T>(cpu::max<T>(p, smallest()));
+      cpu::Vec<T> const log_r = cpu::load(scores + i) - index_lse;
+      sum += real(i, p * (log_p - log_r) + (cpu::exp<T>(log_r) - p));
+    });
+    return cpu::sum<T>(sum);
+  }
+
+  // (7) for the query's index_q and index_w. d_z overwrites products.
+  HYBRIDATTN_INLINE void slopes(T d_loss, T index_lse, T const* target, T* scores, T* products, Index room,
+                                Inputs<Out<T>> const& d_x) const {
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const r = cpu::exp<T>(cpu::load(scores + i) - index_lse);
+      cpu::store<T>(scores + i, d_loss * (r - cpu::load(target + i)));
+    });
+    T const scale = static_cast<T>(c_.index_scale);
+    for (Index j = 0; j < c_.index_heads; ++j) {
+      T* const product = products + j * room;
+      cpu::Vec<T> sum{};
+      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+        cpu::Vec<T> const d_score = cpu::load(scores + i), z = cpu::load(product + i);
+        sum += real(i, d_score * cpu::max<T>(cpu::Vec<T>{}, scale * z));
+        cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
+      });
+      if (!d_x.index_w.empty()) d_x.index_w(n_, j) = cpu::sum<T>(sum);
+      if (!d_x.index_q.empty()) weighted_rows<T>(c_.index_dim, product, index_keys(), keys_, T(1), d_x.index_q.row(n_, j));
+    }
+  }
+
+ private:
+  static cpu::Vec<T> smallest() { return cpu::broadcast<T>(std::numeric_limits<T>::min()); }
+  T weight(Index j) const { return static_cast<T>(c_.index_scale) * x_.index_w(n_, j); }
+  Rows<T const> index_keys() const { return {x_.index_k.row(s_.start), x_.index_k.stride[0]}; }
+  HYBRIDATTN_INLINE cpu::Vec<T> real(Index i, cpu::Vec<T> x) const { return real_keys<T>(i, keys_.count, x); }
+  template <class F> HYBRIDATTN_INLINE void for_each_vector(F f) const {
+    for (Index i = 0; i < keys_.count; i += cpu::lanes<T>) f(i);
+  }
+
+  Config const& c_;
+  Inputs<In<T>> const& x_;
+  Sequence s_;
+  Index n_;
+  Keys keys_;
+};
+
+// Calls f(sequence number, first, last, thread) for `queries` queries of a sequence at a time, those with the most keys first.
+template <class F> void for_each_queries(Cpu& cpu, Sequences const& s, Index queries, F f) {
+  Index const count = s.count(), pieces = ceil_div(s.longest(), queries);
+  parallel_for(cpu, count * pieces, [&](Index task, int thread) {
+    Index const i = task % count, first = (pieces - 1 - task / count) * queries;
+    Index const last = std::min(first + queries, s[static_cast<std::size_t>(i)].length);
+    if (first < last) f(i, first, last, thread);
+  });
+}
+
+// (5) and each query's part of (6), [N].
+template <class T>
+void query_losses(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Wide<In<T>, 2> lse,
+                  Wide<Out<T>, 1> index_lse, T* losses) {
+  Index const room = key_room<T>(sets.most()), HI = c.index_heads;
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, (HI + 3) * room}};
+  auto const memory = out(scratch);
+  for_each_queries(cpu, s, 8, [&](Index i, Index first, Index last, int thread) {
+    T *const products = memory.row(thread), *scores = products + HI * room, *target = scores + room, *one_head = target + room;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    for (Index t = first; t < last; ++t) {
+      KlQuery<T> const query{c, x, sequence, t, sets.of(sequence, t)};
+      query.score(products, room, scores);
+      query.share(lse, one_head, target);
+      T const total = query.log_sum(scores);
+      index_lse(sequence.start + t) = total;
+      losses[sequence.start + t] = query.divergence(scores, target, total);
+    }
+  });
+}
+// (6), the sum of the queries' parts in order, unless loss is an empty view. Writes index_lse.
+template <class T>
+void index_loss(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Saved<Out<T>> saved,
+                State<Out<T>, 1> loss) {
+  cpu::Scratch<T> const losses{cpu, s.tokens()};
+  query_losses<T>(cpu, sets, c, s, x, saved.lse, saved.index_lse, losses.data());
+  if (!loss.empty())
+    loss(0) = cpu::sum_vectors<T>(s.tokens(), [&](cpu::Slot<T> n) HYBRIDATTN_INLINE_LAMBDA { return n.get(losses.data()); });
+}
+
+// (7) in blocks of queries. Threads share out a block's queries, which store d_z, and then the keys, which sum d_z over the
+// queries in order.
+template <class T> class KlBackward {
+ public:
+  KlBackward(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> const& x, Saved<In<T>> const& saved,
+             T d_loss, Inputs<Out<T>> const& d_x)
+      : cpu_(cpu), sets_(sets), c_(c), s_(s), x_(x), saved_(saved), d_loss_(d_loss), d_x_(d_x), room_(key_room<T>(sets.most())),
+        rows_(cpu, cpu.threads() * 3 * room_), d_z_(cpu, block * c.index_heads * start(s.count(), s.tokens())) {}
+
+  void run() {
+    for (Index first = 0; first < s_.longest(); first += block) {
+      queries(first);
+      if (!d_x_.index_k.empty()) keys(first);
+    }
+  }
+
+ private:
+  static constexpr Index block = 32, task_queries = 4, task_keys = 64;
+
+  // d_z of a block: rows [HI, room] of each query of sequence i, after those of earlier sequences.
+  Index room(Sequence s) const { return std::min(room_, key_room<T>(s.length)); }
+  static Index start(Index i, Index tokens_before) { return tokens_before + i * cpu::lanes<T>; }
+  T* d_z(Index i, Sequence s, Index query) const { return d_z_.data() + c_.index_heads * (block * start(i, s.start) + query * room(s)); }
+
+  void queries(Index first) {
+    parallel_for(cpu_, s_.count() * (block / task_queries), [&](Index task, int thread) {
+      Index const i = task % s_.count(), begin = first + task / s_.count() * task_queries;
+      Sequence const sequence = s_[static_cast<std::size_t>(i)];
+      T *const scores = rows_.data() + thread * 3 * room_, *target = scores + room_, *one_head = target + room_;
+      for (Index t = begin; t < std::min(begin + task_queries, sequence.length); ++t) {
+        T* const products = d_z(i, sequence, t - first);
+        KlQuery<T> const query{c_, x_, sequence, t, sets_.of(sequence, t)};
+        query.score(products, room(sequence), scores);
+        query.share(saved_.lse, one_head, target);
+        query.slopes(d_loss_, static_cast<T>(saved_.index_lse(sequence.start + t)), target, scores, products, room(sequence), d_x_);
+      }
+    });
+  }
+
+  // Adds a block's part of d_ik. The first block overwrites.
+  void keys(Index first) {
+    parallel_for(cpu_, s_.count() * ceil_div(s_.longest(), task_keys), [&](Index task, int) {
+      Index const i = task % s_.count(), begin = task / s_.count() * task_keys;
+      Sequence const sequence = s_[static_cast<std::size_t>(i)];
+      Index const end = std::min(begin + task_keys, sequence.length);
+      if (first == 0)
+        for (Index key = begin; key < end; ++key) std::fill_n(d_x_.index_k.row(sequence.start + key), c_.index_dim, T(0));
+      for (Index t = std::max(first, begin); t < std::min(first + block, sequence.length); ++t) {
+        Keys const all = sets_.of(sequence, t);
+        std::int32_t const* const from = std::lower_bound(all.indices, all.indices + all.count, begin);
+        std::int32_t const* const to = std::lower_bound(from, all.indices + all.count, end);
+        add_keys(sequence, t, {from, to - from}, d_z(i, sequence, t - first) + (from - all.indices));
+      }
+    });
+  }
+  // d_ik += d_z iq of one query, for some of its keys.
+  void add_keys(Sequence sequence, Index t, Keys keys, T const* d_z) {
+    Index const stride = room(sequence);
+    for_each_piece<T>(c_.index_dim, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+      constexpr int V = piece.vectors;
+      for (Index e = 0; e < keys.count; ++e) {
+        T* const row = d_x_.index_k.row(sequence.start + keys.indices[e]);
+        cpu::Vec<T> sum[std::size_t{V}];
+        HYBRIDATTN_UNROLL
+        for (int v = 0; v < V; ++v) sum[v] = piece.get(row, v);
+        for (Index j = 0; j < c_.index_heads; ++j) {
+          T const* const q = x_.index_q.row(sequence.start + t, j);
+          HYBRIDATTN_UNROLL
+          for (int v = 0; v < V; ++v) sum[v] += d_z[j * stride + e] * piece.get(q, v);
+        }
+        HYBRIDATTN_UNROLL
+        for (int v = 0; v < V; ++v) piece.put(row, v, sum[v]);
+      }
+    });
+  }
+
+  Cpu& cpu_;
+  KeySets const& sets_;
+  Config const& c_;
+  Sequences const& s_;
+  Inputs<In<T>> x_;
+  Saved<In<T>> saved_;
+  T d_loss_;
+  Inputs<Out<T>> d_x_;
+  Index room_;
+  cpu::Scratch<T> rows_, d_z_;
+};
+template <class T>
+void index_loss_backward(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Saved<In<T>> saved, T d_loss,
+                         Inputs<Out<T>> d_x) {
+  KlBackward<T>{cpu, sets, c, s, x, saved, d_loss, d_x}.run();
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/core/with_constant.hpp
+// A run-time number as a compile-time one, for the few values that have a fast kernel.
+#ifndef HYBRIDATTN_CORE_WITH_CONSTANT_HPP
+#define HYBRIDATTN_CORE_WITH_CONSTANT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// fast(std::integral_constant<Index, n>{}) when n is one of the values, generic() otherwise.
+template <Index... values, class Fast, class Generic> void with_constant(Index n, Fast&& fast, Generic&& generic) {
+  bool const found = ((n == values && (fast(std::integral_constant<Index, values>{}), true)) || ...);
+  if (!found) generic();
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/dsa/cpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace dsa {
+
+// Leaves out empty views: their gradient is not computed.
+template <class T, int Rank> void set_zero(View<T, Rank> x) {
+  if (x.empty()) return;
+  for (Index n = 0; n < x.extent(0); ++n) {
+    if constexpr (Rank == 2) std::fill_n(x.row(n), x.extent(1), T(0));
+    else
+      for (Index j = 0; j < x.extent(1); ++j) std::fill_n(x.row(n, j), x.extent(2), T(0));
+  }
+}
+template <class T, int... Ranks> void set_all_zero(View<T, Ranks>... x) { (set_zero(x), ...); }
+
+// Common head dims are compile-time constants. That gains up to 20 % with GCC and 10 to 30 % with Clang; 256 would gain 1 %.
+template <class Run> void with_head_dim(Index D, Run run) {
+  with_constant<16, 32, 64, 128>(D, run, [&] { run(D); });
+}
+
+template <class T> void negate(View<T const, 3> x, View<T, 3> y) {
+  for (Index n = 0; n < x.extent(0); ++n)
+    for (Index j = 0; j < x.extent(1); ++j) std::transform(x.row(n, j), x.row(n, j) + x.extent(2), y.row(n, j), std::negate<T>());
+}
+// The kernels need an index_scale s above 0. relu(s q . k) = relu(-s (-q) . k), so this calls f(config, inputs) with -s and -q.
+template <class T, class F> void with_positive_scale(Cpu& cpu, Config c, Inputs<In<T>> x, F f) {
+  Tensor<T, 3, Cpu> opposite{cpu, x.index_q.shape};
+  negate(x.index_q, out(opposite));
+  c.index_scale = -c.index_scale;
+  x.index_q = in(opposite);
+  f(std::as_const(c), x);
+}
+
+template <class T>
+void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { forward<T>(cpu, o, config, s, inputs, y, saved); });
+  if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
+  if (s.tokens() == 0) return;
+  if (c.stage != Stage::dense_warm_up) choose_keys(cpu, o, c, s, x, saved.indices);
+  KeySets const sets{cpu, o, c, s, saved.indices};
+  with_head_dim(c.head_dim, [&](auto D) { attend_all<T>(cpu, D, sets, c, s, x, y, saved); });
+  if (c.stage != Stage::language_model) index_loss<T>(cpu, sets, c, s, x, saved, y.auxiliary_loss);
+}
+template <class T>
+void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y, Saved<In<T>> saved,
+              Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x, [&](Config const& config, auto const& inputs) {
+      backward<T>(cpu, o, config, s, inputs, y, saved, d_y, d_x);
+      if (!d_x.index_q.empty()) negate(View<T const, 3>(d_x.index_q), d_x.index_q);
+    });
+  KeySets const sets{cpu, o, c, s, saved.indices};
+  if (d_y.o.empty()) set_all_zero(d_x.q, d_x.k, d_x.v);
+  else with_head_dim(c.head_dim, [&](auto D) { attend_all_backward<T>(cpu, D, sets, c, s, x, y, saved, d_y, d_x); });
+  bool const trains_indexer = c.stage != Stage::language_model && !d_y.auxiliary_loss.empty() && d_y.auxiliary_loss(0) != 0;
+  if (trains_indexer) index_loss_backward<T>(cpu, sets, c, s, x, saved, static_cast<T>(d_y.auxiliary_loss(0)), d_x);
+  else set_all_zero(d_x.index_q, d_x.index_k, d_x.index_w);
+}
+
+// Sequences without past tokens use the kernels of forward. Decoding computes no auxiliary loss in any stage.
+template <class T>
+void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
+  if (c.index_scale < 0)
+    return with_positive_scale<T>(cpu, c, x,
+                                  [&](Config const& config, auto const& inputs) { extend<T>(cpu, o, config, s, inputs, cache, y); });
+  check_fits(s, cache.keys.extent(0), cache.keys.extent(1));
+  remember<T>(cpu, s, x, cache);
+  bool const dense = c.stage == Stage::dense_warm_up;
+  Tensor<std::int32_t, 2, Cpu> indices{cpu, {s.tokens(), Index{dense ? 0 : o.top_k}}};
+  if (s.any_begin()) {
+    Sequences const beginnings = s.beginnings();
+    Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
+    if (!dense) choose_keys<T>(cpu, o, c, beginnings, x, out(indices));
+    KeySets const sets{cpu, o, c, beginnings, in(indices)};
+    with_head_dim(c.head_dim,
+                  [&](auto D) { attend_all<T>(cpu, D, sets, c, beginnings, x, y, {.lse = out(lse), .indices = {}, .index_lse = {}}); });
+  }
+  if (!s.any_continue()) return;
+  if (!dense) CachedIndexer<T>{cpu, c, s, x, cache.index_keys, out(indices)}.run();
+  attend_cached<T>(cpu, c, s, x, cache, in(indices), y.o);
+}
+
+}  // namespace dsa
+
+template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
+                      dsa::Saved<Out<T>> saved) {
+    dsa::forward(cpu, O, c, s, x, y, saved);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
+                       dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
+    dsa::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
+  }
+  template <class T>
+  static void extend(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
+                     dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
+    dsa::extend(cpu, O, c, s, x, cache, y);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/layer_norm/layer_norm.hpp
+// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
+//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, eps, x, w, b, y)
+//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
+struct LayerNorm {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/layer_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
+template <> struct On<LayerNorm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
+        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
+      }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
+                       View<T, 1> d_b) {
+    Index const C = x.extent(1);
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
+      auto const [mean, rstd] = moments(x.row(n), C, eps);
+      T g_mean = 0, along = 0;
+      for (Index c = 0; c < C; ++c) {
+        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
+        g_mean += g / static_cast<T>(C);
+        along += g * xh / static_cast<T>(C);
+        sum[c] += d_y(n, c) * xh;
+      }
+      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
+    });
+    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
+      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
+    });
+  }
+
+ private:
+  template <class T> struct Moments {
+    T mean, rstd;
+  };
+  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
+    T mean = 0, variance = 0;
+    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
+    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
+    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/attention/dsa/steps.hpp
+// The step before sparse attention in a layer: norm and rotary on queries and keys, and those of the indexer.
+#ifndef HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_STEPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class S> struct PrepareParams {
+  Wide<S, 1> q_norm, k_norm;                  // [D], empty without qk_norm
+  Wide<S, 1> index_norm_weight, index_norm_bias;  // [DI], empty without index_norm
+  HYBRIDATTN_FIELDS(q_norm, k_norm, index_norm_weight, index_norm_bias)
+};
+
+template <SparseOptions O> struct Prepare {
+  template <class S> using Params = PrepareParams<S>;
+
+  static constexpr bool changes = O.qk_norm != QkNorm::none || O.rotary_percent > 0;
+  static constexpr bool makes(std::string_view input) {
+    if (input == "q" || input == "k") return changes;
+    if (input == "index_q") return O.index_rotary_percent > 0;
+    return input == "index_k" && (O.index_rotary_percent > 0 || O.index_norm);
+  }
+
+  static Params<Shapes> params(Config const& c) {
+    Shape<1> const weight{O.qk_norm == QkNorm::none ? 0 : c.head_dim}, index_weight{O.index_norm ? c.index_dim : 0};
+    return {.q_norm = weight, .k_norm = weight, .index_norm_weight = index_weight, .index_norm_bias = index_weight};
+  }
+  static Params<Starts> starts(Config const& c) {
+    return {.q_norm = norm(c).start(),
+            .k_norm = norm(c).start(),
+            .index_norm_weight = Initial::constant(1),
+            .index_norm_bias = Initial::constant(0)};
+  }
+
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+    if constexpr (changes) {
+      Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+      norm(c).forward(backend, turn, raw.q, p.q_norm, x.q);
+      norm(c).forward(backend, turn, raw.k, p.k_norm, x.k);
+    }
+    View<T const, 2> index_k = raw.index_k;
+    if constexpr (O.index_norm) {
+      On<LayerNorm, B>::forward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, p.index_norm_bias, x.index_k);
+      index_k = x.index_k;
+    }
+    if constexpr (O.index_rotary_percent > 0) {
+      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
+      turn.forward(backend, raw.index_q, x.index_q);
+      turn.forward(backend, one_head(index_k), one_head(x.index_k));
+    }
+  }
+  // Computes the gradients that are not empty views: d_raw.q and d_raw.k, those of the indexer, or both.
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    if constexpr (changes) {
+      if (!d_raw.q.empty()) {
+        Rotation<T, B> const turn{backend, s, c.head_dim, O.rotary_percent, O.rotary, c.rope_theta};
+        norm(c).backward(backend, turn, raw.q, p.q_norm, d_x.q, d_raw.q, d_p.q_norm);
+        norm(c).backward(backend, turn, raw.k, p.k_norm, d_x.k, d_raw.k, d_p.k_norm);
+      }
+    }
+    if constexpr (O.index_rotary_percent > 0 || O.index_norm) {
+      if (!d_raw.index_k.empty()) index_backward(backend, c, s, raw, p, d_x, d_raw, d_p);
+    }
+  }
+
+ private:
+  // Backward of the rotary, then of the norm, as in HeadNorm.
+  template <class B, class T>
+  static void index_backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p,
+                             Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    [[maybe_unused]] Tensor<T, 2, B> turned;
+    View<T const, 2> d_normed = d_x.index_k;
+    if constexpr (O.index_rotary_percent > 0) {
+      Rotation<T, B> const turn{backend, s, c.index_dim, O.index_rotary_percent, Rotary::half_split, c.rope_theta};
+      if constexpr (O.index_norm) turned = {backend, d_x.index_k.shape};
+      View<T, 2> const d_index_k = O.index_norm ? out(turned) : d_raw.index_k;
+      turn.backward(backend, d_x.index_q, d_raw.index_q);
+      turn.backward(backend, one_head(d_normed), one_head(d_index_k));
+      d_normed = d_index_k;
+    }
+    if constexpr (O.index_norm)
+      On<LayerNorm, B>::backward(backend, c.norm_eps, raw.index_k, p.index_norm_weight, d_normed, d_raw.index_k, d_p.index_norm_weight,
+                                 d_p.index_norm_bias);
+  }
+  static HeadNorm norm(Config const& c) { return {O.qk_norm, c.norm_eps}; }
+  template <class T> static View<T, 3> one_head(View<T, 2> x) { return {x.data, {x.extent(0), 1, x.extent(1)}}; }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/dsa.hpp
+// DeepSeek Sparse Attention (arXiv 2512.02556): each query attends to the top_k keys that a small indexer picks.
+//   (1) I_ts = sum_j w_tj relu(index_scale iq_tj . ik_s)       s <= t in the same sequence; j over the indexer's heads
+//   (2) S_t = the min(k, t + 1) keys with the largest I_ts; ties go to the smaller index, -0 ties with +0,
+//       NaN ranks last
+//   (3) lse_th = log sum_{s in S_t} exp(scale q_th . k_s)       o_th = sum_{s in S_t} P_ths v_s, P = exp(score - lse)
+//   (4) d_q, d_k, d_v as in full attention, over S_t alone
+// All heads use one selection. The choice has no gradient. A loss of its own trains the indexer to score keys as attention weights them:
+//   (5) p_ts = mean_h P_ths        r_ts = exp(I_ts - index_lse_t)        index_lse_t = log sum_{s in S_t} exp(I_ts)
+//   (6) auxiliary_loss = sum_t sum_{s in S_t} p_ts log(p_ts / r_ts), the divergence KL(p_t || r_t) of every query; computed with
+//       + r_ts - p_ts, which sums to 0, so that a rounding of p_t or r_t counts in second order
+//   (7) d_I_ts = (r_ts - p_ts) d_auxiliary_loss         p counts as constant: q and k get no gradient
+//       d_z_tjs = index_scale w_tj d_I_ts where index_scale iq_tj . ik_s > 0, else 0
+//       d_iq_tj = sum_s d_z_tjs ik_s    d_ik_s = sum_tj d_z_tjs iq_tj    d_w_tj = sum_s d_I_ts relu(index_scale iq_tj . ik_s)
+// In the dense warm-up S_t is every key that t sees, without a choice. No tensor ever has T x T elements.
+#ifndef HYBRIDATTN_ATTENTION_DSA_DSA_HPP
+#define HYBRIDATTN_ATTENTION_DSA_DSA_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <SparseOptions O = SparseOptions{}> struct SparseAttention : PolicyDefaults {
+  static_assert((O.top_k > 0) != (O.top_k_percent > 0),
+                "SparseOptions: set top_k (a count of keys, >= 1), or top_k = 0 and top_k_percent (1 .. 100)");
+  static_assert(O.top_k >= 0 && 0 <= O.top_k_percent && O.top_k_percent <= 100, "SparseOptions: top_k >= 1, or top_k_percent in 1 .. 100");
+  static_assert(0 <= O.rotary_percent && O.rotary_percent <= 100 && 0 <= O.index_rotary_percent && O.index_rotary_percent <= 100,
+                "SparseOptions: a rotary percentage is a share of the head, 0 .. 100");
+
+  static constexpr std::string_view name = "DSA";
+  static constexpr SparseOptions options = O;
+  using Config = dsa::Config;
+  template <class S> using Inputs = dsa::Inputs<S>;
+  template <class S> using Outputs = dsa::Outputs<S>;
+  template <class S> using Saved = dsa::Saved<S>;
+  template <class S> using Cache = dsa::Cache<S>;
+  using Prepare = dsa::Prepare<O>;
+  using Finish = std::conditional_t<O.output_gate, SigmoidFinish, NoStep>;
+
+  static constexpr bool detached(std::string_view input) { return input.starts_with("index_"); }
+  static double auxiliary_weight(Config const& c, Index tokens) { return tokens == 0 ? 0 : c.index_loss / static_cast<double>(tokens); }
+
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_kv_heads == 0) c.num_kv_heads = c.num_heads;
+    c.head_dim = default_head_dim(c.head_dim, model_dim, c.num_heads);
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+    if (c.index_dim == 0) c.index_dim = c.head_dim;
+    if (c.index_scale == 0) c.index_scale = 1 / std::sqrt(static_cast<double>(c.index_dim));
+    check_groups("SparseAttention", c.num_heads, c.num_kv_heads);
+    return c;
+  }
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_kv_heads, c.head_dim};
+    return {.q = {s.tokens(), c.num_heads, c.head_dim},
+            .k = keys,
+            .v = keys,
+            .index_q = {s.tokens(), c.index_heads, c.index_dim},
+            .index_k = {s.tokens(), c.index_dim},
+            .index_w = {s.tokens(), c.index_heads}};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
+    Shape<1> const loss{c.stage == Stage::language_model ? 0 : 1};
+    return {.o = {s.tokens(), c.num_heads, c.head_dim}, .auxiliary_loss = loss};
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) {
+    Shape<2> const chosen{s.tokens(), c.stage == Stage::dense_warm_up ? 0 : dsa::selection_size(O, s.longest())};
+    Shape<1> const index_lse{c.stage == Stage::language_model ? 0 : s.tokens()};
+    return {.lse = {s.tokens(), c.num_heads}, .indices = chosen, .index_lse = index_lse};
+  }
+  // Decoding needs a fixed top_k: top_k_percent is relative to the final length, which is unknown while tokens are generated. To decode,
+  // use the same parameters in a policy with top_k.
+  static Cache<Shapes> cache(Config const& c, Index batch, Index capacity) requires(O.top_k_percent == 0) {
+    Shape<4> const rows{batch, capacity, c.num_kv_heads, c.head_dim};
+    return {.keys = rows, .values = rows, .index_keys = {batch, capacity, c.index_dim}};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("SparseAttention", "num_heads", c.num_heads);
+    check_size("SparseAttention", "num_kv_heads", c.num_kv_heads);
+    check_size("SparseAttention", "head_dim", c.head_dim);
+    check_number("SparseAttention", "scale", c.scale);
+    check_at_least("SparseAttention", "index_heads", c.index_heads, 1);
+    check_size("SparseAttention", "index_dim", c.index_dim);
+    check_number("SparseAttention", "index_scale", c.index_scale);
+    check_positive("SparseAttention", "rope_theta", c.rope_theta);
+    check_positive("SparseAttention", "norm_eps", c.norm_eps);
+    check_not_negative("SparseAttention", "index_loss", c.index_loss);
+  }
+};
+using DSA = SparseAttention<>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/reduce.hpp
+// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
+#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
+template <class T, std::size_t warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+  x = simt::sum_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T sum = 0;
+  for (T part : of_warps) sum += part;
+  simt::sync_block();   // of_warps may be used again
+  return sum;
+}
+
+// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
+template <class T> struct SumParts {
+  View<T const, 2> parts;
+  View<T, 1> sum;
+  HYBRIDATTN_HD void operator()(Index c) const {
+    T total = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
+    sum(c) = total;
+  }
+};
+
+// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
+inline constexpr Index sum_rows = 32;
+inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_rows.hpp
+// What the kernels of sparse attention share: the keys of a query, and rows that a block gathers from anywhere in memory.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// What every kernel knows of a batch.
+template <class T> struct Batch {
+  SparseOptions options;
+  Inputs<In<T>> x;
+  SequenceTable sequences;
+  View<std::int32_t const, 2> indices;   // empty: a query attends to every key that it sees
+  int group;                             // query heads of a key/value head
+  T scale, index_scale;
+  Cache<In<T>> cache;                    // of past tokens; empty views where no sequence has any
+
+  HYBRIDATTN_DEVICE int kv_head(Index h) const { return static_cast<int>(h) / group; }
+};
+
+// The blocks of a grid are `parts` of each sequence. Numbers of blocks and tokens fit into an int, and a division of 64 bits would need
+// a function.
+struct PartOfSequence {
+  int sequence, part;
+  explicit HYBRIDATTN_DEVICE PartOfSequence(Index parts)
+      : sequence(static_cast<int>(simt::block_x()) / static_cast<int>(parts)),
+        part(static_cast<int>(simt::block_x()) % static_cast<int>(parts)) {}
+};
+
+// Query n of the batch, and its keys by their positions in its sequence, cached or new.
+template <class T> class Query {
+ public:
+  HYBRIDATTN_DEVICE Query(Batch<T> const& batch, Index n)
+      : b_(batch), n_(n), number_(batch.sequences.owners(n)), sequence_(batch.sequences.list(number_)) {}
+
+  HYBRIDATTN_DEVICE Index seen() const { return Index{b_.sequences.positions(n_)} + 1; }
+  HYBRIDATTN_DEVICE Index selected() const { return simt::smaller(selection_size(b_.options, sequence_.length), seen()); }
+  // The number of keys that it attends to, and key j of them.
+  HYBRIDATTN_DEVICE Index count() const { return b_.indices.empty() ? seen() : selected(); }
+  HYBRIDATTN_DEVICE Index key(Index j) const { return b_.indices.empty() ? j : Index{b_.indices(n_, j)}; }
+
+  HYBRIDATTN_DEVICE T const* key_row(Index position, Index hk) const {
+    return is_cached(position) ? b_.cache.keys.row(number_, position, hk) : b_.x.k.row(token(position), hk);
+  }
+  HYBRIDATTN_DEVICE T const* value_row(Index position, Index hk) const {
+    return is_cached(position) ? b_.cache.values.row(number_, position, hk) : b_.x.v.row(token(position), hk);
+  }
+  HYBRIDATTN_DEVICE T const* index_row(Index position) const {
+    return is_cached(position) ? b_.cache.index_keys.row(number_, position) : b_.x.index_k.row(token(position));
+  }
+
+ private:
+  HYBRIDATTN_DEVICE bool is_cached(Index position) const { return position < sequence_.past; }
+  HYBRIDATTN_DEVICE Index token(Index position) const { return sequence_.start + position - sequence_.past; }
+
+  Batch<T> const& b_;
+  Index n_, number_;
+  Sequence sequence_;
+};
+
+// A row of each thread of a block, anywhere in memory. The block reads a piece of all rows at a time, neighbouring lanes neighbouring entries.
+template <class T, int threads> struct GatheredRows {
+  static constexpr int piece = 32;
+  T const* begin[threads];
+  T entries[threads][piece + 1];  // one more, so that the rows begin in different banks
+
+  // Entries first .. first + piece - 1 of the rows of the first `count` threads.
+  HYBRIDATTN_DEVICE void load(Index first, Index size, int count) {
+    Index const entry = first + simt::lane();
+    for (int r = simt::warp(); r < count && entry < size; r += threads / 32) entries[r][simt::lane()] = begin[r][entry];
+  }
+};
+HYBRIDATTN_DEVICE int entries_from(Index first, Index size, int piece) {
+  return static_cast<int>(simt::smaller<Index>(size - first, piece));
+}
+
+// x . row of this thread, for the first `count` threads of the block, 0 for the others. Entries are summed in their order. All threads
+// of the block call this, with the same x.
+template <class T, int threads> HYBRIDATTN_DEVICE T gather_dot(GatheredRows<T, threads>& rows, T const* x, T const* row, Index size,
+                                                               int count) {
+  int const thread = simt::thread_id();
+  T sum = 0;
+  rows.begin[thread] = row;
+  for (Index first = 0; first < size; first += rows.piece) {
+    simt::sync_block();
+    rows.load(first, size, count);
+    simt::sync_block();
+    HYBRIDATTN_UNROLL_8_IN_KERNEL
+    for (int e = 0, end = entries_from(first, size, thread < count ? rows.piece : 0); e < end; ++e)
+      sum += x[first + e] * rows.entries[thread][e];
+  }
+  return sum;
+}
+// The same of two rows of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T gather_dot(GatheredRows<T, threads>& a, T const* a_row, GatheredRows<T, threads>& b, T const* b_row, Index size,
+                               int count) {
+  int const thread = simt::thread_id();
+  T sum = 0;
+  a.begin[thread] = a_row;
+  b.begin[thread] = b_row;
+  for (Index first = 0; first < size; first += a.piece) {
+    simt::sync_block();
+    a.load(first, size, count);
+    b.load(first, size, count);
+    simt::sync_block();
+    HYBRIDATTN_UNROLL_8_IN_KERNEL
+    for (int e = 0, end = entries_from(first, size, thread < count ? a.piece : 0); e < end; ++e)
+      sum += a.entries[thread][e] * b.entries[thread][e];
+  }
+  return sum;
+}
+
+// y [size] (+)= the sum of weights[j] times row j, in the order of j. A thread has every `threads`-th entry of y.
+template <class T, int threads>
+HYBRIDATTN_DEVICE void add_rows(T const (&weights)[threads], T const* const (&rows)[threads], int count, bool overwrites, T* y,
+                                Index size) {
+  for (Index d = simt::thread_id(); d < size; d += threads) {
+    T sum = overwrites ? T(0) : y[d];
+    HYBRIDATTN_UNROLL_8_IN_KERNEL
+    for (int j = 0; j < count; ++j) sum += weights[j] * rows[j][d];
+    y[d] = sum;
+  }
+}
+
+// The largest of one number of each thread of a block, for all threads. None is NaN.
+template <class T, int warps> HYBRIDATTN_DEVICE T largest_of_block(T (&of_warps)[warps], T x) {
+  x = simt::largest_of_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T largest = -simt::infinity<T>();
+  for (T of_warp : of_warps) largest = simt::larger(largest, of_warp);
+  simt::sync_block();  // of_warps may be used again
+  return largest;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_pairs.hpp
+// The queries that attend to a tile of keys: found by search in their ascending rows of indices, in the order of the queries.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_PAIRS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_PAIRS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// A query that attends to a key of a tile.
+struct Pair {
+  int query, key;   // counted from the first query and the first key
+  Index place;      // of the key in the query's row of indices
+};
+
+// All pairs of up to 64 queries with a tile of 32 keys, key by key. A block finds them together. A thread searches for the keys of a query,
+// then lists the pairs of a key with half of the queries.
+class Pairs {
+ public:
+  static constexpr int threads = 64, queries = 64, keys = 32;
+  struct Shared {
+    std::uint32_t keys_of[queries], queries_of[2 * keys];  // bits. queries_of has two words for each key
+    Index place[queries];  // of a query's first key in the tile
+    std::uint16_t list[queries * keys];  // key * queries + query
+  };
+
+  // Of the queries first_query .. last_query - 1 of a sequence, at most 64.
+  template <class T>
+  HYBRIDATTN_DEVICE Pairs(Shared& shared, Batch<T> const& batch, Sequence s, Index first_key, Index first_query, Index last_query)
+      : shared_(shared) {
+    Index const query = first_query + simt::thread_id();
+    find(query < last_query, Query<T>{batch, s.start + simt::smaller(query, s.length - 1)}, first_key);
+    simt::sync_block();
+    write_list();
+    simt::sync_block();
+  }
+
+  HYBRIDATTN_DEVICE int count() const { return count_; }
+  HYBRIDATTN_DEVICE Pair operator[](int i) const {
+    int const query = shared_.list[i] % queries, key = shared_.list[i] / queries;
+    std::uint32_t const before = shared_.keys_of[query] & ((std::uint32_t{1} << key) - 1);
+    return {query, key, shared_.place[query] + simt::count_bits(before)};
+  }
+
+ private:
+  template <class T> HYBRIDATTN_DEVICE void find(bool is_query, Query<T> const& query, Index first_key) {
+    Index const count = is_query ? query.count() : 0;
+    Index place = 0;
+    for (Index end = count; place < end;) {  // key place - 1 is before the tile, key end is not
+      Index const middle = (place + end) / 2;
+      if (query.key(middle) < first_key) place = middle + 1;
+      else end = middle;
+    }
+    std::uint32_t bits = 0;
+    for (Index j = place; j < count && query.key(j) < first_key + keys; ++j) bits |= std::uint32_t{1} << (query.key(j) - first_key);
+    shared_.place[simt::thread_id()] = place;
+    shared_.keys_of[simt::thread_id()] = bits;
+    for (int key = 0; key < keys; ++key) {
+      std::uint32_t const votes = simt::ballot((bits >> key & 1) != 0);
+      if (simt::lane() == 0) shared_.queries_of[2 * key + simt::warp()] = votes;
+    }
+  }
+  HYBRIDATTN_DEVICE void write_list() {
+    int const own = simt::thread_id();
+    int place = 0;
+    count_ = 0;
+    for (int i = 0; i < 2 * keys; ++i) {
+      if (i == own) place = count_;
+      count_ += simt::count_bits(shared_.queries_of[i]);
+    }
+    for (std::uint32_t bits = shared_.queries_of[own]; bits != 0; bits &= bits - 1)
+      shared_.list[place++] = static_cast<std::uint16_t>(own / 2 * queries + own % 2 * 32 + simt::first_bit(bits));
+  }
+
+  Shared& shared_;
+  int count_;
+};
+
+// Gradients of a tile of keys, set to zero or added to by a block of threads. A thread has every 64th entry of each key.
+template <class T> HYBRIDATTN_DEVICE void set_tile_zero(View<T, 2> d_keys) {
+  for (Index key = 0; key < d_keys.extent(0); ++key)
+    for (Index d = simt::thread_id(); d < d_keys.extent(1); d += Pairs::threads) d_keys.row(key)[d] = 0;
+}
+// Row keys[i] += weights[i] times row i, in the order of i. Equal keys follow each other.
+template <class T, int threads>
+HYBRIDATTN_DEVICE void add_terms(T const (&weights)[threads], T const* const (&rows)[threads], int const (&keys)[threads], int count,
+                                 View<T, 2> d_keys) {
+  for (Index d = simt::thread_id(); d < d_keys.extent(1); d += threads)
+    for (int i = 0; i < count;) {
+      int const key = keys[i];
+      T* const d_key = d_keys.row(key);
+      T sum = d_key[d];
+      for (; i < count && keys[i] == key; ++i) sum += weights[i] * rows[i][d];
+      d_key[d] = sum;
+    }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_attention.hpp
+// Attention over the keys of each query as kernels, in exact arithmetic. Numbers in brackets are equations of dsa.hpp.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_ATTENTION_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_ATTENTION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class T> struct AttentionParams {
+  Batch<T> batch;
+  View<T, 3> o;
+  View<wide_t<T>, 2> lse;                // an empty view where nobody needs it
+  // Only in backward.
+  View<T const, 3> y, d_o;
+  View<wide_t<T> const, 2> y_lse;
+  View<wide_t<T>, 2> delta;
+  Inputs<Out<T>> d_x;
+  Index tiles;  // of keys, in the longest sequence
+};
+
+// scale q . k, of head h of query n and a key of each thread. Of the threads from `count` on it is 0.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T attention_score(GatheredRows<T, threads>& rows, Batch<T> const& b, Index n, Index h, T const* key_row, int count) {
+  return simt::rounded_product(b.scale, gather_dot(rows, b.x.q.row(n, h), key_row, b.x.q.extent(2), count));
+}
+
+// o and lse of one head of a query. A thread has a key of a tile of keys, then entries of o. The largest score is found before weights are
+// computed. So o overflows only where it does in the order of the equations.
+template <class T> struct Attend {
+  static constexpr int threads = 64;
+  using Params = AttentionParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> keys;
+    T const* values[threads];
+    T weights[threads], of_warps[threads / 32];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x(), h = simt::block_y(), D = p.o.extent(2);
+    Query<T> const query{p.batch, n};
+    Index const count = query.count();
+    T score = 0, largest = -simt::infinity<T>(), total = 0;
+    for (Index first = 0; first < count; first += threads) {
+      score = score_from(shared, p, query, first);
+      if (first + simt::thread_id() < count) largest = simt::larger(score, largest);
+    }
+    largest = largest_of_block(shared.of_warps, largest);
+    for (Index first = 0; first < count; first += threads) {
+      if (count > threads) score = score_from(shared, p, query, first);
+      Index const j = first + simt::thread_id();
+      T const weight = j < count ? std::exp(score - largest) : T(0);
+      total += weight;
+      shared.weights[simt::thread_id()] = weight;
+      shared.values[simt::thread_id()] = j < count ? query.value_row(query.key(j), p.batch.kv_head(h)) : nullptr;
+      simt::sync_block();
+      add_rows(shared.weights, shared.values, entries_from(first, count, threads), first == 0, p.o.row(n, h), D);
+    }
+    total = gpu::sum_block(shared.of_warps, total);
+    for (Index d = simt::thread_id(); d < D; d += threads) p.o(n, h, d) /= total;
+    if (simt::thread_id() == 0 && !p.lse.empty()) p.lse(n, h) = largest + std::log(total);   // (3)
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE T score_from(Shared& shared, Params const& p, Query<T> const& query, Index first) {
+    Index const j = first + simt::thread_id(), n = simt::block_x(), h = simt::block_y();
+    T const* const row = j < query.count() ? query.key_row(query.key(j), p.batch.kv_head(h)) : nullptr;
+    return attention_score(shared.keys, p.batch, n, h, row, entries_from(first, query.count(), threads));
+  }
+};
+
+// delta and d_q of one head of a query. A thread has a key of a tile of keys, then entries of d_q.
+template <class T> struct AttendQueryGradients {
+  static constexpr int threads = 64;
+  using Params = AttentionParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> rows;
+    T const* keys[threads];
+    T d_s[threads];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x(), h = simt::block_y(), hk = p.batch.kv_head(h), D = p.y.extent(2);
+    Query<T> const query{p.batch, n};
+    // The order of gather_dot: where one key has all the weight, o is its v, and the two terms of d_s cancel.
+    T const delta = dot(p.d_o.row(n, h), p.y.row(n, h), D), lse = p.y_lse(n, h);
+    if (simt::thread_id() == 0) p.delta(n, h) = delta;
+    for (Index first = 0, count = query.count(); first < count; first += threads) {
+      Index const j = first + simt::thread_id(), key = j < count ? query.key(j) : 0;
+      int const keys = entries_from(first, count, threads);
+      T const *const k = query.key_row(key, hk), *const v = query.value_row(key, hk);
+      T const weight = std::exp(attention_score(shared.rows, p.batch, n, h, k, keys) - lse);
+      T const d_weight = gather_dot(shared.rows, p.d_o.row(n, h), v, D, keys);
+      shared.keys[simt::thread_id()] = k;
+      shared.d_s[simt::thread_id()] = p.batch.scale * weight * (d_weight - delta);
+      simt::sync_block();
+      add_rows(shared.d_s, shared.keys, keys, first == 0, p.d_x.q.row(n, h), D);   // (4)
+    }
+  }
+};
+
+// d_k and d_v of a tile of keys in one key/value head. The sums go through the queries in order, and for each through the heads of the
+// group. A thread has a pair of a query and a key, then entries of the gradients.
+template <class T> struct AttendKeyGradients {
+  static constexpr int threads = Pairs::threads;
+  using Params = AttentionParams<T>;
+  struct Shared {
+    Pairs::Shared pairs;
+    GatheredRows<T, threads> of_query, of_key;
+    T const *q[threads], *d_o[threads];
+    T weights[threads], d_s[threads];
+    int keys[threads];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    PartOfSequence const at{p.tiles};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const first = Index{at.part} * Pairs::keys;
+    if (first >= sequence.length) return;
+    View<T, 2> const d_k = tile_of(p.d_x.k, sequence, first), d_v = tile_of(p.d_x.v, sequence, first);
+    set_tile_zero(d_k);
+    set_tile_zero(d_v);
+    for (Index query = first; query < sequence.length; query += Pairs::queries) {
+      Pairs const pairs{shared.pairs, p.batch, sequence, first, query, sequence.length};
+      int const terms = pairs.count() * p.batch.group;
+      for (int term = 0; term < terms; term += threads) {
+        int const count = entries_from(term, terms, threads);
+        weigh(shared, p, pairs, sequence.start + query, sequence.start + first, term, count);
+        simt::sync_block();
+        add_terms(shared.d_s, shared.q, shared.keys, count, d_k);   // (4)
+        add_terms(shared.weights, shared.d_o, shared.keys, count, d_v);
+      }
+    }
+  }
+
+ private:
+  // The rows of a tile of keys, in this block's head.
+  static HYBRIDATTN_DEVICE View<T, 2> tile_of(View<T, 3> x, Sequence s, Index first) {
+    return {x.row(s.start + first, simt::block_y()), {entries_from(first, s.length, Pairs::keys), x.extent(2)}, {x.stride[0], 1}};
+  }
+  // The weights of `count` terms: pairs, and for each the heads of the group. Queries and keys are counted from tokens n and key.
+  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Index n, Index key, int term, int count) {
+    int const thread = simt::thread_id();
+    int const group = p.batch.group, own = term + (thread < count ? thread : 0);
+    Index const hk = simt::block_y(), h = hk * group + own % group;
+    Pair const pair = pairs[own / group];
+    n += pair.query;
+    key += pair.key;
+    T const *const q = p.batch.x.q.row(n, h), *const d_o = p.d_o.row(n, h);
+    Index const D = p.y.extent(2);
+    T const product = gather_dot(shared.of_query, q, shared.of_key, p.batch.x.k.row(key, hk), D, count);
+    T const d_weight = gather_dot(shared.of_query, d_o, shared.of_key, p.batch.x.v.row(key, hk), D, count);
+    T const weight = std::exp(simt::rounded_product(p.batch.scale, product) - p.y_lse(n, h));
+    shared.q[thread] = q;
+    shared.d_o[thread] = d_o;
+    shared.weights[thread] = weight;
+    shared.d_s[thread] = p.batch.scale * weight * (d_weight - p.delta(n, h));
+    shared.keys[thread] = pair.key;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/ops/top_k/kernels.hpp
+// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become unsigned integers in the same order, their
+// keys. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that have
+// the digits found so far.
+#ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+#define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
+template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
+  auto const bits = simt::bits_of(x + T(0));
+  using Key = std::remove_const_t<decltype(bits)>;
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  if (x != x) return Key{0};
+  return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
+}
+
+// A row of n scores. All threads of the block work on it.
+template <class T, int threads> class RowTopK {
+ public:
+  static constexpr int warps = threads / 32, digits = 256;
+  struct Shared {
+    int counts[warps], ties[warps], histogram[digits], digit, rank;
+  };
+
+  HYBRIDATTN_DEVICE RowTopK(Shared& shared, T const* scores, Index n) : shared_(shared), scores_(scores), n_(n) {}
+
+  // The indices of the k largest scores, ascending, for 1 <= k <= n.
+  HYBRIDATTN_DEVICE void select(int k, std::int32_t* indices) const { write_chosen(kth_largest(k), indices); }
+
+ private:
+  using Key = decltype(simt::bits_of(T()));
+  // The k-th largest key, and how many of the keys equal to it are among the k largest.
+  struct Bound {
+    Key key;
+    int ties;
+  };
+
+  HYBRIDATTN_DEVICE Key key_of(Index i) const { return ordered_key(scores_[i]); }
+  HYBRIDATTN_DEVICE Bound kth_largest(int k) const {
+    Bound bound{0, k};
+    Key known = 0;  // the bits of the digits that are found
+    for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {
+      for (int digit = simt::thread_id(); digit < digits; digit += threads) shared_.histogram[digit] = 0;
+      simt::sync_block();
+      for (Index i = simt::thread_id(); i < n_; i += threads)
+        if (Key const key = key_of(i); (key & known) == bound.key) simt::atomic_add(&shared_.histogram[key >> shift & (digits - 1)], 1);
+      simt::sync_block();
+      if (simt::warp() == 0) find_digit(bound.ties);
+      simt::sync_block();
+      bound = {bound.key | static_cast<Key>(shared_.digit) << shift, shared_.rank};
+      known |= static_cast<Key>(digits - 1) << shift;
+    }
+    return bound;
+  }
+  // The digit of the key that has this rank among the keys of the histogram, and its rank among those with this digit. A lane has 8
+  // digits, lane 0 the largest ones.
+  HYBRIDATTN_DEVICE void find_digit(int rank) const {
+    int const largest = digits - 1 - 8 * simt::lane();
+    int own = 0;
+    for (int digit = largest; digit > largest - 8; --digit) own += shared_.histogram[digit];
+    int sum = own;  // of this lane and those before it
+    for (int step = 1; step < 32; step *= 2) {
+      int const before = simt::shuffle_up(sum, step);
+      if (simt::lane() >= step) sum += before;
+    }
+    rank -= sum - own;
+    if (rank <= 0 || rank > own) return;
+    int digit = largest;
+    for (; rank > shared_.histogram[digit] && digit > largest - 7; --digit) rank -= shared_.histogram[digit];
+    shared_.digit = digit;
+    shared_.rank = rank;
+  }
+  // The indices of the keys above the bound, and of the first ones equal to it. Each turn looks at a key for each thread.
+  HYBRIDATTN_DEVICE void write_chosen(Bound bound, std::int32_t* indices) const {
+    int above = 0, ties = 0;  // in earlier turns
+    for (Index first = 0; first < n_; first += threads) {
+      Index const i = first + simt::thread_id();
+      bool const inside = i < n_, is_above = inside && key_of(i) > bound.key, is_tie = inside && key_of(i) == bound.key;
+      Earlier const a = count_earlier(shared_.counts, is_above), t = count_earlier(shared_.ties, is_tie);
+      int const place = above + a.before + simt::smaller(ties + t.before, bound.ties);
+      if (is_above || (is_tie && ties + t.before < bound.ties)) indices[place] = static_cast<std::int32_t>(i);
+      above += a.all;
+      ties += t.all;
+    }
+  }
+  // How many threads of the block vote true: those before this thread, and all.
+  struct Earlier {
+    int before, all;
+  };
+  static HYBRIDATTN_DEVICE Earlier count_earlier(int (&of_warps)[warps], bool vote) {
+    std::uint32_t const votes = simt::ballot(vote);
+    if (simt::lane() == 0) of_warps[simt::warp()] = simt::count_bits(votes);
+    simt::sync_block();
+    Earlier result{simt::count_bits(votes & ((std::uint32_t{1} << simt::lane()) - 1)), 0};
+    for (int w = 0; w < warps; ++w) {
+      if (w < simt::warp()) result.before += of_warps[w];
+      result.all += of_warps[w];
+    }
+    simt::sync_block();  // of_warps may be used again
+    return result;
+  }
+
+  Shared& shared_;
+  T const* scores_;
+  Index n_;
+};
+
+template <class T> struct SelectTopK {
+  static constexpr int threads = 128;
+  using Row = RowTopK<T, threads>;
+  struct Params {
+    View<T const, 2> scores;
+    View<std::int32_t, 2> indices;
+  };
+  using Shared = typename Row::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const row = simt::block_x(), k = p.indices.extent(1), n = p.scores.extent(1);
+    int const chosen = static_cast<int>(simt::smaller(k, n));
+    if (chosen > 0) Row{shared, p.scores.row(row), n}.select(chosen, p.indices.row(row));
+    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_indexer.hpp
+// The indexer as kernels: scores of a slice of queries, then each query's choice. Numbers in brackets are equations of dsa.hpp.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_INDEXER_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_INDEXER_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class T> struct ChoiceParams {
+  Batch<T> batch;
+  View<T, 2> scores;                // of the slice, [queries of the slice, keys]
+  View<std::int32_t, 2> indices;
+  Index first, last;                // queries of the slice
+};
+
+// Scores of a few queries with a tile of keys. A thread has a key.
+template <class T> struct ScoreKeys {
+  static constexpr int threads = 128, queries = 4;
+  using Params = ChoiceParams<T>;
+  using Tile = GatheredRows<T, threads>;
+  struct Shared {
+    Tile keys;
+    T q[Tile::piece][queries];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    auto const& owners = p.batch.sequences.owners;
+    Index const first = p.first + simt::block_y() * queries, last = simt::smaller(first + queries, p.last);
+    for (Index n = first; n < last;) {   // the queries of one sequence at a time
+      Index end = n + 1;
+      while (end < last && owners(end) == owners(n)) ++end;
+      score(shared, p, n, static_cast<int>(end - n));
+      n = end;
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void score(Shared& shared, Params const& p, Index n, int count) {
+    Query<T> const query{p.batch, n + count - 1};   // it sees all keys that the other ones see
+    Index const first_key = simt::block_x() * threads, key = first_key + simt::thread_id(), HI = p.batch.x.index_w.extent(1);
+    if (query.seen() <= first_key || query.selected() == query.seen()) return;
+    int const keys = static_cast<int>(simt::smaller<Index>(query.seen() - first_key, threads));
+    shared.keys.begin[simt::thread_id()] = simt::thread_id() < keys ? query.index_row(key) : nullptr;
+    T scores[queries] = {};
+    for (Index j = 0; j < HI; ++j) {
+      T products[queries] = {};
+      multiply(shared, p, n, count, j, keys, products);
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int u = 0; u < queries; ++u) {
+        T const product = simt::rounded_product(p.batch.index_scale, products[u]);
+        if (u < count) scores[u] += p.batch.x.index_w(n + u, j) * (product < 0 ? T(0) : product);   // (1)
+      }
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int u = 0; u < queries; ++u)
+      if (u < count && key < Query<T>{p.batch, n + u}.seen()) p.scores(n + u - p.first, key) = scores[u];
+  }
+  // products[u] = iq_j . ik of query n + u and the key of this thread, summed in the order of entries.
+  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Params const& p, Index n, int count, Index j, int keys, T (&products)[queries]) {
+    Index const DI = p.batch.x.index_k.extent(1);
+    for (Index first = 0; first < DI; first += Tile::piece) {
+      int const entries = entries_from(first, DI, Tile::piece);
+      simt::sync_block();
+      shared.keys.load(first, DI, keys);
+      for (int i = simt::thread_id(); i < entries * queries; i += threads) {
+        int const e = i / queries, u = i % queries;
+        shared.q[e][u] = u < count ? p.batch.x.index_q(n + u, j, first + e) : T(0);
+      }
+      simt::sync_block();
+      if (simt::thread_id() >= keys) continue;
+      for (int e = 0; e < entries; ++e) {
+        T const k = shared.keys.entries[simt::thread_id()][e];
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int u = 0; u < queries; ++u) products[u] += shared.q[e][u] * k;
+      }
+    }
+  }
+};
+
+// (2) of a query, from its scores. A block has a query. A query that selects all keys that it sees needs no scores.
+template <class T> struct SelectKeys {
+  static constexpr int threads = 128;
+  using Params = ChoiceParams<T>;
+  using Row = gpu::RowTopK<T, threads>;
+  using Shared = typename Row::Shared;
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = p.first + simt::block_x();
+    Query<T> const query{p.batch, n};
+    int const k = static_cast<int>(query.selected());
+    std::int32_t* const indices = p.indices.row(n);
+    if (k < query.seen()) Row{shared, p.scores.row(n - p.first), query.seen()}.select(k, indices);
+    else
+      for (int i = simt::thread_id(); i < k; i += threads) indices[i] = i;
+    for (Index i = k + simt::thread_id(); i < p.indices.extent(1); i += threads) indices[i] = -1;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_kl.hpp
+// The indexer's loss as kernels. Numbers in brackets are equations of dsa.hpp. Scores and attention's weights are computed again where they
+// are needed. Only their gradients d_I are stored, for a block of queries of each sequence at a time where rows of d_I are as long as the
+// sequence.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_KL_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_KL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class T> struct KlParams {
+  Batch<T> batch;
+  View<wide_t<T> const, 2> lse;
+  View<wide_t<T>, 1> index_lse;
+  View<T, 1> losses;  // [N], each query's part of (6)
+  // Only in backward.
+  View<wide_t<T> const, 1> y_index_lse, d_loss;
+  Inputs<Out<T>> d_x;
+  View<T, 1> d_scores;  // d_I
+  Index first, queries;  // the block of queries of each sequence
+  Index tiles;  // of keys, in the longest sequence
+
+  // Where d_I of query t of a sequence begins.
+  HYBRIDATTN_DEVICE T* d_scores_of(Sequence s, Index t) const {
+    View<std::int32_t const, 2> const& indices = batch.indices;
+    return d_scores.data + (indices.empty() ? queries * s.start + (t - first) * s.length : (s.start + t) * indices.extent(1));
+  }
+};
+
+// index_scale iq_j . ik, of query n and a key of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T index_product(GatheredRows<T, threads>& rows, Batch<T> const& b, Index n, Index j, T const* key_row, int count) {
+  return simt::rounded_product(b.index_scale, gather_dot(rows, b.x.index_q.row(n, j), key_row, b.x.index_k.extent(1), count));
+}
+// (1) of query n and a key of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T index_score(GatheredRows<T, threads>& rows, Batch<T> const& b, Index n, T const* key_row, int count) {
+  T score = 0;
+  for (Index j = 0; j < b.x.index_w.extent(1); ++j) {
+    T const product = index_product(rows, b, n, j, key_row, count);
+    score += b.x.index_w(n, j) * (product < 0 ? T(0) : product);
+  }
+  return score;
+}
+// p of (5), of query n and a key of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T target_share(GatheredRows<T, threads>& rows, Batch<T> const& b, View<wide_t<T> const, 2> lse, Index n,
+                                 Query<T> const& query, Index key, int count) {
+  T sum = 0;
+  for (Index h = 0, H = b.x.q.extent(1); h < H; ++h)
+    sum += std::exp(attention_score(rows, b, n, h, query.key_row(key, b.kv_head(h)), count) - lse(n, h));
+  return sum / static_cast<T>(b.x.q.extent(1));
+}
+
+// (5) and a query's part of (6). A thread has a key of a tile of keys.
+template <class T> struct IndexLoss {
+  static constexpr int threads = 64;
+  using Params = KlParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> rows;
+    T of_warps[threads / 32];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x();
+    Query<T> const query{p.batch, n};
+    Index const count = query.count();
+    T score = 0, largest = -simt::infinity<T>(), total = 0, loss = 0;
+    for (Index first = 0; first < count; first += threads) {
+      score = score_from(shared, p, query, first);
+      if (first + simt::thread_id() < count) largest = simt::larger(score, largest);
+    }
+    largest = largest_of_block(shared.of_warps, largest);
+    for (Index first = 0; first < count; first += threads) {
+      if (count > threads) score = score_from(shared, p, query, first);
+      if (first + simt::thread_id() < count) total += std::exp(score - largest);
+    }
+    T const index_lse = largest + std::log(gpu::sum_block(shared.of_warps, total));
+    for (Index first = 0; first < count; first += threads) {
+      if (count > threads) score = score_from(shared, p, query, first);
+      Index const j = first + simt::thread_id();
+      T const share =
+          target_share(shared.rows, p.batch, p.lse, n, query, j < count ? query.key(j) : 0, entries_from(first, count, threads));
+      if (j < count) loss += divergence(share, score - index_lse);
+    }
+    loss = gpu::sum_block(shared.of_warps, loss);
+    if (simt::thread_id() > 0) return;
+    p.index_lse(n) = index_lse;
+    p.losses(n) = loss;
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE T score_from(Shared& shared, Params const& p, Query<T> const& query, Index first) {
+    Index const j = first + simt::thread_id();
+    return index_score(shared.rows, p.batch, simt::block_x(), query.index_row(j < query.count() ? query.key(j) : 0),
+                       entries_from(first, query.count(), threads));
+  }
+  static HYBRIDATTN_DEVICE T divergence(T share, T log_r) {
+    return (share > 0 ? share * (std::log(share) - log_r) : T(0)) + (std::exp(log_r) - share);  // (6)
+  }
+};
+
+// The sum of all queries' losses, 0 for none. One block, a thread has every 256th query.
+template <class T> struct SumLosses {
+  static constexpr int threads = 256;
+  struct Params {
+    View<T const, 1> losses;
+    View<wide_t<T>, 1> sum;
+  };
+  struct Shared {
+    T of_warps[threads / 32];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    T sum = 0;
+    for (Index n = simt::thread_id(); n < p.losses.count(); n += threads) sum += p.losses(n);
+    sum = gpu::sum_block(shared.of_warps, sum);
+    if (simt::thread_id() == 0) p.sum(0) = sum;
+  }
+};
+
+// (7) of a query's index_q and index_w, and its d_I. A thread has a key of a tile of keys, then entries of d_iq.
+template <class T> struct IndexQueryGradients {
+  static constexpr int threads = 64;
+  using Params = KlParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> rows;
+    T const* keys[threads];
+    T d_z[threads], of_warps[threads / 32];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    PartOfSequence const at{p.queries};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const t = p.first + at.part, n = sequence.start + t;
+    if (t >= sequence.length) return;
+    Query<T> const query{p.batch, n};
+    T const d_loss = p.d_loss(0);
+    for (Index first = 0, count = query.count(); first < count; first += threads) {
+      Index const j = first + simt::thread_id(), key = j < count ? query.key(j) : 0;
+      int const keys = entries_from(first, count, threads);
+      T const* const row = query.index_row(key);
+      T const score = index_score(shared.rows, p.batch, n, row, keys);
+      T const share = target_share(shared.rows, p.batch, p.lse, n, query, key, keys);
+      T const d_score = d_loss == 0 ? T(0) : d_loss * (std::exp(score - p.y_index_lse(n)) - share);
+      if (j < count) p.d_scores_of(sequence, t)[j] = d_score;
+      add_heads(shared, p, n, row, keys, d_score, first == 0);
+    }
+  }
+
+ private:
+  // Adds a tile of keys to the gradients of every head. They are 0 where the loss has no gradient, whatever the inputs are.
+  static HYBRIDATTN_DEVICE void add_heads(Shared& shared, Params const& p, Index n, T const* row, int keys, T d_score, bool overwrites) {
+    bool const is_key = simt::thread_id() < keys, trains = p.d_loss(0) != 0;
+    for (Index j = 0; j < p.batch.x.index_w.extent(1); ++j) {
+      T const z = index_product(shared.rows, p.batch, n, j, row, keys);
+      shared.keys[simt::thread_id()] = row;
+      shared.d_z[simt::thread_id()] = z > 0 ? p.batch.index_scale * p.batch.x.index_w(n, j) * d_score : T(0);
+      T const d_w = gpu::sum_block(shared.of_warps, is_key && trains ? d_score * (z < 0 ? T(0) : z) : T(0));  // waits for d_z too
+      if (simt::thread_id() == 0 && !p.d_x.index_w.empty()) p.d_x.index_w(n, j) = overwrites ? d_w : p.d_x.index_w(n, j) + d_w;
+      if (p.d_x.index_q.empty()) continue;
+      add_rows(shared.d_z, shared.keys, trains ? keys : 0, overwrites, p.d_x.index_q.row(n, j), p.batch.x.index_k.extent(1));
+    }
+  }
+};
+
+// (7) of a tile of index keys. The sums go through the queries in order, and for each through the indexer's heads. A thread has a pair of
+// a query and a key, then entries of d_ik.
+template <class T> struct IndexKeyGradients {
+  static constexpr int threads = Pairs::threads;
+  using Params = KlParams<T>;
+  struct Shared {
+    Pairs::Shared pairs;
+    GatheredRows<T, threads> of_query, of_key;
+    T const* q[threads];
+    T d_z[threads];
+    int keys[threads];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    PartOfSequence const at{p.tiles};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const first = Index{at.part} * Pairs::keys, end = simt::smaller(p.first + p.queries, sequence.length);
+    if (first >= sequence.length) return;
+    View<T, 2> const d_keys{p.d_x.index_k.row(sequence.start + first),
+                            {entries_from(first, sequence.length, Pairs::keys), p.d_x.index_k.extent(1)},
+                            p.d_x.index_k.stride};
+    if (p.first == 0) set_tile_zero(d_keys);
+    if (p.d_loss(0) == 0) return;
+    for (Index query = simt::larger(p.first, first); query < end; query += Pairs::queries) {
+      Pairs const pairs{shared.pairs, p.batch, sequence, first, query, end};
+      int const terms = pairs.count() * static_cast<int>(p.batch.x.index_w.extent(1));
+      for (int term = 0; term < terms; term += threads) {
+        int const count = entries_from(term, terms, threads);
+        weigh(shared, p, pairs, sequence, first, query, term, count);
+        simt::sync_block();
+        add_terms(shared.d_z, shared.q, shared.keys, count, d_keys);
+      }
+    }
+  }
+
+ private:
+  // d_z of `count` terms: pairs, and for each the heads of the indexer. Queries and keys are counted from positions t and key.
+  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Sequence s, Index key, Index t, int term,
+                                      int count) {
+    int const thread = simt::thread_id(), own = term + (thread < count ? thread : 0), HI = static_cast<int>(p.batch.x.index_w.extent(1));
+    Pair const pair = pairs[own / HI];
+    Index const n = s.start + t + pair.query, j = own % HI;
+    T const *const q = p.batch.x.index_q.row(n, j), *const k = p.batch.x.index_k.row(s.start + key + pair.key);
+    T const d_score = p.d_scores_of(s, t + pair.query)[pair.place], weight = p.batch.index_scale * p.batch.x.index_w(n, j);
+    T const product = gather_dot(shared.of_query, q, shared.of_key, k, p.batch.x.index_k.extent(1), count);
+    shared.q[thread] = q;
+    shared.keys[thread] = pair.key;
+    shared.d_z[thread] = simt::rounded_product(p.batch.index_scale, product) > 0 ? weight * d_score : T(0);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernels.hpp
+// Sparse attention as kernels.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNELS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// Copies keys, values and index keys of new tokens into the cache. A thread has an entry.
+template <class T> struct RememberKeys {
+  Inputs<In<T>> x;
+  Cache<Out<T>> cache;
+  SequenceTable sequences;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const D = x.k.extent(2), HK = x.k.extent(1), n = i / (HK * D), h = i / D % HK, d = i % D;
+    cache.keys(sequences.owners(n), sequences.positions(n), h, d) = x.k(n, h, d);
+    cache.values(sequences.owners(n), sequences.positions(n), h, d) = x.v(n, h, d);
+  }
+};
+template <class T> struct RememberIndexKeys {
+  View<T const, 2> index_k;
+  View<T, 3> index_keys;
+  SequenceTable sequences;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const n = i / index_k.extent(1), d = i % index_k.extent(1);
+    index_keys(sequences.owners(n), sequences.positions(n), d) = index_k(n, d);
+  }
+};
+
+// Sets an element of a gradient to 0. Its rows may have gaps between them.
+template <class T, int Rank> struct SetElementZero {
+  View<T, Rank> x;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    if constexpr (Rank == 2) x(i / x.extent(1), i % x.extent(1)) = 0;
+    else x(i / (x.extent(1) * x.extent(2)), i / x.extent(2) % x.extent(1), i % x.extent(2)) = 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/gpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_DSA_GPU_HPP
+#define HYBRIDATTN_ATTENTION_DSA_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace dsa {
+
+template <class T, class M>
+Batch<T> batch_of(SparseOptions o, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x, View<std::int32_t const, 2> indices) {
+  return {.options = o,
+          .x = x,
+          .sequences = s.table(),
+          .indices = indices,
+          .group = static_cast<int>(c.num_heads / c.num_kv_heads),
+          .scale = static_cast<T>(c.scale),
+          .index_scale = static_cast<T>(c.index_scale),
+          .cache = {}};
+}
+
+// (1) and (2). Scores are stored for a slice of queries at a time. `room` is the number of keys that a row of scores has room for,
+// `longest` of those that a query may see.
+template <class T, class B>
+void choose_keys(B& gpu, Batch<T> const& batch, Index tokens, Index longest, Index room, View<std::int32_t, 2> indices) {
+  constexpr Index slice = 256;
+  Tensor<T, 2, B> scores{gpu, {std::min(tokens, slice), room}};
+  for (Index first = 0; first < tokens; first += slice) {
+    ChoiceParams<T> const p{batch, out(scores), indices, first, std::min(first + slice, tokens)};
+    if (selection_size(batch.options, longest) < longest)
+      launch<ScoreKeys<T>>(gpu, {.x = ceil_div(longest, ScoreKeys<T>::threads), .y = ceil_div(p.last - first, ScoreKeys<T>::queries)}, p);
+    launch<SelectKeys<T>>(gpu, {.x = p.last - first}, p);
+  }
+}
+
+// (3). An empty lse is not computed.
+template <class T, class B> void attend(B& gpu, Batch<T> const& batch, View<T, 3> o, Wide<Out<T>, 2> lse) {
+  AttentionParams<T> p{};
+  p.batch = batch;
+  p.o = o;
+  p.lse = lse;
+  launch<Attend<T>>(gpu, {.x = o.extent(0), .y = o.extent(1)}, p);
+}
+// (4)
+template <class T, class B>
+void attend_backward(B& gpu, Sequences const& s, Batch<T> const& batch, Outputs<In<T>> y, Saved<In<T>> saved, Outputs<In<T>> d_y,
+                     Inputs<Out<T>> d_x) {
+  Tensor<wide_t<T>, 2, B> delta{gpu, saved.lse.shape};
+  AttentionParams<T> p{};
+  p.batch = batch;
+  p.y = y.o;
+  p.d_o = d_y.o;
+  p.y_lse = saved.lse;
+  p.delta = out(delta);
+  p.d_x = d_x;
+  p.tiles = ceil_div(s.longest(), Pairs::keys);
+  launch<AttendQueryGradients<T>>(gpu, {.x = y.o.extent(0), .y = y.o.extent(1)}, p);
+  launch<AttendKeyGradients<T>>(gpu, {.x = s.count() * p.tiles, .y = batch.x.k.extent(1)}, p);
+}
+
+// (5) and (6) of every query, and their sum unless `loss` is an empty view.
+template <class T, class B> void index_loss(B& gpu, Batch<T> const& batch, Saved<Out<T>> saved, State<Out<T>, 1> loss) {
+  Tensor<T, 1, B> losses{gpu, {batch.x.q.extent(0)}};
+  KlParams<T> p{};
+  p.batch = batch;
+  p.lse = saved.lse;
+  p.index_lse = saved.index_lse;
+  p.losses = out(losses);
+  launch<IndexLoss<T>>(gpu, {.x = batch.x.q.extent(0)}, p);
+  if (!loss.empty()) launch<SumLosses<T>>(gpu, {}, {in(losses), loss});
+}
+// (7). d_I has a row of selected keys for each token, or rows of all keys for a block of queries of each sequence.
+template <class T, class B>
+void index_loss_backward(B& gpu, Sequences const& s, Batch<T> const& batch, Saved<In<T>> saved, State<In<T>, 1> d_loss,
+                         Inputs<Out<T>> d_x) {
+  bool const is_dense = batch.indices.empty();
+  Index const queries = is_dense ? Index{256} : s.longest(), columns = is_dense ? queries : batch.indices.extent(1);
+  Tensor<T, 1, B> d_scores{gpu, {size_product(s.tokens(), columns)}};
+  KlParams<T> p{};
+  p.batch = batch;
+  p.lse = saved.lse;
+  p.y_index_lse = saved.index_lse;
+  p.d_loss = d_loss;
+  p.d_x = d_x;
+  p.d_scores = out(d_scores);
+  p.queries = queries;
+  p.tiles = ceil_div(s.longest(), Pairs::keys);
+  for (; p.first < s.longest(); p.first += queries) {
+    launch<IndexQueryGradients<T>>(gpu, {.x = s.count() * queries}, p);
+    if (!d_x.index_k.empty()) launch<IndexKeyGradients<T>>(gpu, {.x = s.count() * p.tiles}, p);
+  }
+}
+
+template <class B, class T, int... Ranks> void set_gradients_zero(B& gpu, View<T, Ranks>... x) {
+  (for_each(gpu, x.count(), SetElementZero<T, Ranks>{x}), ...);
+}
+
+}  // namespace dsa
+
+template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
+  template <class T, class M>
+  static void forward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
+                      dsa::Saved<Out<T>> saved) {
+    auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
+    if (c.stage != Stage::dense_warm_up) dsa::choose_keys(gpu, batch, s.tokens(), s.longest(), s.longest(), saved.indices);
+    dsa::attend(gpu, batch, y.o, saved.lse);
+    if (c.stage != Stage::language_model) dsa::index_loss<T>(gpu, batch, saved, y.auxiliary_loss);
+    else if (!y.auxiliary_loss.empty()) launch<dsa::SumLosses<T>>(gpu, {}, {{}, y.auxiliary_loss});
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
+                       dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
+    auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
+    if (d_y.o.empty()) dsa::set_gradients_zero(gpu, d_x.q, d_x.k, d_x.v);
+    else dsa::attend_backward<T>(gpu, s, batch, y, saved, d_y, d_x);
+    bool const trains_indexer = c.stage != Stage::language_model && !d_y.auxiliary_loss.empty();
+    if (trains_indexer) dsa::index_loss_backward<T>(gpu, s, batch, saved, d_y.auxiliary_loss, d_x);
+    else dsa::set_gradients_zero(gpu, d_x.index_q, d_x.index_k, d_x.index_w);
+  }
+
+  // Decoding computes no auxiliary loss in any stage.
+  template <class T, class M>
+  static void extend(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
+                     dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
+    Index const capacity = cache.keys.extent(1);
+    check_fits(s, cache.keys.extent(0), capacity);
+    bool const is_dense = c.stage == Stage::dense_warm_up;
+    Tensor<std::int32_t, 2, B> indices{gpu, {s.tokens(), Index{is_dense ? 0 : O.top_k}}};
+    auto batch = dsa::batch_of<T>(O, c, s, x, in(indices));
+    batch.cache = {cache.keys, cache.values, cache.index_keys};
+    Index longest = 0;
+    for (Sequence const sequence : s) longest = std::max(longest, sequence.past + sequence.length);
+    if (!is_dense) dsa::choose_keys(gpu, batch, s.tokens(), longest, capacity, out(indices));
+    dsa::attend(gpu, batch, y.o, {});
+    for_each(gpu, x.k.count(), dsa::RememberKeys<T>{x, cache, s.table()});
+    for_each(gpu, x.index_k.count(), dsa::RememberIndexKeys<T>{x.index_k, cache.index_keys, s.table()});
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/from_loops.hpp
+// A policy's own loops as kernels of one thread: right and slow, for a policy that has no kernels yet.
+#ifndef HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
+#define HYBRIDATTN_ATTENTION_FROM_LOOPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+// A pass of a policy: P::Loops::forward or backward with these arguments.
+template <class P, class T> struct LoopsForward {
+  static constexpr int threads = 32;
+  struct Params {
+    typename P::Config config;
+    View<Sequence const, 1> sequences;
+    typename P::template Inputs<In<T>> x;
+    typename P::template Outputs<Out<T>> y;
+    typename P::template Saved<Out<T>> saved;
+    View<T, 1> scratch;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (simt::thread_id() == 0) P::Loops::template forward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.scratch);
+  }
+};
+template <class P, class T> struct LoopsBackward {
+  static constexpr int threads = 32;
+  struct Params {
+    typename P::Config config;
+    View<Sequence const, 1> sequences;
+    typename P::template Inputs<In<T>> x;
+    typename P::template Outputs<In<T>> y;
+    typename P::template Saved<In<T>> saved;
+    typename P::template Outputs<In<T>> d_y;
+    typename P::template Inputs<Out<T>> d_x;
+    View<T, 1> scratch;
+  };
+  struct Shared {};
+  static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
+    if (simt::thread_id() == 0) P::Loops::template backward<T>(p.config, p.sequences, p.x, p.y, p.saved, p.d_y, p.d_x, p.scratch);
+  }
+};
+
+}  // namespace gpu
+
+// template <ha::GpuBackend B> struct ha::On<Mine, B> : ha::FromLoops<Mine, B> {};
+//
+// Mine::Loops has, for a scalar T:
+//   scratch<T>(config, sequences)   how many elements of T the loops need besides their arguments; on the host
+//   forward<T> (config, sequences, x, y, saved, scratch)              HYBRIDATTN_HD
+//   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
+// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds numbers alone.
+template <class P, class B> struct FromLoops {
+  template <class T, class M>
+  static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
+                      typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
+    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
+    launch<gpu::LoopsForward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, out(scratch)});
+  }
+  template <class T, class M>
+  static void backward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
+                       typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
+                       typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
+    Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
+    launch<gpu::LoopsBackward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, d_y, d_x, out(scratch)});
+  }
+};
+// Whether a policy runs from its loops on this backend.
+template <class P, class B>
+concept RunsFromLoops = std::is_base_of_v<FromLoops<P, B>, On<P, B>>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/full/cpu_tiles.hpp
+// Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+inline constexpr int tile_vectors = 2;
+template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
+
+using attention::Rows, attention::head_of;
+
+// Keys j that query i sees: i - reach < j <= i.
+inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std::min<Index>(window, s.length); }
+
+// Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
+template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
+  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
+  std::fill_n(pad, cpu::tile_rows * D, T(0));
+  for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
+  return {pad, D, 1};
+}
+
+// to = the transpose of columns d .. d + lanes - 1 of rows first .. first + lanes - 1; zero for rows past the end.
+template <class T> HYBRIDATTN_INLINE void transpose_square(Rows<T const> x, Index first, Index length, Index d, T* to, Index to_stride) {
+  constexpr int n = cpu::lanes<T>;
+  if (first + n <= length) {
+    cpu::transpose<T>(x[first] + d, x.stride, to, to_stride);
+    return;
+  }
+  alignas(cpu::vector_bytes) T rows[std::size_t{n * n}] = {};
+  for (Index i = first; i < length; ++i) std::copy_n(x[i] + d, n, rows + (i - first) * n);
+  cpu::transpose<T>(rows, n, to, to_stride);
+}
+// to [D, width] = the transpose of rows first .. first + width - 1.
+template <class T, class Dim> void transpose_rows(Dim D, Rows<T const> x, Index first, Index length, Index width, T* to) {
+  for (Index i = 0; i < width; i += cpu::lanes<T>)
+    for (Index d = 0; d < D; d += cpu::lanes<T>) transpose_square(x, first + i, length, d, to + d * width + i, width);
+}
+
+// In row r of a tile the sum runs over begin + r <= k < end + r, limited to 0 <= k < depth. The mask of causal attention and
+// of its window has this shape. Entries outside the band are never read, so they need no mask, and a NaN there has no effect.
+struct Band {
+  Index begin, end, depth;
+};
+
+// cpu::tile over a band. Every sum runs over k in order.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void band_tile(Band band, cpu::Scalars<T> a, cpu::Columns<T> b, Start start, Epilogue epilogue) {
+  cpu::Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  auto const add = [&](Index k, auto takes_part) HYBRIDATTN_INLINE_LAMBDA {
+    if (k < 0 || k >= band.depth) return;
+    cpu::Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = cpu::in_register<T>(cpu::load(b.data + k * b.depth + v * cpu::lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      if (!takes_part(r)) continue;
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  };
+  Index const all = band.begin + MR - 1;   // from here to band.end every row takes part
+  if (all <= band.end) {
+    HYBRIDATTN_UNROLL
+    for (int s = 0; s < MR - 1; ++s) add(band.begin + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r <= s; });
+    for (Index k = std::max<Index>(all, 0), last = std::min(band.end, band.depth); k < last; ++k)
+      add(k, [](int) HYBRIDATTN_INLINE_LAMBDA { return true; });
+    HYBRIDATTN_UNROLL
+    for (int s = 0; s < MR - 1; ++s) add(band.end + s, [s](int r) HYBRIDATTN_INLINE_LAMBDA { return r > s; });
+  } else {
+    for (Index k = band.begin; k < band.end + MR - 1; ++k)
+      add(k, [&](int r) HYBRIDATTN_INLINE_LAMBDA { return band.begin + r <= k && k < band.end + r; });
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+// Calls f(column, vectors) over the columns 0 .. D - 1 of a row: tiles of two vectors, and one vector at the end where D needs it.
+template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_tile_column(Dim D, F f) {
+  Index d = 0;
+  for (; d + tile_columns<T> <= D; d += tile_columns<T>) f(d, std::integral_constant<int, tile_vectors>{});
+  if (d < D) f(d, std::integral_constant<int, 1>{});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
+// ==== hybridattn/attention/full/cpu_backward.hpp
+// Backward on the CPU. One task owns a key/value head of a sequence, so no two tasks write the same row and every sum has
+// one order: query heads of the group, blocks of keys, blocks of queries. Score tiles of keys x queries become P (2), tiles of
+// v x d_o become dS (4), both in their epilogues. The products (5) read only entries inside the mask's band, so entries outside
+// the band need no mask.
+#ifndef HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
+#define HYBRIDATTN_ATTENTION_FULL_CPU_BACKWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::full {
+
+// One query head: inputs, outputs and saved tensors of forward, and the gradients that backward writes.
+template <class T> struct BackwardRows {
+  Rows<T const> q, k, v, o, d_o;
+  Rows<wide_t<T> const> lse;
+  Rows<T> d_q, d_k, d_v;
+};
+
+template <class T, class Dim> class BackwardHead {
+ public:
+  static constexpr Index block = 64;   // queries and keys of a block
+  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
+  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
+
+  BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
+      : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
+        d_o_t_(q_t_ + padded_ * D), lse_(d_o_t_ + padded_ * D), delta_(lse_ + padded_), p_(delta_ + padded_), d_s_(p_ + block * block),
+        pad_(d_s_ + block * block) {}
+
+  // Overwrites d_q; adds to d_k and d_v.
+  void run(BackwardRows<T> const& x) {
+    prepare(x);
+    for (Index key = 0; key < length_; key += block)
+      for (Index query = key; query < std::min(length_, key + block - 1 + reach_); query += block) {
+        weights(x, key, query);
+        key_gradients(x, key, query);
+        query_gradients(x, key, query);
+      }
+  }
+
+ private:
+  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  using Vec = cpu::Vec<T>;
+
+  Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
+
+  // Fills the tensors that the tiles read. Sets d_q to 0.
+  void prepare(BackwardRows<T> const& x) {
+    for (Index i = 0; i < padded_; i += block) {
+      transpose_rows(D_, x.q, i, length_, block, q_t_ + i * D_);
+      transpose_rows(D_, x.d_o, i, length_, block, d_o_t_ + i * D_);
+      for (Index lane = 0; lane < block; lane += cpu::lanes<T>) set_delta(x.o, i + lane, d_o_t_ + i * D_ + lane);
+    }
+    for (Index i = 0; i < padded_; ++i) lse_[i] = i < length_ ? *x.lse[i] : T(0);
+    for (Index i = 0; i < length_; ++i) std::fill_n(x.d_q[i], D_, T(0));
+  }
+
+  // delta of one vector of queries, summed in the order of a tile's d_o . v: where one key has weight 1, their difference is 0.
+  void set_delta(Rows<T const> o, Index first, T const* d_o_t) {
+    constexpr int n = cpu::lanes<T>;
+    alignas(cpu::vector_bytes) T o_t[std::size_t{n * n}];
+    Vec delta{};
+    for (Index d = 0; d < D_; d += n) {
+      transpose_square(o, first, length_, d, o_t, n);
+      for (int r = 0; r < n; ++r) delta += cpu::load(o_t + r * n) * cpu::load(d_o_t + (d + r) * block);
+    }
+    cpu::store<T>(delta_ + first, delta);
+  }
+
+  // P and dS, [keys, queries], of the tiles in which a query sees a key.
+  void weights(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index j = 0; j < rows_from(key); j += MR)
+      for (Index i = 0; i < rows_from(query); i += tile_columns<T>) {
+        Index const distance = query + i - (key + j);   // i - j of the tile's first row and column
+        if (distance <= -tile_columns<T> || distance >= reach_ + MR - 1) continue;
+        if (distance > -cpu::lanes<T>) tile_weights<0>(x, key, query, j, i);
+        else tile_weights<1>(x, key, query, j, i);
+      }
+  }
+  // All but the first `skipped` vectors of queries, which are older than every key of the tile.
+  template <int skipped> HYBRIDATTN_INLINE void tile_weights(BackwardRows<T> const& x, Index key, Index query, Index j, Index i) {
+    Index const column = i + skipped * cpu::lanes<T>;
+    T *const p = p_ + j * block + column, *const d_s = d_s_ + j * block + column;
+    T const *const lse = lse_ + query + column, *const delta = delta_ + query + column;
+    auto const zero = [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec{}; };
+    auto const at = [](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r * block + v * cpu::lanes<T>; };
+    cpu::tile<MR, NV - skipped, T>(
+        D_, whole_tile(D_, x.k, key + j, length_, pad_), {q_t_ + query * D_ + column, block}, zero,
+        [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(p + at(r, v), weight(s, cpu::load(lse + v * cpu::lanes<T>))); });
+    cpu::tile<MR, NV - skipped, T>(D_, whole_tile(D_, x.v, key + j, length_, pad_), {d_o_t_ + query * D_ + column, block}, zero,
+                                   [&](int r, int v, Vec s) HYBRIDATTN_INLINE_LAMBDA {
+                                     cpu::store<T>(d_s + at(r, v),
+                                                   scale_ * cpu::load(p + at(r, v)) * (s - cpu::load(delta + v * cpu::lanes<T>)));
+                                   });
+  }
+  // exp(scale s - lse). lse has a rounded score, so this score is rounded as well: where one key has weight 1, P is exactly 1.
+  HYBRIDATTN_INLINE Vec weight(Vec s, Vec lse) const { return cpu::exp<T>(cpu::in_register<T>(scale_ * s) - lse); }
+
+  // to += a b over the band, for up to `tile_rows` rows.
+  HYBRIDATTN_INLINE void add_product(Band band, cpu::Scalars<T> a, Rows<T const> b, Rows<T> to, Index rows) {
+    for_each_tile_column<T>(D_, [&](Index d, auto vectors) HYBRIDATTN_INLINE_LAMBDA {
+      band_tile<MR, vectors, T>(
+          band, a, {b.data + d, b.stride},
+          [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return r < rows ? cpu::load(to[r] + d + v * cpu::lanes<T>) : Vec{}; },
+          [&](int r, int v, Vec sum) HYBRIDATTN_INLINE_LAMBDA {
+            if (r < rows) cpu::store<T>(to[r] + d + v * cpu::lanes<T>, sum);
+          });
+    });
+  }
+
+  // (5) d_v += P^T d_o, d_k += dS^T q
+  void key_gradients(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index j = 0; j < rows_from(key); j += MR) {
+      Band const band{key + j - query, key + j - query + reach_, rows_from(query)};
+      Index const rows = std::min<Index>(MR, rows_from(key) - j);
+      add_product(band, {p_ + j * block, block, 1}, {x.d_o[query], x.d_o.stride}, {x.d_v[key + j], x.d_v.stride}, rows);
+      add_product(band, {d_s_ + j * block, block, 1}, {x.q[query], x.q.stride}, {x.d_k[key + j], x.d_k.stride}, rows);
+    }
+  }
+  // (5) d_q += dS k
+  void query_gradients(BackwardRows<T> const& x, Index key, Index query) {
+    for (Index i = 0; i < rows_from(query); i += MR) {
+      Index const newest = query + i - key;
+      add_product({newest - reach_ + 1, newest + 1, rows_from(key)}, {d_s_ + i, 1, block}, {x.k[key], x.k.stride},
+                  {x.d_q[query + i], x.d_q.stride}, std::min<Index>(MR, rows_from(query) - i));
+    }
+  }
+
+  Dim D_;
+  Index length_, reach_, padded_;
+  T scale_;
+  T *q_t_, *d_o_t_;                   // [padded_ / block, D, block]
+  T *lse_, *delta_;                   // [padded_]
+  T *p_, *d_s_, *pad_;                // [block, block], keys x queries; [tile_rows, D]
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::full
+#endif
+
 // ==== hybridattn/attention/full/types.hpp
 // Options, sizes and tensors of full attention. The equations are those of full.hpp.
 #ifndef HYBRIDATTN_ATTENTION_FULL_TYPES_HPP
@@ -4647,22 +6938,6 @@ template <class T, class Dim> class ForwardBlock {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::full
-#endif
-
-// ==== hybridattn/core/with_constant.hpp
-// A run-time number as a compile-time one, for the few values that have a fast kernel.
-#ifndef HYBRIDATTN_CORE_WITH_CONSTANT_HPP
-#define HYBRIDATTN_CORE_WITH_CONSTANT_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// fast(std::integral_constant<Index, n>{}) when n is one of the values, generic() otherwise.
-template <Index... values, class Fast, class Generic> void with_constant(Index n, Fast&& fast, Generic&& generic) {
-  bool const found = ((n == values && (fast(std::integral_constant<Index, values>{}), true)) || ...);
-  if (!found) generic();
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/attention/full/cpu.hpp
@@ -5384,40 +7659,2222 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/backend/gpu/reduce.hpp
-// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
-#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
-#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+// ==== hybridattn/attention/gdn/cpu_groups.hpp
+// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of four: one pass over a state has the arithmetic of
+// four tokens, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
+// padded with zeros, so a token's result does not depend on the number of later tokens. Sixteen groups are a block: the
+// small terms of its groups are computed together, one group in each lane.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
 
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
-// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
-template <class T, std::size_t warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
-  x = simt::sum_lanes(x);
-  if (simt::lane() == 0) of_warps[simt::warp()] = x;
-  simt::sync_block();
-  T sum = 0;
-  for (T part : of_warps) sum += part;
-  simt::sync_block();   // of_warps may be used again
-  return sum;
+using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
+
+inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
+
+// Columns of a state in one pass: one vector, so that 13 accumulators and factors stay in registers.
+template <class T> inline constexpr int panel_width = lanes<T>;
+// Panels that take turns: the short, serial work between two passes over one panel overlaps with the passes over the others. A panel
+// has twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
+// K and V in whole panels and whole groups of rows.
+template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
+
+// Consecutive tokens of one sequence, at most block_tokens.
+struct TokenBlock {
+  Index first;   // in the batch
+  Index tokens;
+
+  Index groups() const { return ceil_div(tokens, group_tokens); }
+};
+inline Index count_blocks(Sequence s) { return ceil_div(s.length, block_tokens); }
+inline TokenBlock block_of(Sequence s, Index b) {
+  return {s.start + b * block_tokens, std::min<Index>(block_tokens, s.length - b * block_tokens)};
 }
 
-// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
-template <class T> struct SumParts {
-  View<T const, 2> parts;
-  View<T, 1> sum;
-  HYBRIDATTN_HD void operator()(Index c) const {
-    T total = 0;
-    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
-    sum(c) = total;
+// TokenRows of one head, one for each token.
+template <class T> struct TokenRows {
+  T* data;
+  Index stride;
+
+  TokenRows() = default;
+  HYBRIDATTN_INLINE TokenRows(T* first, Index step) : data(first), stride(step) {}
+  template <class U> requires std::is_same_v<U const, T>
+  HYBRIDATTN_INLINE TokenRows(TokenRows<U> const& writable) : TokenRows(writable.data, writable.stride) {}
+  HYBRIDATTN_INLINE T* operator[](Index token) const { return data + token * stride; }
+  HYBRIDATTN_INLINE TokenRows group(Index g) const { return {data + g * group_tokens * stride, stride}; }
+  HYBRIDATTN_INLINE TokenRows columns(Index first) const { return {data + first, stride}; }
+};
+
+// Kernels need whole groups of rows and whole panels of columns. Such rows are used in place, other rows through a copy, padded
+// with zeros.
+template <class T> bool is_whole(View<T, 3> x, TokenBlock block, TokenRows<std::remove_const_t<T>> copy) {
+  return block.tokens % group_tokens == 0 && x.extent(2) == copy.stride;
+}
+template <class T> TokenRows<T const> rows_to_read(View<T const, 3> x, TokenBlock block, Index head, TokenRows<T> copy) {
+  if (is_whole(x, block, copy)) return {x.row(block.first, head), x.stride[0]};
+  for (Index n = 0; n < block.groups() * group_tokens; ++n) {
+    Index const columns = n < block.tokens ? x.extent(2) : 0;
+    if (columns > 0) std::copy_n(x.row(block.first + n, head), columns, copy[n]);
+    std::fill_n(copy[n] + columns, copy.stride - columns, T(0));
+  }
+  return {copy.data, copy.stride};
+}
+template <class T> TokenRows<T> rows_to_write(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
+  if (y.empty() || !is_whole(y, block, copy)) return copy;
+  return {y.row(block.first, head), y.stride[0]};
+}
+// Copies the results from the copy, if there is one, to y.
+template <class T> void write_back(View<T, 3> y, TokenBlock block, Index head, TokenRows<T> copy) {
+  if (y.empty() || is_whole(y, block, copy)) return;
+  for (Index n = 0; n < block.tokens; ++n) std::copy_n(copy[n], y.extent(2), y.row(block.first + n, head));
+}
+
+// Numbers of the groups of a block, one in each lane.
+template <class T> struct alignas(cpu::vector_bytes) PerGroup {
+  T group[block_groups];
+
+  HYBRIDATTN_INLINE T operator[](Index g) const { return group[g]; }
+  HYBRIDATTN_INLINE Vec<T> get(int g) const { return load(group + g); }
+  HYBRIDATTN_INLINE void put(int g, Vec<T> x) { store(group + g, x); }
+};
+// Calls f(g) for every vector of groups g .. g + lanes - 1.
+template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
+  for (int g = 0; g < block_groups; g += lanes<T>) f(g);
+}
+
+// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i. Sixteen in all.
+inline constexpr int pairs = 16;
+constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
+constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
+
+// The gates of a block. Padding does not change the state: decay 1, beta 0.
+template <class T> struct Gates {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
+  PerGroup<T> until[group_tokens];      // [i] exp(g_0 + ... + g_i)
+  PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
+};
+
+// log 2 = high + low. The product of high with a whole number below 2^11 has no rounding.
+template <class T> struct LogTwo;
+template <> struct LogTwo<float> {
+  static constexpr float high = 0x1.62ep-1f, low = 0x1.0bfbe8p-15f;
+};
+template <> struct LogTwo<double> {
+  static constexpr double high = 0x1.62e42fefap-1, low = 0x1.cf79abc9e3b3ap-40;
+};
+
+// exp(g), or 0 below the smallest normal number. The rounding of g log2(e) alone would give an error |g| times that of the result.
+template <class T> HYBRIDATTN_INLINE Vec<T> decay_of(Vec<T> g) {
+  using E = cpu::detail::Exp2<T>;
+  Vec<T> const exponent = g * cpu::log2_e<T>, whole = (exponent + E::magic) - E::magic;
+  Vec<T> const rest = (g - whole * LogTwo<T>::high) - whole * LogTwo<T>::low;
+  Vec<T> const decay = cpu::exp2<T>(whole) * cpu::exp2<T>(rest * cpu::log2_e<T>);
+  Vec<T> const in_range = cpu::select<T>(exponent < E::least, Vec<T>{}, decay);
+  Vec<T> const any = cpu::select<T>(exponent > -E::least, cpu::broadcast(std::numeric_limits<T>::infinity()), in_range);
+  return cpu::select<T>(g == g, any, g);
+}
+
+template <class T> void multiply_decays(PerGroup<T> const (&decay)[group_tokens], Gates<T>& gates) {
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> until = cpu::broadcast<T>(1), after = until;
+    gates.after[group_tokens].put(g, after);
+    for (int i = 0; i < group_tokens; ++i) {
+      gates.until[i].put(g, until *= decay[i].get(g));
+      gates.after[group_tokens - 1 - i].put(g, after *= decay[group_tokens - 1 - i].get(g));
+      Vec<T> between = cpu::broadcast<T>(1);
+      for (int j = i; j >= 0; --j) {
+        gates.between[upto(i, j)].put(g, between);
+        if (j < i) gates.between[below(i, j)].put(g, between);
+        between *= decay[j].get(g);
+      }
+    }
+  });
+}
+template <class T> void read_gates(View<T const, 2> g, View<T const, 2> beta, TokenBlock block, Index h, Gates<T>& gates) {
+  PerGroup<T> decay[group_tokens];
+  for (Index n = 0; n < block_tokens; ++n) {
+    bool const is_token = n < block.tokens;
+    decay[n % group_tokens].group[n / group_tokens] = is_token ? g(block.first + n, h) : T(0);
+    gates.beta[n % group_tokens].group[n / group_tokens] = is_token ? beta(block.first + n, h) : T(0);
+  }
+  for (auto& of_token : decay)
+    for_groups<T>([&](int first) HYBRIDATTN_INLINE_LAMBDA { of_token.put(first, decay_of<T>(of_token.get(first))); });
+  multiply_decays(decay, gates);
+}
+
+// A state is kept as carry * stored, so a decay costs a product of two numbers and no pass over memory. The carry stays well above 1,
+// so the stored matrix, and its products before they are scaled, overflow only where the state does. When the carry leaves its range,
+// it is multiplied into the stored matrix and starts again.
+template <class T> struct Carry {
+  static constexpr T start = T(0x1p24), least = T(0x1p4), most = T(0x1p44);
+
+  PerGroup<T> before;   // the carry before the group
+  PerGroup<T> inverse;  // 1 / the carry after the group
+  PerGroup<T> fold;     // factor of the stored state before the group is added, 1 for most groups
+
+  // Returns the carry after group g, from the carry before it and the decay of the whole group. Called in the order of the sweep.
+  HYBRIDATTN_INLINE T pass(T carry, Index g, T decay) {
+    before.group[g] = carry;
+    carry *= decay;
+    bool const in_range = carry >= least && carry <= most;   // false for a NaN, which then reaches all of the state
+    fold.group[g] = in_range ? T(1) : carry / start;
+    carry = in_range ? carry : start;
+    inverse.group[g] = 1 / carry;
+    return carry;
   }
 };
 
-// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
-inline constexpr Index sum_rows = 32;
-inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. There are
+// no products with later tokens. dot_share keeps a dot in range that would overflow before it is scaled.
+template <class T> inline constexpr T dot_share = T(0x1p-8);
+template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
+                                                     T* dots) {
+  Vec<T> sum[pairs] = {};
+  for (Index d = 0; d < width; d += lanes<T>) {
+    Vec<T> x[group_tokens];
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < group_tokens; ++j) x[j] = dot_share<T> * load(c[j] + d);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const y = load(a[i] + d), z = load(b[i] + d);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < i; ++j) sum[below(i, j)] += y * x[j];
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) sum[upto(i, j)] += z * x[j];
+    }
+  }
+  cpu::sum_each<pairs>(sum, dots);
+}
+// Sixteen numbers of each group, one group in each lane.
+template <class T> using GroupDots = T[block_groups][pairs];
+template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
+  for (int p = 0; p < pairs; p += lanes<T>)
+    for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+}
+template <class T>
+void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width, Index groups,
+               PerGroup<T> (&products)[pairs]) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) group_dots(a.group(g), b.group(g), c.group(g), width, dots[g]);
+  to_lanes<T>(dots, products);
+}
 
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+// k_i . k_j and scale q_i . k_j, times the decay from token j to token i.
+template <class T>
+void key_pairs(Gates<T> const& gates, TokenRows<T const> q, TokenRows<T const> k, Index K, Index groups, T scale,
+               PerGroup<T> (&pair)[pairs]) {
+  pair_dots(k, q, k, K, groups, pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int p = 0; p < pairs; ++p)
+      pair[p].put(g, (p < upto(0, 0) ? T(1) : scale) / dot_share<T> * gates.between[p].get(g) * pair[p].get(g));
+  });
+}
+
+// dots[i] = a_i . b_i
+template <class T> HYBRIDATTN_INLINE void token_dots(TokenRows<T const> a, TokenRows<T const> b, Index width, T* dots) {
+  Vec<T> sum[group_tokens] = {};
+  for (Index d = 0; d < width; d += lanes<T>) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) sum[i] += load(a[i] + d) * load(b[i] + d);
+  }
+  cpu::sum_each<group_tokens>(sum, dots);
+}
+
+// A state [K, V] of one head as panels of columns: element (k, v) is at (v / panel) panel K + k panel + v % panel. Its value is
+// Carry::start * stored.
+template <class T> void read_state(View<T const, 4> states, Index i, Index h, Index rows, Index columns, T* state) {
+  std::fill_n(state, rows * columns, T(0));
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); v += panel_width<T>)
+      std::transform(states.row(i, h, k) + v, states.row(i, h, k) + std::min<Index>(v + panel_width<T>, states.extent(3)),
+                     state + v * rows + k * panel_width<T>, [](T x) { return x / Carry<T>::start; });
+}
+template <class T> void write_state(T const* state, T carry, Index i, Index h, Index rows, View<T, 4> states) {
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k) {
+    T* const row = states.row(i, h, k);
+    for (Index v = 0; v < states.extent(3); ++v)
+      row[v] = carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>];
+  }
+}
+
+// <states, carry * state>, summed in double.
+template <class T> double dot_state(View<T const, 4> states, Index i, Index h, Index rows, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) *
+             static_cast<double>(carry * state[v / panel_width<T> * panel_width<T> * rows + k * panel_width<T> + v % panel_width<T>]);
+  return sum;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_decay.hpp
+// d_g by (7). <S, X> is a sum over pairs of a token j that writes and a later token l that reads. A pair adds to d_g_t if it crosses
+// the decay of token t: j < t <= l. For token i of a group these are
+//   pairs inside the group, j < i <= l                         reads by tokens l >= i of the S before the group
+//   writes of tokens j < i that the X after the group reads    pairs across the whole group, from S before to X after
+// Pairs j = l are left out: they cross no decay, and at strong decays they would make most of the rounding error. The sum of the pairs
+// across a group is <S, X> after the group less the group's writes, from the last group to the first, so no token's d_g depends on an
+// earlier token's d_o. Where the group's decay is below rounding, this difference has no correct digit and counts as 0. Its rounding
+// error does not fade as the products do, so once a block the sum across a group is computed afresh from S and X.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_DECAY_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// The sums of one block of one head.
+template <class T> struct DecayPaths {
+  PerGroup<T> through[group_tokens];   // the pairs across the decay of token i, except those across the whole group
+  PerGroup<T> reads, writes;           // reads by the group of the S before it; writes of the group that the X after it reads
+  PerGroup<T> decay;                   // of the whole group
+  Index fresh;                         // the group whose pairs across it are computed afresh
+  T* gradient;                         // X after that group is carry * gradient [K, V], in panels
+  T carry;
+  double passes;                       // decay <S before that group, X after it>
+};
+
+// The group to compute afresh, from the last group to the first: where the decay since the last such group is below 2^-10, or else
+// the first group. `since` is carried from block to block.
+template <class T> Index fresh_group(PerGroup<T> const& decay, Index groups, T& since) {
+  Index fresh = groups - 1;
+  while (fresh > 0 && (since *= decay[fresh]) >= T(0x1p-10)) --fresh;
+  since = 1;
+  for (Index g = 0; g < fresh; ++g) since *= decay[g];
+  return fresh;
+}
+
+// The pairs inside groups. `keys` are k_l . k_j and scale q_l . k_j with the decay between, `values` are dot_share times w_l . e_j
+// and d_o_l . e_j.
+template <class T>
+void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&keys)[pairs], PerGroup<T> const (&values)[pairs],
+                  DecayPaths<T>& paths) {
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> through[group_tokens] = {};
+    for (int l = 1; l < group_tokens; ++l)
+      for (int j = 0; j < l; ++j) {
+        Vec<T> const read = keys[upto(l, j)].get(g) * values[upto(l, j)].get(g);
+        Vec<T> const erased = beta[l].get(g) * keys[below(l, j)].get(g) * values[below(l, j)].get(g);
+        for (int i = j + 1; i <= l; ++i) through[i] += beta[j].get(g) / dot_share<T> * (read - erased);
+      }
+    for (int i = 0; i < group_tokens; ++i) paths.through[i].put(g, through[i]);
+  });
+}
+
+// Reads and writes of all groups. `crossing` [groups, 8, panel] has, for each lane of the columns, the tokens' reads of the S
+// before their group, then k . stored X e. `write` times the latter is the token's write.
+inline constexpr int crossing_rows = 2 * group_tokens;
+template <class T>
+void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
+  alignas(cpu::vector_bytes) GroupDots<T> dots = {};
+  for (Index g = 0; g < groups; ++g) {
+    Vec<T> sum[crossing_rows];
+    for (int i = 0; i < crossing_rows; ++i) sum[i] = load(crossing + (g * crossing_rows + i) * panel_width<T>);
+    cpu::sum_each<crossing_rows>(sum, dots[g]);
+  }
+  PerGroup<T> sums[pairs];
+  to_lanes<T>(dots, sums);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> reads{}, writes{}, by_later[group_tokens];
+    for (int i = group_tokens - 1; i >= 0; --i) by_later[i] = reads += sums[i].get(g);
+    for (int i = 0; i < group_tokens; ++i) {
+      paths.through[i].put(g, paths.through[i].get(g) + by_later[i] + writes);
+      writes += write[i].get(g) * sums[group_tokens + i].get(g);
+    }
+    paths.reads.put(g, reads);
+    paths.writes.put(g, writes);
+  });
+}
+
+// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Summed
+// square by square, because sums of few terms round less.
+template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
+  Vec<T> sum{};
+  for (Index v = 0; v < V; v += panel_width<T>) {
+    alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
+    cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
+    Vec<T> square{};
+    HYBRIDATTN_UNROLL
+    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
+    sum += square;
+  }
+  return sum;
+}
+
+// d_g of one head of one sequence.
+template <class T> class DecayGradients {
+ public:
+  // `paths(b)` are the sums of block b. before() is <S_0, X_0>, a function because few cases need it; after is <S_T, X_T>.
+  template <class Paths, class Before>
+  static void write(Sequence sequence, Index h, Paths paths, Before before, double after, View<T, 2> d_g) {
+    for (Index b = count_blocks(sequence); b-- > 0;) {
+      TokenBlock const block = block_of(sequence, b);
+      DecayPaths<T> const& own = paths(b);
+      for (Index g = block.groups(); g-- > 0;) {
+        double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));
+        if (!std::isfinite(passes)) passes = from_the_front(paths, before, b, g);
+        for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+          d_g(block.first + g * group_tokens + i, h) = own.through[i][g] + static_cast<T>(passes);
+        after = passes + number(own.reads[g]);
+      }
+    }
+  }
+
+ private:
+  static double number(T x) { return static_cast<double>(x); }
+  static double passing(DecayPaths<T> const& paths, Index g, double difference) {
+    return paths.decay[g] <= std::numeric_limits<T>::epsilon() / 2 ? 0 : difference;
+  }
+  // The pairs across group g of block b, from <S, X> before each group less its reads. So a NaN or infinite value of a token does not
+  // reach the d_g of earlier tokens.
+  template <class Paths, class Before> static double from_the_front(Paths paths, Before before, Index last_block, Index last) {
+    Index b = last_block, g = last;
+    auto const is_fresh = [&] { return g == paths(b).fresh; };
+    while (!is_fresh() && (b > 0 || g > 0)) g > 0 ? --g : (g = block_groups - 1, --b);
+    double passes = is_fresh() ? paths(b).passes : passing(paths(b), g, before() - number(paths(b).reads[g]));
+    while (b < last_block || g < last) {
+      double const after = passes + number(paths(b).writes[g]);
+      if (++g == block_groups) g = 0, ++b;
+      passes = passing(paths(b), g, after - number(paths(b).reads[g]));
+    }
+    return passes;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_forward.hpp
+// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens not written,
+//   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
+// So a group needs eight products with S, the solution of a 4x4 triangle, and four updates of S. One pass over S adds a group
+// and computes the products of the next group: 12 multiply-adds for each element loaded and stored.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// Factors between the tokens of a group, and between tokens and the state; S = carry * stored.
+template <class T> struct ForwardTerms {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> forget[group_tokens];  // from the stored state to token i
+  PerGroup<T> read[group_tokens];    // scale forget
+  PerGroup<T> keep[group_tokens];    // from token i to the stored state after the group
+  PerGroup<T> pair[pairs];           // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
+  Carry<T> carry;
+};
+// The input rows and result rows of a block. `error` has no data when no backward follows.
+template <class T> struct ForwardRows {
+  Index groups, K, V;
+  TokenRows<T const> q, k, v;
+  TokenRows<T> o, error;
+};
+// The panel of a state and of all rows that one pass computes.
+template <class T> struct ForwardPanel {
+  T* state;     // [K, panel]
+  T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
+  T* updates;   // [4, panel] keep delta of the group to be added
+};
+
+// Returns the carry after the block.
+template <class T>
+T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T carry, ForwardTerms<T>& terms) {
+  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
+      terms.beta[i].put(g, gates.beta[i].get(g));
+      terms.forget[i].put(g, forget);
+      terms.read[i].put(g, scale * forget);
+      terms.keep[i].put(g, gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
+    }
+  });
+  return carry;
+}
+
+// The products of a block's first group.
+template <class T> void multiply(ForwardPanel<T> panel, Index K, TokenRows<T const> k, TokenRows<T const> q) {
+  Vec<T> products[2 * group_tokens] = {};
+  for (Index r = 0; r < K; ++r) {
+    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      products[i] += k[i][r] * s;
+      products[group_tokens + i] += q[i][r] * s;
+    }
+  }
+  for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+}
+
+// (2) and (4) for one group.
+template <class T>
+HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, TokenRows<T const> v, TokenRows<T> error, TokenRows<T> o,
+                             ForwardPanel<T> panel) {
+  Vec<T> delta[group_tokens];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> e = load(v[i]) - terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
+    if (error.data != nullptr) store(error[i], e);
+    delta[i] = terms.beta[i][g] * e;
+    store(panel.updates + i * panel_width<T>, terms.keep[i][g] * delta[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
+    store(o[i], y);
+  }
+}
+
+// (3) for one group, and the products of the next when `multiplies`.
+template <bool folds, bool multiplies, class T>
+HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> k,
+                            [[maybe_unused]] TokenRows<T const> next_k, [[maybe_unused]] TokenRows<T const> next_q) {
+  Vec<T> update[group_tokens], products[2 * group_tokens] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (Index r = 0; r < K; ++r) {
+    T* const row = panel.state + r * panel_width<T>;
+    Vec<T> s = load(row);
+    if constexpr (folds) s *= fold;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) s += k[i][r] * update[i];
+    store(row, s);
+    if constexpr (multiplies) {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        products[i] += next_k[i][r] * s;
+        products[group_tokens + i] += next_q[i][r] * s;
+      }
+    }
+  }
+  if constexpr (multiplies) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  }
+}
+template <class T>
+HYBRIDATTN_INLINE void add_group(ForwardPanel<T> panel, ForwardRows<T> const& rows, Index g, T fold) {
+  TokenRows<T const> const k = rows.k.group(g), next_k = rows.k.group(g + 1), next_q = rows.q.group(g + 1);
+  if (g + 1 == rows.groups) pass<true, false>(panel, rows.K, fold, k, next_k, next_q);
+  else if (fold == 1) pass<false, true>(panel, rows.K, fold, k, next_k, next_q);
+  else pass<true, true>(panel, rows.K, fold, k, next_k, next_q);
+}
+
+// One block of one head: `panels_in_turn` panels at a time, through all its groups.
+template <class T>
+void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* state, T* panel_memory) {
+  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
+    ForwardPanel<T> turn[panels_in_turn];
+    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
+    for (Index p = 0; p < count; ++p) {
+      T* const own = panel_memory + p * panel_rows * panel_width<T>;
+      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + 2 * group_tokens * panel_width<T>};
+      multiply(turn[p], rows.K, rows.k, rows.q);
+    }
+    for (Index g = 0; g < rows.groups; ++g)
+      for (Index p = 0; p < count; ++p) {
+        Index const column = first + p * panel_width<T>;
+        TokenRows<T> const error = rows.error.data == nullptr ? rows.error : rows.error.group(g).columns(column);
+        solve(terms, g, rows.v.group(g).columns(column), error, rows.o.group(g).columns(column), turn[p]);
+        add_group(turn[p], rows, g, terms.carry.fold[g]);
+      }
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_reverse.hpp
+// The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
+// With X the gradient of the state after a group and decays between tokens not written,
+//   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
+// As in forward, one pass over X adds a group and computes the products of the next group: 12 multiply-adds for each element
+// loaded and stored. The sweep writes d_v, d_beta, X e_i and the dots of each group.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// The rows of a block. d_v has w until the block's reverse sweep is finished.
+template <class T> struct BackwardRows {
+  Index groups, K, V;
+  TokenRows<T const> q, k, error, d_o;
+  TokenRows<T> d_v;
+};
+// Factors for the reverse sweep over the groups of a block; X = carry * stored.
+template <class T> struct ReverseTerms {
+  PerGroup<T> beta[group_tokens];
+  PerGroup<T> forget[group_tokens];      // from the stored X after the group to token i
+  PerGroup<T> keep_query[group_tokens];  // scale * keep, keep: from token i to the stored X before the group
+  PerGroup<T> keep_key[group_tokens];    // -beta keep
+  PerGroup<T> pair[pairs];               // [below(i, j)] k_i . k_j and [upto(i, j)] scale q_i . k_j, with the decay between
+  Carry<T> carry;
+};
+// The results of the reverse sweep for the forward sweep, besides X e, and those of both sweeps for d_g.
+template <class T> struct Handover {
+  PerGroup<T> gradient[group_tokens];  // from stored X e_i to X delta_i
+  PerGroup<T> pair[pairs];             // [below(i, j)] d_v_i . delta_j and [upto(i, j)] scale d_o_i . delta_j, with the decay between
+  DecayPaths<T> paths;
+};
+template <class T> struct ReversePanel {
+  T* state;     // [K, panel] X
+  T* products;  // [4, panel] stored^T k of the group to be solved
+  T* updates;   // [8, panel] keep_query d_o, then keep_key w of the group to be added
+};
+
+// Returns the carry before the block.
+template <class T>
+T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T carry, ReverseTerms<T>& terms) {
+  for (Index g = block_groups; g-- > 0;) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  key_pairs(gates, rows.q, rows.k, rows.K, rows.groups, scale, terms.pair);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const keep = gates.until[i].get(g) * terms.carry.inverse.get(g), beta = gates.beta[i].get(g);
+      terms.beta[i].put(g, beta);
+      terms.forget[i].put(g, terms.carry.before.get(g) * gates.after[i + 1].get(g));
+      terms.keep_query[i].put(g, scale * keep);
+      terms.keep_key[i].put(g, -beta * keep);
+    }
+  });
+  return carry;
+}
+
+// The products of a block's last group.
+template <class T> void multiply(ReversePanel<T> panel, Index K, TokenRows<T const> k) {
+  Vec<T> products[group_tokens] = {};
+  for (Index r = 0; r < K; ++r) {
+    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) products[i] += k[i][r] * s;
+  }
+  for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+}
+
+// w of one group, from its last token to its first.
+template <class T>
+HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T const> d_o, TokenRows<T> w, ReversePanel<T> panel) {
+  Vec<T> d_v[group_tokens], up[group_tokens];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    up[i] = load(d_o[i]);
+    store(panel.updates + i * panel_width<T>, terms.keep_query[i][g] * up[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = group_tokens - 1; i >= 0; --i) {
+    Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+    HYBRIDATTN_UNROLL
+    for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+    HYBRIDATTN_UNROLL
+    for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
+    store(w[i], y);
+    d_v[i] = terms.beta[i][g] * y;
+    store(panel.updates + (group_tokens + i) * panel_width<T>, terms.keep_key[i][g] * y);
+  }
+}
+
+// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
+// chains of four, because a serial chain of eight would limit the speed of the pass.
+template <bool folds, bool multiplies, class T>
+HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
+                            [[maybe_unused]] TokenRows<T const> next_k) {
+  Vec<T> update[2 * group_tokens], products[group_tokens] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (Index r = 0; r < K; ++r) {
+    T* const row = panel.state + r * panel_width<T>;
+    Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
+    if constexpr (folds) s *= fold;
+    s += q[0][r] * update[0];
+    HYBRIDATTN_UNROLL
+    for (int i = 1; i < group_tokens; ++i) {
+      s += q[i][r] * update[i];
+      by_keys += k[i][r] * update[group_tokens + i];
+    }
+    s += by_keys;
+    store(row, s);
+    if constexpr (multiplies) {
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) products[i] += next_k[i][r] * s;
+    }
+  }
+  if constexpr (multiplies) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  }
+}
+template <class T>
+HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& rows, Index g, T fold) {
+  TokenRows<T const> const q = rows.q.group(g), k = rows.k.group(g), next_k = g == 0 ? k : rows.k.group(g - 1);
+  if (g == 0) pass<true, false>(panel, rows.K, fold, q, k, next_k);
+  else if (fold == 1) pass<false, true>(panel, rows.K, fold, q, k, next_k);
+  else pass<true, true>(panel, rows.K, fold, q, k, next_k);
+}
+
+// X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
+// they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
+template <class T>
+HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, TokenRows<T const> error, bool first, T* to) {
+  for (Index r = 0; r < K; r += group_tokens) {
+    Vec<T> sum[pairs] = {};
+    for (Index p = 0; p < count; ++p) {
+      T const* const state = panels[p].state + r * panel_width<T>;
+      Vec<T> s[group_tokens];
+      HYBRIDATTN_UNROLL
+      for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        Vec<T> const e = load(error[i] + p * panel_width<T>);
+        HYBRIDATTN_UNROLL
+        for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
+      }
+    }
+    alignas(cpu::vector_bytes) T sums[pairs];
+    cpu::sum_each<pairs>(sum, sums);
+    T* const tile = to + r * group_tokens;
+    for (int p = 0; p < pairs; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
+  }
+}
+
+// One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
+template <class T>
+void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
+                   DecayPaths<T> const& paths) {
+  for (Index first = 0; first < rows.V; first += panels_in_turn * panel_width<T>) {
+    ReversePanel<T> turn[panels_in_turn];
+    Index const count = std::min<Index>(panels_in_turn, (rows.V - first) / panel_width<T>);
+    for (Index p = 0; p < count; ++p) {
+      T* const own = panel_memory + p * panel_rows * panel_width<T>;
+      turn[p] = {state + (first + p * panel_width<T>)*rows.K, own, own + group_tokens * panel_width<T>};
+      multiply(turn[p], rows.K, rows.k.group(rows.groups - 1));
+    }
+    for (Index g = rows.groups; g-- > 0;) {
+      times_error(turn, count, rows.K, rows.error.group(g).columns(first), first == 0, state_error + g * group_tokens * rows.K);
+      for (Index p = 0; p < count; ++p) {
+        Index const column = first + p * panel_width<T>;
+        if (g == paths.fresh) std::copy_n(turn[p].state, rows.K * panel_width<T>, paths.gradient + column * rows.K);
+        solve(terms, g, rows.d_o.group(g).columns(column), rows.d_v.group(g).columns(column), turn[p]);
+        add_group(turn[p], rows, g, terms.carry.fold[g]);
+      }
+    }
+  }
+}
+
+// With w complete: the dots of each group, d_beta by (5) and d_v.
+template <class T>
+void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale, BackwardRows<T> const& rows, TokenBlock block, Index h,
+                    View<T, 2> d_beta, Handover<T>& handover) {
+  TokenRows<T const> const w = rows.d_v;
+  pair_dots(w, rows.d_o, rows.error, rows.V, rows.groups, handover.pair);
+  paths_inside(terms.beta, terms.pair, handover.pair, handover.paths);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      handover.gradient[i].put(g, terms.forget[i].get(g) * terms.beta[i].get(g));
+      for (int j = 0; j <= i; ++j) {
+        Vec<T> const factor = gates.between[upto(i, j)].get(g) * terms.beta[j].get(g) / dot_share<T>;
+        handover.pair[upto(i, j)].put(g, scale * factor * handover.pair[upto(i, j)].get(g));
+        if (j < i) handover.pair[below(i, j)].put(g, factor * terms.beta[i].get(g) * handover.pair[below(i, j)].get(g));
+      }
+    }
+  });
+  for (Index g = 0; g < rows.groups; ++g) {
+    T with_error[group_tokens];
+    token_dots(w.group(g), rows.error.group(g), rows.V, with_error);
+    for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
+      d_beta(block.first + g * group_tokens + i, h) = with_error[i];
+    for (Index i = 0; i < group_tokens; ++i) {
+      T* const row = rows.d_v.group(g)[i];
+      for (Index d = 0; d < rows.V; d += lanes<T>) store(row + d, terms.beta[i][g] * load(row + d));
+    }
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_rebuild.hpp
+// The forward sweep of backward. It computes S again from the errors e that forward saved, for
+//   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
+//   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
+//         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
+// with S the state before a group of four, X the gradient of the state after it, and decays between tokens not written.
+// There is no triangle to solve. S is stored as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// Factors for the forward sweep; S = carry * stored.
+template <class T> struct RebuildTerms {
+  PerGroup<T> forget[group_tokens];  // from the stored S before the group to token i
+  PerGroup<T> read[group_tokens];    // scale forget
+  PerGroup<T> keep[group_tokens];    // beta times the decay from token i to the stored S after the group
+  Carry<T> carry;
+};
+// Returns the carry after the block.
+template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, RebuildTerms<T>& terms) {
+  for (Index g = 0; g < block_groups; ++g) carry = terms.carry.pass(carry, g, gates.after[0][g]);
+  for_groups<T>([&](int g) HYBRIDATTN_INLINE_LAMBDA {
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const forget = terms.carry.before.get(g) * gates.until[i].get(g);
+      terms.forget[i].put(g, forget);
+      terms.read[i].put(g, scale * forget);
+      terms.keep[i].put(g, gates.beta[i].get(g) * gates.after[i + 1].get(g) * terms.carry.inverse.get(g));
+    }
+  });
+  return carry;
+}
+
+// products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
+template <bool folds, class T>
+HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, TokenRows<T const> k, TokenRows<T const> d_o,
+                               TokenRows<T const> d_v, TokenRows<T const> error, T* products) {
+  Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
+  for (Index r = 0; r < V; ++r) {
+    T* const row = state + r * panel_width<T>;
+    Vec<T> s = cpu::in_register<T>(load(row));
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      by_d_o[i] += d_o[i][r] * s;
+      by_d_v[i] += d_v[i][r] * s;
+    }
+    if constexpr (folds) s *= terms.carry.fold[g];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < group_tokens; ++i) s += error[i][r] * key[i];
+    store(row, s);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    store(products + i * panel_width<T>, by_d_o[i]);
+    store(products + (group_tokens + i) * panel_width<T>, by_d_v[i]);
+  }
+}
+
+// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [8, panel] is each token's read of S,
+// then k . stored X e: the first panel overwrites, the other panels add.
+template <class T>
+HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
+                               TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
+  Vec<T> key[group_tokens], query[group_tokens];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    key[i] = load(k[i]);
+    query[i] = load(q[i]);
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) {
+    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
+    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
+    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
+    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
+    store(reads, first ? read : load(reads) + read);
+    store(writes, first ? written : load(writes) + written);
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+    HYBRIDATTN_UNROLL
+    for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
+    HYBRIDATTN_UNROLL
+    for (int j = 0; j < group_tokens; ++j)
+      if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
+    store(d_q[i], y);
+    store(d_k[i], z);
+  }
+}
+
+// [K / 4][token][row of 4] to one row for each token.
+template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, TokenRows<T> to) {
+  for (Index r = 0; r < K; r += group_tokens)
+    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
+}
+
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
+template <class T>
+void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
+                   T* products, TokenRows<T> d_q, TokenRows<T> d_k, T* crossing) {
+  DecayPaths<T>& paths = handover.paths;
+  Vec<T> product{};
+  for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
+  for (Index column = 0; column < rows.K; column += panel_width<T>)
+    for (Index g = 0; g < rows.groups; ++g) {
+      TokenRows<T const> const q = rows.q.group(g).columns(column), k = rows.k.group(g).columns(column), d_v = rows.d_v.group(g);
+      T* const panel = state + column * rows.V;
+      if (g == paths.fresh) product += panel_product(panel, paths.gradient, rows.K, rows.V, column);
+      if (terms.carry.fold[g] == 1) rebuild<false>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
+      else rebuild<true>(panel, rows.V, terms, g, k, rows.d_o.group(g), d_v, rows.error.group(g), products);
+      combine(terms, handover, g, q, k, products, d_q.group(g).columns(column), d_k.group(g).columns(column), column == 0,
+              crossing + g * crossing_rows * panel_width<T>);
+    }
+  auto const factor = [](T x) { return static_cast<double>(x); };
+  paths.passes =
+      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
+}
+
+// Writes d_q and d_k of a query/key head: its first value head overwrites, the other value heads add.
+template <class T>
+void finish_rebuild(TokenRows<T const> own_q, TokenRows<T const> own_k, TokenBlock block, Index hk, bool first, View<T, 3> d_q,
+                    View<T, 3> d_k) {
+  for (Index n = 0; n < block.tokens; ++n) {
+    T *const to_q = d_q.row(block.first + n, hk), *const to_k = d_k.row(block.first + n, hk);
+    cpu::for_each_vector<T>(0, d_q.extent(2), [&](cpu::Slot<T> d) HYBRIDATTN_INLINE_LAMBDA {
+      d.put(to_q, first ? d.get(own_q[n]) : d.get(to_q) + d.get(own_q[n]));
+      d.put(to_k, first ? d.get(own_k[n]) : d.get(to_k) + d.get(own_k[n]));
+    });
+  }
+}
+
+// The state as S^T in panels of K: element (k, v) is at (k / panel) panel V + v panel + k % panel.
+template <class T> Index transposed_place(Index k, Index v, Index V) {
+  return k / panel_width<T> * panel_width<T> * V + v * panel_width<T> + k % panel_width<T>;
+}
+template <class T> void read_transposed(View<T const, 4> states, Index i, Index h, Index K, Index V, T* state) {
+  std::fill_n(state, K * V, T(0));
+  if (states.empty()) return;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v) state[transposed_place<T>(k, v, V)] = states(i, h, k, v) / Carry<T>::start;
+}
+template <class T> double dot_transposed(View<T const, 4> states, Index i, Index h, Index V, T const* state, T carry) {
+  double sum = 0;
+  if (states.empty()) return sum;
+  for (Index k = 0; k < states.extent(2); ++k)
+    for (Index v = 0; v < states.extent(3); ++v)
+      sum += static_cast<double>(states(i, h, k, v)) * static_cast<double>(carry * state[transposed_place<T>(k, v, V)]);
+  return sum;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/cpu_step.hpp
+// Decoding: equations (1) to (4) for one token of each sequence, on states in place. The states are read
+// twice and written once, a few columns at a time, so the second read comes from the first-level cache.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_STEP_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
+
+// One token of one head.
+template <class T> struct Token {
+  T const *q, *k, *v;
+  T decay, beta;
+  T scale, scaled_qk;  // scaled_qk = scale q . k
+  T *state, *o;
+  Index K, row;        // row k of the state starts at state + k row
+};
+
+// `N` vectors of columns from `slot` on. Only where N is 1 may the vector have fewer columns than lanes.
+template <int N, class T> HYBRIDATTN_INLINE void step_columns(Token<T> const& t, cpu::Slot<T> slot) {
+  auto const column = [&](int n) HYBRIDATTN_INLINE_LAMBDA { return cpu::Slot<T>{slot.i + n * lanes<T>, slot.count}; };
+  Vec<T> with_k[std::size_t{N}] = {}, with_q[std::size_t{N}] = {}, delta[std::size_t{N}];
+  for (Index a = 0; a < t.K; ++a) {
+    HYBRIDATTN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      Vec<T> const s = column(n).get(t.state + a * t.row);
+      with_k[n] += t.k[a] * s;
+      with_q[n] += t.q[a] * s;
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int n = 0; n < N; ++n) {
+    delta[n] = t.beta * (column(n).get(t.v) - t.decay * with_k[n]);                          // (2)
+    column(n).put(t.o, t.scale * t.decay * with_q[n] + t.scaled_qk * delta[n]);              // (4)
+  }
+  for (Index a = 0; a < t.K; ++a) {
+    HYBRIDATTN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      T* const row = t.state + a * t.row;
+      column(n).put(row, t.decay * column(n).get(row) + t.k[a] * delta[n]);                  // (1), (3)
+    }
+  }
+}
+template <class T> void step_head(Token<T> const& t, Index V) {
+  constexpr int wide = 4;
+  Index v = 0;
+  for (; v + wide * lanes<T> <= V; v += wide * lanes<T>) step_columns<wide>(t, cpu::Slot<T>{v, lanes<T>});
+  cpu::for_each_vector<T>(v, V, [&](cpu::Slot<T> slot) { step_columns<1>(t, slot); });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail
+#endif
+
+// ==== hybridattn/attention/gdn/types.hpp
+// Options, sizes and tensors of Gated DeltaNet. The equations are those of gdn.hpp.
+#ifndef HYBRIDATTN_ATTENTION_GDN_TYPES_HPP
+#define HYBRIDATTN_ATTENTION_GDN_TYPES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+struct GdnOptions {
+  int conv_width = 4;                 // short causal convolution on q, k, v; 0: none, only silu
+  bool output_gate = true;            // RMSNorm(o) silu(x w_gate); false: RMSNorm(o)
+  bool negative_eigenvalues = false;  // beta in (0, 2) instead of (0, 1): arXiv 2411.12537
+};
+
+namespace gdn {
+
+// Initial values of a_log and dt_bias: those of fla give decays near 1; with those of transformers an untrained layer forgets within a
+// token.
+enum class GateStart { fla, transformers };
+
+struct Config {
+  Index num_heads = 0;        // H, of q and k; 0: the model's
+  Index num_value_heads = 0;  // HV, a multiple of H; 0: num_heads
+  Index key_dim = 0;          // K; 0: model_dim / num_heads
+  Index value_dim = 0;        // V; 0: key_dim
+  double scale = 0;           // 0: key_dim^-1/2
+  double norm_eps = 1e-6;     // of the norm on o
+  GateStart gate_start = GateStart::fla;
+};
+
+template <class S> struct Inputs {
+  Held<S, 3> q, k;            // [N, H, K], not normalised by the policy: the layer makes their length 1
+  Held<S, 3> v;               // [N, HV, V]
+  Wide<S, 2> g, beta;         // [N, HV]   g <= 0 is the log of the decay, beta in [0, 1] or [0, 2]
+  State<S, 4> initial_state;  // [number of sequences, HV, K, V], empty for zeros
+  HYBRIDATTN_FIELDS(q, k, v, g, beta, initial_state)
+};
+template <class S> struct Outputs {
+  Held<S, 3> o;             // [N, HV, V]
+  State<S, 4> final_state;  // [number of sequences, HV, K, V], empty if the caller does not need it
+  HYBRIDATTN_FIELDS(o, final_state)
+};
+// The error e_t of (2). Backward computes S again from it, from the first token on, and needs no saved state.
+template <class S> struct Saved {
+  Wide<S, 3> error;  // [N, HV, V]
+  HYBRIDATTN_FIELDS(error)
+};
+
+// The state S after earlier tokens, and the projections of the last earlier tokens for the short convolutions, the oldest first.
+template <class S> struct Cache {
+  Held<S, 3> conv_q, conv_k, conv_v;  // [batch, conv_width - 1, channels], empty without a convolution
+  State<S, 4> state;                  // [batch, HV, K, V]
+  HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, state)
+};
+
+inline Shape<4> state_shape(Config const& c, Sequences const& s) { return {s.count(), c.num_value_heads, c.key_dim, c.value_dim}; }
+
+}  // namespace gdn
+
+template <GdnOptions O> struct GatedDeltaNet;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/gdn/cpu.hpp
+// The gated delta rule on the CPU: the tasks of forward, backward and decoding, and the memory of each thread.
+#ifndef HYBRIDATTN_ATTENTION_GDN_CPU_HPP
+#define HYBRIDATTN_ATTENTION_GDN_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gdn {
+namespace detail {
+
+// Memory of one thread in forward. K and V are rounded up to whole panels.
+template <class T> struct ForwardScratch {
+  Index K, V;
+  T *state, *panels;          // [K, V] in panels; the rows of the panels in turn
+  TokenRows<T> q, k, v, o, error;  // one block each, for rows that are not used in place
+
+  static Index size(Index K, Index V) {
+    return size_sum(size_product(K, V), panels_in_turn * panel_rows * panel_width<T> + block_tokens * (2 * K + 3 * V));
+  }
+  ForwardScratch(T* memory, Index K_, Index V_) : K(K_), V(V_) {
+    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
+    auto const take_rows = [&](Index width) { return TokenRows<T>{take(block_tokens * width), width}; };
+    state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), v = take_rows(V), o = take_rows(V), error = take_rows(V);
+  }
+};
+
+template <class T>
+void forward_head(Config const& c, Sequence sequence, Index i, Index h, Inputs<In<T>> const& x, Outputs<Out<T>> const& y,
+                  Saved<Out<T>> const& saved, ForwardScratch<T> const& scratch) {
+  Index const K = scratch.K, hk = h / (c.num_value_heads / c.num_heads);
+  T carry = Carry<T>::start;
+  Gates<T> gates;
+  ForwardTerms<T> terms;
+  read_state(x.initial_state, i, h, K, scratch.V, scratch.state);
+  for (Index b = 0; b < count_blocks(sequence); ++b) {
+    TokenBlock const block = block_of(sequence, b);
+    ForwardRows<T> rows{.groups = block.groups(),
+                        .K = K,
+                        .V = scratch.V,
+                        .q = rows_to_read(x.q, block, hk, scratch.q),
+                        .k = rows_to_read(x.k, block, hk, scratch.k),
+                        .v = rows_to_read(x.v, block, h, scratch.v),
+                        .o = rows_to_write(y.o, block, h, scratch.o),
+                        .error = {nullptr, 0}};
+    if (!saved.error.empty()) rows.error = rows_to_write(saved.error, block, h, scratch.error);
+    read_gates(x.g, x.beta, block, h, gates);
+    carry = forward_terms(gates, static_cast<T>(c.scale), rows, carry, terms);
+    forward_block(terms, rows, scratch.state, scratch.panels);
+    write_back(y.o, block, h, scratch.o);
+    write_back(saved.error, block, h, scratch.error);
+  }
+  write_state(scratch.state, carry, i, h, K, y.final_state);
+}
+
+// Memory of one thread in backward. K and V are rounded up to whole panels.
+template <class T> struct BackwardScratch {
+  Index K, V;
+  T *gradient, *state;               // X [K, V] and S^T [V, K], in panels
+  T* panels;                         // the rows of the panels in turn
+  T* crossing;                       // of one block, for d_g
+  TokenRows<T> q, k, error, d_o, d_v;     // one block each, for rows that are not used in place
+  TokenRows<T> d_q, d_k;                  // one block of one value head
+  T* state_error;                    // X e of all tokens of a head
+  T* gradients;                      // an X of each block, for d_g
+  Handover<T>* handover;             // one for each block
+
+  static Index size(Index K, Index V, Index longest) {
+    Index const states = size_product(2 + ceil_div(longest, block_tokens), K, V);   // and the states of the blocks
+    return size_sum(states, (panels_in_turn * panel_rows + block_groups * crossing_rows) * panel_width<T> + block_tokens * (4 * K + 3 * V) +
+                                round_up(longest, group_tokens) * K);
+  }
+  BackwardScratch(T* memory, Handover<T>* handover_, Index K_, Index V_, Index longest) : K(K_), V(V_), handover(handover_) {
+    auto const take = [&](Index count) { return std::exchange(memory, memory + count); };
+    auto const take_rows = [&](Index width) { return TokenRows<T>{take(block_tokens * width), width}; };
+    gradient = take(K * V), state = take(K * V), panels = take(panels_in_turn * panel_rows * panel_width<T>);
+    crossing = take(block_groups * crossing_rows * panel_width<T>);
+    q = take_rows(K), k = take_rows(K), error = take_rows(V), d_o = take_rows(V), d_v = take_rows(V);
+    d_q = take_rows(K), d_k = take_rows(K);
+    state_error = take(round_up(longest, group_tokens) * K);
+    gradients = memory;
+  }
+};
+
+// The arguments of one call of backward.
+template <class T> struct BackwardCall {
+  Config const& c;
+  Inputs<In<T>> x;
+  Saved<In<T>> saved;
+  Outputs<In<T>> d_y;
+  Inputs<Out<T>> d_x;
+
+  Index key_head(Index h) const { return h / (c.num_value_heads / c.num_heads); }
+  BackwardRows<T> rows(TokenBlock block, Index h, BackwardScratch<T> const& scratch) const {
+    Index const hk = key_head(h);
+    return {.groups = block.groups(),
+            .K = scratch.K,
+            .V = scratch.V,
+            .q = rows_to_read(x.q, block, hk, scratch.q),
+            .k = rows_to_read(x.k, block, hk, scratch.k),
+            .error = rows_to_read(saved.error, block, h, scratch.error),
+            .d_o = rows_to_read(d_y.o, block, h, scratch.d_o),
+            .d_v = rows_to_write(d_x.v, block, h, scratch.d_v)};
+  }
+};
+
+// Writes d_v, d_beta, d_initial_state and the handover. Returns a function that computes <S_0, X_0>.
+template <class T> auto reverse_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, BackwardScratch<T> const& scratch) {
+  T const scale = static_cast<T>(call.c.scale);
+  T carry = Carry<T>::start, since_fresh = 1;
+  Gates<T> gates;
+  ReverseTerms<T> terms;
+  read_state(call.d_y.final_state, i, h, scratch.K, scratch.V, scratch.gradient);
+  for (Index b = count_blocks(sequence); b-- > 0;) {
+    TokenBlock const block = block_of(sequence, b);
+    BackwardRows<T> const rows = call.rows(block, h, scratch);
+    read_gates(call.x.g, call.x.beta, block, h, gates);
+    carry = reverse_terms(gates, scale, rows, carry, terms);
+    DecayPaths<T>& paths = scratch.handover[b].paths;
+    paths.decay = gates.after[0];
+    paths.fresh = fresh_group(paths.decay, rows.groups, since_fresh);
+    paths.gradient = scratch.gradients + b * scratch.K * scratch.V;
+    paths.carry = terms.carry.before[paths.fresh];
+    reverse_block(terms, rows, scratch.gradient, scratch.panels, scratch.state_error + b * block_tokens * rows.K, paths);
+    finish_reverse(gates, terms, scale, rows, block, h, call.d_x.beta, scratch.handover[b]);
+    write_back(call.d_x.v, block, h, scratch.d_v);
+  }
+  write_state(scratch.gradient, carry, i, h, scratch.K, call.d_x.initial_state);
+  return [=] { return dot_state(call.x.initial_state, i, h, scratch.K, scratch.gradient, carry); };
+}
+
+// Writes d_q and d_k. Returns <S_T, d_final_state>.
+template <class T>
+double forward_sweep(BackwardCall<T> const& call, Sequence sequence, Index i, Index h, bool first, BackwardScratch<T> const& scratch) {
+  T carry = Carry<T>::start;
+  Gates<T> gates;
+  RebuildTerms<T> terms;
+  read_transposed(call.x.initial_state, i, h, scratch.K, scratch.V, scratch.state);
+  for (Index b = 0; b < count_blocks(sequence); ++b) {
+    TokenBlock const block = block_of(sequence, b);
+    BackwardRows<T> const rows = call.rows(block, h, scratch);
+    rows_to_read(View<T const, 3>(call.d_x.v), block, h, scratch.d_v);   // written by the reverse sweep
+    read_gates(call.x.g, call.x.beta, block, h, gates);
+    carry = rebuild_terms(gates, static_cast<T>(call.c.scale), carry, terms);
+    rebuild_block(terms, scratch.handover[b], rows, scratch.state, scratch.state_error + b * block_tokens * rows.K, scratch.panels,
+                  scratch.d_q, scratch.d_k, scratch.crossing);
+    paths_across(scratch.crossing, rows.groups, scratch.handover[b].gradient, scratch.handover[b].paths);
+    finish_rebuild<T>(scratch.d_q, scratch.d_k, block, call.key_head(h), first, call.d_x.q, call.d_x.k);
+  }
+  return dot_transposed(call.d_y.final_state, i, h, scratch.V, scratch.state, carry);
+}
+
+}  // namespace detail
+
+// A task is a value head of a sequence: heads are independent of each other.
+template <class T> void forward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
+  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
+    detail::forward_head(c, s[static_cast<std::size_t>(i)], i, h, x, y, saved, detail::ForwardScratch<T>{scratch.row(thread), K, V});
+  });
+}
+
+// A task is a key head of a sequence: key heads are independent of each other. The value heads of a key head add to its d_q and d_k
+// one after the other.
+template <class T>
+void backward(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>>, Saved<In<T>> saved, Outputs<In<T>> d_y,
+              Inputs<Out<T>> d_x) {
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  Index const longest = s.longest(), threads = cpu.threads(), group = c.num_value_heads / c.num_heads;
+  Tensor<T, 2, Cpu> memory{cpu, {threads, detail::BackwardScratch<T>::size(K, V, longest)}};
+  Tensor<detail::Handover<T>, 2, Cpu> handover{cpu, {threads, ceil_div(longest, detail::block_tokens)}};
+  View<T, 2> const rows = out(memory);
+  View<detail::Handover<T>, 2> const blocks = out(handover);
+  detail::BackwardCall<T> const call{c, x, saved, d_y, d_x};
+  parallel_for(cpu, s.count() * c.num_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_heads, hk = task % c.num_heads;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    detail::BackwardScratch<T> const scratch{rows.row(thread), blocks.row(thread), K, V, longest};
+    for (Index h = hk * group; h < (hk + 1) * group; ++h) {
+      auto const before = detail::reverse_sweep(call, sequence, i, h, scratch);
+      double const after = detail::forward_sweep(call, sequence, i, h, h == hk * group, scratch);
+      auto const paths = [&](Index b) -> detail::DecayPaths<T> const& { return scratch.handover[b].paths; };
+      detail::DecayGradients<T>::write(sequence, h, paths, before, after, d_x.g);
+    }
+  });
+}
+
+namespace detail {
+
+// Computes token n in head h, and updates the head's state [K, V].
+template <class T> void step_token(Config const& c, Inputs<In<T>> const& x, Index n, Index h, View<T, 4> states, Index i, View<T, 3> o) {
+  Index const hk = h / (c.num_value_heads / c.num_heads);
+  T const *q = x.q.row(n, hk), *k = x.k.row(n, hk);
+  T const scale = static_cast<T>(c.scale), decay = decay_of<T>(cpu::broadcast(x.g(n, h)))[0];
+  T const qk = cpu::sum_vectors<T>(c.key_dim, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA { return slot.get(q) * slot.get(k); });
+  step_head<T>({q, k, x.v.row(n, h), decay, x.beta(n, h), scale, scale * qk, states.row(i, h, 0), o.row(n, h), c.key_dim, states.stride[2]},
+               c.value_dim);
+}
+
+}  // namespace detail
+
+// x holds one token for each of B sequences: q, k [B, H, K], v [B, HV, V], g, beta [B, HV]; x.initial_state is not used.
+// state [B, HV, K, V] is updated in place, o is [B, HV, V].
+template <class T> void step(Cpu& cpu, Config const& c, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
+  parallel_for(cpu, o.extent(0) * c.num_value_heads, [&](Index task, int) {
+    Index const b = task / c.num_value_heads, h = task % c.num_value_heads;
+    detail::step_token(c, x, b, h, state, b, o);
+  });
+}
+
+// Updates state and computes o [N, HV, V]. One new token of a sequence is a step in place; several new tokens are a forward from the
+// state to the state.
+template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> x, View<T, 4> state, View<T, 3> o) {
+  check_fits(s, state.extent(0), std::numeric_limits<Index>::max());
+  Index const K = detail::padded<T>(c.key_dim), V = detail::padded<T>(c.value_dim);
+  bool const only_steps = s.longest() <= 1;
+  Tensor<T, 2, Cpu> memory{cpu, {Index{cpu.threads()}, only_steps ? 0 : detail::ForwardScratch<T>::size(K, V)}};
+  View<T, 2> const scratch = out(memory);
+  parallel_for(cpu, s.count() * c.num_value_heads, [&](Index task, int thread) {
+    Index const i = task / c.num_value_heads, h = task % c.num_value_heads;
+    Sequence const sequence = s[static_cast<std::size_t>(i)];
+    if (sequence.length == 0) return;
+    if (sequence.length == 1) {
+      for (Index k = 0; sequence.past == 0 && k < c.key_dim; ++k) std::fill_n(state.row(i, h, k), c.value_dim, T(0));
+      return detail::step_token(c, x, sequence.start, h, state, i, o);
+    }
+    Inputs<In<T>> from = x;
+    from.initial_state = sequence.past == 0 ? View<T const, 4>{} : state;
+    detail::forward_head<T>(c, sequence, i, h, from, {.o = o, .final_state = state}, {}, {scratch.row(thread), K, V});
+  });
+}
+
+}  // namespace gdn
+
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
+                      gdn::Saved<Out<T>> saved) {
+    gdn::forward(cpu, c, s, x, y, saved);
+  }
+  template <class T>
+  static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
+  }
+  template <class T>
+  static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
+                     gdn::Outputs<Out<T>> y) {
+    gdn::extend(cpu, c, s, x, cache.state, y.o);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
+// Short depthwise causal convolution, one filter a channel, silu after it:
+//   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
+//   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
+// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
+// final state. A sequence never sees its neighbour.
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+enum class Activation { none, silu };
+
+//   forward (backend, activation, sequences, x, w, initial_state, y, final_state)     x, y [N, C], w [C, W]
+//   backward(backend, activation, sequences, x, w, initial_state, d_y, d_final_state, d_x, d_w, d_initial_state)
+// States are [number of sequences, W - 1, C] or empty; forward's final_state may be its initial_state. W = 0 is no
+// convolution: y = silu(x). Backward overwrites everything.
+struct CausalConv1d {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/causal_conv1d/cpu.hpp
+#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
+#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace cpu::detail {
+
+// The inputs of a convolution as rows: of x, of the initial state, or nothing.
+template <class T> struct ConvRows {
+  View<T const, 2> x;
+  View<T const, 3> initial_state;
+  Index width;
+
+  // The row `back` tokens before token n, which has `position` tokens of sequence `owner` before it in x; null for zeros.
+  T const* at(Index n, Index position, Index owner, Index back) const {
+    if (back <= position) return x.row(n - back);
+    return initial_state.empty() ? nullptr : initial_state.row(owner, width - 1 - (back - position));
+  }
+};
+
+}  // namespace cpu::detail
+
+template <> struct On<CausalConv1d, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+    Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
+    View<T const, 2> const taps = taps_of(w, out(taps_storage));
+    cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        convolve(rows, taps, s, n, y.row(n));
+        if (activation == Activation::silu) silu_row(y.row(n), x.extent(1));
+      }
+    });
+    if (!final_state.empty()) keep_last(s, rows, final_state);
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
+                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       View<T, 3> d_initial_state) {
+    Index const C = x.extent(1), W = w.extent(1);
+    Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
+    View<T const, 2> const taps = taps_of(w, out(taps_storage));
+    View<T, 2> const d_s = out(d_s_storage), d_taps = out(d_taps_storage);
+    cpu::detail::ConvRows<T> const rows{x, initial_state, W};
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        convolve(rows, taps, s, n, d_s.row(n));
+        through_activation(activation, d_y.row(n), d_s.row(n), C);
+      }
+    });
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) gradient_row(s, taps, View<T const, 2>(d_s), d_final_state, n, d_x.row(n));
+    });
+    if (W > 0) {
+      cpu::sum_over_rows<T>(cpu, x.extent(0), flat(d_taps), [&](Index n, T* sum) { add_taps(rows, s, n, d_s.row(n), sum); });
+      for (Index c = 0; c < C; ++c)
+        for (Index tap = 0; tap < W; ++tap) d_w(c, tap) = d_taps(tap, c);
+    }
+    if (!d_initial_state.empty()) initial_gradient(s, taps, View<T const, 2>(d_s), d_final_state, d_initial_state);
+  }
+
+ private:
+  static Index position_of(Sequences const& s, Index n) { return n - s[static_cast<std::size_t>(s.owners()(n))].start; }
+  // Filters by tap, so that channels are neighbours.
+  template <class T> static View<T, 2> taps_of(View<T const, 2> w, View<T, 2> taps) {
+    for (Index c = 0; c < w.extent(0); ++c)
+      for (Index tap = 0; tap < w.extent(1); ++tap) taps(tap, c) = w(c, tap);
+    return taps;
+  }
+  template <class T>
+  static void convolve(cpu::detail::ConvRows<T> const& rows, View<T const, 2> taps, Sequences const& s, Index n, T* y) {
+    Index const C = rows.x.extent(1), W = rows.width;
+    if (W == 0) {
+      std::copy_n(rows.x.row(n), C, y);
+      return;
+    }
+    Index const owner = s.owners()(n), position = position_of(s, n);
+    std::fill_n(y, C, T(0));
+    for (Index tap = 0; tap < W; ++tap)
+      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(taps.row(tap), row, y, C);
+  }
+  template <class T> static void add_product(T const* a, T const* b, T* y, Index C) {
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) + v.get(a) * v.get(b)); });
+  }
+  template <class T> static void silu_row(T* y, Index C) {
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) * cpu::sigmoid<T>(v.get(y))); });
+  }
+  // d_s holds s and becomes d_y silu'(s).
+  template <class T> static void through_activation(Activation activation, T const* d_y, T* d_s, Index C) {
+    if (activation == Activation::none) {
+      std::copy_n(d_y, C, d_s);
+      return;
+    }
+    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const s = v.get(d_s), open = cpu::sigmoid<T>(s);
+      v.put(d_s, v.get(d_y) * (open * (T(1) + s * (T(1) - open))));
+    });
+  }
+  template <class T>
+  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
+                           T* d_x) {
+    Index const C = d_s.extent(1), W = taps.extent(0);
+    if (W == 0) {
+      std::copy_n(d_s.row(n), C, d_x);
+      return;
+    }
+    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - position_of(s, n);
+    std::fill_n(d_x, C, T(0));
+    for (Index ahead = 0; ahead < std::min(W, after + 1); ++ahead) add_product(taps.row(W - 1 - ahead), d_s.row(n + ahead), d_x, C);
+    if (!d_final_state.empty() && after < W - 1) axpy(T(1), d_final_state.row(owner, W - 2 - after), d_x, C);
+  }
+  template <class T> static void add_taps(cpu::detail::ConvRows<T> const& rows, Sequences const& s, Index n, T const* d_s, T* sum) {
+    Index const C = rows.x.extent(1), W = rows.width, position = position_of(s, n), owner = s.owners()(n);
+    for (Index tap = 0; tap < W; ++tap)
+      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
+  }
+  // Row j of a state is the input W - 1 - j tokens before the end.
+  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
+    for (Index i = 0; i < s.count(); ++i)
+      for (Index j = 0; j < rows.width - 1; ++j) {
+        Sequence const q = s[static_cast<std::size_t>(i)];
+        T const* row = rows.at(q.start + q.length, q.length, i, rows.width - 1 - j);
+        T* const to = final_state.row(i, j);   // in place, where an empty sequence keeps its rows
+        if (row == nullptr) std::fill_n(to, rows.x.extent(1), T(0));
+        else if (row != to) std::copy_n(row, rows.x.extent(1), to);
+      }
+  }
+  // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
+  template <class T>
+  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
+                               View<T, 3> d_initial_state) {
+    Index const C = d_s.extent(1), W = taps.extent(0);
+    for (Index i = 0; i < s.count(); ++i)
+      for (Index j = 0; j < W - 1; ++j) {
+        Sequence const q = s[static_cast<std::size_t>(i)];
+        T* const d = d_initial_state.row(i, j);
+        std::fill_n(d, C, T(0));
+        for (Index t = 0; t < std::min(j + 1, q.length); ++t) add_product(taps.row(j - t), d_s.row(q.start + t), d, C);
+        if (!d_final_state.empty() && j >= q.length) axpy(T(1), d_final_state.row(i, j - q.length), d, C);
+      }
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/gdn_gate/gdn_gate.hpp
+// The gates of Gated DeltaNet, from their projections a and b:
+//   g = -exp(a_log) softplus(a + dt_bias)      beta = range sigmoid(b), range 1 or 2
+//   d_a = d_dt_bias = -exp(a_log) sigmoid(a + dt_bias) d_g      d_a_log = sum d_g g      d_b = beta (1 - beta / range) d_beta
+#ifndef HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
+//   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
+struct GdnGate {};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/gdn_gate/cpu.hpp
+#ifndef HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
+#define HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// Plain loops: one number a head and token.
+template <> struct On<GdnGate, Cpu> {
+  template <class T>
+  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                      View<T, 2> g, View<T, 2> beta) {
+    parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n)
+        for (Index h = 0; h < a.extent(1); ++h) {
+          g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
+          beta(n, h) = range * sigmoid(b(n, h));
+        }
+    });
+  }
+
+  template <class T>
+  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
+                       View<T, 1> d_dt_bias) {
+    cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
+      for (Index h = 0; h < a.extent(1); ++h) {
+        T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
+        d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
+        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        sum[h] += rate * softplus(shifted) * d_g(n, h);
+      }
+    });
+    cpu::sum_over_rows<T>(cpu, a.extent(0), d_dt_bias, [&](Index n, T* sum) {
+      for (Index h = 0; h < a.extent(1); ++h) sum[h] += d_a(n, h);
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/ops/l2_norm/l2_norm.hpp
+// Rows of length one: y = x rnorm,  rnorm = (sum x^2 + eps)^-1/2;   d_x = rnorm (d_y - y (y . d_y)).  A row of zeros stays zero.
+#ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
+#define HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+//   forward (backend, x, y)            x, y [N, C]; y may be x
+//   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
+struct L2Norm {
+  static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+
+// ==== hybridattn/ops/l2_norm/cpu.hpp
+#ifndef HYBRIDATTN_OPS_L2_NORM_CPU_HPP
+#define HYBRIDATTN_OPS_L2_NORM_CPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <> struct On<L2Norm, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *row = x.row(n), rnorm = inverse_norm(row, C);
+        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rnorm); });
+      }
+    });
+  }
+
+  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+    Index const C = x.extent(1);
+    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
+      for (Index n = first; n < last; ++n) {
+        T const *xn = x.row(n), *d_yn = d_y.row(n), rnorm = inverse_norm(xn, C);
+        T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); }) * rnorm;
+        cpu::for_each_vector<T>(
+            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along)); });
+      }
+    });
+  }
+
+ private:
+  template <class T> static T inverse_norm(T const* x, Index C) {
+    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const v = s.get(x);
+      return v * v;
+    });
+    return cpu::inverse_root(squares + static_cast<T>(L2Norm::eps));
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+#endif
+
+// ==== hybridattn/attention/gdn/steps.hpp
+// The steps around the gated delta rule in a layer: short convolutions, L2 norms and gates before it, a gated norm after it.
+//   q, k = l2_norm(silu(conv(raw)))      v = silu(conv(raw))      g, beta from their projections (ops/gdn_gate)
+//   y = RMSNorm(o) w silu(z), one weight [V] for all heads
+#ifndef HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_STEPS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
+
+template <class S> struct PrepareParams {
+  Held<S, 2> conv_q, conv_k, conv_v;  // [channels, conv_width]; the last tap multiplies the token itself
+  Wide<S, 1> a_log, dt_bias;          // [HV]
+  HYBRIDATTN_FIELDS(conv_q, conv_k, conv_v, a_log, dt_bias)
+};
+
+template <GdnOptions O> struct Prepare {
+  template <class S> using Params = PrepareParams<S>;
+
+  static constexpr bool makes(std::string_view) { return true; }
+
+  static Params<Shapes> params(Config const& c) {
+    Shape<2> const keys{size_product(c.num_heads, c.key_dim), O.conv_width};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {size_product(c.num_value_heads, c.value_dim), O.conv_width},
+            .a_log = {c.num_value_heads},
+            .dt_bias = {c.num_value_heads}};
+  }
+  static Params<Starts> starts(Config const& c) {
+    double const bound = O.conv_width == 0 ? 0 : 1 / std::sqrt(static_cast<double>(O.conv_width));
+    Initial const conv = Initial::uniform(-bound, bound), rate{Initial::Kind::log_uniform_value, 0.01, 16};
+    Initial const step =
+        c.gate_start == GateStart::fla ? Initial{Initial::Kind::inverse_softplus_of_log_uniform, 1e-3, 0.1} : Initial::constant(1);
+    return {.conv_q = conv, .conv_k = conv, .conv_v = conv, .a_log = rate, .dt_bias = step};
+  }
+
+  template <class B, class T>
+  static void forward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<Out<T>> x) {
+    convolve(backend, s, raw.q, p.conv_q, x.q);
+    convolve(backend, s, raw.k, p.conv_k, x.k);
+    convolve(backend, s, raw.v, p.conv_v, x.v);
+    normalise_and_gate(backend, raw, p, x);
+  }
+  // The convolutions start from the earlier tokens in the cache.
+  template <class B, class T>
+  static void extend(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Cache<Out<T>> cache,
+                     Inputs<Out<T>> x) {
+    convolve_on(backend, s, raw.q, p.conv_q, cache.conv_q, x.q);
+    convolve_on(backend, s, raw.k, p.conv_k, cache.conv_k, x.k);
+    convolve_on(backend, s, raw.v, p.conv_v, cache.conv_v, x.v);
+    normalise_and_gate(backend, raw, p, x);
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const&, SequencesOn<B> const& s, Inputs<Narrow<In<T>>> raw, Params<In<T>> p, Inputs<In<T>>,
+                       Inputs<In<T>> d_x, Inputs<Narrow<Out<T>>> d_raw, Params<Out<T>> d_p) {
+    unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
+    unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
+    convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
+    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+                             d_p.dt_bias);
+  }
+
+ private:
+  template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
+
+  template <class B, class T>
+  static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
+    On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
+    On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
+    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+  }
+  // A sequence without past tokens starts from zeros.
+  template <class B, class T>
+  static void convolve_on(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T, 3> state, View<T, 3> y) {
+    for (Index i = 0; i < s.count() && !state.empty(); ++i)
+      if (Sequence const sequence = s[static_cast<std::size_t>(i)]; sequence.past == 0 && sequence.length > 0)
+        On<Fill, B>::forward(backend, T(0), View<T, 1>{state.row(i, 0), {state.extent(1) * state.extent(2)}});
+    On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>(state), as_rows(y), state);
+  }
+  template <class B, class T> static void convolve(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w,
+                                                   View<T, 3> y) {
+    On<CausalConv1d, B>::forward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(y), View<T, 3>{});
+  }
+  template <class B, class T>
+  static void convolve_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+                                View<T, 3> d_raw, View<T, 2> d_w) {
+    On<CausalConv1d, B>::backward(backend, Activation::silu, s, as_rows(raw), w, View<T const, 3>{}, as_rows(d_y), View<T const, 3>{},
+                                  as_rows(d_raw), d_w, View<T, 3>{});
+  }
+  // Backward of the L2 norm and the convolution. Computes the convolution's output again.
+  template <class B, class T>
+  static void unit_backward(B& backend, SequencesOn<B> const& s, View<T const, 3> raw, View<T const, 2> w, View<T const, 3> d_y,
+                            View<T, 3> d_raw, View<T, 2> d_w) {
+    Tensor<T, 3, B> convolved{backend, raw.shape}, d_convolved{backend, raw.shape};
+    convolve(backend, s, raw, w, out(convolved));
+    On<L2Norm, B>::backward(backend, head_rows(in(convolved)), head_rows(d_y), head_rows(out(d_convolved)));
+    convolve_backward(backend, s, raw, w, in(d_convolved), d_raw, d_w);
+  }
+};
+
+template <class S> struct FinishParams {
+  Wide<S, 1> norm;  // [V]
+  HYBRIDATTN_FIELDS(norm)
+};
+
+template <GdnOptions O> struct Finish {
+  static constexpr bool gated = O.output_gate;
+  template <class S> using Params = FinishParams<S>;
+
+  static Params<Shapes> params(Config const& c) { return {.norm = {c.value_dim}}; }
+  static Params<Starts> starts(Config const&) { return {.norm = Initial::constant(1)}; }
+
+  template <class B, class T>
+  static void forward(B& backend, Config const& c, View<T const, 3> o, View<T const, 3> z, Params<In<T>> p, View<T, 3> y) {
+    On<GatedRmsNorm, B>::forward(backend, c.norm_eps, head_rows(o), rows_or_none(z), p.norm, head_rows(y));
+  }
+  template <class B, class T>
+  static void backward(B& backend, Config const& c, View<T const, 3> o, View<T const, 3> z, Params<In<T>> p, View<T const, 3> d_y,
+                       View<T, 3> d_o, View<T, 3> d_z, Params<Out<T>> d_p) {
+    On<GatedRmsNorm, B>::backward(backend, c.norm_eps, head_rows(o), rows_or_none(z), p.norm, head_rows(d_y), head_rows(d_o),
+                                  rows_or_none(d_z), d_p.norm);
+  }
+
+ private:
+  template <class T> static View<T, 2> rows_or_none(View<T, 3> z) { return z.empty() ? View<T, 2>{} : head_rows(z); }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+#endif
+
+// ==== hybridattn/attention/gdn/gdn.hpp
+// Gated DeltaNet (arXiv 2412.06464): a linear attention whose state forgets, then corrects itself.
+// For each value head, S is [K, V] and S_0 = initial_state, or zero:
+//   (1) S~_t = exp(g_t) S_{t-1}                        forget before error
+//   (2) e_t = v_t - S~_t^T k_t                         delta_t = beta_t e_t
+//   (3) S_t = S~_t + k_t delta_t^T
+//   (4) o_t = scale S_t^T q_t                          the updated state; final_state = S_T
+// Backward, with X_t the gradient of S_t, from the last token to the first:
+//   (5) X_t += scale q_t d_o_t^T ;  d_v_t = beta_t X_t^T k_t ;  d_beta_t = (X_t^T k_t) . e_t
+//   (6) d_k_t = X_t delta_t - S~_t d_v_t ;  d_q_t = scale S_t d_o_t ;  X_{t-1} = exp(g_t) (X_t - k_t d_v_t^T)
+//   (7) d_g_t = exp(g_t) <X_t - k_t d_v_t^T, S_{t-1}>    a sum over pairs of a write before and a read after this decay
+//       (Euler's relation, sum_{j >= t} (q_j . d_q_j - v_j . d_v_j) + <S_T, d_final_state>, is mathematically equal, but
+//       inexact in floating point: the sum fades with the decay, its terms do not)
+// Value head h reads q/k head h / (HV / H); d_q and d_k sum over the group. g <= 0 is a logarithm: its sums never
+// underflow before the exp. No equation divides by beta, so beta = 0 needs no special case.
+#ifndef HYBRIDATTN_ATTENTION_GDN_GDN_HPP
+#define HYBRIDATTN_ATTENTION_GDN_GDN_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+template <GdnOptions O = GdnOptions{}> struct GatedDeltaNet : PolicyDefaults {
+  static_assert(O.conv_width >= 0, "GdnOptions: conv_width is a number of tokens, or 0 for no convolution");
+
+  static constexpr std::string_view name = "GDN";
+  static constexpr GdnOptions options = O;
+  using Config = gdn::Config;
+  template <class S> using Inputs = gdn::Inputs<S>;
+  template <class S> using Outputs = gdn::Outputs<S>;
+  template <class S> using Saved = gdn::Saved<S>;
+  template <class S> using Cache = gdn::Cache<S>;
+  using Prepare = gdn::Prepare<O>;
+  using Finish = gdn::Finish<O>;
+
+  static Config complete(Config c, Index model_dim, Index num_heads) {
+    check_numbers(c);
+    if (c.num_heads == 0) c.num_heads = num_heads;
+    if (c.num_value_heads == 0) c.num_value_heads = c.num_heads;
+    c.key_dim = default_head_dim(c.key_dim, model_dim, c.num_heads);
+    if (c.value_dim == 0) c.value_dim = c.key_dim;
+    if (c.scale == 0) c.scale = 1 / std::sqrt(static_cast<double>(c.key_dim));
+    check_groups("GatedDeltaNet", c.num_value_heads, c.num_heads);
+    return c;
+  }
+  // Training batches have no states: inputs() and outputs() give them empty shapes. gdn::state_shape is their shape.
+  static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
+    Shape<3> const keys{s.tokens(), c.num_heads, c.key_dim};
+    Shape<2> const gates{s.tokens(), c.num_value_heads};
+    return {.q = keys, .k = keys, .v = {s.tokens(), c.num_value_heads, c.value_dim}, .g = gates, .beta = gates, .initial_state = {}};
+  }
+  static Outputs<Shapes> outputs(Config const& c, Sequences const& s) {
+    return {.o = {s.tokens(), c.num_value_heads, c.value_dim}, .final_state = {}};
+  }
+  static Saved<Shapes> saved(Config const& c, Sequences const& s) { return {.error = {s.tokens(), c.num_value_heads, c.value_dim}}; }
+  static Cache<Shapes> cache(Config const& c, Index batch, Index) {
+    Index const rows = O.conv_width > 0 ? O.conv_width - 1 : 0;
+    Shape<3> const keys{batch, rows, size_product(c.num_heads, c.key_dim)};
+    return {.conv_q = keys,
+            .conv_k = keys,
+            .conv_v = {batch, rows, size_product(c.num_value_heads, c.value_dim)},
+            .state = {batch, c.num_value_heads, c.key_dim, c.value_dim}};
+  }
+
+ private:
+  static void check_numbers(Config const& c) {
+    check_size("GatedDeltaNet", "num_heads", c.num_heads);
+    check_size("GatedDeltaNet", "num_value_heads", c.num_value_heads);
+    check_size("GatedDeltaNet", "key_dim", c.key_dim);
+    check_size("GatedDeltaNet", "value_dim", c.value_dim);
+    check_number("GatedDeltaNet", "scale", c.scale);
+    check_positive("GatedDeltaNet", "norm_eps", c.norm_eps);
+  }
+};
+using GDN = GatedDeltaNet<>;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/attention/gdn/kernels.hpp
+// Gated DeltaNet as kernels, token by token in exact arithmetic. Numbers in brackets are equations of gdn.hpp.
+//
+// A block has a value head of a sequence and a tile of the columns of its state [K, V]. Columns of a state do not meet before they are
+// summed, so every block goes through all tokens of its sequence alone. Tokens go through shared memory in pieces.
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
+
+// What a block has: columns from `column` on of the state of a value head.
+struct Place {
+  Sequence sequence;
+  Index number, tile, head, column;
+
+  HYBRIDATTN_DEVICE Place(View<Sequence const, 1> sequences, Index tiles, int columns)
+      : sequence(sequences(simt::block_x() / tiles)), number(simt::block_x() / tiles), tile(simt::block_x() % tiles), head(simt::block_y()),
+        column(tile * columns) {}
+  // How many tokens the piece from token t on has.
+  HYBRIDATTN_DEVICE int count(Index t, int tokens) const { return static_cast<int>(simt::smaller<Index>(sequence.length - t, tokens)); }
+};
+
+// Entries first .. first + width - 1 of head h of `count` tokens from n on, times `factor`. Entries that the head does not have, and those
+// of an empty view, are zeros. Neighbouring threads read neighbouring addresses.
+template <int threads, class T, int tokens, int width, class From>
+HYBRIDATTN_DEVICE void load_entries(T (&to)[tokens][width], View<From const, 3> from, Index n, int count, Index h, Index first, T factor) {
+  for (int i = simt::thread_id(); i < count * width; i += threads) {
+    int const t = i / width, d = i % width;
+    to[t][d] = !from.empty() && first + d < from.extent(2) ? factor * from(n + t, h, first + d) : T(0);
+  }
+}
+// The gates of a piece.
+template <class T, int tokens> struct PieceGates {
+  T decay[tokens], beta[tokens];
+
+  HYBRIDATTN_DEVICE void load(Inputs<In<T>> const& x, Index n, int count, Index h) {
+    int const t = simt::thread_id();
+    if (t >= count) return;
+    decay[t] = std::exp(x.g(n + t, h));
+    beta[t] = x.beta(n + t, h);
+  }
+};
+
+// ---- forward
+
+template <class T> struct ForwardParams {
+  Inputs<In<T>> x;   // initial_state may be empty
+  View<T, 3> o;
+  View<wide_t<T>, 3> error;         // may be empty
+  View<wide_t<T>, 4> final_state;   // may be empty, may be the initial state
+  View<Sequence const, 1> sequences;
+  Index tiles;    // of columns
+  Index group;    // value heads of a key head
+  T scale;
+  bool extends;   // sequences without past tokens start from zeros, those without new tokens keep their state
+};
+
+// o, the errors and the final state, for keys with room for K entries. A column of the state has a few neighbouring lanes of one warp.
+// Lane c of them has the rows c, c + lanes, ... of the column in registers.
+template <class T, int K> struct Forward {
+  static constexpr int threads = 128, tokens = 64 / static_cast<int>(sizeof(T));
+  static constexpr int lanes = K * sizeof(T) <= 1024 ? 4 : 8, columns = threads / lanes, entries = K / lanes;
+  using Params = ForwardParams<T>;
+  struct Shared {
+    T q[tokens][K], k[tokens][K], v[tokens][columns];   // q times scale
+    PieceGates<T, tokens> gates;
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    if (p.extends && at.sequence.length == 0) return;
+    T state[entries];
+    read(p, at, state);
+    for (Index t = 0; t < at.sequence.length; t += tokens) {
+      int const count = at.count(t, tokens);
+      load(shared, p, at, at.sequence.start + t, count);
+      simt::sync_block();
+      for (int i = 0; i < count; ++i) step(shared, p, at, at.sequence.start + t + i, i, state);
+      simt::sync_block();   // all have read the piece
+    }
+    write(p.final_state, at, state);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE int lane() { return simt::thread_id() % lanes; }
+  static HYBRIDATTN_DEVICE int row(int j) { return lane() + j * lanes; }
+  static HYBRIDATTN_DEVICE Index column(Place const& at) { return at.column + simt::thread_id() / lanes; }
+
+  static HYBRIDATTN_DEVICE void read(Params const& p, Place const& at, T (&state)[entries]) {
+    View<wide_t<T> const, 4> const from = p.x.initial_state;
+    bool const is_given = !from.empty() && column(at) < from.extent(3) && !(p.extends && at.sequence.past == 0);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j) state[j] = is_given && row(j) < from.extent(2) ? from(at.number, at.head, row(j), column(at)) : T(0);
+  }
+  static HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Place const& at, T const (&state)[entries]) {
+    if (to.empty() || column(at) >= to.extent(3)) return;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j)
+      if (row(j) < to.extent(2)) to(at.number, at.head, row(j), column(at)) = state[j];
+  }
+  static HYBRIDATTN_DEVICE void load(Shared& shared, Params const& p, Place const& at, Index n, int count) {
+    load_entries<threads>(shared.q, p.x.q, n, count, at.head / p.group, 0, p.scale);
+    load_entries<threads>(shared.k, p.x.k, n, count, at.head / p.group, 0, T(1));
+    load_entries<threads>(shared.v, p.x.v, n, count, at.head, at.column, T(1));
+    shared.gates.load(p.x, n, count, at.head);
+  }
+  // Token n, the i-th one of the piece.
+  static HYBRIDATTN_DEVICE void step(Shared const& shared, Params const& p, Place const& at, Index n, int i, T (&state)[entries]) {
+    T const decay = shared.gates.decay[i];
+    T with_k = 0, with_q = 0;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j) {
+      state[j] *= decay;                                                                        // (1)
+      with_k += shared.k[i][row(j)] * state[j];
+    }
+    T const error = shared.v[i][simt::thread_id() / lanes] - simt::sum_lanes<lanes>(with_k);    // (2)
+    T const delta = shared.gates.beta[i] * error;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j) {
+      state[j] += shared.k[i][row(j)] * delta;                                      // (3)
+      with_q += shared.q[i][row(j)] * state[j];
+    }
+    T const o = simt::sum_lanes<lanes>(with_q);                                                 // (4)
+    if (lane() != 0 || column(at) >= p.o.extent(2)) return;
+    p.o(n, at.head, column(at)) = o;
+    if (!p.error.empty()) p.error(n, at.head, column(at)) = error;
+  }
+};
+
+// ---- backward
+
+template <class T> struct BackwardParams {
+  Inputs<In<T>> x;
+  View<wide_t<T> const, 3> error;
+  View<T const, 3> d_o;                       // may be empty
+  View<wide_t<T> const, 4> d_final_state;     // may be empty
+  View<T, 3> d_v;
+  View<wide_t<T>, 4> d_initial_state;         // may be empty
+  View<T, 5> states;   // [pieces, HV, tiles, elements of a thread, threads]: the state before every piece
+  View<T, 4> parts;    // [tiles, N, HV, 2 K + 9]: what a tile adds to d_q, d_k, d_beta and, in 8 parts, to d_g / exp(g)
+  View<Sequence const, 1> sequences;
+  Index tiles, group;   // as in forward
+  T scale;
+};
+
+// d_v, d_initial_state, and the parts of all other gradients, for keys with room for K entries. A warp has all rows of a few columns of
+// S and X. Lane l has the rows l, l + 32, ... of these columns in registers. The warps' sums over columns meet in shared memory.
+// A first walk keeps S before every piece of tokens. The second walk goes through the pieces and their tokens in reverse, and forms S
+// before each token from the piece's first S and from what the tokens between have written. Nothing divides by a decay, which may be 0.
+template <class T, int K> struct Backward {
+  static constexpr int warps = 8, threads = 32 * warps, tokens = 64 / static_cast<int>(sizeof(T));
+  static constexpr int rows = K / 32, room = 64 / static_cast<int>(sizeof(T)) / rows, wide = room < 4 ? room : 4;   // of a thread
+  static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 9;
+  using Params = BackwardParams<T>;
+  using Patch = T[rows][wide];
+  struct Shared {
+    T q[tokens][K], k[tokens][K];                         // q times scale
+    T error[tokens][columns], d_o[tokens][columns];
+    PieceGates<T, tokens> gates;
+    T sums_of[2][warps][sums];                            // of one token, in turn; as in `parts`
+  };
+
+  // A sequence's first piece in `states`. Sequences may have any lengths, so a few places stay unused.
+  static HYBRIDATTN_HD Index first_piece(Index start, Index number) { return start / tokens + number; }
+  static Index count_pieces(Sequences const& s) { return s.tokens() / tokens + s.count(); }
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    Index const pieces = ceil_div(at.sequence.length, Index{tokens});
+    keep_states(shared, p, at, pieces);
+    Patch X, first, S;
+    read(p.d_final_state, at, X);
+    for (Index piece = pieces; piece-- > 0;) {
+      int const count = load(shared, p, at, piece);
+      simt::sync_block();
+      recall(p, at, piece, first);
+      for (int i = count; i-- > 0;) {
+        form_state(shared, first, i, S);
+        step(shared, p, at, at.sequence.start + piece * tokens + i, i, S, X);
+      }
+    }
+    write(p.d_initial_state, at, X);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE int row(int r) { return simt::lane() + 32 * r; }
+  static HYBRIDATTN_DEVICE int column(int c) { return simt::warp() * wide + c; }   // of the tile
+  template <class F> static HYBRIDATTN_DEVICE void for_each_element(F f) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int r = 0; r < rows; ++r) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int c = 0; c < wide; ++c) f(r, c);
+    }
+  }
+
+  // A state or its gradient; zeros where there is none.
+  static HYBRIDATTN_DEVICE void read(View<wide_t<T> const, 4> from, Place const& at, Patch& x) {
+    for_each_element([&](int r, int c) {
+      bool const is_given = !from.empty() && row(r) < from.extent(2) && at.column + column(c) < from.extent(3);
+      x[r][c] = is_given ? from(at.number, at.head, row(r), at.column + column(c)) : T(0);
+    });
+  }
+  static HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Place const& at, Patch const& x) {
+    for_each_element([&](int r, int c) {
+      bool const is_wanted = !to.empty() && row(r) < to.extent(2) && at.column + column(c) < to.extent(3);
+      if (is_wanted) to(at.number, at.head, row(r), at.column + column(c)) = x[r][c];
+    });
+  }
+  static HYBRIDATTN_DEVICE T& kept(Params const& p, Place const& at, Index piece, int r, int c) {
+    return p.states(first_piece(at.sequence.start, at.number) + piece, at.head, at.tile, r * wide + c, simt::thread_id());
+  }
+  static HYBRIDATTN_DEVICE void recall(Params const& p, Place const& at, Index piece, Patch& S) {
+    for_each_element([&](int r, int c) { S[r][c] = kept(p, at, piece, r, c); });
+  }
+  // Returns the number of the piece's tokens.
+  static HYBRIDATTN_DEVICE int load(Shared& shared, Params const& p, Place const& at, Index piece) {
+    int const count = at.count(piece * tokens, tokens);
+    Index const n = at.sequence.start + piece * tokens, key_head = at.head / p.group;
+    load_entries<threads>(shared.q, p.x.q, n, count, key_head, 0, p.scale);
+    load_entries<threads>(shared.k, p.x.k, n, count, key_head, 0, T(1));
+    load_entries<threads>(shared.error, p.error, n, count, at.head, at.column, T(1));
+    load_entries<threads>(shared.d_o, p.d_o, n, count, at.head, at.column, T(1));
+    shared.gates.load(p.x, n, count, at.head);
+    return count;
+  }
+
+  static HYBRIDATTN_DEVICE void keep_states(Shared& shared, Params const& p, Place const& at, Index pieces) {
+    Patch first, S;
+    read(p.x.initial_state, at, S);
+    for (Index piece = 0; piece < pieces; ++piece) {
+      for_each_element([&](int r, int c) {
+        kept(p, at, piece, r, c) = S[r][c];
+        first[r][c] = S[r][c];
+      });
+      if (piece == pieces - 1) return;
+      int const count = load(shared, p, at, piece);
+      simt::sync_block();
+      form_state(shared, first, count, S);
+      simt::sync_block();   // all have read the piece
+    }
+  }
+  // S after `count` tokens of a piece: what each token wrote, from the last one back, as often decayed as tokens follow it.   (1), (3)
+  static HYBRIDATTN_DEVICE void form_state(Shared const& shared, Patch const& first, int count, Patch& S) {
+    T left = 1;
+    for_each_element([&](int r, int c) { S[r][c] = 0; });
+    for (int i = count; i-- > 0;) {
+      T const beta = left * shared.gates.beta[i];
+      for_each_element([&](int r, int c) { S[r][c] += shared.k[i][row(r)] * (beta * shared.error[i][column(c)]); });
+      left *= shared.gates.decay[i];
+    }
+    for_each_element([&](int r, int c) { S[r][c] += left * first[r][c]; });
+  }
+
+  // u[c] becomes its sum over the lanes of the warp. Lanes first exchange halves of what they have left, until each one has one column.
+  static HYBRIDATTN_DEVICE void sum_lanes_of_each(T (&u)[wide]) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int half = wide / 2, bit = 1; half > 0; half /= 2, bit *= 2) {
+      bool const has_upper = (simt::lane() & bit) != 0;
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int c = 0; c < half; ++c) {
+        T const given = has_upper ? u[c] : u[c + half];
+        u[c] = (has_upper ? u[c + half] : u[c]) + simt::shuffle_xor(given, bit);
+      }
+    }
+    T sum = u[0];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int step = wide; step < 32; step *= 2) sum += simt::shuffle_xor(sum, step);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < wide; ++c) u[c] = simt::shuffle(sum, wide == 4 ? c / 2 + c % 2 * 2 : c);
+  }
+
+  // Token n, the i-th one of the piece, with S before it and X after it. X becomes the gradient of S.
+  static HYBRIDATTN_DEVICE void step(Shared& shared, Params const& p, Place const& at, Index n, int i, Patch const& S, Patch& X) {
+    T const decay = shared.gates.decay[i], beta = shared.gates.beta[i];
+    T u[wide] = {}, d_beta = 0, through = 0;
+    for_each_element([&](int r, int c) {
+      X[r][c] += shared.q[i][row(r)] * shared.d_o[i][column(c)];
+      u[c] += shared.k[i][row(r)] * X[r][c];
+    });
+    sum_lanes_of_each(u);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < wide; ++c) {
+      d_beta += u[c] * shared.error[i][column(c)];                                              // (5)
+      u[c] *= beta;
+      Index const v = at.column + column(c);
+      if (simt::lane() == 0 && v < p.d_v.extent(2)) p.d_v(n, at.head, v) = u[c];
+    }
+    auto& to = shared.sums_of[i % 2];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int r = 0; r < rows; ++r) {
+      T const k = shared.k[i][row(r)];
+      T d_q = 0, d_k = 0;
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int c = 0; c < wide; ++c) {
+        T const error = shared.error[i][column(c)], decayed = decay * S[r][c];
+        d_q += (decayed + k * (beta * error)) * shared.d_o[i][column(c)];                       // (6)
+        d_k += beta * error * X[r][c] - decayed * u[c];
+        X[r][c] -= k * u[c];
+        through += X[r][c] * S[r][c];
+        X[r][c] *= decay;
+      }
+      to[simt::warp()][row(r)] = d_q;
+      to[simt::warp()][K + row(r)] = d_k;
+    }
+    through = simt::sum_lanes<4>(through);                                                      // (7)
+    if (simt::lane() % 4 == 0) to[simt::warp()][2 * K + 1 + simt::lane() / 4] = through;
+    if (simt::lane() == 0) to[simt::warp()][2 * K] = d_beta;
+    simt::sync_block();
+    add_warps(to, p.parts.row(at.tile, n, at.head));
+  }
+  static HYBRIDATTN_DEVICE void add_warps(T const (&of_warps)[warps][sums], T* to) {
+    for (int i = simt::thread_id(); i < sums; i += threads) {
+      T sum = 0;
+      for (int warp = 0; warp < warps; ++warp) sum += of_warps[warp][i];
+      to[i] = sum;
+    }
+  }
+};
+
+// d_q and d_k [N, H, K]: the parts of the value heads of the group and of their tiles, added in order. A thread has an entry of both.
+template <class T> struct SumKeyGradients {
+  View<T const, 4> parts;
+  View<T, 3> d_q, d_k;
+  Index room, group;   // of the keys in `parts`; value heads of a key head
+  T scale;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const H = d_q.extent(1), K = d_q.extent(2), n = i / (H * K), hk = i / K % H, a = i % K;
+    T q = 0, k = 0;
+    for (Index h = hk * group; h < (hk + 1) * group; ++h)
+      for (Index tile = 0; tile < parts.extent(0); ++tile) {
+        q += parts(tile, n, h, a);
+        k += parts(tile, n, h, room + a);
+      }
+    d_q(n, hk, a) = scale * q;
+    d_k(n, hk, a) = k;
+  }
+};
+// d_beta and d_g [N, HV] from the parts of the tiles, added in order. A thread has a head of a token.
+template <class T> struct SumGateGradients {
+  View<T const, 4> parts;
+  View<wide_t<T> const, 2> g;
+  View<wide_t<T>, 2> d_g, d_beta;
+  Index room;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const n = i / g.extent(1), h = i % g.extent(1);
+    T beta = 0, through = 0;
+    for (Index tile = 0; tile < parts.extent(0); ++tile) {
+      T const* const part = parts.row(tile, n, h) + 2 * room;
+      beta += part[0];
+      for (int j = 1; j <= 8; ++j) through += part[j];
+    }
+    d_beta(n, h) = beta;
+    d_g(n, h) = std::exp(g(n, h)) * through;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+#endif
+
+// ==== hybridattn/attention/gdn/gpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_GDN_GPU_HPP
+#define HYBRIDATTN_ATTENTION_GDN_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gdn {
+
+// f(room) with the smallest room for K entries of a key that kernels are compiled for. Throws Error where none is large enough.
+template <class F> void with_room(Index K, F f) {
+  check(K <= 256, "GatedDeltaNet: key_dim ", K, "; a GPU's kernels have room for 256");
+  if (K <= 32) f(std::integral_constant<int, 32>{});
+  else if (K <= 64) f(std::integral_constant<int, 64>{});
+  else if (K <= 128) f(std::integral_constant<int, 128>{});
+  else f(std::integral_constant<int, 256>{});
+}
+
+template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  ForwardParams<T> p{};
+  p.x = x;
+  p.sequences = s.table().list;
+  p.group = c.num_value_heads / c.num_heads;
+  p.scale = static_cast<T>(c.scale);
+  return p;
+}
+template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
+  with_room(c.key_dim, [&](auto K) {
+    using Kernel = Forward<T, K()>;
+    p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
+    launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
+  });
+}
+// p without states, parts and tiles.
+template <class T, class B>
+void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
+  with_room(c.key_dim, [&](auto K) {
+    using Kernel = Backward<T, K()>;
+    Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
+    Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
+    Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
+    p.states = out(states);
+    p.parts = out(parts);
+    p.tiles = tiles;
+    launch<Kernel>(gpu, {.x = tiles * s.count(), .y = HV}, p);
+    for_each(gpu, d_x.q.count(), SumKeyGradients<T>{in(parts), d_x.q, d_x.k, K(), p.group, p.scale});
+    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), p.x.g, d_x.g, d_x.beta, K()});
+  });
+}
+
+}  // namespace gdn
+
+template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
+  template <class T, class M>
+  static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
+                      gdn::Saved<Out<T>> saved) {
+    auto p = gdn::forward_params<T>(c, s, x);
+    p.o = y.o;
+    p.error = saved.error;
+    p.final_state = y.final_state;
+    gdn::launch_forward(gpu, c, s, p);
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    gdn::BackwardParams<T> p{};
+    p.x = x;
+    p.error = saved.error;
+    p.d_o = d_y.o;
+    p.d_final_state = d_y.final_state;
+    p.d_v = d_x.v;
+    p.d_initial_state = d_x.initial_state;
+    p.sequences = s.table().list;
+    p.group = c.num_value_heads / c.num_heads;
+    p.scale = static_cast<T>(c.scale);
+    gdn::launch_backward(gpu, c, s, p, d_x);
+  }
+
+  // Forward from the states in the cache to these states.
+  template <class T, class M>
+  static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
+                     gdn::Outputs<Out<T>> y) {
+    check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());
+    auto p = gdn::forward_params<T>(c, s, x);
+    p.x.initial_state = cache.state;
+    p.o = y.o;
+    p.final_state = cache.state;
+    p.extends = true;
+    gdn::launch_forward(gpu, c, s, p);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/losses.hpp
@@ -6348,177 +10805,6 @@ template <GpuBackend B> struct On<BalanceLoss, B> {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/causal_conv1d/causal_conv1d.hpp
-// Short depthwise causal convolution, one filter a channel, silu after it:
-//   s_t = sum_w weight[c, w] x_{t - W + 1 + w}      y_t = silu(s_t), or s_t
-//   d_s = d_y silu'(s)    d_x_t = sum_w weight[c, w] d_s_{t + W - 1 - w}    d_weight[c, w] = sum_t d_s_t x_{t - W + 1 + w}
-// The inputs before a sequence are its initial state [W - 1, C], oldest first, or zeros; its last W - 1 inputs are the
-// final state. A sequence never sees its neighbour.
-#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
-#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CAUSAL_CONV1D_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-enum class Activation { none, silu };
-
-//   forward (backend, activation, sequences, x, w, initial_state, y, final_state)     x, y [N, C], w [C, W]
-//   backward(backend, activation, sequences, x, w, initial_state, d_y, d_final_state, d_x, d_w, d_initial_state)
-// States are [number of sequences, W - 1, C] or empty; forward's final_state may be its initial_state. W = 0 is no
-// convolution: y = silu(x). Backward overwrites everything.
-struct CausalConv1d {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/causal_conv1d/cpu.hpp
-#ifndef HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
-#define HYBRIDATTN_OPS_CAUSAL_CONV1D_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace cpu::detail {
-
-// The inputs of a convolution as rows: of x, of the initial state, or nothing.
-template <class T> struct ConvRows {
-  View<T const, 2> x;
-  View<T const, 3> initial_state;
-  Index width;
-
-  // The row `back` tokens before token n, which has `position` tokens of sequence `owner` before it in x; null for zeros.
-  T const* at(Index n, Index position, Index owner, Index back) const {
-    if (back <= position) return x.row(n - back);
-    return initial_state.empty() ? nullptr : initial_state.row(owner, width - 1 - (back - position));
-  }
-};
-
-}  // namespace cpu::detail
-
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
-    Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
-    View<T const, 2> const taps = taps_of(w, out(taps_storage));
-    cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        convolve(rows, taps, s, n, y.row(n));
-        if (activation == Activation::silu) silu_row(y.row(n), x.extent(1));
-      }
-    });
-    if (!final_state.empty()) keep_last(s, rows, final_state);
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
-                       View<T, 3> d_initial_state) {
-    Index const C = x.extent(1), W = w.extent(1);
-    Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
-    View<T const, 2> const taps = taps_of(w, out(taps_storage));
-    View<T, 2> const d_s = out(d_s_storage), d_taps = out(d_taps_storage);
-    cpu::detail::ConvRows<T> const rows{x, initial_state, W};
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        convolve(rows, taps, s, n, d_s.row(n));
-        through_activation(activation, d_y.row(n), d_s.row(n), C);
-      }
-    });
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) gradient_row(s, taps, View<T const, 2>(d_s), d_final_state, n, d_x.row(n));
-    });
-    if (W > 0) {
-      cpu::sum_over_rows<T>(cpu, x.extent(0), flat(d_taps), [&](Index n, T* sum) { add_taps(rows, s, n, d_s.row(n), sum); });
-      for (Index c = 0; c < C; ++c)
-        for (Index tap = 0; tap < W; ++tap) d_w(c, tap) = d_taps(tap, c);
-    }
-    if (!d_initial_state.empty()) initial_gradient(s, taps, View<T const, 2>(d_s), d_final_state, d_initial_state);
-  }
-
- private:
-  static Index position_of(Sequences const& s, Index n) { return n - s[static_cast<std::size_t>(s.owners()(n))].start; }
-  // Filters by tap, so that channels are neighbours.
-  template <class T> static View<T, 2> taps_of(View<T const, 2> w, View<T, 2> taps) {
-    for (Index c = 0; c < w.extent(0); ++c)
-      for (Index tap = 0; tap < w.extent(1); ++tap) taps(tap, c) = w(c, tap);
-    return taps;
-  }
-  template <class T>
-  static void convolve(cpu::detail::ConvRows<T> const& rows, View<T const, 2> taps, Sequences const& s, Index n, T* y) {
-    Index const C = rows.x.extent(1), W = rows.width;
-    if (W == 0) {
-      std::copy_n(rows.x.row(n), C, y);
-      return;
-    }
-    Index const owner = s.owners()(n), position = position_of(s, n);
-    std::fill_n(y, C, T(0));
-    for (Index tap = 0; tap < W; ++tap)
-      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(taps.row(tap), row, y, C);
-  }
-  template <class T> static void add_product(T const* a, T const* b, T* y, Index C) {
-    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) + v.get(a) * v.get(b)); });
-  }
-  template <class T> static void silu_row(T* y, Index C) {
-    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA { v.put(y, v.get(y) * cpu::sigmoid<T>(v.get(y))); });
-  }
-  // d_s holds s and becomes d_y silu'(s).
-  template <class T> static void through_activation(Activation activation, T const* d_y, T* d_s, Index C) {
-    if (activation == Activation::none) {
-      std::copy_n(d_y, C, d_s);
-      return;
-    }
-    cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> v) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> const s = v.get(d_s), open = cpu::sigmoid<T>(s);
-      v.put(d_s, v.get(d_y) * (open * (T(1) + s * (T(1) - open))));
-    });
-  }
-  template <class T>
-  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
-                           T* d_x) {
-    Index const C = d_s.extent(1), W = taps.extent(0);
-    if (W == 0) {
-      std::copy_n(d_s.row(n), C, d_x);
-      return;
-    }
-    Index const owner = s.owners()(n), after = s[static_cast<std::size_t>(owner)].length - 1 - position_of(s, n);
-    std::fill_n(d_x, C, T(0));
-    for (Index ahead = 0; ahead < std::min(W, after + 1); ++ahead) add_product(taps.row(W - 1 - ahead), d_s.row(n + ahead), d_x, C);
-    if (!d_final_state.empty() && after < W - 1) axpy(T(1), d_final_state.row(owner, W - 2 - after), d_x, C);
-  }
-  template <class T> static void add_taps(cpu::detail::ConvRows<T> const& rows, Sequences const& s, Index n, T const* d_s, T* sum) {
-    Index const C = rows.x.extent(1), W = rows.width, position = position_of(s, n), owner = s.owners()(n);
-    for (Index tap = 0; tap < W; ++tap)
-      if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
-  }
-  // Row j of a state is the input W - 1 - j tokens before the end.
-  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
-    for (Index i = 0; i < s.count(); ++i)
-      for (Index j = 0; j < rows.width - 1; ++j) {
-        Sequence const q = s[static_cast<std::size_t>(i)];
-        T const* row = rows.at(q.start + q.length, q.length, i, rows.width - 1 - j);
-        T* const to = final_state.row(i, j);   // in place, where an empty sequence keeps its rows
-        if (row == nullptr) std::fill_n(to, rows.x.extent(1), T(0));
-        else if (row != to) std::copy_n(row, rows.x.extent(1), to);
-      }
-  }
-  // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
-  template <class T>
-  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
-                               View<T, 3> d_initial_state) {
-    Index const C = d_s.extent(1), W = taps.extent(0);
-    for (Index i = 0; i < s.count(); ++i)
-      for (Index j = 0; j < W - 1; ++j) {
-        Sequence const q = s[static_cast<std::size_t>(i)];
-        T* const d = d_initial_state.row(i, j);
-        std::fill_n(d, C, T(0));
-        for (Index t = 0; t < std::min(j + 1, q.length); ++t) add_product(taps.row(j - t), d_s.row(q.start + t), d, C);
-        if (!d_final_state.empty() && j >= q.length) axpy(T(1), d_final_state.row(i, j - q.length), d, C);
-      }
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/ops/causal_conv1d/kernels.hpp
@@ -7566,63 +11852,6 @@ template <GpuBackend B> struct On<SigmoidGate, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/gdn_gate/gdn_gate.hpp
-// The gates of Gated DeltaNet, from their projections a and b:
-//   g = -exp(a_log) softplus(a + dt_bias)      beta = range sigmoid(b), range 1 or 2
-//   d_a = d_dt_bias = -exp(a_log) sigmoid(a + dt_bias) d_g      d_a_log = sum d_g g      d_b = beta (1 - beta / range) d_beta
-#ifndef HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
-#define HYBRIDATTN_OPS_GDN_GATE_GDN_GATE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, range, a, b, a_log, dt_bias, g, beta)       a, b, g, beta [N, HV], a_log, dt_bias [HV]
-//   backward(backend, range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, d_a_log, d_dt_bias)   overwrites all four
-struct GdnGate {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/gdn_gate/cpu.hpp
-#ifndef HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
-#define HYBRIDATTN_OPS_GDN_GATE_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Plain loops: one number a head and token.
-template <> struct On<GdnGate, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                      View<T, 2> g, View<T, 2> beta) {
-    parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n)
-        for (Index h = 0; h < a.extent(1); ++h) {
-          g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
-          beta(n, h) = range * sigmoid(b(n, h));
-        }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
-                       View<T, 1> d_dt_bias) {
-    cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
-      for (Index h = 0; h < a.extent(1); ++h) {
-        T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
-        d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
-        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
-        sum[h] += rate * softplus(shifted) * d_g(n, h);
-      }
-    });
-    cpu::sum_over_rows<T>(cpu, a.extent(0), d_dt_bias, [&](Index n, T* sum) {
-      for (Index h = 0; h < a.extent(1); ++h) sum[h] += d_a(n, h);
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
 // ==== hybridattn/ops/gdn_gate/kernels.hpp
 // The gates of Gated DeltaNet as kernels.
 #ifndef HYBRIDATTN_OPS_GDN_GATE_KERNELS_HPP
@@ -7916,64 +12145,6 @@ template <GpuBackend B> struct On<GroupedLinear, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/ops/l2_norm/l2_norm.hpp
-// Rows of length one: y = x rnorm,  rnorm = (sum x^2 + eps)^-1/2;   d_x = rnorm (d_y - y (y . d_y)).  A row of zeros stays zero.
-#ifndef HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
-#define HYBRIDATTN_OPS_L2_NORM_L2_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, x, y)            x, y [N, C]; y may be x
-//   backward(backend, x, d_y, d_x)     overwrites d_x; d_x may be d_y
-struct L2Norm {
-  static constexpr double eps = 1e-6;   // inside the root, as in flash-linear-attention and transformers
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/l2_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_L2_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_L2_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <> struct On<L2Norm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
-    Index const C = x.extent(1);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *row = x.row(n), rnorm = inverse_norm(row, C);
-        cpu::for_each_vector<T>(0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.row(n), s.get(row) * rnorm); });
-      }
-    });
-  }
-
-  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
-    Index const C = x.extent(1);
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        T const *xn = x.row(n), *d_yn = d_y.row(n), rnorm = inverse_norm(xn, C);
-        T const along = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { return s.get(xn) * s.get(d_yn); }) * rnorm;
-        cpu::for_each_vector<T>(
-            0, C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(d_x.row(n), rnorm * (s.get(d_yn) - s.get(xn) * rnorm * along)); });
-      }
-    });
-  }
-
- private:
-  template <class T> static T inverse_norm(T const* x, Index C) {
-    T const squares = cpu::sum_vectors<T>(C, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> const v = s.get(x);
-      return v * v;
-    });
-    return cpu::inverse_root(squares + static_cast<T>(L2Norm::eps));
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
 // ==== hybridattn/ops/l2_norm/kernels.hpp
 // L2Norm as kernels. A warp has a row: lane l has the elements l, l + 32, ...
 #ifndef HYBRIDATTN_OPS_L2_NORM_KERNELS_HPP
@@ -8039,73 +12210,6 @@ template <GpuBackend B> struct On<L2Norm, B> {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/layer_norm/layer_norm.hpp
-// LayerNorm over the last axis: y = xh w + b,  xh = (x - mean x) rstd,  rstd = (var x + eps)^-1/2
-//   with g = d_y w:   d_x = rstd (g - mean g - xh mean(g xh))      d_w = sum d_y xh      d_b = sum d_y
-#ifndef HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
-#define HYBRIDATTN_OPS_LAYER_NORM_LAYER_NORM_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward (backend, eps, x, w, b, y)
-//   backward(backend, eps, x, w, d_y, d_x, d_w, d_b)   overwrites all three
-struct LayerNorm {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/layer_norm/cpu.hpp
-#ifndef HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
-#define HYBRIDATTN_OPS_LAYER_NORM_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
-    parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
-      for (Index n = first; n < last; ++n) {
-        auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
-        for (Index c = 0; c < x.extent(1); ++c) y(n, c) = (x(n, c) - mean) * rstd * w(c) + b(c);
-      }
-    });
-  }
-
-  template <class T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
-                       View<T, 1> d_b) {
-    Index const C = x.extent(1);
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
-      auto const [mean, rstd] = moments(x.row(n), C, eps);
-      T g_mean = 0, along = 0;
-      for (Index c = 0; c < C; ++c) {
-        T const xh = (x(n, c) - mean) * rstd, g = d_y(n, c) * w(c);
-        g_mean += g / static_cast<T>(C);
-        along += g * xh / static_cast<T>(C);
-        sum[c] += d_y(n, c) * xh;
-      }
-      for (Index c = 0; c < C; ++c) d_x(n, c) = rstd * (d_y(n, c) * w(c) - g_mean - (x(n, c) - mean) * rstd * along);
-    });
-    cpu::sum_over_rows<T>(cpu, x.extent(0), d_b, [&](Index n, T* sum) {
-      for (Index c = 0; c < C; ++c) sum[c] += d_y(n, c);
-    });
-  }
-
- private:
-  template <class T> struct Moments {
-    T mean, rstd;
-  };
-  template <class T> static Moments<T> moments(T const* x, Index C, double eps) {
-    T mean = 0, variance = 0;
-    for (Index c = 0; c < C; ++c) mean += x[c] / static_cast<T>(C);
-    for (Index c = 0; c < C; ++c) variance += (x[c] - mean) * (x[c] - mean) / static_cast<T>(C);
-    return {mean, cpu::inverse_root(variance + static_cast<T>(eps))};
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
 #endif
 
 // ==== hybridattn/ops/layer_norm/kernels.hpp
@@ -9040,215 +13144,6 @@ template <GpuBackend B> struct On<Rope, B> {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/top_k/top_k.hpp
-// The k largest scores of a row, exactly: an order on (score, index) and no approximation.
-//   Equal scores go to the smaller index; -0 equals +0; NaN of either sign ranks below every number, -infinity included, and NaNs
-//   go to the smaller index. So a row always gives min(k, n) indices, however many of its scores are finite.
-//   The chosen indices come in ascending order, followed by -1 where a row has fewer than k scores.
-#ifndef HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
-#define HYBRIDATTN_OPS_TOP_K_TOP_K_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-//   forward(backend, scores, indices)   scores [R, n], indices [R, k] int32
-struct TopK {};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-
-// ==== hybridattn/ops/top_k/cpu.hpp
-#ifndef HYBRIDATTN_OPS_TOP_K_CPU_HPP
-#define HYBRIDATTN_OPS_TOP_K_CPU_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-namespace cpu {
-
-// One row: scores become integers in the same order, and the k-th largest is found by halving the interval it lies in. A step
-// counts the larger keys, a vector at a time; it ends as soon as a bound has exactly k keys above it, after about 16 steps
-// of 32 when scores are random.
-template <class T> class RowTopK {
- public:
-  using Key = typename BitsOf<T>::type;
-  // Keys that a row of n scores needs room for.
-  static Index scratch(Index n) { return round_up(n, lanes<T>); }
-
-  RowTopK(T const* scores, Index n, Key* keys) : keys_(keys), n_(n) {
-    Mask<T> largest = broadcast_key(lowest);
-    for_each_vector<T>(0, n, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      Mask<T> key = ordered(s.get(scores));
-      if (s.count < lanes<T>) key = lane_numbers<T>() < static_cast<Key>(s.count) ? key : broadcast_key(lowest);
-      largest = key > largest ? key : largest;
-      store<Key>(keys_ + s.i, key);
-    });
-    for (int lane = 0; lane < lanes<T>; ++lane) largest_ = std::max(largest_, static_cast<Key>(largest[lane]));
-  }
-
-  // k <= n of them, ascending.
-  void select(Index k, std::int32_t* indices) const {
-    Bound const bound = find(k);
-    Index const tied = end_of_ties(bound);
-    Index chosen = 0, i = 0;
-    for (; i < tied; ++i) chosen = take(i, bound.key - 1, indices, chosen);
-    for (; i < n_ && chosen < k; ++i) chosen = take(i, bound.key, indices, chosen);
-  }
-
- private:
-  // The chosen keys: those above `key`, and the first `ties` of those equal to it.
-  struct Bound {
-    Key key;
-    Index ties;
-  };
-  static constexpr Key lowest = std::numeric_limits<Key>::min();   // no score: padding
-
-  static Mask<T> broadcast_key(Key key) { return Mask<T>{} + key; }
-  // Bits of floating point numbers are in order of size, those of negative ones reversed. Adding 0 makes +0 of -0.
-  static Mask<T> ordered(Vec<T> x) {
-    constexpr int sign = 8 * sizeof(Key) - 1;
-    Mask<T> const bits = reinterpret_cast<Mask<T>>(x + T(0)), key = bits ^ ((bits >> sign) & std::numeric_limits<Key>::max());
-    return x == x ? key : broadcast_key(lowest + 1);
-  }
-
-  // Without a branch: what is not chosen is overwritten by the next.
-  HYBRIDATTN_INLINE Index take(Index i, Key above, std::int32_t* indices, Index chosen) const {
-    indices[chosen] = static_cast<std::int32_t>(i);
-    return chosen + (keys_[i] > above);
-  }
-  // Behind the last tie that is chosen.
-  Index end_of_ties(Bound bound) const {
-    Index i = 0;
-    for (Index left = bound.ties; i < n_ && left > 0; ++i) left -= keys_[i] == bound.key;
-    return i;
-  }
-  Index count_above(Key bound) const {
-    Mask<T> count{};
-    for (Index i = 0; i < n_; i += lanes<T>) count -= load<Key>(keys_ + i) > bound;
-    return static_cast<Index>(sum<Key>(count));
-  }
-  Bound find(Index k) const {
-    Key low = lowest, high = largest_;   // more than k keys are above low, or all; fewer than k above high
-    Index above = 0;                     // high
-    while (high > low + 1) {
-      Key const middle = std::midpoint(low, high);
-      Index const count = count_above(middle);
-      if (count == k) return {middle, 0};
-      low = count > k ? middle : low;
-      high = count > k ? high : middle;
-      above = count > k ? above : count;
-    }
-    return {high, k - above};
-  }
-
-  Key* keys_;
-  Index n_;
-  Key largest_ = lowest;
-};
-
-}  // namespace cpu
-
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
-    using Row = cpu::RowTopK<T>;
-    Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
-    Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
-    auto const keys = out(scratch);
-    parallel_for(cpu, scores.extent(0), [&](Index r, int thread) {
-      if (chosen > 0) Row{scores.row(r), n, keys.row(thread)}.select(chosen, indices.row(r));
-      std::fill(indices.row(r) + chosen, indices.row(r) + k, -1);
-    });
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-#endif
-
-// ==== hybridattn/ops/top_k/kernels.hpp
-// TopK as a kernel. A block has a row. Scores become unsigned integers in the same order, their keys. The block finds the k-th largest key
-// bit by bit, from the highest bit on: a bit is set where at least k keys are as large as the bits so far. Each bit counts the row once.
-#ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
-#define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
-template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
-  auto const bits = simt::bits_of(x + T(0));
-  using Key = std::remove_const_t<decltype(bits)>;
-  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
-  if (x != x) return Key{0};
-  return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
-}
-
-template <class T> struct SelectTopK {
-  static constexpr int threads = 128, warps = threads / 32;
-  struct Params {
-    View<T const, 2> scores;
-    View<std::int32_t, 2> indices;
-  };
-  struct Shared {
-    int of_warps[warps];
-  };
-  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Index const row = simt::block_x(), k = p.indices.extent(1);
-    int const chosen = static_cast<int>(simt::smaller(k, p.scores.extent(1)));
-    if (chosen > 0) write_chosen(shared, p, chosen, kth_largest(shared, p, chosen));
-    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
-  }
-
- private:
-  using Key = decltype(simt::bits_of(T()));
-
-  static HYBRIDATTN_DEVICE Key key_of(Params const& p, Index i) { return ordered_key(p.scores(simt::block_x(), i)); }
-  // How many keys of the row are at least `least`.
-  static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
-    int count = 0;
-    for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
-    return sum_block(shared.of_warps, count);
-  }
-  // The k-th largest key, or a smaller number that exactly k keys reach.
-  static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
-    Key found = 0;
-    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
-      int const count = count_from(shared, p, found | bit);
-      if (count >= k) found |= bit;
-      if (count == k) break;
-    }
-    return found;
-  }
-  // The indices of the keys above `least`, and of the first ones equal to it, k in all. Each turn looks at a key for each thread.
-  static HYBRIDATTN_DEVICE void write_chosen(Shared& shared, Params const& p, int k, Key least) {
-    int const most_ties = k - count_from(shared, p, least + 1);   // the largest key is infinity's, so least + 1 does not overflow
-    int above = 0, ties = 0;   // in earlier turns
-    for (Index first = 0; first < p.scores.extent(1); first += threads) {
-      Index const i = first + simt::thread_id();
-      bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
-      Earlier const a = count_earlier(shared.of_warps, is_above), t = count_earlier(shared.of_warps, is_tie);
-      int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
-      if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
-      above += a.all;
-      ties += t.all;
-    }
-  }
-  // How many threads of the block vote true: those before this thread, and all.
-  struct Earlier {
-    int before, all;
-  };
-  static HYBRIDATTN_DEVICE Earlier count_earlier(int (&of_warps)[warps], bool vote) {
-    std::uint32_t const votes = simt::ballot(vote);
-    if (simt::lane() == 0) of_warps[simt::warp()] = simt::count_bits(votes);
-    simt::sync_block();
-    Earlier result{simt::count_bits(votes & ((std::uint32_t{1} << simt::lane()) - 1)), 0};
-    for (int w = 0; w < warps; ++w) {
-      if (w < simt::warp()) result.before += of_warps[w];
-      result.all += of_warps[w];
-    }
-    simt::sync_block();   // of_warps may be used again
-    return result;
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
 #endif
 
 // ==== hybridattn/ops/top_k/gpu.hpp

@@ -2890,8 +2890,10 @@ template <class S> struct Cache {
 };
 
 // The largest number of keys that a query selects, in a sequence of `length` tokens.
-inline Index selection_size(SparseOptions o, Index length) {
-  return o.top_k_percent > 0 ? std::max<Index>(1, length * o.top_k_percent / 100) : o.top_k;
+HYBRIDATTN_HD constexpr Index selection_size(SparseOptions o, Index length) {
+  if (o.top_k_percent == 0) return o.top_k;
+  Index const share = length * o.top_k_percent / 100;
+  return share > 1 ? share : 1;
 }
 
 }  // namespace dsa
@@ -11528,7 +11530,7 @@ template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename
 
 // The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash. Its name tells the
 // compiler's reports how many threads and how much shared memory a block has.
-template <class K, int threads, std::size_t shared_bytes> __global__ void __launch_bounds__(threads)
+template <class K, int threads, std::size_t shared_bytes> __global__ void __launch_bounds__(threads, 1)
     run(__grid_constant__ typename K::Params const params) {
   extern __shared__ __align__(128) unsigned char shared[];
   K::run(*reinterpret_cast<typename K::Shared*>(shared), params);
@@ -11708,6 +11710,1073 @@ class Cuda {
 #endif
 };
 static_assert(GpuBackend<Cuda>);
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/reduce.hpp
+// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
+#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
+template <class T, std::size_t warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
+  x = simt::sum_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T sum = 0;
+  for (T part : of_warps) sum += part;
+  simt::sync_block();   // of_warps may be used again
+  return sum;
+}
+
+// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
+template <class T> struct SumParts {
+  View<T const, 2> parts;
+  View<T, 1> sum;
+  HYBRIDATTN_HD void operator()(Index c) const {
+    T total = 0;
+    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
+    sum(c) = total;
+  }
+};
+
+// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
+inline constexpr Index sum_rows = 32;
+inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_rows.hpp
+// What the kernels of sparse attention share: the keys of a query, and rows that a block gathers from anywhere in memory.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_ROWS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// What every kernel knows of a batch.
+template <class T> struct Batch {
+  SparseOptions options;
+  Inputs<In<T>> x;
+  SequenceTable sequences;
+  View<std::int32_t const, 2> indices;   // empty: a query attends to every key that it sees
+  int group;                             // query heads of a key/value head
+  T scale, index_scale;
+  Cache<In<T>> cache;                    // of past tokens; empty views where no sequence has any
+
+  HYBRIDATTN_DEVICE int kv_head(Index h) const { return static_cast<int>(h) / group; }
+};
+
+// The blocks of a grid are `parts` of each sequence. Numbers of blocks and tokens fit into an int, and a division of 64 bits would need
+// a function.
+struct PartOfSequence {
+  int sequence, part;
+  explicit HYBRIDATTN_DEVICE PartOfSequence(Index parts)
+      : sequence(static_cast<int>(simt::block_x()) / static_cast<int>(parts)),
+        part(static_cast<int>(simt::block_x()) % static_cast<int>(parts)) {}
+};
+
+// Query n of the batch, and its keys by their positions in its sequence, cached or new.
+template <class T> class Query {
+ public:
+  HYBRIDATTN_DEVICE Query(Batch<T> const& batch, Index n)
+      : b_(batch), n_(n), number_(batch.sequences.owners(n)), sequence_(batch.sequences.list(number_)) {}
+
+  HYBRIDATTN_DEVICE Index seen() const { return Index{b_.sequences.positions(n_)} + 1; }
+  HYBRIDATTN_DEVICE Index selected() const { return simt::smaller(selection_size(b_.options, sequence_.length), seen()); }
+  // The number of keys that it attends to, and key j of them.
+  HYBRIDATTN_DEVICE Index count() const { return b_.indices.empty() ? seen() : selected(); }
+  HYBRIDATTN_DEVICE Index key(Index j) const { return b_.indices.empty() ? j : Index{b_.indices(n_, j)}; }
+
+  HYBRIDATTN_DEVICE T const* key_row(Index position, Index hk) const {
+    return is_cached(position) ? b_.cache.keys.row(number_, position, hk) : b_.x.k.row(token(position), hk);
+  }
+  HYBRIDATTN_DEVICE T const* value_row(Index position, Index hk) const {
+    return is_cached(position) ? b_.cache.values.row(number_, position, hk) : b_.x.v.row(token(position), hk);
+  }
+  HYBRIDATTN_DEVICE T const* index_row(Index position) const {
+    return is_cached(position) ? b_.cache.index_keys.row(number_, position) : b_.x.index_k.row(token(position));
+  }
+
+ private:
+  HYBRIDATTN_DEVICE bool is_cached(Index position) const { return position < sequence_.past; }
+  HYBRIDATTN_DEVICE Index token(Index position) const { return sequence_.start + position - sequence_.past; }
+
+  Batch<T> const& b_;
+  Index n_, number_;
+  Sequence sequence_;
+};
+
+// A row of each thread of a block, anywhere in memory. The block reads a piece of all rows at a time, neighbouring lanes neighbouring entries.
+template <class T, int threads> struct GatheredRows {
+  static constexpr int piece = 32;
+  T const* begin[threads];
+  T entries[threads][piece + 1];  // one more, so that the rows begin in different banks
+
+  // Entries first .. first + piece - 1 of the rows of the first `count` threads.
+  HYBRIDATTN_DEVICE void load(Index first, Index size, int count) {
+    Index const entry = first + simt::lane();
+    for (int r = simt::warp(); r < count && entry < size; r += threads / 32) entries[r][simt::lane()] = begin[r][entry];
+  }
+};
+HYBRIDATTN_DEVICE int entries_from(Index first, Index size, int piece) {
+  return static_cast<int>(simt::smaller<Index>(size - first, piece));
+}
+
+// x . row of this thread, for the first `count` threads of the block, 0 for the others. Entries are summed in their order. All threads
+// of the block call this, with the same x.
+template <class T, int threads> HYBRIDATTN_DEVICE T gather_dot(GatheredRows<T, threads>& rows, T const* x, T const* row, Index size,
+                                                               int count) {
+  int const thread = simt::thread_id();
+  T sum = 0;
+  rows.begin[thread] = row;
+  for (Index first = 0; first < size; first += rows.piece) {
+    simt::sync_block();
+    rows.load(first, size, count);
+    simt::sync_block();
+    HYBRIDATTN_UNROLL_8_IN_KERNEL
+    for (int e = 0, end = entries_from(first, size, thread < count ? rows.piece : 0); e < end; ++e)
+      sum += x[first + e] * rows.entries[thread][e];
+  }
+  return sum;
+}
+// The same of two rows of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T gather_dot(GatheredRows<T, threads>& a, T const* a_row, GatheredRows<T, threads>& b, T const* b_row, Index size,
+                               int count) {
+  int const thread = simt::thread_id();
+  T sum = 0;
+  a.begin[thread] = a_row;
+  b.begin[thread] = b_row;
+  for (Index first = 0; first < size; first += a.piece) {
+    simt::sync_block();
+    a.load(first, size, count);
+    b.load(first, size, count);
+    simt::sync_block();
+    HYBRIDATTN_UNROLL_8_IN_KERNEL
+    for (int e = 0, end = entries_from(first, size, thread < count ? a.piece : 0); e < end; ++e)
+      sum += a.entries[thread][e] * b.entries[thread][e];
+  }
+  return sum;
+}
+
+// y [size] (+)= the sum of weights[j] times row j, in the order of j. A thread has every `threads`-th entry of y.
+template <class T, int threads>
+HYBRIDATTN_DEVICE void add_rows(T const (&weights)[threads], T const* const (&rows)[threads], int count, bool overwrites, T* y,
+                                Index size) {
+  for (Index d = simt::thread_id(); d < size; d += threads) {
+    T sum = overwrites ? T(0) : y[d];
+    HYBRIDATTN_UNROLL_8_IN_KERNEL
+    for (int j = 0; j < count; ++j) sum += weights[j] * rows[j][d];
+    y[d] = sum;
+  }
+}
+
+// The largest of one number of each thread of a block, for all threads. None is NaN.
+template <class T, int warps> HYBRIDATTN_DEVICE T largest_of_block(T (&of_warps)[warps], T x) {
+  x = simt::largest_of_lanes(x);
+  if (simt::lane() == 0) of_warps[simt::warp()] = x;
+  simt::sync_block();
+  T largest = -simt::infinity<T>();
+  for (T of_warp : of_warps) largest = simt::larger(largest, of_warp);
+  simt::sync_block();  // of_warps may be used again
+  return largest;
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_pairs.hpp
+// The queries that attend to a tile of keys: found by search in their ascending rows of indices, in the order of the queries.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_PAIRS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_PAIRS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// A query that attends to a key of a tile.
+struct Pair {
+  int query, key;   // counted from the first query and the first key
+  Index place;      // of the key in the query's row of indices
+};
+
+// All pairs of up to 64 queries with a tile of 32 keys, key by key. A block finds them together. A thread searches for the keys of a query,
+// then lists the pairs of a key with half of the queries.
+class Pairs {
+ public:
+  static constexpr int threads = 64, queries = 64, keys = 32;
+  struct Shared {
+    std::uint32_t keys_of[queries], queries_of[2 * keys];  // bits. queries_of has two words for each key
+    Index place[queries];  // of a query's first key in the tile
+    std::uint16_t list[queries * keys];  // key * queries + query
+  };
+
+  // Of the queries first_query .. last_query - 1 of a sequence, at most 64.
+  template <class T>
+  HYBRIDATTN_DEVICE Pairs(Shared& shared, Batch<T> const& batch, Sequence s, Index first_key, Index first_query, Index last_query)
+      : shared_(shared) {
+    Index const query = first_query + simt::thread_id();
+    find(query < last_query, Query<T>{batch, s.start + simt::smaller(query, s.length - 1)}, first_key);
+    simt::sync_block();
+    write_list();
+    simt::sync_block();
+  }
+
+  HYBRIDATTN_DEVICE int count() const { return count_; }
+  HYBRIDATTN_DEVICE Pair operator[](int i) const {
+    int const query = shared_.list[i] % queries, key = shared_.list[i] / queries;
+    std::uint32_t const before = shared_.keys_of[query] & ((std::uint32_t{1} << key) - 1);
+    return {query, key, shared_.place[query] + simt::count_bits(before)};
+  }
+
+ private:
+  template <class T> HYBRIDATTN_DEVICE void find(bool is_query, Query<T> const& query, Index first_key) {
+    Index const count = is_query ? query.count() : 0;
+    Index place = 0;
+    for (Index end = count; place < end;) {  // key place - 1 is before the tile, key end is not
+      Index const middle = (place + end) / 2;
+      if (query.key(middle) < first_key) place = middle + 1;
+      else end = middle;
+    }
+    std::uint32_t bits = 0;
+    for (Index j = place; j < count && query.key(j) < first_key + keys; ++j) bits |= std::uint32_t{1} << (query.key(j) - first_key);
+    shared_.place[simt::thread_id()] = place;
+    shared_.keys_of[simt::thread_id()] = bits;
+    for (int key = 0; key < keys; ++key) {
+      std::uint32_t const votes = simt::ballot((bits >> key & 1) != 0);
+      if (simt::lane() == 0) shared_.queries_of[2 * key + simt::warp()] = votes;
+    }
+  }
+  HYBRIDATTN_DEVICE void write_list() {
+    int const own = simt::thread_id();
+    int place = 0;
+    count_ = 0;
+    for (int i = 0; i < 2 * keys; ++i) {
+      if (i == own) place = count_;
+      count_ += simt::count_bits(shared_.queries_of[i]);
+    }
+    for (std::uint32_t bits = shared_.queries_of[own]; bits != 0; bits &= bits - 1)
+      shared_.list[place++] = static_cast<std::uint16_t>(own / 2 * queries + own % 2 * 32 + simt::first_bit(bits));
+  }
+
+  Shared& shared_;
+  int count_;
+};
+
+// Gradients of a tile of keys, set to zero or added to by a block of threads. A thread has every 64th entry of each key.
+template <class T> HYBRIDATTN_DEVICE void set_tile_zero(View<T, 2> d_keys) {
+  for (Index key = 0; key < d_keys.extent(0); ++key)
+    for (Index d = simt::thread_id(); d < d_keys.extent(1); d += Pairs::threads) d_keys.row(key)[d] = 0;
+}
+// Row keys[i] += weights[i] times row i, in the order of i. Equal keys follow each other.
+template <class T, int threads>
+HYBRIDATTN_DEVICE void add_terms(T const (&weights)[threads], T const* const (&rows)[threads], int const (&keys)[threads], int count,
+                                 View<T, 2> d_keys) {
+  for (Index d = simt::thread_id(); d < d_keys.extent(1); d += threads)
+    for (int i = 0; i < count;) {
+      int const key = keys[i];
+      T* const d_key = d_keys.row(key);
+      T sum = d_key[d];
+      for (; i < count && keys[i] == key; ++i) sum += weights[i] * rows[i][d];
+      d_key[d] = sum;
+    }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_attention.hpp
+// Attention over the keys of each query as kernels, in exact arithmetic. Numbers in brackets are equations of dsa.hpp.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_ATTENTION_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_ATTENTION_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class T> struct AttentionParams {
+  Batch<T> batch;
+  View<T, 3> o;
+  View<wide_t<T>, 2> lse;                // an empty view where nobody needs it
+  // Only in backward.
+  View<T const, 3> y, d_o;
+  View<wide_t<T> const, 2> y_lse;
+  View<wide_t<T>, 2> delta;
+  Inputs<Out<T>> d_x;
+  Index tiles;  // of keys, in the longest sequence
+};
+
+// scale q . k, of head h of query n and a key of each thread. Of the threads from `count` on it is 0.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T attention_score(GatheredRows<T, threads>& rows, Batch<T> const& b, Index n, Index h, T const* key_row, int count) {
+  return simt::rounded_product(b.scale, gather_dot(rows, b.x.q.row(n, h), key_row, b.x.q.extent(2), count));
+}
+
+// o and lse of one head of a query. A thread has a key of a tile of keys, then entries of o. The largest score is found before weights are
+// computed. So o overflows only where it does in the order of the equations.
+template <class T> struct Attend {
+  static constexpr int threads = 64;
+  using Params = AttentionParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> keys;
+    T const* values[threads];
+    T weights[threads], of_warps[threads / 32];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x(), h = simt::block_y(), D = p.o.extent(2);
+    Query<T> const query{p.batch, n};
+    Index const count = query.count();
+    T score = 0, largest = -simt::infinity<T>(), total = 0;
+    for (Index first = 0; first < count; first += threads) {
+      score = score_from(shared, p, query, first);
+      if (first + simt::thread_id() < count) largest = simt::larger(score, largest);
+    }
+    largest = largest_of_block(shared.of_warps, largest);
+    for (Index first = 0; first < count; first += threads) {
+      if (count > threads) score = score_from(shared, p, query, first);
+      Index const j = first + simt::thread_id();
+      T const weight = j < count ? std::exp(score - largest) : T(0);
+      total += weight;
+      shared.weights[simt::thread_id()] = weight;
+      shared.values[simt::thread_id()] = j < count ? query.value_row(query.key(j), p.batch.kv_head(h)) : nullptr;
+      simt::sync_block();
+      add_rows(shared.weights, shared.values, entries_from(first, count, threads), first == 0, p.o.row(n, h), D);
+    }
+    total = gpu::sum_block(shared.of_warps, total);
+    for (Index d = simt::thread_id(); d < D; d += threads) p.o(n, h, d) /= total;
+    if (simt::thread_id() == 0 && !p.lse.empty()) p.lse(n, h) = largest + std::log(total);   // (3)
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE T score_from(Shared& shared, Params const& p, Query<T> const& query, Index first) {
+    Index const j = first + simt::thread_id(), n = simt::block_x(), h = simt::block_y();
+    T const* const row = j < query.count() ? query.key_row(query.key(j), p.batch.kv_head(h)) : nullptr;
+    return attention_score(shared.keys, p.batch, n, h, row, entries_from(first, query.count(), threads));
+  }
+};
+
+// delta and d_q of one head of a query. A thread has a key of a tile of keys, then entries of d_q.
+template <class T> struct AttendQueryGradients {
+  static constexpr int threads = 64;
+  using Params = AttentionParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> rows;
+    T const* keys[threads];
+    T d_s[threads];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x(), h = simt::block_y(), hk = p.batch.kv_head(h), D = p.y.extent(2);
+    Query<T> const query{p.batch, n};
+    // The order of gather_dot: where one key has all the weight, o is its v, and the two terms of d_s cancel.
+    T const delta = dot(p.d_o.row(n, h), p.y.row(n, h), D), lse = p.y_lse(n, h);
+    if (simt::thread_id() == 0) p.delta(n, h) = delta;
+    for (Index first = 0, count = query.count(); first < count; first += threads) {
+      Index const j = first + simt::thread_id(), key = j < count ? query.key(j) : 0;
+      int const keys = entries_from(first, count, threads);
+      T const *const k = query.key_row(key, hk), *const v = query.value_row(key, hk);
+      T const weight = std::exp(attention_score(shared.rows, p.batch, n, h, k, keys) - lse);
+      T const d_weight = gather_dot(shared.rows, p.d_o.row(n, h), v, D, keys);
+      shared.keys[simt::thread_id()] = k;
+      shared.d_s[simt::thread_id()] = p.batch.scale * weight * (d_weight - delta);
+      simt::sync_block();
+      add_rows(shared.d_s, shared.keys, keys, first == 0, p.d_x.q.row(n, h), D);   // (4)
+    }
+  }
+};
+
+// d_k and d_v of a tile of keys in one key/value head. The sums go through the queries in order, and for each through the heads of the
+// group. A thread has a pair of a query and a key, then entries of the gradients.
+template <class T> struct AttendKeyGradients {
+  static constexpr int threads = Pairs::threads;
+  using Params = AttentionParams<T>;
+  struct Shared {
+    Pairs::Shared pairs;
+    GatheredRows<T, threads> of_query, of_key;
+    T const *q[threads], *d_o[threads];
+    T weights[threads], d_s[threads];
+    int keys[threads];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    PartOfSequence const at{p.tiles};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const first = Index{at.part} * Pairs::keys;
+    if (first >= sequence.length) return;
+    View<T, 2> const d_k = tile_of(p.d_x.k, sequence, first), d_v = tile_of(p.d_x.v, sequence, first);
+    set_tile_zero(d_k);
+    set_tile_zero(d_v);
+    for (Index query = first; query < sequence.length; query += Pairs::queries) {
+      Pairs const pairs{shared.pairs, p.batch, sequence, first, query, sequence.length};
+      int const terms = pairs.count() * p.batch.group;
+      for (int term = 0; term < terms; term += threads) {
+        int const count = entries_from(term, terms, threads);
+        weigh(shared, p, pairs, sequence.start + query, sequence.start + first, term, count);
+        simt::sync_block();
+        add_terms(shared.d_s, shared.q, shared.keys, count, d_k);   // (4)
+        add_terms(shared.weights, shared.d_o, shared.keys, count, d_v);
+      }
+    }
+  }
+
+ private:
+  // The rows of a tile of keys, in this block's head.
+  static HYBRIDATTN_DEVICE View<T, 2> tile_of(View<T, 3> x, Sequence s, Index first) {
+    return {x.row(s.start + first, simt::block_y()), {entries_from(first, s.length, Pairs::keys), x.extent(2)}, {x.stride[0], 1}};
+  }
+  // The weights of `count` terms: pairs, and for each the heads of the group. Queries and keys are counted from tokens n and key.
+  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Index n, Index key, int term, int count) {
+    int const thread = simt::thread_id();
+    int const group = p.batch.group, own = term + (thread < count ? thread : 0);
+    Index const hk = simt::block_y(), h = hk * group + own % group;
+    Pair const pair = pairs[own / group];
+    n += pair.query;
+    key += pair.key;
+    T const *const q = p.batch.x.q.row(n, h), *const d_o = p.d_o.row(n, h);
+    Index const D = p.y.extent(2);
+    T const product = gather_dot(shared.of_query, q, shared.of_key, p.batch.x.k.row(key, hk), D, count);
+    T const d_weight = gather_dot(shared.of_query, d_o, shared.of_key, p.batch.x.v.row(key, hk), D, count);
+    T const weight = std::exp(simt::rounded_product(p.batch.scale, product) - p.y_lse(n, h));
+    shared.q[thread] = q;
+    shared.d_o[thread] = d_o;
+    shared.weights[thread] = weight;
+    shared.d_s[thread] = p.batch.scale * weight * (d_weight - p.delta(n, h));
+    shared.keys[thread] = pair.key;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/ops/top_k/kernels.hpp
+// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become unsigned integers in the same order, their
+// keys. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that have
+// the digits found so far.
+#ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+#define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
+
+#include <cstdint>
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+
+// Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
+template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
+  auto const bits = simt::bits_of(x + T(0));
+  using Key = std::remove_const_t<decltype(bits)>;
+  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
+  if (x != x) return Key{0};
+  return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
+}
+
+// A row of n scores. All threads of the block work on it.
+template <class T, int threads> class RowTopK {
+ public:
+  static constexpr int warps = threads / 32, digits = 256;
+  struct Shared {
+    int counts[warps], ties[warps], histogram[digits], digit, rank;
+  };
+
+  HYBRIDATTN_DEVICE RowTopK(Shared& shared, T const* scores, Index n) : shared_(shared), scores_(scores), n_(n) {}
+
+  // The indices of the k largest scores, ascending, for 1 <= k <= n.
+  HYBRIDATTN_DEVICE void select(int k, std::int32_t* indices) const { write_chosen(kth_largest(k), indices); }
+
+ private:
+  using Key = decltype(simt::bits_of(T()));
+  // The k-th largest key, and how many of the keys equal to it are among the k largest.
+  struct Bound {
+    Key key;
+    int ties;
+  };
+
+  HYBRIDATTN_DEVICE Key key_of(Index i) const { return ordered_key(scores_[i]); }
+  HYBRIDATTN_DEVICE Bound kth_largest(int k) const {
+    Bound bound{0, k};
+    Key known = 0;  // the bits of the digits that are found
+    for (int shift = 8 * sizeof(Key) - 8; shift >= 0; shift -= 8) {
+      for (int digit = simt::thread_id(); digit < digits; digit += threads) shared_.histogram[digit] = 0;
+      simt::sync_block();
+      for (Index i = simt::thread_id(); i < n_; i += threads)
+        if (Key const key = key_of(i); (key & known) == bound.key) simt::atomic_add(&shared_.histogram[key >> shift & (digits - 1)], 1);
+      simt::sync_block();
+      if (simt::warp() == 0) find_digit(bound.ties);
+      simt::sync_block();
+      bound = {bound.key | static_cast<Key>(shared_.digit) << shift, shared_.rank};
+      known |= static_cast<Key>(digits - 1) << shift;
+    }
+    return bound;
+  }
+  // The digit of the key that has this rank among the keys of the histogram, and its rank among those with this digit. A lane has 8
+  // digits, lane 0 the largest ones.
+  HYBRIDATTN_DEVICE void find_digit(int rank) const {
+    int const largest = digits - 1 - 8 * simt::lane();
+    int own = 0;
+    for (int digit = largest; digit > largest - 8; --digit) own += shared_.histogram[digit];
+    int sum = own;  // of this lane and those before it
+    for (int step = 1; step < 32; step *= 2) {
+      int const before = simt::shuffle_up(sum, step);
+      if (simt::lane() >= step) sum += before;
+    }
+    rank -= sum - own;
+    if (rank <= 0 || rank > own) return;
+    int digit = largest;
+    for (; rank > shared_.histogram[digit] && digit > largest - 7; --digit) rank -= shared_.histogram[digit];
+    shared_.digit = digit;
+    shared_.rank = rank;
+  }
+  // The indices of the keys above the bound, and of the first ones equal to it. Each turn looks at a key for each thread.
+  HYBRIDATTN_DEVICE void write_chosen(Bound bound, std::int32_t* indices) const {
+    int above = 0, ties = 0;  // in earlier turns
+    for (Index first = 0; first < n_; first += threads) {
+      Index const i = first + simt::thread_id();
+      bool const inside = i < n_, is_above = inside && key_of(i) > bound.key, is_tie = inside && key_of(i) == bound.key;
+      Earlier const a = count_earlier(shared_.counts, is_above), t = count_earlier(shared_.ties, is_tie);
+      int const place = above + a.before + simt::smaller(ties + t.before, bound.ties);
+      if (is_above || (is_tie && ties + t.before < bound.ties)) indices[place] = static_cast<std::int32_t>(i);
+      above += a.all;
+      ties += t.all;
+    }
+  }
+  // How many threads of the block vote true: those before this thread, and all.
+  struct Earlier {
+    int before, all;
+  };
+  static HYBRIDATTN_DEVICE Earlier count_earlier(int (&of_warps)[warps], bool vote) {
+    std::uint32_t const votes = simt::ballot(vote);
+    if (simt::lane() == 0) of_warps[simt::warp()] = simt::count_bits(votes);
+    simt::sync_block();
+    Earlier result{simt::count_bits(votes & ((std::uint32_t{1} << simt::lane()) - 1)), 0};
+    for (int w = 0; w < warps; ++w) {
+      if (w < simt::warp()) result.before += of_warps[w];
+      result.all += of_warps[w];
+    }
+    simt::sync_block();  // of_warps may be used again
+    return result;
+  }
+
+  Shared& shared_;
+  T const* scores_;
+  Index n_;
+};
+
+template <class T> struct SelectTopK {
+  static constexpr int threads = 128;
+  using Row = RowTopK<T, threads>;
+  struct Params {
+    View<T const, 2> scores;
+    View<std::int32_t, 2> indices;
+  };
+  using Shared = typename Row::Shared;
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const row = simt::block_x(), k = p.indices.extent(1), n = p.scores.extent(1);
+    int const chosen = static_cast<int>(simt::smaller(k, n));
+    if (chosen > 0) Row{shared, p.scores.row(row), n}.select(chosen, p.indices.row(row));
+    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_indexer.hpp
+// The indexer as kernels: scores of a slice of queries, then each query's choice. Numbers in brackets are equations of dsa.hpp.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_INDEXER_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_INDEXER_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class T> struct ChoiceParams {
+  Batch<T> batch;
+  View<T, 2> scores;                // of the slice, [queries of the slice, keys]
+  View<std::int32_t, 2> indices;
+  Index first, last;                // queries of the slice
+};
+
+// Scores of a few queries with a tile of keys. A thread has a key.
+template <class T> struct ScoreKeys {
+  static constexpr int threads = 128, queries = 4;
+  using Params = ChoiceParams<T>;
+  using Tile = GatheredRows<T, threads>;
+  struct Shared {
+    Tile keys;
+    T q[Tile::piece][queries];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    auto const& owners = p.batch.sequences.owners;
+    Index const first = p.first + simt::block_y() * queries, last = simt::smaller(first + queries, p.last);
+    for (Index n = first; n < last;) {   // the queries of one sequence at a time
+      Index end = n + 1;
+      while (end < last && owners(end) == owners(n)) ++end;
+      score(shared, p, n, static_cast<int>(end - n));
+      n = end;
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void score(Shared& shared, Params const& p, Index n, int count) {
+    Query<T> const query{p.batch, n + count - 1};   // it sees all keys that the other ones see
+    Index const first_key = simt::block_x() * threads, key = first_key + simt::thread_id(), HI = p.batch.x.index_w.extent(1);
+    if (query.seen() <= first_key || query.selected() == query.seen()) return;
+    int const keys = static_cast<int>(simt::smaller<Index>(query.seen() - first_key, threads));
+    shared.keys.begin[simt::thread_id()] = simt::thread_id() < keys ? query.index_row(key) : nullptr;
+    T scores[queries] = {};
+    for (Index j = 0; j < HI; ++j) {
+      T products[queries] = {};
+      multiply(shared, p, n, count, j, keys, products);
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int u = 0; u < queries; ++u) {
+        T const product = simt::rounded_product(p.batch.index_scale, products[u]);
+        if (u < count) scores[u] += p.batch.x.index_w(n + u, j) * (product < 0 ? T(0) : product);   // (1)
+      }
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int u = 0; u < queries; ++u)
+      if (u < count && key < Query<T>{p.batch, n + u}.seen()) p.scores(n + u - p.first, key) = scores[u];
+  }
+  // products[u] = iq_j . ik of query n + u and the key of this thread, summed in the order of entries.
+  static HYBRIDATTN_DEVICE void multiply(Shared& shared, Params const& p, Index n, int count, Index j, int keys, T (&products)[queries]) {
+    Index const DI = p.batch.x.index_k.extent(1);
+    for (Index first = 0; first < DI; first += Tile::piece) {
+      int const entries = entries_from(first, DI, Tile::piece);
+      simt::sync_block();
+      shared.keys.load(first, DI, keys);
+      for (int i = simt::thread_id(); i < entries * queries; i += threads) {
+        int const e = i / queries, u = i % queries;
+        shared.q[e][u] = u < count ? p.batch.x.index_q(n + u, j, first + e) : T(0);
+      }
+      simt::sync_block();
+      if (simt::thread_id() >= keys) continue;
+      for (int e = 0; e < entries; ++e) {
+        T const k = shared.keys.entries[simt::thread_id()][e];
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int u = 0; u < queries; ++u) products[u] += shared.q[e][u] * k;
+      }
+    }
+  }
+};
+
+// (2) of a query, from its scores. A block has a query. A query that selects all keys that it sees needs no scores.
+template <class T> struct SelectKeys {
+  static constexpr int threads = 128;
+  using Params = ChoiceParams<T>;
+  using Row = gpu::RowTopK<T, threads>;
+  using Shared = typename Row::Shared;
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = p.first + simt::block_x();
+    Query<T> const query{p.batch, n};
+    int const k = static_cast<int>(query.selected());
+    std::int32_t* const indices = p.indices.row(n);
+    if (k < query.seen()) Row{shared, p.scores.row(n - p.first), query.seen()}.select(k, indices);
+    else
+      for (int i = simt::thread_id(); i < k; i += threads) indices[i] = i;
+    for (Index i = k + simt::thread_id(); i < p.indices.extent(1); i += threads) indices[i] = -1;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernel_kl.hpp
+// The indexer's loss as kernels. Numbers in brackets are equations of dsa.hpp. Scores and attention's weights are computed again where they
+// are needed. Only their gradients d_I are stored, for a block of queries of each sequence at a time where rows of d_I are as long as the
+// sequence.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_KL_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNEL_KL_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+template <class T> struct KlParams {
+  Batch<T> batch;
+  View<wide_t<T> const, 2> lse;
+  View<wide_t<T>, 1> index_lse;
+  View<T, 1> losses;  // [N], each query's part of (6)
+  // Only in backward.
+  View<wide_t<T> const, 1> y_index_lse, d_loss;
+  Inputs<Out<T>> d_x;
+  View<T, 1> d_scores;  // d_I
+  Index first, queries;  // the block of queries of each sequence
+  Index tiles;  // of keys, in the longest sequence
+
+  // Where d_I of query t of a sequence begins.
+  HYBRIDATTN_DEVICE T* d_scores_of(Sequence s, Index t) const {
+    View<std::int32_t const, 2> const& indices = batch.indices;
+    return d_scores.data + (indices.empty() ? queries * s.start + (t - first) * s.length : (s.start + t) * indices.extent(1));
+  }
+};
+
+// index_scale iq_j . ik, of query n and a key of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T index_product(GatheredRows<T, threads>& rows, Batch<T> const& b, Index n, Index j, T const* key_row, int count) {
+  return simt::rounded_product(b.index_scale, gather_dot(rows, b.x.index_q.row(n, j), key_row, b.x.index_k.extent(1), count));
+}
+// (1) of query n and a key of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T index_score(GatheredRows<T, threads>& rows, Batch<T> const& b, Index n, T const* key_row, int count) {
+  T score = 0;
+  for (Index j = 0; j < b.x.index_w.extent(1); ++j) {
+    T const product = index_product(rows, b, n, j, key_row, count);
+    score += b.x.index_w(n, j) * (product < 0 ? T(0) : product);
+  }
+  return score;
+}
+// p of (5), of query n and a key of each thread.
+template <class T, int threads>
+HYBRIDATTN_DEVICE T target_share(GatheredRows<T, threads>& rows, Batch<T> const& b, View<wide_t<T> const, 2> lse, Index n,
+                                 Query<T> const& query, Index key, int count) {
+  T sum = 0;
+  for (Index h = 0, H = b.x.q.extent(1); h < H; ++h)
+    sum += std::exp(attention_score(rows, b, n, h, query.key_row(key, b.kv_head(h)), count) - lse(n, h));
+  return sum / static_cast<T>(b.x.q.extent(1));
+}
+
+// (5) and a query's part of (6). A thread has a key of a tile of keys.
+template <class T> struct IndexLoss {
+  static constexpr int threads = 64;
+  using Params = KlParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> rows;
+    T of_warps[threads / 32];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Index const n = simt::block_x();
+    Query<T> const query{p.batch, n};
+    Index const count = query.count();
+    T score = 0, largest = -simt::infinity<T>(), total = 0, loss = 0;
+    for (Index first = 0; first < count; first += threads) {
+      score = score_from(shared, p, query, first);
+      if (first + simt::thread_id() < count) largest = simt::larger(score, largest);
+    }
+    largest = largest_of_block(shared.of_warps, largest);
+    for (Index first = 0; first < count; first += threads) {
+      if (count > threads) score = score_from(shared, p, query, first);
+      if (first + simt::thread_id() < count) total += std::exp(score - largest);
+    }
+    T const index_lse = largest + std::log(gpu::sum_block(shared.of_warps, total));
+    for (Index first = 0; first < count; first += threads) {
+      if (count > threads) score = score_from(shared, p, query, first);
+      Index const j = first + simt::thread_id();
+      T const share =
+          target_share(shared.rows, p.batch, p.lse, n, query, j < count ? query.key(j) : 0, entries_from(first, count, threads));
+      if (j < count) loss += divergence(share, score - index_lse);
+    }
+    loss = gpu::sum_block(shared.of_warps, loss);
+    if (simt::thread_id() > 0) return;
+    p.index_lse(n) = index_lse;
+    p.losses(n) = loss;
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE T score_from(Shared& shared, Params const& p, Query<T> const& query, Index first) {
+    Index const j = first + simt::thread_id();
+    return index_score(shared.rows, p.batch, simt::block_x(), query.index_row(j < query.count() ? query.key(j) : 0),
+                       entries_from(first, query.count(), threads));
+  }
+  static HYBRIDATTN_DEVICE T divergence(T share, T log_r) {
+    return (share > 0 ? share * (std::log(share) - log_r) : T(0)) + (std::exp(log_r) - share);  // (6)
+  }
+};
+
+// The sum of all queries' losses, 0 for none. One block, a thread has every 256th query.
+template <class T> struct SumLosses {
+  static constexpr int threads = 256;
+  struct Params {
+    View<T const, 1> losses;
+    View<wide_t<T>, 1> sum;
+  };
+  struct Shared {
+    T of_warps[threads / 32];
+  };
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    T sum = 0;
+    for (Index n = simt::thread_id(); n < p.losses.count(); n += threads) sum += p.losses(n);
+    sum = gpu::sum_block(shared.of_warps, sum);
+    if (simt::thread_id() == 0) p.sum(0) = sum;
+  }
+};
+
+// (7) of a query's index_q and index_w, and its d_I. A thread has a key of a tile of keys, then entries of d_iq.
+template <class T> struct IndexQueryGradients {
+  static constexpr int threads = 64;
+  using Params = KlParams<T>;
+  struct Shared {
+    GatheredRows<T, threads> rows;
+    T const* keys[threads];
+    T d_z[threads], of_warps[threads / 32];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    PartOfSequence const at{p.queries};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const t = p.first + at.part, n = sequence.start + t;
+    if (t >= sequence.length) return;
+    Query<T> const query{p.batch, n};
+    T const d_loss = p.d_loss(0);
+    for (Index first = 0, count = query.count(); first < count; first += threads) {
+      Index const j = first + simt::thread_id(), key = j < count ? query.key(j) : 0;
+      int const keys = entries_from(first, count, threads);
+      T const* const row = query.index_row(key);
+      T const score = index_score(shared.rows, p.batch, n, row, keys);
+      T const share = target_share(shared.rows, p.batch, p.lse, n, query, key, keys);
+      T const d_score = d_loss == 0 ? T(0) : d_loss * (std::exp(score - p.y_index_lse(n)) - share);
+      if (j < count) p.d_scores_of(sequence, t)[j] = d_score;
+      add_heads(shared, p, n, row, keys, d_score, first == 0);
+    }
+  }
+
+ private:
+  // Adds a tile of keys to the gradients of every head. They are 0 where the loss has no gradient, whatever the inputs are.
+  static HYBRIDATTN_DEVICE void add_heads(Shared& shared, Params const& p, Index n, T const* row, int keys, T d_score, bool overwrites) {
+    bool const is_key = simt::thread_id() < keys, trains = p.d_loss(0) != 0;
+    for (Index j = 0; j < p.batch.x.index_w.extent(1); ++j) {
+      T const z = index_product(shared.rows, p.batch, n, j, row, keys);
+      shared.keys[simt::thread_id()] = row;
+      shared.d_z[simt::thread_id()] = z > 0 ? p.batch.index_scale * p.batch.x.index_w(n, j) * d_score : T(0);
+      T const d_w = gpu::sum_block(shared.of_warps, is_key && trains ? d_score * (z < 0 ? T(0) : z) : T(0));  // waits for d_z too
+      if (simt::thread_id() == 0 && !p.d_x.index_w.empty()) p.d_x.index_w(n, j) = overwrites ? d_w : p.d_x.index_w(n, j) + d_w;
+      if (p.d_x.index_q.empty()) continue;
+      add_rows(shared.d_z, shared.keys, trains ? keys : 0, overwrites, p.d_x.index_q.row(n, j), p.batch.x.index_k.extent(1));
+    }
+  }
+};
+
+// (7) of a tile of index keys. The sums go through the queries in order, and for each through the indexer's heads. A thread has a pair of
+// a query and a key, then entries of d_ik.
+template <class T> struct IndexKeyGradients {
+  static constexpr int threads = Pairs::threads;
+  using Params = KlParams<T>;
+  struct Shared {
+    Pairs::Shared pairs;
+    GatheredRows<T, threads> of_query, of_key;
+    T const* q[threads];
+    T d_z[threads];
+    int keys[threads];
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    PartOfSequence const at{p.tiles};
+    Sequence const sequence = p.batch.sequences.list(at.sequence);
+    Index const first = Index{at.part} * Pairs::keys, end = simt::smaller(p.first + p.queries, sequence.length);
+    if (first >= sequence.length) return;
+    View<T, 2> const d_keys{p.d_x.index_k.row(sequence.start + first),
+                            {entries_from(first, sequence.length, Pairs::keys), p.d_x.index_k.extent(1)},
+                            p.d_x.index_k.stride};
+    if (p.first == 0) set_tile_zero(d_keys);
+    if (p.d_loss(0) == 0) return;
+    for (Index query = simt::larger(p.first, first); query < end; query += Pairs::queries) {
+      Pairs const pairs{shared.pairs, p.batch, sequence, first, query, end};
+      int const terms = pairs.count() * static_cast<int>(p.batch.x.index_w.extent(1));
+      for (int term = 0; term < terms; term += threads) {
+        int const count = entries_from(term, terms, threads);
+        weigh(shared, p, pairs, sequence, first, query, term, count);
+        simt::sync_block();
+        add_terms(shared.d_z, shared.q, shared.keys, count, d_keys);
+      }
+    }
+  }
+
+ private:
+  // d_z of `count` terms: pairs, and for each the heads of the indexer. Queries and keys are counted from positions t and key.
+  static HYBRIDATTN_DEVICE void weigh(Shared& shared, Params const& p, Pairs const& pairs, Sequence s, Index key, Index t, int term,
+                                      int count) {
+    int const thread = simt::thread_id(), own = term + (thread < count ? thread : 0), HI = static_cast<int>(p.batch.x.index_w.extent(1));
+    Pair const pair = pairs[own / HI];
+    Index const n = s.start + t + pair.query, j = own % HI;
+    T const *const q = p.batch.x.index_q.row(n, j), *const k = p.batch.x.index_k.row(s.start + key + pair.key);
+    T const d_score = p.d_scores_of(s, t + pair.query)[pair.place], weight = p.batch.index_scale * p.batch.x.index_w(n, j);
+    T const product = gather_dot(shared.of_query, q, shared.of_key, k, p.batch.x.index_k.extent(1), count);
+    shared.q[thread] = q;
+    shared.keys[thread] = pair.key;
+    shared.d_z[thread] = simt::rounded_product(p.batch.index_scale, product) > 0 ? weight * d_score : T(0);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/kernels.hpp
+// Sparse attention as kernels.
+#ifndef HYBRIDATTN_ATTENTION_DSA_KERNELS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_KERNELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+// Copies keys, values and index keys of new tokens into the cache. A thread has an entry.
+template <class T> struct RememberKeys {
+  Inputs<In<T>> x;
+  Cache<Out<T>> cache;
+  SequenceTable sequences;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const D = x.k.extent(2), HK = x.k.extent(1), n = i / (HK * D), h = i / D % HK, d = i % D;
+    cache.keys(sequences.owners(n), sequences.positions(n), h, d) = x.k(n, h, d);
+    cache.values(sequences.owners(n), sequences.positions(n), h, d) = x.v(n, h, d);
+  }
+};
+template <class T> struct RememberIndexKeys {
+  View<T const, 2> index_k;
+  View<T, 3> index_keys;
+  SequenceTable sequences;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const n = i / index_k.extent(1), d = i % index_k.extent(1);
+    index_keys(sequences.owners(n), sequences.positions(n), d) = index_k(n, d);
+  }
+};
+
+// Sets an element of a gradient to 0. Its rows may have gaps between them.
+template <class T, int Rank> struct SetElementZero {
+  View<T, Rank> x;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    if constexpr (Rank == 2) x(i / x.extent(1), i % x.extent(1)) = 0;
+    else x(i / (x.extent(1) * x.extent(2)), i / x.extent(2) % x.extent(1), i % x.extent(2)) = 0;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/attention/dsa/gpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_DSA_GPU_HPP
+#define HYBRIDATTN_ATTENTION_DSA_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace dsa {
+
+template <class T, class M>
+Batch<T> batch_of(SparseOptions o, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x, View<std::int32_t const, 2> indices) {
+  return {.options = o,
+          .x = x,
+          .sequences = s.table(),
+          .indices = indices,
+          .group = static_cast<int>(c.num_heads / c.num_kv_heads),
+          .scale = static_cast<T>(c.scale),
+          .index_scale = static_cast<T>(c.index_scale),
+          .cache = {}};
+}
+
+// (1) and (2). Scores are stored for a slice of queries at a time. `room` is the number of keys that a row of scores has room for,
+// `longest` of those that a query may see.
+template <class T, class B>
+void choose_keys(B& gpu, Batch<T> const& batch, Index tokens, Index longest, Index room, View<std::int32_t, 2> indices) {
+  constexpr Index slice = 256;
+  Tensor<T, 2, B> scores{gpu, {std::min(tokens, slice), room}};
+  for (Index first = 0; first < tokens; first += slice) {
+    ChoiceParams<T> const p{batch, out(scores), indices, first, std::min(first + slice, tokens)};
+    if (selection_size(batch.options, longest) < longest)
+      launch<ScoreKeys<T>>(gpu, {.x = ceil_div(longest, ScoreKeys<T>::threads), .y = ceil_div(p.last - first, ScoreKeys<T>::queries)}, p);
+    launch<SelectKeys<T>>(gpu, {.x = p.last - first}, p);
+  }
+}
+
+// (3). An empty lse is not computed.
+template <class T, class B> void attend(B& gpu, Batch<T> const& batch, View<T, 3> o, Wide<Out<T>, 2> lse) {
+  AttentionParams<T> p{};
+  p.batch = batch;
+  p.o = o;
+  p.lse = lse;
+  launch<Attend<T>>(gpu, {.x = o.extent(0), .y = o.extent(1)}, p);
+}
+// (4)
+template <class T, class B>
+void attend_backward(B& gpu, Sequences const& s, Batch<T> const& batch, Outputs<In<T>> y, Saved<In<T>> saved, Outputs<In<T>> d_y,
+                     Inputs<Out<T>> d_x) {
+  Tensor<wide_t<T>, 2, B> delta{gpu, saved.lse.shape};
+  AttentionParams<T> p{};
+  p.batch = batch;
+  p.y = y.o;
+  p.d_o = d_y.o;
+  p.y_lse = saved.lse;
+  p.delta = out(delta);
+  p.d_x = d_x;
+  p.tiles = ceil_div(s.longest(), Pairs::keys);
+  launch<AttendQueryGradients<T>>(gpu, {.x = y.o.extent(0), .y = y.o.extent(1)}, p);
+  launch<AttendKeyGradients<T>>(gpu, {.x = s.count() * p.tiles, .y = batch.x.k.extent(1)}, p);
+}
+
+// (5) and (6) of every query, and their sum unless `loss` is an empty view.
+template <class T, class B> void index_loss(B& gpu, Batch<T> const& batch, Saved<Out<T>> saved, State<Out<T>, 1> loss) {
+  Tensor<T, 1, B> losses{gpu, {batch.x.q.extent(0)}};
+  KlParams<T> p{};
+  p.batch = batch;
+  p.lse = saved.lse;
+  p.index_lse = saved.index_lse;
+  p.losses = out(losses);
+  launch<IndexLoss<T>>(gpu, {.x = batch.x.q.extent(0)}, p);
+  if (!loss.empty()) launch<SumLosses<T>>(gpu, {}, {in(losses), loss});
+}
+// (7). d_I has a row of selected keys for each token, or rows of all keys for a block of queries of each sequence.
+template <class T, class B>
+void index_loss_backward(B& gpu, Sequences const& s, Batch<T> const& batch, Saved<In<T>> saved, State<In<T>, 1> d_loss,
+                         Inputs<Out<T>> d_x) {
+  bool const is_dense = batch.indices.empty();
+  Index const queries = is_dense ? Index{256} : s.longest(), columns = is_dense ? queries : batch.indices.extent(1);
+  Tensor<T, 1, B> d_scores{gpu, {size_product(s.tokens(), columns)}};
+  KlParams<T> p{};
+  p.batch = batch;
+  p.lse = saved.lse;
+  p.y_index_lse = saved.index_lse;
+  p.d_loss = d_loss;
+  p.d_x = d_x;
+  p.d_scores = out(d_scores);
+  p.queries = queries;
+  p.tiles = ceil_div(s.longest(), Pairs::keys);
+  for (; p.first < s.longest(); p.first += queries) {
+    launch<IndexQueryGradients<T>>(gpu, {.x = s.count() * queries}, p);
+    if (!d_x.index_k.empty()) launch<IndexKeyGradients<T>>(gpu, {.x = s.count() * p.tiles}, p);
+  }
+}
+
+template <class B, class T, int... Ranks> void set_gradients_zero(B& gpu, View<T, Ranks>... x) {
+  (for_each(gpu, x.count(), SetElementZero<T, Ranks>{x}), ...);
+}
+
+}  // namespace dsa
+
+template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
+  template <class T, class M>
+  static void forward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
+                      dsa::Saved<Out<T>> saved) {
+    auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
+    if (c.stage != Stage::dense_warm_up) dsa::choose_keys(gpu, batch, s.tokens(), s.longest(), s.longest(), saved.indices);
+    dsa::attend(gpu, batch, y.o, saved.lse);
+    if (c.stage != Stage::language_model) dsa::index_loss<T>(gpu, batch, saved, y.auxiliary_loss);
+    else if (!y.auxiliary_loss.empty()) launch<dsa::SumLosses<T>>(gpu, {}, {{}, y.auxiliary_loss});
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
+                       dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
+    auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
+    if (d_y.o.empty()) dsa::set_gradients_zero(gpu, d_x.q, d_x.k, d_x.v);
+    else dsa::attend_backward<T>(gpu, s, batch, y, saved, d_y, d_x);
+    bool const trains_indexer = c.stage != Stage::language_model && !d_y.auxiliary_loss.empty();
+    if (trains_indexer) dsa::index_loss_backward<T>(gpu, s, batch, saved, d_y.auxiliary_loss, d_x);
+    else dsa::set_gradients_zero(gpu, d_x.index_q, d_x.index_k, d_x.index_w);
+  }
+
+  // Decoding computes no auxiliary loss in any stage.
+  template <class T, class M>
+  static void extend(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
+                     dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
+    Index const capacity = cache.keys.extent(1);
+    check_fits(s, cache.keys.extent(0), capacity);
+    bool const is_dense = c.stage == Stage::dense_warm_up;
+    Tensor<std::int32_t, 2, B> indices{gpu, {s.tokens(), Index{is_dense ? 0 : O.top_k}}};
+    auto batch = dsa::batch_of<T>(O, c, s, x, in(indices));
+    batch.cache = {cache.keys, cache.values, cache.index_keys};
+    Index longest = 0;
+    for (Sequence const sequence : s) longest = std::max(longest, sequence.past + sequence.length);
+    if (!is_dense) dsa::choose_keys(gpu, batch, s.tokens(), longest, capacity, out(indices));
+    dsa::attend(gpu, batch, y.o, {});
+    for_each(gpu, x.k.count(), dsa::RememberKeys<T>{x, cache, s.table()});
+    for_each(gpu, x.index_k.count(), dsa::RememberIndexKeys<T>{x.index_k, cache.index_keys, s.table()});
+  }
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -12236,40 +13305,459 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/backend/gpu/reduce.hpp
-// Sums in a fixed order: in a warp by one tree, of the warps of a block and of blocks one after the other.
-#ifndef HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
-#define HYBRIDATTN_BACKEND_GPU_REDUCE_HPP
+// ==== hybridattn/attention/gdn/kernels.hpp
+// Gated DeltaNet as kernels, token by token in exact arithmetic. Numbers in brackets are equations of gdn.hpp.
+//
+// A block has a value head of a sequence and a tile of the columns of its state [K, V]. Columns of a state do not meet before they are
+// summed, so every block goes through all tokens of its sequence alone. Tokens go through shared memory in pieces.
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
 
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
-// The sum of one number of each thread of a block, for all threads. `of_warps` is shared memory, one number for each warp.
-template <class T, std::size_t warps> HYBRIDATTN_DEVICE T sum_block(T (&of_warps)[warps], T x) {
-  x = simt::sum_lanes(x);
-  if (simt::lane() == 0) of_warps[simt::warp()] = x;
-  simt::sync_block();
-  T sum = 0;
-  for (T part : of_warps) sum += part;
-  simt::sync_block();   // of_warps may be used again
-  return sum;
+// What a block has: columns from `column` on of the state of a value head.
+struct Place {
+  Sequence sequence;
+  Index number, tile, head, column;
+
+  HYBRIDATTN_DEVICE Place(View<Sequence const, 1> sequences, Index tiles, int columns)
+      : sequence(sequences(simt::block_x() / tiles)), number(simt::block_x() / tiles), tile(simt::block_x() % tiles), head(simt::block_y()),
+        column(tile * columns) {}
+  // How many tokens the piece from token t on has.
+  HYBRIDATTN_DEVICE int count(Index t, int tokens) const { return static_cast<int>(simt::smaller<Index>(sequence.length - t, tokens)); }
+};
+
+// Entries first .. first + width - 1 of head h of `count` tokens from n on, times `factor`. Entries that the head does not have, and those
+// of an empty view, are zeros. Neighbouring threads read neighbouring addresses.
+template <int threads, class T, int tokens, int width, class From>
+HYBRIDATTN_DEVICE void load_entries(T (&to)[tokens][width], View<From const, 3> from, Index n, int count, Index h, Index first, T factor) {
+  for (int i = simt::thread_id(); i < count * width; i += threads) {
+    int const t = i / width, d = i % width;
+    to[t][d] = !from.empty() && first + d < from.extent(2) ? factor * from(n + t, h, first + d) : T(0);
+  }
 }
+// The gates of a piece.
+template <class T, int tokens> struct PieceGates {
+  T decay[tokens], beta[tokens];
 
-// sum [C] = the rows of parts [n, C], added in order. A thread has a column.
-template <class T> struct SumParts {
-  View<T const, 2> parts;
-  View<T, 1> sum;
-  HYBRIDATTN_HD void operator()(Index c) const {
-    T total = 0;
-    for (Index n = 0; n < parts.extent(0); ++n) total += parts(n, c);
-    sum(c) = total;
+  HYBRIDATTN_DEVICE void load(Inputs<In<T>> const& x, Index n, int count, Index h) {
+    int const t = simt::thread_id();
+    if (t >= count) return;
+    decay[t] = std::exp(x.g(n + t, h));
+    beta[t] = x.beta(n + t, h);
   }
 };
 
-// A backward whose rows add to one gradient [C]: each block of `sum_rows` rows makes a part [C], and the parts are added in order.
-inline constexpr Index sum_rows = 32;
-inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
+// ---- forward
 
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+template <class T> struct ForwardParams {
+  Inputs<In<T>> x;   // initial_state may be empty
+  View<T, 3> o;
+  View<wide_t<T>, 3> error;         // may be empty
+  View<wide_t<T>, 4> final_state;   // may be empty, may be the initial state
+  View<Sequence const, 1> sequences;
+  Index tiles;    // of columns
+  Index group;    // value heads of a key head
+  T scale;
+  bool extends;   // sequences without past tokens start from zeros, those without new tokens keep their state
+};
+
+// o, the errors and the final state, for keys with room for K entries. A column of the state has a few neighbouring lanes of one warp.
+// Lane c of them has the rows c, c + lanes, ... of the column in registers.
+template <class T, int K> struct Forward {
+  static constexpr int threads = 128, tokens = 64 / static_cast<int>(sizeof(T));
+  static constexpr int lanes = K * sizeof(T) <= 1024 ? 4 : 8, columns = threads / lanes, entries = K / lanes;
+  using Params = ForwardParams<T>;
+  struct Shared {
+    T q[tokens][K], k[tokens][K], v[tokens][columns];   // q times scale
+    PieceGates<T, tokens> gates;
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    if (p.extends && at.sequence.length == 0) return;
+    T state[entries];
+    read(p, at, state);
+    for (Index t = 0; t < at.sequence.length; t += tokens) {
+      int const count = at.count(t, tokens);
+      load(shared, p, at, at.sequence.start + t, count);
+      simt::sync_block();
+      for (int i = 0; i < count; ++i) step(shared, p, at, at.sequence.start + t + i, i, state);
+      simt::sync_block();   // all have read the piece
+    }
+    write(p.final_state, at, state);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE int lane() { return simt::thread_id() % lanes; }
+  static HYBRIDATTN_DEVICE int row(int j) { return lane() + j * lanes; }
+  static HYBRIDATTN_DEVICE Index column(Place const& at) { return at.column + simt::thread_id() / lanes; }
+
+  static HYBRIDATTN_DEVICE void read(Params const& p, Place const& at, T (&state)[entries]) {
+    View<wide_t<T> const, 4> const from = p.x.initial_state;
+    bool const is_given = !from.empty() && column(at) < from.extent(3) && !(p.extends && at.sequence.past == 0);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j) state[j] = is_given && row(j) < from.extent(2) ? from(at.number, at.head, row(j), column(at)) : T(0);
+  }
+  static HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Place const& at, T const (&state)[entries]) {
+    if (to.empty() || column(at) >= to.extent(3)) return;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j)
+      if (row(j) < to.extent(2)) to(at.number, at.head, row(j), column(at)) = state[j];
+  }
+  static HYBRIDATTN_DEVICE void load(Shared& shared, Params const& p, Place const& at, Index n, int count) {
+    load_entries<threads>(shared.q, p.x.q, n, count, at.head / p.group, 0, p.scale);
+    load_entries<threads>(shared.k, p.x.k, n, count, at.head / p.group, 0, T(1));
+    load_entries<threads>(shared.v, p.x.v, n, count, at.head, at.column, T(1));
+    shared.gates.load(p.x, n, count, at.head);
+  }
+  // Token n, the i-th one of the piece.
+  static HYBRIDATTN_DEVICE void step(Shared const& shared, Params const& p, Place const& at, Index n, int i, T (&state)[entries]) {
+    T const decay = shared.gates.decay[i];
+    T with_k = 0, with_q = 0;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j) {
+      state[j] *= decay;                                                                        // (1)
+      with_k += shared.k[i][row(j)] * state[j];
+    }
+    T const error = shared.v[i][simt::thread_id() / lanes] - simt::sum_lanes<lanes>(with_k);    // (2)
+    T const delta = shared.gates.beta[i] * error;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int j = 0; j < entries; ++j) {
+      state[j] += shared.k[i][row(j)] * delta;                                      // (3)
+      with_q += shared.q[i][row(j)] * state[j];
+    }
+    T const o = simt::sum_lanes<lanes>(with_q);                                                 // (4)
+    if (lane() != 0 || column(at) >= p.o.extent(2)) return;
+    p.o(n, at.head, column(at)) = o;
+    if (!p.error.empty()) p.error(n, at.head, column(at)) = error;
+  }
+};
+
+// ---- backward
+
+template <class T> struct BackwardParams {
+  Inputs<In<T>> x;
+  View<wide_t<T> const, 3> error;
+  View<T const, 3> d_o;                       // may be empty
+  View<wide_t<T> const, 4> d_final_state;     // may be empty
+  View<T, 3> d_v;
+  View<wide_t<T>, 4> d_initial_state;         // may be empty
+  View<T, 5> states;   // [pieces, HV, tiles, elements of a thread, threads]: the state before every piece
+  View<T, 4> parts;    // [tiles, N, HV, 2 K + 9]: what a tile adds to d_q, d_k, d_beta and, in 8 parts, to d_g / exp(g)
+  View<Sequence const, 1> sequences;
+  Index tiles, group;   // as in forward
+  T scale;
+};
+
+// d_v, d_initial_state, and the parts of all other gradients, for keys with room for K entries. A warp has all rows of a few columns of
+// S and X. Lane l has the rows l, l + 32, ... of these columns in registers. The warps' sums over columns meet in shared memory.
+// A first walk keeps S before every piece of tokens. The second walk goes through the pieces and their tokens in reverse, and forms S
+// before each token from the piece's first S and from what the tokens between have written. Nothing divides by a decay, which may be 0.
+template <class T, int K> struct Backward {
+  static constexpr int warps = 8, threads = 32 * warps, tokens = 64 / static_cast<int>(sizeof(T));
+  static constexpr int rows = K / 32, room = 64 / static_cast<int>(sizeof(T)) / rows, wide = room < 4 ? room : 4;   // of a thread
+  static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 9;
+  using Params = BackwardParams<T>;
+  using Patch = T[rows][wide];
+  struct Shared {
+    T q[tokens][K], k[tokens][K];                         // q times scale
+    T error[tokens][columns], d_o[tokens][columns];
+    PieceGates<T, tokens> gates;
+    T sums_of[2][warps][sums];                            // of one token, in turn; as in `parts`
+  };
+
+  // A sequence's first piece in `states`. Sequences may have any lengths, so a few places stay unused.
+  static HYBRIDATTN_HD Index first_piece(Index start, Index number) { return start / tokens + number; }
+  static Index count_pieces(Sequences const& s) { return s.tokens() / tokens + s.count(); }
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    Index const pieces = ceil_div(at.sequence.length, Index{tokens});
+    keep_states(shared, p, at, pieces);
+    Patch X, first, S;
+    read(p.d_final_state, at, X);
+    for (Index piece = pieces; piece-- > 0;) {
+      int const count = load(shared, p, at, piece);
+      simt::sync_block();
+      recall(p, at, piece, first);
+      for (int i = count; i-- > 0;) {
+        form_state(shared, first, i, S);
+        step(shared, p, at, at.sequence.start + piece * tokens + i, i, S, X);
+      }
+    }
+    write(p.d_initial_state, at, X);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE int row(int r) { return simt::lane() + 32 * r; }
+  static HYBRIDATTN_DEVICE int column(int c) { return simt::warp() * wide + c; }   // of the tile
+  template <class F> static HYBRIDATTN_DEVICE void for_each_element(F f) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int r = 0; r < rows; ++r) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int c = 0; c < wide; ++c) f(r, c);
+    }
+  }
+
+  // A state or its gradient; zeros where there is none.
+  static HYBRIDATTN_DEVICE void read(View<wide_t<T> const, 4> from, Place const& at, Patch& x) {
+    for_each_element([&](int r, int c) {
+      bool const is_given = !from.empty() && row(r) < from.extent(2) && at.column + column(c) < from.extent(3);
+      x[r][c] = is_given ? from(at.number, at.head, row(r), at.column + column(c)) : T(0);
+    });
+  }
+  static HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Place const& at, Patch const& x) {
+    for_each_element([&](int r, int c) {
+      bool const is_wanted = !to.empty() && row(r) < to.extent(2) && at.column + column(c) < to.extent(3);
+      if (is_wanted) to(at.number, at.head, row(r), at.column + column(c)) = x[r][c];
+    });
+  }
+  static HYBRIDATTN_DEVICE T& kept(Params const& p, Place const& at, Index piece, int r, int c) {
+    return p.states(first_piece(at.sequence.start, at.number) + piece, at.head, at.tile, r * wide + c, simt::thread_id());
+  }
+  static HYBRIDATTN_DEVICE void recall(Params const& p, Place const& at, Index piece, Patch& S) {
+    for_each_element([&](int r, int c) { S[r][c] = kept(p, at, piece, r, c); });
+  }
+  // Returns the number of the piece's tokens.
+  static HYBRIDATTN_DEVICE int load(Shared& shared, Params const& p, Place const& at, Index piece) {
+    int const count = at.count(piece * tokens, tokens);
+    Index const n = at.sequence.start + piece * tokens, key_head = at.head / p.group;
+    load_entries<threads>(shared.q, p.x.q, n, count, key_head, 0, p.scale);
+    load_entries<threads>(shared.k, p.x.k, n, count, key_head, 0, T(1));
+    load_entries<threads>(shared.error, p.error, n, count, at.head, at.column, T(1));
+    load_entries<threads>(shared.d_o, p.d_o, n, count, at.head, at.column, T(1));
+    shared.gates.load(p.x, n, count, at.head);
+    return count;
+  }
+
+  static HYBRIDATTN_DEVICE void keep_states(Shared& shared, Params const& p, Place const& at, Index pieces) {
+    Patch first, S;
+    read(p.x.initial_state, at, S);
+    for (Index piece = 0; piece < pieces; ++piece) {
+      for_each_element([&](int r, int c) {
+        kept(p, at, piece, r, c) = S[r][c];
+        first[r][c] = S[r][c];
+      });
+      if (piece == pieces - 1) return;
+      int const count = load(shared, p, at, piece);
+      simt::sync_block();
+      form_state(shared, first, count, S);
+      simt::sync_block();   // all have read the piece
+    }
+  }
+  // S after `count` tokens of a piece: what each token wrote, from the last one back, as often decayed as tokens follow it.   (1), (3)
+  static HYBRIDATTN_DEVICE void form_state(Shared const& shared, Patch const& first, int count, Patch& S) {
+    T left = 1;
+    for_each_element([&](int r, int c) { S[r][c] = 0; });
+    for (int i = count; i-- > 0;) {
+      T const beta = left * shared.gates.beta[i];
+      for_each_element([&](int r, int c) { S[r][c] += shared.k[i][row(r)] * (beta * shared.error[i][column(c)]); });
+      left *= shared.gates.decay[i];
+    }
+    for_each_element([&](int r, int c) { S[r][c] += left * first[r][c]; });
+  }
+
+  // u[c] becomes its sum over the lanes of the warp. Lanes first exchange halves of what they have left, until each one has one column.
+  static HYBRIDATTN_DEVICE void sum_lanes_of_each(T (&u)[wide]) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int half = wide / 2, bit = 1; half > 0; half /= 2, bit *= 2) {
+      bool const has_upper = (simt::lane() & bit) != 0;
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int c = 0; c < half; ++c) {
+        T const given = has_upper ? u[c] : u[c + half];
+        u[c] = (has_upper ? u[c + half] : u[c]) + simt::shuffle_xor(given, bit);
+      }
+    }
+    T sum = u[0];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int step = wide; step < 32; step *= 2) sum += simt::shuffle_xor(sum, step);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < wide; ++c) u[c] = simt::shuffle(sum, wide == 4 ? c / 2 + c % 2 * 2 : c);
+  }
+
+  // Token n, the i-th one of the piece, with S before it and X after it. X becomes the gradient of S.
+  static HYBRIDATTN_DEVICE void step(Shared& shared, Params const& p, Place const& at, Index n, int i, Patch const& S, Patch& X) {
+    T const decay = shared.gates.decay[i], beta = shared.gates.beta[i];
+    T u[wide] = {}, d_beta = 0, through = 0;
+    for_each_element([&](int r, int c) {
+      X[r][c] += shared.q[i][row(r)] * shared.d_o[i][column(c)];
+      u[c] += shared.k[i][row(r)] * X[r][c];
+    });
+    sum_lanes_of_each(u);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < wide; ++c) {
+      d_beta += u[c] * shared.error[i][column(c)];                                              // (5)
+      u[c] *= beta;
+      Index const v = at.column + column(c);
+      if (simt::lane() == 0 && v < p.d_v.extent(2)) p.d_v(n, at.head, v) = u[c];
+    }
+    auto& to = shared.sums_of[i % 2];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int r = 0; r < rows; ++r) {
+      T const k = shared.k[i][row(r)];
+      T d_q = 0, d_k = 0;
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int c = 0; c < wide; ++c) {
+        T const error = shared.error[i][column(c)], decayed = decay * S[r][c];
+        d_q += (decayed + k * (beta * error)) * shared.d_o[i][column(c)];                       // (6)
+        d_k += beta * error * X[r][c] - decayed * u[c];
+        X[r][c] -= k * u[c];
+        through += X[r][c] * S[r][c];
+        X[r][c] *= decay;
+      }
+      to[simt::warp()][row(r)] = d_q;
+      to[simt::warp()][K + row(r)] = d_k;
+    }
+    through = simt::sum_lanes<4>(through);                                                      // (7)
+    if (simt::lane() % 4 == 0) to[simt::warp()][2 * K + 1 + simt::lane() / 4] = through;
+    if (simt::lane() == 0) to[simt::warp()][2 * K] = d_beta;
+    simt::sync_block();
+    add_warps(to, p.parts.row(at.tile, n, at.head));
+  }
+  static HYBRIDATTN_DEVICE void add_warps(T const (&of_warps)[warps][sums], T* to) {
+    for (int i = simt::thread_id(); i < sums; i += threads) {
+      T sum = 0;
+      for (int warp = 0; warp < warps; ++warp) sum += of_warps[warp][i];
+      to[i] = sum;
+    }
+  }
+};
+
+// d_q and d_k [N, H, K]: the parts of the value heads of the group and of their tiles, added in order. A thread has an entry of both.
+template <class T> struct SumKeyGradients {
+  View<T const, 4> parts;
+  View<T, 3> d_q, d_k;
+  Index room, group;   // of the keys in `parts`; value heads of a key head
+  T scale;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const H = d_q.extent(1), K = d_q.extent(2), n = i / (H * K), hk = i / K % H, a = i % K;
+    T q = 0, k = 0;
+    for (Index h = hk * group; h < (hk + 1) * group; ++h)
+      for (Index tile = 0; tile < parts.extent(0); ++tile) {
+        q += parts(tile, n, h, a);
+        k += parts(tile, n, h, room + a);
+      }
+    d_q(n, hk, a) = scale * q;
+    d_k(n, hk, a) = k;
+  }
+};
+// d_beta and d_g [N, HV] from the parts of the tiles, added in order. A thread has a head of a token.
+template <class T> struct SumGateGradients {
+  View<T const, 4> parts;
+  View<wide_t<T> const, 2> g;
+  View<wide_t<T>, 2> d_g, d_beta;
+  Index room;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const n = i / g.extent(1), h = i % g.extent(1);
+    T beta = 0, through = 0;
+    for (Index tile = 0; tile < parts.extent(0); ++tile) {
+      T const* const part = parts.row(tile, n, h) + 2 * room;
+      beta += part[0];
+      for (int j = 1; j <= 8; ++j) through += part[j];
+    }
+    d_beta(n, h) = beta;
+    d_g(n, h) = std::exp(g(n, h)) * through;
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+#endif
+
+// ==== hybridattn/attention/gdn/gpu.hpp
+#ifndef HYBRIDATTN_ATTENTION_GDN_GPU_HPP
+#define HYBRIDATTN_ATTENTION_GDN_GPU_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gdn {
+
+// f(room) with the smallest room for K entries of a key that kernels are compiled for. Throws Error where none is large enough.
+template <class F> void with_room(Index K, F f) {
+  check(K <= 256, "GatedDeltaNet: key_dim ", K, "; a GPU's kernels have room for 256");
+  if (K <= 32) f(std::integral_constant<int, 32>{});
+  else if (K <= 64) f(std::integral_constant<int, 64>{});
+  else if (K <= 128) f(std::integral_constant<int, 128>{});
+  else f(std::integral_constant<int, 256>{});
+}
+
+template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  ForwardParams<T> p{};
+  p.x = x;
+  p.sequences = s.table().list;
+  p.group = c.num_value_heads / c.num_heads;
+  p.scale = static_cast<T>(c.scale);
+  return p;
+}
+template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
+  with_room(c.key_dim, [&](auto K) {
+    using Kernel = Forward<T, K()>;
+    p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
+    launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
+  });
+}
+// p without states, parts and tiles.
+template <class T, class B>
+void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
+  with_room(c.key_dim, [&](auto K) {
+    using Kernel = Backward<T, K()>;
+    Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
+    Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
+    Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
+    p.states = out(states);
+    p.parts = out(parts);
+    p.tiles = tiles;
+    launch<Kernel>(gpu, {.x = tiles * s.count(), .y = HV}, p);
+    for_each(gpu, d_x.q.count(), SumKeyGradients<T>{in(parts), d_x.q, d_x.k, K(), p.group, p.scale});
+    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), p.x.g, d_x.g, d_x.beta, K()});
+  });
+}
+
+}  // namespace gdn
+
+template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
+  template <class T, class M>
+  static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
+                      gdn::Saved<Out<T>> saved) {
+    auto p = gdn::forward_params<T>(c, s, x);
+    p.o = y.o;
+    p.error = saved.error;
+    p.final_state = y.final_state;
+    gdn::launch_forward(gpu, c, s, p);
+  }
+
+  template <class T, class M>
+  static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
+                       gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
+    gdn::BackwardParams<T> p{};
+    p.x = x;
+    p.error = saved.error;
+    p.d_o = d_y.o;
+    p.d_final_state = d_y.final_state;
+    p.d_v = d_x.v;
+    p.d_initial_state = d_x.initial_state;
+    p.sequences = s.table().list;
+    p.group = c.num_value_heads / c.num_heads;
+    p.scale = static_cast<T>(c.scale);
+    gdn::launch_backward(gpu, c, s, p, d_x);
+  }
+
+  // Forward from the states in the cache to these states.
+  template <class T, class M>
+  static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
+                     gdn::Outputs<Out<T>> y) {
+    check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());
+    auto p = gdn::forward_params<T>(c, s, x);
+    p.x.initial_state = cache.state;
+    p.o = y.o;
+    p.final_state = cache.state;
+    p.extends = true;
+    gdn::launch_forward(gpu, c, s, p);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/ops/adamw/kernels.hpp
@@ -14373,96 +15861,6 @@ template <GpuBackend B> struct On<Rope, B> {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/ops/top_k/kernels.hpp
-// TopK as a kernel. A block has a row. Scores become unsigned integers in the same order, their keys. The block finds the k-th largest key
-// bit by bit, from the highest bit on: a bit is set where at least k keys are as large as the bits so far. Each bit counts the row once.
-#ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
-#define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
-
-#include <cstdint>
-
-namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
-
-// Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
-template <class T> HYBRIDATTN_DEVICE auto ordered_key(T x) {
-  auto const bits = simt::bits_of(x + T(0));
-  using Key = std::remove_const_t<decltype(bits)>;
-  constexpr Key sign = Key{1} << (8 * sizeof(Key) - 1);
-  if (x != x) return Key{0};
-  return (bits & sign) != 0 ? static_cast<Key>(~bits) : static_cast<Key>(bits | sign);
-}
-
-template <class T> struct SelectTopK {
-  static constexpr int threads = 128, warps = threads / 32;
-  struct Params {
-    View<T const, 2> scores;
-    View<std::int32_t, 2> indices;
-  };
-  struct Shared {
-    int of_warps[warps];
-  };
-  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
-    Index const row = simt::block_x(), k = p.indices.extent(1);
-    int const chosen = static_cast<int>(simt::smaller(k, p.scores.extent(1)));
-    if (chosen > 0) write_chosen(shared, p, chosen, kth_largest(shared, p, chosen));
-    for (Index i = chosen + simt::thread_id(); i < k; i += threads) p.indices(row, i) = -1;
-  }
-
- private:
-  using Key = decltype(simt::bits_of(T()));
-
-  static HYBRIDATTN_DEVICE Key key_of(Params const& p, Index i) { return ordered_key(p.scores(simt::block_x(), i)); }
-  // How many keys of the row are at least `least`.
-  static HYBRIDATTN_DEVICE int count_from(Shared& shared, Params const& p, Key least) {
-    int count = 0;
-    for (Index i = simt::thread_id(); i < p.scores.extent(1); i += threads) count += key_of(p, i) >= least;
-    return sum_block(shared.of_warps, count);
-  }
-  // The k-th largest key, or a smaller number that exactly k keys reach.
-  static HYBRIDATTN_DEVICE Key kth_largest(Shared& shared, Params const& p, int k) {
-    Key found = 0;
-    for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
-      int const count = count_from(shared, p, found | bit);
-      if (count >= k) found |= bit;
-      if (count == k) break;
-    }
-    return found;
-  }
-  // The indices of the keys above `least`, and of the first ones equal to it, k in all. Each turn looks at a key for each thread.
-  static HYBRIDATTN_DEVICE void write_chosen(Shared& shared, Params const& p, int k, Key least) {
-    int const most_ties = k - count_from(shared, p, least + 1);   // the largest key is infinity's, so least + 1 does not overflow
-    int above = 0, ties = 0;   // in earlier turns
-    for (Index first = 0; first < p.scores.extent(1); first += threads) {
-      Index const i = first + simt::thread_id();
-      bool const inside = i < p.scores.extent(1), is_above = inside && key_of(p, i) > least, is_tie = inside && key_of(p, i) == least;
-      Earlier const a = count_earlier(shared.of_warps, is_above), t = count_earlier(shared.of_warps, is_tie);
-      int const place = above + a.before + simt::smaller(ties + t.before, most_ties);
-      if (is_above || (is_tie && ties + t.before < most_ties)) p.indices(simt::block_x(), place) = static_cast<std::int32_t>(i);
-      above += a.all;
-      ties += t.all;
-    }
-  }
-  // How many threads of the block vote true: those before this thread, and all.
-  struct Earlier {
-    int before, all;
-  };
-  static HYBRIDATTN_DEVICE Earlier count_earlier(int (&of_warps)[warps], bool vote) {
-    std::uint32_t const votes = simt::ballot(vote);
-    if (simt::lane() == 0) of_warps[simt::warp()] = simt::count_bits(votes);
-    simt::sync_block();
-    Earlier result{simt::count_bits(votes & ((std::uint32_t{1} << simt::lane()) - 1)), 0};
-    for (int w = 0; w < warps; ++w) {
-      if (w < simt::warp()) result.before += of_warps[w];
-      result.all += of_warps[w];
-    }
-    simt::sync_block();   // of_warps may be used again
-    return result;
-  }
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
 #endif
 
 // ==== hybridattn/ops/top_k/gpu.hpp

@@ -2885,8 +2885,10 @@ template <class S> struct Cache {
 };
 
 // The largest number of keys that a query selects, in a sequence of `length` tokens.
-inline Index selection_size(SparseOptions o, Index length) {
-  return o.top_k_percent > 0 ? std::max<Index>(1, length * o.top_k_percent / 100) : o.top_k;
+HYBRIDATTN_HD constexpr Index selection_size(SparseOptions o, Index length) {
+  if (o.top_k_percent == 0) return o.top_k;
+  Index const share = length * o.top_k_percent / 100;
+  return share > 1 ? share : 1;
 }
 
 }  // namespace dsa

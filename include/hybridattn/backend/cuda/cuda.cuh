@@ -34,7 +34,7 @@ template <class K> constexpr std::size_t shared_bytes = std::is_empty_v<typename
 
 // The library's only __global__ function, and its only extern __shared__ memory: two of different types would clash. Its name tells the
 // compiler's reports how many threads and how much shared memory a block has.
-template <class K, int threads, std::size_t shared_bytes> __global__ void __launch_bounds__(threads)
+template <class K, int threads, std::size_t shared_bytes> __global__ void __launch_bounds__(threads, 1)
     run(__grid_constant__ typename K::Params const params) {
   extern __shared__ __align__(128) unsigned char shared[];
   K::run(*reinterpret_cast<typename K::Shared*>(shared), params);
