@@ -28,21 +28,19 @@ template <class P, class T> auto in_stage(ha::Stage stage) {
 
 }  // namespace
 
-TEST_CASE("sparse attention keeps every law on the emulator in float", "[float]") {
-  check_all(ha::testing::judge<Sparse<8>, Emulator, float>());
-}
-TEST_CASE("sparse attention keeps every law on the emulator in double", "[double]") {
-  check_all(judge(in_stage<Sparse<8>, double>(ha::Stage::language_model)));
-}
-TEST_CASE("sparse attention keeps every law in the stages that train the indexer", "[stages]") {
+TEST_CASE("sparse attention keeps every law on the emulator in the stages that train the indexer", "[laws]") {
   check_all(judge(in_stage<Sparse<8>, float>(ha::Stage::dense_warm_up)));
   check_all(judge(in_stage<Sparse<8>, double>(ha::Stage::sparse)));
 }
-TEST_CASE("sparse attention keeps every law in the stages that train the indexer, in the other scalar", "[others]") {
+TEST_CASE("sparse attention keeps every law on the emulator at every size", "[sizes]") {
+  check_all(ha::testing::judge<Sparse<8>, Emulator, float>());
+  check_all(ha::testing::judge<Sparse<8>, Emulator, double>());
+}
+TEST_CASE("sparse attention keeps every law in the stages that train the indexer, in the other scalar", "[sizes]") {
   check_all(judge(in_stage<Sparse<8>, double>(ha::Stage::dense_warm_up)));
   check_all(judge(in_stage<Sparse<8>, float>(ha::Stage::sparse)));
 }
-TEST_CASE("sparse attention with one key and with a share of the keys keeps every law", "[others]") {
+TEST_CASE("sparse attention with one key and with a share of the keys keeps every law", "[sizes]") {
   check_all(judge(in_stage<Sparse<1>, float>(ha::Stage::language_model)));
   check_all(judge(in_stage<ha::SparseAttention<ha::SparseOptions{.top_k = 0, .top_k_percent = 25}>, double>(ha::Stage::language_model)));
 }

@@ -25,9 +25,8 @@ template <class T> void check_size(std::size_t size) {
 
 }  // namespace
 
-TEST_CASE("gated DeltaNet keeps every law on the emulator", "[laws]") {
+TEST_CASE("gated DeltaNet keeps every law on the emulator at one size", "[laws]") {
   check_size<float>(0);
-  check_size<double>(1);
 }
 TEST_CASE("gated DeltaNet keeps every law on the emulator at every size", "[sizes]") {
   check_all(ha::testing::judge<ha::GDN, Emulator, float>());

@@ -1139,7 +1139,7 @@ struct CallSite {
 
 namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
 
-inline bool same(simt::CallSite a, simt::CallSite b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+inline bool same(simt::CallSite a, simt::CallSite b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 // Of all emulators of the program. Change it only while no kernel runs.
 struct Mutation {
@@ -1457,9 +1457,9 @@ class Engine {
     Fiber& next = choose();
     if (&next != &from) from.switch_to(next);
   }
-  // The calling thread made a mistake. Nothing of the block runs any more.
-  void stop(std::string const& mistake) {
-    mistake_ = report(mistake);
+  // The calling thread made a mistake. Nothing of the block runs any more, so nothing on its stack may own memory.
+  void stop(std::string mistake) {
+    mistake_ = report(std::exchange(mistake, {}));
     self_->fiber.switch_to(host_);
   }
 
@@ -2009,13 +2009,16 @@ class Emulator {
       void* address;
       std::memcpy(&address, bytes + at, sizeof address);
       auto const number = reinterpret_cast<std::uintptr_t>(address);
-      if (number < std::uintptr_t{1} << 32 || number >= std::uintptr_t{1} << 47 || memory_.owns(address)) continue;
+      if (number < lowest_address || number >= std::uintptr_t{1} << 47 || memory_.owns(address)) continue;
       bool const is_memory = msync(reinterpret_cast<void*>(number / 4096 * 4096), 1, MS_ASYNC) == 0;
       check(!is_memory, "Emulator: kernel ", type_name<K>(), ": the parameters hold an address of the host's memory, at byte ", at,
             "; a GPU cannot read it");
     }
 #endif
   }
+
+  // Of the memory that programs take. The address sanitizer's own memory is below.
+  static constexpr std::uintptr_t lowest_address = std::uintptr_t{1} << (HYBRIDATTN_ASAN ? 45 : 40);
 
   int schedule_;
   Cpu cpu_;
@@ -9561,7 +9564,8 @@ template <class T> struct BackwardParams {
   View<T, 3> d_v;
   View<wide_t<T>, 4> d_initial_state;         // may be empty
   View<T, 5> states;   // [pieces, HV, tiles, elements of a thread, threads]: the state before every piece
-  View<T, 4> parts;    // [tiles, N, HV, 2 K + 9]: what a tile adds to d_q, d_k, d_beta and, in 8 parts, to d_g / exp(g)
+  View<T, 4> parts;    // [tiles, N, HV, 2 K + 1]: what a tile adds to d_q, d_k and d_beta
+  View<double, 4> paths;   // [tiles, N, HV, 8]: what 8 parts of a tile add to d_g / exp(g); terms of both signs that nearly cancel
   View<Sequence const, 1> sequences;
   Index tiles, group;   // as in forward
   T scale;
@@ -9574,7 +9578,7 @@ template <class T> struct BackwardParams {
 template <class T, int K> struct Backward {
   static constexpr int warps = 8, threads = 32 * warps, tokens = 64 / static_cast<int>(sizeof(T));
   static constexpr int rows = K / 32, room = 64 / static_cast<int>(sizeof(T)) / rows, wide = room < 4 ? room : 4;   // of a thread
-  static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 9;
+  static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 1, paths = 8;
   using Params = BackwardParams<T>;
   using Patch = T[rows][wide];
   struct Shared {
@@ -9582,6 +9586,7 @@ template <class T, int K> struct Backward {
     T error[tokens][columns], d_o[tokens][columns];
     PieceGates<T, tokens> gates;
     T sums_of[2][warps][sums];                            // of one token, in turn; as in `parts`
+    double paths_of[2][warps][paths];
   };
 
   // A sequence's first piece in `states`. Sequences may have any lengths, so a few places stay unused.
@@ -9726,15 +9731,17 @@ template <class T, int K> struct Backward {
       to[simt::warp()][row(r)] = d_q;
       to[simt::warp()][K + row(r)] = d_k;
     }
-    through = simt::sum_lanes<4>(through);                                                      // (7)
-    if (simt::lane() % 4 == 0) to[simt::warp()][2 * K + 1 + simt::lane() / 4] = through;
+    double const path = simt::sum_lanes<32 / paths>(static_cast<double>(through));              // (7)
+    auto& to_paths = shared.paths_of[i % 2][simt::warp()];
+    if (simt::lane() % (32 / paths) == 0) to_paths[simt::lane() / (32 / paths)] = path;
     if (simt::lane() == 0) to[simt::warp()][2 * K] = d_beta;
     simt::sync_block();
     add_warps(to, p.parts.row(at.tile, n, at.head));
+    add_warps(shared.paths_of[i % 2], p.paths.row(at.tile, n, at.head));
   }
-  static HYBRIDATTN_DEVICE void add_warps(T const (&of_warps)[warps][sums], T* to) {
-    for (int i = simt::thread_id(); i < sums; i += threads) {
-      T sum = 0;
+  template <class S, int count> static HYBRIDATTN_DEVICE void add_warps(S const (&of_warps)[warps][count], S* to) {
+    for (int i = simt::thread_id(); i < count; i += threads) {
+      S sum = 0;
       for (int warp = 0; warp < warps; ++warp) sum += of_warps[warp][i];
       to[i] = sum;
     }
@@ -9763,20 +9770,21 @@ template <class T> struct SumKeyGradients {
 // d_beta and d_g [N, HV] from the parts of the tiles, added in order. A thread has a head of a token.
 template <class T> struct SumGateGradients {
   View<T const, 4> parts;
+  View<double const, 4> paths;
   View<wide_t<T> const, 2> g;
   View<wide_t<T>, 2> d_g, d_beta;
   Index room;
 
   HYBRIDATTN_HD void operator()(Index i) const {
     Index const n = i / g.extent(1), h = i % g.extent(1);
-    T beta = 0, through = 0;
+    T beta = 0;
+    double through = 0;
     for (Index tile = 0; tile < parts.extent(0); ++tile) {
-      T const* const part = parts.row(tile, n, h) + 2 * room;
-      beta += part[0];
-      for (int j = 1; j <= 8; ++j) through += part[j];
+      beta += parts(tile, n, h, 2 * room);
+      for (Index j = 0; j < paths.extent(3); ++j) through += paths(tile, n, h, j);
     }
     d_beta(n, h) = beta;
-    d_g(n, h) = std::exp(g(n, h)) * through;
+    d_g(n, h) = std::exp(g(n, h)) * static_cast<T>(through);
   }
 };
 
@@ -9814,7 +9822,7 @@ template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequenc
     launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
   });
 }
-// p without states, parts and tiles.
+// p without states, parts, paths and tiles.
 template <class T, class B>
 void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
   with_room(c.key_dim, [&](auto K) {
@@ -9822,12 +9830,14 @@ void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams
     Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
     Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
+    Tensor<double, 4, B> paths{gpu, {tiles, s.tokens(), HV, Kernel::paths}};
     p.states = out(states);
     p.parts = out(parts);
+    p.paths = out(paths);
     p.tiles = tiles;
     launch<Kernel>(gpu, {.x = tiles * s.count(), .y = HV}, p);
     for_each(gpu, d_x.q.count(), SumKeyGradients<T>{in(parts), d_x.q, d_x.k, K(), p.group, p.scale});
-    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), p.x.g, d_x.g, d_x.beta, K()});
+    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), in(paths), p.x.g, d_x.g, d_x.beta, K()});
   });
 }
 

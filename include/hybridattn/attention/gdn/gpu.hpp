@@ -31,7 +31,7 @@ template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequenc
     launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
   });
 }
-// p without states, parts and tiles.
+// p without states, parts, paths and tiles.
 template <class T, class B>
 void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
   with_room(c.key_dim, [&](auto K) {
@@ -39,12 +39,14 @@ void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams
     Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
     Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
+    Tensor<double, 4, B> paths{gpu, {tiles, s.tokens(), HV, Kernel::paths}};
     p.states = out(states);
     p.parts = out(parts);
+    p.paths = out(paths);
     p.tiles = tiles;
     launch<Kernel>(gpu, {.x = tiles * s.count(), .y = HV}, p);
     for_each(gpu, d_x.q.count(), SumKeyGradients<T>{in(parts), d_x.q, d_x.k, K(), p.group, p.scale});
-    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), p.x.g, d_x.g, d_x.beta, K()});
+    for_each(gpu, d_x.g.count(), SumGateGradients<T>{in(parts), in(paths), p.x.g, d_x.g, d_x.beta, K()});
   });
 }
 

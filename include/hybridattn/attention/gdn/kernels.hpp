@@ -140,7 +140,8 @@ template <class T> struct BackwardParams {
   View<T, 3> d_v;
   View<wide_t<T>, 4> d_initial_state;         // may be empty
   View<T, 5> states;   // [pieces, HV, tiles, elements of a thread, threads]: the state before every piece
-  View<T, 4> parts;    // [tiles, N, HV, 2 K + 9]: what a tile adds to d_q, d_k, d_beta and, in 8 parts, to d_g / exp(g)
+  View<T, 4> parts;    // [tiles, N, HV, 2 K + 1]: what a tile adds to d_q, d_k and d_beta
+  View<double, 4> paths;   // [tiles, N, HV, 8]: what 8 parts of a tile add to d_g / exp(g); terms of both signs that nearly cancel
   View<Sequence const, 1> sequences;
   Index tiles, group;   // as in forward
   T scale;
@@ -153,7 +154,7 @@ template <class T> struct BackwardParams {
 template <class T, int K> struct Backward {
   static constexpr int warps = 8, threads = 32 * warps, tokens = 64 / static_cast<int>(sizeof(T));
   static constexpr int rows = K / 32, room = 64 / static_cast<int>(sizeof(T)) / rows, wide = room < 4 ? room : 4;   // of a thread
-  static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 9;
+  static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 1, paths = 8;
   using Params = BackwardParams<T>;
   using Patch = T[rows][wide];
   struct Shared {
@@ -161,6 +162,7 @@ template <class T, int K> struct Backward {
     T error[tokens][columns], d_o[tokens][columns];
     PieceGates<T, tokens> gates;
     T sums_of[2][warps][sums];                            // of one token, in turn; as in `parts`
+    double paths_of[2][warps][paths];
   };
 
   // A sequence's first piece in `states`. Sequences may have any lengths, so a few places stay unused.
@@ -305,15 +307,17 @@ template <class T, int K> struct Backward {
       to[simt::warp()][row(r)] = d_q;
       to[simt::warp()][K + row(r)] = d_k;
     }
-    through = simt::sum_lanes<4>(through);                                                      // (7)
-    if (simt::lane() % 4 == 0) to[simt::warp()][2 * K + 1 + simt::lane() / 4] = through;
+    double const path = simt::sum_lanes<32 / paths>(static_cast<double>(through));              // (7)
+    auto& to_paths = shared.paths_of[i % 2][simt::warp()];
+    if (simt::lane() % (32 / paths) == 0) to_paths[simt::lane() / (32 / paths)] = path;
     if (simt::lane() == 0) to[simt::warp()][2 * K] = d_beta;
     simt::sync_block();
     add_warps(to, p.parts.row(at.tile, n, at.head));
+    add_warps(shared.paths_of[i % 2], p.paths.row(at.tile, n, at.head));
   }
-  static HYBRIDATTN_DEVICE void add_warps(T const (&of_warps)[warps][sums], T* to) {
-    for (int i = simt::thread_id(); i < sums; i += threads) {
-      T sum = 0;
+  template <class S, int count> static HYBRIDATTN_DEVICE void add_warps(S const (&of_warps)[warps][count], S* to) {
+    for (int i = simt::thread_id(); i < count; i += threads) {
+      S sum = 0;
       for (int warp = 0; warp < warps; ++warp) sum += of_warps[warp][i];
       to[i] = sum;
     }
@@ -342,20 +346,21 @@ template <class T> struct SumKeyGradients {
 // d_beta and d_g [N, HV] from the parts of the tiles, added in order. A thread has a head of a token.
 template <class T> struct SumGateGradients {
   View<T const, 4> parts;
+  View<double const, 4> paths;
   View<wide_t<T> const, 2> g;
   View<wide_t<T>, 2> d_g, d_beta;
   Index room;
 
   HYBRIDATTN_HD void operator()(Index i) const {
     Index const n = i / g.extent(1), h = i % g.extent(1);
-    T beta = 0, through = 0;
+    T beta = 0;
+    double through = 0;
     for (Index tile = 0; tile < parts.extent(0); ++tile) {
-      T const* const part = parts.row(tile, n, h) + 2 * room;
-      beta += part[0];
-      for (int j = 1; j <= 8; ++j) through += part[j];
+      beta += parts(tile, n, h, 2 * room);
+      for (Index j = 0; j < paths.extent(3); ++j) through += paths(tile, n, h, j);
     }
     d_beta(n, h) = beta;
-    d_g(n, h) = std::exp(g(n, h)) * through;
+    d_g(n, h) = std::exp(g(n, h)) * static_cast<T>(through);
   }
 };
 

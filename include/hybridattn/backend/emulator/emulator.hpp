@@ -91,13 +91,16 @@ class Emulator {
       void* address;
       std::memcpy(&address, bytes + at, sizeof address);
       auto const number = reinterpret_cast<std::uintptr_t>(address);
-      if (number < std::uintptr_t{1} << 32 || number >= std::uintptr_t{1} << 47 || memory_.owns(address)) continue;
+      if (number < lowest_address || number >= std::uintptr_t{1} << 47 || memory_.owns(address)) continue;
       bool const is_memory = msync(reinterpret_cast<void*>(number / 4096 * 4096), 1, MS_ASYNC) == 0;
       check(!is_memory, "Emulator: kernel ", type_name<K>(), ": the parameters hold an address of the host's memory, at byte ", at,
             "; a GPU cannot read it");
     }
 #endif
   }
+
+  // Of the memory that programs take. The address sanitizer's own memory is below.
+  static constexpr std::uintptr_t lowest_address = std::uintptr_t{1} << (HYBRIDATTN_ASAN ? 45 : 40);
 
   int schedule_;
   Cpu cpu_;

@@ -201,9 +201,9 @@ class Engine {
     Fiber& next = choose();
     if (&next != &from) from.switch_to(next);
   }
-  // The calling thread made a mistake. Nothing of the block runs any more.
-  void stop(std::string const& mistake) {
-    mistake_ = report(mistake);
+  // The calling thread made a mistake. Nothing of the block runs any more, so nothing on its stack may own memory.
+  void stop(std::string mistake) {
+    mistake_ = report(std::exchange(mistake, {}));
     self_->fiber.switch_to(host_);
   }
 

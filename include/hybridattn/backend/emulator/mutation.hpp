@@ -10,7 +10,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::emulator {
 
-inline bool same(simt::CallSite a, simt::CallSite b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+inline bool same(simt::CallSite a, simt::CallSite b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 // Of all emulators of the program. Change it only while no kernel runs.
 struct Mutation {
