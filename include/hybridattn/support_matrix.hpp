@@ -76,7 +76,9 @@ template <class Policies = AllPolicies, class Backends = AllBackends, class Scal
   for (auto const& row : support<Policies, Backends, Scalars>) {
     cell(row.policy);
     cell(row.backend);
-    for (auto const& flags : {row.forward, row.backward, row.decoding}) cell(detail::listed(flags, names));
+    cell(detail::listed(row.forward, names));
+    cell(detail::listed(row.backward, names));
+    cell(detail::listed(row.decoding, names));
     cell(row.saved.empty() ? "nothing" : row.saved);
     text += "|\n";
   }

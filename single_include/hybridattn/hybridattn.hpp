@@ -11480,7 +11480,8 @@ class Cublas {
   // Whether cuBLAS computes it: its sizes are 32-bit numbers, and a product without depth is none.
   template <class T> bool multiply(gpu::Product<T> const& product) {
     auto const p = gpu::column_major(product);
-    for (Index size : {p.m, p.n, p.k, p.first.step, p.second.step, p.c_step})
+    Index const sizes[] = {p.m, p.n, p.k, p.first.step, p.second.step, p.c_step};
+    for (Index size : sizes)
       if (size <= 0 || size > largest_int32) return false;
     auto const narrow = [](Index size) { return static_cast<int>(size); };
     auto const operation = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };

@@ -10200,7 +10200,8 @@ struct Collect {
 
   template <class T, int Rank, class B> void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) const {
     auto const view = in(tensor);
-    add(path, safetensors::dtype_of<T>(), {view.shape.extent, Rank}, view.data, tensor.byte_count());
+    std::span<Index const> const shape(view.shape.extent, Rank);
+    add(path, safetensors::dtype_of<T>(), shape, view.data, tensor.byte_count());
   }
 
  private:
