@@ -1725,30 +1725,30 @@ template <class T> HYBRIDATTN_HD T larger(T a, T b) { return a > b ? a : b; }
 template <class T> HYBRIDATTN_HD T smaller(T a, T b) { return a < b ? a : b; }
 
 // The bits of a number, and the number of bits.
-HYBRIDATTN_HD std::uint32_t bits_of(float x) {
+HYBRIDATTN_HD inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-HYBRIDATTN_HD std::uint64_t bits_of(double x) {
+HYBRIDATTN_HD inline std::uint64_t bits_of(double x) {
   std::uint64_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-HYBRIDATTN_HD float number_of(std::uint32_t bits) {
+HYBRIDATTN_HD inline float number_of(std::uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-HYBRIDATTN_HD double number_of(std::uint64_t bits) {
+HYBRIDATTN_HD inline double number_of(std::uint64_t bits) {
   double x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
 // The number of bits that are set, and the place of the first of them, in bits != 0.
-HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
-HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
+HYBRIDATTN_HD inline int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
+HYBRIDATTN_HD inline int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
 
 // Arrays of shared memory and of a thread, whose sizes are ints as all numbers of a kernel are.
 template <class T, int n> using Array = T[static_cast<std::size_t>(n)];
@@ -5245,6 +5245,12 @@ inline Index row_blocks(Index rows) { return ceil_div(rows, sum_rows); }
 #ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_ROWS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_KERNEL_ROWS_HPP
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // What every kernel knows of a batch.
@@ -5377,12 +5383,22 @@ template <class T, int warps> HYBRIDATTN_DEVICE T largest_of_block(T (&of_warps)
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 // ==== hybridattn/attention/dsa/kernel_pairs.hpp
 // The queries that attend to a tile of keys: found by search in their ascending rows of indices, in the order of the queries.
 #ifndef HYBRIDATTN_ATTENTION_DSA_KERNEL_PAIRS_HPP
 #define HYBRIDATTN_ATTENTION_DSA_KERNEL_PAIRS_HPP
+
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
@@ -5475,6 +5491,10 @@ HYBRIDATTN_DEVICE void add_terms(T const (&weights)[threads], T const* const (&r
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 // ==== hybridattn/attention/dsa/kernel_attention.hpp
@@ -5646,6 +5666,12 @@ template <class T> struct AttendKeyGradients {
 #ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 #define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
 
 // Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
@@ -5765,6 +5791,10 @@ template <class T> struct SelectTopK {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 // ==== hybridattn/attention/dsa/kernel_indexer.hpp
@@ -9433,6 +9463,12 @@ using GDN = GatedDeltaNet<>;
 #ifndef HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
 #define HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 // What a block has: columns from `column` on of the state of a value head.
@@ -9789,6 +9825,10 @@ template <class T> struct SumGateGradients {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 // ==== hybridattn/attention/gdn/gpu.hpp
@@ -10366,10 +10406,10 @@ template <class T> struct AdamWMove {
 // A fault in block `number` of a tensor, as an integer above 0. The earlier block has the larger one, and in a block the mean before the
 // square before the parameter. So the largest one is the fault that a tensor is said to have.
 inline constexpr Index first_fault_rank = Index{1} << 60;
-HYBRIDATTN_HD Index rank_of(Index number, StepFault fault) {
+HYBRIDATTN_HD inline Index rank_of(Index number, StepFault fault) {
   return first_fault_rank - (number * 4 + static_cast<Index>(fault) - static_cast<Index>(StepFault::mean));
 }
-HYBRIDATTN_HD StepFault fault_of(Index rank) {
+HYBRIDATTN_HD inline StepFault fault_of(Index rank) {
   return rank == 0 ? StepFault::none : static_cast<StepFault>((first_fault_rank - rank) % 4 + static_cast<Index>(StepFault::mean));
 }
 
@@ -12057,7 +12097,7 @@ template <class T> HYBRIDATTN_DEVICE View<T, 2> rows_of(View<T, 2> all, ExpertOf
 
 // Tiles of rows, numbered for all experts: those of expert e begin at offsets[e] / size + e. So an expert has as many numbers as tiles or
 // one more, and its first number needs no sum over the experts before it.
-HYBRIDATTN_HD Index first_tile(ExpertOffsets offsets, Index expert, int size) { return offsets(expert) / size + expert; }
+HYBRIDATTN_HD inline Index first_tile(ExpertOffsets offsets, Index expert, int size) { return offsets(expert) / size + expert; }
 inline Index most_tiles(Index experts, Index rows, int size) { return rows / size + experts; }
 HYBRIDATTN_DEVICE Index expert_of(ExpertOffsets offsets, Index tile, int size) {
   Index first = 0, last = offsets.extent(0) - 1;

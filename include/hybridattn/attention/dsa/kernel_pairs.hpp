@@ -4,6 +4,12 @@
 
 #include <hybridattn/attention/dsa/kernel_rows.hpp>
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // A query that attends to a key of a tile.
@@ -95,4 +101,8 @@ HYBRIDATTN_DEVICE void add_terms(T const (&weights)[threads], T const* const (&r
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif

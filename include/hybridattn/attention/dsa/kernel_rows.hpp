@@ -6,6 +6,12 @@
 #include <hybridattn/backend/gpu/reduce.hpp>
 #include <hybridattn/tensor/sequences_on.hpp>
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
 // What every kernel knows of a batch.
@@ -138,4 +144,8 @@ template <class T, int warps> HYBRIDATTN_DEVICE T largest_of_block(T (&of_warps)
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif

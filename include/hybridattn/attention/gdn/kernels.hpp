@@ -9,6 +9,12 @@
 #include <hybridattn/backend/gpu/gpu.hpp>
 #include <hybridattn/tensor/sequences_on.hpp>
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 // What a block has: columns from `column` on of the state of a value head.
@@ -365,4 +371,8 @@ template <class T> struct SumGateGradients {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif

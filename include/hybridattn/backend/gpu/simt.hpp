@@ -34,30 +34,30 @@ template <class T> HYBRIDATTN_HD T larger(T a, T b) { return a > b ? a : b; }
 template <class T> HYBRIDATTN_HD T smaller(T a, T b) { return a < b ? a : b; }
 
 // The bits of a number, and the number of bits.
-HYBRIDATTN_HD std::uint32_t bits_of(float x) {
+HYBRIDATTN_HD inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-HYBRIDATTN_HD std::uint64_t bits_of(double x) {
+HYBRIDATTN_HD inline std::uint64_t bits_of(double x) {
   std::uint64_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-HYBRIDATTN_HD float number_of(std::uint32_t bits) {
+HYBRIDATTN_HD inline float number_of(std::uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-HYBRIDATTN_HD double number_of(std::uint64_t bits) {
+HYBRIDATTN_HD inline double number_of(std::uint64_t bits) {
   double x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
 // The number of bits that are set, and the place of the first of them, in bits != 0.
-HYBRIDATTN_HD int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
-HYBRIDATTN_HD int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
+HYBRIDATTN_HD inline int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
+HYBRIDATTN_HD inline int first_bit(std::uint32_t bits) { return __builtin_popcount((bits & -bits) - 1); }
 
 // Arrays of shared memory and of a thread, whose sizes are ints as all numbers of a kernel are.
 template <class T, int n> using Array = T[static_cast<std::size_t>(n)];

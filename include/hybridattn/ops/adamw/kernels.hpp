@@ -138,10 +138,10 @@ template <class T> struct AdamWMove {
 // A fault in block `number` of a tensor, as an integer above 0. The earlier block has the larger one, and in a block the mean before the
 // square before the parameter. So the largest one is the fault that a tensor is said to have.
 inline constexpr Index first_fault_rank = Index{1} << 60;
-HYBRIDATTN_HD Index rank_of(Index number, StepFault fault) {
+HYBRIDATTN_HD inline Index rank_of(Index number, StepFault fault) {
   return first_fault_rank - (number * 4 + static_cast<Index>(fault) - static_cast<Index>(StepFault::mean));
 }
-HYBRIDATTN_HD StepFault fault_of(Index rank) {
+HYBRIDATTN_HD inline StepFault fault_of(Index rank) {
   return rank == 0 ? StepFault::none : static_cast<StepFault>((first_fault_rank - rank) % 4 + static_cast<Index>(StepFault::mean));
 }
 

@@ -18,7 +18,7 @@ template <class T> HYBRIDATTN_DEVICE View<T, 2> rows_of(View<T, 2> all, ExpertOf
 
 // Tiles of rows, numbered for all experts: those of expert e begin at offsets[e] / size + e. So an expert has as many numbers as tiles or
 // one more, and its first number needs no sum over the experts before it.
-HYBRIDATTN_HD Index first_tile(ExpertOffsets offsets, Index expert, int size) { return offsets(expert) / size + expert; }
+HYBRIDATTN_HD inline Index first_tile(ExpertOffsets offsets, Index expert, int size) { return offsets(expert) / size + expert; }
 inline Index most_tiles(Index experts, Index rows, int size) { return rows / size + experts; }
 HYBRIDATTN_DEVICE Index expert_of(ExpertOffsets offsets, Index tile, int size) {
   Index first = 0, last = offsets.extent(0) - 1;

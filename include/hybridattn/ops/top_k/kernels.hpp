@@ -9,6 +9,12 @@
 
 #include <cstdint>
 
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
 namespace hybridattn::inline HYBRIDATTN_ABI::gpu {
 
 // Positive numbers are in the order of their bits, negative ones in the reversed order. Adding 0 makes +0 of -0. The key of a NaN is 0.
@@ -128,4 +134,8 @@ template <class T> struct SelectTopK {
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::gpu
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
 #endif
