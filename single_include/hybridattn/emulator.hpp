@@ -6372,6 +6372,26 @@ concept RunsFromLoops = std::is_base_of_v<FromLoops<P, B>, On<P, B>>;
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/attention/room.hpp
+// Kernels for GPUs are compiled for a few sizes of a head. A smaller head leaves the rest of its room at zero.
+#ifndef HYBRIDATTN_ATTENTION_ROOM_HPP
+#define HYBRIDATTN_ATTENTION_ROOM_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// f(room) with the smallest room for `entries` that kernels are compiled for. Throws Error where none is large enough; the error names
+// the policy and the size.
+template <class F> void with_room(char const* policy, char const* size, Index entries, F f) {
+  check(entries <= 256, policy, ": ", size, " ", entries, "; a GPU's kernels have room for 256");
+  if (entries <= 32) f(std::integral_constant<int, 32>{});
+  else if (entries <= 64) f(std::integral_constant<int, 64>{});
+  else if (entries <= 128) f(std::integral_constant<int, 128>{});
+  else f(std::integral_constant<int, 256>{});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
 // ==== hybridattn/attention/full/cpu_tiles.hpp
 // Used by the forward and the backward kernel: rows of one head, their transposes, and products over the mask's band.
 #ifndef HYBRIDATTN_ATTENTION_FULL_CPU_TILES_HPP
@@ -7609,14 +7629,7 @@ template <class T> struct Remember {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
 
-// f(room) with the smallest room for D entries that kernels are compiled for. Throws Error where none is large enough.
-template <class F> void with_room(Index D, F f) {
-  check(D <= 256, "FullAttention: head_dim ", D, "; a GPU's kernels have room for 256");
-  if (D <= 32) f(std::integral_constant<int, 32>{});
-  else if (D <= 64) f(std::integral_constant<int, 64>{});
-  else if (D <= 128) f(std::integral_constant<int, 128>{});
-  else f(std::integral_constant<int, 256>{});
-}
+template <class F> void with_room(Config const& c, F f) { attention::with_room("FullAttention", "head_dim", c.head_dim, f); }
 
 template <class T, class M> KernelParams<T> kernel_params(FullOptions o, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
   KernelParams<T> p{};
@@ -7634,12 +7647,12 @@ template <class Kernel, class B> void launch_tiles(B& gpu, Sequences const& s, I
 }
 
 template <class T, class B> void forward(B& gpu, Config const& c, Sequences const& s, KernelParams<T> const& p) {
-  with_room(c.head_dim, [&](auto D) { launch_tiles<Forward<T, D()>>(gpu, s, c.num_heads, p); });
+  with_room(c, [&](auto D) { launch_tiles<Forward<T, D()>>(gpu, s, c.num_heads, p); });
 }
 template <class T, class B> void backward(B& gpu, Config const& c, Sequences const& s, KernelParams<T> p) {
   Tensor<wide_t<T>, 2, B> delta{gpu, p.y_lse.shape};
   p.delta = out(delta);
-  with_room(c.head_dim, [&](auto D) {
+  with_room(c, [&](auto D) {
     launch_tiles<QueryGradients<T, D()>>(gpu, s, c.num_heads, p);
     launch_tiles<KeyGradients<T, D()>>(gpu, s, c.num_kv_heads, p);
   });
@@ -7683,8 +7696,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
       full::forward(gpu, c, s, p);
     }
     full::ExtendParams<T> const p{x, cache, y.o, s.table(), O.window, c.num_heads / c.num_kv_heads, static_cast<T>(c.scale)};
-    if (s.any_continue())
-      full::with_room(c.head_dim, [&](auto D) { launch<full::Decode<T, D()>>(gpu, {.x = s.tokens(), .y = c.num_heads}, p); });
+    if (s.any_continue()) full::with_room(c, [&](auto D) { launch<full::Decode<T, D()>>(gpu, {.x = s.tokens(), .y = c.num_heads}, p); });
     for_each(gpu, x.k.count(), full::Remember<T>{x, cache, s.table()});
   }
 };
@@ -9838,14 +9850,7 @@ template <class T> struct SumGateGradients {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
 
-// f(room) with the smallest room for K entries of a key that kernels are compiled for. Throws Error where none is large enough.
-template <class F> void with_room(Index K, F f) {
-  check(K <= 256, "GatedDeltaNet: key_dim ", K, "; a GPU's kernels have room for 256");
-  if (K <= 32) f(std::integral_constant<int, 32>{});
-  else if (K <= 64) f(std::integral_constant<int, 64>{});
-  else if (K <= 128) f(std::integral_constant<int, 128>{});
-  else f(std::integral_constant<int, 256>{});
-}
+template <class F> void with_room(Config const& c, F f) { attention::with_room("GatedDeltaNet", "key_dim", c.key_dim, f); }
 
 template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
   ForwardParams<T> p{};
@@ -9856,7 +9861,7 @@ template <class T, class M> ForwardParams<T> forward_params(Config const& c, Seq
   return p;
 }
 template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
-  with_room(c.key_dim, [&](auto K) {
+  with_room(c, [&](auto K) {
     using Kernel = Forward<T, K()>;
     p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
@@ -9865,7 +9870,7 @@ template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequenc
 // p without states, parts, paths and tiles.
 template <class T, class B>
 void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
-  with_room(c.key_dim, [&](auto K) {
+  with_room(c, [&](auto K) {
     using Kernel = Backward<T, K()>;
     Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};

@@ -1,20 +1,14 @@
 #ifndef HYBRIDATTN_ATTENTION_FULL_GPU_HPP
 #define HYBRIDATTN_ATTENTION_FULL_GPU_HPP
 
+#include <hybridattn/attention/room.hpp>
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/attention/full/kernels.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
 
-// f(room) with the smallest room for D entries that kernels are compiled for. Throws Error where none is large enough.
-template <class F> void with_room(Index D, F f) {
-  check(D <= 256, "FullAttention: head_dim ", D, "; a GPU's kernels have room for 256");
-  if (D <= 32) f(std::integral_constant<int, 32>{});
-  else if (D <= 64) f(std::integral_constant<int, 64>{});
-  else if (D <= 128) f(std::integral_constant<int, 128>{});
-  else f(std::integral_constant<int, 256>{});
-}
+template <class F> void with_room(Config const& c, F f) { attention::with_room("FullAttention", "head_dim", c.head_dim, f); }
 
 template <class T, class M> KernelParams<T> kernel_params(FullOptions o, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
   KernelParams<T> p{};
@@ -32,12 +26,12 @@ template <class Kernel, class B> void launch_tiles(B& gpu, Sequences const& s, I
 }
 
 template <class T, class B> void forward(B& gpu, Config const& c, Sequences const& s, KernelParams<T> const& p) {
-  with_room(c.head_dim, [&](auto D) { launch_tiles<Forward<T, D()>>(gpu, s, c.num_heads, p); });
+  with_room(c, [&](auto D) { launch_tiles<Forward<T, D()>>(gpu, s, c.num_heads, p); });
 }
 template <class T, class B> void backward(B& gpu, Config const& c, Sequences const& s, KernelParams<T> p) {
   Tensor<wide_t<T>, 2, B> delta{gpu, p.y_lse.shape};
   p.delta = out(delta);
-  with_room(c.head_dim, [&](auto D) {
+  with_room(c, [&](auto D) {
     launch_tiles<QueryGradients<T, D()>>(gpu, s, c.num_heads, p);
     launch_tiles<KeyGradients<T, D()>>(gpu, s, c.num_kv_heads, p);
   });
@@ -81,8 +75,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
       full::forward(gpu, c, s, p);
     }
     full::ExtendParams<T> const p{x, cache, y.o, s.table(), O.window, c.num_heads / c.num_kv_heads, static_cast<T>(c.scale)};
-    if (s.any_continue())
-      full::with_room(c.head_dim, [&](auto D) { launch<full::Decode<T, D()>>(gpu, {.x = s.tokens(), .y = c.num_heads}, p); });
+    if (s.any_continue()) full::with_room(c, [&](auto D) { launch<full::Decode<T, D()>>(gpu, {.x = s.tokens(), .y = c.num_heads}, p); });
     for_each(gpu, x.k.count(), full::Remember<T>{x, cache, s.table()});
   }
 };

@@ -1,20 +1,14 @@
 #ifndef HYBRIDATTN_ATTENTION_GDN_GPU_HPP
 #define HYBRIDATTN_ATTENTION_GDN_GPU_HPP
 
+#include <hybridattn/attention/room.hpp>
 #include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/attention/gdn/kernels.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
 
-// f(room) with the smallest room for K entries of a key that kernels are compiled for. Throws Error where none is large enough.
-template <class F> void with_room(Index K, F f) {
-  check(K <= 256, "GatedDeltaNet: key_dim ", K, "; a GPU's kernels have room for 256");
-  if (K <= 32) f(std::integral_constant<int, 32>{});
-  else if (K <= 64) f(std::integral_constant<int, 64>{});
-  else if (K <= 128) f(std::integral_constant<int, 128>{});
-  else f(std::integral_constant<int, 256>{});
-}
+template <class F> void with_room(Config const& c, F f) { attention::with_room("GatedDeltaNet", "key_dim", c.key_dim, f); }
 
 template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
   ForwardParams<T> p{};
@@ -25,7 +19,7 @@ template <class T, class M> ForwardParams<T> forward_params(Config const& c, Seq
   return p;
 }
 template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
-  with_room(c.key_dim, [&](auto K) {
+  with_room(c, [&](auto K) {
     using Kernel = Forward<T, K()>;
     p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
@@ -34,7 +28,7 @@ template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequenc
 // p without states, parts, paths and tiles.
 template <class T, class B>
 void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
-  with_room(c.key_dim, [&](auto K) {
+  with_room(c, [&](auto K) {
     using Kernel = Backward<T, K()>;
     Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
