@@ -44,3 +44,18 @@ int main() {
 }' >"$folder/cublas.cu"
 "${nvcc[@]}" -DHYBRIDATTN_CUBLAS=1 -I"$source/include" "$folder/cublas.cu" -lcublas -o "$folder/cublas"
 echo "a program with cuBLAS links"
+
+# Another front end reads the code for the device, for its warnings. clang 19 does not know the headers of CUDA 13: one that it includes is
+# gone, and the declaration of a launch is missing.
+if command -v clang++-19 >/dev/null; then
+  mkdir "$folder/clang"
+  : >"$folder/clang/texture_fetch_functions.h"
+  echo '#include <cuda_runtime.h>
+extern "C" cudaError_t cudaConfigureCall(dim3, dim3, size_t = 0, cudaStream_t = nullptr);' >"$folder/clang/launch.h"
+  toolkit=$(dirname "$(dirname "$(command -v nvcc)")")
+  for kernels in "$source"/tests/gate/*.cu; do
+    clang++-19 -x cuda --cuda-device-only --cuda-gpu-arch=sm_80 -nocudalib --cuda-path="$toolkit" -std=c++20 -O1 -DNDEBUG -I"$folder/clang" -include launch.h \
+      -I"$source/include" -Wall -Wextra -Werror -Wno-unknown-cuda-version -Wno-unknown-attributes -fsyntax-only "$kernels"
+  done
+  echo "clang reads the kernels without a warning"
+fi
