@@ -630,10 +630,12 @@ template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
   constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
+  constexpr std::size_t half = upper ? m / 2 : 0;
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+template <std::size_t offset, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
   return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.
@@ -1361,12 +1363,12 @@ class Pool {
     BlockSize const size{bytes};
     in_use_ -= bytes;
     used_ -= size.bytes;
-    blocks_[size.number].waiting.push_back({block, period_});  // there is room for every block of this size
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
   // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");  // so that end_sharing never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -1376,9 +1378,9 @@ class Pool {
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }  // bytes asked for, before rounding up to a block's size
-  std::size_t peak() const { return peak_; }  // the largest in_use()
-  std::size_t held() const { return held_; }  // bytes of all blocks, in use and waiting
+  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }       // the largest in_use()
+  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
   // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
@@ -1386,11 +1388,11 @@ class Pool {
  private:
   struct Waiting {
     void* block;
-    std::size_t period;  // in which it was freed
+    std::size_t period;   // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;  // in the order in which they were freed
-    std::size_t bytes = 0, count = 0;  // bytes of one block; number of blocks, in use or waiting
+    std::vector<Waiting> waiting;   // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -1400,7 +1402,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)  // so that give never allocates
+    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -1443,7 +1445,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};  // the most bytes in use in this period and in each of the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -10343,7 +10345,7 @@ struct CallSite {
 // The words that kernels are written in. Under nvcc they are the GPU's own, under any other compiler the emulator's.
 //   thread_id, block_x, block_y, block_z   the number of a thread in its block, and of the block in the grid
 //   sync_block, sync_warp                  every thread of the block, or lane of the warp, waits for all others and sees what they wrote
-//   shuffle, shuffle_xor, shuffle_up, shuffle_down   the value that another lane gives: lane `n`, own ^ mask, own - distance, own + distance
+//   shuffle, shuffle_xor, shuffle_up, shuffle_down   the value that lane n, own ^ mask, own - distance or own + distance gives
 //   ballot                                 the set of lanes that vote true
 //   match_any                              the set of lanes with the same value
 //   atomic_add, atomic_max                 on integers alone, return the old value. Sums of floats in any order are not repeatable
@@ -11817,7 +11819,8 @@ template <class T> class Query {
   Sequence sequence_;
 };
 
-// A row of each thread of a block, anywhere in memory. The block reads a piece of all rows at a time, neighbouring lanes neighbouring entries.
+// A row of each thread of a block, anywhere in memory. The block reads a piece of all rows at a time. Neighbouring
+// lanes read neighbouring entries.
 template <class T, int threads> struct GatheredRows {
   static constexpr int piece = 32;
   T const* begin[threads];
@@ -12171,9 +12174,9 @@ template <class T> struct AttendKeyGradients {
 #endif
 
 // ==== hybridattn/ops/top_k/kernels.hpp
-// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become unsigned integers in the same order, their
-// keys. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that have
-// the digits found so far.
+// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become keys: unsigned integers in the same
+// order. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that
+// have the digits found so far.
 #ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 #define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 
@@ -12862,7 +12865,8 @@ template <class P, class T> struct LoopsBackward {
 //   scratch<T>(config, sequences)   how many elements of T the loops need besides their arguments; on the host
 //   forward<T> (config, sequences, x, y, saved, scratch)              HYBRIDATTN_HD
 //   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
-// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds numbers alone.
+// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds only
+// numbers.
 template <class P, class B> struct FromLoops {
   template <class T, class M>
   static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,

@@ -50,7 +50,8 @@ template <class P, class T> struct LoopsBackward {
 //   scratch<T>(config, sequences)   how many elements of T the loops need besides their arguments; on the host
 //   forward<T> (config, sequences, x, y, saved, scratch)              HYBRIDATTN_HD
 //   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
-// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds numbers alone.
+// where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds only
+// numbers.
 template <class P, class B> struct FromLoops {
   template <class T, class M>
   static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,

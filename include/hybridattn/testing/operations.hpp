@@ -905,8 +905,8 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
 // The operations that the laws judge. AdamWCheck is judged with AdamWStep.
 using AllOperations =
     std::tuple<Fill, Add, AddWeighted, Swiglu, SigmoidGate, GdnGate, RmsNorm, GatedRmsNorm, LayerNorm, L2Norm, RopeAngles, Rope, Linear,
-               GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute, Distribute, Combine, AddGated, ExpertUse,
-               BalanceLoss, AdamWSquares, AdamWStep>;
+               GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute, Distribute, Combine, AddGated,
+               ExpertUse, BalanceLoss, AdamWSquares, AdamWStep>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -678,12 +678,12 @@ class Pool {
     BlockSize const size{bytes};
     in_use_ -= bytes;
     used_ -= size.bytes;
-    blocks_[size.number].waiting.push_back({block, period_});  // there is room for every block of this size
+    blocks_[size.number].waiting.push_back({block, period_});   // there is room for every block of this size
   }
   // Takes a record for a block that tensors share; end_sharing frees it. Records are used again, like blocks.
   SharedBlock* begin_sharing() {
     if (free_records_.empty()) {
-      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");  // so that end_sharing never allocates
+      reserve(free_records_, static_cast<Index>(records_.size()) + 1, "a list of blocks");   // so that end_sharing never allocates
       free_records_.push_back(&records_.emplace_back());
     }
     SharedBlock* const record = free_records_.back();
@@ -693,9 +693,9 @@ class Pool {
   void end_sharing(SharedBlock* record) noexcept { free_records_.push_back(record); }
   // Returns all waiting blocks to the system.
   template <class Release> void trim(Release release) { release_until(0, period_ + 1, release); }
-  std::size_t in_use() const { return in_use_; }  // bytes asked for, before rounding up to a block's size
-  std::size_t peak() const { return peak_; }  // the largest in_use()
-  std::size_t held() const { return held_; }  // bytes of all blocks, in use and waiting
+  std::size_t in_use() const { return in_use_; }   // bytes asked for, before rounding up to a block's size
+  std::size_t peak() const { return peak_; }       // the largest in_use()
+  std::size_t held() const { return held_; }       // bytes of all blocks, in use and waiting
   std::size_t allocations() const { return allocations_; }
   // Sets peak() to in_use().
   void reset_peak() { peak_ = in_use_; }
@@ -703,11 +703,11 @@ class Pool {
  private:
   struct Waiting {
     void* block;
-    std::size_t period;  // in which it was freed
+    std::size_t period;   // in which it was freed
   };
   struct Blocks {
-    std::vector<Waiting> waiting;  // in the order in which they were freed
-    std::size_t bytes = 0, count = 0;  // bytes of one block; number of blocks, in use or waiting
+    std::vector<Waiting> waiting;   // in the order in which they were freed
+    std::size_t bytes = 0, count = 0;   // bytes of one block; number of blocks, in use or waiting
   };
   static constexpr std::size_t period_takes = 25, periods = 4;
 
@@ -717,7 +717,7 @@ class Pool {
     if (allocations_ - allocations_before_ >= period_takes) next_period(release);
     else release_unused(size.bytes, release);
     Blocks& blocks = blocks_[size.number];
-    if (blocks.waiting.capacity() == blocks.count)  // so that give never allocates
+    if (blocks.waiting.capacity() == blocks.count)   // so that give never allocates
       reserve(blocks.waiting, static_cast<Index>(2 * blocks.count + 1), "a list of blocks");
     void* block = allocate(size.bytes);
     if (block == nullptr) {
@@ -760,7 +760,7 @@ class Pool {
   std::array<Blocks, BlockSize::classes> blocks_;
   std::list<SharedBlock> records_;
   std::vector<SharedBlock*> free_records_;
-  std::array<std::size_t, periods + 1> peaks_ = {};  // the most bytes in use in this period and in each of the last ones
+  std::array<std::size_t, periods + 1> peaks_ = {};   // the most bytes in use in this period and in each of the last ones
   std::size_t period_ = periods, takes_before_ = 0, allocations_before_ = 0;
   std::size_t in_use_ = 0, peak_ = 0, used_ = 0, held_ = 0, allocations_ = 0, takes_ = 0, last_allocation_ = 0;
 };
@@ -1423,10 +1423,12 @@ template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
   constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
+  constexpr std::size_t half = upper ? m / 2 : 0;
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+template <std::size_t offset, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
   return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.

@@ -67,7 +67,8 @@ template <class T> class Query {
   Sequence sequence_;
 };
 
-// A row of each thread of a block, anywhere in memory. The block reads a piece of all rows at a time, neighbouring lanes neighbouring entries.
+// A row of each thread of a block, anywhere in memory. The block reads a piece of all rows at a time. Neighbouring
+// lanes read neighbouring entries.
 template <class T, int threads> struct GatheredRows {
   static constexpr int piece = 32;
   T const* begin[threads];

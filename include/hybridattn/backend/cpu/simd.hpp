@@ -224,10 +224,12 @@ template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
 template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
   constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + (upper ? m / 2 : 0) + i % m / size / 2 * size + i % size)...>{});
+  constexpr std::size_t half = upper ? m / 2 : 0;
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
 }
 // Every second part of m elements, of a, then of b.
-template <std::size_t offset, std::size_t m, class V, std::size_t... i> HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+template <std::size_t offset, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
   return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
 }
 // Adds up sums that are still spread over `left` lanes of each of Count vectors.

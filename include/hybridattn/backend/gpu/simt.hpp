@@ -1,7 +1,7 @@
 // The words that kernels are written in. Under nvcc they are the GPU's own, under any other compiler the emulator's.
 //   thread_id, block_x, block_y, block_z   the number of a thread in its block, and of the block in the grid
 //   sync_block, sync_warp                  every thread of the block, or lane of the warp, waits for all others and sees what they wrote
-//   shuffle, shuffle_xor, shuffle_up, shuffle_down   the value that another lane gives: lane `n`, own ^ mask, own - distance, own + distance
+//   shuffle, shuffle_xor, shuffle_up, shuffle_down   the value that lane n, own ^ mask, own - distance or own + distance gives
 //   ballot                                 the set of lanes that vote true
 //   match_any                              the set of lanes with the same value
 //   atomic_add, atomic_max                 on integers alone, return the old value. Sums of floats in any order are not repeatable

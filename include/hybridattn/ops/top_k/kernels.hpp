@@ -1,6 +1,6 @@
-// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become unsigned integers in the same order, their
-// keys. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that have
-// the digits found so far.
+// TopK as a kernel, and its row for kernels that compute scores. A block has a row. Scores become keys: unsigned integers in the same
+// order. The block finds the k-th largest key by its digits of 8 bits, from the highest digit on. For each digit it counts the keys that
+// have the digits found so far.
 #ifndef HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 #define HYBRIDATTN_OPS_TOP_K_KERNELS_HPP
 
