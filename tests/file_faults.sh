@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A file operation that fails, or a kill before any of them: the program says what failed, leaves nothing half-written, and the same
 # command then goes on to the bits that a run without any of it gives.
-# file_faults.sh COMPILER quick|full sweep|train PROGRAM
+# file_faults.sh COMPILER quick|most|full sweep|train PROGRAM
 set -uo pipefail
 compiler=$1 amount=$2 kind=$3 program=$4
 folder=$(mktemp -d)
@@ -70,16 +70,20 @@ fault() {
   fi
   check_whole "$name"
 }
-# every CALL WHAT: at each such call of the run; in a quick test at some of them, which lie ever farther apart.
+# every CALL WHAT: at such calls of the run, which lie ever farther apart.
 every() {
   local n=1
   while fault "$1" "$n" "$2"; do
-    if [[ $amount == full ]]; then n=$((n + 1 + n / 16)); else n=$((n * 4)); fi
+    case $amount in
+      full) n=$((n + 1 + n / 16)) ;;
+      most) n=$((n * 2)) ;;
+      *) n=$((n * 4)) ;;
+    esac
   done
   ((n > 1)) || complain "the run has no $1"
 }
 
-if [[ $amount == full ]]; then
+if [[ $amount != quick ]]; then
   for what in ENOSPC EIO EINTR SHORT KILL; do every write $what; done
   for call in open fsync rename close; do for what in ENOSPC EIO EINTR KILL; do every $call $what; done; done
   for what in EIO EINTR SHORT KILL; do every read $what; done

@@ -21,9 +21,10 @@ small=("$folder/text" --model-dim 32 --heads 2 --batch 2 --seq-len 32 --save-eve
 
 "$train" "${small[@]}" --steps 40 --out "$folder/whole" >"$folder/log" || fail "training"
 grep -q 'validation loss' "$folder/log" || fail "no validation loss"
+rm "$folder/log"   # whose "saved" is another run's
 "$train" "${small[@]}" --steps 1000000 --out "$folder/stopped" >"$folder/log" &
 train_pid=$!
-until grep -q saved "$folder/log" || ! kill -0 $train_pid 2>/dev/null; do sleep 0.01; done   # the event, however long it takes
+until grep -qs saved "$folder/log" || ! kill -0 $train_pid 2>/dev/null; do sleep 0.01; done   # the event, however long it takes
 kill -INT $train_pid
 wait $train_pid
 [[ $? == 130 ]] || fail "an interrupt is not the end of a run"
@@ -64,9 +65,10 @@ says 'optimizer.learning_rate' "$train" "${small[@]}" --learning-rate 0.5 --step
 
 # A checkpoint in use is refused, by whom, also under another name; a dead process uses nothing.
 ln -s used "$folder/alias"
+rm "$folder/log"
 "$train" "${small[@]}" --steps 100000000 --out "$folder/used" >"$folder/log" 2>&1 &
 train_pid=$!
-until grep -q saved "$folder/log" || ! kill -0 $train_pid 2>/dev/null; do sleep 0.01; done
+until grep -qs saved "$folder/log" || ! kill -0 $train_pid 2>/dev/null; do sleep 0.01; done
 says "in use by process $train_pid on" "$train" "${small[@]}" --steps 100000000 --out "$folder/used"
 says "in use by process $train_pid on" "$train" "${small[@]}" --steps 10 --out "$folder/alias"
 kill -KILL $train_pid
