@@ -5,7 +5,6 @@
 
 #include "catch.hpp"
 
-#include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/core/sequences.hpp>
 #include <hybridattn/io/safetensors.hpp>
@@ -27,7 +26,6 @@
 namespace golden {
 
 namespace ha = hybridattn;
-using ha::Cpu;
 using ha::In;
 using ha::Index;
 using ha::Out;
@@ -41,7 +39,8 @@ using ha::View;
 // The families that the tests know. A file of another family is a failure, so that no file is skipped in silence.
 inline constexpr std::array<std::string_view, 11> operator_families{
     "adamw", "causal_conv1d", "cross_entropy", "gated_rms_norm", "gdn_gate", "l2_norm", "moe", "rms_norm", "rope", "schedule", "swiglu"};
-inline constexpr std::array<std::string_view, 6> policy_families{"dsa", "dsa_kl", "full", "full_layer", "gdn", "gdn_layer"};
+inline constexpr std::array<std::string_view, 4> policy_families{"dsa", "dsa_kl", "full", "gdn"};
+inline constexpr std::array<std::string_view, 2> layer_families{"full_layer", "gdn_layer"};
 
 // The environment can name another folder of the same layout.
 inline bool elsewhere() { return std::getenv("HYBRIDATTN_GOLDEN_DIR") != nullptr; }
@@ -122,13 +121,15 @@ template <class T, int... Ranks> Fused<T> fused(std::string name, Index groups, 
   return {.name = std::move(name), .groups = groups, .parts = {ha::flat(parts)...}};
 }
 template <class T, int Rank> Fused<T> one(std::string name, View<T, Rank> part) { return fused(std::move(name), 1, part); }
+// The elements of the parts on the host.
+template <class T> using Parts = std::vector<std::vector<T>>;
 // Calls f(number of an element in the file's tensor, the element in the part that holds it).
-template <class T, class F> void for_each_element(Fused<T> const& tensor, F f) {
+template <class T, class F> void for_each_element(Index groups, Parts<T>& parts, F f) {
   std::size_t next = 0;
-  for (Index group = 0; group < tensor.groups; ++group)
-    for (auto const& part : tensor.parts) {
-      Index const share = part.count() / tensor.groups;
-      for (Index i = 0; i < share; ++i) f(next++, part(group * share + i));
+  for (Index group = 0; group < groups; ++group)
+    for (auto& part : parts) {
+      Index const share = std::ssize(part) / groups;
+      for (Index i = 0; i < share; ++i) f(next++, part[static_cast<std::size_t>(group * share + i)]);
     }
 }
 
@@ -143,51 +144,55 @@ struct Worst {
 template <class T> inline constexpr double smallest = sizeof(T) == 4 ? 0.1 : 1e-3;
 inline constexpr double float_tolerance = 2e-5;
 
-// Runs one case in one precision. It reads the inputs and judges the results.
-template <class T> class Run {
+// Runs one case in one precision on one machine. It reads the inputs and judges the results.
+template <class T, class B> class Run {
  public:
   Run(Case const& c, Worst& worst) : c_(c), worst_(worst) {}
 
   Case const& c() const { return c_; }
-  Cpu& cpu() { return cpu_; }
+  B& backend() { return backend_; }
   // Widens the tolerance. The rounding of a score, eps times its size, is a relative error of the score's exponential.
   void expect_scores(double largest) { float_tolerance_ += largest * std::numeric_limits<float>::epsilon(); }
 
   // Reads a tensor of the file in this shape. read_if_there returns an empty tensor if the file does not have it.
-  template <int Rank> Tensor<T, Rank, Cpu> read(std::string const& name, Shape<Rank> shape) {
+  template <int Rank> Tensor<T, Rank, B> read(std::string const& name, Shape<Rank> shape) {
     auto const elements = c_.doubles(name);
     return make(std::vector<T>(elements.begin(), elements.end()), shape);
   }
-  template <int Rank> Tensor<T, Rank, Cpu> read_if_there(std::string const& name, Shape<Rank> shape) {
-    return c_.contains(name) ? read(name, shape) : Tensor<T, Rank, Cpu>{};
+  template <int Rank> Tensor<T, Rank, B> read_if_there(std::string const& name, Shape<Rank> shape) {
+    return c_.contains(name) ? read(name, shape) : Tensor<T, Rank, B>{};
   }
-  Tensor<std::int32_t, 1, Cpu> read_integers(std::string const& name, Index count) {
+  Tensor<std::int32_t, 1, B> read_integers(std::string const& name, Index count) {
     auto const elements = c_.integers(name);
     return make(std::vector<std::int32_t>(elements.begin(), elements.end()), Shape<1>{count});
   }
   void read(std::vector<Fused<T>> const& tensors) {
     for (auto const& tensor : tensors) {
       auto const elements = c_.doubles(tensor.name);
-      for_each_element(tensor, [&](std::size_t i, T& element) { element = static_cast<T>(elements.at(i)); });
+      Parts<T> parts;
+      for (auto const& part : tensor.parts) parts.emplace_back(static_cast<std::size_t>(part.count()));
+      for_each_element(tensor.groups, parts, [&](std::size_t i, T& element) { element = static_cast<T>(elements.at(i)); });
+      for (std::size_t i = 0; i < parts.size(); ++i)
+        if (!parts[i].empty()) backend_.upload(tensor.parts[i].data, parts[i].data(), parts[i].size() * sizeof(T));
     }
   }
-  template <class Element, int Rank> Tensor<Element, Rank, Cpu> make(std::vector<Element> const& elements, Shape<Rank> shape) {
-    Tensor<Element, Rank, Cpu> tensor{cpu_, shape};
-    ha::upload(cpu_, elements, tensor);
+  template <class Element, int Rank> Tensor<Element, Rank, B> make(std::vector<Element> const& elements, Shape<Rank> shape) {
+    Tensor<Element, Rank, B> tensor{backend_, shape};
+    ha::upload(backend_, elements, tensor);
     return tensor;
   }
   // A tensor that an operator must fill. It holds NaN before.
-  template <int Rank> Tensor<T, Rank, Cpu> unset(Shape<Rank> shape) {
+  template <int Rank> Tensor<T, Rank, B> unset(Shape<Rank> shape) {
     return make(std::vector<T>(static_cast<std::size_t>(shape.count()), std::numeric_limits<T>::quiet_NaN()), shape);
   }
-  template <template <class> class G> G<Owned<T, Cpu>> unset(G<Shapes> const& shapes) {
-    auto group = ha::allocate<T>(cpu_, shapes);
-    ha::zip([](ha::Path const&, auto& tensor) { poison(out(tensor)); }, group);
+  template <template <class> class G> G<Owned<T, B>> unset(G<Shapes> const& shapes) {
+    auto group = ha::allocate<T>(backend_, shapes);
+    ha::zip([this](ha::Path const&, auto& tensor) { poison(tensor); }, group);
     return group;
   }
 
-  template <int Rank> void compare(std::string const& name, Tensor<T, Rank, Cpu> const& result) {
-    compare(name, ha::download(cpu_, result));
+  template <int Rank> void compare(std::string const& name, Tensor<T, Rank, B> const& result) {
+    compare(name, ha::download(backend_, result));
   }
   void compare(std::string const& name, std::vector<T> const& result) { compare(name, result, c_.doubles(name)); }
   void compare(std::string const& name, std::vector<T> const& result, std::vector<double> const& truth) {
@@ -211,30 +216,38 @@ template <class T> class Run {
   }
   void compare_gradients(std::vector<Fused<T>> const& tensors) {
     for (auto const& tensor : tensors) {
+      Parts<T> parts;
+      for (auto const& part : tensor.parts) {
+        parts.emplace_back(static_cast<std::size_t>(part.count()));
+        if (!part.empty()) backend_.download(parts.back().data(), part.data, parts.back().size() * sizeof(T));
+      }
       std::vector<T> gradient;
-      for_each_element(tensor, [&](std::size_t, T element) { gradient.push_back(element); });
+      for_each_element(tensor.groups, parts, [&](std::size_t, T element) { gradient.push_back(element); });
       compare("d_" + tensor.name, gradient, c_.doubles("d_" + tensor.name));
     }
   }
 
  private:
-  template <int Rank> static void poison(View<T, Rank> x) { ha::fill(x, std::numeric_limits<T>::quiet_NaN()); }
-  template <int Rank> static void poison(View<std::int32_t, Rank> x) { ha::fill(x, std::numeric_limits<std::int32_t>::min()); }
+  template <class Element, int Rank> void poison(Tensor<Element, Rank, B>& x) {
+    using Limits = std::numeric_limits<Element>;
+    Element const bad = Limits::has_quiet_NaN ? Limits::quiet_NaN() : Limits::min();
+    ha::upload(backend_, std::vector<Element>(static_cast<std::size_t>(x.shape().count()), bad), x);
+  }
 
   Case const& c_;
   Worst& worst_;
   double float_tolerance_ = float_tolerance;
-  Cpu cpu_{2};
+  B backend_;
 };
 
-struct Family {
+template <class B> struct Family {
   std::string_view name;
-  void (*in_double)(Run<double>&);
-  void (*in_float)(Run<float>&) = nullptr;   // null: it has no float form
+  void (*in_double)(Run<double, B>&);
+  void (*in_float)(Run<float, B>&) = nullptr;   // null: it has no float form
 };
 
 // Runs every case of a family, and prints how many there were and the largest error.
-inline void check(Family const& family) {
+template <class B> void check(Family<B> const& family) {
   Index count = 0;
   Worst in_double, in_float;
   for (auto const& path : files()) {
@@ -242,11 +255,11 @@ inline void check(Family const& family) {
     if (c.family() != family.name) continue;
     ++count;
     INFO("golden case " << c.name());
-    Run<double> run{c, in_double};
+    Run<double, B> run{c, in_double};
     family.in_double(run);
     CHECK(c.unused() == "");
     if (family.in_float == nullptr) continue;
-    Run<float> again{c, in_float};
+    Run<float, B> again{c, in_float};
     family.in_float(again);
   }
   std::printf("%-15.*s %3td files   double %7.1e (%s)", static_cast<int>(family.name.size()), family.name.data(), count, in_double.error,
@@ -256,8 +269,9 @@ inline void check(Family const& family) {
   CHECK((count > 0 || elsewhere()));
 }
 
-template <std::size_t N> constexpr bool are_named(std::array<Family, N> const& families, std::array<std::string_view, N> const& names) {
-  return std::ranges::equal(families, names, {}, &Family::name);
+template <class B, std::size_t N>
+constexpr bool are_named(std::array<Family<B>, N> const& families, std::array<std::string_view, N> const& names) {
+  return std::ranges::equal(families, names, {}, &Family<B>::name);
 }
 
 }  // namespace golden
