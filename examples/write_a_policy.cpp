@@ -103,24 +103,30 @@ template <class B, class T> int judge(char const* where) {
   return broken;
 }
 
+// Trains a stack of the policy and full attention on any machine. Returns the last loss.
+template <class B> double train(B& backend, Index steps) {
+  std::string numbers;
+  for (int n = 0; n < 2000; ++n) numbers += std::to_string(n) + " and ";
+  ha::Windows text{ha::ByteText(numbers)};
+  ha::LanguageModel<ha::Stack<MinGru, ha::Full>> const model{{.model_dim = 64}};
+  auto params = model.initialize<float>(backend, ha::Seed{1});
+  ha::AdamW optimizer{backend, params, {.learning_rate = 3e-3}};
+  double loss = 0;
+  for (Index step = 1; step <= steps; ++step) {
+    loss = train_step(backend, model, params, optimizer, make_batch(backend, text.next_batch(4, 64))).loss.mean();
+    if (step % 20 == 0) std::printf("step %3td  loss %.3f\n", step, loss);
+  }
+  return loss;
+}
+
 int run() {
   int broken = judge<ha::Cpu, float>("float") + judge<ha::Cpu, double>("double");
 #if WITH_EMULATOR
   broken += judge<ha::Emulator, float>("emulator");
 #endif
   if (broken > 0) return 1;
-
-  std::string numbers;
-  for (int n = 0; n < 2000; ++n) numbers += std::to_string(n) + " and ";
-  ha::Windows text{ha::ByteText(numbers)};
   ha::Cpu cpu;
-  ha::LanguageModel<ha::Stack<MinGru, ha::Full>> const model{{.model_dim = 64}};
-  auto params = model.initialize<float>(cpu, ha::Seed{1});
-  ha::AdamW optimizer{cpu, params, {.learning_rate = 3e-3}};
-  for (int step = 1; step <= 100; ++step) {
-    auto const result = train_step(cpu, model, params, optimizer, make_batch(cpu, text.next_batch(4, 64)));
-    if (step % 20 == 0) std::printf("step %3d  loss %.3f\n", step, result.loss.mean());
-  }
+  train(cpu, 100);
   return 0;
 }
 

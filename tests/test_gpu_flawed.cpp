@@ -42,6 +42,14 @@ template <class Op, class K, class Flaw> std::string broken_by() {
   else return broken_laws(judge(ha::testing::Adaptor<Op, Backend, float>{{.num_heads = 4, .num_kv_heads = 2, .head_dim = 8}}));
 }
 
+using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 8}>;
+// The same for sparse attention in a stage.
+template <class K, class Flaw> std::string broken_by(ha::Stage stage) {
+  auto size = ha::testing::Samples<Sparse>::sizes().front();
+  size.stage = stage;
+  return broken_laws(judge(ha::testing::Adaptor<Sparse, Flawed<K, Flaw>, float>{size}));
+}
+
 template <class T, int Rank> void lose_last(ha::View<T, Rank>& x, int axis) { --x.shape.extent[axis]; }
 struct LosesLastColumn {
   static void make(auto& p) { lose_last(p.x, 1); }
@@ -73,6 +81,21 @@ struct OtherGroup {
 struct NoDelta {
   static void make(auto& p) { p.d_o = p.y; }
 };
+struct OtherGroupOfBatch {
+  static void make(auto& p) { p.batch.group = 1; }
+};
+struct NextQuery {   // the slice's scores are those of the next queries
+  static void make(auto& p) { p.scores.data += p.scores.stride[0]; }
+};
+struct LosesIndexHead {
+  static void make(auto& p) { lose_last(p.batch.x.index_w, 1); }
+};
+struct OtherScale {
+  static void make(auto& p) { p.batch.index_scale *= 2; }
+};
+struct OtherScores {
+  static void make(auto& p) { p.batch.scale *= 2; }
+};
 
 }  // namespace
 
@@ -93,4 +116,16 @@ TEST_CASE("a flaw in a kernel of full attention breaks a law", "[flawed]") {
   CHECK(broken_by<ha::Full, ha::full::Forward<float, 32>, SeesTheFuture>().find("packed equals") != std::string::npos);
   CHECK(broken_by<ha::Full, ha::full::QueryGradients<float, 32>, NoDelta>() != "");
   CHECK(broken_by<ha::Full, ha::full::Decode<float, 32>, OtherGroup>().find("decodes the whole") != std::string::npos);
+}
+TEST_CASE("a flaw in a kernel of sparse attention breaks a law", "[flawed]") {
+  using namespace ha::dsa;
+  auto const plain = ha::Stage::language_model, dense = ha::Stage::dense_warm_up, sparse = ha::Stage::sparse;
+  CHECK(broken_by<ScoreKeys<float>, LosesIndexHead>(plain) != "");
+  CHECK(broken_by<SelectKeys<float>, NextQuery>(plain) != "");
+  CHECK(broken_by<Attend<float>, OtherGroupOfBatch>(plain) != "");
+  CHECK(broken_by<AttendQueryGradients<float>, NoDelta>(plain) != "");
+  CHECK(broken_by<AttendKeyGradients<float>, OtherScores>(plain) != "");
+  CHECK(broken_by<IndexLoss<float>, OtherScale>(sparse) != "");
+  CHECK(broken_by<IndexQueryGradients<float>, OtherScale>(dense) != "");
+  CHECK(broken_by<IndexKeyGradients<float>, OtherScale>(sparse) != "");
 }

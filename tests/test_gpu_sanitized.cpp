@@ -1,5 +1,5 @@
-// Every kernel for GPUs under sanitizers, on the emulator. Addresses and undefined behaviour: the laws at the smallest sizes. Threads: one
-// run in two schedules, and runs in which one barrier is left out. Each thread of a kernel is a thread for the sanitizer, so a race is
+// Every kernel for GPUs under sanitizers, on the emulator. Addresses and undefined behaviour: the laws at the smallest sizes, and for
+// policies that take long one run in two schedules. Threads: that run, and runs in which one barrier is left out. Each thread of a kernel is a thread for the sanitizer, so a race is
 // reported at lines of the kernel.
 #include "barriers.hpp"
 #include "catch.hpp"
@@ -13,16 +13,28 @@ namespace ha = hybridattn;
 
 namespace {
 
+// Sparse attention in a stage.
+template <ha::Stage of> struct Sparse {
+  using Policy = ha::SparseAttention<ha::SparseOptions{.top_k = 8}>;
+  static constexpr ha::Stage stage = of;
+};
 template <class Op> auto smallest() {
-  if constexpr (ha::testing::HasOperation<Op>)
+  if constexpr (ha::testing::HasOperation<Op>) {
     return ha::testing::OperationOn<Op, ha::Emulator, float>{ha::testing::Operation<Op>::sizes().front()};
-  else return ha::testing::Adaptor<Op, ha::Emulator, float>{ha::testing::Samples<Op>::sizes().front()};
+  } else if constexpr (requires { Op::stage; }) {
+    auto size = ha::testing::Samples<typename Op::Policy>::sizes().front();
+    size.stage = Op::stage;
+    return ha::testing::Adaptor<typename Op::Policy, ha::Emulator, float>{size};
+  } else {
+    return ha::testing::Adaptor<Op, ha::Emulator, float>{ha::testing::Samples<Op>::sizes().front()};
+  }
 }
-using Subjects = decltype(std::tuple_cat(ha::testing::AllOperations{}, std::tuple<ha::Full>{}));
+using Judged = decltype(std::tuple_cat(ha::testing::AllOperations{}, std::tuple<ha::Full>{}));
+using Subjects = decltype(std::tuple_cat(Judged{}, std::tuple<ha::GDN, Sparse<ha::Stage::dense_warm_up>, Sparse<ha::Stage::sparse>>{}));
 
 }  // namespace
 
-TEMPLATE_LIST_TEST_CASE("an operation or a policy keeps every law", "[laws]", Subjects) {
+TEMPLATE_LIST_TEST_CASE("an operation or a policy keeps every law", "[laws]", Judged) {
   for (auto const& verdict : judge(smallest<TestType>())) {
     INFO(verdict.law << ": " << verdict.why);
     CHECK(verdict.holds);
