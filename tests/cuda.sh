@@ -17,6 +17,17 @@ else
   tail -1 <<<"$output"
 fi
 
+# The page says what runs.
+echo '#include <hybridattn/hybridattn.hpp>
+#include <hybridattn/support_matrix.hpp>
+#include <cstdio>
+int main() { std::printf("%s", hybridattn::support_matrix<hybridattn::AllPolicies, std::tuple<hybridattn::Cuda>>().c_str()); }' >"$folder/support.cu"
+"${nvcc[@]}" -I"$source/include" "$folder/support.cu" -o "$folder/support"
+while read -r row; do
+  grep -qxF -- "$row" "$source/docs/cuda.md" || { echo "FAILED: docs/cuda.md shall hold $row" >&2; exit 1; }
+done < <("$folder/support")
+echo "docs/cuda.md shows what runs on Cuda"
+
 # Kernels are found by their names: the program registers them by the same names that their code has.
 mkdir "$folder/keep"
 cat >"$folder/names.cu" <<'END'

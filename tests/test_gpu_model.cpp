@@ -5,8 +5,11 @@
 
 #include <hybridattn/emulator.hpp>
 #include <hybridattn/hybridattn.hpp>
+#include <hybridattn/support_matrix.hpp>
 
+#include <fstream>
 #include <map>
+#include <sstream>
 #include <string>
 
 // The policy of the example, and a model with it.
@@ -165,6 +168,11 @@ TEST_CASE("on the emulator too each stage moves its own parameters and no others
   CHECK(moved(middle, warm, true) == 3 * 3);   // three matrices and their two moments
   CHECK(moved(warm, end, true) == 3 * 3);
   CHECK(moved(warm, end, false) == others);
+}
+TEST_CASE("the page on GPUs shows the support matrix of the emulator", "[models]") {
+  std::ostringstream page;
+  page << std::ifstream(HYBRIDATTN_SOURCE_DIR "/docs/cuda.md").rdbuf();
+  CHECK(page.str().find(ha::support_matrix<ha::AllPolicies, std::tuple<ha::Emulator>>()) != std::string::npos);
 }
 TEST_CASE("a model with a user's policy learns on the emulator as on the CPU", "[models]") {
   ha::Cpu cpu;

@@ -18,9 +18,9 @@ using AllPolicies = std::tuple<Full, GDN, DSA>;
 using AllBackends = std::tuple<Cpu>;
 using AllScalars = std::tuple<float, double>;
 
-// How backends and scalars are called in tables.
+// How backends and scalars are called in tables. A backend may have a `name`.
 template <class T> inline constexpr std::string_view table_name = "a type without a name";
-template <> inline constexpr std::string_view table_name<Cpu> = "Cpu";
+template <class T> requires requires { T::name; } inline constexpr std::string_view table_name<T> = T::name;
 template <> inline constexpr std::string_view table_name<float> = "float";
 template <> inline constexpr std::string_view table_name<double> = "double";
 
@@ -68,7 +68,8 @@ template <std::size_t n> std::string listed(std::array<bool, n> const& holds, st
 template <class Policies = AllPolicies, class Backends = AllBackends, class Scalars = AllScalars>
 inline constexpr auto support = detail::support_rows<Scalars>(detail::Of<Policies>{}, detail::Of<Backends>{});
 
-// The table in Markdown, a line for each row. For policies of your own: support_matrix<std::tuple<Mine, Full>>().
+// The table in Markdown, a line for each row. For policies of your own: support_matrix<std::tuple<Mine, Full>>(). For GPUs, after their
+// header: support_matrix<AllPolicies, std::tuple<Cpu, Emulator>>().
 template <class Policies = AllPolicies, class Backends = AllBackends, class Scalars = AllScalars> std::string support_matrix() {
   auto const names = detail::table_names(detail::Of<Scalars>{});
   std::string text = "| policy | backend | forward | backward | decoding | backward remembers |\n|---|---|---|---|---|---|\n";

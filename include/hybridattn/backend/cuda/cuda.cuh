@@ -14,6 +14,7 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -67,6 +68,8 @@ class Started {
 
 class Cuda {
  public:
+  static constexpr std::string_view name = "Cuda";
+
   // Throws Error where there is no device of this number, where its driver is too old, where the program has no code for its
   // architecture, and where the products need a library that the program does not link.
   explicit Cuda(CudaOptions options = {}) : options_(options) {

@@ -9,12 +9,15 @@
 #include <hybridattn/core/type_name.hpp>
 
 #include <memory>
+#include <string_view>
 #include <vector>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Emulator {
  public:
+  static constexpr std::string_view name = "Emulator";
+
   // testing::Machine: the number is a schedule.
   static constexpr bool takes_schedule = true;
 
