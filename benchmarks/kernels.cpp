@@ -6,6 +6,7 @@
 //   BM_decode<Full>/context:4096/D:64   8 heads, 2 key/value heads (GDN: 8 states)
 // Counters: bytes/s (of the cache, read or written once), tokens/s.
 #include "peak.hpp"
+#include "work.hpp"
 
 #include <hybridattn/attention/attention.hpp>
 #include <hybridattn/ops/linear/linear.hpp>
@@ -13,6 +14,9 @@
 #include <benchmark/benchmark.h>
 
 namespace ha = hybridattn;
+using bench::backward_flops;
+using bench::fill_like_a_layer;
+using bench::forward_flops;
 using ha::Index;
 
 namespace {
@@ -22,51 +26,6 @@ using Full = ha::Full;
 using GDN = ha::GDN;
 using DSA = ha::DSA;
 constexpr auto language_model = ha::Stage::language_model, warm_up = ha::Stage::dense_warm_up, sparse = ha::Stage::sparse;
-
-// Numbers like those of a layer: unit queries and keys for GDN, decays near 1, beta between 0 and 1.
-template <class Group> void fill_like_a_layer(ha::Cpu& cpu, Group& group) {
-  ha::zip(
-      [&]<class T, int Rank>(ha::Path const& path, ha::Tensor<T, Rank, ha::Cpu>& tensor) {
-        ha::Random random{ha::Seed{1}, path.str()};
-        std::vector<T> values(tensor.byte_count() / sizeof(T));
-        double const width = 1 / std::sqrt(static_cast<double>(tensor.shape()[Rank - 1]));
-        for (T& value : values) {
-          if (path.name == "g") value = static_cast<T>(-0.1 * random.uniform());
-          else if (path.name == "beta") value = static_cast<T>(random.uniform());
-          else value = static_cast<T>(random.normal() * (path.name == "v" ? 1 : width));
-        }
-        ha::upload(cpu, values, tensor);
-      },
-      group);
-}
-
-Index pairs(Index T, Index k) {
-  Index sum = 0;
-  for (Index t = 0; t < T; ++t) sum += std::min(t + 1, k);
-  return sum;
-}
-// Floating-point operations that the equations need.
-double forward_flops(ha::full::Config const& c, Index T) { return 4.0 * static_cast<double>(pairs(T, T) * c.head_dim); }
-double backward_flops(ha::full::Config const& c, Index T) { return 10.0 * static_cast<double>(pairs(T, T) * c.head_dim); }
-double forward_flops(ha::gdn::Config const& c, Index T) { return 6.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
-double backward_flops(ha::gdn::Config const& c, Index T) { return 12.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
-// Attention over the keys of a query and, in stages that train the indexer, its loss over the same keys: H = 1.
-struct SparseWork {
-  double all, attended, attention, indexer;   // pairs, pairs, and flops a pair of q . k and of the indexer's score
-  SparseWork(ha::dsa::Config const& c, Index T)
-      : all(static_cast<double>(pairs(T, T))), attended(c.stage == warm_up ? all : static_cast<double>(pairs(T, 64))),
-        attention(2 * static_cast<double>(c.head_dim)), indexer(2 * static_cast<double>(c.index_heads * c.index_dim)) {}
-};
-double forward_flops(ha::dsa::Config const& c, Index T) {
-  SparseWork const w{c, T};
-  double const loss = c.stage == language_model ? 0 : w.attended * (w.attention + w.indexer);
-  return (c.stage == warm_up ? 0 : w.all * w.indexer) + 2 * w.attended * w.attention + loss;
-}
-double backward_flops(ha::dsa::Config const& c, Index T) {
-  SparseWork const w{c, T};
-  double const loss = c.stage == language_model ? 0 : w.attended * (w.attention + 3 * w.indexer);
-  return (c.stage == warm_up ? 0 : 5 * w.attended * w.attention) + loss;
-}
 
 template <class Policy, ha::Stage stage> typename Policy::Config config_of(Index D) {
   auto config = Policy::complete({}, D, 1);

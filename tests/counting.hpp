@@ -3,12 +3,13 @@
 #define HYBRIDATTN_TESTS_COUNTING_HPP
 
 #include <hybridattn/hybridattn.hpp>
+#include <hybridattn/testing/machine.hpp>
 
 template <class B> class CountingOn {
  public:
   using Inner = B;
 
-  explicit CountingOn(int schedule = 1) : inner_(schedule) {}
+  explicit CountingOn(int schedule = 1) : inner_(hybridattn::testing::Machine<B>::make(schedule)) {}
   void* take(std::size_t bytes) { return inner_.take(bytes); }
   void give(void* block, std::size_t bytes) noexcept { inner_.give(block, bytes); }
   void trim() noexcept { inner_.trim(); }
@@ -37,6 +38,9 @@ template <class B> class CountingOn {
 
  private:
   B inner_;
+};
+template <class B> struct hybridattn::testing::Machine<CountingOn<B>> {
+  static CountingOn<B> make(int schedule) { return CountingOn<B>(schedule); }
 };
 using Counting = CountingOn<hybridattn::Cpu>;
 static_assert(hybridattn::Backend<Counting> && hybridattn::Wrapper<Counting>);

@@ -17,6 +17,27 @@ else
   tail -1 <<<"$output"
 fi
 
+# A program for GPUs computes on the CPU too.
+echo '#include <hybridattn/hybridattn.hpp>
+namespace ha = hybridattn;
+template <class P> void both(ha::Cpu& cpu) {
+  auto const config = P::complete({}, 32, 2);
+  ha::SequencesOn<ha::Cpu> const s{cpu, ha::Sequences::equal(1, 8)};
+  auto x = ha::allocate<float>(cpu, P::inputs(config, s)), d_x = ha::allocate<float>(cpu, P::inputs(config, s));
+  auto y = ha::allocate<float>(cpu, P::outputs(config, s));
+  auto saved = ha::allocate<float>(cpu, P::saved(config, s));
+  ha::On<P, ha::Cpu>::forward(cpu, config, s, in(x), out(y), out(saved));
+  ha::On<P, ha::Cpu>::backward(cpu, config, s, in(x), in(y), in(saved), in(y), out(d_x));
+}
+int main() {
+  ha::Cpu cpu;
+  both<ha::Full>(cpu);
+  both<ha::GDN>(cpu);
+  both<ha::DSA>(cpu);
+}' >"$folder/cpu.cu"
+"${nvcc[@]}" -I"$source/include" "$folder/cpu.cu" -o "$folder/cpu" && "$folder/cpu"
+echo "a .cu computes on the CPU"
+
 # The page says what runs.
 echo '#include <hybridattn/hybridattn.hpp>
 #include <hybridattn/support_matrix.hpp>

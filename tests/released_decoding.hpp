@@ -67,7 +67,7 @@ double cache_error(B& backend, ha::gdn::Cache<ha::Owned<double, B>> const& layer
 template <class Model, class B> void check_decoding(fs::path const& folder) {
   ha::Safetensors const file{folder / "decode.safetensors"};
   Model const model{hf::config<Model>(folder)};
-  B backend{2};
+  B backend = ha::testing::Machine<B>::make(2);
   auto const params = hf::load<double>(backend, model, folder);
   auto const prompt = lists(file, "prompt"), tokens = lists(file, "tokens");
   auto const shape = file.info("logits").shape;   // [B, steps, V]

@@ -12,6 +12,7 @@
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
 #include <hybridattn/io.hpp>
+#include <hybridattn/testing/machine.hpp>
 
 #include <map>
 #include <memory>
@@ -58,7 +59,7 @@ struct AnyModel {
 
 template <class Model, class T, class B> struct ModelIn final : AnyModel {
   using Params = typename Model::template Params<ha::Owned<T, B>>;
-  B backend{1};   // one thread of the CPU, as the models are tiny, or the emulator's first schedule
+  B backend = ha::testing::Machine<B>::make(1);   // one thread of the CPU, as the models are tiny
   Model model;
   Params params;
   hf::Format format;

@@ -1,12 +1,11 @@
 // Sparse attention on the emulator of a GPU: the laws, in every stage of training.
 #include "catch.hpp"
+#include "gpu.hpp"
 
-#include <hybridattn/emulator.hpp>
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/policies.hpp>
 
 namespace ha = hybridattn;
-using ha::Emulator;
 
 namespace {
 
@@ -23,7 +22,7 @@ void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
 template <class P, class T> auto in_stage(ha::Stage stage) {
   auto size = ha::testing::Samples<P>::sizes().front();
   size.stage = stage;
-  return ha::testing::Adaptor<P, Emulator, T>{size};
+  return ha::testing::Adaptor<P, Gpu, T>{size};
 }
 
 }  // namespace
@@ -33,8 +32,8 @@ TEST_CASE("sparse attention keeps every law on the emulator in the stages that t
   check_all(judge(in_stage<Sparse<8>, double>(ha::Stage::sparse)));
 }
 TEST_CASE("sparse attention keeps every law on the emulator at every size", "[sizes]") {
-  check_all(ha::testing::judge<Sparse<8>, Emulator, float>());
-  check_all(ha::testing::judge<Sparse<8>, Emulator, double>());
+  check_all(ha::testing::judge<Sparse<8>, Gpu, float>());
+  check_all(ha::testing::judge<Sparse<8>, Gpu, double>());
 }
 TEST_CASE("sparse attention keeps every law in the stages that train the indexer, in the other scalar", "[sizes]") {
   check_all(judge(in_stage<Sparse<8>, double>(ha::Stage::dense_warm_up)));

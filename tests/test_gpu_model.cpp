@@ -1,9 +1,9 @@
 // Models on the emulator of a GPU: they learn and decode as on the CPU, in every schedule, and nothing passes between
 // host and machine inside a step.
 #include "catch.hpp"
+#include "gpu.hpp"
 #include "counting.hpp"
 
-#include <hybridattn/emulator.hpp>
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/support_matrix.hpp>
 
@@ -22,7 +22,7 @@ namespace {
 template <class P, class B>
 constexpr bool is_whole =
     ha::ImplementedOn<P, B, float> && ha::ImplementedOn<P, B, double> && ha::Decodes<P, B, float> && ha::Decodes<P, B, double>;
-static_assert(is_whole<ha::Full, ha::Emulator> && is_whole<ha::GDN, ha::Emulator> && is_whole<ha::DSA, ha::Emulator>);
+static_assert(is_whole<ha::Full, Gpu> && is_whole<ha::GDN, Gpu> && is_whole<ha::DSA, Gpu>);
 
 using Windowed = ha::FullAttention<ha::FullOptions{.window = 7, .qk_norm = ha::QkNorm::plain, .rotary = ha::Rotary::interleaved}>;
 using Model = ha::LanguageModel<ha::Stack<ha::Full, Windowed, ha::Full, ha::Full>>;
@@ -51,7 +51,7 @@ template <class B> struct Training {
   ha::TokenBatch<B> batch;
 
   explicit Training(bool mixture, int schedule = 1)
-      : backend(schedule), of(model(mixture)), params(of.template initialize<float>(backend, ha::Seed{1})),
+      : backend(ha::testing::Machine<B>::make(schedule)), of(model(mixture)), params(of.template initialize<float>(backend, ha::Seed{1})),
         batch(make_batch(backend, ha::Sequences::packed(std::vector<Index>{0, 65, 66, 66, 130}), tokens(130, 1), tokens(130, 2))) {}
   double step() { return train_step(backend, of, params, optimizer, batch).loss.mean(); }
   std::vector<double> losses() {
@@ -65,13 +65,14 @@ template <class B> struct Training {
 using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = 9}>;
 template <class B> struct HybridTraining {
   using Model = ha::LanguageModel<ha::Stack<ha::GDN, ha::Full, Sparse>>;
-  B backend{1};
+  B backend = ha::testing::Machine<B>::make(1);
   Model model{{.vocab_size = 19, .model_dim = 32, .num_heads = 2, .feed_forward = {.hidden_dim = 40}}};
   typename Model::template Params<ha::Owned<float, B>> params = model.template initialize<float>(backend, ha::Seed{1});
   ha::AdamW<decltype(params)> optimizer{backend, params, {.learning_rate = 3e-3}};
   ha::TokenBatch<B> batch = make_batch(backend, ha::Sequences::packed(std::vector<Index>{0, 40, 41, 41, 70}), tokens(70, 1), tokens(70, 2));
 
   auto step(ha::Stage stage) { return train_step(backend, model, params, optimizer, batch, {.stage = stage}); }
+  void start() { start_step(backend, model, params, optimizer, std::span<decltype(batch) const>(&batch, 1), {}); }
   // Parameters and their moments.
   std::map<std::string, std::vector<float>> values() {
     std::map<std::string, std::vector<float>> all;
@@ -85,11 +86,31 @@ template <class B> struct HybridTraining {
   }
 };
 
+// Runs f so many times: captured in a CUDA graph and replayed, or, on the emulator, which has no graphs, again and again.
+#if defined(__CUDACC__)
+void replay(Gpu& gpu, int times, auto const& f) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t runnable = nullptr;
+  REQUIRE(cudaStreamBeginCapture(gpu.stream(), cudaStreamCaptureModeRelaxed) == cudaSuccess);
+  f();
+  REQUIRE(cudaStreamEndCapture(gpu.stream(), &graph) == cudaSuccess);
+  REQUIRE(cudaGraphInstantiate(&runnable, graph, 0) == cudaSuccess);
+  for (int i = 0; i < times; ++i) CHECK(cudaGraphLaunch(runnable, gpu.stream()) == cudaSuccess);
+  gpu.synchronise();
+  cudaGraphExecDestroy(runnable);
+  cudaGraphDestroy(graph);
+}
+#else
+void replay(Gpu&, int times, auto const& f) {
+  for (int i = 0; i < times; ++i) f();
+}
+#endif
+
 }  // namespace
 
 TEST_CASE("a model learns on the emulator as on the CPU, dense and mixture", "[models]") {
   for (bool const mixture : {false, true}) {
-    auto const expected = Training<ha::Cpu>{mixture}.losses(), losses = Training<ha::Emulator>{mixture}.losses();
+    auto const expected = Training<ha::Cpu>{mixture}.losses(), losses = Training<Gpu>{mixture}.losses();
     for (std::size_t i = 0; i < losses.size(); ++i) {
       UNSCOPED_INFO((mixture ? "mixture" : "dense")
                     << ", step " << i + 1 << ": " << losses[i] << " here, " << expected[i] << " on the CPU");
@@ -100,13 +121,13 @@ TEST_CASE("a model learns on the emulator as on the CPU, dense and mixture", "[m
 }
 TEST_CASE("a model learns the same bits in every schedule", "[models]") {
   for (bool const mixture : {false, true}) {
-    auto const first = Training<ha::Emulator>{mixture, 1}.losses();
-    for (int const schedule : {2, 6}) CHECK(Training<ha::Emulator>{mixture, schedule}.losses() == first);
+    auto const first = Training<Gpu>{mixture, 1}.losses();
+    for (int const schedule : {2, 6}) CHECK(Training<Gpu>{mixture, schedule}.losses() == first);
   }
 }
 TEST_CASE("from the second step on a step uploads, downloads, waits for and allocates nothing", "[models]") {
   for (bool const mixture : {false, true}) {
-    Training<CountingOn<ha::Emulator>> run{mixture};
+    Training<CountingOn<Gpu>> run{mixture};
     run.step();
     run.step();   // reading the first one's numbers allocates too
     run.backend.reset();
@@ -121,13 +142,13 @@ TEST_CASE("from the second step on a step uploads, downloads, waits for and allo
 }
 TEST_CASE("a model decodes on the emulator as on the CPU", "[models]") {
   Training<ha::Cpu> cpu{false};
-  Training<ha::Emulator> emulator{false};
+  Training<Gpu> gpu{false};
   cpu.losses();
-  emulator.losses();
+  gpu.losses();
   auto const generated = [](auto& run) {
     return generate(run.backend, run.of, run.params, {{1, 2, 3}, {4}}, {.max_new_tokens = 12, .sampling = {.temperature = 0}}).tokens;
   };
-  CHECK(generated(emulator) == generated(cpu));
+  CHECK(generated(gpu) == generated(cpu));
 }
 // Choices of keys may differ where two scores are nearly equal. With these seeds none does.
 TEST_CASE("a model of all three policies learns and decodes on the emulator as on the CPU", "[models]") {
@@ -142,12 +163,12 @@ TEST_CASE("a model of all three policies learns and decodes on the emulator as o
       losses.insert(losses.end(), list.begin(), list.end());
     return losses;
   };
-  auto const expected = learn(HybridTraining<ha::Cpu>{}), losses = learn(HybridTraining<ha::Emulator>{});
+  auto const expected = learn(HybridTraining<ha::Cpu>{}), losses = learn(HybridTraining<Gpu>{});
   REQUIRE(losses.size() == expected.size());
   for (std::size_t i = 0; i < losses.size(); ++i) CHECK(losses[i] == Approx(expected[i]).epsilon(1e-5));
 }
 TEST_CASE("on the emulator too each stage moves its own parameters and no others, bitwise", "[models]") {
-  HybridTraining<ha::Emulator> run;
+  HybridTraining<Gpu> run;
   auto const start = run.values();
   run.step(ha::Stage::language_model);
   auto const middle = run.values();
@@ -169,18 +190,30 @@ TEST_CASE("on the emulator too each stage moves its own parameters and no others
   CHECK(moved(warm, end, true) == 3 * 3);
   CHECK(moved(warm, end, false) == others);
 }
+TEST_CASE("steps replayed from a graph give the bits of steps started one by one", "[models][graph]") {
+  HybridTraining<Gpu> eager, captured;
+  for (auto* run : {&eager, &captured}) {
+    run->start();
+    run->start();   // the pool has all memory from here on
+  }
+  for (int step = 0; step < 3; ++step) eager.start();
+  replay(captured.backend, 3, [&] { captured.start(); });
+  auto const expected = eager.values();
+  CHECK(captured.values() == expected);
+  for (auto const& [path, values] : expected) CHECK(std::ranges::all_of(values, [](float x) { return std::isfinite(x); }));
+}
 TEST_CASE("the page on GPUs shows the support matrix of the emulator", "[models]") {
   std::ostringstream page;
   page << std::ifstream(HYBRIDATTN_SOURCE_DIR "/docs/cuda.md").rdbuf();
-  CHECK(page.str().find(ha::support_matrix<ha::AllPolicies, std::tuple<ha::Emulator>>()) != std::string::npos);
+  CHECK(page.str().find(ha::support_matrix<ha::AllPolicies, std::tuple<Gpu>>()) != std::string::npos);
 }
 TEST_CASE("a model with a user's policy learns on the emulator as on the CPU", "[models]") {
   ha::Cpu cpu;
-  ha::Emulator emulator;
-  CHECK(train(emulator, 3) == Approx(train(cpu, 3)).epsilon(1e-5));
+  Gpu gpu;
+  CHECK(train(gpu, 3) == Approx(train(cpu, 3)).epsilon(1e-5));
 }
 TEST_CASE("a step that is not finite changes no parameter on the emulator, and says why", "[models]") {
-  Training<ha::Emulator> run{false};
+  Training<Gpu> run{false};
   run.step();
   auto poisoned = std::vector<float>(static_cast<std::size_t>(run.params.norm.shape().count()), std::numeric_limits<float>::quiet_NaN());
   auto const before = download(run.backend, run.params.norm);

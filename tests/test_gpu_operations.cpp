@@ -1,7 +1,7 @@
 // Every operation on the emulator of a GPU keeps the laws, and agrees with the CPU.
 #include "catch.hpp"
+#include "gpu.hpp"
 
-#include <hybridattn/emulator.hpp>
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/operations.hpp>
 
@@ -10,7 +10,7 @@ namespace ha = hybridattn;
 namespace {
 
 template <class Op, class T> void check_all() {
-  auto const verdicts = ha::testing::judge<Op, ha::Emulator, T>();
+  auto const verdicts = ha::testing::judge<Op, Gpu, T>();
   CHECK_FALSE(verdicts.empty());
   for (auto const& verdict : verdicts) {
     INFO(verdict.law << ": " << verdict.why);

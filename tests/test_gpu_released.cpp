@@ -1,7 +1,7 @@
 // A released model on the emulator of a GPU, compared with all that the published implementation computes from it.
 #include "released_decoding.hpp"
+#include "gpu.hpp"
 
-#include <hybridattn/emulator.hpp>
 
 namespace ha = hybridattn;
 using namespace released;
@@ -15,8 +15,8 @@ using Model = ModelOf<50, "LFFL">;
 
 TEST_CASE("a released model gives its own logits, losses and gradients on the emulator", "[released]") {
   Errors e;
-  ModelIn<Model, double, ha::Emulator> in_double{tiny().folder()};
-  ModelIn<Model, float, ha::Emulator> in_float{tiny().folder()};
+  ModelIn<Model, double, Gpu> in_double{tiny().folder()};
+  ModelIn<Model, float, Gpu> in_float{tiny().folder()};
   compare_passes(tiny(), in_double, e);
   compare_auxiliary(tiny(), in_double, e);
   compare_in_float(tiny(), in_float, e);
@@ -32,5 +32,5 @@ TEST_CASE("a released model gives its own logits, losses and gradients on the em
   CHECK(e.experts_differ == 0);
 }
 TEST_CASE("a released model decodes on the emulator what the published implementation does", "[released]") {
-  check_decoding<Model, ha::Emulator>(tiny().folder());
+  check_decoding<Model, Gpu>(tiny().folder());
 }

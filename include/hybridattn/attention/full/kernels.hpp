@@ -8,7 +8,6 @@
 #define HYBRIDATTN_ATTENTION_FULL_KERNELS_HPP
 
 #include <hybridattn/attention/full/types.hpp>
-#include <hybridattn/attention/online_softmax.hpp>
 #include <hybridattn/backend/gpu/gpu.hpp>
 #include <hybridattn/tensor/sequences_on.hpp>
 
@@ -86,8 +85,19 @@ struct Range {
 HYBRIDATTN_DEVICE Range within(Index from, Index to, Index first, int rows) {
   return {static_cast<int>(simt::larger<Index>(from - first, 0)), static_cast<int>(simt::smaller<Index>(to - first, rows))};
 }
-template <class T> struct ExpOfDifference {
-  HYBRIDATTN_DEVICE T operator()(T x, T y) const { return std::exp(x - y); }
+// The softmax of the scores that a row has seen so far: attention::OnlineSoftmax for a kernel. nvcc takes no function for both machines
+// that on the CPU may have vectors.
+template <class T> struct SeenScores {
+  T largest = -simt::infinity<T>(), total = 0;   // sum of e^(score - largest)
+
+  // Returns the factor for all sums that were weighted by e^(score - largest).
+  HYBRIDATTN_DEVICE T raise(T next) {
+    T const factor = std::exp(largest - next);
+    largest = next;
+    total *= factor;
+    return factor;
+  }
+  HYBRIDATTN_DEVICE T lse() const { return largest + std::log(total); }
 };
 
 // o and lse of a tile of queries.
@@ -106,7 +116,7 @@ template <class T, int D> struct Forward {
     int const r = simt::thread_id() / lanes, c = simt::thread_id() % lanes;
     Index const i = at.first + r, hk = at.head / p.group;
     T o[Of::entries] = {};
-    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    SeenScores<T> softmax;
     shared.q.load(p.x.q, at.sequence, at.head, at.first);
     for (Index key = at.first_key(rows); key <= at.first; key += rows) {
       shared.kv.load(p.x.k, at.sequence, hk, key);
@@ -133,8 +143,8 @@ template <class T, int D> struct Forward {
 
  private:
   // Writes the weights of row r for the keys of the tile. Returns the factor for what was summed before.
-  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, attention::OnlineSoftmax<T>& softmax) {
-    T scores[Of::columns], largest = softmax.reference;
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, SeenScores<T>& softmax) {
+    T scores[Of::columns], largest = softmax.largest;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int n = 0; n < Of::columns; ++n) {
       int const j = c + n * lanes;
@@ -144,7 +154,7 @@ template <class T, int D> struct Forward {
     }
     largest = simt::largest_of_lanes<lanes>(largest);
     bool const sees_none = seen.begin >= rows;   // of the keys up to here
-    T const shrink = sees_none ? T(1) : softmax.rebase(largest, ExpOfDifference<T>{});
+    T const shrink = sees_none ? T(1) : softmax.raise(largest);
     T added = 0;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int n = 0; n < Of::columns; ++n) {
@@ -304,7 +314,7 @@ template <class T, int D> struct Decode {
     if (at.sequence.past == 0) return;
     Index const end = Index{p.sequences.positions(n)} + 1, first = p.window == 0 ? 0 : simt::larger<Index>(end - p.window, 0);
     simt::Array<T, entries> o = {};
-    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    SeenScores<T> softmax;
     for (int d = simt::thread_id(); d < D; d += threads) shared.q[d] = d < dim ? p.x.q(n, h, d) : T(0);
     for (Index key = first; key < end; key += keys) {
       int const count = static_cast<int>(simt::smaller<Index>(end - key, keys));
@@ -330,13 +340,13 @@ template <class T, int D> struct Decode {
 
  private:
   // Writes the weights of the tile's keys. Returns the factor for what was summed before.
-  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, attention::OnlineSoftmax<T>& softmax) {
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, SeenScores<T>& softmax) {
     int const j = simt::thread_id();
     if (j < count) shared.scores[j] = simt::rounded_product(scale, dot_rows(shared.q, shared.kv[j]));   // (1)
     simt::sync_block();
-    T largest = softmax.reference;
+    T largest = softmax.largest;
     for (int i = 0; i < count; ++i) largest = simt::larger(largest, shared.scores[i]);
-    T const shrink = softmax.rebase(largest, ExpOfDifference<T>{});
+    T const shrink = softmax.raise(largest);
     if (j < count) shared.weights[j] = std::exp(shared.scores[j] - largest);
     simt::sync_block();   // all keys are read, all weights are written
     for (int i = 0; i < count; ++i) softmax.total += shared.weights[i];
