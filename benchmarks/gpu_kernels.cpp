@@ -123,6 +123,9 @@ void report(std::string_view policy, char const* pass, Index T, Index H, Index D
       std::string(policy).c_str(), pass, T, H, D, time.least, time.median, flops / time.median / 1e6, flops / time.median / 1e6 / peak);
   std::fflush(stdout);
 }
+template <class Config> void leave_out_indexer(Config& c) {
+  if constexpr (requires { c.index_heads; }) c.index_heads = 0;
+}
 template <class Policy> void time_policy(Gpu& gpu, Index T, double peak) {
   constexpr Index H = is_device ? 8 : 1, D = is_device ? 64 : 16;
   std::vector<std::unique_ptr<Case<Policy>>> cases;
@@ -131,7 +134,7 @@ template <class Policy> void time_policy(Gpu& gpu, Index T, double peak) {
   auto const needed = [&](auto const& flops) {  // the equations count one head, and the indexer is there once
     auto config = of(0).config;
     double const of_head = flops(config, T);
-    if constexpr (requires { config.index_heads; }) config.index_heads = 0;
+    leave_out_indexer(config);
     double const without_indexer = flops(config, T);
     return static_cast<double>(H) * without_indexer + (of_head - without_indexer);
   };
