@@ -38,6 +38,7 @@ refused "'X'|position 2|L or G" --patterns LXFL --data "$folder/text"
 refused "LFLF|not compiled in|LFFL|patterns.cpp" --patterns LFLF --data "$folder/text"
 refused "--seq-len 0|at least 2" --seq-len 0 --data "$folder/text"
 refused "--batch 0|at least 1" --batch 0 --data "$folder/text"
+refused "--validation 0|at least 1" --validation 0 --data "$folder/text"
 refused "--steps 0|at least 1" --steps 0 --data "$folder/text"
 refused "--threads -1" --threads -1 --data "$folder/text"
 refused "--no-such-option" --no-such-option

@@ -27,6 +27,7 @@ inline std::vector<std::string> arguments(Settings const& s, ha::DataState const
   return {"--steps " + std::to_string(s.steps),
           "--seq-len " + std::to_string(s.seq_len),
           "--batch " + std::to_string(s.batch),
+          "--validation " + std::to_string(s.validation),
           "--seed " + std::to_string(s.seed),
           "--backend " + s.backend,
           "--data " + data.description + " [hash " + std::to_string(data.content) + "]"};

@@ -18,7 +18,7 @@ namespace sweep {
 inline constexpr std::string_view studied = "LFFL,FLFL,LLFF,FFLL,LDDL,DLDL,LLDD,DDLL";
 
 struct Settings {
-  hybridattn::Index steps = 1000, seq_len = 128, batch = 2;
+  hybridattn::Index steps = 1000, seq_len = 128, batch = 2, validation = 200;
   std::uint64_t seed = 1;
   int threads = 0;
   std::string backend{program::backend};

@@ -84,7 +84,7 @@ int run(sweep::Settings const& s) {
                         program::memory_limit(machine));
   ha::Batch first;
   data->next_batch(s.batch, s.seq_len, first);   // complains of a text that is too short before any work is done
-  auto const validation = data->validation_batches(s.batch, s.seq_len);
+  auto const validation = data->validation_batches(s.batch, s.seq_len, s.validation);
 
   program::watch_for_interrupt();
   program::InUse const lock{s.out};
