@@ -23,7 +23,7 @@ inline Machine make_machine(int threads) {
   ha::check(threads == 0, "--threads ", threads, " is not allowed with --backend cuda; it must be 0, because the GPU computes");
   return Machine{};
 }
-inline std::string place_of(Machine const& gpu) { return gpu.name(); }
+inline std::string place_of(Machine const& gpu) { return gpu.device_name(); }
 inline double memory_limit(Machine const&) { return static_cast<double>(Machine::device_memory()); }
 #elif defined(HYBRIDATTN_EXAMPLES_ON_EMULATOR)
 using Machine = ha::Emulator;

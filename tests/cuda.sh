@@ -17,6 +17,10 @@ else
   tail -1 <<<"$output"
 fi
 
+# The models of the sweep, a pattern of them, as far as nvcc alone compiles them.
+"${nvcc[@]}" -O0 -cuda -x cu -I"$source/include" '-DHYBRIDATTN_SWEEP_PATTERNS="FFFF"' "$source/examples/sweep/patterns.cpp" -o "$folder/patterns.ii"
+echo "the sweep compiles with nvcc"
+
 # Kernels are found by their names: the program registers them by the same names that their code has.
 mkdir "$folder/keep"
 cat >"$folder/names.cu" <<'END'

@@ -134,8 +134,8 @@ class Cuda {
   }
   Pool& pool() { return pool_; }
   CudaOptions const& options() const { return options_; }
-  // The device's name: "NVIDIA H100 PCIe".
-  std::string name() const {
+  // "NVIDIA H100 PCIe".
+  std::string device_name() const {
     cudaDeviceProp properties;
     succeed(cudaGetDeviceProperties(&properties, options_.device), "reading the properties of a device");
     return properties.name;
