@@ -17,10 +17,6 @@ else
   tail -1 <<<"$output"
 fi
 
-# The models of the sweep, a pattern of them, as far as nvcc alone compiles them.
-"${nvcc[@]}" -O0 -cuda -x cu -I"$source/include" '-DHYBRIDATTN_SWEEP_PATTERNS="FFFF"' "$source/examples/sweep/patterns.cpp" -o "$folder/patterns.ii"
-echo "the sweep compiles with nvcc"
-
 # Kernels are found by their names: the program registers them by the same names that their code has.
 mkdir "$folder/keep"
 cat >"$folder/names.cu" <<'END'
@@ -48,6 +44,10 @@ int main() {
 }' >"$folder/cublas.cu"
 "${nvcc[@]}" -DHYBRIDATTN_CUBLAS=1 -I"$source/include" "$folder/cublas.cu" -lcublas -o "$folder/cublas"
 echo "a program with cuBLAS links"
+
+# A pattern of the sweep, as far as nvcc compiles it without g++.
+"${nvcc[@]}" -cuda -x cu -I"$source/include" '-DHYBRIDATTN_SWEEP_PATTERNS="FFFF"' "$source/examples/sweep/patterns.cpp" -o "$folder/patterns.ii"
+echo "a pattern of the sweep compiles with nvcc"
 
 # Another front end reads the code for the device, for its warnings. clang 19 does not know the headers of CUDA 13: one that it includes is
 # gone, and the declaration of a launch is missing.
