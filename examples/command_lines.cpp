@@ -20,6 +20,7 @@ Settings parse(int argc, char const* const* argv) {
   options.size("--save-every", s.save_every, "steps between two checkpoints", 1, std::numeric_limits<ha::Index>::max());
   options.seed(s.seed);
   options.threads(s.threads);
+  options.backend();
   options.parse(argc, argv);
   ha::check(!s.text.empty(), "no text is named: give a file or a pipe");
   return s;
@@ -61,6 +62,7 @@ Settings parse(int argc, char const* const* argv) {
   options.real("--top-p", s.sampling.top_p, "only the likeliest tokens that together have this probability");
   options.seed(s.seed);
   options.threads(s.threads);
+  options.backend();
   options.app()
       .add_option("--ignore-field", s.ignored_fields, "a field of config.json to read as if it were not there; may be given again")
       ->allow_extra_args(false)

@@ -21,20 +21,21 @@ std::vector<std::int32_t> prompt_tokens(Settings const& s, ha::Index vocab_size)
 }
 
 // Throws where the cache for all tokens is larger than memory. It grows evenly with them.
-void check_length(models::StoredModel const& model, std::vector<std::int32_t> const& prompt, ha::Index max_new_tokens) {
+void check_length(program::Machine const& machine, models::StoredModel const& model, std::vector<std::int32_t> const& prompt,
+                  ha::Index max_new_tokens) {
   double const tokens = static_cast<double>(prompt.size()) + static_cast<double>(max_new_tokens);
   double const each = model.cache_bytes(2) - model.cache_bytes(1) + sizeof(std::int32_t);
   program::check_memory(model.cache_bytes(1) + each * tokens,
-                        program::formatted("a cache of %.0f tokens (prompt and --max-new-tokens)", tokens));
+                        program::formatted("a cache of %.0f tokens (prompt and --max-new-tokens)", tokens), program::memory_limit(machine));
 }
 
 // Streams to stdout; what it took to stderr. The parameters are read once it is clear that they can be used.
-void run(ha::Cpu& cpu, Settings const& s, models::StoredModel const& model) {
+void run(program::Machine& machine, Settings const& s, models::StoredModel const& model) {
   auto const prompt = prompt_tokens(s, model.vocab_size());
   program::check_memory(static_cast<double>(model.parameter_count()) * sizeof(float),
-                        "a model of " + std::to_string(model.parameter_count()) + " parameters");
-  check_length(model, prompt, s.max_new_tokens);
-  auto const decoder = model.load(cpu);
+                        "a model of " + std::to_string(model.parameter_count()) + " parameters", program::memory_limit(machine));
+  check_length(machine, model, prompt, s.max_new_tokens);
+  auto const decoder = model.load(machine);
   if (s.as_bytes()) program::say_text(s.prompt);
   auto const show = [&](ha::Index, std::int32_t token) {
     program::say_text(s.as_bytes() ? std::string(1, static_cast<char>(token)) : std::to_string(token) + " ");
@@ -47,9 +48,9 @@ void run(ha::Cpu& cpu, Settings const& s, models::StoredModel const& model) {
   program::say_text("\n");
   program::flush_stdout();
   auto const speed = [](ha::Index tokens, double seconds) { return tokens == 0 ? 0 : static_cast<double>(tokens) / seconds; };
-  program::note(program::formatted("%td tokens of prompt at %.0f tokens/s, then %td at %.0f tokens/s on %d threads\n",
-                                   result.prefill_tokens, speed(result.prefill_tokens, result.prefill_seconds), result.decode_tokens,
-                                   speed(result.decode_tokens, result.decode_seconds), cpu.threads()));
+  program::note(program::formatted("%td tokens of prompt at %.0f tokens/s, then %td at %.0f tokens/s on %s\n", result.prefill_tokens,
+                                   speed(result.prefill_tokens, result.prefill_seconds), result.decode_tokens,
+                                   speed(result.decode_tokens, result.decode_seconds), program::place_of(machine).c_str()));
 }
 
 }  // namespace
@@ -59,10 +60,10 @@ int main(int argc, char** argv) {
   return program::run("generate", argc, argv, [&] {
     auto const settings = generate::parse(argc, argv);
     hybridattn::check(std::filesystem::exists(settings.model), settings.model, ": there is no such file or folder");
-    hybridattn::Cpu cpu{settings.threads};
+    auto machine = program::make_machine(settings.threads);   // complains at once where there is none
     auto const model = std::filesystem::is_directory(settings.model) ? models::from_folder(settings.model, settings.ignored_fields)
                                                                      : models::from_checkpoint(settings.model);
-    generate::run(cpu, settings, *model);
+    generate::run(machine, settings, *model);
     return 0;
   });
 }

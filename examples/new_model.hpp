@@ -3,6 +3,8 @@
 #ifndef HYBRIDATTN_EXAMPLES_NEW_MODEL_HPP
 #define HYBRIDATTN_EXAMPLES_NEW_MODEL_HPP
 
+#include "machine.hpp"
+
 #include <hybridattn/store/progress.hpp>
 #include <hybridattn/train/adamw.hpp>
 #include <hybridattn/train/data.hpp>
@@ -15,6 +17,7 @@
 namespace models {
 
 namespace ha = hybridattn;
+using program::Machine;
 
 // A model in training: its parameters and their optimizer.
 class Run {
@@ -36,7 +39,7 @@ class NewModel {
   virtual ~NewModel() = default;
   virtual ha::Index parameter_count() const = 0;
   // Random parameters. The model must live as long as the run.
-  virtual std::unique_ptr<Run> start(ha::Cpu& cpu, ha::Seed seed, ha::AdamWOptions options) const = 0;
+  virtual std::unique_ptr<Run> start(Machine& machine, ha::Seed seed, ha::AdamWOptions options) const = 0;
 };
 
 struct Sizes {

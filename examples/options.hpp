@@ -2,9 +2,7 @@
 #ifndef HYBRIDATTN_EXAMPLES_OPTIONS_HPP
 #define HYBRIDATTN_EXAMPLES_OPTIONS_HPP
 
-#include "program.hpp"
-
-#include <hybridattn/backend/cpu/cpu.hpp>
+#include "machine.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -63,6 +61,14 @@ class Options {
   }
   // More threads than the machine can start end a program without a word.
   void threads(int& value) { number<int>("--threads", value, "0: all cores", 0, ha::Cpu::thread_limit()); }
+  // Where the work is done. A program has one backend, and a command that names another one is told how to get it.
+  void backend() {
+    app_.add_option_function<std::string>(
+            "--backend", [name = app_.get_name()](std::string const& word) { check_backend(word, name); },
+            "what computes: cpu, emulator or cuda; a program is compiled for one of them")
+        ->default_str(std::string(program::backend))
+        ->type_name("NAME");
+  }
   // At least 0, or above it.
   void real(std::string const& name, double& value, std::string const& help, bool positive = false) {
     app_.add_option_function<std::string>(

@@ -188,7 +188,7 @@ template <class F> int run_without_options(char const* name, int argc, char cons
   });
 }
 
-// What a program may take: all of the machine's memory, or what this process is allowed to.
+// What a program may take of the host's memory: all of it, or what this process is allowed to. In bytes.
 inline double memory_limit() {
   auto const bytes = static_cast<double>(ha::machine_memory());
   rlimit limit{};
@@ -199,8 +199,8 @@ inline std::string size_text(double bytes) {
   return bytes < 1e6 ? formatted("%.0f bytes", bytes) : bytes < 1e9 ? formatted("%.1f MB", bytes / 1e6) : formatted("%.4g GB", bytes / 1e9);
 }
 // Throws when there is no memory for `bytes` bytes of `what`, the least that the work needs: "a cache of 5 tokens".
-inline void check_memory(double bytes, std::string const& what) {
-  ha::check(bytes <= memory_limit(), what, " takes ", size_text(bytes), "; there is memory for ", size_text(memory_limit()));
+inline void check_memory(double bytes, std::string const& what, double limit = memory_limit()) {
+  ha::check(bytes <= limit, what, " takes ", size_text(bytes), "; there is memory for ", size_text(limit));
 }
 
 // Throws unless `path` can be written now, with `bytes` bytes.

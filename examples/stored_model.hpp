@@ -3,6 +3,8 @@
 #ifndef HYBRIDATTN_EXAMPLES_STORED_MODEL_HPP
 #define HYBRIDATTN_EXAMPLES_STORED_MODEL_HPP
 
+#include "machine.hpp"
+
 #include <hybridattn/infer/generate.hpp>
 
 #include <filesystem>
@@ -14,6 +16,7 @@
 namespace models {
 
 namespace ha = hybridattn;
+using program::Machine;
 
 // Sees every token as it is drawn, and returns whether its sequence goes on.
 using OnToken = std::function<bool(ha::Index sequence, std::int32_t token)>;
@@ -34,7 +37,7 @@ class StoredModel {
   // What decoding remembers of one sequence with room for so many tokens.
   virtual double cache_bytes(ha::Index tokens) const = 0;
   // Its parameters. The model must live as long as the decoder.
-  virtual std::unique_ptr<Decoder> load(ha::Cpu& cpu) const = 0;
+  virtual std::unique_ptr<Decoder> load(Machine& machine) const = 0;
 };
 // A checkpoint that `train` left: one of models::Trained.
 std::unique_ptr<StoredModel> from_checkpoint(std::filesystem::path const& path);

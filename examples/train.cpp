@@ -20,22 +20,25 @@ double validation_loss(models::Run& run, std::vector<ha::Batch> const& batches) 
   return total.mean();
 }
 
-// What neither the model nor the text tells: a run goes on with the windows that it began with.
-std::string note(Settings const& s) { return "--batch " + std::to_string(s.batch) + " --seq-len " + std::to_string(s.seq_len); }
+// What neither the model nor the text tells: a run goes on with the windows and the backend that it began with.
+std::string note(Settings const& s) {
+  return "--batch " + std::to_string(s.batch) + " --seq-len " + std::to_string(s.seq_len) + " --backend " + std::string(program::backend);
+}
 
 // Returns the exit code.
 int train(Settings const& s) {
   models::Sizes const sizes{.vocab_size = ha::ByteText::vocab_size, .model_dim = s.model_dim, .num_heads = s.num_heads};
   auto const model = models::new_model(s.pattern, sizes);
+  auto machine = program::make_machine(s.threads);   // complains at once where there is none
   program::check_writable(s.out);
   ha::Windows text{ha::ByteText(ha::read_text(s.text)), ha::Seed{s.seed}, program::text_name(s.text)};
   double const bytes = static_cast<double>(model->parameter_count()) * sizeof(float);
-  program::check_memory(4 * bytes, "training " + std::to_string(model->parameter_count()) + " parameters");   // gradients, two moments
+  program::check_memory(4 * bytes, "training " + std::to_string(model->parameter_count()) + " parameters",
+                        program::memory_limit(machine));   // gradients, two moments
   program::check_writable(s.out, 3 * bytes);
   program::watch_for_interrupt();
   program::InUse const lock{s.out};
-  ha::Cpu cpu{s.threads};
-  auto const run = model->start(cpu, ha::Seed{s.seed}, {.learning_rate = s.learning_rate});
+  auto const run = model->start(machine, ha::Seed{s.seed}, {.learning_rate = s.learning_rate});
   ha::Schedule const schedule{.warmup_steps = s.steps / 20, .total_steps = s.steps, .min_rate = 0.1};
   ha::Progress done;
   if (std::filesystem::exists(s.out)) {
@@ -49,7 +52,7 @@ int train(Settings const& s) {
   text.next_batch(s.batch, s.seq_len);   // complains of a text that is too short
   text.restore(begin);
   auto const validation = text.validation_batches(s.batch, s.seq_len);
-  program::say("%s\n%td parameters, %d threads\n", text.description().c_str(), model->parameter_count(), cpu.threads());
+  program::say("%s\n%td parameters, %s\n", text.description().c_str(), model->parameter_count(), program::place_of(machine).c_str());
 
   if (done.step < s.steps) program::flush_stdout();   // before work that would be lost where nobody can be told
 

@@ -38,6 +38,7 @@ refused "'X'|position 2|L or G" --patterns LXFL --data "$folder/text"
 refused "LFLF|not compiled in|LFFL|patterns.cpp" --patterns LFLF --data "$folder/text"
 refused "--seq-len 0|at least 2" --seq-len 0 --data "$folder/text"
 refused "--batch 0|at least 1" --batch 0 --data "$folder/text"
+refused "--validation 0|at least 1" --validation 0 --data "$folder/text"
 refused "--steps 0|at least 1" --steps 0 --data "$folder/text"
 refused "--threads -1" --threads -1 --data "$folder/text"
 refused "--no-such-option" --no-such-option
@@ -50,6 +51,10 @@ refused "--seed -1|whole number" --seed -1 --data "$folder/text"
 refused "--seed 18446744073709551616|at most 18446744073709551615" --seed 18446744073709551616 --data "$folder/text"
 refused "--checkpoint-every nan|finite" --checkpoint-every nan --data "$folder/text"
 refused "--checkpoint-every -1|at least 0" --checkpoint-every -1 --data "$folder/text"
+refused "--backend 'gpu'|cpu, emulator or cuda" --backend gpu --data "$folder/text"
+refused "--backend ''|cpu, emulator or cuda" --backend '' --data "$folder/text"
+refused "--backend emulator|compiled for cpu|cmake --preset sweep-emulator" --backend emulator --data "$folder/text"
+refused "--backend cuda|compiled for cpu|cmake --preset sweep-cuda" --backend cuda --data "$folder/text"
 refused "--threads 1000000|at most" --threads 1000000 --data "$folder/text"
 refused "there is memory for" --seq-len 2147483647 --batch 2147483647 --data synthetic
 refused "it is a folder" --data "$folder"
@@ -66,7 +71,7 @@ refused "not UTF-8" --data "$folder"/$'bad\xff'
 (($? == 2)) && grep -q "no memory for more than .* bytes" "$folder/stderr" || complain "an endless text: $(cat "$folder/stderr")"
 
 # Without a PATH there is no gnuplot, whose pictures take long.
-tiny=(--steps 2 --patterns LLLL --seq-len 16 --batch 1 --threads 1)
+tiny=(--steps 2 --patterns LLLL --seq-len 16 --batch 1 --threads 1 --backend cpu)
 cp "$folder/text" "$folder"/$'new\nline'
 for round in first second; do
   PATH=/nowhere "$sweep" --data "$folder"/$'new\nline' --out "$folder"/$'out\n' "${tiny[@]}" >"$folder/stdout" 2>"$folder/stderr" || complain "a newline in a name, the $round time: $(cat "$folder/stderr")"

@@ -77,6 +77,10 @@ int main() {
 "${nvcc[@]}" -DHYBRIDATTN_CUBLAS=1 -I"$source/include" "$folder/cublas.cu" -lcublas -o "$folder/cublas"
 echo "a program with cuBLAS links"
 
+# A pattern of the sweep, as far as nvcc compiles it without g++.
+"${nvcc[@]}" -cuda -x cu -I"$source/include" '-DHYBRIDATTN_SWEEP_PATTERNS="FFFF"' "$source/examples/sweep/patterns.cpp" -o "$folder/patterns.ii"
+echo "a pattern of the sweep compiles with nvcc"
+
 # Another front end reads the code for the device, for its warnings. clang 19 does not know the headers of CUDA 13: one that it includes is
 # gone, and the declaration of a launch is missing.
 if command -v clang++-19 >/dev/null; then

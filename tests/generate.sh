@@ -36,6 +36,8 @@ says "pattern 'XX' is not compiled in" "$train" "${small[@]}" --pattern XX
 
 # Refused before anything is trained or written.
 says '--steps 1e3 is not allowed' "$train" "${small[@]}" --steps 1e3
+says "--backend 'gpu' is not allowed; it must be cpu, emulator or cuda" "$train" "${small[@]}" --backend gpu
+says 'build/sweep-emulator --target train' "$train" "${small[@]}" --backend emulator
 says '--learning-rate nan is not allowed' "$train" "${small[@]}" --learning-rate nan
 says '--batch 0 is not allowed' "$train" "$folder/text" --batch 0
 says '--seed -1 is not allowed' "$train" "${small[@]}" --seed -1
@@ -115,6 +117,7 @@ head -c 5000 "$folder/whole" >"$folder/torn"
 says 'safetensors file' "$generate" "$folder/torn" --prompt x
 says 'there is memory for' "$generate" "$folder/whole" --prompt x --max-new-tokens 9223372036854775807
 says '--max-new-tokens -1 is not allowed' "$generate" "$folder/whole" --prompt x --max-new-tokens -1
+says 'build/sweep-cuda --target generate' "$generate" "$folder/whole" --prompt x --backend cuda
 says '--temperature nan is not allowed' "$generate" "$folder/whole" --prompt x --temperature nan
 says "--tokens '' is not allowed" "$generate" "$folder/whole" --tokens 1,,2
 says '--tokens 300 is not allowed' "$generate" "$folder/whole" --tokens 300

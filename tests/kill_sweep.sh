@@ -103,6 +103,7 @@ head -c 40000 /dev/zero | tr '\0' 'a' >"$folder/text"
 refused "--steps 16|--steps 17" --steps 17
 refused "--seq-len 32|--seq-len 33" --seq-len 33
 refused "--batch 1|--batch 2" --batch 2
+refused "--validation 200|--validation 100" --validation 100
 refused "--seed 5|--seed 6" --seed 6
 refused "synthetic recall|$folder/text" --data "$folder/text"
 cp "$folder/stopped/linear_only.checkpoint.safetensors" "$folder/checkpoint"

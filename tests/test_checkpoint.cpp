@@ -395,7 +395,8 @@ TEST_CASE("a file that is damaged, of another version or no checkpoint is refuse
            {R"({"__metadata__": null})", "no checkpoint: it has no metadata 'hybridattn'"},
            {R"({"__metadata__": {"hybridattn": "{"}})", "its description: line 1, column 2: not JSON: it ends too early"},
            {R"({"__metadata__": {"hybridattn": "{\"a\": 1,\n\"a\": 2}"}})", "its description: line 2, column 3: the key 'a' occurs twice"},
-           {R"({"__metadata__": {"hybridattn": "{\"a\": NaN}"}})", "its description: line 1, column 7: not JSON: NaN and Infinity are not allowed"},
+           {R"({"__metadata__": {"hybridattn": "{\"a\": NaN}"}})",
+            "its description: line 1, column 7: not JSON: NaN and Infinity are not allowed"},
            {R"({"__metadata__": {"hybridattn": "{}\u0000"}})", "its description: line 1, column 3: a NUL byte"},
            {R"({"e\u001b[2J": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}})", R"(tensor 'e\x1b[2J' is in the file, but not in)"},
            {R"({"history.loss": {"dtype": "F99"}})", "tensor 'history.loss' of dtype F99 cannot be read as F64"},
@@ -639,11 +640,23 @@ TEST_CASE("a sweep refuses what another one put into its folder after it looked"
   run.save(memory.checkpoint("linear_only"));
   CHECK_THROWS_WITH(memory.resumed("linear_only", load), Contains("3 of 2 steps"));
 
+  // A checkpoint of another backend.
+  other = ours;
+  other.backend = "emulator";
+  sweep::Memory const emulated{other, {"linear_only"}, state};
+  run.progress.note = emulated.note();
+  run.save(memory.checkpoint("linear_only"));
+  CHECK_THROWS_WITH(memory.check(), Contains("--backend emulator") && Contains("--backend cpu") && Contains("another --out"));
+  CHECK(emulated.steps_of("linear_only") == 3);
+
   // Results of other arguments, of another pattern, and of too few steps.
   theirs.finish({.name = "linear_only", .letters = "LLLL", .losses = {1, 2, 3}});
   CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("--steps 3") && Contains("--steps 2") && Contains("another --out"));
   memory.finish({.name = "linear_only", .letters = "FFFF", .losses = {1, 2}});
   CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("is not of this program"));
+  emulated.finish({.name = "linear_only", .letters = "LLLL", .losses = {1, 2}});
+  CHECK(emulated.finished("linear_only")->backend == "emulator");
+  CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("--backend emulator") && Contains("--backend cpu"));
   memory.finish({.name = "linear_only", .letters = "LLLL", .losses = {1}});
   CHECK_THROWS_WITH(memory.finished("linear_only"), Contains("the losses of 1 steps, not of 2"));
 }

@@ -263,6 +263,8 @@ TEST_CASE("launches and emulators with impossible numbers are errors") {
   ha::Tensor<int, 1, ha::Emulator> x{gpu, {64}};
   CHECK(holds(error_of([&] { launch<Neighbour<true>>(gpu, {.y = 65536}, {out(x)}); }), "1 x 65536 x 1 blocks; a GPU takes at most"));
   CHECK(error_of([] { ha::Emulator wrong{0}; }) == "Emulator: schedule 0; schedules are numbers from 1 on");
+  CHECK(error_of([] { ha::Emulator wrong{{.threads = -1}}; }) == "Cpu: -1 threads; allowed: 0 (as many as there are) and more");
+  CHECK(ha::Emulator{{.schedule = 2, .threads = 3}}.threads() == 3);
   auto const launches = gpu.launches();
   launch<Neighbour<true>>(gpu, {.x = 0}, {out(x)});
   CHECK(gpu.launches() == launches);

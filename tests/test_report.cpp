@@ -15,6 +15,7 @@ RunResult run(std::string letters, double val_loss, double accuracy = 0.3, doubl
   RunResult result;
   result.name = sweep::pattern_name(letters);
   result.letters = std::move(letters);
+  result.backend = "emulator";
   result.num_parameters = 1'489'160;
   result.training_time = seconds;
   result.tokens_per_second = 12'345.4;
@@ -105,6 +106,7 @@ TEST_CASE("the comparison has the study's fields in its order, and ours behind")
   CHECK(sandwich["val_loss_published"].get<double>() == Approx(1.72 * 128 / 127));
   CHECK(json["2_alternating"]["val_loss"].is_null());
   CHECK(json["5_dsa_sandwich"]["uses_dsa"] == true);
+  CHECK(sandwich["backend"] == "emulator");
 }
 
 TEST_CASE("a run's log has a line a step, and its name once it is finished") {

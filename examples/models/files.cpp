@@ -24,7 +24,7 @@ std::unique_ptr<StoredModel> from_checkpoint(std::filesystem::path const& path) 
   with_pattern(Trained{}, letters_of(header.pattern), [&](auto choice) {
     using Stack = typename decltype(choice)::Stack;
     stored = make_stored<Stack>(ha::checkpoint_config<ha::LanguageModel<Stack>>(header),
-                                [path](ha::Cpu& cpu, auto const& model) { return ha::load_parameters<float>(cpu, path, model); });
+                                [path](Machine& machine, auto const& model) { return ha::load_parameters<float>(machine, path, model); });
     return true;
   });
   return stored;
@@ -44,9 +44,9 @@ std::unique_ptr<StoredModel> from_folder(std::filesystem::path const& folder, st
       differs = error.what();
       return false;
     }
-    stored = make_stored<Stack>(hf::config<ha::LanguageModel<Stack>>(folder, reading), [folder, reading](ha::Cpu& cpu, auto const& model) {
-      return hf::load<float>(cpu, model, folder, reading);
-    });
+    stored = make_stored<Stack>(
+        hf::config<ha::LanguageModel<Stack>>(folder, reading),
+        [folder, reading](Machine& machine, auto const& model) { return hf::load<float>(machine, model, folder, reading); });
     return true;
   };
   with_pattern(Released{}, settings.pattern, use, differs);
@@ -54,10 +54,10 @@ std::unique_ptr<StoredModel> from_folder(std::filesystem::path const& folder, st
 }
 
 template <class Stack> void save_run(TypedRun<Stack>& run, std::filesystem::path const& path, ha::Progress const& progress) {
-  save_checkpoint(run.cpu, path, run.model, run.params, run.optimizer, progress);
+  save_checkpoint(run.machine, path, run.model, run.params, run.optimizer, progress);
 }
 template <class Stack> ha::Progress load_run(TypedRun<Stack>& run, std::filesystem::path const& path) {
-  return load_checkpoint(run.cpu, path, run.model, run.params, run.optimizer);
+  return load_checkpoint(run.machine, path, run.model, run.params, run.optimizer);
 }
 
 template <class> struct FilesOf;

@@ -9,20 +9,20 @@ namespace {
 
 template <class Stack> class RunOf final : public Run {
  public:
-  RunOf(ha::Cpu& cpu, ha::LanguageModel<Stack> const& model, ha::Seed seed, ha::AdamWOptions options)
-      : run_(cpu, model, seed, std::move(options)) {}
+  RunOf(Machine& machine, ha::LanguageModel<Stack> const& model, ha::Seed seed, ha::AdamWOptions options)
+      : run_(machine, model, seed, std::move(options)) {}
 
   void start_step(ha::Batch const& batch, double rate) override {
-    step_.emplace(ha::start_step(run_.cpu, run_.model, run_.params, run_.optimizer, make_batch(run_.cpu, batch), {.rate = rate}));
+    step_.emplace(ha::start_step(run_.machine, run_.model, run_.params, run_.optimizer, make_batch(run_.machine, batch), {.rate = rate}));
   }
   ha::StepResult read() override { return step_.value().read(); }
-  ha::LossSum loss(ha::Batch const& batch) override { return run_.model.loss(run_.cpu, run_.params, make_batch(run_.cpu, batch)); }
+  ha::LossSum loss(ha::Batch const& batch) override { return run_.model.loss(run_.machine, run_.params, make_batch(run_.machine, batch)); }
   void save(std::filesystem::path const& path, ha::Progress const& progress) override { save_run(run_, path, progress); }
   ha::Progress load(std::filesystem::path const& path) override { return load_run(run_, path); }
 
  private:
   TypedRun<Stack> run_;
-  std::optional<ha::PendingStep<ha::Cpu, ParamsOf<Stack>>> step_;
+  std::optional<ha::PendingStep<Machine, ParamsOf<Stack>>> step_;
 };
 
 template <class Stack> class NewModelOf final : public NewModel {
@@ -31,8 +31,8 @@ template <class Stack> class NewModelOf final : public NewModel {
       : model_({.vocab_size = s.vocab_size, .model_dim = s.model_dim, .num_heads = s.num_heads, .feed_forward = {}, .layers = {}}) {}
 
   ha::Index parameter_count() const override { return model_.parameter_count(); }
-  std::unique_ptr<Run> start(ha::Cpu& cpu, ha::Seed seed, ha::AdamWOptions options) const override {
-    return std::make_unique<RunOf<Stack>>(cpu, model_, seed, std::move(options));
+  std::unique_ptr<Run> start(Machine& machine, ha::Seed seed, ha::AdamWOptions options) const override {
+    return std::make_unique<RunOf<Stack>>(machine, model_, seed, std::move(options));
   }
 
  private:
@@ -41,15 +41,15 @@ template <class Stack> class NewModelOf final : public NewModel {
 
 template <class Stack> class DecoderOf final : public Decoder {
  public:
-  DecoderOf(ha::Cpu& cpu, ha::LanguageModel<Stack> const& model, ParamsOf<Stack> params)
-      : cpu_(cpu), model_(model), params_(std::move(params)) {}
+  DecoderOf(Machine& machine, ha::LanguageModel<Stack> const& model, ParamsOf<Stack> params)
+      : machine_(machine), model_(model), params_(std::move(params)) {}
 
   ha::Generated generate(ha::TokenLists const& prompts, ha::GenerateOptions const& options, OnToken on_token) override {
-    return ha::generate(cpu_, model_, params_, prompts, options, on_token);
+    return ha::generate(machine_, model_, params_, prompts, options, on_token);
   }
 
  private:
-  ha::Cpu& cpu_;
+  Machine& machine_;
   ha::LanguageModel<Stack> const& model_;
   ParamsOf<Stack> params_;
 };
@@ -63,7 +63,9 @@ template <class Stack> class StoredModelOf final : public StoredModel {
   double cache_bytes(ha::Index tokens) const override {
     return static_cast<double>(ha::bytes<float>(ha::cache_shapes(model_, {.batch = 1, .capacity = tokens})));
   }
-  std::unique_ptr<Decoder> load(ha::Cpu& cpu) const override { return std::make_unique<DecoderOf<Stack>>(cpu, model_, load_(cpu, model_)); }
+  std::unique_ptr<Decoder> load(Machine& machine) const override {
+    return std::make_unique<DecoderOf<Stack>>(machine, model_, load_(machine, model_));
+  }
 
  private:
   ha::LanguageModel<Stack> model_;

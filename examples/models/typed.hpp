@@ -7,18 +7,22 @@
 #include "../new_model.hpp"
 #include "../stored_model.hpp"
 
+#ifdef HYBRIDATTN_EXAMPLES_ON_EMULATOR
+#include <hybridattn/emulator.hpp>
+#endif
+
 namespace models {
 
-template <class Stack> using ParamsOf = typename ha::LanguageModel<Stack>::template Params<ha::Owned<float, ha::Cpu>>;
+template <class Stack> using ParamsOf = typename ha::LanguageModel<Stack>::template Params<ha::Owned<float, Machine>>;
 
 template <class Stack> struct TypedRun {
-  ha::Cpu& cpu;
+  Machine& machine;
   ha::LanguageModel<Stack> const& model;
   ParamsOf<Stack> params;
   ha::AdamW<ParamsOf<Stack>> optimizer;
 
-  TypedRun(ha::Cpu& machine, ha::LanguageModel<Stack> const& of, ha::Seed seed, ha::AdamWOptions options)
-      : cpu(machine), model(of), params(model.template initialize<float>(cpu, seed)), optimizer(cpu, params, std::move(options)) {}
+  TypedRun(Machine& on, ha::LanguageModel<Stack> const& of, ha::Seed seed, ha::AdamWOptions options)
+      : machine(on), model(of), params(model.template initialize<float>(machine, seed)), optimizer(machine, params, std::move(options)) {}
 };
 
 // In files.cpp, for Trained.
@@ -26,7 +30,7 @@ template <class Stack> void save_run(TypedRun<Stack>& run, std::filesystem::path
 template <class Stack> ha::Progress load_run(TypedRun<Stack>& run, std::filesystem::path const& path);
 
 template <class Stack> using ConfigOf = typename ha::LanguageModel<Stack>::Config;
-template <class Stack> using Load = std::function<ParamsOf<Stack>(ha::Cpu&, ha::LanguageModel<Stack> const&)>;
+template <class Stack> using Load = std::function<ParamsOf<Stack>(Machine&, ha::LanguageModel<Stack> const&)>;
 
 // In kernels.cpp, for Trained and Released.
 template <class Stack> std::unique_ptr<StoredModel> make_stored(ConfigOf<Stack> const& config, Load<Stack> load);

@@ -21,10 +21,16 @@ namespace sweep {
 
 namespace ha = hybridattn;
 
-// The arguments on which a result depends, a line each. The number of threads is none of them.
+// The arguments on which a result depends, a line each. The backend is one of them, because each backend rounds in its own way. The
+// number of threads is none of them.
 inline std::vector<std::string> arguments(Settings const& s, ha::DataState const& data) {
-  return {"--steps " + std::to_string(s.steps), "--seq-len " + std::to_string(s.seq_len), "--batch " + std::to_string(s.batch),
-          "--seed " + std::to_string(s.seed), "--data " + data.description + " [hash " + std::to_string(data.content) + "]"};
+  return {"--steps " + std::to_string(s.steps),
+          "--seq-len " + std::to_string(s.seq_len),
+          "--batch " + std::to_string(s.batch),
+          "--validation " + std::to_string(s.validation),
+          "--seed " + std::to_string(s.seed),
+          "--backend " + s.backend,
+          "--data " + data.description + " [hash " + std::to_string(data.content) + "]"};
 }
 // A text may have got another name.
 inline std::string without_name(std::string const& argument) { return argument.substr(argument.rfind('[') + 1); }
@@ -51,7 +57,8 @@ class Memory {
  public:
   // Of runs of these patterns; `data` is the state of the source that they are trained on.
   Memory(Settings const& s, std::vector<std::string> patterns, ha::DataState const& data)
-      : folder_(s.out), steps_(s.steps), seq_len_(s.seq_len), patterns_(std::move(patterns)), arguments_(arguments(s, data)) {}
+      : folder_(s.out), steps_(s.steps), seq_len_(s.seq_len), backend_(s.backend), patterns_(std::move(patterns)),
+        arguments_(arguments(s, data)) {}
 
   std::filesystem::path checkpoint(std::string const& name) const { return folder_ / (name + ".checkpoint.safetensors"); }
   std::filesystem::path result(std::string const& name) const { return folder_ / (name + ".result.safetensors"); }
@@ -158,6 +165,7 @@ class Memory {
     ha::check(std::ssize(losses) == steps_, path.string(), ": it has the losses of ", losses.size(), " steps, not of ", steps_);
     return {.name = pattern_name(letters),
             .letters = letters,
+            .backend = backend_,
             .num_parameters = static_cast<ha::Index>(numbers[0]),
             .training_time = numbers[1],
             .tokens_per_second = numbers[2],
@@ -171,6 +179,7 @@ class Memory {
 
   std::filesystem::path folder_;
   ha::Index steps_, seq_len_;
+  std::string backend_;
   std::vector<std::string> patterns_, arguments_;
 };
 

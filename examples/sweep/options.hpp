@@ -16,8 +16,10 @@ inline Settings parse(int argc, char const* const* argv) {
   options.app().add_option("--data", s.data, "text files or pipes, or the word synthetic; Debian's `anarchism` without it");
   options.size("--seq-len", s.seq_len, "tokens of a window, a token and its target at least", 2);
   options.size("--batch", s.batch, "windows of a step");
+  options.size("--validation", s.validation, "windows that a trained pattern is judged by, at most");
   options.seed(s.seed);
   options.threads(s.threads);
+  options.backend();
   options.out(s.out, "folder of the results; a run that stopped there goes on");
   options.real("--checkpoint-every", s.checkpoint_every, "seconds between checkpoints; 0: after every step");
   options.app().add_flag("--fresh", s.fresh, "forget what an earlier run left in the folder");

@@ -2,6 +2,8 @@
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_PATTERNS_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_PATTERNS_HPP
 
+#include "../machine.hpp"
+
 #include <hybridattn/store/progress.hpp>
 #include <hybridattn/train/train_step.hpp>
 
@@ -15,14 +17,15 @@
 namespace sweep {
 
 namespace ha = hybridattn;
+using program::Machine;
 
 // A model being trained: what the sweep needs of it, whatever its pattern.
 class Run {
  public:
   virtual ~Run() = default;
   virtual ha::Index parameter_count() const = 0;
-  virtual ha::StepResult step(ha::TokenBatch<ha::Cpu> const& batch) = 0;
-  virtual ha::LossSum loss(ha::TokenBatch<ha::Cpu> const& batch) = 0;
+  virtual ha::StepResult step(ha::Batch const& batch) = 0;
+  virtual ha::LossSum loss(ha::Batch const& batch) = 0;
   virtual void save(std::filesystem::path const& path, ha::Progress const& progress) = 0;
   virtual ha::Progress load(std::filesystem::path const& path) = 0;
 };
@@ -30,7 +33,7 @@ class Run {
 struct CompiledPattern {
   std::string_view letters;
   ha::Index (*parameter_count)(ha::Index vocab_size);
-  std::unique_ptr<Run> (*start)(ha::Cpu&, ha::Index vocab_size, ha::Seed);
+  std::unique_ptr<Run> (*start)(Machine&, ha::Index vocab_size, ha::Seed);
 };
 
 // All that patterns.cpp compiles: the study's eight, and the three pure ones.

@@ -46,6 +46,7 @@ inline std::string pattern_name(std::string_view letters) {
 struct RunResult {
   std::string name;      // "1_sandwich"
   std::string letters;   // "LFFL"
+  std::string backend;   // "cpu"
   Index num_parameters = 0;
   double training_time = 0;   // seconds, validation included
   double tokens_per_second = 0, milliseconds_per_step = 0;
@@ -192,6 +193,7 @@ inline nlohmann::ordered_json to_json(RunResult const& r) {
           {"loss_history", history(means)},
           {"instantaneous_loss_history", history(r.losses)},
           {"letters", r.letters},
+          {"backend", r.backend},
           {"val_loss_published", r.val_loss_published()},
           {"val_perplexity_published", std::exp(r.val_loss_published())},
           {"bits_per_byte", r.bits_per_byte() ? Json(*r.bits_per_byte()) : Json()},

@@ -2,6 +2,8 @@
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_SETTINGS_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_SETTINGS_HPP
 
+#include "../machine.hpp"
+
 #include <hybridattn/core/view.hpp>
 
 #include <cstdint>
@@ -16,9 +18,10 @@ namespace sweep {
 inline constexpr std::string_view studied = "LFFL,FLFL,LLFF,FFLL,LDDL,DLDL,LLDD,DDLL";
 
 struct Settings {
-  hybridattn::Index steps = 1000, seq_len = 128, batch = 2;
+  hybridattn::Index steps = 1000, seq_len = 128, batch = 2, validation = 200;
   std::uint64_t seed = 1;
   int threads = 0;
+  std::string backend{program::backend};
   std::string patterns{studied};
   std::vector<std::string> data;
   std::filesystem::path out = "results";

@@ -74,15 +74,17 @@ std::vector<std::optional<sweep::RunResult>> remembered(sweep::Memory const& mem
 
 int run(sweep::Settings const& s) {
   auto const chosen = sweep::chosen_patterns(s.patterns);
+  auto machine = program::make_machine(s.threads);   // complains at once where there is none
   sweep::prepare_folder(s.out);
   program::check_writable(s.out / "comprehensive_comparison.json");
   auto const [data, tokens_are_bytes] = open_data(s.data, ha::Seed{s.seed});
   // A token has at least an activation of each layer.
   program::check_memory(4.0 * 4 * 128 * static_cast<double>(s.batch) * static_cast<double>(s.seq_len),
-                        "a step of " + std::to_string(s.batch) + " windows of " + std::to_string(s.seq_len) + " tokens");
+                        "a step of " + std::to_string(s.batch) + " windows of " + std::to_string(s.seq_len) + " tokens",
+                        program::memory_limit(machine));
   ha::Batch first;
   data->next_batch(s.batch, s.seq_len, first);   // complains of a text that is too short before any work is done
-  auto const validation = data->validation_batches(s.batch, s.seq_len);
+  auto const validation = data->validation_batches(s.batch, s.seq_len, s.validation);
 
   program::watch_for_interrupt();
   program::InUse const lock{s.out};
@@ -90,9 +92,8 @@ int run(sweep::Settings const& s) {
   if (!s.fresh) memory.check();
   check_outputs(s, memory, chosen, data->vocab_size());
   if (s.fresh) memory.forget();
-  ha::Cpu cpu{s.threads};
-  program::say("%s\n%zu patterns, %td steps of %td windows of %td tokens, %d threads, seed %llu\n", data->description().c_str(),
-               chosen.size(), s.steps, s.batch, s.seq_len, cpu.threads(), static_cast<unsigned long long>(s.seed));
+  program::say("%s\n%zu patterns, %td steps of %td windows of %td tokens, %s, seed %llu\n", data->description().c_str(), chosen.size(),
+               s.steps, s.batch, s.seq_len, program::place_of(machine).c_str(), static_cast<unsigned long long>(s.seed));
   if (!sweep::is_installed("gnuplot")) program::say_text("gnuplot is not installed (Debian: gnuplot-nox): there will be no pictures\n");
   auto earlier = remembered(memory, chosen);
 
@@ -102,7 +103,7 @@ int run(sweep::Settings const& s) {
     auto& result = earlier[i];
     if (result) {
       progress.skip(s.steps);
-    } else if (!program::interrupted() && (result = sweep::train(cpu, chosen[i], s, *data, validation, memory, progress))) {
+    } else if (!program::interrupted() && (result = sweep::train(machine, chosen[i], s, *data, validation, memory, progress))) {
       result->tokens_are_bytes = tokens_are_bytes;
       memory.finish(*result);
     }

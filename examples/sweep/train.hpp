@@ -2,7 +2,6 @@
 #ifndef HYBRIDATTN_EXAMPLES_SWEEP_TRAIN_HPP
 #define HYBRIDATTN_EXAMPLES_SWEEP_TRAIN_HPP
 
-#include "../program.hpp"
 #include "memory.hpp"
 #include "patterns.hpp"
 #include "report.hpp"
@@ -56,32 +55,18 @@ inline std::vector<std::string> compiled_names() {
   return names;
 }
 
-// Host batches on the machine, in memory that is taken once.
-class Feeder {
- public:
-  ha::TokenBatch<ha::Cpu> const& upload(ha::Cpu& cpu, ha::Batch const& host) {
-    if (!batch_ || batch_->sequences.count() != host.batch || batch_->sequences.longest() != host.seq_len) batch_ = make_batch(cpu, host);
-    else refill(cpu, *batch_, host.tokens, host.targets);
-    return *batch_;
-  }
-
- private:
-  std::optional<ha::TokenBatch<ha::Cpu>> batch_;
-};
-
-inline ha::LossSum validate(ha::Cpu& cpu, Run& run, std::vector<ha::Batch> const& batches) {
+inline ha::LossSum validate(Run& run, std::vector<ha::Batch> const& batches) {
   ha::LossSum total;
-  Feeder feeder;
-  for (auto const& batch : batches) total += run.loss(feeder.upload(cpu, batch));
+  for (auto const& batch : batches) total += run.loss(batch);
   return total;
 }
 
 // The training of one pattern, from its start or from where an earlier process stopped.
 class Training {
  public:
-  Training(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data, Memory const& memory)
-      : cpu_(cpu), s_(s), data_(data), memory_(memory), name_(pattern_name(pattern.letters)), log_(s.out, name_),
-        run_(pattern.start(cpu, data.vocab_size(), ha::Seed{s.seed})) {
+  Training(Machine& machine, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data, Memory const& memory)
+      : s_(s), data_(data), memory_(memory), name_(pattern_name(pattern.letters)), log_(s.out, name_),
+        run_(pattern.start(machine, data.vocab_size(), ha::Seed{s.seed})) {
     data.restart();
     std::error_code ignored;
     if (std::filesystem::exists(memory.checkpoint(name_), ignored)) resume();
@@ -102,7 +87,7 @@ class Training {
   void step() {
     data_.next_batch(s_.batch, s_.seq_len, host_);
     Clock const clock;
-    double const loss = run_->step(feeder_.upload(cpu_, host_)).loss.mean();
+    double const loss = run_->step(host_).loss.mean();
     auto& training = kept_.history["training"];
     training.push_back((training.empty() ? 0 : training.back()) + clock.seconds());
     kept_.history["loss"].push_back(loss);
@@ -135,7 +120,6 @@ class Training {
     log_.add(step, losses()[i], sum_ / static_cast<double>(step), tokens_per_second(step), kept_.history.at("elapsed")[i]);
   }
 
-  ha::Cpu& cpu_;
   Settings const& s_;
   ha::DataSource& data_;
   Memory const& memory_;
@@ -147,17 +131,17 @@ class Training {
   double earlier_ = 0, sum_ = 0, saved_at_ = 0;
   ha::Index saved_step_ = 0;
   ha::Batch host_;
-  Feeder feeder_;
 };
 
 // Nothing when it was interrupted: then a checkpoint stands in the folder.
-inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data,
+inline std::optional<RunResult> train(Machine& machine, CompiledPattern const& pattern, Settings const& s, ha::DataSource& data,
                                       std::vector<ha::Batch> const& validation, Memory const& memory, Progress& progress) {
   RunResult result;
   result.name = pattern_name(pattern.letters);
   result.letters = pattern.letters;
+  result.backend = s.backend;
   result.seq_len = s.seq_len;
-  Training training{cpu, pattern, s, data, memory};
+  Training training{machine, pattern, s, data, memory};
   result.num_parameters = training.run().parameter_count();
   progress.skip(training.steps());
   while (training.steps() < s.steps) {
@@ -168,7 +152,7 @@ inline std::optional<RunResult> train(ha::Cpu& cpu, CompiledPattern const& patte
     training.step();
     progress.show(result.name, training.steps(), training.loss(), training.tokens_per_second());
   }
-  auto const total = validate(cpu, training.run(), validation);
+  auto const total = validate(training.run(), validation);
   result.losses = training.losses();
   result.val_loss = total.mean();
   result.val_accuracy = total.count == 0 ? 0 : static_cast<double>(total.correct) / static_cast<double>(total.count);

@@ -38,9 +38,10 @@ void demand_size(Index size, Index least = 1) {
 }
 
 void check_sweep(sweep::Settings const& s) {
-  for (Index const size : {s.steps, s.batch}) demand_size(size);
+  for (Index const size : {s.steps, s.batch, s.validation}) demand_size(size);
   demand_size(s.seq_len, 2);
-  demand(s.threads >= 0 && s.checkpoint_every >= 0 && !s.out.empty(), "settings of sweep that nobody can want are accepted");
+  demand(s.threads >= 0 && s.checkpoint_every >= 0 && !s.out.empty() && s.backend == program::backend,
+         "settings of sweep that nobody can want are accepted");
 }
 void check_train(train::Settings const& s) {
   for (Index const size : {s.batch, s.model_dim, s.num_heads}) demand_size(size);

@@ -137,6 +137,17 @@ class Cuda {
   }
   Pool& pool() { return pool_; }
   CudaOptions const& options() const { return options_; }
+  // "NVIDIA H100 PCIe".
+  std::string device_name() const {
+    cudaDeviceProp properties;
+    succeed(cudaGetDeviceProperties(&properties, options_.device), "reading the properties of a device");
+    return properties.name;
+  }
+  // All memory of the device, in bytes.
+  static std::size_t device_memory() {
+    std::size_t free = 0, all = 0;
+    return cudaMemGetInfo(&free, &all) == cudaSuccess ? all : 0;
+  }
   cudaStream_t stream() const { return stream_; }
 
   // Starts a kernel behind all earlier work.
@@ -199,10 +210,6 @@ class Cuda {
     return block;
   }
   static void release(void* block, std::size_t) noexcept { cudaFree(block); }   // cudaFree waits for the device
-  static std::size_t device_memory() {
-    std::size_t free = 0, all = 0;
-    return cudaMemGetInfo(&free, &all) == cudaSuccess ? all : 0;
-  }
   void succeed(cudaError_t status, char const* what) const { succeed_with(status, what, started_); }
   static void succeed_with(cudaError_t status, char const* what, cuda::Started const& started) {
     if (status != cudaSuccess) fail("CUDA: ", what, ": ", cudaGetErrorString(status), "; ", started.names());

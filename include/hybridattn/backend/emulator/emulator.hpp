@@ -14,6 +14,11 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+struct EmulatorOptions {
+  int schedule = 1;   // the order of threads, warps and blocks
+  int threads = 0;    // of the host, on which blocks run; 0: as many as OpenMP offers
+};
+
 class Emulator {
  public:
   static constexpr std::string_view name = "Emulator";
@@ -23,12 +28,13 @@ class Emulator {
 
   // The order in which threads, warps and blocks run: 1 to 6 are forward, backward and random orders, in which a warp runs until it must
   // wait, or warps take turns. Larger numbers are other random orders. The result of a correct kernel does not depend on it. Throws Error
-  // for a schedule below 1.
-  explicit Emulator(int schedule = 1) : schedule_(schedule) {
-    check(schedule >= 1, "Emulator: schedule ", schedule, "; schedules are numbers from 1 on");
-    for (int thread = 0; thread < cpu_.threads(); ++thread)
-      engines_.push_back(std::make_unique<emulator::Engine>(emulator::Schedule{schedule}));
+  // for a schedule below 1, and for threads that Cpu refuses.
+  explicit Emulator(EmulatorOptions options = {}) : schedule_(options.schedule), cpu_(options.threads) {
+    check(schedule_ >= 1, "Emulator: schedule ", schedule_, "; schedules are numbers from 1 on");
+    for (int thread = 0; thread < threads(); ++thread)
+      engines_.push_back(std::make_unique<emulator::Engine>(emulator::Schedule{schedule_}));
   }
+  explicit Emulator(int schedule) : Emulator(EmulatorOptions{.schedule = schedule}) {}
 
   void* take(std::size_t bytes) {
     return pool_.take(
@@ -60,6 +66,8 @@ class Emulator {
   void synchronise() {}
   bool owns(void const* memory) const { return memory_.owns(memory); }
   Pool& pool() { return pool_; }
+  // Of the host.
+  int threads() const { return cpu_.threads(); }
   // Kernels that were started.
   std::size_t launches() const { return launches_; }
 
