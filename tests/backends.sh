@@ -29,7 +29,7 @@ for i in {1..12}; do echo "the quick brown fox jumps over the lazy dog, number $
 sweep() {
   local program=$1
   shift
-  PATH=/nowhere exec "$program/sweep" --steps 3 --seq-len 16 --batch 1 --seed 5 --patterns LFFL,LDDL --data "$folder/text" "$@"
+  PATH=/nowhere exec "$program/sweep" --steps 5 --seq-len 16 --batch 1 --seed 5 --data "$folder/text" "$@"
 }
 losses() {
   sed -E 's/.*"loss":([^,]*).*/\1/' "$1"/*.jsonl
@@ -44,10 +44,10 @@ without_times() {
 grep -q "threads that emulate a GPU" "$folder/stdout" || fail "the sweep does not say where it computes: $(cat "$folder/stdout")"
 losses "$folder/cpu" >"$folder/expected"
 losses "$folder/emulator" >"$folder/found"
-(($(wc -l <"$folder/expected") == 8)) || fail "a sweep has other losses than 3 of each pattern in training, and one in validation"
+(($(wc -l <"$folder/expected") == 8 * 6)) || fail "a sweep has other losses than 5 of each of 8 patterns in training, and one in validation"
 close "a sweep's losses" "$folder/expected" "$folder/found"
 for backend in cpu emulator; do
-  (($(grep -c "\"backend\": \"$backend\"" "$folder/$backend/comprehensive_comparison.json") == 2)) ||
+  (($(grep -c "\"backend\": \"$backend\"" "$folder/$backend/comprehensive_comparison.json") == 8)) ||
     fail "the results do not name the backend $backend"
 done
 
@@ -65,7 +65,7 @@ ls -l --time-style=full-iso "$folder/stopped" >"$folder/before"
   fail "a sweep of another backend: $(cat "$folder/stderr")"
 ls -l --time-style=full-iso "$folder/stopped" | cmp -s - "$folder/before" || fail "a sweep of another backend touches the folder"
 (sweep "$emulator" --out "$folder/stopped") >"$folder/stdout" 2>/dev/null || fail "a sweep that goes on ends with $?"
-grep -q "resuming: 0 of 2 patterns are finished, 1_sandwich goes on after step" "$folder/stdout" ||
+grep -q "resuming: 0 of 8 patterns are finished, 1_sandwich goes on after step" "$folder/stdout" ||
   fail "no word of going on: $(cat "$folder/stdout")"
 without_times "$folder/emulator" >"$folder/expected"
 without_times "$folder/stopped" | cmp -s - "$folder/expected" || fail "an interrupted sweep gives other results"

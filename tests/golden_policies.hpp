@@ -30,7 +30,7 @@ template <class T, class B> double largest_score(Run<T, B>& run, double scale, T
 // Calls f with the policy of this window. A test of golden values compiles the windows of its files.
 template <class F> void with_window(Index window, F f) {
   ha::with_constant<0, 16, 64>(
-      window, [&](auto known) { f(ha::FullAttention<ha::FullOptions{.window = known.value}>{}); },
+      window, [&](auto known) { f(ha::FullAttention<ha::FullOptions{.window = static_cast<int>(known.value)}>{}); },
       [&] { FAIL("a window of " << window << " keys is not compiled here; 0, 16 and 64 keys are"); });
 }
 
@@ -158,7 +158,7 @@ void dsa_passes(B& backend, ha::SparseOptions options, ha::dsa::Config const& co
     ha::with_constant<1, 8, 16, 33>(
         options.top_k,
         [&](auto known) {
-          using Policy = ha::SparseAttention<ha::SparseOptions{.top_k = known.value}>;
+          using Policy = ha::SparseAttention<ha::SparseOptions{.top_k = static_cast<int>(known.value)}>;
           On<Policy, B>::forward(backend, config, s, x, out(y), out(saved));
           On<Policy, B>::backward(backend, config, s, x, in(y), in(saved), d_y, d_x);
         },

@@ -747,6 +747,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
+  static constexpr std::string_view name = "Cpu";
+
   // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
   // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
@@ -1931,19 +1933,27 @@ template <class P> std::string type_name() {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+struct EmulatorOptions {
+  int schedule = 1;   // the order of threads, warps and blocks
+  int threads = 0;    // of the host, on which blocks run; 0: as many as OpenMP offers
+};
+
 class Emulator {
  public:
+  static constexpr std::string_view name = "Emulator";
+
   // testing::Machine: the number is a schedule.
   static constexpr bool takes_schedule = true;
 
   // The order in which threads, warps and blocks run: 1 to 6 are forward, backward and random orders, in which a warp runs until it must
   // wait, or warps take turns. Larger numbers are other random orders. The result of a correct kernel does not depend on it. Throws Error
-  // for a schedule below 1.
-  explicit Emulator(int schedule = 1) : schedule_(schedule) {
-    check(schedule >= 1, "Emulator: schedule ", schedule, "; schedules are numbers from 1 on");
-    for (int thread = 0; thread < cpu_.threads(); ++thread)
-      engines_.push_back(std::make_unique<emulator::Engine>(emulator::Schedule{schedule}));
+  // for a schedule below 1, and for threads that Cpu refuses.
+  explicit Emulator(EmulatorOptions options = {}) : schedule_(options.schedule), cpu_(options.threads) {
+    check(schedule_ >= 1, "Emulator: schedule ", schedule_, "; schedules are numbers from 1 on");
+    for (int thread = 0; thread < threads(); ++thread)
+      engines_.push_back(std::make_unique<emulator::Engine>(emulator::Schedule{schedule_}));
   }
+  explicit Emulator(int schedule) : Emulator(EmulatorOptions{.schedule = schedule}) {}
 
   void* take(std::size_t bytes) {
     return pool_.take(
@@ -1975,6 +1985,8 @@ class Emulator {
   void synchronise() {}
   bool owns(void const* memory) const { return memory_.owns(memory); }
   Pool& pool() { return pool_; }
+  // Of the host.
+  int threads() const { return cpu_.threads(); }
   // Kernels that were started.
   std::size_t launches() const { return launches_; }
 
@@ -2046,7 +2058,7 @@ template <class V> struct OnlineSoftmax {
 
   // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
   // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+  template <class Exponential> V rebase(V next, Exponential exponential) {
     V const factor = exponential(reference, next);
     reference = next;
     total *= factor;
@@ -2056,14 +2068,14 @@ template <class V> struct OnlineSoftmax {
   struct Factors {
     V own, other;
   };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+  template <class Exponential> Factors merge(OnlineSoftmax other, Exponential exponential) {
     V const next = reference > other.reference ? reference : other.reference;
     auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
     Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
     total += other.total;
     return factors;
   }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
+  V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
@@ -7349,8 +7361,19 @@ struct Range {
 HYBRIDATTN_DEVICE Range within(Index from, Index to, Index first, int rows) {
   return {static_cast<int>(simt::larger<Index>(from - first, 0)), static_cast<int>(simt::smaller<Index>(to - first, rows))};
 }
-template <class T> struct ExpOfDifference {
-  HYBRIDATTN_DEVICE T operator()(T x, T y) const { return std::exp(x - y); }
+// The softmax of the scores that a row has seen so far: attention::OnlineSoftmax for a kernel. nvcc takes no function for both machines
+// that on the CPU may have vectors.
+template <class T> struct SeenScores {
+  T largest = -simt::infinity<T>(), total = 0;   // sum of e^(score - largest)
+
+  // Returns the factor for all sums that were weighted by e^(score - largest).
+  HYBRIDATTN_DEVICE T raise(T next) {
+    T const factor = std::exp(largest - next);
+    largest = next;
+    total *= factor;
+    return factor;
+  }
+  HYBRIDATTN_DEVICE T lse() const { return largest + std::log(total); }
 };
 
 // o and lse of a tile of queries.
@@ -7369,7 +7392,7 @@ template <class T, int D> struct Forward {
     int const r = simt::thread_id() / lanes, c = simt::thread_id() % lanes;
     Index const i = at.first + r, hk = at.head / p.group;
     T o[Of::entries] = {};
-    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    SeenScores<T> softmax;
     shared.q.load(p.x.q, at.sequence, at.head, at.first);
     for (Index key = at.first_key(rows); key <= at.first; key += rows) {
       shared.kv.load(p.x.k, at.sequence, hk, key);
@@ -7396,8 +7419,8 @@ template <class T, int D> struct Forward {
 
  private:
   // Writes the weights of row r for the keys of the tile. Returns the factor for what was summed before.
-  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, attention::OnlineSoftmax<T>& softmax) {
-    T scores[Of::columns], largest = softmax.reference;
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, SeenScores<T>& softmax) {
+    T scores[Of::columns], largest = softmax.largest;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int n = 0; n < Of::columns; ++n) {
       int const j = c + n * lanes;
@@ -7407,7 +7430,7 @@ template <class T, int D> struct Forward {
     }
     largest = simt::largest_of_lanes<lanes>(largest);
     bool const sees_none = seen.begin >= rows;   // of the keys up to here
-    T const shrink = sees_none ? T(1) : softmax.rebase(largest, ExpOfDifference<T>{});
+    T const shrink = sees_none ? T(1) : softmax.raise(largest);
     T added = 0;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int n = 0; n < Of::columns; ++n) {
@@ -7567,7 +7590,7 @@ template <class T, int D> struct Decode {
     if (at.sequence.past == 0) return;
     Index const end = Index{p.sequences.positions(n)} + 1, first = p.window == 0 ? 0 : simt::larger<Index>(end - p.window, 0);
     simt::Array<T, entries> o = {};
-    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    SeenScores<T> softmax;
     for (int d = simt::thread_id(); d < D; d += threads) shared.q[d] = d < dim ? p.x.q(n, h, d) : T(0);
     for (Index key = first; key < end; key += keys) {
       int const count = static_cast<int>(simt::smaller<Index>(end - key, keys));
@@ -7593,13 +7616,13 @@ template <class T, int D> struct Decode {
 
  private:
   // Writes the weights of the tile's keys. Returns the factor for what was summed before.
-  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, attention::OnlineSoftmax<T>& softmax) {
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, SeenScores<T>& softmax) {
     int const j = simt::thread_id();
     if (j < count) shared.scores[j] = simt::rounded_product(scale, dot_rows(shared.q, shared.kv[j]));   // (1)
     simt::sync_block();
-    T largest = softmax.reference;
+    T largest = softmax.largest;
     for (int i = 0; i < count; ++i) largest = simt::larger(largest, shared.scores[i]);
-    T const shrink = softmax.rebase(largest, ExpOfDifference<T>{});
+    T const shrink = softmax.raise(largest);
     if (j < count) shared.weights[j] = std::exp(shared.scores[j] - largest);
     simt::sync_block();   // all keys are read, all weights are written
     for (int i = 0; i < count; ++i) softmax.total += shared.weights[i];

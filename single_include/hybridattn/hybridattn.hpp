@@ -188,6 +188,43 @@ inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 
 #endif
 
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
+
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
+  }
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
+  struct Factors {
+    V own, other;
+  };
+  template <class Exponential> Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
+    total += other.total;
+    return factors;
+  }
+  V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
 // ==== hybridattn/core/check.hpp
 // Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
@@ -373,43 +410,6 @@ template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/attention/online_softmax.hpp
-// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
-#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
-// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
-template <class V> struct OnlineSoftmax {
-  V reference, total;
-
-  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
-  // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
-    V const factor = exponential(reference, next);
-    reference = next;
-    total *= factor;
-    return factor;
-  }
-  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
-  struct Factors {
-    V own, other;
-  };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
-    V const next = reference > other.reference ? reference : other.reference;
-    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
-    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
-    total += other.total;
-    return factors;
-  }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif
 
 // ==== hybridattn/backend/cpu/simd.hpp
@@ -2208,6 +2208,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
+  static constexpr std::string_view name = "Cpu";
+
   // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
   // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
@@ -11513,6 +11515,7 @@ class Cublas {
 #include <array>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -11566,6 +11569,8 @@ class Started {
 
 class Cuda {
  public:
+  static constexpr std::string_view name = "Cuda";
+
   // Throws Error where there is no device of this number, where its driver is too old, where the program has no code for its
   // architecture, and where the products need a library that the program does not link.
   explicit Cuda(CudaOptions options = {}) : options_(options) {
@@ -11633,6 +11638,17 @@ class Cuda {
   }
   Pool& pool() { return pool_; }
   CudaOptions const& options() const { return options_; }
+  // "NVIDIA H100 PCIe".
+  std::string device_name() const {
+    cudaDeviceProp properties;
+    succeed(cudaGetDeviceProperties(&properties, options_.device), "reading the properties of a device");
+    return properties.name;
+  }
+  // All memory of the device, in bytes.
+  static std::size_t device_memory() {
+    std::size_t free = 0, all = 0;
+    return cudaMemGetInfo(&free, &all) == cudaSuccess ? all : 0;
+  }
   cudaStream_t stream() const { return stream_; }
 
   // Starts a kernel behind all earlier work.
@@ -11695,10 +11711,6 @@ class Cuda {
     return block;
   }
   static void release(void* block, std::size_t) noexcept { cudaFree(block); }   // cudaFree waits for the device
-  static std::size_t device_memory() {
-    std::size_t free = 0, all = 0;
-    return cudaMemGetInfo(&free, &all) == cudaSuccess ? all : 0;
-  }
   void succeed(cudaError_t status, char const* what) const { succeed_with(status, what, started_); }
   static void succeed_with(cudaError_t status, char const* what, cuda::Started const& started) {
     if (status != cudaSuccess) fail("CUDA: ", what, ": ", cudaGetErrorString(status), "; ", started.names());
@@ -12995,8 +13007,19 @@ struct Range {
 HYBRIDATTN_DEVICE Range within(Index from, Index to, Index first, int rows) {
   return {static_cast<int>(simt::larger<Index>(from - first, 0)), static_cast<int>(simt::smaller<Index>(to - first, rows))};
 }
-template <class T> struct ExpOfDifference {
-  HYBRIDATTN_DEVICE T operator()(T x, T y) const { return std::exp(x - y); }
+// The softmax of the scores that a row has seen so far: attention::OnlineSoftmax for a kernel. nvcc takes no function for both machines
+// that on the CPU may have vectors.
+template <class T> struct SeenScores {
+  T largest = -simt::infinity<T>(), total = 0;   // sum of e^(score - largest)
+
+  // Returns the factor for all sums that were weighted by e^(score - largest).
+  HYBRIDATTN_DEVICE T raise(T next) {
+    T const factor = std::exp(largest - next);
+    largest = next;
+    total *= factor;
+    return factor;
+  }
+  HYBRIDATTN_DEVICE T lse() const { return largest + std::log(total); }
 };
 
 // o and lse of a tile of queries.
@@ -13015,7 +13038,7 @@ template <class T, int D> struct Forward {
     int const r = simt::thread_id() / lanes, c = simt::thread_id() % lanes;
     Index const i = at.first + r, hk = at.head / p.group;
     T o[Of::entries] = {};
-    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    SeenScores<T> softmax;
     shared.q.load(p.x.q, at.sequence, at.head, at.first);
     for (Index key = at.first_key(rows); key <= at.first; key += rows) {
       shared.kv.load(p.x.k, at.sequence, hk, key);
@@ -13042,8 +13065,8 @@ template <class T, int D> struct Forward {
 
  private:
   // Writes the weights of row r for the keys of the tile. Returns the factor for what was summed before.
-  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, attention::OnlineSoftmax<T>& softmax) {
-    T scores[Of::columns], largest = softmax.reference;
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, Range seen, int r, int c, SeenScores<T>& softmax) {
+    T scores[Of::columns], largest = softmax.largest;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int n = 0; n < Of::columns; ++n) {
       int const j = c + n * lanes;
@@ -13053,7 +13076,7 @@ template <class T, int D> struct Forward {
     }
     largest = simt::largest_of_lanes<lanes>(largest);
     bool const sees_none = seen.begin >= rows;   // of the keys up to here
-    T const shrink = sees_none ? T(1) : softmax.rebase(largest, ExpOfDifference<T>{});
+    T const shrink = sees_none ? T(1) : softmax.raise(largest);
     T added = 0;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int n = 0; n < Of::columns; ++n) {
@@ -13213,7 +13236,7 @@ template <class T, int D> struct Decode {
     if (at.sequence.past == 0) return;
     Index const end = Index{p.sequences.positions(n)} + 1, first = p.window == 0 ? 0 : simt::larger<Index>(end - p.window, 0);
     simt::Array<T, entries> o = {};
-    attention::OnlineSoftmax<T> softmax{-simt::infinity<T>(), 0};
+    SeenScores<T> softmax;
     for (int d = simt::thread_id(); d < D; d += threads) shared.q[d] = d < dim ? p.x.q(n, h, d) : T(0);
     for (Index key = first; key < end; key += keys) {
       int const count = static_cast<int>(simt::smaller<Index>(end - key, keys));
@@ -13239,13 +13262,13 @@ template <class T, int D> struct Decode {
 
  private:
   // Writes the weights of the tile's keys. Returns the factor for what was summed before.
-  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, attention::OnlineSoftmax<T>& softmax) {
+  static HYBRIDATTN_DEVICE T weigh(Shared& shared, T scale, int count, SeenScores<T>& softmax) {
     int const j = simt::thread_id();
     if (j < count) shared.scores[j] = simt::rounded_product(scale, dot_rows(shared.q, shared.kv[j]));   // (1)
     simt::sync_block();
-    T largest = softmax.reference;
+    T largest = softmax.largest;
     for (int i = 0; i < count; ++i) largest = simt::larger(largest, shared.scores[i]);
-    T const shrink = softmax.rebase(largest, ExpOfDifference<T>{});
+    T const shrink = softmax.raise(largest);
     if (j < count) shared.weights[j] = std::exp(shared.scores[j] - largest);
     simt::sync_block();   // all keys are read, all weights are written
     for (int i = 0; i < count; ++i) softmax.total += shared.weights[i];

@@ -1588,7 +1588,7 @@ template <class V> struct OnlineSoftmax {
 
   // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
   // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
+  template <class Exponential> V rebase(V next, Exponential exponential) {
     V const factor = exponential(reference, next);
     reference = next;
     total *= factor;
@@ -1598,14 +1598,14 @@ template <class V> struct OnlineSoftmax {
   struct Factors {
     V own, other;
   };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
+  template <class Exponential> Factors merge(OnlineSoftmax other, Exponential exponential) {
     V const next = reference > other.reference ? reference : other.reference;
     auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
     Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
     total += other.total;
     return factors;
   }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
+  V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
 };
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
@@ -3341,6 +3341,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
+  static constexpr std::string_view name = "Cpu";
+
   // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
   // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {

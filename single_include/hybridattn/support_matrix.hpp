@@ -183,6 +183,43 @@ inline namespace HYBRIDATTN_ABI __attribute__((__abi_tag__)) {}
 
 #endif
 
+// ==== hybridattn/attention/online_softmax.hpp
+// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
+#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::attention {
+
+// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
+// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
+template <class V> struct OnlineSoftmax {
+  V reference, total;
+
+  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
+  // exponential(x, y) is e^(x - y).
+  template <class Exponential> V rebase(V next, Exponential exponential) {
+    V const factor = exponential(reference, next);
+    reference = next;
+    total *= factor;
+    return factor;
+  }
+  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
+  struct Factors {
+    V own, other;
+  };
+  template <class Exponential> Factors merge(OnlineSoftmax other, Exponential exponential) {
+    V const next = reference > other.reference ? reference : other.reference;
+    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
+    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
+    total += other.total;
+    return factors;
+  }
+  V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
+#endif
+
 // ==== hybridattn/core/check.hpp
 // Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
@@ -368,43 +405,6 @@ template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/attention/online_softmax.hpp
-// Softmax over scores that come in parts (Milakov and Gimelshein, arXiv 1805.02867).
-#ifndef HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-#define HYBRIDATTN_ATTENTION_ONLINE_SOFTMAX_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::attention {
-
-// total = sum_j e^(s_j - reference) over the scores of a part. Any reference gives the same softmax. One near the largest score keeps
-// every e^(s_j - reference) in range. V is a number, or a vector of numbers for as many queries.
-template <class V> struct OnlineSoftmax {
-  V reference, total;
-
-  // Changes the reference. Returns the factor e^(old - next) for all sums that were weighted by e^(s_j - old).
-  // exponential(x, y) is e^(x - y).
-  template <class Exponential> HYBRIDATTN_HD V rebase(V next, Exponential exponential) {
-    V const factor = exponential(reference, next);
-    reference = next;
-    total *= factor;
-    return factor;
-  }
-  // Adds the scores of another part. A part without scores has reference -inf and total 0. Returns one factor for each part's weighted sums.
-  struct Factors {
-    V own, other;
-  };
-  template <class Exponential> HYBRIDATTN_HD Factors merge(OnlineSoftmax other, Exponential exponential) {
-    V const next = reference > other.reference ? reference : other.reference;
-    auto const factor = [&](OnlineSoftmax& part) { return part.reference == next ? V(1) : part.rebase(next, exponential); };
-    Factors const factors{factor(*this), factor(other)};  // of two parts without scores, -inf - -inf would be NaN
-    total += other.total;
-    return factors;
-  }
-  HYBRIDATTN_HD V lse() const { return reference + std::log(total); }  // log sum_j e^s_j
-};
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif
 
 // ==== hybridattn/backend/cpu/simd.hpp
@@ -2203,6 +2203,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
+  static constexpr std::string_view name = "Cpu";
+
   // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
   // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
@@ -6732,9 +6734,9 @@ using AllPolicies = std::tuple<Full, GDN, DSA>;
 using AllBackends = std::tuple<Cpu>;
 using AllScalars = std::tuple<float, double>;
 
-// How backends and scalars are called in tables.
+// How backends and scalars are called in tables. A backend may have a `name`.
 template <class T> inline constexpr std::string_view table_name = "a type without a name";
-template <> inline constexpr std::string_view table_name<Cpu> = "Cpu";
+template <class T> requires requires { T::name; } inline constexpr std::string_view table_name<T> = T::name;
 template <> inline constexpr std::string_view table_name<float> = "float";
 template <> inline constexpr std::string_view table_name<double> = "double";
 
@@ -6782,7 +6784,8 @@ template <std::size_t n> std::string listed(std::array<bool, n> const& holds, st
 template <class Policies = AllPolicies, class Backends = AllBackends, class Scalars = AllScalars>
 inline constexpr auto support = detail::support_rows<Scalars>(detail::Of<Policies>{}, detail::Of<Backends>{});
 
-// The table in Markdown, a line for each row. For policies of your own: support_matrix<std::tuple<Mine, Full>>().
+// The table in Markdown, a line for each row. For policies of your own: support_matrix<std::tuple<Mine, Full>>(). For GPUs, after their
+// header: support_matrix<AllPolicies, std::tuple<Cpu, Emulator>>().
 template <class Policies = AllPolicies, class Backends = AllBackends, class Scalars = AllScalars> std::string support_matrix() {
   auto const names = detail::table_names(detail::Of<Scalars>{});
   std::string text = "| policy | backend | forward | backward | decoding | backward remembers |\n|---|---|---|---|---|---|\n";

@@ -1042,6 +1042,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 class Cpu {
  public:
+  static constexpr std::string_view name = "Cpu";
+
   // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
   // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
