@@ -37,4 +37,14 @@ chmod +x "$folder"/programs/*
 for row in '| golden | exit status 3 |' '| graph | not built |' '| kernels | well |'; do
   grep -qF "$row" "$folder/bad/gpu_check.md" || fail "the table has no row $row"
 done
+
+# The pages hold what the last run found, and a new run changes them.
+mkdir -p "$folder/tree/scripts"
+cp -r "$1/docs" "$1/README.md" "$folder/tree"
+cp "$1/scripts/gpu_record" "$folder/tree/scripts"
+"$folder/tree/scripts/gpu_record"
+cmp -s "$1/README.md" "$folder/tree/README.md" || fail "README does not say what docs/cuda.md says of the last run; run scripts/gpu_record"
+"$folder/tree/scripts/gpu_record" "$folder/bad"
+grep -q '^| golden | exit status 3 |' "$folder/tree/docs/cuda.md" || fail "docs/cuda.md does not get the results"
+grep -qE '^[|] GPU kernels .*[|] 1 of 3 parts well, commit `unknown` [|]$' "$folder/tree/README.md" || fail "README does not get the verdict"
 exit $((failures > 0))
