@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT=1000
 listed=$("$check" "$programs" --list)
 status=$?
 ((status == 77 || status == 0)) || fail "--list ends with $status"
-for part in device operations_float full gdn dsa golden models released graph kernels memcheck racecheck profile; do
+for part in device operations_float full gdn dsa golden models released patterns graph kernels memcheck racecheck profile; do
   grep -qE "^$part +at most +[0-9]+ s " <<<"$listed" || fail "--list does not show $part"
 done
 echo "$listed" | tail -2
