@@ -3,33 +3,65 @@
 
 #include <hybridattn/attention/room.hpp>
 #include <hybridattn/attention/gdn/gdn.hpp>
-#include <hybridattn/attention/gdn/kernels.hpp>
+#include <hybridattn/attention/gdn/kernel_chunks.hpp>
+#include <hybridattn/attention/gdn/kernel_steps.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
 
 template <class F> void with_room(Config const& c, F f) { attention::with_room("GatedDeltaNet", "key_dim", c.key_dim, f); }
 
-template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
-  ForwardParams<T> p{};
+// A, Q and R of all chunks of a batch.
+template <class T, class B> struct ChunkPairs {
+  Tensor<T, 4, B> keys, queries, solved;
+
+  ChunkPairs(B& gpu, Shape<4> shape) : keys{gpu, shape}, queries{gpu, shape}, solved{gpu, shape} {}
+  void give(ChunkParams<T>& p) {
+    p.key_pairs = out(keys);
+    p.query_pairs = out(queries);
+    p.solved = out(solved);
+  }
+};
+template <class T, class M> ChunkParams<T> chunk_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  ChunkParams<T> p{};
   p.x = x;
   p.sequences = s.table().list;
   p.group = c.num_value_heads / c.num_heads;
   p.scale = static_cast<T>(c.scale);
   return p;
 }
-template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
+template <class T, class B> void forward_chunks(B& gpu, Config const& c, Sequences const& s, ChunkParams<T> p) {
   with_room(c, [&](auto K) {
-    using Kernel = Forward<T, K()>;
+    using Of = Tiling<T, K()>;
+    Index const HV = c.num_value_heads, chunks = Of::count_chunks(s);
+    ChunkPairs<T, B> pairs{gpu, {chunks, HV, Of::chunk, Of::chunk}};
+    pairs.give(p);
+    p.tiles = ceil_div(c.value_dim, Index{Of::columns});
+    if (s.tokens() > 0) launch<PrepareChunks<T, K()>>(gpu, {.x = chunks, .y = c.num_heads}, p);
+    launch<ForwardChunks<T, K()>>(gpu, {.x = p.tiles * s.count(), .y = HV}, p);
+  });
+}
+
+template <class T, class M> ForwardStepsParams<T> steps_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  ForwardStepsParams<T> p{};
+  p.x = x;
+  p.sequences = s.table().list;
+  p.group = c.num_value_heads / c.num_heads;
+  p.scale = static_cast<T>(c.scale);
+  return p;
+}
+template <class T, class B> void forward_steps(B& gpu, Config const& c, Sequences const& s, ForwardStepsParams<T> p) {
+  with_room(c, [&](auto K) {
+    using Kernel = ForwardSteps<T, K()>;
     p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
   });
 }
 // p without states, parts, paths and tiles.
 template <class T, class B>
-void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
+void backward_steps(B& gpu, Config const& c, Sequences const& s, BackwardStepsParams<T> p, Inputs<Out<T>> d_x) {
   with_room(c, [&](auto K) {
-    using Kernel = Backward<T, K()>;
+    using Kernel = BackwardSteps<T, K()>;
     Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
     Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
@@ -50,17 +82,17 @@ template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
   template <class T, class M>
   static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
-    auto p = gdn::forward_params<T>(c, s, x);
+    auto p = gdn::chunk_params<T>(c, s, x);
     p.o = y.o;
     p.error = saved.error;
     p.final_state = y.final_state;
-    gdn::launch_forward(gpu, c, s, p);
+    gdn::forward_chunks(gpu, c, s, p);
   }
 
   template <class T, class M>
   static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
-    gdn::BackwardParams<T> p{};
+    gdn::BackwardStepsParams<T> p{};
     p.x = x;
     p.error = saved.error;
     p.d_o = d_y.o;
@@ -70,7 +102,7 @@ template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
     p.sequences = s.table().list;
     p.group = c.num_value_heads / c.num_heads;
     p.scale = static_cast<T>(c.scale);
-    gdn::launch_backward(gpu, c, s, p, d_x);
+    gdn::backward_steps(gpu, c, s, p, d_x);
   }
 
   // Forward from the states in the cache to these states.
@@ -78,12 +110,12 @@ template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
   static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());
-    auto p = gdn::forward_params<T>(c, s, x);
+    auto p = gdn::steps_params<T>(c, s, x);
     p.x.initial_state = cache.state;
     p.o = y.o;
     p.final_state = cache.state;
     p.extends = true;
-    gdn::launch_forward(gpu, c, s, p);
+    gdn::forward_steps(gpu, c, s, p);
   }
 };
 
