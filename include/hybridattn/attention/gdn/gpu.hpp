@@ -4,6 +4,7 @@
 #include <hybridattn/attention/room.hpp>
 #include <hybridattn/attention/gdn/gdn.hpp>
 #include <hybridattn/attention/gdn/kernel_chunks.hpp>
+#include <hybridattn/attention/gdn/kernel_chunks_backward.hpp>
 #include <hybridattn/attention/gdn/kernel_steps.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
@@ -37,8 +38,28 @@ template <class T, class B> void forward_chunks(B& gpu, Config const& c, Sequenc
     ChunkPairs<T, B> pairs{gpu, {chunks, HV, Of::chunk, Of::chunk}};
     pairs.give(p);
     p.tiles = ceil_div(c.value_dim, Index{Of::columns});
-    if (s.tokens() > 0) launch<PrepareChunks<T, K()>>(gpu, {.x = chunks, .y = c.num_heads}, p);
+    launch<PrepareChunks<T, K()>>(gpu, {.x = chunks, .y = c.num_heads}, p);
     launch<ForwardChunks<T, K()>>(gpu, {.x = p.tiles * s.count(), .y = HV}, p);
+  });
+}
+template <class T, class B> void backward_chunks(B& gpu, Config const& c, Sequences const& s, ChunkParams<T> p) {
+  with_room(c, [&](auto K) {
+    using Of = Tiling<T, K()>;
+    Index const HV = c.num_value_heads, chunks = Of::count_chunks(s);
+    Shape<4> const of_states{chunks, HV, c.key_dim, c.value_dim};
+    ChunkPairs<T, B> pairs{gpu, {chunks, HV, Of::chunk, Of::chunk}};
+    Tensor<T, 4, B> states{gpu, of_states}, gradients{gpu, of_states};
+    Tensor<T, 3, B> projected{gpu, p.d_x.v.shape};
+    pairs.give(p);
+    p.states = out(states);
+    p.gradients = out(gradients);
+    p.projected = out(projected);
+    p.tiles = ceil_div(c.value_dim, Index{Of::columns});
+    Grid const scan{.x = p.tiles * s.count(), .y = HV}, all_chunks{.x = chunks, .y = c.num_heads};
+    launch<PrepareChunks<T, K()>>(gpu, all_chunks, p);
+    launch<StatesOfChunks<T, K()>>(gpu, scan, p);
+    launch<GradientsOfStates<T, K()>>(gpu, scan, p);
+    launch<GradientsOfTokens<T, K()>>(gpu, all_chunks, p);
   });
 }
 
@@ -92,17 +113,12 @@ template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
   template <class T, class M>
   static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
-    gdn::BackwardStepsParams<T> p{};
-    p.x = x;
-    p.error = saved.error;
+    auto p = gdn::chunk_params<T>(c, s, x);
+    p.saved_error = saved.error;
     p.d_o = d_y.o;
     p.d_final_state = d_y.final_state;
-    p.d_v = d_x.v;
-    p.d_initial_state = d_x.initial_state;
-    p.sequences = s.table().list;
-    p.group = c.num_value_heads / c.num_heads;
-    p.scale = static_cast<T>(c.scale);
-    gdn::backward_steps(gpu, c, s, p, d_x);
+    p.d_x = d_x;
+    gdn::backward_chunks(gpu, c, s, p);
   }
 
   // Forward from the states in the cache to these states.

@@ -168,7 +168,7 @@ template <class T, int K> struct GradientsOfTokens {
         simt::sync_block();   // all have read the panels
       }
       scale(shared, sums);
-      sum_over_keys(shared, at, sums);
+      sum_over_keys(shared, sums);
       finish_pairs(shared, p, at, h, sums);
       simt::sync_block();
       write_d_g(shared, p, at, h);
@@ -260,7 +260,7 @@ template <class T, int K> struct GradientsOfTokens {
     });
   }
   // The warps' parts of what S and X add to d_g.
-  static HYBRIDATTN_DEVICE void sum_over_keys(Shared& shared, ChunkPlace const& at, Sums const& sums) {
+  static HYBRIDATTN_DEVICE void sum_over_keys(Shared& shared, Sums const& sums) {
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int t = 0; t < tokens; ++t) {
       T read = 0, written = 0;
