@@ -22,10 +22,10 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 // Sizes for keys with room for K entries, so that the shared memory of a block stays below 99 KB.
 template <class T, int K> struct Tiling {
-  static constexpr int each = 4;                                              // numbers that a thread reads and writes at once
-  static constexpr int chunk = static_cast<int>(sizeof(T)) * K < 2048 ? 16 : 8;   // tokens
-  static constexpr int columns = 128 / static_cast<int>(sizeof(T));           // of a state, in a scan
-  static constexpr int panel = K < 256 ? columns : columns / 2;               // columns at a time, where all columns are summed
+  static constexpr int each = 4;  // numbers that a thread reads and writes at once
+  static constexpr int chunk = static_cast<int>(sizeof(T)) * K < 2048 ? 16 : 8;  // tokens
+  static constexpr int columns = 128 / static_cast<int>(sizeof(T));  // of a state, in a scan
+  static constexpr int panel = K < 256 ? columns : columns / 2;  // columns at a time, where all columns are summed
   static constexpr int scan_threads = chunk * columns / each;
 
   // A sequence's first chunk among those of the batch. Sequences may have any lengths, so a few places stay unused.
@@ -40,19 +40,19 @@ template <class T, int K, int rows> using KeyTable = simt::Table<T, rows, K + Ti
 // What all chunk kernels get. Views that a kernel does not need are empty.
 template <class T> struct ChunkParams {
   Inputs<In<T>> x;
-  View<T, 3> o;                             // forward's results
+  View<T, 3> o;  // forward's results
   View<wide_t<T>, 3> error;
   View<wide_t<T>, 4> final_state;
-  View<wide_t<T> const, 3> saved_error;     // backward's arguments and results
+  View<wide_t<T> const, 3> saved_error;  // backward's arguments and results
   View<T const, 3> d_o;
   View<wide_t<T> const, 4> d_final_state;
   Inputs<Out<T>> d_x;
-  View<T, 4> key_pairs, query_pairs, solved;   // [chunks, HV, chunk, chunk]: A, Q and R of (a) and (b)
-  View<T, 4> states, gradients;             // [chunks, HV, K, V]: the state before each chunk, the gradient of the state after it
-  View<T, 3> projected;                     // [N, HV, V]: Y of backward
+  View<T, 4> key_pairs, query_pairs, solved;  // [chunks, HV, chunk, chunk]: A, Q and R of (a) and (b)
+  View<T, 4> states, gradients;  // [chunks, HV, K, V]: the state before each chunk, the gradient of the state after it
+  View<T, 3> projected;  // [N, HV, V]: Y of backward
   View<Sequence const, 1> sequences;
-  Index tiles;   // of columns
-  Index group;   // value heads of a key head
+  Index tiles;  // of columns
+  Index group;  // value heads of a key head
   T scale;
 };
 
@@ -66,7 +66,8 @@ HYBRIDATTN_DEVICE void load_rows(T (&to)[rows][room], View<From const, 3> from, 
   }
 }
 
-// beta of the tokens of a chunk, their decays from the chunk's begin and to its end, and the decay of the whole chunk.
+// beta of the tokens of a chunk, their decays from the chunk's begin and to its end, and the decay of the whole chunk. Tokens behind
+// `count` read and write nothing.
 template <class T, int chunk> struct ChunkGates {
   T beta[chunk], until[chunk], after[chunk], whole;
 
@@ -80,9 +81,9 @@ template <class T, int chunk> struct ChunkGates {
       else behind += g;
     }
     beta[t] = t < count ? x.beta(n + t, h) : T(0);
-    until[t] = static_cast<T>(std::exp(before));
+    until[t] = t < count ? static_cast<T>(std::exp(before)) : T(0);
     after[t] = static_cast<T>(std::exp(behind));
-    if (t == chunk - 1) whole = until[t];
+    if (t == chunk - 1) whole = static_cast<T>(std::exp(before));
   }
 };
 // decay(i, j) by the logarithms of a chunk's decays.
@@ -95,7 +96,7 @@ template <class T, std::size_t chunk> HYBRIDATTN_DEVICE T decay_between(double c
 // sums[n] += the rows x[n] [K] times columns column .. column + 3 of a matrix [K, width].
 template <int K, class T, int count, std::size_t width>
 HYBRIDATTN_DEVICE void add_products(T const* const (&x)[count], T const (&matrix)[K][width], int column, T (&sums)[count][4]) {
-  HYBRIDATTN_UNROLL_8_IN_KERNEL
+  HYBRIDATTN_UNROLL_2_IN_KERNEL
   for (int a = 0; a < K; a += 4) {
     simt::Vector<T, 4> of_x[count];
     HYBRIDATTN_UNROLL_IN_KERNEL
@@ -118,7 +119,7 @@ template <class T> HYBRIDATTN_DEVICE void add_row(T factor, T const* row, T (&su
   for (int c = 0; c < 4; ++c) sum[c] += factor * x.x[c];
 }
 
-// A tile of the columns of a state, or of its gradient, in the shared memory of a scan's block.
+// A tile of the columns of a state, or of its gradient, in the shared memory of a scan's block. A thread reads and writes the same elements.
 template <class T, int K> struct StateTile {
   using Of = Tiling<T, K>;
   using Four = simt::Vector<T, Of::each>;
@@ -140,7 +141,8 @@ template <class T, int K> struct StateTile {
     }
   }
   // The tile times `factor`, plus the sum over the rows of x [rows, K]^T y [rows, columns]. A thread has squares of 4 x 4 elements.
-  template <std::size_t rows, std::size_t width> HYBRIDATTN_DEVICE void add(T factor, T const (&x)[rows][width], T const (&y)[rows][columns]) {
+  template <std::size_t rows, std::size_t width> HYBRIDATTN_DEVICE void add(T factor, T const (&x)[rows][width],
+                                                                            T const (&y)[rows][columns]) {
     for (int i = simt::thread_id(); i < K * columns / 16; i += threads) {
       int const a = i / (columns / 4) * 4, c = i % (columns / 4) * 4;
       T sum[4][4];
@@ -150,7 +152,7 @@ template <class T, int K> struct StateTile {
         HYBRIDATTN_UNROLL_IN_KERNEL
         for (int e = 0; e < 4; ++e) sum[d][e] = factor * old.x[e];
       }
-      HYBRIDATTN_UNROLL_8_IN_KERNEL
+      HYBRIDATTN_UNROLL_2_IN_KERNEL
       for (int n = 0; n < static_cast<int>(rows); ++n) {
         Four const key = simt::load_vector<4>(&x[n][a]);
         HYBRIDATTN_UNROLL_IN_KERNEL
@@ -164,10 +166,10 @@ template <class T, int K> struct StateTile {
 
 // The chunk of a block of a kernel that takes all chunks at once. Blocks for unused places have no tokens.
 struct ChunkPlace {
-  Index chunk;       // among those of the batch
+  Index chunk;  // among those of the batch
   Index sequence;
-  Index first;       // token of the batch
-  int count = 0;     // of tokens
+  Index first;  // token of the batch
+  int count = 0;  // of tokens
 
   template <class Of> static HYBRIDATTN_DEVICE ChunkPlace find(View<Sequence const, 1> sequences) {
     ChunkPlace place{simt::block_x(), 0, 0};
@@ -190,10 +192,10 @@ template <class T, int K> struct PrepareChunks {
   static constexpr int chunk = Of::chunk, threads = chunk * chunk;
   using Params = ChunkParams<T>;
   struct Shared {
-    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;   // q times scale
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
     double g[chunk];
     T beta[chunk];
-    T keys[chunk][chunk + 1];   // A
+    T keys[chunk][chunk + 1];  // A
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -213,11 +215,11 @@ template <class T, int K> struct PrepareChunks {
       load_gates(shared, p, at, h);
       simt::sync_block();
       T const decay = j <= i ? decay_between<T>(shared.g, i, j) : T(0);
-      if (j <= i) p.query_pairs(at.chunk, h, i, j) = decay * with_query;                        // (a)
+      if (j <= i) p.query_pairs(at.chunk, h, i, j) = decay * with_query;  // (a)
       if (j < i) p.key_pairs(at.chunk, h, i, j) = shared.keys[i][j] = decay * with_key;
       simt::sync_block();
       if (simt::thread_id() < chunk) solve(shared, simt::thread_id(), p.solved.row(at.chunk, h, 0));
-      simt::sync_block();   // all have read the gates and A
+      simt::sync_block();  // all have read the gates and A
     }
   }
 
@@ -280,8 +282,8 @@ template <class T, int K> struct ForwardChunks {
   using Rows = simt::Table<T, chunk, columns>;
   struct Shared {
     StateTile<T, K> state;
-    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;   // q times scale
-    alignas(simt::Vector<T, 4>) Rows rest, write, kept;       // beta r, beta e, and beta e times its decay to the end of the chunk
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
+    alignas(simt::Vector<T, 4>) Rows rest, write, kept;  // beta r, beta e, and beta e times its decay to the end of the chunk
     T query_pairs[chunk][chunk], solved[chunk][chunk];
     ChunkGates<T, chunk> gates;
   };
@@ -294,7 +296,6 @@ template <class T, int K> struct ForwardChunks {
       simt::sync_block();
       take(shared, p, at, at.sequence.start + t, at.count(t, chunk));
     }
-    simt::sync_block();   // a sequence without tokens has not waited for the state
     shared.state.write(p.final_state, at.number, at.head, at.column);
   }
 
@@ -326,15 +327,15 @@ template <class T, int K> struct ForwardChunks {
     }
     own.store(shared.rest, i, beta, error);
     simt::sync_block();
-    for (int j = 0; j < i; ++j) add_row(-shared.solved[i][j], &shared.rest[j][own.column], error);      // (c)
+    for (int j = 0; j < i; ++j) add_row(-shared.solved[i][j], &shared.rest[j][own.column], error);  // (c)
     own.store(shared.write, i, beta, error);
     own.store(shared.kept, i, beta * shared.gates.after[i], error);
     own.write(p.error, at, n, count, error);
     simt::sync_block();
-    for (int j = 0; j <= i; ++j) add_row(shared.query_pairs[i][j], &shared.write[j][own.column], o);    // (d)
+    for (int j = 0; j <= i; ++j) add_row(shared.query_pairs[i][j], &shared.write[j][own.column], o);  // (d)
     own.write(p.o, at, n, count, o);
-    shared.state.add(shared.gates.whole, shared.k, shared.kept);                                       // (e)
-    simt::sync_block();   // the state is complete, and all have read the chunk
+    shared.state.add(shared.gates.whole, shared.k, shared.kept);  // (e)
+    simt::sync_block();  // the state is complete, and all have read the chunk
   }
 };
 

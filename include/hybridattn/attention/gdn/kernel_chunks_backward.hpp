@@ -30,7 +30,7 @@ template <class T, int K> struct StatesOfChunks {
   struct Shared {
     StateTile<T, K> state;
     alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> k;
-    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> error, kept;   // e, and beta e times its decay to the end of the chunk
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> error, kept;  // e, and beta e times its decay to the end of the chunk
     ChunkGates<T, chunk> gates;
   };
 
@@ -50,8 +50,8 @@ template <class T, int K> struct StatesOfChunks {
       add_row(shared.gates.beta[own.token] * shared.gates.after[own.token], &shared.error[own.token][own.column], kept);
       own.store(shared.kept, own.token, T(1), kept);
       simt::sync_block();
-      shared.state.add(shared.gates.whole, shared.k, shared.kept);   // (e)
-      simt::sync_block();   // the state is complete, and all have read the chunk
+      shared.state.add(shared.gates.whole, shared.k, shared.kept);  // (e)
+      simt::sync_block();  // the state is complete, and all have read the chunk
     }
   }
 };
@@ -66,7 +66,7 @@ template <class T, int K> struct GradientsOfStates {
     // Keys, then queries times scale. The updates are what (g) multiplies with them.
     alignas(simt::Vector<T, 4>) KeyTable<T, K, 2 * chunk> keys;
     alignas(simt::Vector<T, 4>) simt::Table<T, 2 * chunk, columns> updates;
-    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> d_o, rest;   // rest: beta y
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> d_o, rest;  // rest: beta y
     T query_pairs[chunk][chunk], solved[chunk][chunk];
     ChunkGates<T, chunk> gates;
   };
@@ -82,7 +82,6 @@ template <class T, int K> struct GradientsOfStates {
       shared.gradient.write(p.gradients, first + i, at.head, at.column);
       take(shared, p, at, at.sequence.start + i * chunk, count);
     }
-    simt::sync_block();   // a sequence without tokens has not waited for the gradient
     shared.gradient.write(p.d_x.initial_state, at.number, at.head, at.column);
   }
 
@@ -104,24 +103,24 @@ template <class T, int K> struct GradientsOfStates {
     int const i = own.token;
     T const until = shared.gates.until[i], beta = shared.gates.beta[i];
     T const* const rows[] = {shared.keys[i]};
-    T of_gradient[1][4] = {}, y[4] = {}, d_v[4] = {}, zeros[4] = {}, read[4] = {};
+    T of_gradient[1][4] = {}, y[4] = {}, d_v[4] = {}, read[4] = {};
     add_products(rows, shared.gradient.row, own.column, of_gradient);
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int c = 0; c < 4; ++c) y[c] = shared.gates.after[i] * of_gradient[0][c];
     for (int l = i; l < count; ++l) add_row(shared.query_pairs[l][i], &shared.d_o[l][own.column], y);
     own.store(shared.rest, i, beta, y);
     simt::sync_block();
-    for (int l = i + 1; l < count; ++l) add_row(-shared.solved[l][i], &shared.rest[l][own.column], y);   // (f)
+    for (int l = i + 1; l < count; ++l) add_row(-shared.solved[l][i], &shared.rest[l][own.column], y);  // (f)
     own.write(p.projected, at, n, count, y);
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int c = 0; c < 4; ++c) d_v[c] = beta * y[c];
     own.write(p.d_x.v, at, n, count, d_v);
     add_row(until, &shared.d_o[i][own.column], read);
-    own.store(shared.updates, i, -until, i < count ? d_v : zeros);
-    own.store(shared.updates, chunk + i, T(1), i < count ? read : zeros);
+    own.store(shared.updates, i, -until, d_v);
+    own.store(shared.updates, chunk + i, T(1), read);
     simt::sync_block();
-    shared.gradient.add(shared.gates.whole, shared.keys, shared.updates);                               // (g)
-    simt::sync_block();   // the gradient is complete, and all have read the chunk
+    shared.gradient.add(shared.gates.whole, shared.keys, shared.updates);  // (g)
+    simt::sync_block();  // the gradient is complete, and all have read the chunk
   }
 };
 
@@ -129,26 +128,26 @@ template <class T, int K> struct GradientsOfStates {
 // others add to them. Columns go through shared memory in panels. A thread has two entries of four tokens, and a few pairs of tokens.
 template <class T, int K> struct GradientsOfTokens {
   using Of = Tiling<T, K>;
-  static constexpr int chunk = Of::chunk, panel = Of::panel, tokens = 4, entries = 2;   // of a thread
+  static constexpr int chunk = Of::chunk, panel = Of::panel, tokens = 4, entries = 2;  // of a thread
   static constexpr int threads = chunk * K / (tokens * entries), warps = threads / 32;
-  static constexpr int pairs = (chunk * chunk + threads - 1) / threads;                  // of a thread
+  static constexpr int pairs = (chunk * chunk + threads - 1) / threads;  // of a thread
   using Params = ChunkParams<T>;
-  template <int rows> using Panel = simt::Table<T, rows, panel + 4>;   // four more, so that the rows begin in different banks
+  template <int rows> using Panel = simt::Table<T, rows, panel + 4>;  // four more, so that the rows begin in different banks
   struct Shared {
-    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;   // q times scale
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
     alignas(simt::Vector<T, 4>) Panel<K> state, gradient;
     alignas(simt::Vector<T, 4>) Panel<chunk> d_o, projected, error;
-    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, chunk> reads, erased;   // D and E, E on both sides of the diagonal
-    double crossing[chunk][chunk + 1];                                        // what a pair adds to d_g
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, chunk> reads, erased;  // D and E, E on both sides of the diagonal
+    double crossing[chunk][chunk + 1];  // what a pair adds to d_g
     double reads_of[warps][chunk], writes_of[warps][chunk], across_of[warps];  // the warps' parts of sums over K
     double g[chunk];
     ChunkGates<T, chunk> gates;
   };
   // Sums over the columns, of a value head.
   struct Sums {
-    T state_d_o[tokens][entries] = {}, state_y[tokens][entries] = {}, gradient_error[tokens][entries] = {};   // S d_o, S Y, X e
-    T d_o_error[pairs] = {}, y_error[pairs] = {};                                                             // d_o_i . e_j, Y_i . e_j
-    T across = 0;                                                                                             // <S, X>
+    T state_d_o[tokens][entries] = {}, state_y[tokens][entries] = {}, gradient_error[tokens][entries] = {};  // S d_o, S Y, X e
+    T d_o_error[pairs] = {}, y_error[pairs] = {};  // d_o_i . e_j, Y_i . e_j
+    T across = 0;  // <S, X>
   };
 
   static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
@@ -165,7 +164,7 @@ template <class T, int K> struct GradientsOfTokens {
         simt::sync_block();
         add_panels(shared, sums);
         add_pairs(shared, sums);
-        simt::sync_block();   // all have read the panels
+        simt::sync_block();  // all have read the panels
       }
       scale(shared, sums);
       sum_over_keys(shared, sums);
@@ -173,7 +172,7 @@ template <class T, int K> struct GradientsOfTokens {
       simt::sync_block();
       write_d_g(shared, p, at, h);
       write_d_q_and_d_k(shared, p, at, key_head, h == key_head * p.group, sums);
-      simt::sync_block();   // all have read the gates and the pairs
+      simt::sync_block();  // all have read the gates and the pairs
     }
   }
 
@@ -219,6 +218,7 @@ template <class T, int K> struct GradientsOfTokens {
     }
   }
   static HYBRIDATTN_DEVICE void add_panels(Shared const& shared, Sums& sums) {
+    HYBRIDATTN_UNROLL_2_IN_KERNEL
     for (int c = 0; c < panel; c += 4) {
       simt::Vector<T, 4> state[entries], gradient[entries];
       HYBRIDATTN_UNROLL_IN_KERNEL
@@ -288,7 +288,7 @@ template <class T, int K> struct GradientsOfTokens {
   static HYBRIDATTN_DEVICE void finish_pairs(Shared& shared, Params const& p, ChunkPlace const& at, Index h, Sums const& sums) {
     for_each_pair([&](int n, int i, int j) {
       T const decay = decay_between<T>(shared.g, i, j), beta = shared.gates.beta[j], both = shared.gates.beta[i] * beta;
-      shared.reads[i][j] = decay * beta * sums.d_o_error[n];                                   // (h)
+      shared.reads[i][j] = decay * beta * sums.d_o_error[n];  // (h)
       if (i == j && i < at.count) p.d_x.beta(at.first + i, h) = sums.y_error[n];
       if (i == j) return;
       shared.erased[i][j] = shared.erased[j][i] = decay * both * sums.y_error[n];
@@ -307,10 +307,10 @@ template <class T, int K> struct GradientsOfTokens {
     }
     for (int l = i; l < at.count; ++l)
       for (int j = 0; j < i; ++j) inside += shared.crossing[l][j];
-    p.d_x.g(at.first + i, h) = static_cast<T>(static_cast<double>(shared.gates.whole) * across + reads + writes + inside);   // (j)
+    p.d_x.g(at.first + i, h) = static_cast<T>(static_cast<double>(shared.gates.whole) * across + reads + writes + inside);  // (j)
   }
-  static HYBRIDATTN_DEVICE void write_d_q_and_d_k(Shared const& shared, Params const& p, ChunkPlace const& at, Index key_head, bool is_first,
-                                                  Sums& sums) {
+  static HYBRIDATTN_DEVICE void write_d_q_and_d_k(Shared const& shared, Params const& p, ChunkPlace const& at, Index key_head,
+                                                  bool is_first, Sums& sums) {
     T d_q[tokens][entries], d_k[tokens][entries];
     for_each_element([&](int t, int a) {
       d_q[t][a] = sums.state_d_o[t][a];
@@ -324,7 +324,7 @@ template <class T, int K> struct GradientsOfTokens {
         if (m >= i) d_k[t][a] += shared.reads[m][i] * shared.q[m][entry(a)];
         if (m != i) d_k[t][a] -= shared.erased[m][i] * key;
       });
-    for_each_element([&](int t, int a) {                                                        // (i)
+    for_each_element([&](int t, int a) {  // (i)
       if (token(t) >= at.count || entry(a) >= p.d_x.q.extent(2)) return;
       T &to_q = p.d_x.q(at.first + token(t), key_head, entry(a)), &to_k = p.d_x.k(at.first + token(t), key_head, entry(a));
       to_q = is_first ? p.scale * d_q[t][a] : to_q + p.scale * d_q[t][a];
