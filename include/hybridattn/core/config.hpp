@@ -9,14 +9,15 @@
 #endif
 
 // HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
-// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many, and
-// UNROLL_2_IN_KERNEL in front of one with many whose turn fills many registers.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many,
+// UNROLL_4_IN_KERNEL and UNROLL_2_IN_KERNEL in front of one with many that each fill many registers.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
 #define HYBRIDATTN_DEVICE __device__ __forceinline__
 #define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL _Pragma("unroll 8")
+#define HYBRIDATTN_UNROLL_4_IN_KERNEL _Pragma("unroll 4")
 #define HYBRIDATTN_UNROLL_2_IN_KERNEL _Pragma("unroll 2")
 #else
 #define HYBRIDATTN_CUDA 0
@@ -24,6 +25,7 @@
 #define HYBRIDATTN_DEVICE inline
 #define HYBRIDATTN_UNROLL_IN_KERNEL
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL
+#define HYBRIDATTN_UNROLL_4_IN_KERNEL
 #define HYBRIDATTN_UNROLL_2_IN_KERNEL
 #endif
 

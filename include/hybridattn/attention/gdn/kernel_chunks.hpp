@@ -56,14 +56,33 @@ template <class T> struct ChunkParams {
   T scale;
 };
 
-// Entries first .. first + width - 1 of head h of `count` tokens from n on, times `factor`. Tokens behind `count`, entries that the head
-// does not have, and those of an empty view are zeros. Neighbouring threads read neighbouring addresses.
-template <int threads, int width, class T, std::size_t rows, std::size_t room, class From>
-HYBRIDATTN_DEVICE void load_rows(T (&to)[rows][room], View<From const, 3> from, Index n, int count, Index h, Index first, T factor) {
-  for (int i = simt::thread_id(); i < static_cast<int>(rows) * width; i += threads) {
-    int const t = i / width, d = i % width;
-    to[t][d] = t < count && !from.empty() && first + d < from.extent(2) ? factor * from(n + t, h, first + d) : T(0);
+// Rows of a tensor, from one of its columns on: those of a head at the tokens of a chunk, or those of a state. Empty views have no columns.
+template <class T> struct Rows {
+  T* data;
+  Index stride, rows, columns;
+
+  // Of head h, for `count` tokens from n on.
+  HYBRIDATTN_DEVICE Rows(View<T, 3> x, Index n, int count, Index h, Index column)
+      : data(x.empty() ? nullptr : x.row(n, h) + column), stride(x.stride[0]), rows(count), columns(x.empty() ? 0 : x.extent(2) - column) {}
+  // Of the state of head h at `number`, a sequence or a chunk.
+  HYBRIDATTN_DEVICE Rows(View<T, 4> x, Index number, Index h, Index column)
+      : data(x.empty() ? nullptr : x.row(number, h, 0) + column), stride(x.stride[2]), rows(x.extent(2)),
+        columns(x.empty() ? 0 : x.extent(3) - column) {}
+  HYBRIDATTN_DEVICE bool has(int row, int column) const { return row < rows && column < columns; }
+};
+// f(row, column) for all of rows x width elements. Neighbouring threads have neighbouring columns, and a thread stays in its columns.
+template <int threads, int rows, int width, class F> HYBRIDATTN_DEVICE void for_each_place(F f) {
+  constexpr int lanes = width < threads ? width : threads;
+  for (int column = simt::thread_id() % lanes; column < width; column += lanes) {
+    HYBRIDATTN_UNROLL_4_IN_KERNEL
+    for (int row = simt::thread_id() / lanes; row < rows; row += threads / lanes) f(row, column);
   }
+}
+// `width` columns of the rows, times `factor`, and zeros where there is no row or column.
+template <int threads, int width, class T, std::size_t rows, std::size_t room, class From>
+HYBRIDATTN_DEVICE void load_rows(T (&to)[rows][room], Rows<From const> from, T factor = 1) {
+  for_each_place<threads, static_cast<int>(rows), width>(
+      [&](int row, int column) { to[row][column] = from.has(row, column) ? factor * from.data[row * from.stride + column] : T(0); });
 }
 
 // beta of the tokens of a chunk, their decays from the chunk's begin and to its end, and the decay of the whole chunk. Tokens behind
@@ -75,8 +94,9 @@ template <class T, int chunk> struct ChunkGates {
     int const t = simt::thread_id();
     if (t >= chunk) return;
     double before = 0, behind = 0;
-    for (int i = 0; i < count; ++i) {
-      double const g = static_cast<double>(x.g(n + i, h));
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < chunk; ++i) {
+      double const g = i < count ? static_cast<double>(x.g(n + i, h)) : 0.0;
       if (i <= t) before += g;
       else behind += g;
     }
@@ -96,7 +116,7 @@ template <class T, std::size_t chunk> HYBRIDATTN_DEVICE T decay_between(double c
 // sums[n] += the rows x[n] [K] times columns column .. column + 3 of a matrix [K, width].
 template <int K, class T, int count, std::size_t width>
 HYBRIDATTN_DEVICE void add_products(T const* const (&x)[count], T const (&matrix)[K][width], int column, T (&sums)[count][4]) {
-  HYBRIDATTN_UNROLL_2_IN_KERNEL
+  HYBRIDATTN_UNROLL_4_IN_KERNEL
   for (int a = 0; a < K; a += 4) {
     simt::Vector<T, 4> of_x[count];
     HYBRIDATTN_UNROLL_IN_KERNEL
@@ -126,19 +146,14 @@ template <class T, int K> struct StateTile {
   static constexpr int columns = Of::columns, threads = Of::scan_threads;
   alignas(Four) simt::Table<T, K, columns> row;
 
-  // From state `number` of head h; zeros where there is none.
   HYBRIDATTN_DEVICE void read(View<wide_t<T> const, 4> from, Index number, Index h, Index column) {
-    for (int i = simt::thread_id(); i < K * columns; i += threads) {
-      int const a = i / columns, c = i % columns;
-      bool const is_given = !from.empty() && a < from.extent(2) && column + c < from.extent(3);
-      row[a][c] = is_given ? from(number, h, a, column + c) : T(0);
-    }
+    load_rows<threads, columns>(row, Rows{from, number, h, column});
   }
   HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Index number, Index h, Index column) const {
-    for (int i = simt::thread_id(); i < K * columns; i += threads) {
-      int const a = i / columns, c = i % columns;
-      if (!to.empty() && a < to.extent(2) && column + c < to.extent(3)) to(number, h, a, column + c) = row[a][c];
-    }
+    Rows const rows{to, number, h, column};
+    for_each_place<threads, K, columns>([&](int a, int c) {
+      if (rows.has(a, c)) rows.data[a * rows.stride + c] = row[a][c];
+    });
   }
   // The tile times `factor`, plus the sum over the rows of x [rows, K]^T y [rows, columns]. A thread has squares of 4 x 4 elements.
   template <std::size_t rows, std::size_t width> HYBRIDATTN_DEVICE void add(T factor, T const (&x)[rows][width],
@@ -152,7 +167,7 @@ template <class T, int K> struct StateTile {
         HYBRIDATTN_UNROLL_IN_KERNEL
         for (int e = 0; e < 4; ++e) sum[d][e] = factor * old.x[e];
       }
-      HYBRIDATTN_UNROLL_2_IN_KERNEL
+      HYBRIDATTN_UNROLL_4_IN_KERNEL
       for (int n = 0; n < static_cast<int>(rows); ++n) {
         Four const key = simt::load_vector<4>(&x[n][a]);
         HYBRIDATTN_UNROLL_IN_KERNEL
@@ -202,8 +217,8 @@ template <class T, int K> struct PrepareChunks {
     auto const at = ChunkPlace::find<Of>(p.sequences);
     if (at.count == 0) return;
     Index const key_head = simt::block_y();
-    load_rows<threads, K>(shared.q, p.x.q, at.first, at.count, key_head, 0, p.scale);
-    load_rows<threads, K>(shared.k, p.x.k, at.first, at.count, key_head, 0, T(1));
+    load_rows<threads, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
+    load_rows<threads, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
     simt::sync_block();
     int const i = simt::thread_id() / chunk, j = simt::thread_id() % chunk;
     T with_key = 0, with_query = 0;
@@ -279,11 +294,11 @@ template <class T, int K> struct ForwardChunks {
   using Of = Tiling<T, K>;
   static constexpr int chunk = Of::chunk, columns = Of::columns, threads = Of::scan_threads;
   using Params = ChunkParams<T>;
-  using Rows = simt::Table<T, chunk, columns>;
   struct Shared {
     StateTile<T, K> state;
     alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
-    alignas(simt::Vector<T, 4>) Rows rest, write, kept;  // beta r, beta e, and beta e times its decay to the end of the chunk
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> rest, write,
+        kept;  // beta r, beta e, and beta e times its decay to the end of the chunk
     T query_pairs[chunk][chunk], solved[chunk][chunk];
     ChunkGates<T, chunk> gates;
   };
@@ -304,9 +319,9 @@ template <class T, int K> struct ForwardChunks {
     Index const n = at.sequence.start + t, key_head = at.head / p.group;
     Index const number = Of::first_chunk(at.sequence.start, at.number) + t / chunk;
     int const count = at.count(t, chunk);
-    load_rows<threads, K>(shared.q, p.x.q, n, count, key_head, 0, p.scale);
-    load_rows<threads, K>(shared.k, p.x.k, n, count, key_head, 0, T(1));
-    load_rows<threads, columns>(shared.rest, p.x.v, n, count, at.head, at.column, T(1));
+    load_rows<threads, K>(shared.q, Rows{p.x.q, n, count, key_head, 0}, p.scale);
+    load_rows<threads, K>(shared.k, Rows{p.x.k, n, count, key_head, 0});
+    load_rows<threads, columns>(shared.rest, Rows{p.x.v, n, count, at.head, at.column});
     load_pairs<threads>(shared.query_pairs, p.query_pairs, number, at.head);
     load_pairs<threads>(shared.solved, p.solved, number, at.head);
     shared.gates.load(p.x, n, count, at.head);

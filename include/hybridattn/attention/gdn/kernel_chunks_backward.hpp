@@ -41,8 +41,8 @@ template <class T, int K> struct StatesOfChunks {
     shared.state.read(p.x.initial_state, at.number, at.head, at.column);
     for (Index t = 0; t < at.sequence.length; t += chunk, ++number) {
       int const count = at.count(t, chunk);
-      load_rows<threads, K>(shared.k, p.x.k, at.sequence.start + t, count, at.head / p.group, 0, T(1));
-      load_rows<threads, columns>(shared.error, p.saved_error, at.sequence.start + t, count, at.head, at.column, T(1));
+      load_rows<threads, K>(shared.k, Rows{p.x.k, at.sequence.start + t, count, at.head / p.group, 0});
+      load_rows<threads, columns>(shared.error, Rows{p.saved_error, at.sequence.start + t, count, at.head, at.column});
       shared.gates.load(p.x, at.sequence.start + t, count, at.head);
       simt::sync_block();
       shared.state.write(p.states, number, at.head, at.column);
@@ -90,9 +90,9 @@ template <class T, int K> struct GradientsOfStates {
   static HYBRIDATTN_DEVICE auto& queries(Shared& shared) { return *reinterpret_cast<KeyTable<T, K, chunk>*>(&shared.keys[chunk]); }
   static HYBRIDATTN_DEVICE auto& keys(Shared& shared) { return *reinterpret_cast<KeyTable<T, K, chunk>*>(&shared.keys[0]); }
   static HYBRIDATTN_DEVICE void load(Shared& shared, Params const& p, Place const& at, Index number, Index n, int count) {
-    load_rows<threads, K>(keys(shared), p.x.k, n, count, at.head / p.group, 0, T(1));
-    load_rows<threads, K>(queries(shared), p.x.q, n, count, at.head / p.group, 0, p.scale);
-    load_rows<threads, columns>(shared.d_o, p.d_o, n, count, at.head, at.column, T(1));
+    load_rows<threads, K>(keys(shared), Rows{p.x.k, n, count, at.head / p.group, 0});
+    load_rows<threads, K>(queries(shared), Rows{p.x.q, n, count, at.head / p.group, 0}, p.scale);
+    load_rows<threads, columns>(shared.d_o, Rows{p.d_o, n, count, at.head, at.column});
     load_pairs<threads>(shared.query_pairs, p.query_pairs, number, at.head);
     load_pairs<threads>(shared.solved, p.solved, number, at.head);
     shared.gates.load(p.x, n, count, at.head);
@@ -154,13 +154,13 @@ template <class T, int K> struct GradientsOfTokens {
     auto const at = ChunkPlace::find<Of>(p.sequences);
     if (at.count == 0) return;
     Index const key_head = simt::block_y();
-    load_rows<threads, K>(shared.q, p.x.q, at.first, at.count, key_head, 0, p.scale);
-    load_rows<threads, K>(shared.k, p.x.k, at.first, at.count, key_head, 0, T(1));
+    load_rows<threads, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
+    load_rows<threads, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
     for (Index h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
       Sums sums;
       load_gates(shared, p, at, h);
       for (Index column = 0; column < p.d_x.v.extent(2); column += panel) {
-        load_panels(shared, p, at, h, column, sums);
+        load_panels(shared, p, at, h, column);
         simt::sync_block();
         add_panels(shared, sums);
         add_pairs(shared, sums);
@@ -203,19 +203,12 @@ template <class T, int K> struct GradientsOfTokens {
     int const t = simt::thread_id();
     if (t < chunk) shared.g[t] = t < at.count ? static_cast<double>(p.x.g(at.first + t, h)) : 0.0;
   }
-  static HYBRIDATTN_DEVICE void load_panels(Shared& shared, Params const& p, ChunkPlace const& at, Index h, Index column, Sums& sums) {
-    load_rows<threads, panel>(shared.d_o, p.d_o, at.first, at.count, h, column, T(1));
-    load_rows<threads, panel>(shared.projected, View<T const, 3>(p.projected), at.first, at.count, h, column, T(1));
-    load_rows<threads, panel>(shared.error, p.saved_error, at.first, at.count, h, column, T(1));
-    for (int i = simt::thread_id(); i < K * panel; i += threads) {
-      int const a = i / panel, c = i % panel;
-      bool const is_there = a < p.states.extent(2) && column + c < p.states.extent(3);
-      T const state = is_there ? p.states(at.chunk, h, a, column + c) : T(0);
-      T const gradient = is_there ? p.gradients(at.chunk, h, a, column + c) : T(0);
-      shared.state[a][c] = state;
-      shared.gradient[a][c] = gradient;
-      sums.across += state * gradient;
-    }
+  static HYBRIDATTN_DEVICE void load_panels(Shared& shared, Params const& p, ChunkPlace const& at, Index h, Index column) {
+    load_rows<threads, panel>(shared.d_o, Rows{p.d_o, at.first, at.count, h, column});
+    load_rows<threads, panel>(shared.projected, Rows{View<T const, 3>(p.projected), at.first, at.count, h, column});
+    load_rows<threads, panel>(shared.error, Rows{p.saved_error, at.first, at.count, h, column});
+    load_rows<threads, panel>(shared.state, Rows{View<T const, 4>(p.states), at.chunk, h, column});
+    load_rows<threads, panel>(shared.gradient, Rows{View<T const, 4>(p.gradients), at.chunk, h, column});
   }
   static HYBRIDATTN_DEVICE void add_panels(Shared const& shared, Sums& sums) {
     HYBRIDATTN_UNROLL_2_IN_KERNEL
@@ -225,6 +218,9 @@ template <class T, int K> struct GradientsOfTokens {
       for (int a = 0; a < entries; ++a) {
         state[a] = simt::load_vector<4>(&shared.state[entry(a)][c]);
         gradient[a] = simt::load_vector<4>(&shared.gradient[entry(a)][c]);
+        if (c / 4 % fours != simt::thread_id() % fours) continue;  // a lane of those with the same entries
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int d = 0; d < 4; ++d) sums.across += state[a].x[d] * gradient[a].x[d];
       }
       HYBRIDATTN_UNROLL_IN_KERNEL
       for (int t = 0; t < tokens; ++t) {
@@ -316,6 +312,7 @@ template <class T, int K> struct GradientsOfTokens {
       d_q[t][a] = sums.state_d_o[t][a];
       d_k[t][a] = sums.gradient_error[t][a] - sums.state_y[t][a];
     });
+    HYBRIDATTN_UNROLL_2_IN_KERNEL
     for (int m = 0; m < at.count; ++m)
       for_each_element([&](int t, int a) {
         int const i = token(t);
