@@ -139,6 +139,13 @@ template <class T> HYBRIDATTN_DEVICE void add_row(T factor, T const* row, T (&su
   for (int c = 0; c < 4; ++c) sum[c] += factor * x.x[c];
 }
 
+// sum += x . y, four entries of them.
+template <class T> HYBRIDATTN_DEVICE void add_dot(T const* x, T const* y, T& sum) {
+  simt::Vector<T, 4> const of_x = simt::load_vector<4>(x), of_y = simt::load_vector<4>(y);
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int d = 0; d < 4; ++d) sum += of_x.x[d] * of_y.x[d];
+}
+
 // A tile of the columns of a state, or of its gradient, in the shared memory of a scan's block. A thread reads and writes the same elements.
 template <class T, int K> struct StateTile {
   using Of = Tiling<T, K>;
@@ -222,9 +229,11 @@ template <class T, int K> struct PrepareChunks {
     simt::sync_block();
     int const i = simt::thread_id() / chunk, j = simt::thread_id() % chunk;
     T with_key = 0, with_query = 0;
-    for (int a = 0; j <= i && a < K; ++a) {
-      with_key += shared.k[i][a] * shared.k[j][a];
-      with_query += shared.q[i][a] * shared.k[j][a];
+    HYBRIDATTN_UNROLL_4_IN_KERNEL
+    for (int a = 0; a < K; a += 4) {
+      if (j > i) continue;
+      add_dot(&shared.k[i][a], &shared.k[j][a], with_key);
+      add_dot(&shared.q[i][a], &shared.k[j][a], with_query);
     }
     for (Index h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
       load_gates(shared, p, at, h);

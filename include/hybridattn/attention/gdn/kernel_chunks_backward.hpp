@@ -137,7 +137,7 @@ template <class T, int K> struct GradientsOfTokens {
     alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
     alignas(simt::Vector<T, 4>) Panel<K> state, gradient;
     alignas(simt::Vector<T, 4>) Panel<chunk> d_o, projected, error;
-    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, chunk> reads, erased;  // D and E, E on both sides of the diagonal
+    simt::Table<T, chunk, chunk + 1> reads, erased;  // D and E, E on both sides of the diagonal
     double crossing[chunk][chunk + 1];  // what a pair adds to d_g
     double reads_of[warps][chunk], writes_of[warps][chunk], across_of[warps];  // the warps' parts of sums over K
     double g[chunk];
@@ -240,9 +240,10 @@ template <class T, int K> struct GradientsOfTokens {
   }
   static HYBRIDATTN_DEVICE void add_pairs(Shared const& shared, Sums& sums) {
     for_each_pair([&](int n, int i, int j) {
-      for (int c = 0; c < panel; ++c) {
-        sums.d_o_error[n] += shared.d_o[i][c] * shared.error[j][c];
-        sums.y_error[n] += shared.projected[i][c] * shared.error[j][c];
+      HYBRIDATTN_UNROLL_2_IN_KERNEL
+      for (int c = 0; c < panel; c += 4) {
+        add_dot(&shared.d_o[i][c], &shared.error[j][c], sums.d_o_error[n]);
+        add_dot(&shared.projected[i][c], &shared.error[j][c], sums.y_error[n]);
       }
     });
   }
@@ -292,18 +293,16 @@ template <class T, int K> struct GradientsOfTokens {
                               static_cast<double>(p.key_pairs(at.chunk, h, i, j) * (both * sums.y_error[n]));
     });
   }
+  // A warp has a token i at a time, and each lane the reads of another token l >= i, or the writes of a token l < i.
   static HYBRIDATTN_DEVICE void write_d_g(Shared const& shared, Params const& p, ChunkPlace const& at, Index h) {
-    int const i = simt::thread_id();
-    if (i >= at.count) return;
-    double across = 0, reads = 0, writes = 0, inside = 0;
-    for (int warp = 0; warp < warps; ++warp) {
-      across += shared.across_of[warp];
-      for (int l = i; l < at.count; ++l) reads += shared.reads_of[warp][l];
-      for (int j = 0; j < i; ++j) writes += shared.writes_of[warp][j];
+    int const l = simt::lane();
+    for (int i = simt::warp(); i < at.count; i += warps) {
+      double sum = l < warps ? static_cast<double>(shared.gates.whole) * shared.across_of[l] : 0.0;
+      for (int warp = 0; l < at.count && warp < warps; ++warp) sum += l < i ? shared.writes_of[warp][l] : shared.reads_of[warp][l];
+      for (int j = 0; i <= l && l < at.count && j < i; ++j) sum += shared.crossing[l][j];
+      sum = simt::sum_lanes(sum);
+      if (l == 0) p.d_x.g(at.first + i, h) = static_cast<T>(sum);  // (j)
     }
-    for (int l = i; l < at.count; ++l)
-      for (int j = 0; j < i; ++j) inside += shared.crossing[l][j];
-    p.d_x.g(at.first + i, h) = static_cast<T>(static_cast<double>(shared.gates.whole) * across + reads + writes + inside);  // (j)
   }
   static HYBRIDATTN_DEVICE void write_d_q_and_d_k(Shared const& shared, Params const& p, ChunkPlace const& at, Index key_head,
                                                   bool is_first, Sums& sums) {
