@@ -1,5 +1,5 @@
-// Gated DeltaNet as kernels that take the tokens of a sequence in chunks (arXiv 2412.06464), in exact arithmetic. Chunks are counted from the
-// first token of the sequence. With S the state before a chunk, i, j, m tokens of the chunk and decay(i, j) = exp(g_{j+1} + ... + g_i):
+// Gated DeltaNet as kernels that take the tokens of a sequence in chunks (arXiv 2412.06464), in exact arithmetic. Chunks are counted from
+// the first token of the sequence. With S the state before a chunk, i, j, m tokens of the chunk, decay(i, j) = exp(g_{j+1} + ... + g_i):
 //   (a) A_ij = decay(i, j) k_i . k_j for j < i ;  Q_ij = decay(i, j) scale q_i . k_j for j <= i
 //   (b) R_ij = A_ij - sum_{j < m < i} A_im beta_m R_mj                      so that (I + A beta)^-1 = I - R beta
 //   (c) r_i = v_i - until_i S^T k_i ;  e_i = r_i - sum_{j < i} R_ij beta_j r_j               until_i = exp(g_1 + ... + g_i)
@@ -32,7 +32,6 @@ template <class T, int K> struct Tiling {
   static HYBRIDATTN_HD Index first_chunk(Index start, Index number) { return start / chunk + number; }
   static Index count_chunks(Sequences const& s) { return s.tokens() / chunk + s.count(); }
 };
-template <class T, int K> inline constexpr int chunk_of = Tiling<T, K>::chunk;
 
 // Rows of keys or queries in shared memory. Four more entries, so that the rows begin in different banks.
 template <class T, int K, int rows> using KeyTable = simt::Table<T, rows, K + Tiling<T, K>::each>;
@@ -78,10 +77,10 @@ template <int threads, int rows, int width, class F> HYBRIDATTN_DEVICE void for_
     for (int row = simt::thread_id() / lanes; row < rows; row += threads / lanes) f(row, column);
   }
 }
-// `width` columns of the rows, times `factor`, and zeros where there is no row or column.
-template <int threads, int width, class T, std::size_t rows, std::size_t room, class From>
-HYBRIDATTN_DEVICE void load_rows(T (&to)[rows][room], Rows<From const> from, T factor = 1) {
-  for_each_place<threads, static_cast<int>(rows), width>(
+// rows x width elements into shared memory, times `factor`, and zeros where there is no row or column.
+template <int threads, int rows, int width, class T, std::size_t room, class From>
+HYBRIDATTN_DEVICE void load_rows(T (*to)[room], Rows<From const> from, T factor = 1) {
+  for_each_place<threads, rows, width>(
       [&](int row, int column) { to[row][column] = from.has(row, column) ? factor * from.data[row * from.stride + column] : T(0); });
 }
 
@@ -146,7 +145,8 @@ template <class T> HYBRIDATTN_DEVICE void add_dot(T const* x, T const* y, T& sum
   for (int d = 0; d < 4; ++d) sum += of_x.x[d] * of_y.x[d];
 }
 
-// A tile of the columns of a state, or of its gradient, in the shared memory of a scan's block. A thread reads and writes the same elements.
+// A tile of the columns of a state, or of its gradient, in the shared memory of a scan's block. A thread reads and writes the same
+// elements.
 template <class T, int K> struct StateTile {
   using Of = Tiling<T, K>;
   using Four = simt::Vector<T, Of::each>;
@@ -154,7 +154,7 @@ template <class T, int K> struct StateTile {
   alignas(Four) simt::Table<T, K, columns> row;
 
   HYBRIDATTN_DEVICE void read(View<wide_t<T> const, 4> from, Index number, Index h, Index column) {
-    load_rows<threads, columns>(row, Rows{from, number, h, column});
+    load_rows<threads, K, columns>(row, Rows{from, number, h, column});
   }
   HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Index number, Index h, Index column) const {
     Rows const rows{to, number, h, column};
@@ -224,8 +224,8 @@ template <class T, int K> struct PrepareChunks {
     auto const at = ChunkPlace::find<Of>(p.sequences);
     if (at.count == 0) return;
     Index const key_head = simt::block_y();
-    load_rows<threads, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
-    load_rows<threads, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
+    load_rows<threads, chunk, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
+    load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
     simt::sync_block();
     int const i = simt::thread_id() / chunk, j = simt::thread_id() % chunk;
     T with_key = 0, with_query = 0;
@@ -254,7 +254,7 @@ template <class T, int K> struct PrepareChunks {
     shared.g[t] = t < at.count ? static_cast<double>(p.x.g(at.first + t, h)) : 0.0;
     shared.beta[t] = t < at.count ? p.x.beta(at.first + t, h) : T(0);
   }
-  // Column j of R [chunk, chunk], which stays in registers.                                     (b)
+  // Column j of R [chunk, chunk], which stays in registers.  (b)
   static HYBRIDATTN_DEVICE void solve(Shared const& shared, int j, T* to) {
     T column[chunk];
     HYBRIDATTN_UNROLL_IN_KERNEL
@@ -286,13 +286,14 @@ template <class T, int K> struct TokenColumns {
   using Of = Tiling<T, K>;
   int token = simt::thread_id() / (Of::columns / Of::each), column = simt::thread_id() % (Of::columns / Of::each) * Of::each;
 
-  // Of x [N, HV, V] at the token; zeros where the token or the column is not there.
+  // To x [N, HV, V], where the token and the columns exist.
   template <class X> HYBRIDATTN_DEVICE void write(View<X, 3> to, Place const& at, Index n, int count, T const (&from)[4]) const {
     if (to.empty() || token >= count) return;
     HYBRIDATTN_UNROLL_IN_KERNEL
     for (int c = 0; c < 4; ++c)
       if (at.column + column + c < to.extent(2)) to(n + token, at.head, at.column + column + c) = from[c];
   }
+  // factor x to a row in shared memory.
   template <std::size_t rows> HYBRIDATTN_DEVICE void store(T (&to)[rows][Of::columns], int row, T factor, T const (&x)[4]) const {
     simt::store_vector(&to[row][column], simt::Vector<T, 4>{{factor * x[0], factor * x[1], factor * x[2], factor * x[3]}});
   }
@@ -306,8 +307,8 @@ template <class T, int K> struct ForwardChunks {
   struct Shared {
     StateTile<T, K> state;
     alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
-    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> rest, write,
-        kept;  // beta r, beta e, and beta e times its decay to the end of the chunk
+    // v, then beta r; beta e; beta e times its decay to the end of the chunk.
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> rest, write, kept;
     T query_pairs[chunk][chunk], solved[chunk][chunk];
     ChunkGates<T, chunk> gates;
   };
@@ -328,9 +329,9 @@ template <class T, int K> struct ForwardChunks {
     Index const n = at.sequence.start + t, key_head = at.head / p.group;
     Index const number = Of::first_chunk(at.sequence.start, at.number) + t / chunk;
     int const count = at.count(t, chunk);
-    load_rows<threads, K>(shared.q, Rows{p.x.q, n, count, key_head, 0}, p.scale);
-    load_rows<threads, K>(shared.k, Rows{p.x.k, n, count, key_head, 0});
-    load_rows<threads, columns>(shared.rest, Rows{p.x.v, n, count, at.head, at.column});
+    load_rows<threads, chunk, K>(shared.q, Rows{p.x.q, n, count, key_head, 0}, p.scale);
+    load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, n, count, key_head, 0});
+    load_rows<threads, chunk, columns>(shared.rest, Rows{p.x.v, n, count, at.head, at.column});
     load_pairs<threads>(shared.query_pairs, p.query_pairs, number, at.head);
     load_pairs<threads>(shared.solved, p.solved, number, at.head);
     shared.gates.load(p.x, n, count, at.head);

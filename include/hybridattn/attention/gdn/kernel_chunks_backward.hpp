@@ -1,13 +1,15 @@
-// Backward of Gated DeltaNet in chunks, from the saved errors alone. Letters are those of kernel_chunks.hpp. With X the gradient of the state
-// after a chunk and S the state before it:
+// Backward of Gated DeltaNet in chunks, from the saved errors alone. Letters are those of kernel_chunks.hpp. With X the gradient of the
+// state after a chunk and S the state before it:
 //   (f) y_i = after_i X^T k_i + sum_{l >= i} Q_li d_o_l ;  Y_i = y_i - sum_{l > i} R_li beta_l y_l           d_v_i = beta_i Y_i
 //   (g) X before the chunk = until_C X + sum_i until_i (scale q_i d_o_i^T - k_i d_v_i^T)
 //   (h) D_ij = decay(i, j) beta_j d_o_i . e_j for j <= i ;  E_ij = decay(i, j) beta_i beta_j Y_i . e_j for j < i ;  d_beta_i = Y_i . e_i
 //   (i) d_q_i = scale (until_i S d_o_i + sum_{j <= i} D_ij k_j)
 //       d_k_i = after_i beta_i X e_i - until_i beta_i S Y_i + sum_{l >= i} D_li scale q_l - sum_{l > i} E_li k_l - sum_{j < i} E_ij k_j
 //   (j) d_g_i = the sum over pairs of a write before and a read after the decay of token i:
-//         across the chunk  until_C <S, X>                        reads of S by tokens l >= i  until_l (scale q_l . S d_o_l - beta_l k_l . S Y_l)
-//         inside the chunk  D_lj scale q_l . k_j - E_lj k_l . k_j for j < i <= l       writes of tokens j < i  after_j beta_j k_j . X e_j
+//         until_C <S, X>                                                   across the chunk
+//         until_l (scale q_l . S d_o_l - beta_l k_l . S Y_l), l >= i       reads of S
+//         after_j beta_j k_j . X e_j, j < i                                writes for X
+//         D_lj scale q_l . k_j - E_lj k_l . k_j, j < i <= l                inside the chunk
 // The sum (j) has these pairs and no others: no pair is added and taken away again. Nothing divides by beta or by a decay.
 #ifndef HYBRIDATTN_ATTENTION_GDN_KERNEL_CHUNKS_BACKWARD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_KERNEL_CHUNKS_BACKWARD_HPP
@@ -41,8 +43,8 @@ template <class T, int K> struct StatesOfChunks {
     shared.state.read(p.x.initial_state, at.number, at.head, at.column);
     for (Index t = 0; t < at.sequence.length; t += chunk, ++number) {
       int const count = at.count(t, chunk);
-      load_rows<threads, K>(shared.k, Rows{p.x.k, at.sequence.start + t, count, at.head / p.group, 0});
-      load_rows<threads, columns>(shared.error, Rows{p.saved_error, at.sequence.start + t, count, at.head, at.column});
+      load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, at.sequence.start + t, count, at.head / p.group, 0});
+      load_rows<threads, chunk, columns>(shared.error, Rows{p.saved_error, at.sequence.start + t, count, at.head, at.column});
       shared.gates.load(p.x, at.sequence.start + t, count, at.head);
       simt::sync_block();
       shared.state.write(p.states, number, at.head, at.column);
@@ -86,13 +88,10 @@ template <class T, int K> struct GradientsOfStates {
   }
 
  private:
-  // The rows of keys that have the queries.
-  static HYBRIDATTN_DEVICE auto& queries(Shared& shared) { return *reinterpret_cast<KeyTable<T, K, chunk>*>(&shared.keys[chunk]); }
-  static HYBRIDATTN_DEVICE auto& keys(Shared& shared) { return *reinterpret_cast<KeyTable<T, K, chunk>*>(&shared.keys[0]); }
   static HYBRIDATTN_DEVICE void load(Shared& shared, Params const& p, Place const& at, Index number, Index n, int count) {
-    load_rows<threads, K>(keys(shared), Rows{p.x.k, n, count, at.head / p.group, 0});
-    load_rows<threads, K>(queries(shared), Rows{p.x.q, n, count, at.head / p.group, 0}, p.scale);
-    load_rows<threads, columns>(shared.d_o, Rows{p.d_o, n, count, at.head, at.column});
+    load_rows<threads, chunk, K>(shared.keys, Rows{p.x.k, n, count, at.head / p.group, 0});
+    load_rows<threads, chunk, K>(shared.keys + chunk, Rows{p.x.q, n, count, at.head / p.group, 0}, p.scale);
+    load_rows<threads, chunk, columns>(shared.d_o, Rows{p.d_o, n, count, at.head, at.column});
     load_pairs<threads>(shared.query_pairs, p.query_pairs, number, at.head);
     load_pairs<threads>(shared.solved, p.solved, number, at.head);
     shared.gates.load(p.x, n, count, at.head);
@@ -126,6 +125,7 @@ template <class T, int K> struct GradientsOfStates {
 
 // d_q, d_k, d_beta and d_g of a chunk, for the value heads of a key head one after the other: the first one overwrites d_q and d_k, the
 // others add to them. Columns go through shared memory in panels. A thread has two entries of four tokens, and a few pairs of tokens.
+// No barrier stands between two value heads: the second one's panels wait before it writes what the last steps of the first one read.
 template <class T, int K> struct GradientsOfTokens {
   using Of = Tiling<T, K>;
   static constexpr int chunk = Of::chunk, panel = Of::panel, tokens = 4, entries = 2;  // of a thread
@@ -154,8 +154,8 @@ template <class T, int K> struct GradientsOfTokens {
     auto const at = ChunkPlace::find<Of>(p.sequences);
     if (at.count == 0) return;
     Index const key_head = simt::block_y();
-    load_rows<threads, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
-    load_rows<threads, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
+    load_rows<threads, chunk, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
+    load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
     for (Index h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
       Sums sums;
       load_gates(shared, p, at, h);
@@ -172,7 +172,6 @@ template <class T, int K> struct GradientsOfTokens {
       simt::sync_block();
       write_d_g(shared, p, at, h);
       write_d_q_and_d_k(shared, p, at, key_head, h == key_head * p.group, sums);
-      simt::sync_block();  // all have read the gates and the pairs
     }
   }
 
@@ -204,11 +203,11 @@ template <class T, int K> struct GradientsOfTokens {
     if (t < chunk) shared.g[t] = t < at.count ? static_cast<double>(p.x.g(at.first + t, h)) : 0.0;
   }
   static HYBRIDATTN_DEVICE void load_panels(Shared& shared, Params const& p, ChunkPlace const& at, Index h, Index column) {
-    load_rows<threads, panel>(shared.d_o, Rows{p.d_o, at.first, at.count, h, column});
-    load_rows<threads, panel>(shared.projected, Rows{View<T const, 3>(p.projected), at.first, at.count, h, column});
-    load_rows<threads, panel>(shared.error, Rows{p.saved_error, at.first, at.count, h, column});
-    load_rows<threads, panel>(shared.state, Rows{View<T const, 4>(p.states), at.chunk, h, column});
-    load_rows<threads, panel>(shared.gradient, Rows{View<T const, 4>(p.gradients), at.chunk, h, column});
+    load_rows<threads, chunk, panel>(shared.d_o, Rows{p.d_o, at.first, at.count, h, column});
+    load_rows<threads, chunk, panel>(shared.projected, Rows{View<T const, 3>(p.projected), at.first, at.count, h, column});
+    load_rows<threads, chunk, panel>(shared.error, Rows{p.saved_error, at.first, at.count, h, column});
+    load_rows<threads, K, panel>(shared.state, Rows{View<T const, 4>(p.states), at.chunk, h, column});
+    load_rows<threads, K, panel>(shared.gradient, Rows{View<T const, 4>(p.gradients), at.chunk, h, column});
   }
   static HYBRIDATTN_DEVICE void add_panels(Shared const& shared, Sums& sums) {
     HYBRIDATTN_UNROLL_2_IN_KERNEL
@@ -274,7 +273,7 @@ template <class T, int K> struct GradientsOfTokens {
       }
     }
     double const across = simt::sum_lanes(static_cast<double>(sums.across));
-    if (simt::lane() == 0) shared.across_of[simt::warp()] = across;
+    if (simt::lane() == 0) shared.across_of[simt::warp()] = static_cast<double>(shared.gates.whole) * across;
   }
   // Over the lanes with the same tokens.
   static HYBRIDATTN_DEVICE double sum_entries(double x) {
@@ -297,7 +296,7 @@ template <class T, int K> struct GradientsOfTokens {
   static HYBRIDATTN_DEVICE void write_d_g(Shared const& shared, Params const& p, ChunkPlace const& at, Index h) {
     int const l = simt::lane();
     for (int i = simt::warp(); i < at.count; i += warps) {
-      double sum = l < warps ? static_cast<double>(shared.gates.whole) * shared.across_of[l] : 0.0;
+      double sum = l < warps ? shared.across_of[l] : 0.0;
       for (int warp = 0; l < at.count && warp < warps; ++warp) sum += l < i ? shared.writes_of[warp][l] : shared.reads_of[warp][l];
       for (int j = 0; i <= l && l < at.count && j < i; ++j) sum += shared.crossing[l][j];
       sum = simt::sum_lanes(sum);
