@@ -26,19 +26,24 @@
 #endif
 
 // HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
-// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many,
+// UNROLL_4_IN_KERNEL and UNROLL_2_IN_KERNEL in front of one with many that each fill many registers.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
 #define HYBRIDATTN_DEVICE __device__ __forceinline__
 #define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL _Pragma("unroll 8")
+#define HYBRIDATTN_UNROLL_4_IN_KERNEL _Pragma("unroll 4")
+#define HYBRIDATTN_UNROLL_2_IN_KERNEL _Pragma("unroll 2")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
 #define HYBRIDATTN_DEVICE inline
 #define HYBRIDATTN_UNROLL_IN_KERNEL
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL
+#define HYBRIDATTN_UNROLL_4_IN_KERNEL
+#define HYBRIDATTN_UNROLL_2_IN_KERNEL
 #endif
 
 // Whether the program links cuBLAS: the CMake target hybridattn::cuda_cublas says so.

@@ -47,19 +47,24 @@
 #endif
 
 // HD stands in front of a function of the host and of kernels, DEVICE in front of a function of kernels alone.
-// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many.
+// UNROLL_IN_KERNEL stands in front of a loop with few, constant turns in a kernel, UNROLL_8_IN_KERNEL in front of one with many,
+// UNROLL_4_IN_KERNEL and UNROLL_2_IN_KERNEL in front of one with many that each fill many registers.
 #if defined(__CUDACC__)
 #define HYBRIDATTN_CUDA 1
 #define HYBRIDATTN_HD __host__ __device__
 #define HYBRIDATTN_DEVICE __device__ __forceinline__
 #define HYBRIDATTN_UNROLL_IN_KERNEL _Pragma("unroll")
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL _Pragma("unroll 8")
+#define HYBRIDATTN_UNROLL_4_IN_KERNEL _Pragma("unroll 4")
+#define HYBRIDATTN_UNROLL_2_IN_KERNEL _Pragma("unroll 2")
 #else
 #define HYBRIDATTN_CUDA 0
 #define HYBRIDATTN_HD
 #define HYBRIDATTN_DEVICE inline
 #define HYBRIDATTN_UNROLL_IN_KERNEL
 #define HYBRIDATTN_UNROLL_8_IN_KERNEL
+#define HYBRIDATTN_UNROLL_4_IN_KERNEL
+#define HYBRIDATTN_UNROLL_2_IN_KERNEL
 #endif
 
 // Whether the program links cuBLAS: the CMake target hybridattn::cuda_cublas says so.
@@ -11198,8 +11203,9 @@ HYBRIDATTN_HD inline int first_bit(std::uint32_t bits) { return __builtin_popcou
 template <class T, int n> using Array = T[static_cast<std::size_t>(n)];
 template <class T, int rows, int columns> using Table = T[static_cast<std::size_t>(rows)][static_cast<std::size_t>(columns)];
 
-// n numbers that are read or written at once, from a multiple of their size.
-template <class T, int n> struct alignas(sizeof(T) * static_cast<std::size_t>(n)) Vector {
+// n numbers that are read or written at once, from a multiple of their size, or of 16 bytes, the most that a GPU moves at once.
+template <class T, int n> struct alignas(sizeof(T) * static_cast<std::size_t>(n) < 16 ? sizeof(T) * static_cast<std::size_t>(n)
+                                                                                      : 16) Vector {
   Array<T, n> x;
 };
 template <int n, class T> HYBRIDATTN_DEVICE Vector<std::remove_const_t<T>, n> load_vector(T* from) {
@@ -13377,19 +13383,10 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
-// ==== hybridattn/attention/gdn/kernels.hpp
-// Gated DeltaNet as kernels, token by token in exact arithmetic. Numbers in brackets are equations of gdn.hpp.
-//
-// A block has a value head of a sequence and a tile of the columns of its state [K, V]. Columns of a state do not meet before they are
-// summed, so every block goes through all tokens of its sequence alone. Tokens go through shared memory in pieces.
-#ifndef HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
-#define HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
-
-// g++ takes the int sizes of arrays in templates for conversions.
-#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wsign-conversion"
-#endif
+// ==== hybridattn/attention/gdn/kernel_place.hpp
+// Where a block of a scan over tokens works.
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNEL_PLACE_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNEL_PLACE_HPP
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
@@ -13404,6 +13401,733 @@ struct Place {
   // How many tokens the piece from token t on has.
   HYBRIDATTN_DEVICE int count(Index t, int tokens) const { return static_cast<int>(simt::smaller<Index>(sequence.length - t, tokens)); }
 };
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+#endif
+
+// ==== hybridattn/attention/gdn/kernel_chunks.hpp
+// Gated DeltaNet as kernels that take the tokens of a sequence in chunks (arXiv 2412.06464), in exact arithmetic. Chunks are counted from
+// the first token of the sequence. With S the state before a chunk, i, j, m tokens of the chunk, decay(i, j) = exp(g_{j+1} + ... + g_i):
+//   (a) A_ij = decay(i, j) k_i . k_j for j < i ;  Q_ij = decay(i, j) scale q_i . k_j for j <= i
+//   (b) R_ij = A_ij - sum_{j < m < i} A_im beta_m R_mj                      so that (I + A beta)^-1 = I - R beta
+//   (c) r_i = v_i - until_i S^T k_i ;  e_i = r_i - sum_{j < i} R_ij beta_j r_j               until_i = exp(g_1 + ... + g_i)
+//   (d) o_i = until_i S^T (scale q_i) + sum_{j <= i} Q_ij beta_j e_j
+//   (e) S after the chunk = until_C S + sum_i after_i k_i (beta_i e_i)^T                     after_i = decay(C, i)
+// A mask is the bounds of a loop: a NaN of a later token would pass through a product with zero. Tokens behind the end of the sequence are
+// zeros in the last chunk. No exponent is a difference of sums, which would be NaN where two of them are infinite.
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNEL_CHUNKS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNEL_CHUNKS_HPP
+
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
+
+// Sizes for keys with room for K entries, so that the shared memory of a block stays below 99 KB.
+template <class T, int K> struct Tiling {
+  static constexpr int each = 4;  // numbers that a thread reads and writes at once
+  static constexpr int chunk = static_cast<int>(sizeof(T)) * K < 2048 ? 16 : 8;  // tokens
+  static constexpr int columns = 128 / static_cast<int>(sizeof(T));  // of a state, in a scan
+  static constexpr int panel = K < 256 ? columns : columns / 2;  // columns at a time, where all columns are summed
+  static constexpr int scan_threads = chunk * columns / each;
+
+  // A sequence's first chunk among those of the batch. Sequences may have any lengths, so a few places stay unused.
+  static HYBRIDATTN_HD Index first_chunk(Index start, Index number) { return start / chunk + number; }
+  static Index count_chunks(Sequences const& s) { return s.tokens() / chunk + s.count(); }
+};
+
+// Rows of keys or queries in shared memory. Four more entries, so that the rows begin in different banks.
+template <class T, int K, int rows> using KeyTable = simt::Table<T, rows, K + Tiling<T, K>::each>;
+
+// What all chunk kernels get. Views that a kernel does not need are empty.
+template <class T> struct ChunkParams {
+  Inputs<In<T>> x;
+  View<T, 3> o;  // forward's results
+  View<wide_t<T>, 3> error;
+  View<wide_t<T>, 4> final_state;
+  View<wide_t<T> const, 3> saved_error;  // backward's arguments and results
+  View<T const, 3> d_o;
+  View<wide_t<T> const, 4> d_final_state;
+  Inputs<Out<T>> d_x;
+  View<T, 4> key_pairs, query_pairs, solved;  // [chunks, HV, chunk, chunk]: A, Q and R of (a) and (b)
+  View<T, 4> states, gradients;  // [chunks, HV, K, V]: the state before each chunk, the gradient of the state after it
+  View<T, 3> projected;  // [N, HV, V]: Y of backward
+  View<Sequence const, 1> sequences;
+  Index tiles;  // of columns
+  Index group;  // value heads of a key head
+  T scale;
+};
+
+// Rows of a tensor, from one of its columns on: those of a head at the tokens of a chunk, or those of a state. Empty views have no columns.
+template <class T> struct Rows {
+  T* data;
+  Index stride, rows, columns;
+
+  // Of head h, for `count` tokens from n on.
+  HYBRIDATTN_DEVICE Rows(View<T, 3> x, Index n, int count, Index h, Index column)
+      : data(x.empty() ? nullptr : x.row(n, h) + column), stride(x.stride[0]), rows(count), columns(x.empty() ? 0 : x.extent(2) - column) {}
+  // Of the state of head h at `number`, a sequence or a chunk.
+  HYBRIDATTN_DEVICE Rows(View<T, 4> x, Index number, Index h, Index column)
+      : data(x.empty() ? nullptr : x.row(number, h, 0) + column), stride(x.stride[2]), rows(x.extent(2)),
+        columns(x.empty() ? 0 : x.extent(3) - column) {}
+  HYBRIDATTN_DEVICE bool has(int row, int column) const { return row < rows && column < columns; }
+};
+// f(row, column) for all of rows x width elements. Neighbouring threads have neighbouring columns, and a thread stays in its columns.
+template <int threads, int rows, int width, class F> HYBRIDATTN_DEVICE void for_each_place(F f) {
+  constexpr int lanes = width < threads ? width : threads;
+  for (int column = simt::thread_id() % lanes; column < width; column += lanes) {
+    HYBRIDATTN_UNROLL_4_IN_KERNEL
+    for (int row = simt::thread_id() / lanes; row < rows; row += threads / lanes) f(row, column);
+  }
+}
+// rows x width elements into shared memory, times `factor`, and zeros where there is no row or column.
+template <int threads, int rows, int width, class T, std::size_t room, class From>
+HYBRIDATTN_DEVICE void load_rows(T (*to)[room], Rows<From const> from, T factor = 1) {
+  for_each_place<threads, rows, width>(
+      [&](int row, int column) { to[row][column] = from.has(row, column) ? factor * from.data[row * from.stride + column] : T(0); });
+}
+
+// beta of the tokens of a chunk, their decays from the chunk's begin and to its end, and the decay of the whole chunk. Tokens behind
+// `count` read and write nothing.
+template <class T, int chunk> struct ChunkGates {
+  T beta[chunk], until[chunk], after[chunk], whole;
+
+  HYBRIDATTN_DEVICE void load(Inputs<In<T>> const& x, Index n, int count, Index h) {
+    int const t = simt::thread_id();
+    if (t >= chunk) return;
+    double before = 0, behind = 0;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < chunk; ++i) {
+      double const g = i < count ? static_cast<double>(x.g(n + i, h)) : 0.0;
+      if (i <= t) before += g;
+      else behind += g;
+    }
+    beta[t] = t < count ? x.beta(n + t, h) : T(0);
+    until[t] = t < count ? static_cast<T>(std::exp(before)) : T(0);
+    after[t] = static_cast<T>(std::exp(behind));
+    if (t == chunk - 1) whole = static_cast<T>(std::exp(before));
+  }
+};
+// decay(i, j) by the logarithms of a chunk's decays.
+template <class T, std::size_t chunk> HYBRIDATTN_DEVICE T decay_between(double const (&g)[chunk], int i, int j) {
+  double sum = 0;
+  for (int m = j + 1; m <= i; ++m) sum += g[m];
+  return static_cast<T>(std::exp(sum));
+}
+
+// sums[n] += the rows x[n] [K] times columns column .. column + 3 of a matrix [K, width].
+template <int K, class T, int count, std::size_t width>
+HYBRIDATTN_DEVICE void add_products(T const* const (&x)[count], T const (&matrix)[K][width], int column, T (&sums)[count][4]) {
+  HYBRIDATTN_UNROLL_4_IN_KERNEL
+  for (int a = 0; a < K; a += 4) {
+    simt::Vector<T, 4> of_x[count];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < count; ++n) of_x[n] = simt::load_vector<4>(x[n] + a);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int d = 0; d < 4; ++d) {
+      simt::Vector<T, 4> const row = simt::load_vector<4>(&matrix[a + d][column]);
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int n = 0; n < count; ++n) {
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int c = 0; c < 4; ++c) sums[n][c] += of_x[n].x[d] * row.x[c];
+      }
+    }
+  }
+}
+// sum += factor row, four entries of it.
+template <class T> HYBRIDATTN_DEVICE void add_row(T factor, T const* row, T (&sum)[4]) {
+  simt::Vector<T, 4> const x = simt::load_vector<4>(row);
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int c = 0; c < 4; ++c) sum[c] += factor * x.x[c];
+}
+
+// sum += x . y, four entries of them.
+template <class T> HYBRIDATTN_DEVICE void add_dot(T const* x, T const* y, T& sum) {
+  simt::Vector<T, 4> const of_x = simt::load_vector<4>(x), of_y = simt::load_vector<4>(y);
+  HYBRIDATTN_UNROLL_IN_KERNEL
+  for (int d = 0; d < 4; ++d) sum += of_x.x[d] * of_y.x[d];
+}
+
+// A tile of the columns of a state, or of its gradient, in the shared memory of a scan's block. A thread reads and writes the same
+// elements.
+template <class T, int K> struct StateTile {
+  using Of = Tiling<T, K>;
+  using Four = simt::Vector<T, Of::each>;
+  static constexpr int columns = Of::columns, threads = Of::scan_threads;
+  alignas(Four) simt::Table<T, K, columns> row;
+
+  HYBRIDATTN_DEVICE void read(View<wide_t<T> const, 4> from, Index number, Index h, Index column) {
+    load_rows<threads, K, columns>(row, Rows{from, number, h, column});
+  }
+  HYBRIDATTN_DEVICE void write(View<wide_t<T>, 4> to, Index number, Index h, Index column) const {
+    Rows const rows{to, number, h, column};
+    for_each_place<threads, K, columns>([&](int a, int c) {
+      if (rows.has(a, c)) rows.data[a * rows.stride + c] = row[a][c];
+    });
+  }
+  // The tile times `factor`, plus the sum over the rows of x [rows, K]^T y [rows, columns]. A thread has squares of 4 x 4 elements.
+  template <std::size_t rows, std::size_t width> HYBRIDATTN_DEVICE void add(T factor, T const (&x)[rows][width],
+                                                                            T const (&y)[rows][columns]) {
+    for (int i = simt::thread_id(); i < K * columns / 16; i += threads) {
+      int const a = i / (columns / 4) * 4, c = i % (columns / 4) * 4;
+      T sum[4][4];
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int d = 0; d < 4; ++d) {
+        Four const old = simt::load_vector<4>(&row[a + d][c]);
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int e = 0; e < 4; ++e) sum[d][e] = factor * old.x[e];
+      }
+      HYBRIDATTN_UNROLL_4_IN_KERNEL
+      for (int n = 0; n < static_cast<int>(rows); ++n) {
+        Four const key = simt::load_vector<4>(&x[n][a]);
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int d = 0; d < 4; ++d) add_row(key.x[d], &y[n][c], sum[d]);
+      }
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int d = 0; d < 4; ++d) simt::store_vector(&row[a + d][c], Four{{sum[d][0], sum[d][1], sum[d][2], sum[d][3]}});
+    }
+  }
+};
+
+// The chunk of a block of a kernel that takes all chunks at once. Blocks for unused places have no tokens.
+struct ChunkPlace {
+  Index chunk;  // among those of the batch
+  Index sequence;
+  Index first;  // token of the batch
+  int count = 0;  // of tokens
+
+  template <class Of> static HYBRIDATTN_DEVICE ChunkPlace find(View<Sequence const, 1> sequences) {
+    ChunkPlace place{simt::block_x(), 0, 0};
+    Index end = sequences.extent(0);
+    while (end - place.sequence > 1) {
+      Index const middle = (place.sequence + end) / 2;
+      (Of::first_chunk(sequences(middle).start, middle) <= place.chunk ? place.sequence : end) = middle;
+    }
+    Sequence const s = sequences(place.sequence);
+    Index const begin = (place.chunk - Of::first_chunk(s.start, place.sequence)) * Of::chunk;
+    place.first = s.start + begin;
+    if (begin < s.length) place.count = static_cast<int>(simt::smaller<Index>(s.length - begin, Of::chunk));
+    return place;
+  }
+};
+
+// A, Q and R of a chunk, for the value heads of a key head one after the other. A thread has a pair of tokens.
+template <class T, int K> struct PrepareChunks {
+  using Of = Tiling<T, K>;
+  static constexpr int chunk = Of::chunk, threads = chunk * chunk;
+  using Params = ChunkParams<T>;
+  struct Shared {
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
+    double g[chunk];
+    T beta[chunk];
+    T keys[chunk][chunk + 1];  // A
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    auto const at = ChunkPlace::find<Of>(p.sequences);
+    if (at.count == 0) return;
+    Index const key_head = simt::block_y();
+    load_rows<threads, chunk, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
+    load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
+    simt::sync_block();
+    int const i = simt::thread_id() / chunk, j = simt::thread_id() % chunk;
+    T with_key = 0, with_query = 0;
+    HYBRIDATTN_UNROLL_4_IN_KERNEL
+    for (int a = 0; a < K; a += 4) {
+      if (j > i) continue;
+      add_dot(&shared.k[i][a], &shared.k[j][a], with_key);
+      add_dot(&shared.q[i][a], &shared.k[j][a], with_query);
+    }
+    for (Index h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
+      load_gates(shared, p, at, h);
+      simt::sync_block();
+      T const decay = j <= i ? decay_between<T>(shared.g, i, j) : T(0);
+      if (j <= i) p.query_pairs(at.chunk, h, i, j) = decay * with_query;  // (a)
+      if (j < i) p.key_pairs(at.chunk, h, i, j) = shared.keys[i][j] = decay * with_key;
+      simt::sync_block();
+      if (simt::thread_id() < chunk) solve(shared, simt::thread_id(), p.solved.row(at.chunk, h, 0));
+      simt::sync_block();  // all have read the gates and A
+    }
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void load_gates(Shared& shared, Params const& p, ChunkPlace const& at, Index h) {
+    int const t = simt::thread_id();
+    if (t >= chunk) return;
+    shared.g[t] = t < at.count ? static_cast<double>(p.x.g(at.first + t, h)) : 0.0;
+    shared.beta[t] = t < at.count ? p.x.beta(at.first + t, h) : T(0);
+  }
+  // Column j of R [chunk, chunk], which stays in registers.  (b)
+  static HYBRIDATTN_DEVICE void solve(Shared const& shared, int j, T* to) {
+    T column[chunk];
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < chunk; ++i) column[i] = j < i ? shared.keys[i][j] : T(0);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int m = 0; m < chunk; ++m) {
+      T const known = shared.beta[m] * column[m];
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int i = m + 1; i < chunk; ++i)
+        if (j < m) column[i] -= shared.keys[i][m] * known;
+    }
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int i = 0; i < chunk; ++i)
+      if (j < i) to[i * chunk + j] = column[i];
+  }
+};
+
+// The pairs of a chunk in shared memory; above the diagonal they hold anything.
+template <int threads, class T, std::size_t chunk, std::size_t width>
+HYBRIDATTN_DEVICE void load_pairs(T (&to)[chunk][width], View<T, 4> from, Index number, Index h) {
+  for (int i = simt::thread_id(); i < static_cast<int>(chunk * chunk); i += threads) {
+    int const row = i / static_cast<int>(chunk), column = i % static_cast<int>(chunk);
+    if (column <= row) to[row][column] = from(number, h, row, column);
+  }
+}
+
+// What a thread of a scan has: four columns of a token of the chunk.
+template <class T, int K> struct TokenColumns {
+  using Of = Tiling<T, K>;
+  int token = simt::thread_id() / (Of::columns / Of::each), column = simt::thread_id() % (Of::columns / Of::each) * Of::each;
+
+  // To x [N, HV, V], where the token and the columns exist.
+  template <class X> HYBRIDATTN_DEVICE void write(View<X, 3> to, Place const& at, Index n, int count, T const (&from)[4]) const {
+    if (to.empty() || token >= count) return;
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < 4; ++c)
+      if (at.column + column + c < to.extent(2)) to(n + token, at.head, at.column + column + c) = from[c];
+  }
+  // factor x to a row in shared memory.
+  template <std::size_t rows> HYBRIDATTN_DEVICE void store(T (&to)[rows][Of::columns], int row, T factor, T const (&x)[4]) const {
+    simt::store_vector(&to[row][column], simt::Vector<T, 4>{{factor * x[0], factor * x[1], factor * x[2], factor * x[3]}});
+  }
+};
+
+// o, the errors and the final state. A block has a tile of the columns of a value head's state of a sequence, and goes from chunk to chunk.
+template <class T, int K> struct ForwardChunks {
+  using Of = Tiling<T, K>;
+  static constexpr int chunk = Of::chunk, columns = Of::columns, threads = Of::scan_threads;
+  using Params = ChunkParams<T>;
+  struct Shared {
+    StateTile<T, K> state;
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
+    // v, then beta r; beta e; beta e times its decay to the end of the chunk.
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> rest, write, kept;
+    T query_pairs[chunk][chunk], solved[chunk][chunk];
+    ChunkGates<T, chunk> gates;
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    shared.state.read(p.x.initial_state, at.number, at.head, at.column);
+    for (Index t = 0; t < at.sequence.length; t += chunk) {
+      load(shared, p, at, t);
+      simt::sync_block();
+      take(shared, p, at, at.sequence.start + t, at.count(t, chunk));
+    }
+    shared.state.write(p.final_state, at.number, at.head, at.column);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void load(Shared& shared, Params const& p, Place const& at, Index t) {
+    Index const n = at.sequence.start + t, key_head = at.head / p.group;
+    Index const number = Of::first_chunk(at.sequence.start, at.number) + t / chunk;
+    int const count = at.count(t, chunk);
+    load_rows<threads, chunk, K>(shared.q, Rows{p.x.q, n, count, key_head, 0}, p.scale);
+    load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, n, count, key_head, 0});
+    load_rows<threads, chunk, columns>(shared.rest, Rows{p.x.v, n, count, at.head, at.column});
+    load_pairs<threads>(shared.query_pairs, p.query_pairs, number, at.head);
+    load_pairs<threads>(shared.solved, p.solved, number, at.head);
+    shared.gates.load(p.x, n, count, at.head);
+  }
+  // The chunk of `count` tokens from token n on.
+  static HYBRIDATTN_DEVICE void take(Shared& shared, Params const& p, Place const& at, Index n, int count) {
+    TokenColumns<T, K> const own;
+    int const i = own.token;
+    T const until = shared.gates.until[i], beta = shared.gates.beta[i];
+    T const* const rows[] = {shared.k[i], shared.q[i]};
+    T of_state[2][4] = {}, error[4] = {}, o[4] = {};
+    add_products(rows, shared.state.row, own.column, of_state);
+    add_row(T(1), &shared.rest[i][own.column], error);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < 4; ++c) {
+      error[c] -= until * of_state[0][c];
+      o[c] = until * of_state[1][c];
+    }
+    own.store(shared.rest, i, beta, error);
+    simt::sync_block();
+    for (int j = 0; j < i; ++j) add_row(-shared.solved[i][j], &shared.rest[j][own.column], error);  // (c)
+    own.store(shared.write, i, beta, error);
+    own.store(shared.kept, i, beta * shared.gates.after[i], error);
+    own.write(p.error, at, n, count, error);
+    simt::sync_block();
+    for (int j = 0; j <= i; ++j) add_row(shared.query_pairs[i][j], &shared.write[j][own.column], o);  // (d)
+    own.write(p.o, at, n, count, o);
+    shared.state.add(shared.gates.whole, shared.k, shared.kept);  // (e)
+    simt::sync_block();  // the state is complete, and all have read the chunk
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+// ==== hybridattn/attention/gdn/kernel_chunks_backward.hpp
+// Backward of Gated DeltaNet in chunks, from the saved errors alone. Letters are those of kernel_chunks.hpp. With X the gradient of the
+// state after a chunk and S the state before it:
+//   (f) y_i = after_i X^T k_i + sum_{l >= i} Q_li d_o_l ;  Y_i = y_i - sum_{l > i} R_li beta_l y_l           d_v_i = beta_i Y_i
+//   (g) X before the chunk = until_C X + sum_i until_i (scale q_i d_o_i^T - k_i d_v_i^T)
+//   (h) D_ij = decay(i, j) beta_j d_o_i . e_j for j <= i ;  E_ij = decay(i, j) beta_i beta_j Y_i . e_j for j < i ;  d_beta_i = Y_i . e_i
+//   (i) d_q_i = scale (until_i S d_o_i + sum_{j <= i} D_ij k_j)
+//       d_k_i = after_i beta_i X e_i - until_i beta_i S Y_i + sum_{l >= i} D_li scale q_l - sum_{l > i} E_li k_l - sum_{j < i} E_ij k_j
+//   (j) d_g_i = the sum over pairs of a write before and a read after the decay of token i:
+//         until_C <S, X>                                                   across the chunk
+//         until_l (scale q_l . S d_o_l - beta_l k_l . S Y_l), l >= i       reads of S
+//         after_j beta_j k_j . X e_j, j < i                                writes for X
+//         D_lj scale q_l . k_j - E_lj k_l . k_j, j < i <= l                inside the chunk
+// The sum (j) has these pairs and no others: no pair is added and taken away again. Nothing divides by beta or by a decay.
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNEL_CHUNKS_BACKWARD_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNEL_CHUNKS_BACKWARD_HPP
+
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
+
+// The state before each chunk, from the errors alone. Blocks as in ForwardChunks.
+template <class T, int K> struct StatesOfChunks {
+  using Of = Tiling<T, K>;
+  static constexpr int chunk = Of::chunk, columns = Of::columns, threads = Of::scan_threads;
+  using Params = ChunkParams<T>;
+  struct Shared {
+    StateTile<T, K> state;
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> k;
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> error, kept;  // e, and beta e times its decay to the end of the chunk
+    ChunkGates<T, chunk> gates;
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    TokenColumns<T, K> const own;
+    Index number = Of::first_chunk(at.sequence.start, at.number);
+    shared.state.read(p.x.initial_state, at.number, at.head, at.column);
+    for (Index t = 0; t < at.sequence.length; t += chunk, ++number) {
+      int const count = at.count(t, chunk);
+      load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, at.sequence.start + t, count, at.head / p.group, 0});
+      load_rows<threads, chunk, columns>(shared.error, Rows{p.saved_error, at.sequence.start + t, count, at.head, at.column});
+      shared.gates.load(p.x, at.sequence.start + t, count, at.head);
+      simt::sync_block();
+      shared.state.write(p.states, number, at.head, at.column);
+      T kept[4] = {};
+      add_row(shared.gates.beta[own.token] * shared.gates.after[own.token], &shared.error[own.token][own.column], kept);
+      own.store(shared.kept, own.token, T(1), kept);
+      simt::sync_block();
+      shared.state.add(shared.gates.whole, shared.k, shared.kept);  // (e)
+      simt::sync_block();  // the state is complete, and all have read the chunk
+    }
+  }
+};
+
+// Y, d_v, the gradient of the state after each chunk, and d_initial_state. Blocks as in ForwardChunks, from the last chunk to the first.
+template <class T, int K> struct GradientsOfStates {
+  using Of = Tiling<T, K>;
+  static constexpr int chunk = Of::chunk, columns = Of::columns, threads = Of::scan_threads;
+  using Params = ChunkParams<T>;
+  struct Shared {
+    StateTile<T, K> gradient;
+    // Keys, then queries times scale. The updates are what (g) multiplies with them.
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, 2 * chunk> keys;
+    alignas(simt::Vector<T, 4>) simt::Table<T, 2 * chunk, columns> updates;
+    alignas(simt::Vector<T, 4>) simt::Table<T, chunk, columns> d_o, rest;  // rest: beta y
+    T query_pairs[chunk][chunk], solved[chunk][chunk];
+    ChunkGates<T, chunk> gates;
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    Place const at{p.sequences, p.tiles, columns};
+    shared.gradient.read(p.d_final_state, at.number, at.head, at.column);
+    Index const chunks = ceil_div(at.sequence.length, Index{chunk}), first = Of::first_chunk(at.sequence.start, at.number);
+    for (Index i = chunks; i-- > 0;) {
+      int const count = at.count(i * chunk, chunk);
+      load(shared, p, at, first + i, at.sequence.start + i * chunk, count);
+      simt::sync_block();
+      shared.gradient.write(p.gradients, first + i, at.head, at.column);
+      take(shared, p, at, at.sequence.start + i * chunk, count);
+    }
+    shared.gradient.write(p.d_x.initial_state, at.number, at.head, at.column);
+  }
+
+ private:
+  static HYBRIDATTN_DEVICE void load(Shared& shared, Params const& p, Place const& at, Index number, Index n, int count) {
+    load_rows<threads, chunk, K>(shared.keys, Rows{p.x.k, n, count, at.head / p.group, 0});
+    load_rows<threads, chunk, K>(shared.keys + chunk, Rows{p.x.q, n, count, at.head / p.group, 0}, p.scale);
+    load_rows<threads, chunk, columns>(shared.d_o, Rows{p.d_o, n, count, at.head, at.column});
+    load_pairs<threads>(shared.query_pairs, p.query_pairs, number, at.head);
+    load_pairs<threads>(shared.solved, p.solved, number, at.head);
+    shared.gates.load(p.x, n, count, at.head);
+  }
+  // The chunk of `count` tokens from token n on.
+  static HYBRIDATTN_DEVICE void take(Shared& shared, Params const& p, Place const& at, Index n, int count) {
+    TokenColumns<T, K> const own;
+    int const i = own.token;
+    T const until = shared.gates.until[i], beta = shared.gates.beta[i];
+    T const* const rows[] = {shared.keys[i]};
+    T of_gradient[1][4] = {}, y[4] = {}, d_v[4] = {}, read[4] = {};
+    add_products(rows, shared.gradient.row, own.column, of_gradient);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < 4; ++c) y[c] = shared.gates.after[i] * of_gradient[0][c];
+    for (int l = i; l < count; ++l) add_row(shared.query_pairs[l][i], &shared.d_o[l][own.column], y);
+    own.store(shared.rest, i, beta, y);
+    simt::sync_block();
+    for (int l = i + 1; l < count; ++l) add_row(-shared.solved[l][i], &shared.rest[l][own.column], y);  // (f)
+    own.write(p.projected, at, n, count, y);
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int c = 0; c < 4; ++c) d_v[c] = beta * y[c];
+    own.write(p.d_x.v, at, n, count, d_v);
+    add_row(until, &shared.d_o[i][own.column], read);
+    own.store(shared.updates, i, -until, d_v);
+    own.store(shared.updates, chunk + i, T(1), read);
+    simt::sync_block();
+    shared.gradient.add(shared.gates.whole, shared.keys, shared.updates);  // (g)
+    simt::sync_block();  // the gradient is complete, and all have read the chunk
+  }
+};
+
+// d_q, d_k, d_beta and d_g of a chunk, for the value heads of a key head one after the other: the first one overwrites d_q and d_k, the
+// others add to them. Columns go through shared memory in panels. A thread has two entries of four tokens, and a few pairs of tokens.
+// No barrier stands between two value heads: the second one's panels wait before it writes what the last steps of the first one read.
+template <class T, int K> struct GradientsOfTokens {
+  using Of = Tiling<T, K>;
+  static constexpr int chunk = Of::chunk, panel = Of::panel, tokens = 4, entries = 2;  // of a thread
+  static constexpr int threads = chunk * K / (tokens * entries), warps = threads / 32;
+  static constexpr int pairs = (chunk * chunk + threads - 1) / threads;  // of a thread
+  using Params = ChunkParams<T>;
+  template <int rows> using Panel = simt::Table<T, rows, panel + 4>;  // four more, so that the rows begin in different banks
+  struct Shared {
+    alignas(simt::Vector<T, 4>) KeyTable<T, K, chunk> q, k;  // q times scale
+    alignas(simt::Vector<T, 4>) Panel<K> state, gradient;
+    alignas(simt::Vector<T, 4>) Panel<chunk> d_o, projected, error;
+    simt::Table<T, chunk, chunk + 1> reads, erased;  // D and E, E on both sides of the diagonal
+    double crossing[chunk][chunk + 1];  // what a pair adds to d_g
+    double reads_of[warps][chunk], writes_of[warps][chunk], across_of[warps];  // the warps' parts of sums over K
+    double g[chunk];
+    ChunkGates<T, chunk> gates;
+  };
+  // Sums over the columns, of a value head.
+  struct Sums {
+    T state_d_o[tokens][entries] = {}, state_y[tokens][entries] = {}, gradient_error[tokens][entries] = {};  // S d_o, S Y, X e
+    T d_o_error[pairs] = {}, y_error[pairs] = {};  // d_o_i . e_j, Y_i . e_j
+    T across = 0;  // <S, X>
+  };
+
+  static HYBRIDATTN_DEVICE void run(Shared& shared, Params const& p) {
+    auto const at = ChunkPlace::find<Of>(p.sequences);
+    if (at.count == 0) return;
+    Index const key_head = simt::block_y();
+    load_rows<threads, chunk, K>(shared.q, Rows{p.x.q, at.first, at.count, key_head, 0}, p.scale);
+    load_rows<threads, chunk, K>(shared.k, Rows{p.x.k, at.first, at.count, key_head, 0});
+    for (Index h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
+      Sums sums;
+      load_gates(shared, p, at, h);
+      for (Index column = 0; column < p.d_x.v.extent(2); column += panel) {
+        load_panels(shared, p, at, h, column);
+        simt::sync_block();
+        add_panels(shared, sums);
+        add_pairs(shared, sums);
+        simt::sync_block();  // all have read the panels
+      }
+      scale(shared, sums);
+      sum_over_keys(shared, sums);
+      finish_pairs(shared, p, at, h, sums);
+      simt::sync_block();
+      write_d_g(shared, p, at, h);
+      write_d_q_and_d_k(shared, p, at, key_head, h == key_head * p.group, sums);
+    }
+  }
+
+ private:
+  // Four neighbouring lanes, or as many as there are fours of tokens, have the same entries.
+  static constexpr int fours = chunk / tokens;
+  static HYBRIDATTN_DEVICE int token(int t) { return simt::thread_id() % fours * tokens + t; }
+  static HYBRIDATTN_DEVICE int entry(int a) { return simt::thread_id() / fours * entries + a; }
+  static HYBRIDATTN_DEVICE int pair(int n) { return simt::thread_id() + n * threads; }
+  template <class F> static HYBRIDATTN_DEVICE void for_each_element(F f) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int t = 0; t < tokens; ++t) {
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int a = 0; a < entries; ++a) f(t, a);
+    }
+  }
+  // f(n, i, j) for the thread's pairs j <= i.
+  template <class F> static HYBRIDATTN_DEVICE void for_each_pair(F f) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int n = 0; n < pairs; ++n) {
+      int const i = pair(n) / chunk, j = pair(n) % chunk;
+      if (i < chunk && j <= i) f(n, i, j);
+    }
+  }
+
+  static HYBRIDATTN_DEVICE void load_gates(Shared& shared, Params const& p, ChunkPlace const& at, Index h) {
+    shared.gates.load(p.x, at.first, at.count, h);
+    int const t = simt::thread_id();
+    if (t < chunk) shared.g[t] = t < at.count ? static_cast<double>(p.x.g(at.first + t, h)) : 0.0;
+  }
+  static HYBRIDATTN_DEVICE void load_panels(Shared& shared, Params const& p, ChunkPlace const& at, Index h, Index column) {
+    load_rows<threads, chunk, panel>(shared.d_o, Rows{p.d_o, at.first, at.count, h, column});
+    load_rows<threads, chunk, panel>(shared.projected, Rows{View<T const, 3>(p.projected), at.first, at.count, h, column});
+    load_rows<threads, chunk, panel>(shared.error, Rows{p.saved_error, at.first, at.count, h, column});
+    load_rows<threads, K, panel>(shared.state, Rows{View<T const, 4>(p.states), at.chunk, h, column});
+    load_rows<threads, K, panel>(shared.gradient, Rows{View<T const, 4>(p.gradients), at.chunk, h, column});
+  }
+  static HYBRIDATTN_DEVICE void add_panels(Shared const& shared, Sums& sums) {
+    HYBRIDATTN_UNROLL_2_IN_KERNEL
+    for (int c = 0; c < panel; c += 4) {
+      simt::Vector<T, 4> state[entries], gradient[entries];
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int a = 0; a < entries; ++a) {
+        state[a] = simt::load_vector<4>(&shared.state[entry(a)][c]);
+        gradient[a] = simt::load_vector<4>(&shared.gradient[entry(a)][c]);
+        if (c / 4 % fours != simt::thread_id() % fours) continue;  // a lane of those with the same entries
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int d = 0; d < 4; ++d) sums.across += state[a].x[d] * gradient[a].x[d];
+      }
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int t = 0; t < tokens; ++t) {
+        auto const d_o = simt::load_vector<4>(&shared.d_o[token(t)][c]), y = simt::load_vector<4>(&shared.projected[token(t)][c]),
+                   error = simt::load_vector<4>(&shared.error[token(t)][c]);
+        HYBRIDATTN_UNROLL_IN_KERNEL
+        for (int a = 0; a < entries; ++a) {
+          HYBRIDATTN_UNROLL_IN_KERNEL
+          for (int d = 0; d < 4; ++d) {
+            sums.state_d_o[t][a] += state[a].x[d] * d_o.x[d];
+            sums.state_y[t][a] += state[a].x[d] * y.x[d];
+            sums.gradient_error[t][a] += gradient[a].x[d] * error.x[d];
+          }
+        }
+      }
+    }
+  }
+  static HYBRIDATTN_DEVICE void add_pairs(Shared const& shared, Sums& sums) {
+    for_each_pair([&](int n, int i, int j) {
+      HYBRIDATTN_UNROLL_2_IN_KERNEL
+      for (int c = 0; c < panel; c += 4) {
+        add_dot(&shared.d_o[i][c], &shared.error[j][c], sums.d_o_error[n]);
+        add_dot(&shared.projected[i][c], &shared.error[j][c], sums.y_error[n]);
+      }
+    });
+  }
+  // The first terms of (i).
+  static HYBRIDATTN_DEVICE void scale(Shared const& shared, Sums& sums) {
+    for_each_element([&](int t, int a) {
+      T const until = shared.gates.until[token(t)], after = shared.gates.after[token(t)], beta = shared.gates.beta[token(t)];
+      sums.state_d_o[t][a] *= until;
+      sums.state_y[t][a] *= until * beta;
+      sums.gradient_error[t][a] *= after * beta;
+    });
+  }
+  // The warps' parts of what S and X add to d_g.
+  static HYBRIDATTN_DEVICE void sum_over_keys(Shared& shared, Sums const& sums) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int t = 0; t < tokens; ++t) {
+      T read = 0, written = 0;
+      HYBRIDATTN_UNROLL_IN_KERNEL
+      for (int a = 0; a < entries; ++a) {
+        T const key = shared.k[token(t)][entry(a)];
+        read += shared.q[token(t)][entry(a)] * sums.state_d_o[t][a] - key * sums.state_y[t][a];
+        written += key * sums.gradient_error[t][a];
+      }
+      double const reads = sum_entries(static_cast<double>(read)), writes = sum_entries(static_cast<double>(written));
+      if (simt::lane() < fours) {
+        shared.reads_of[simt::warp()][token(t)] = reads;
+        shared.writes_of[simt::warp()][token(t)] = writes;
+      }
+    }
+    double const across = simt::sum_lanes(static_cast<double>(sums.across));
+    if (simt::lane() == 0) shared.across_of[simt::warp()] = static_cast<double>(shared.gates.whole) * across;
+  }
+  // Over the lanes with the same tokens.
+  static HYBRIDATTN_DEVICE double sum_entries(double x) {
+    HYBRIDATTN_UNROLL_IN_KERNEL
+    for (int step = fours; step < 32; step *= 2) x += simt::shuffle_xor(x, step);
+    return x;
+  }
+  static HYBRIDATTN_DEVICE void finish_pairs(Shared& shared, Params const& p, ChunkPlace const& at, Index h, Sums const& sums) {
+    for_each_pair([&](int n, int i, int j) {
+      T const decay = decay_between<T>(shared.g, i, j), beta = shared.gates.beta[j], both = shared.gates.beta[i] * beta;
+      shared.reads[i][j] = decay * beta * sums.d_o_error[n];  // (h)
+      if (i == j && i < at.count) p.d_x.beta(at.first + i, h) = sums.y_error[n];
+      if (i == j) return;
+      shared.erased[i][j] = shared.erased[j][i] = decay * both * sums.y_error[n];
+      shared.crossing[i][j] = static_cast<double>(p.query_pairs(at.chunk, h, i, j) * (beta * sums.d_o_error[n])) -
+                              static_cast<double>(p.key_pairs(at.chunk, h, i, j) * (both * sums.y_error[n]));
+    });
+  }
+  // A warp has a token i at a time, and each lane the reads of another token l >= i, or the writes of a token l < i.
+  static HYBRIDATTN_DEVICE void write_d_g(Shared const& shared, Params const& p, ChunkPlace const& at, Index h) {
+    int const l = simt::lane();
+    for (int i = simt::warp(); i < at.count; i += warps) {
+      double sum = l < warps ? shared.across_of[l] : 0.0;
+      for (int warp = 0; l < at.count && warp < warps; ++warp) sum += l < i ? shared.writes_of[warp][l] : shared.reads_of[warp][l];
+      for (int j = 0; i <= l && l < at.count && j < i; ++j) sum += shared.crossing[l][j];
+      sum = simt::sum_lanes(sum);
+      if (l == 0) p.d_x.g(at.first + i, h) = static_cast<T>(sum);  // (j)
+    }
+  }
+  static HYBRIDATTN_DEVICE void write_d_q_and_d_k(Shared const& shared, Params const& p, ChunkPlace const& at, Index key_head,
+                                                  bool is_first, Sums& sums) {
+    T d_q[tokens][entries], d_k[tokens][entries];
+    for_each_element([&](int t, int a) {
+      d_q[t][a] = sums.state_d_o[t][a];
+      d_k[t][a] = sums.gradient_error[t][a] - sums.state_y[t][a];
+    });
+    HYBRIDATTN_UNROLL_2_IN_KERNEL
+    for (int m = 0; m < at.count; ++m)
+      for_each_element([&](int t, int a) {
+        int const i = token(t);
+        T const key = shared.k[m][entry(a)];
+        if (m <= i) d_q[t][a] += shared.reads[i][m] * key;
+        if (m >= i) d_k[t][a] += shared.reads[m][i] * shared.q[m][entry(a)];
+        if (m != i) d_k[t][a] -= shared.erased[m][i] * key;
+      });
+    for_each_element([&](int t, int a) {  // (i)
+      if (token(t) >= at.count || entry(a) >= p.d_x.q.extent(2)) return;
+      T &to_q = p.d_x.q(at.first + token(t), key_head, entry(a)), &to_k = p.d_x.k(at.first + token(t), key_head, entry(a));
+      to_q = is_first ? p.scale * d_q[t][a] : to_q + p.scale * d_q[t][a];
+      to_k = is_first ? d_k[t][a] : to_k + d_k[t][a];
+    });
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::gdn
+
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+// ==== hybridattn/attention/gdn/kernel_steps.hpp
+// Gated DeltaNet as kernels, token by token in exact arithmetic. Numbers in brackets are equations of gdn.hpp.
+//
+// A block has a value head of a sequence and a tile of the columns of its state [K, V]. Columns of a state do not meet before they are
+// summed, so every block goes through all tokens of its sequence alone. Tokens go through shared memory in pieces.
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNEL_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNEL_STEPS_HPP
+
+// g++ takes the int sizes of arrays in templates for conversions.
+#if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
 
 // Entries first .. first + width - 1 of head h of `count` tokens from n on, times `factor`. Entries that the head does not have, and those
 // of an empty view, are zeros. Neighbouring threads read neighbouring addresses.
@@ -13428,7 +14152,7 @@ template <class T, int tokens> struct PieceGates {
 
 // ---- forward
 
-template <class T> struct ForwardParams {
+template <class T> struct ForwardStepsParams {
   Inputs<In<T>> x;   // initial_state may be empty
   View<T, 3> o;
   View<wide_t<T>, 3> error;         // may be empty
@@ -13442,10 +14166,10 @@ template <class T> struct ForwardParams {
 
 // o, the errors and the final state, for keys with room for K entries. A column of the state has a few neighbouring lanes of one warp.
 // Lane c of them has the rows c, c + lanes, ... of the column in registers.
-template <class T, int K> struct Forward {
+template <class T, int K> struct ForwardSteps {
   static constexpr int threads = 128, tokens = 64 / static_cast<int>(sizeof(T));
   static constexpr int lanes = K * sizeof(T) <= 1024 ? 4 : 8, columns = threads / lanes, entries = K / lanes;
-  using Params = ForwardParams<T>;
+  using Params = ForwardStepsParams<T>;
   struct Shared {
     T q[tokens][K], k[tokens][K], v[tokens][columns];   // q times scale
     PieceGates<T, tokens> gates;
@@ -13514,7 +14238,7 @@ template <class T, int K> struct Forward {
 
 // ---- backward
 
-template <class T> struct BackwardParams {
+template <class T> struct BackwardStepsParams {
   Inputs<In<T>> x;
   View<wide_t<T> const, 3> error;
   View<T const, 3> d_o;                       // may be empty
@@ -13533,11 +14257,11 @@ template <class T> struct BackwardParams {
 // S and X. Lane l has the rows l, l + 32, ... of these columns in registers. The warps' sums over columns meet in shared memory.
 // A first walk keeps S before every piece of tokens. The second walk goes through the pieces and their tokens in reverse, and forms S
 // before each token from the piece's first S and from what the tokens between have written. Nothing divides by a decay, which may be 0.
-template <class T, int K> struct Backward {
+template <class T, int K> struct BackwardSteps {
   static constexpr int warps = 8, threads = 32 * warps, tokens = 64 / static_cast<int>(sizeof(T));
   static constexpr int rows = K / 32, room = 64 / static_cast<int>(sizeof(T)) / rows, wide = room < 4 ? room : 4;   // of a thread
   static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 1, paths = 8;
-  using Params = BackwardParams<T>;
+  using Params = BackwardStepsParams<T>;
   using Patch = T[rows][wide];
   struct Shared {
     T q[tokens][K], k[tokens][K];                         // q times scale
@@ -13762,26 +14486,103 @@ namespace gdn {
 
 template <class F> void with_room(Config const& c, F f) { attention::with_room("GatedDeltaNet", "key_dim", c.key_dim, f); }
 
-template <class T, class M> ForwardParams<T> forward_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
-  ForwardParams<T> p{};
+// A, Q and R of all chunks of a batch.
+template <class T, class B> struct ChunkPairs {
+  Tensor<T, 4, B> keys, queries, solved;
+
+  ChunkPairs(B& gpu, Shape<4> shape) : keys{gpu, shape}, queries{gpu, shape}, solved{gpu, shape} {}
+  void give(ChunkParams<T>& p) {
+    p.key_pairs = out(keys);
+    p.query_pairs = out(queries);
+    p.solved = out(solved);
+  }
+};
+template <class T, class M> ChunkParams<T> chunk_params(Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x) {
+  ChunkParams<T> p{};
   p.x = x;
   p.sequences = s.table().list;
   p.group = c.num_value_heads / c.num_heads;
   p.scale = static_cast<T>(c.scale);
   return p;
 }
-template <class T, class B> void launch_forward(B& gpu, Config const& c, Sequences const& s, ForwardParams<T> p) {
+template <class T, class B, class M>
+void forward_chunks(B& gpu, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
+  auto p = chunk_params<T>(c, s, x);
+  p.o = y.o;
+  p.error = saved.error;
+  p.final_state = y.final_state;
   with_room(c, [&](auto K) {
-    using Kernel = Forward<T, K()>;
+    using Of = Tiling<T, K()>;
+    Index const HV = c.num_value_heads, chunks = Of::count_chunks(s);
+    ChunkPairs<T, B> pairs{gpu, {chunks, HV, Of::chunk, Of::chunk}};
+    pairs.give(p);
+    p.tiles = ceil_div(c.value_dim, Index{Of::columns});
+    launch<PrepareChunks<T, K()>>(gpu, {.x = chunks, .y = c.num_heads}, p);
+    launch<ForwardChunks<T, K()>>(gpu, {.x = p.tiles * s.count(), .y = HV}, p);
+  });
+}
+template <class T, class B, class M>
+void backward_chunks(B& gpu, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x, Saved<In<T>> saved, Outputs<In<T>> d_y,
+                     Inputs<Out<T>> d_x) {
+  auto p = chunk_params<T>(c, s, x);
+  p.saved_error = saved.error;
+  p.d_o = d_y.o;
+  p.d_final_state = d_y.final_state;
+  p.d_x = d_x;
+  with_room(c, [&](auto K) {
+    using Of = Tiling<T, K()>;
+    Index const HV = c.num_value_heads, chunks = Of::count_chunks(s);
+    Shape<4> const of_states{chunks, HV, c.key_dim, c.value_dim};
+    ChunkPairs<T, B> pairs{gpu, {chunks, HV, Of::chunk, Of::chunk}};
+    Tensor<T, 4, B> states{gpu, of_states}, gradients{gpu, of_states};
+    Tensor<T, 3, B> projected{gpu, {s.tokens(), HV, c.value_dim}};
+    pairs.give(p);
+    p.states = out(states);
+    p.gradients = out(gradients);
+    p.projected = out(projected);
+    p.tiles = ceil_div(c.value_dim, Index{Of::columns});
+    Grid const scan{.x = p.tiles * s.count(), .y = HV}, all_chunks{.x = chunks, .y = c.num_heads};
+    launch<PrepareChunks<T, K()>>(gpu, all_chunks, p);
+    launch<StatesOfChunks<T, K()>>(gpu, scan, p);
+    launch<GradientsOfStates<T, K()>>(gpu, scan, p);
+    launch<GradientsOfTokens<T, K()>>(gpu, all_chunks, p);
+  });
+}
+
+// Token by token: decoding, where `extends`, and the judge of the chunks.
+template <class T, class B, class M>
+void forward_steps(B& gpu, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved,
+                   bool extends) {
+  ForwardStepsParams<T> p{};
+  p.x = x;
+  p.o = y.o;
+  p.error = saved.error;
+  p.final_state = y.final_state;
+  p.sequences = s.table().list;
+  p.group = c.num_value_heads / c.num_heads;
+  p.scale = static_cast<T>(c.scale);
+  p.extends = extends;
+  with_room(c, [&](auto K) {
+    using Kernel = ForwardSteps<T, K()>;
     p.tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     launch<Kernel>(gpu, {.x = p.tiles * s.count(), .y = c.num_value_heads}, p);
   });
 }
-// p without states, parts, paths and tiles.
-template <class T, class B>
-void launch_backward(B& gpu, Config const& c, Sequences const& s, BackwardParams<T> p, Inputs<Out<T>> d_x) {
+template <class T, class B, class M>
+void backward_steps(B& gpu, Config const& c, SequencesOn<M> const& s, Inputs<In<T>> x, Saved<In<T>> saved, Outputs<In<T>> d_y,
+                    Inputs<Out<T>> d_x) {
+  BackwardStepsParams<T> p{};
+  p.x = x;
+  p.error = saved.error;
+  p.d_o = d_y.o;
+  p.d_final_state = d_y.final_state;
+  p.d_v = d_x.v;
+  p.d_initial_state = d_x.initial_state;
+  p.sequences = s.table().list;
+  p.group = c.num_value_heads / c.num_heads;
+  p.scale = static_cast<T>(c.scale);
   with_room(c, [&](auto K) {
-    using Kernel = Backward<T, K()>;
+    using Kernel = BackwardSteps<T, K()>;
     Index const HV = c.num_value_heads, tiles = ceil_div(c.value_dim, Index{Kernel::columns});
     Tensor<T, 5, B> states{gpu, {Kernel::count_pieces(s), HV, tiles, Kernel::elements, Kernel::threads}};
     Tensor<T, 4, B> parts{gpu, {tiles, s.tokens(), HV, Kernel::sums}};
@@ -13802,40 +14603,22 @@ template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
   template <class T, class M>
   static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
-    auto p = gdn::forward_params<T>(c, s, x);
-    p.o = y.o;
-    p.error = saved.error;
-    p.final_state = y.final_state;
-    gdn::launch_forward(gpu, c, s, p);
+    gdn::forward_chunks<T>(gpu, c, s, x, y, saved);
   }
 
   template <class T, class M>
   static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
-    gdn::BackwardParams<T> p{};
-    p.x = x;
-    p.error = saved.error;
-    p.d_o = d_y.o;
-    p.d_final_state = d_y.final_state;
-    p.d_v = d_x.v;
-    p.d_initial_state = d_x.initial_state;
-    p.sequences = s.table().list;
-    p.group = c.num_value_heads / c.num_heads;
-    p.scale = static_cast<T>(c.scale);
-    gdn::launch_backward(gpu, c, s, p, d_x);
+    gdn::backward_chunks<T>(gpu, c, s, x, saved, d_y, d_x);
   }
 
-  // Forward from the states in the cache to these states.
+  // Forward from the states in the cache to these states, token by token: a step of decoding has one token of each sequence.
   template <class T, class M>
   static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());
-    auto p = gdn::forward_params<T>(c, s, x);
-    p.x.initial_state = cache.state;
-    p.o = y.o;
-    p.final_state = cache.state;
-    p.extends = true;
-    gdn::launch_forward(gpu, c, s, p);
+    x.initial_state = cache.state;
+    gdn::forward_steps<T>(gpu, c, s, x, {.o = y.o, .final_state = cache.state}, {}, true);
   }
 };
 

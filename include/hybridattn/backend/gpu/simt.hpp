@@ -63,8 +63,9 @@ HYBRIDATTN_HD inline int first_bit(std::uint32_t bits) { return __builtin_popcou
 template <class T, int n> using Array = T[static_cast<std::size_t>(n)];
 template <class T, int rows, int columns> using Table = T[static_cast<std::size_t>(rows)][static_cast<std::size_t>(columns)];
 
-// n numbers that are read or written at once, from a multiple of their size.
-template <class T, int n> struct alignas(sizeof(T) * static_cast<std::size_t>(n)) Vector {
+// n numbers that are read or written at once, from a multiple of their size, or of 16 bytes, the most that a GPU moves at once.
+template <class T, int n> struct alignas(sizeof(T) * static_cast<std::size_t>(n) < 16 ? sizeof(T) * static_cast<std::size_t>(n)
+                                                                                      : 16) Vector {
   Array<T, n> x;
 };
 template <int n, class T> HYBRIDATTN_DEVICE Vector<std::remove_const_t<T>, n> load_vector(T* from) {

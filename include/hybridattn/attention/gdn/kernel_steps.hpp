@@ -2,12 +2,10 @@
 //
 // A block has a value head of a sequence and a tile of the columns of its state [K, V]. Columns of a state do not meet before they are
 // summed, so every block goes through all tokens of its sequence alone. Tokens go through shared memory in pieces.
-#ifndef HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
-#define HYBRIDATTN_ATTENTION_GDN_KERNELS_HPP
+#ifndef HYBRIDATTN_ATTENTION_GDN_KERNEL_STEPS_HPP
+#define HYBRIDATTN_ATTENTION_GDN_KERNEL_STEPS_HPP
 
-#include <hybridattn/attention/gdn/types.hpp>
-#include <hybridattn/backend/gpu/gpu.hpp>
-#include <hybridattn/tensor/sequences_on.hpp>
+#include <hybridattn/attention/gdn/kernel_place.hpp>
 
 // g++ takes the int sizes of arrays in templates for conversions.
 #if defined(__GNUC__) && !defined(__clang__) && !HYBRIDATTN_CUDA
@@ -16,18 +14,6 @@
 #endif
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn {
-
-// What a block has: columns from `column` on of the state of a value head.
-struct Place {
-  Sequence sequence;
-  Index number, tile, head, column;
-
-  HYBRIDATTN_DEVICE Place(View<Sequence const, 1> sequences, Index tiles, int columns)
-      : sequence(sequences(simt::block_x() / tiles)), number(simt::block_x() / tiles), tile(simt::block_x() % tiles), head(simt::block_y()),
-        column(tile * columns) {}
-  // How many tokens the piece from token t on has.
-  HYBRIDATTN_DEVICE int count(Index t, int tokens) const { return static_cast<int>(simt::smaller<Index>(sequence.length - t, tokens)); }
-};
 
 // Entries first .. first + width - 1 of head h of `count` tokens from n on, times `factor`. Entries that the head does not have, and those
 // of an empty view, are zeros. Neighbouring threads read neighbouring addresses.
@@ -52,7 +38,7 @@ template <class T, int tokens> struct PieceGates {
 
 // ---- forward
 
-template <class T> struct ForwardParams {
+template <class T> struct ForwardStepsParams {
   Inputs<In<T>> x;   // initial_state may be empty
   View<T, 3> o;
   View<wide_t<T>, 3> error;         // may be empty
@@ -66,10 +52,10 @@ template <class T> struct ForwardParams {
 
 // o, the errors and the final state, for keys with room for K entries. A column of the state has a few neighbouring lanes of one warp.
 // Lane c of them has the rows c, c + lanes, ... of the column in registers.
-template <class T, int K> struct Forward {
+template <class T, int K> struct ForwardSteps {
   static constexpr int threads = 128, tokens = 64 / static_cast<int>(sizeof(T));
   static constexpr int lanes = K * sizeof(T) <= 1024 ? 4 : 8, columns = threads / lanes, entries = K / lanes;
-  using Params = ForwardParams<T>;
+  using Params = ForwardStepsParams<T>;
   struct Shared {
     T q[tokens][K], k[tokens][K], v[tokens][columns];   // q times scale
     PieceGates<T, tokens> gates;
@@ -138,7 +124,7 @@ template <class T, int K> struct Forward {
 
 // ---- backward
 
-template <class T> struct BackwardParams {
+template <class T> struct BackwardStepsParams {
   Inputs<In<T>> x;
   View<wide_t<T> const, 3> error;
   View<T const, 3> d_o;                       // may be empty
@@ -157,11 +143,11 @@ template <class T> struct BackwardParams {
 // S and X. Lane l has the rows l, l + 32, ... of these columns in registers. The warps' sums over columns meet in shared memory.
 // A first walk keeps S before every piece of tokens. The second walk goes through the pieces and their tokens in reverse, and forms S
 // before each token from the piece's first S and from what the tokens between have written. Nothing divides by a decay, which may be 0.
-template <class T, int K> struct Backward {
+template <class T, int K> struct BackwardSteps {
   static constexpr int warps = 8, threads = 32 * warps, tokens = 64 / static_cast<int>(sizeof(T));
   static constexpr int rows = K / 32, room = 64 / static_cast<int>(sizeof(T)) / rows, wide = room < 4 ? room : 4;   // of a thread
   static constexpr int columns = warps * wide, elements = rows * wide, sums = 2 * K + 1, paths = 8;
-  using Params = BackwardParams<T>;
+  using Params = BackwardStepsParams<T>;
   using Patch = T[rows][wide];
   struct Shared {
     T q[tokens][K], k[tokens][K];                         // q times scale
