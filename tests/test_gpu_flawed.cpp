@@ -50,6 +50,12 @@ template <class K, class Flaw> std::string broken_by(ha::Stage stage) {
   return broken_laws(judge(ha::testing::Adaptor<Sparse, Flawed<K, Flaw>, float>{size}));
 }
 
+// The same for Gated DeltaNet.
+template <class K, class Flaw> std::string broken_by() {
+  auto const size = ha::testing::Samples<ha::GDN>::sizes().front();
+  return broken_laws(judge(ha::testing::Adaptor<ha::GDN, Flawed<K, Flaw>, float>{size}));
+}
+
 template <class T, int Rank> void lose_last(ha::View<T, Rank>& x, int axis) { --x.shape.extent[axis]; }
 struct LosesLastColumn {
   static void make(auto& p) { lose_last(p.x, 1); }
@@ -97,6 +103,13 @@ struct OtherScores {
   static void make(auto& p) { p.batch.scale *= 2; }
 };
 
+struct TwiceTheScale {
+  static void make(auto& p) { p.scale *= 2; }
+};
+struct NextBeta {   // of the next token
+  static void make(auto& p) { p.x.beta.data += p.x.beta.stride[0]; }
+};
+
 }  // namespace
 
 TEST_CASE("a flaw in a kernel of an operation breaks a law", "[flawed]") {
@@ -128,4 +141,13 @@ TEST_CASE("a flaw in a kernel of sparse attention breaks a law", "[flawed]") {
   CHECK(broken_by<IndexLoss<float>, OtherScale>(sparse) != "");
   CHECK(broken_by<IndexQueryGradients<float>, OtherScale>(dense) != "");
   CHECK(broken_by<IndexKeyGradients<float>, OtherScale>(sparse) != "");
+}
+TEST_CASE("a flaw in a kernel of gated DeltaNet breaks a law", "[flawed]") {
+  using namespace ha::gdn;
+  CHECK(broken_by<PrepareChunks<float, 32>, TwiceTheScale>() != "");
+  CHECK(broken_by<ForwardChunks<float, 32>, TwiceTheScale>() != "");
+  CHECK(broken_by<StatesOfChunks<float, 32>, NextBeta>() != "");
+  CHECK(broken_by<GradientsOfStates<float, 32>, TwiceTheScale>() != "");
+  CHECK(broken_by<GradientsOfTokens<float, 32>, NextBeta>() != "");
+  CHECK(broken_by<ForwardSteps<float, 32>, TwiceTheScale>().find("decodes the whole") != std::string::npos);
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One program by every way into the library, without -march and without a warning: consumers.sh SOURCE_DIR HANA_DIR COMPILER EIGEN_DIR
+# A program by every way into the library, without -march and without a warning: consumers.sh SOURCE_DIR HANA_DIR COMPILER EIGEN_DIR
 set -euo pipefail
 library=$(realpath "$1") hana=$2 compiler=$3
 here=$library/tests/consumers
@@ -8,7 +8,7 @@ trap 'rm -rf "$folder"' EXIT
 plain=("$compiler" -std=c++20 -Wall -Wextra -Wconversion -Wpedantic -Werror -idirafter "$hana")
 eigen=(-isystem "$4")
 
-# Every way ends here: the program learns.
+# Every way ends here: the program checks what it computes.
 run() { echo "== $1: $("$2")"; }
 
 configure() { cmake -G Ninja -DCMAKE_CXX_COMPILER="$compiler" -DHYBRIDATTN_HANA_DIR="$hana" "$@" >"$folder/log" 2>&1; }
@@ -34,7 +34,7 @@ cp -r "$library/CMakeLists.txt" "$library/LICENSE" "$library/include" "$library/
 cmake_door fetch_content -DHYBRIDATTN_SOURCE="$folder/hybridattn"
 
 read -ra flags < <(PKG_CONFIG_PATH=$folder/prefix/share/pkgconfig pkg-config --cflags --libs hybridattn)
-"${plain[@]}" "$here/consumer.cpp" "${flags[@]}" -o "$folder/pkg_config"
+"${plain[@]}" "$here/door.cpp" "${flags[@]}" -o "$folder/pkg_config"
 run pkg-config "$folder/pkg_config"
 
 # One file, optimised here, where of other libraries only Hana is installed.
