@@ -30,7 +30,8 @@ template <class Op> auto smallest() {
   }
 }
 using Judged = decltype(std::tuple_cat(ha::testing::AllOperations{}, std::tuple<ha::Full>{}));
-using Subjects = decltype(std::tuple_cat(Judged{}, std::tuple<ha::GDN, Sparse<ha::Stage::dense_warm_up>, Sparse<ha::Stage::sparse>>{}));
+using Policies = std::tuple<ha::GDN, Sparse<ha::Stage::dense_warm_up>, Sparse<ha::Stage::sparse>>;
+using Subjects = decltype(std::tuple_cat(Judged{}, Policies{}));
 
 }  // namespace
 
@@ -65,12 +66,20 @@ template <class Op> void judge_more(barriers::Barriers& all, typename ha::testin
 
 TEST_CASE("a kernel without one of its barriers is noticed", "[barriers]") {
   barriers::Barriers all;
-  judge_all_barriers(all, static_cast<Subjects const*>(nullptr));
+  judge_all_barriers(all, static_cast<Judged const*>(nullptr));
   judge_more<ha::SoftmaxLoss>(all, {0, 300}, 3);
   judge_more<ha::TopK>(all, {300, 70}, 3);
   judge_more<ha::Embedding>(all, ha::testing::Operation<ha::Embedding>::sizes().front(), 1100);
   all.judge(ha::testing::Adaptor<ha::Full, ha::Emulator, float>{{.num_heads = 2, .num_kv_heads = 1, .head_dim = 130}},
             ha::Sequences::equal(1, 70));
   CHECK(all.count() > 25);
+  all.check_all();
+}
+TEST_CASE("a kernel of gated DeltaNet or of sparse attention without one of its barriers is noticed", "[policy_barriers]") {
+  barriers::Barriers all;
+  judge_all_barriers(all, static_cast<Policies const*>(nullptr));
+  all.judge(ha::testing::Adaptor<ha::GDN, ha::Emulator, float>{{.num_heads = 1, .num_value_heads = 2, .key_dim = 12, .value_dim = 40}},
+            ha::Sequences::equal(1, 20));  // more columns than are summed at a time
+  CHECK(all.count() > 30);
   all.check_all();
 }

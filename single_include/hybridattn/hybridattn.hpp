@@ -12286,7 +12286,8 @@ template <class T, int threads> class RowTopK {
       ties += t.all;
     }
   }
-  // How many threads of the block vote true: those before this thread, and all.
+  // How many threads of the block vote true: those before this thread, and all. Two calls in a row have other of_warps, so that the barrier
+  // of one call is between the reads and the next writes of the other.
   struct Earlier {
     int before, all;
   };
@@ -12299,7 +12300,6 @@ template <class T, int threads> class RowTopK {
       if (w < simt::warp()) result.before += of_warps[w];
       result.all += of_warps[w];
     }
-    simt::sync_block();  // of_warps may be used again
     return result;
   }
 
