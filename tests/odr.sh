@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Object files of one program that were compiled apart: with the headers in another order, and with other flags.
-# odr.sh few|all ODR_CPP INCLUDE_FOLDER COMPILER [FLAGS...]: with few of these flags, or all.
+# odr.sh ODR_CPP INCLUDE_FOLDER COMPILER [FLAGS...]
 set -euo pipefail
-amount=$1 source=$2 include=$3
-shift 3
+source=$1 include=$2
+shift 2
 compile=("$@") compiler=$1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -45,7 +45,6 @@ declare -A flags=(
   [unoptimised]="-march=x86-64-v3 -O0 -DNDEBUG -fopenmp"
 )
 [[ $(uname -m) == x86_64 ]] || flags=([native]="-O2 -DNDEBUG -fopenmp" [without_openmp]="-O2 -DNDEBUG" [unoptimised]="-O0 -DNDEBUG -fopenmp")
-[[ $amount == all ]] || unset "flags[v2]" "flags[without_fma]" "flags[without_openmp]" "flags[with_checks]"
 link=("$compiler" -fopenmp)
 declare -A compilers=()
 for name in "${!flags[@]}"; do compilers[$name]=$compiler; done
