@@ -1,6 +1,7 @@
 // Sparse attention on the emulator of a GPU: the laws, in every stage of training.
 #include "catch.hpp"
 #include "gpu.hpp"
+#include "verdicts.hpp"
 
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/policies.hpp>
@@ -11,13 +12,6 @@ namespace {
 
 template <int top_k> using Sparse = ha::SparseAttention<ha::SparseOptions{.top_k = top_k}>;
 
-void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
-  CHECK_FALSE(verdicts.empty());
-  for (auto const& verdict : verdicts) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
-}
 // The first size of the laws, in a stage.
 template <class P, class T> auto in_stage(ha::Stage stage) {
   auto size = ha::testing::Samples<P>::sizes().front();

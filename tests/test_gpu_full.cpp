@@ -1,6 +1,7 @@
 // Full attention on the emulator of a GPU: the laws, and agreement with the CPU.
 #include "catch.hpp"
 #include "gpu.hpp"
+#include "verdicts.hpp"
 
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/policies.hpp>
@@ -13,13 +14,6 @@ namespace {
 
 template <int window> using Windowed = ha::FullAttention<ha::FullOptions{.window = window}>;
 
-void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
-  CHECK_FALSE(verdicts.empty());
-  for (auto const& verdict : verdicts) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
-}
 // Heads that fill, or nearly fill, each room that kernels are compiled for.
 std::vector<ha::full::Config> all_rooms() {
   std::vector<ha::full::Config> sizes;

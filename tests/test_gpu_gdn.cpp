@@ -1,6 +1,7 @@
 // Gated DeltaNet on the emulator of a GPU: the laws.
 #include "catch.hpp"
 #include "gpu.hpp"
+#include "verdicts.hpp"
 
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/policies.hpp>
@@ -8,14 +9,6 @@
 namespace ha = hybridattn;
 
 namespace {
-
-void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
-  CHECK_FALSE(verdicts.empty());
-  for (auto const& verdict : verdicts) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
-}
 
 // The laws at one of their sizes.
 template <class T> void check_size(std::size_t size) {

@@ -1,6 +1,7 @@
 // Gated DeltaNet on the emulator of a GPU agrees with the CPU, and with the kernels that go token by token.
 #include "catch.hpp"
 #include "gpu.hpp"
+#include "verdicts.hpp"
 
 #include <hybridattn/testing/judge.hpp>
 #include <hybridattn/testing/policies.hpp>
@@ -30,14 +31,6 @@ template <> struct ha::testing::Samples<Stepwise> : ha::testing::Samples<ha::GDN
 template <> struct ha::testing::Reference<Stepwise> : ha::testing::Reference<ha::GDN> {};
 
 namespace {
-
-void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
-  CHECK_FALSE(verdicts.empty());
-  for (auto const& verdict : verdicts) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
-}
 
 // Keys that fill, or nearly fill, each room that kernels are compiled for.
 template <class T> void agree_in_all_rooms() {

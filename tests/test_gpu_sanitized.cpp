@@ -3,6 +3,7 @@
 // reported at lines of the kernel.
 #include "barriers.hpp"
 #include "catch.hpp"
+#include "verdicts.hpp"
 
 #include <hybridattn/emulator.hpp>
 #include <hybridattn/testing/judge.hpp>
@@ -36,10 +37,7 @@ using Subjects = decltype(std::tuple_cat(Judged{}, Policies{}));
 }  // namespace
 
 TEMPLATE_LIST_TEST_CASE("an operation or a policy keeps every law", "[laws]", Judged) {
-  for (auto const& verdict : judge(smallest<TestType>())) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
+  check_all(judge(smallest<TestType>()));
 }
 TEMPLATE_LIST_TEST_CASE("an operation or a policy computes the same in two schedules", "[runs]", Subjects) {
   auto const subject = smallest<TestType>();

@@ -1,5 +1,6 @@
 // Judges every policy in the list by all laws.
 #include "catch.hpp"
+#include "verdicts.hpp"
 #include "retention.hpp"
 
 #include <hybridattn/testing/fake.hpp>
@@ -18,14 +19,6 @@ using Policies =
     std::tuple<ha::Full, Windowed<1>, Windowed<16>, Windowed<64>, ha::GDN, ha::DSA, Sparse<8>, Sparse<1>, SparseShare<25>, Retention>;
 // One policy of each family is enough on Fake, because Fake uses the kernels of Cpu.
 using OnFake = std::tuple<Windowed<16>, ha::GDN, Sparse<8>, Retention>;
-
-void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
-  CHECK_FALSE(verdicts.empty());
-  for (auto const& verdict : verdicts) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
-}
 
 }  // namespace
 

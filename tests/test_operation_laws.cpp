@@ -1,6 +1,7 @@
 // Judges every operation in the list by the laws. Operations with one flaw each show that each law can be broken, and that a flaw breaks
 // no other law.
 #include "catch.hpp"
+#include "verdicts.hpp"
 
 #include <hybridattn/testing/fake.hpp>
 #include <hybridattn/testing/judge.hpp>
@@ -22,14 +23,6 @@ std::string the_page() {
   text << std::ifstream(HYBRIDATTN_SOURCE_DIR "/docs/add_an_operation.md").rdbuf();
   return text.str();
 }
-void check_all(std::vector<ha::testing::Verdict> const& verdicts) {
-  CHECK_FALSE(verdicts.empty());
-  for (auto const& verdict : verdicts) {
-    INFO(verdict.law << ": " << verdict.why);
-    CHECK(verdict.holds);
-  }
-}
-
 }  // namespace
 
 TEMPLATE_LIST_TEST_CASE("an operation keeps every law in float", "[float]", AllOperations) {
