@@ -13,9 +13,11 @@ export GOMP_SPINCOUNT=1000
 listed=$("$check" "$programs" --list)
 status=$?
 ((status == 77 || status == 0)) || fail "--list ends with $status"
-for part in device operations_float full gdn dsa golden models released patterns graph kernels memcheck racecheck profile; do
-  grep -qE "^$part +at most +[0-9]+ s " <<<"$listed" || fail "--list does not show $part"
+for part in device operations_float full gdn dsa golden models released patterns graph kernels products memcheck racecheck profile; do
+  grep -qE "^round [0-9]+ +$part +at most +[0-9]+ s " <<<"$listed" || fail "--list does not show $part"
 done
+total=$(sed -nE 's/^[0-9]+ parts, at most ([0-9]+) s$/\1/p' <<<"$listed")
+((${total:-9999} < 600)) || fail "a check may take ${total:-an unknown number of} s; it is to take less than 600"
 echo "$listed" | tail -2
 for mistake in '' '/nowhere' "$programs --backend tpu" "$programs --fast" "$programs $programs"; do
   "$check" $mistake >"$folder/said" 2>&1
@@ -46,5 +48,5 @@ cp "$1/scripts/gpu_record" "$folder/tree/scripts"
 cmp -s "$1/README.md" "$folder/tree/README.md" || fail "README does not say what docs/cuda.md says of the last run; run scripts/gpu_record"
 "$folder/tree/scripts/gpu_record" "$folder/bad"
 grep -q '^| golden | exit status 3 |' "$folder/tree/docs/cuda.md" || fail "docs/cuda.md does not get the results"
-grep -qE '^[|] GPU kernels .*[|] 1 of 3 parts well, commit `unknown` [|]$' "$folder/tree/README.md" || fail "README does not get the verdict"
+grep -qE '^[|] GPU kernels .*[|] 1 of 4 parts well, commit `unknown` [|]$' "$folder/tree/README.md" || fail "README does not get the verdict"
 exit $((failures > 0))

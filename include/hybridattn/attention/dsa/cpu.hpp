@@ -48,7 +48,7 @@ template <class T>
 void forward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y, Saved<Out<T>> saved) {
   if (c.index_scale < 0)
     return with_positive_scale<T>(cpu, c, x,
-                                  [&](Config const& config, auto const& inputs) { forward<T>(cpu, o, config, s, inputs, y, saved); });
+                                  [&](Config const& config, auto const& inputs) { dsa::forward<T>(cpu, o, config, s, inputs, y, saved); });
   if (!y.auxiliary_loss.empty()) y.auxiliary_loss(0) = 0;
   if (s.tokens() == 0) return;
   if (c.stage != Stage::dense_warm_up) choose_keys(cpu, o, c, s, x, saved.indices);
@@ -61,7 +61,7 @@ void backward(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, In
               Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
   if (c.index_scale < 0)
     return with_positive_scale<T>(cpu, c, x, [&](Config const& config, auto const& inputs) {
-      backward<T>(cpu, o, config, s, inputs, y, saved, d_y, d_x);
+      dsa::backward<T>(cpu, o, config, s, inputs, y, saved, d_y, d_x);
       if (!d_x.index_q.empty()) negate(View<T const, 3>(d_x.index_q), d_x.index_q);
     });
   KeySets const sets{cpu, o, c, s, saved.indices};
@@ -77,7 +77,7 @@ template <class T>
 void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inputs<In<T>> x, Cache<Out<T>> cache, Outputs<Out<T>> y) {
   if (c.index_scale < 0)
     return with_positive_scale<T>(cpu, c, x,
-                                  [&](Config const& config, auto const& inputs) { extend<T>(cpu, o, config, s, inputs, cache, y); });
+                                  [&](Config const& config, auto const& inputs) { dsa::extend<T>(cpu, o, config, s, inputs, cache, y); });
   check_fits(s, cache.keys.extent(0), cache.keys.extent(1));
   remember<T>(cpu, s, x, cache);
   bool const dense = c.stage == Stage::dense_warm_up;
