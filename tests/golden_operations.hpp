@@ -116,8 +116,8 @@ template <class T, class B> void gdn_gate(Run<T, B>& run) {
   auto const a_log = run.read("A_log", heads), dt_bias = run.read("dt_bias", heads);
   auto g = run.unset(gates), beta = run.unset(gates), d_a = run.unset(gates), d_b = run.unset(gates);
   auto d_a_log = run.unset(heads), d_dt_bias = run.unset(heads);
-  On<ha::GdnGate, B>::forward(run.backend(), T(1), in(a), in(zero), in(a_log), in(dt_bias), out(g), out(beta));
-  On<ha::GdnGate, B>::backward(run.backend(), T(1), in(a), in(zero), in(a_log), in(dt_bias), in(d_g), in(zero), out(d_a), out(d_b),
+  On<ha::GdnGate, B>::forward(run.backend(), 1, in(a), in(zero), in(a_log), in(dt_bias), out(g), out(beta));
+  On<ha::GdnGate, B>::backward(run.backend(), 1, in(a), in(zero), in(a_log), in(dt_bias), in(d_g), in(zero), out(d_a), out(d_b),
                                out(d_a_log), out(d_dt_bias));
   run.compare("g", g);
   run.compare("d_a", d_a);

@@ -45,7 +45,8 @@ struct Retention : ha::PolicyDefaults {
   static Cache<ha::Shapes> cache(Config const& c, ha::Index batch, ha::Index) { return {{batch, c.num_heads, c.head_dim, c.head_dim}}; }
 };
 
-template <> struct ha::On<Retention, ha::Cpu> {
+template <> struct ha::On<Retention, ha::Cpu> : ha::InFloat<Retention, ha::Cpu> {
+  using InFloat::forward, InFloat::backward, InFloat::extend;
   template <class T, class F>   // f(sequence, its number, head, w, state) for each head of each sequence
   static void for_each_head(Cpu& cpu, Retention::Config const& c, Sequences const& s, F f) {
     Tensor<T, 2, Cpu> states{cpu, {Index{cpu.threads()}, c.head_dim * c.head_dim}};
@@ -54,7 +55,7 @@ template <> struct ha::On<Retention, ha::Cpu> {
       f(s[static_cast<std::size_t>(i)], i, h, static_cast<T>(1 - std::exp2(-2.0 - static_cast<double>(h))), out(states).row(thread));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<Out<T>> y,
                       Nothing<Out<T>>) {
     for_each_head<T>(cpu, c, s, [&](Sequence sequence, Index i, Index h, T w, T* S) {
@@ -70,7 +71,7 @@ template <> struct ha::On<Retention, ha::Cpu> {
       for (Index a = 0; a < D; ++a) std::copy_n(S + a * D, D, y.final_state.row(i, h, a));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Outputs<In<T>>,
                        Nothing<In<T>>, Retention::Outputs<In<T>> d_y, Retention::Inputs<Out<T>> d_x) {
     for_each_head<T>(cpu, c, s, [&](Sequence sequence, Index i, Index h, T w, T* S) {
@@ -95,7 +96,7 @@ template <> struct ha::On<Retention, ha::Cpu> {
       for (Index a = 0; a < D; ++a) std::copy_n(X + a * D, D, d_x.initial_state.row(i, h, a));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, Retention::Config const& c, Sequences const& s, Retention::Inputs<In<T>> x, Retention::Cache<Out<T>> cache,
                      Retention::Outputs<Out<T>> y) {
     for (Index i = 0; i < s.count(); ++i)

@@ -94,7 +94,7 @@ ha::testing::Case with_a_leading_key(ha::testing::AnyPolicy const& policy, doubl
     set_first(x.inputs.at("k"), n, n == 3 || n == 153 ? lead * std::sqrt(static_cast<double>(x.inputs.at("k").shape.back())) : 0);
   }
   for (double& v : x.inputs.at("v").values) v *= size;
-  ha::testing::round_to_float(x.inputs);
+  ha::testing::round_inputs(x.inputs);
   return x;
 }
 template <class P> void check_large_values(double lead, double size) {

@@ -35,6 +35,6 @@ TEST_CASE("the support matrix shows what is missing, of anybody's policies") {
   CHECK(ha::support_matrix<std::tuple<ha::GDN, HalfWritten>, std::tuple<ha::Cpu>>() ==
         "| policy | backend | forward | backward | decoding | backward remembers |\n"
         "|---|---|---|---|---|---|\n"
-        "| GDN | Cpu | float, double | float, double | float, double | error |\n"
+        "| GDN | Cpu | float, double, bf16 | float, double, bf16 | float, double, bf16 | error |\n"
         "| half | Cpu | float | - | - | nothing |\n");
 }

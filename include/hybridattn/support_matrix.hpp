@@ -16,13 +16,14 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // The library's own.
 using AllPolicies = std::tuple<Full, GDN, DSA>;
 using AllBackends = std::tuple<Cpu>;
-using AllScalars = std::tuple<float, double>;
+using AllScalars = std::tuple<float, double, bf16>;
 
 // How backends and scalars are called in tables. A backend may have a `name`.
 template <class T> inline constexpr std::string_view table_name = "a type without a name";
 template <class T> requires requires { T::name; } inline constexpr std::string_view table_name<T> = T::name;
 template <> inline constexpr std::string_view table_name<float> = "float";
 template <> inline constexpr std::string_view table_name<double> = "double";
+template <> inline constexpr std::string_view table_name<bf16> = "bf16";
 
 // One policy on one backend; a flag for each scalar.
 template <std::size_t scalars> struct Support {

@@ -353,6 +353,12 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// Where row n begins, in elements from the first: rows are counted over all axes but the last.
+template <class T, int Rank> HYBRIDATTN_HD Index row_offset(View<T, Rank> const& x, Index n) {
+  Index offset = 0;
+  for (int axis = Rank - 1; axis-- > 0; n /= x.shape[axis]) offset += n % x.shape[axis] * x.stride[axis];
+  return offset;
+}
 // All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 

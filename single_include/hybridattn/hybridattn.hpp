@@ -411,6 +411,12 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// Where row n begins, in elements from the first: rows are counted over all axes but the last.
+template <class T, int Rank> HYBRIDATTN_HD Index row_offset(View<T, Rank> const& x, Index n) {
+  Index offset = 0;
+  for (int axis = Rank - 1; axis-- > 0; n /= x.shape[axis]) offset += n % x.shape[axis] * x.stride[axis];
+  return offset;
+}
 // All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
@@ -1289,6 +1295,56 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/bf16.hpp
+// bfloat16: the upper half of a float, with 8 bits of significand.
+#ifndef HYBRIDATTN_CORE_BF16_HPP
+#define HYBRIDATTN_CORE_BF16_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
+struct bf16 {
+  std::uint16_t bits;
+
+  bf16() = default;
+  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
+  // to a float first.
+  template <class Number> requires std::is_arithmetic_v<Number>
+  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
+  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
+    bf16 x{};
+    x.bits = bits;
+    return x;
+  }
+
+  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+
+ private:
+  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
+    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
+    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
+    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+  }
+};
+
+// Sums, statistics and gates of a model in T are in WideOf<T>::type.
+template <class T> struct WideOf {
+  using type = T;
+};
+template <> struct WideOf<bf16> {
+  using type = float;
+};
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// The distance from 1 to the next number; 0 for what is no scalar.
+template <class T> inline constexpr double epsilon_of = 0;
+template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
+template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
+template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/gpu/grid.hpp
 // The blocks of a launch.
 #ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
@@ -1679,12 +1735,6 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <class T> struct WideOf {
-  using type = T;
-};
-// The scalar of sums over Ts.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
 // A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
@@ -1882,14 +1932,22 @@ namespace detail {
 template <class G> struct OwnedGroup;
 template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
   using Scalar = T;
+  using Widened = G<Owned<wide_t<T>, B>>;
   using Backend = B;
   using Sizes = G<Shapes>;
 };
 }  // namespace detail
 template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+// The group with every tensor in the wide scalar: G itself, unless it is in bf16.
+template <class G> using widened = typename detail::OwnedGroup<G>::Widened;
 
 // The same group in another role.
+template <template <class> class G, class T, class B> G<Shapes> shapes_of(G<Owned<T, B>> const& group) {
+  G<Shapes> shapes{};
+  zip([](Path const&, auto const& tensor, auto& shape) { shape = tensor.shape(); }, group, shapes);
+  return shapes;
+}
 template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
   G<Reading<S>> views;
   zip(detail::ToIn{}, group, views);
@@ -1907,7 +1965,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
 }
 
 // Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
-// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements, and in bf16, where tensors have two
+// scalars.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -1916,8 +1975,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  if (all != nullptr && std::is_same_v<wide_t<T>, T> && place.block->tensors > 1)
+    *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
 }
@@ -1942,6 +2001,345 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
   zip(counted, shapes, G<In<T>>{});
   return static_cast<std::size_t>(counted.total);
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/cpu.hpp
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
+#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Cpu {
+ public:
+  static constexpr std::string_view name = "Cpu";
+
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
+  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
+    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
+  }
+  Cpu(Cpu const&) = delete;
+  Cpu& operator=(Cpu const&) = delete;
+  ~Cpu() { trim(); }
+
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
+  void* take(std::size_t bytes) {
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Returns the pool's free blocks to the system.
+  void trim() noexcept { pool_.trim(release); }
+  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations of Cpu work on any memory of the process.
+  bool owns(void const*) const { return true; }
+  Pool& pool() { return pool_; }
+  int threads() const { return threads_; }
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nullptr for a loop inside a loop
+  };
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
+  static int available_threads() {
+#if defined(_OPENMP)
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
+#else
+    return 1;
+#endif
+  }
+
+  int threads_;
+  bool in_loop_ = false;
+  Pool pool_;
+};
+static_assert(Backend<Cpu>);
+
+namespace cpu {
+
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
+namespace detail {
+
+#if defined(_OPENMP)
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+#pragma omp critical(hybridattn_failure)
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+#endif
+
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
+  Cpu::Loop const loop{cpu};
+#if defined(_OPENMP)
+  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    Failure failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
+    for (Index task = 0; task < count; ++task) {
+      try {
+        run(f, task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
+    return;
+  }
+#endif
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+}
+
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
+template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
+    Index const first = block * grain;
+    f(first, std::min(first + grain, count));
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/convert.hpp
+// Conversion between scalars on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+#define HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// y = x, each element rounded to the scalar of y. Rows may be spaced.
+template <class From, class To, int Rank> void convert(Cpu& cpu, View<From const, Rank> x, View<To, Rank> y) {
+  Index const C = y.count() == 0 ? 0 : y.extent(Rank - 1);
+  if (C == 0) return;
+  Index const rows = y.count() / C;
+  parallel_blocks(cpu, rows, std::max<Index>(1, cpu::element_grain / C), [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      From const* const from = x.data + row_offset(x, n);
+      To* const to = y.data + row_offset(y, n);
+      for (Index i = 0; i < C; ++i) to[i] = static_cast<To>(from[i]);
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/in_float.hpp
+// Operations on bf16 tensors. The tensors are stored in bf16; an operation computes in float, on copies, and rounds what it writes.
+#ifndef HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+#define HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// Copies of bf16 tensors, as functions for zip. Tensors of other scalars are read and written where they are.
+template <class B> struct ReadInFloat {
+  B& backend;
+  template <int Rank, class V> void operator()(Path const&, View<bf16 const, Rank> const& x, Tensor<float, Rank, B>& copy, V& view) const {
+    view = {nullptr, x.shape};
+    if (x.empty()) return;
+    copy = {backend, x.shape};
+    convert(backend, x, out(copy));
+    view = in(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& x, T&, V& view) const { view = x; }
+};
+template <class B> struct WriteInFloat {
+  B& backend;
+  template <int Rank> void operator()(Path const&, View<bf16, Rank> const& y, Tensor<float, Rank, B>& copy, View<float, Rank>& view) const {
+    view = {nullptr, y.shape};
+    if (y.empty()) return;
+    copy = {backend, y.shape};
+    convert(backend, View<bf16 const, Rank>(y), out(copy));   // an operation may add to what it writes
+    view = out(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& y, T&, V& view) const { view = y; }
+};
+template <class B> struct RoundBack {
+  B& backend;
+  template <int Rank> void operator()(Path const&, Tensor<float, Rank, B> const& copy, View<bf16, Rank> const& y) const {
+    if (copy) convert(backend, in(copy), y);
+  }
+  template <class T, class V> void operator()(Path const&, T const&, V const&) const {}
+};
+
+// An argument of an operation on bf16 tensors, as the operation in float takes it.
+template <class B, class Argument> struct InFloatArgument {
+  Argument const& value;
+  InFloatArgument(B&, Argument const& argument) : value(argument) {}
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16 const, Rank>> {
+  Tensor<float, Rank, B> copy;
+  View<float const, Rank> value;
+  InFloatArgument(B& backend, View<bf16 const, Rank> const& x) { ReadInFloat<B>{backend}(Path{}, x, copy, value); }
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16, Rank>> {
+  View<bf16, Rank> y;
+  Tensor<float, Rank, B> copy;
+  View<float, Rank> value;
+  InFloatArgument(B& backend, View<bf16, Rank> const& written) : y(written) { WriteInFloat<B>{backend}(Path{}, y, copy, value); }
+  void finish(B& backend) const { RoundBack<B>{backend}(Path{}, copy, y); }
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<In<bf16>>> {
+  G<Owned<float, B>> copies;
+  G<In<float>> value;
+  InFloatArgument(B& backend, G<In<bf16>> const& group) { zip(ReadInFloat<B>{backend}, group, copies, value); }
+  void finish(B&) const {}
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<Out<bf16>>> {
+  G<Out<bf16>> const& group;
+  G<Owned<float, B>> copies;
+  G<Out<float>> value;
+  InFloatArgument(B& backend, G<Out<bf16>> const& written) : group(written) { zip(WriteInFloat<B>{backend}, group, copies, value); }
+  void finish(B& backend) const { zip(RoundBack<B>{backend}, copies, group); }
+};
+
+template <class Argument> inline constexpr bool holds_bf16 = false;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16 const, Rank>> = true;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16, Rank>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<In<bf16>>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<Out<bf16>>> = true;
+
+}  // namespace detail
+
+// y = x, tensor by tensor, each element rounded to the scalar of y. Skips tensors without elements.
+template <class B, template <class> class G, class From, class To> void convert(B& backend, G<From> const& x, G<To>& y) {
+  zip(
+      [&](Path const&, auto const& from, auto& to) {
+        if (from) convert(backend, in(from), out(to));
+      },
+      x, y);
+}
+
+// A copy of a group with every tensor in the wide scalar.
+template <class B, template <class> class G, class T> G<Owned<wide_t<T>, B>> widen(B& backend, G<Owned<T, B>> const& group) {
+  auto wide = allocate_together<wide_t<T>>(backend, shapes_of(group));
+  convert(backend, group, wide);
+  return wide;
+}
+
+// Calls f with the arguments, float copies in place of bf16 tensors. Then rounds the copies of those that f writes. Views and groups of
+// views are tensors here.
+template <class B, class F, class... Arguments> void in_float(B& backend, F f, Arguments const&... arguments) {
+  std::tuple<detail::InFloatArgument<B, Arguments>...> floats{detail::InFloatArgument<B, Arguments>{backend, arguments}...};
+  std::apply(
+      [&](auto const&... argument) {
+        f(argument.value...);
+        (argument.finish(backend), ...);
+      },
+      floats);
+}
+
+// The base of an operation on a backend that computes in float and double, and has bf16 from this:
+//   template <> struct On<Mine, Cpu> : InFloat<Mine, Cpu> {
+//     using InFloat::forward, InFloat::backward;
+//     template <std::floating_point T> static void forward(...)
+template <class Op, class B> struct InFloat {
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::forward(b, a.value...);
+  } static void forward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::forward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::backward(b, a.value...);
+  } static void backward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::backward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::extend(b, a.value...);
+  } static void extend(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::extend(backend, floats...); }, arguments...);
+  }
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -2200,184 +2598,6 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
-// ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
-#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-class Cpu {
- public:
-  static constexpr std::string_view name = "Cpu";
-
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
-  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
-  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
-    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
-    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
-          "; this machine allows at most ", thread_limit());
-  }
-  Cpu(Cpu const&) = delete;
-  Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() { trim(); }
-
-  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
-  void* take(std::size_t bytes) {
-    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
-  }
-  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Returns the pool's free blocks to the system.
-  void trim() noexcept { pool_.trim(release); }
-  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
-  void synchronise() {}
-  // Operations of Cpu work on any memory of the process.
-  bool owns(void const*) const { return true; }
-  Pool& pool() { return pool_; }
-  int threads() const { return threads_; }
-  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
-  static int thread_limit() {
-#if defined(_OPENMP)
-    return std::max(256, 4 * omp_get_num_procs());
-#else
-    return 256;
-#endif
-  }
-
-  // While parallel_for runs.
-  class Loop {
-   public:
-    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
-      if (cpu_ != nullptr) cpu_->in_loop_ = true;
-    }
-    Loop(Loop const&) = delete;
-    Loop& operator=(Loop const&) = delete;
-    ~Loop() {
-      if (cpu_ != nullptr) cpu_->in_loop_ = false;
-    }
-
-   private:
-    Cpu* cpu_;   // nullptr for a loop inside a loop
-  };
-
- private:
-  static constexpr std::align_val_t alignment{64};
-
-  void* allocate(std::size_t bytes) const {
-    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
-    return ::operator new(bytes, alignment, std::nothrow);
-  }
-  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
-  static int available_threads() {
-#if defined(_OPENMP)
-    int const offered = omp_get_max_threads();
-    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
-#else
-    return 1;
-#endif
-  }
-
-  int threads_;
-  bool in_loop_ = false;
-  Pool pool_;
-};
-static_assert(Backend<Cpu>);
-
-namespace cpu {
-
-// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
-template <class T> class Scratch {
- public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
-    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
-  }
-  Scratch(Scratch const&) = delete;
-  Scratch& operator=(Scratch const&) = delete;
-  ~Scratch() {
-    if (data_ != nullptr) cpu_.give(data_, bytes_);
-  }
-  T* data() const { return data_; }
-
- private:
-  Cpu& cpu_;
-  std::size_t bytes_;
-  T* data_ = nullptr;
-};
-
-}  // namespace cpu
-
-namespace detail {
-
-#if defined(_OPENMP)
-// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
-class Failure {
- public:
-  void keep(Index task) noexcept {
-#pragma omp critical(hybridattn_failure)
-    if (error_ == nullptr || task < task_) {
-      error_ = std::current_exception();
-      task_ = task;
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::exception_ptr error_;
-  Index task_ = 0;
-};
-#endif
-
-// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
-inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
-  Cpu::Loop const loop{cpu};
-#if defined(_OPENMP)
-  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) {
-      try {
-        run(f, task, omp_get_thread_num());
-      } catch (...) {
-        failure.keep(task);
-      }
-    }
-    failure.rethrow();
-    return;
-  }
-#endif
-  for (Index task = 0; task < count; ++task) run(f, task, 0);
-}
-
-}  // namespace detail
-
-// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
-// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
-// check arguments and take memory before the loop.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
-  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
-}
-
-// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
-template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
-    Index const first = block * grain;
-    f(first, std::min(first + grain, count));
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/ops/arithmetic/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
 #define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
@@ -2390,8 +2610,9 @@ template <> struct On<Fill, Cpu> {
   }
 };
 
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+template <> struct On<Add, Cpu> : InFloat<Add, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
     });
@@ -2406,7 +2627,7 @@ template <> struct On<AddWeighted, Cpu> {
 
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(static_cast<wide_t<T>>(value)); });
   }
 };
 
@@ -2438,8 +2659,9 @@ struct SigmoidGate {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Swiglu, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+template <> struct On<Swiglu, Cpu> : InFloat<Swiglu, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
@@ -2447,7 +2669,7 @@ template <> struct On<Swiglu, Cpu> {
       });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -2464,14 +2686,15 @@ template <> struct On<Swiglu, Cpu> {
   }
 };
 
-template <> struct On<SigmoidGate, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+template <> struct On<SigmoidGate, Cpu> : InFloat<SigmoidGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(
           first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -2555,8 +2778,9 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 }  // namespace cpu::detail
 
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -2568,7 +2792,7 @@ template <> struct On<RmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
@@ -2588,8 +2812,10 @@ template <> struct On<RmsNorm, Cpu> {
   }
 };
 
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -2606,7 +2832,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
                        View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
     Index const C = x.extent(1);
@@ -2698,13 +2924,14 @@ template <> struct On<RopeAngles, Cpu> {
   }
 };
 
-template <> struct On<Rope, Cpu> {
-  template <class T>
+template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));
@@ -2762,7 +2989,7 @@ template <class T, class B> class Rotation {
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     if (!s.any_continue()) positions_ = s.table().positions;
     if (options_.rotary_dim == 0) return;
-    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+    angles_ = s.template angles<wide_t<T>>(backend, options_.rotary_dim, theta, [&](View<wide_t<T>, 3> angles) {
       On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
     });
   }
@@ -2776,7 +3003,7 @@ template <class T, class B> class Rotation {
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
-  View<T const, 3> angles_;
+  View<wide_t<T> const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -2789,7 +3016,7 @@ struct HeadNorm {
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>
-  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T, 3> x) const {
+  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T, 3> x) const {
     if (kind == QkNorm::none) {
       rotation.forward(backend, raw, x);
       return;
@@ -2799,8 +3026,8 @@ struct HeadNorm {
   }
   // Overwrites d_raw and d_weight.
   template <class B, class T>
-  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
-                View<T, 3> d_raw, View<T, 1> d_weight) const {
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, Wide<Out<T>, 1> d_weight) const {
     if (kind == QkNorm::none) {
       rotation.backward(backend, d_x, d_raw);
       return;
@@ -3210,8 +3437,9 @@ template <class T> class RowTopK {
 
 }  // namespace cpu
 
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+template <> struct On<TopK, Cpu> : InFloat<TopK, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
     using Row = cpu::RowTopK<T>;
     Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
     Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
@@ -3815,18 +4043,19 @@ void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inpu
 
 }  // namespace dsa
 
-template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
-  template <class T>
+template <SparseOptions O> struct On<SparseAttention<O>, Cpu> : InFloat<SparseAttention<O>, Cpu> {
+  using InFloat<SparseAttention<O>, Cpu>::forward, InFloat<SparseAttention<O>, Cpu>::backward, InFloat<SparseAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     dsa::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     dsa::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     dsa::extend(cpu, O, c, s, x, cache, y);
@@ -3857,8 +4086,10 @@ struct LayerNorm {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
@@ -3867,7 +4098,7 @@ template <> struct On<LayerNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const C = x.extent(1);
@@ -4826,18 +5057,19 @@ void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs
 
 }  // namespace full
 
-template <FullOptions O> struct On<FullAttention<O>, Cpu> {
-  template <class T>
+template <FullOptions O> struct On<FullAttention<O>, Cpu> : InFloat<FullAttention<O>, Cpu> {
+  using InFloat<FullAttention<O>, Cpu>::forward, InFloat<FullAttention<O>, Cpu>::backward, InFloat<FullAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     full::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     full::extend(cpu, O, c, s, x, cache, y);
@@ -6210,18 +6442,19 @@ template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, In
 
 }  // namespace gdn
 
-template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
-  template <class T>
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> : InFloat<GatedDeltaNet<O>, Cpu> {
+  using InFloat<GatedDeltaNet<O>, Cpu>::forward, InFloat<GatedDeltaNet<O>, Cpu>::backward, InFloat<GatedDeltaNet<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward(cpu, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     gdn::extend(cpu, c, s, x, cache.state, y.o);
@@ -6274,8 +6507,9 @@ template <class T> struct ConvRows {
 
 }  // namespace cpu::detail
 
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
+template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
@@ -6290,7 +6524,7 @@ template <> struct On<CausalConv1d, Cpu> {
     if (!final_state.empty()) keep_last(s, rows, final_state);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {
@@ -6424,28 +6658,29 @@ struct GdnGate {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: one number a head and token.
-template <> struct On<GdnGate, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
+  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                       View<T, 2> g, View<T, 2> beta) {
     parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index h = 0; h < a.extent(1); ++h) {
           g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
-          beta(n, h) = range * sigmoid(b(n, h));
+          beta(n, h) = static_cast<T>(range) * sigmoid(b(n, h));
         }
     });
   }
 
-  template <class T>
-  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+  template <std::floating_point T>
+  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                        View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
                        View<T, 1> d_dt_bias) {
     cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
       for (Index h = 0; h < a.extent(1); ++h) {
         T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
         d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
-        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        d_b(n, h) = static_cast<T>(range) * open * (T(1) - open) * d_beta(n, h);
         sum[h] += rate * softplus(shifted) * d_g(n, h);
       }
     });
@@ -6480,8 +6715,9 @@ struct L2Norm {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<L2Norm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+template <> struct On<L2Norm, Cpu> : InFloat<L2Norm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6491,7 +6727,7 @@ template <> struct On<L2Norm, Cpu> {
     });
   }
 
-  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6575,18 +6811,18 @@ template <GdnOptions O> struct Prepare {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
     convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
-    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+    On<GdnGate, B>::backward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
                              d_p.dt_bias);
   }
 
  private:
-  template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
+  static constexpr int range = O.negative_eigenvalues ? 2 : 1;
 
   template <class B, class T>
   static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
-    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+    On<GdnGate, B>::forward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
   // A sequence without past tokens starts from zeros.
   template <class B, class T>
@@ -6928,10 +7164,11 @@ template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> 
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<GroupedLinear, Cpu> {
+template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
+  using InFloat::forward, InFloat::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
@@ -6940,7 +7177,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
@@ -7022,11 +7259,12 @@ struct Linear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Linear, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+template <> struct On<Linear, Cpu> : InFloat<Linear, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
     cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
     if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
@@ -7078,8 +7316,9 @@ struct AddGated {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Route, Cpu> {
-  template <class T>
+template <> struct On<Route, Cpu> : InFloat<Route, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
                       View<std::int32_t, 2> experts) {
     parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -7094,7 +7333,7 @@ template <> struct On<Route, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
                        View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
                        View<T, 2> d_logits) {
@@ -7143,15 +7382,16 @@ template <> struct On<Permute, Cpu> {
   }
 };
 
-template <> struct On<Distribute, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows,
+                                                        View<T, 2> d_x, Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
@@ -7161,8 +7401,9 @@ template <> struct On<Distribute, Cpu> {
   }
 };
 
-template <> struct On<Combine, Cpu> {
-  template <class T>
+template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -7171,7 +7412,7 @@ template <> struct On<Combine, Cpu> {
       }
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
                        View<T, 2> d_rows, View<T, 2> d_weights) {
     Index const C = d_y.extent(1);
@@ -7187,13 +7428,14 @@ template <> struct On<Combine, Cpu> {
   }
 };
 
-template <> struct On<AddGated, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+template <> struct On<AddGated, Cpu> : InFloat<AddGated, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -7412,7 +7654,7 @@ struct FeedForward {
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
-    Tensor<T, 2, B> logits{backend, saved.probabilities.shape()};
+    Tensor<wide_t<T>, 2, B> logits{backend, saved.probabilities.shape()};
     On<Linear, B>::forward(backend, x, p.router, out(logits));
     On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights),
                           out(saved.chosen));
@@ -7438,8 +7680,8 @@ struct FeedForward {
   template <class B, class T>
   static void mix_backward(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                            View<T const, 2> d_y, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
-        d_logits{backend, saved.probabilities.shape()};
+    Tensor<T, 2, B> d_made{backend, saved.made.shape()};
+    Tensor<wide_t<T>, 2, B> d_weights{backend, saved.weights.shape()}, d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
     Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
     mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
@@ -7651,8 +7893,9 @@ template <AttentionPolicy Policy> struct Attention {
     auto shapes = Attention::saved(c, s);
     if constexpr (decodes) shapes.policy = {};   // only backward reads these tensors
     saved = allocate<T>(backend, shapes);
-    zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
-        projections<T>(saved.raw, saved.inputs));
+    for_each_projection(
+        [&](Path const&, auto const& projection, auto const& w) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); },
+        out(saved.raw), out(saved.inputs), p.w);
     prepare<T>(backend, c, s, in(saved.raw), p.prepare, cache, out(saved.inputs));
     if constexpr (decodes) {
       On<Policy, B>::extend(backend, c, s, in(saved.inputs), cache, out(saved.outputs));
@@ -7701,16 +7944,20 @@ template <AttentionPolicy Policy> struct Attention {
           shapes);
     return shapes;
   }
-  // Views of the projections, or of their gradients. A projection that Prepare does not change lies in the place of its input.
-  template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
-    auto places = out(raw);
-    if constexpr (!NamesProjections<Policy>)
+  // Calls f(path, projection, ...) for each projection or its gradient, with its leaves in other groups. A projection that Prepare does
+  // not change lies in the place of its input.
+  template <class F, class Raw, class Places, class... Groups>
+  static void for_each_projection(F f, Raw const& raw, Places const& inputs, Groups const&... groups) {
+    if constexpr (NamesProjections<Policy>) {
+      zip(f, raw, groups...);
+    } else {
       zip(
-          [](Path const& path, auto& place, auto& input) {
-            if (!Prepare::makes(path.name)) place = out(input);
+          [&](Path const& path, auto const& projection, auto const& input, auto const&... leaves) {
+            if (Prepare::makes(path.name)) f(path, projection, leaves...);
+            else f(path, input, leaves...);
           },
-          places, inputs);
-    return places;
+          raw, inputs, groups...);
+    }
   }
   template <class T, class B, class Cache>
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
@@ -7750,14 +7997,14 @@ template <AttentionPolicy Policy> struct Attention {
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     if constexpr (!std::is_same_v<Prepare, NoStep>)
       Prepare::backward(backend, c, s, in(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out(d_raw), d_p.prepare);
-    zip(
-        [&](Path const& path, auto const& w, auto const& d_projection, auto& d_w) {
+    for_each_projection(
+        [&](Path const& path, auto const& d_projection, auto const& w, auto const& d_w) {
           if (!has_gradient(path)) return;
           bool const detached = Policy::detached(path.name);
           On<Linear, B>::backward(backend, x, w, as_rows(d_projection), detached ? View<T, 2>{} : d_x, d_w, into);
           if (!detached) into = Into::add;
         },
-        p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+        in(d_raw), in(d_inputs), p.w, d_p.w);
     if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
@@ -7926,7 +8173,7 @@ template <AttentionPolicy P> struct Block {
 
  private:
   template <class B, class T>
-  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, View<T const, 1> w) {
+  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, Wide<In<T>, 1> w) {
     Tensor<T, 2, B> y{backend, x.shape()};
     On<RmsNorm, B>::forward(backend, c.norm, in(x), w, out(y));
     return y;
@@ -8334,8 +8581,9 @@ template <> struct On<CountTargets, Cpu> {
   }
 };
 
-template <> struct On<SoftmaxLoss, Cpu> {
-  template <class T>
+template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
@@ -8395,15 +8643,16 @@ template <> struct On<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> {
-  template <class T>
+template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
@@ -8458,15 +8707,16 @@ struct Embedding {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Embedding, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+template <> struct On<Embedding, Cpu> : InFloat<Embedding, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
     parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y,
+                                                        View<T, 2> d_table, Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
       for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
@@ -8551,7 +8801,7 @@ template <class S_> class LanguageModel {
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
-    View<T, 1> all;                    // the block of memory with all gradients
+    View<T, 1> all;                    // the block of memory with all gradients; empty in bf16
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -8630,9 +8880,10 @@ template <class S_> class LanguageModel {
     return Saved<Owned<float, B>>{};
   }
 
-  // All logits [N, V] in one tensor. Training does not use this function and never stores them.
-  template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
-    Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
+  // All logits [N, V] in one tensor, never narrower than float. Training does not use this function and never stores them.
+  template <class B, class T>
+  Tensor<wide_t<T>, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
+    Tensor<wide_t<T>, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
     return result;
   }
@@ -8859,10 +9110,11 @@ namespace infer {
 // Rows of logits to compute: of all new tokens, or of the last new token of each sequence.
 enum class LogitRows { all, last };
 
-// Logits [N, V], or one row for each sequence with new tokens: that of its last token.
+// Logits [N, V], never narrower than float, or one row for each sequence with new tokens: that of its last token.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
+Tensor<wide_t<T>, 2, B> logits(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<In<T>> const& p, SequencesOn<B> const& s, LogitRows rows,
+                               Tensor<T, 2, B> x) {
   if (rows == LogitRows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
@@ -8873,7 +9125,8 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
     On<Embedding, B>::forward(backend, in(places), in(x), out(picked));   // rows of a table, by number
     x = std::move(picked);
   }
-  Tensor<T, 2, B> normed{backend, x.shape()}, result{backend, {x.shape()[0], model.config().vocab_size}};
+  Tensor<T, 2, B> normed{backend, x.shape()};
+  Tensor<wide_t<T>, 2, B> result{backend, {x.shape()[0], model.config().vocab_size}};
   On<RmsNorm, B>::forward(backend, model.config().norm, in(x), p.norm, out(normed));
   On<Linear, B>::forward(backend, in(normed), model.config().tie_embedding ? p.embedding : p.head, out(result));
   return result;
@@ -8890,9 +9143,9 @@ template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> c
 }
 
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
-                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache, LogitRows rows) {
+Tensor<wide_t<T>, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache, LogitRows rows) {
   check_sizes(model, cache);
   auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {backend, {0, model.config().vocab_size}};
@@ -8913,16 +9166,16 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
 // tokens of sequence i; the list may be empty. Throws Error if a sequence would exceed the cache's capacity or a token is not in the
 // vocabulary. The cache is then unchanged.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
-                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache) {
+Tensor<wide_t<T>, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
 // The same, with one row of logits for each sequence with new tokens, in order: that of the sequence's last token.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
-                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                               Cache<Stack, T, B>& cache) {
+Tensor<wide_t<T>, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
+                                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                                       Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::last);
 }
 
@@ -9125,14 +9378,14 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
   infer::Generation<OnToken> generation{prompts, options, cache.capacity(), on_token};
   Generated result;
-  std::vector<T> host;
+  std::vector<wide_t<T>> host;
   for (Index step = 0; step < options.max_new_tokens && generation.count() > 0; ++step) {
     infer::Stopwatch const watch;
     Index const count = generation.count();
     auto const logits = extend_to_last(backend, model, params, generation.next(), cache);
     resize(host, logits.shape().count(), "a copy of the logits");
     backend.download(host.data(), in(logits).data, logits.byte_count());
-    generation.draw(std::span<T const>(host), static_cast<std::size_t>(logits.shape()[1]));
+    generation.draw(std::span<wide_t<T> const>(host), static_cast<std::size_t>(logits.shape()[1]));
     (step == 0 ? result.prefill_tokens : result.decode_tokens) += count;
     (step == 0 ? result.prefill_seconds : result.decode_seconds) += watch.seconds();
   }
@@ -9610,17 +9863,22 @@ template <class T> struct StepTensors {
 
 // Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
+// Parameters in bf16 are too coarse for small steps. For them the optimizer keeps masters in float, which start from the parameters. A
+// step moves the masters, and the parameters become the masters rounded. Gradients and moments are in float.
+//
 // A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
 //   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
-  using Scalar = scalar_of<Params>;
+  using Scalar = wide_t<scalar_of<Params>>;
   using Backend = backend_of<Params>;
+  using Masters = widened<Params>;   // Params, except in bf16
+  static constexpr bool has_masters = !std::is_same_v<Masters, Params>;
 
   // The running means of the gradients and of their squares. Together with the options and the counts of steps they are all that an
   // optimizer keeps.
   struct Moments {
-    Params mean, square;
+    Masters mean, square;
   };
 
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
@@ -9633,11 +9891,12 @@ template <class Params> class AdamW {
           list_.name(path, options_);
         },
         like, sizes);
-    for (Params* moments : {&moments_.mean, &moments_.square}) {
+    for (Masters* moments : {&moments_.mean, &moments_.square}) {
       View<Scalar, 1> all;
       *moments = allocate_together<Scalar>(backend, sizes, &all);
       On<Fill, Backend>::forward(backend, Scalar(0), all);
     }
+    if constexpr (has_masters) masters_ = widen(backend, like);
     auto const tensors = static_cast<Index>(list_.names.size());
     squares_ = {backend, {tensors}};
     rates_ = {backend, {tensors}};
@@ -9674,10 +9933,11 @@ template <class Params> class AdamW {
   // stops the step: then nothing moves and nothing counts. Waits for nothing. `detached` has one mark for each tensor, in the order of
   // the parameters, or none at all. Detached tensors have a loss of their own, and are clipped by a norm of their own. Neither loss
   // then changes what the other one trains.
-  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& detached = {}) {
+  void start(Backend& backend, Params& params, Masters const& gradients, std::vector<bool> const& detached = {}) {
     check(detached.empty() || detached.size() == decays().size(), "AdamW: ", detached.size(), " marks, but ", decays().size(),
           " tensors; detached has one mark for each, or none");
-    list_tensors(params, gradients, detached);
+    if constexpr (has_masters) list_tensors(masters_, gradients, detached);
+    else list_tensors(params, gradients, detached);
     bring_up_to_date(backend, list_.roles, known_roles_, roles_);
     bring_up_to_date(backend, list_.tensors, known_tensors_, tensors_);
     On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
@@ -9685,6 +9945,7 @@ template <class Params> class AdamW {
     On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
     On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
+    round_masters(backend, params);
     ++unread_;
   }
   // Waits for the last step and returns its numbers. Throws Error where a step since the last read was bad. The error names the first
@@ -9706,10 +9967,15 @@ template <class Params> class AdamW {
     return read(backend, [] { return std::string{}; });
   }
   // open, start and read in one call. Returns the global norm of the gradients before clipping.
-  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
+  double step(Backend& backend, Params& params, Masters const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
     start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
+  }
+  // The same with gradients in bf16, as backward returns them.
+  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {})
+      requires has_masters {
+    return step(backend, params, widen(backend, gradients), rate, detached);
   }
 
   // Steps that changed parameters, as of the last read, and all steps that were started.
@@ -9733,12 +9999,17 @@ template <class Params> class AdamW {
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return list_.decays; }
+  // The masters in float of parameters in bf16. Who changes them calls round_masters().
+  Masters const& masters() const requires has_masters { return masters_; }
+  void round_masters(Backend& backend, Params& params) const {
+    if constexpr (has_masters) convert(backend, masters_, params);
+  }
   Moments const& moments() const { return moments_; }
   Moments& moments() { return moments_; }
 
  private:
   // The addresses and roles of the current step. They rarely change.
-  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
+  void list_tensors(Masters& params, Masters const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
     zip(
@@ -9766,6 +10037,7 @@ template <class Params> class AdamW {
 
   AdamWOptions options_;
   Moments moments_;
+  std::conditional_t<has_masters, Masters, Absent> masters_;
   detail::StepTensors<Scalar> list_;
   // The last uploaded values.
   std::vector<std::int32_t> known_roles_;
@@ -10215,7 +10487,7 @@ template <class B> struct FindNotFinite {
   std::string found = {};
 
   template <class T, int Rank> [[gnu::cold]] void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
-    if constexpr (std::is_floating_point_v<T>)
+    if constexpr (std::is_floating_point_v<wide_t<T>>)
       if (found.empty() && !On<AllFinite, B>::forward(backend, flat(in(tensor)))) found = path.str();
   }
 };
@@ -10234,6 +10506,34 @@ template <class B, class Model, class Params>
       return first + "activation " + path;
   return "; parameters and activations are finite";
 }
+
+// The sum of the gradients of several batches, in float where the gradients are in bf16.
+template <class Params> struct GradientSum {
+  using Scalar = scalar_of<Params>;
+  widened<Params> gradients;
+  View<wide_t<Scalar>, 1> all;
+  bool begun = false;
+
+  template <class B, class Gradients> void add(B& backend, Gradients more) {
+    if constexpr (std::is_same_v<widened<Params>, Params>) {
+      if (begun) {
+        On<Add, B>::forward(backend, View<Scalar const, 1>(more.all), all);
+      } else {
+        gradients = std::move(more.params);
+        all = more.all;
+      }
+    } else if (begun) {
+      zip(
+          [&](Path const&, auto const& x, auto& y) {
+            if (x) On<Add, B>::forward(backend, flat(in(x)), flat(out(y)));
+          },
+          more.params, gradients);
+    } else {
+      gradients = widen(backend, more.params);
+    }
+    begun = true;
+  }
+};
 
 }  // namespace detail
 
@@ -10282,21 +10582,15 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
   StepNumbers* const numbers = optimizer.numbers().data;   // on the machine
   View<double, 1> const scale{&numbers->scale, {1}};
   for (auto const& batch : batches) On<CountTargets, B>::forward(backend, in(batch.targets), View<Index, 1>{&numbers->counted, {1}}, scale);
-  Params gradients;
-  View<scalar_of<Params>, 1> all;
+  detail::GradientSum<Params> sum;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
     auto more = model.backward(backend, params, batches[i], std::move(saved), View<double const, 1>(scale), share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
-    if (i > 0) {
-      On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(more.all), all);
-      continue;
-    }
-    gradients = std::move(more.params);
-    all = more.all;
+    sum.add(backend, std::move(more));
   }
-  exchange(backend, gradients, optimizer.numbers());
-  optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
+  exchange(backend, sum.gradients, optimizer.numbers());
+  optimizer.start(backend, params, sum.gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
   return {backend, optimizer};
 }
 template <class B, class Model, class Params>
@@ -11286,6 +11580,34 @@ template <class F> struct ForEach {
 // Calls f(i) for i = 0 .. count - 1. F is a struct of views and numbers with operator()(Index) const, HYBRIDATTN_HD.
 template <GpuBackend B, class F> void for_each(B& gpu, Index count, F f) {
   launch<gpu::ForEach<F>>(gpu, {.x = ceil_div(count, gpu::ForEach<F>::threads)}, {f, count});
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/gpu/convert.hpp
+// Conversion between scalars on a GPU.
+#ifndef HYBRIDATTN_BACKEND_GPU_CONVERT_HPP
+#define HYBRIDATTN_BACKEND_GPU_CONVERT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+namespace gpu {
+
+template <class From, class To, int Rank> struct ConvertElement {
+  View<From const, Rank> x;
+  View<To, Rank> y;
+
+  HYBRIDATTN_HD void operator()(Index i) const {
+    Index const C = y.extent(Rank - 1);
+    y.data[row_offset(y, i / C) + i % C] = static_cast<To>(x.data[row_offset(x, i / C) + i % C]);
+  }
+};
+
+}  // namespace gpu
+
+// y = x, each element rounded to the scalar of y. Rows may be spaced.
+template <class From, class To, int Rank, GpuBackend B> void convert(B& gpu, View<From const, Rank> x, View<To, Rank> y) {
+  for_each(gpu, y.count(), gpu::ConvertElement<From, To, Rank>{x, y});
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
@@ -12789,8 +13111,9 @@ template <class B, class T, int... Ranks> void set_gradients_zero(B& gpu, View<T
 
 }  // namespace dsa
 
-template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
-  template <class T, class M>
+template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> : InFloat<SparseAttention<O>, B> {
+  using InFloat<SparseAttention<O>, B>::forward, InFloat<SparseAttention<O>, B>::backward, InFloat<SparseAttention<O>, B>::extend;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
@@ -12800,7 +13123,7 @@ template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
     else if (!y.auxiliary_loss.empty()) launch<dsa::SumLosses<T>>(gpu, {}, {{}, y.auxiliary_loss});
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
@@ -12812,7 +13135,7 @@ template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
   }
 
   // Decoding computes no auxiliary loss in any stage.
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void extend(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     Index const capacity = cache.keys.extent(1);
@@ -12885,14 +13208,15 @@ template <class P, class T> struct LoopsBackward {
 //   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
 // where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds only
 // numbers.
-template <class P, class B> struct FromLoops {
-  template <class T, class M>
+template <class P, class B> struct FromLoops : InFloat<P, B> {
+  using InFloat<P, B>::forward, InFloat<P, B>::backward;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
                       typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
     Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
     launch<gpu::LoopsForward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, out(scratch)});
   }
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
                        typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
                        typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {
@@ -13339,8 +13663,9 @@ template <class T, class B> void backward(B& gpu, Config const& c, Sequences con
 
 }  // namespace full
 
-template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
-  template <class T, class M>
+template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> : InFloat<FullAttention<O>, B> {
+  using InFloat<FullAttention<O>, B>::forward, InFloat<FullAttention<O>, B>::backward, InFloat<FullAttention<O>, B>::extend;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     auto p = full::kernel_params<T>(O, c, s, x);
@@ -13349,7 +13674,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
     full::forward(gpu, c, s, p);
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     auto p = full::kernel_params<T>(O, c, s, x);
@@ -13361,7 +13686,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
   }
 
   // Sequences without past tokens are computed by the tiles of forward, other sequences token by token over the rows of the cache.
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void extend(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     Index const ring = cache.keys.extent(1);
@@ -14599,21 +14924,22 @@ void backward_steps(B& gpu, Config const& c, SequencesOn<M> const& s, Inputs<In<
 
 }  // namespace gdn
 
-template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
-  template <class T, class M>
+template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> : InFloat<GatedDeltaNet<O>, B> {
+  using InFloat<GatedDeltaNet<O>, B>::forward, InFloat<GatedDeltaNet<O>, B>::backward, InFloat<GatedDeltaNet<O>, B>::extend;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward_chunks<T>(gpu, c, s, x, y, saved);
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward_chunks<T>(gpu, c, s, x, saved, d_y, d_x);
   }
 
   // Forward from the states in the cache to these states, token by token: a step of decoding has one token of each sequence.
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());
@@ -15012,7 +15338,8 @@ template <class T> struct FindBadElement {
   struct Shared {};
   static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
     Index const i = simt::block_x() * threads + simt::thread_id();
-    bool const bad = i < p.x.extent(0) && !(-simt::infinity<T>() < p.x(i) && p.x(i) < simt::infinity<T>());
+    auto const infinity = simt::infinity<wide_t<T>>();
+    bool const bad = i < p.x.extent(0) && !(-infinity < p.x(i) && p.x(i) < infinity);
     if (simt::any(bad) && simt::lane() == 0) simt::atomic_max(&p.found(0), std::int32_t{1});
   }
 };
@@ -15030,8 +15357,11 @@ template <GpuBackend B> struct On<Fill, B> {
   template <class T> static void forward(B& gpu, T value, View<T, 1> y) { for_each(gpu, y.count(), gpu::SetElement<T>{value, y}); }
 };
 
-template <GpuBackend B> struct On<Add, B> {
-  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T, 1> y) { for_each(gpu, y.count(), gpu::AddElement<T>{x, y}); }
+template <GpuBackend B> struct On<Add, B> : InFloat<Add, B> {
+  using InFloat<Add, B>::forward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 1> x, View<T, 1> y) {
+    for_each(gpu, y.count(), gpu::AddElement<T>{x, y});
+  }
 };
 
 template <GpuBackend B> struct On<AddWeighted, B> {
@@ -15339,8 +15669,9 @@ template <class T> struct SumTapGradients {
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // M is B, or a backend that wraps it.
-template <GpuBackend B> struct On<CausalConv1d, B> {
-  template <class T, class M>
+template <GpuBackend B> struct On<CausalConv1d, B> : InFloat<CausalConv1d, B> {
+  using InFloat<CausalConv1d, B>::forward, InFloat<CausalConv1d, B>::backward;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
@@ -15348,7 +15679,7 @@ template <GpuBackend B> struct On<CausalConv1d, B> {
     if (!final_state.empty()) for_each(gpu, s.count() * x.extent(1), gpu::KeepLastInputs<T>{inputs, final_state});
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {
@@ -15514,8 +15845,9 @@ template <GpuBackend B> struct On<CountTargets, B> {
   }
 };
 
-template <GpuBackend B> struct On<SoftmaxLoss, B> {
-  template <class T>
+template <GpuBackend B> struct On<SoftmaxLoss, B> : InFloat<SoftmaxLoss, B> {
+  using InFloat<SoftmaxLoss, B>::forward;
+  template <std::floating_point T>
   static void forward(B& gpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Tensor<LossSum, 1, B> rows{gpu, {logits.extent(0)}};
@@ -15524,12 +15856,13 @@ template <GpuBackend B> struct On<SoftmaxLoss, B> {
   }
 };
 
-template <GpuBackend B> struct On<CrossEntropy, B> {
-  template <class T>
+template <GpuBackend B> struct On<CrossEntropy, B> : InFloat<CrossEntropy, B> {
+  using InFloat<CrossEntropy, B>::forward, InFloat<CrossEntropy, B>::backward;
+  template <std::floating_point T>
   static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks<T>(gpu, x, w, targets, {}, loss, [](View<T, 2>, View<T const, 2>, Index) {});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     if (x.extent(0) == 0) gpu::gemm<T>(gpu, Operand<T>{nullptr, w.extent(0), 0}, Operand<T>{nullptr, 0, w.extent(1)}, d_w);   // d_w = 0
@@ -15648,12 +15981,13 @@ template <class T> struct EmbeddingBackward {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<Embedding, B> {
-  template <class T> static void forward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+template <GpuBackend B> struct On<Embedding, B> : InFloat<Embedding, B> {
+  using InFloat<Embedding, B>::forward, InFloat<Embedding, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
     using Forward = gpu::EmbeddingForward<T>;
     launch<Forward>(gpu, {.x = y.extent(0), .y = ceil_div(y.extent(1), Forward::threads)}, {tokens, table, y});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table, Into into) {
     using Backward = gpu::EmbeddingBackward<T>;
     launch<Backward>(gpu, {.x = d_table.extent(0), .y = ceil_div(d_table.extent(1), Backward::columns)}, {tokens, d_y, d_table, into});
@@ -15711,21 +16045,23 @@ template <class T> struct SigmoidGateBackward {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<Swiglu, B> {
-  template <class T> static void forward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+template <GpuBackend B> struct On<Swiglu, B> : InFloat<Swiglu, B> {
+  using InFloat<Swiglu, B>::forward, InFloat<Swiglu, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
     for_each(gpu, y.count(), gpu::SwigluForward<T>{gate, up, y});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
     for_each(gpu, d_y.count(), gpu::SwigluBackward<T>{gate, up, d_y, d_gate, d_up});
   }
 };
 
-template <GpuBackend B> struct On<SigmoidGate, B> {
-  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+template <GpuBackend B> struct On<SigmoidGate, B> : InFloat<SigmoidGate, B> {
+  using InFloat<SigmoidGate, B>::forward, InFloat<SigmoidGate, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     for_each(gpu, y.count(), gpu::SigmoidGateForward<T>{x, z, y});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
     for_each(gpu, d_y.count(), gpu::SigmoidGateBackward<T>{x, z, d_y, d_x, d_z});
   }
@@ -15792,22 +16128,23 @@ template <class T> struct GdnGateBackward {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<GdnGate, B> {
-  template <class T>
-  static void forward(B& gpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+template <GpuBackend B> struct On<GdnGate, B> : InFloat<GdnGate, B> {
+  using InFloat<GdnGate, B>::forward, InFloat<GdnGate, B>::backward;
+  template <std::floating_point T>
+  static void forward(B& gpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                       View<T, 2> g, View<T, 2> beta) {
-    for_each(gpu, a.count(), gpu::GdnGateForward<T>{range, a, b, a_log, dt_bias, g, beta});
+    for_each(gpu, a.count(), gpu::GdnGateForward<T>{static_cast<T>(range), a, b, a_log, dt_bias, g, beta});
   }
 
-  template <class T>
-  static void backward(B& gpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+  template <std::floating_point T>
+  static void backward(B& gpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                        View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
                        View<T, 1> d_dt_bias) {
     using Backward = gpu::GdnGateBackward<T>;
     Index const blocks = gpu::row_blocks(a.extent(0)), heads = a.extent(1);
     Tensor<T, 2, B> rate_parts{gpu, {blocks, heads}}, bias_parts{gpu, {blocks, heads}};
     launch<Backward>(gpu, {.x = blocks, .y = ceil_div(heads, Backward::threads)},
-                     {range, a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, out(rate_parts), out(bias_parts)});
+                     {static_cast<T>(range), a, b, a_log, dt_bias, d_g, d_beta, d_a, d_b, out(rate_parts), out(bias_parts)});
     for_each(gpu, heads, gpu::SumParts<T>{in(rate_parts), d_a_log});
     for_each(gpu, heads, gpu::SumParts<T>{in(bias_parts), d_dt_bias});
   }
@@ -15897,13 +16234,14 @@ template <class T, int size> struct MultiplyOverRows {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<GroupedLinear, B> {
+template <GpuBackend B> struct On<GroupedLinear, B> : InFloat<GroupedLinear, B> {
+  using InFloat<GroupedLinear, B>::forward, InFloat<GroupedLinear, B>::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     multiply_rows<T>(gpu, offsets, x, w, y, true, Into::overwrite);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) multiply_rows<T>(gpu, offsets, d_y, w, d_x, false, into);
@@ -15987,11 +16325,12 @@ template <class T> struct L2NormBackward {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<L2Norm, B> {
-  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T, 2> y) {
+template <GpuBackend B> struct On<L2Norm, B> : InFloat<L2Norm, B> {
+  using InFloat<L2Norm, B>::forward, InFloat<L2Norm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 2> x, View<T, 2> y) {
     launch<gpu::L2NormForward<T>>(gpu, {.x = ceil_div(x.extent(0), gpu::L2NormForward<T>::threads / 32)}, {x, y});
   }
-  template <class T> static void backward(B& gpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+  template <std::floating_point T> static void backward(B& gpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
     launch<gpu::L2NormBackward<T>>(gpu, {.x = ceil_div(x.extent(0), gpu::L2NormBackward<T>::threads / 32)}, {x, d_y, d_x});
   }
 };
@@ -16096,12 +16435,14 @@ template <class T> struct LayerNormBackward {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<LayerNorm, B> {
-  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <GpuBackend B> struct On<LayerNorm, B> : InFloat<LayerNorm, B> {
+  using InFloat<LayerNorm, B>::forward, InFloat<LayerNorm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     using Forward = gpu::LayerNormForward<T>;
     launch<Forward>(gpu, {.x = ceil_div(x.extent(0), Forward::threads / 32)}, {x, w, b, y, static_cast<T>(eps)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const blocks = gpu::row_blocks(x.extent(0)), C = x.extent(1);
@@ -16121,11 +16462,12 @@ template <GpuBackend B> struct On<LayerNorm, B> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<Linear, B> {
-  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+template <GpuBackend B> struct On<Linear, B> : InFloat<Linear, B> {
+  using InFloat<Linear, B>::forward, InFloat<Linear, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
     gpu::gemm<T>(gpu, operand(x), operand(w).transposed(), y);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
     if (!d_x.empty()) gpu::gemm<T>(gpu, operand(d_y), operand(w), d_x, into);
     if (!d_w.empty()) gpu::gemm<T>(gpu, operand(d_y).transposed(), operand(x), d_w);
@@ -16418,13 +16760,14 @@ template <class T> struct AddGatedRowGradients {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<Route, B> {
-  template <class T>
+template <GpuBackend B> struct On<Route, B> : InFloat<Route, B> {
+  using InFloat<Route, B>::forward, InFloat<Route, B>::backward;
+  template <std::floating_point T>
   static void forward(B& gpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
                       View<std::int32_t, 2> experts) {
     for_each_row(gpu, logits.extent(0), gpu::RouteRow<T>{o, logits, probabilities, weights, experts});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
                        View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
                        View<T, 2> d_logits) {
@@ -16445,32 +16788,36 @@ template <GpuBackend B> struct On<Permute, B> {
   }
 };
 
-template <GpuBackend B> struct On<Distribute, B> {
-  template <class T> static void forward(B& gpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+template <GpuBackend B> struct On<Distribute, B> : InFloat<Distribute, B> {
+  using InFloat<Distribute, B>::forward, InFloat<Distribute, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
     for_each_row(gpu, x.extent(0), gpu::DistributeRow<T>{x, places, rows});
   }
-  template <class T> static void backward(B& gpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x, Into into) {
+  template <std::floating_point T> static void backward(B& gpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
+                                                        Into into) {
     for_each_row(gpu, d_x.extent(0), gpu::CollectRow<T>{places, d_rows, d_x, into});
   }
 };
 
-template <GpuBackend B> struct On<Combine, B> {
-  template <class T>
+template <GpuBackend B> struct On<Combine, B> : InFloat<Combine, B> {
+  using InFloat<Combine, B>::forward, InFloat<Combine, B>::backward;
+  template <std::floating_point T>
   static void forward(B& gpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     for_each_row(gpu, y.extent(0), gpu::CombineRow<T>{rows, weights, places, y});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
                        View<T, 2> d_rows, View<T, 2> d_weights) {
     for_each_row(gpu, places.count(), gpu::CombineChoiceGradients<T>{rows, weights, places, d_y, d_rows, d_weights});
   }
 };
 
-template <GpuBackend B> struct On<AddGated, B> {
-  template <class T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+template <GpuBackend B> struct On<AddGated, B> : InFloat<AddGated, B> {
+  using InFloat<AddGated, B>::forward, InFloat<AddGated, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
     for_each_row(gpu, y.extent(0), gpu::AddGatedRow<T>{x, logit, y});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
     for_each_row(gpu, d_y.extent(0), gpu::AddGatedRowGradients<T>{x, logit, d_y, d_x, d_logit});
   }
@@ -16586,22 +16933,25 @@ template <class T> T shift_of(RmsNorm::Options const& o) { return o.weight == No
 
 }  // namespace gpu
 
-template <GpuBackend B> struct On<RmsNorm, B> {
-  template <class T> static void forward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <GpuBackend B> struct On<RmsNorm, B> : InFloat<RmsNorm, B> {
+  using InFloat<RmsNorm, B>::forward, InFloat<RmsNorm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     gpu::rms_norm<T>(gpu, {x, {}, w, y, gpu::shift_of<T>(o), static_cast<T>(o.eps)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     gpu::rms_norm_gradients<T>(gpu, {{x, {}, w, {}, gpu::shift_of<T>(o), static_cast<T>(o.eps)}, d_y, d_x, {}, {}, into}, d_w);
   }
 };
 
-template <GpuBackend B> struct On<GatedRmsNorm, B> {
-  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <GpuBackend B> struct On<GatedRmsNorm, B> : InFloat<GatedRmsNorm, B> {
+  using InFloat<GatedRmsNorm, B>::forward, InFloat<GatedRmsNorm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     gpu::rms_norm<T>(gpu, {x, z, w, y, T(0), static_cast<T>(eps)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 2> d_z, View<T, 1> d_w) {
     gpu::rms_norm_gradients<T>(gpu, {{x, z, w, {}, T(0), static_cast<T>(eps)}, d_y, d_x, d_z, {}, Into::overwrite}, d_w);
@@ -16706,13 +17056,14 @@ template <GpuBackend B> struct On<RopeAngles, B> {
   }
 };
 
-template <GpuBackend B> struct On<Rope, B> {
-  template <class T>
+template <GpuBackend B> struct On<Rope, B> : InFloat<Rope, B> {
+  using InFloat<Rope, B>::forward, InFloat<Rope, B>::backward;
+  template <std::floating_point T>
   static void forward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn<T>(gpu, o, {angles, positions, x, y, o.rotary_dim / 2, o.interleaved, T(1)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn<T>(gpu, o, {angles, positions, d_y, d_x, o.rotary_dim / 2, o.interleaved, T(-1)});
@@ -16734,8 +17085,9 @@ template <GpuBackend B> struct On<Rope, B> {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<TopK, B> {
-  template <class T> static void forward(B& gpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+template <GpuBackend B> struct On<TopK, B> : InFloat<TopK, B> {
+  using InFloat<TopK, B>::forward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
     if (!indices.empty()) launch<gpu::SelectTopK<T>>(gpu, {.x = indices.extent(0)}, {scores, indices});
   }
 };

@@ -400,6 +400,56 @@ inline void write_file_atomically(std::filesystem::path const& path, std::string
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/bf16.hpp
+// bfloat16: the upper half of a float, with 8 bits of significand.
+#ifndef HYBRIDATTN_CORE_BF16_HPP
+#define HYBRIDATTN_CORE_BF16_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
+struct bf16 {
+  std::uint16_t bits;
+
+  bf16() = default;
+  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
+  // to a float first.
+  template <class Number> requires std::is_arithmetic_v<Number>
+  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
+  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
+    bf16 x{};
+    x.bits = bits;
+    return x;
+  }
+
+  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+
+ private:
+  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
+    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
+    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
+    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+  }
+};
+
+// Sums, statistics and gates of a model in T are in WideOf<T>::type.
+template <class T> struct WideOf {
+  using type = T;
+};
+template <> struct WideOf<bf16> {
+  using type = float;
+};
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// The distance from 1 to the next number; 0 for what is no scalar.
+template <class T> inline constexpr double epsilon_of = 0;
+template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
+template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
+template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/sizes.hpp
 // Sizes that a caller or a file chooses. Their products and sums are exact, or throw an Error that names the sizes.
 #ifndef HYBRIDATTN_CORE_SIZES_HPP
@@ -616,6 +666,12 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// Where row n begins, in elements from the first: rows are counted over all axes but the last.
+template <class T, int Rank> HYBRIDATTN_HD Index row_offset(View<T, Rank> const& x, Index n) {
+  Index offset = 0;
+  for (int axis = Rank - 1; axis-- > 0; n /= x.shape[axis]) offset += n % x.shape[axis] * x.stride[axis];
+  return offset;
+}
 // All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
@@ -1055,8 +1111,9 @@ inline constexpr std::array dtypes = {DType{"F64", 8},     DType{"F32", 4}, DTyp
 
 template <class T> constexpr std::string_view dtype_of() {
   constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
-  static_assert(is_int32 || is_int64 || std::is_same_v<T, double> || std::is_same_v<T, float>, "double, float, int64 or int32");
-  return is_int32 ? "I32" : is_int64 ? "I64" : std::is_same_v<T, double> ? "F64" : "F32";
+  constexpr bool is_double = std::is_same_v<T, double>, is_bf16 = std::is_same_v<T, bf16>;
+  static_assert(is_int32 || is_int64 || is_double || is_bf16 || std::is_same_v<T, float>, "double, float, bf16, int64 or int32");
+  return is_int32 ? "I32" : is_int64 ? "I64" : is_double ? "F64" : is_bf16 ? "BF16" : "F32";
 }
 
 // Bits of IEEE half precision: 1 sign, 5 exponent, 10 fraction.
@@ -1070,7 +1127,6 @@ inline float from_f16(std::uint16_t bits) {
   std::uint32_t const wide = exponent == 31 ? 255 : exponent + (127 - 15);
   return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
-inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
 // Bytes of an element; nullopt for an unknown dtype.
 inline std::optional<std::size_t> size_of(std::string_view dtype) {
@@ -1179,6 +1235,7 @@ class Safetensors {
     return read<double>(name, first, count);
   }
   std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
+  std::vector<bf16> read_bf16s(std::string const& name) const { return read<bf16>(name); }
   // From I64 and I32 only.
   std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
   // The tensor's bytes in the file, of any dtype.
@@ -1257,11 +1314,11 @@ class Safetensors {
     if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor, first, count);
     if (tensor.dtype == "I64") return converted(std::int64_t{}, same);
     if (tensor.dtype == "I32") return converted(std::int32_t{}, same);
-    if constexpr (std::is_floating_point_v<T>) {
+    if constexpr (std::is_floating_point_v<wide_t<T>>) {
       if (tensor.dtype == "F64") return converted(double{}, same);
       if (tensor.dtype == "F32") return converted(float{}, same);
       if (tensor.dtype == "F16") return converted(std::uint16_t{}, safetensors::from_f16);
-      if (tensor.dtype == "BF16") return converted(std::uint16_t{}, safetensors::from_bf16);
+      if (tensor.dtype == "BF16") return converted(bf16{}, same);
     }
     fail(where_, "tensor ", escaped(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
   }
@@ -2812,12 +2869,6 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <class T> struct WideOf {
-  using type = T;
-};
-// The scalar of sums over Ts.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
 // A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
@@ -3015,14 +3066,22 @@ namespace detail {
 template <class G> struct OwnedGroup;
 template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
   using Scalar = T;
+  using Widened = G<Owned<wide_t<T>, B>>;
   using Backend = B;
   using Sizes = G<Shapes>;
 };
 }  // namespace detail
 template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+// The group with every tensor in the wide scalar: G itself, unless it is in bf16.
+template <class G> using widened = typename detail::OwnedGroup<G>::Widened;
 
 // The same group in another role.
+template <template <class> class G, class T, class B> G<Shapes> shapes_of(G<Owned<T, B>> const& group) {
+  G<Shapes> shapes{};
+  zip([](Path const&, auto const& tensor, auto& shape) { shape = tensor.shape(); }, group, shapes);
+  return shapes;
+}
 template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
   G<Reading<S>> views;
   zip(detail::ToIn{}, group, views);
@@ -3040,7 +3099,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
 }
 
 // Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
-// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements, and in bf16, where tensors have two
+// scalars.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -3049,8 +3109,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  if (all != nullptr && std::is_same_v<wide_t<T>, T> && place.block->tensors > 1)
+    *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
 }
@@ -3075,6 +3135,345 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
   zip(counted, shapes, G<In<T>>{});
   return static_cast<std::size_t>(counted.total);
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/cpu.hpp
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
+#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Cpu {
+ public:
+  static constexpr std::string_view name = "Cpu";
+
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
+  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
+    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
+  }
+  Cpu(Cpu const&) = delete;
+  Cpu& operator=(Cpu const&) = delete;
+  ~Cpu() { trim(); }
+
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
+  void* take(std::size_t bytes) {
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Returns the pool's free blocks to the system.
+  void trim() noexcept { pool_.trim(release); }
+  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations of Cpu work on any memory of the process.
+  bool owns(void const*) const { return true; }
+  Pool& pool() { return pool_; }
+  int threads() const { return threads_; }
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nullptr for a loop inside a loop
+  };
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
+  static int available_threads() {
+#if defined(_OPENMP)
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
+#else
+    return 1;
+#endif
+  }
+
+  int threads_;
+  bool in_loop_ = false;
+  Pool pool_;
+};
+static_assert(Backend<Cpu>);
+
+namespace cpu {
+
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
+namespace detail {
+
+#if defined(_OPENMP)
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+#pragma omp critical(hybridattn_failure)
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+#endif
+
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
+  Cpu::Loop const loop{cpu};
+#if defined(_OPENMP)
+  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    Failure failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
+    for (Index task = 0; task < count; ++task) {
+      try {
+        run(f, task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
+    return;
+  }
+#endif
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+}
+
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
+template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
+    Index const first = block * grain;
+    f(first, std::min(first + grain, count));
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/convert.hpp
+// Conversion between scalars on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+#define HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// y = x, each element rounded to the scalar of y. Rows may be spaced.
+template <class From, class To, int Rank> void convert(Cpu& cpu, View<From const, Rank> x, View<To, Rank> y) {
+  Index const C = y.count() == 0 ? 0 : y.extent(Rank - 1);
+  if (C == 0) return;
+  Index const rows = y.count() / C;
+  parallel_blocks(cpu, rows, std::max<Index>(1, cpu::element_grain / C), [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      From const* const from = x.data + row_offset(x, n);
+      To* const to = y.data + row_offset(y, n);
+      for (Index i = 0; i < C; ++i) to[i] = static_cast<To>(from[i]);
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/in_float.hpp
+// Operations on bf16 tensors. The tensors are stored in bf16; an operation computes in float, on copies, and rounds what it writes.
+#ifndef HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+#define HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// Copies of bf16 tensors, as functions for zip. Tensors of other scalars are read and written where they are.
+template <class B> struct ReadInFloat {
+  B& backend;
+  template <int Rank, class V> void operator()(Path const&, View<bf16 const, Rank> const& x, Tensor<float, Rank, B>& copy, V& view) const {
+    view = {nullptr, x.shape};
+    if (x.empty()) return;
+    copy = {backend, x.shape};
+    convert(backend, x, out(copy));
+    view = in(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& x, T&, V& view) const { view = x; }
+};
+template <class B> struct WriteInFloat {
+  B& backend;
+  template <int Rank> void operator()(Path const&, View<bf16, Rank> const& y, Tensor<float, Rank, B>& copy, View<float, Rank>& view) const {
+    view = {nullptr, y.shape};
+    if (y.empty()) return;
+    copy = {backend, y.shape};
+    convert(backend, View<bf16 const, Rank>(y), out(copy));   // an operation may add to what it writes
+    view = out(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& y, T&, V& view) const { view = y; }
+};
+template <class B> struct RoundBack {
+  B& backend;
+  template <int Rank> void operator()(Path const&, Tensor<float, Rank, B> const& copy, View<bf16, Rank> const& y) const {
+    if (copy) convert(backend, in(copy), y);
+  }
+  template <class T, class V> void operator()(Path const&, T const&, V const&) const {}
+};
+
+// An argument of an operation on bf16 tensors, as the operation in float takes it.
+template <class B, class Argument> struct InFloatArgument {
+  Argument const& value;
+  InFloatArgument(B&, Argument const& argument) : value(argument) {}
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16 const, Rank>> {
+  Tensor<float, Rank, B> copy;
+  View<float const, Rank> value;
+  InFloatArgument(B& backend, View<bf16 const, Rank> const& x) { ReadInFloat<B>{backend}(Path{}, x, copy, value); }
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16, Rank>> {
+  View<bf16, Rank> y;
+  Tensor<float, Rank, B> copy;
+  View<float, Rank> value;
+  InFloatArgument(B& backend, View<bf16, Rank> const& written) : y(written) { WriteInFloat<B>{backend}(Path{}, y, copy, value); }
+  void finish(B& backend) const { RoundBack<B>{backend}(Path{}, copy, y); }
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<In<bf16>>> {
+  G<Owned<float, B>> copies;
+  G<In<float>> value;
+  InFloatArgument(B& backend, G<In<bf16>> const& group) { zip(ReadInFloat<B>{backend}, group, copies, value); }
+  void finish(B&) const {}
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<Out<bf16>>> {
+  G<Out<bf16>> const& group;
+  G<Owned<float, B>> copies;
+  G<Out<float>> value;
+  InFloatArgument(B& backend, G<Out<bf16>> const& written) : group(written) { zip(WriteInFloat<B>{backend}, group, copies, value); }
+  void finish(B& backend) const { zip(RoundBack<B>{backend}, copies, group); }
+};
+
+template <class Argument> inline constexpr bool holds_bf16 = false;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16 const, Rank>> = true;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16, Rank>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<In<bf16>>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<Out<bf16>>> = true;
+
+}  // namespace detail
+
+// y = x, tensor by tensor, each element rounded to the scalar of y. Skips tensors without elements.
+template <class B, template <class> class G, class From, class To> void convert(B& backend, G<From> const& x, G<To>& y) {
+  zip(
+      [&](Path const&, auto const& from, auto& to) {
+        if (from) convert(backend, in(from), out(to));
+      },
+      x, y);
+}
+
+// A copy of a group with every tensor in the wide scalar.
+template <class B, template <class> class G, class T> G<Owned<wide_t<T>, B>> widen(B& backend, G<Owned<T, B>> const& group) {
+  auto wide = allocate_together<wide_t<T>>(backend, shapes_of(group));
+  convert(backend, group, wide);
+  return wide;
+}
+
+// Calls f with the arguments, float copies in place of bf16 tensors. Then rounds the copies of those that f writes. Views and groups of
+// views are tensors here.
+template <class B, class F, class... Arguments> void in_float(B& backend, F f, Arguments const&... arguments) {
+  std::tuple<detail::InFloatArgument<B, Arguments>...> floats{detail::InFloatArgument<B, Arguments>{backend, arguments}...};
+  std::apply(
+      [&](auto const&... argument) {
+        f(argument.value...);
+        (argument.finish(backend), ...);
+      },
+      floats);
+}
+
+// The base of an operation on a backend that computes in float and double, and has bf16 from this:
+//   template <> struct On<Mine, Cpu> : InFloat<Mine, Cpu> {
+//     using InFloat::forward, InFloat::backward;
+//     template <std::floating_point T> static void forward(...)
+template <class Op, class B> struct InFloat {
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::forward(b, a.value...);
+  } static void forward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::forward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::backward(b, a.value...);
+  } static void backward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::backward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::extend(b, a.value...);
+  } static void extend(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::extend(backend, floats...); }, arguments...);
+  }
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -3333,184 +3732,6 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
-// ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
-#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-class Cpu {
- public:
-  static constexpr std::string_view name = "Cpu";
-
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
-  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
-  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
-    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
-    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
-          "; this machine allows at most ", thread_limit());
-  }
-  Cpu(Cpu const&) = delete;
-  Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() { trim(); }
-
-  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
-  void* take(std::size_t bytes) {
-    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
-  }
-  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Returns the pool's free blocks to the system.
-  void trim() noexcept { pool_.trim(release); }
-  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
-  void synchronise() {}
-  // Operations of Cpu work on any memory of the process.
-  bool owns(void const*) const { return true; }
-  Pool& pool() { return pool_; }
-  int threads() const { return threads_; }
-  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
-  static int thread_limit() {
-#if defined(_OPENMP)
-    return std::max(256, 4 * omp_get_num_procs());
-#else
-    return 256;
-#endif
-  }
-
-  // While parallel_for runs.
-  class Loop {
-   public:
-    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
-      if (cpu_ != nullptr) cpu_->in_loop_ = true;
-    }
-    Loop(Loop const&) = delete;
-    Loop& operator=(Loop const&) = delete;
-    ~Loop() {
-      if (cpu_ != nullptr) cpu_->in_loop_ = false;
-    }
-
-   private:
-    Cpu* cpu_;   // nullptr for a loop inside a loop
-  };
-
- private:
-  static constexpr std::align_val_t alignment{64};
-
-  void* allocate(std::size_t bytes) const {
-    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
-    return ::operator new(bytes, alignment, std::nothrow);
-  }
-  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
-  static int available_threads() {
-#if defined(_OPENMP)
-    int const offered = omp_get_max_threads();
-    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
-#else
-    return 1;
-#endif
-  }
-
-  int threads_;
-  bool in_loop_ = false;
-  Pool pool_;
-};
-static_assert(Backend<Cpu>);
-
-namespace cpu {
-
-// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
-template <class T> class Scratch {
- public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
-    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
-  }
-  Scratch(Scratch const&) = delete;
-  Scratch& operator=(Scratch const&) = delete;
-  ~Scratch() {
-    if (data_ != nullptr) cpu_.give(data_, bytes_);
-  }
-  T* data() const { return data_; }
-
- private:
-  Cpu& cpu_;
-  std::size_t bytes_;
-  T* data_ = nullptr;
-};
-
-}  // namespace cpu
-
-namespace detail {
-
-#if defined(_OPENMP)
-// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
-class Failure {
- public:
-  void keep(Index task) noexcept {
-#pragma omp critical(hybridattn_failure)
-    if (error_ == nullptr || task < task_) {
-      error_ = std::current_exception();
-      task_ = task;
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::exception_ptr error_;
-  Index task_ = 0;
-};
-#endif
-
-// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
-inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
-  Cpu::Loop const loop{cpu};
-#if defined(_OPENMP)
-  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) {
-      try {
-        run(f, task, omp_get_thread_num());
-      } catch (...) {
-        failure.keep(task);
-      }
-    }
-    failure.rethrow();
-    return;
-  }
-#endif
-  for (Index task = 0; task < count; ++task) run(f, task, 0);
-}
-
-}  // namespace detail
-
-// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
-// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
-// check arguments and take memory before the loop.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
-  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
-}
-
-// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
-template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
-    Index const first = block * grain;
-    f(first, std::min(first + grain, count));
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/ops/arithmetic/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
 #define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
@@ -3523,8 +3744,9 @@ template <> struct On<Fill, Cpu> {
   }
 };
 
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+template <> struct On<Add, Cpu> : InFloat<Add, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
     });
@@ -3539,7 +3761,7 @@ template <> struct On<AddWeighted, Cpu> {
 
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(static_cast<wide_t<T>>(value)); });
   }
 };
 
@@ -3571,8 +3793,9 @@ struct SigmoidGate {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Swiglu, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+template <> struct On<Swiglu, Cpu> : InFloat<Swiglu, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
@@ -3580,7 +3803,7 @@ template <> struct On<Swiglu, Cpu> {
       });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -3597,14 +3820,15 @@ template <> struct On<Swiglu, Cpu> {
   }
 };
 
-template <> struct On<SigmoidGate, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+template <> struct On<SigmoidGate, Cpu> : InFloat<SigmoidGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(
           first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -3688,8 +3912,9 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 }  // namespace cpu::detail
 
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -3701,7 +3926,7 @@ template <> struct On<RmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
@@ -3721,8 +3946,10 @@ template <> struct On<RmsNorm, Cpu> {
   }
 };
 
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -3739,7 +3966,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
                        View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
     Index const C = x.extent(1);
@@ -3831,13 +4058,14 @@ template <> struct On<RopeAngles, Cpu> {
   }
 };
 
-template <> struct On<Rope, Cpu> {
-  template <class T>
+template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));
@@ -3895,7 +4123,7 @@ template <class T, class B> class Rotation {
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     if (!s.any_continue()) positions_ = s.table().positions;
     if (options_.rotary_dim == 0) return;
-    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+    angles_ = s.template angles<wide_t<T>>(backend, options_.rotary_dim, theta, [&](View<wide_t<T>, 3> angles) {
       On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
     });
   }
@@ -3909,7 +4137,7 @@ template <class T, class B> class Rotation {
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
-  View<T const, 3> angles_;
+  View<wide_t<T> const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -3922,7 +4150,7 @@ struct HeadNorm {
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>
-  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T, 3> x) const {
+  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T, 3> x) const {
     if (kind == QkNorm::none) {
       rotation.forward(backend, raw, x);
       return;
@@ -3932,8 +4160,8 @@ struct HeadNorm {
   }
   // Overwrites d_raw and d_weight.
   template <class B, class T>
-  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
-                View<T, 3> d_raw, View<T, 1> d_weight) const {
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, Wide<Out<T>, 1> d_weight) const {
     if (kind == QkNorm::none) {
       rotation.backward(backend, d_x, d_raw);
       return;
@@ -4343,8 +4571,9 @@ template <class T> class RowTopK {
 
 }  // namespace cpu
 
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+template <> struct On<TopK, Cpu> : InFloat<TopK, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
     using Row = cpu::RowTopK<T>;
     Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
     Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
@@ -4948,18 +5177,19 @@ void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inpu
 
 }  // namespace dsa
 
-template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
-  template <class T>
+template <SparseOptions O> struct On<SparseAttention<O>, Cpu> : InFloat<SparseAttention<O>, Cpu> {
+  using InFloat<SparseAttention<O>, Cpu>::forward, InFloat<SparseAttention<O>, Cpu>::backward, InFloat<SparseAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     dsa::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     dsa::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     dsa::extend(cpu, O, c, s, x, cache, y);
@@ -4990,8 +5220,10 @@ struct LayerNorm {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
@@ -5000,7 +5232,7 @@ template <> struct On<LayerNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const C = x.extent(1);
@@ -5959,18 +6191,19 @@ void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs
 
 }  // namespace full
 
-template <FullOptions O> struct On<FullAttention<O>, Cpu> {
-  template <class T>
+template <FullOptions O> struct On<FullAttention<O>, Cpu> : InFloat<FullAttention<O>, Cpu> {
+  using InFloat<FullAttention<O>, Cpu>::forward, InFloat<FullAttention<O>, Cpu>::backward, InFloat<FullAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     full::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     full::extend(cpu, O, c, s, x, cache, y);
@@ -7343,18 +7576,19 @@ template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, In
 
 }  // namespace gdn
 
-template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
-  template <class T>
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> : InFloat<GatedDeltaNet<O>, Cpu> {
+  using InFloat<GatedDeltaNet<O>, Cpu>::forward, InFloat<GatedDeltaNet<O>, Cpu>::backward, InFloat<GatedDeltaNet<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward(cpu, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     gdn::extend(cpu, c, s, x, cache.state, y.o);
@@ -7407,8 +7641,9 @@ template <class T> struct ConvRows {
 
 }  // namespace cpu::detail
 
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
+template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
@@ -7423,7 +7658,7 @@ template <> struct On<CausalConv1d, Cpu> {
     if (!final_state.empty()) keep_last(s, rows, final_state);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {
@@ -7557,28 +7792,29 @@ struct GdnGate {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: one number a head and token.
-template <> struct On<GdnGate, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
+  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                       View<T, 2> g, View<T, 2> beta) {
     parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index h = 0; h < a.extent(1); ++h) {
           g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
-          beta(n, h) = range * sigmoid(b(n, h));
+          beta(n, h) = static_cast<T>(range) * sigmoid(b(n, h));
         }
     });
   }
 
-  template <class T>
-  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+  template <std::floating_point T>
+  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                        View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
                        View<T, 1> d_dt_bias) {
     cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
       for (Index h = 0; h < a.extent(1); ++h) {
         T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
         d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
-        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        d_b(n, h) = static_cast<T>(range) * open * (T(1) - open) * d_beta(n, h);
         sum[h] += rate * softplus(shifted) * d_g(n, h);
       }
     });
@@ -7613,8 +7849,9 @@ struct L2Norm {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<L2Norm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+template <> struct On<L2Norm, Cpu> : InFloat<L2Norm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -7624,7 +7861,7 @@ template <> struct On<L2Norm, Cpu> {
     });
   }
 
-  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -7708,18 +7945,18 @@ template <GdnOptions O> struct Prepare {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
     convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
-    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+    On<GdnGate, B>::backward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
                              d_p.dt_bias);
   }
 
  private:
-  template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
+  static constexpr int range = O.negative_eigenvalues ? 2 : 1;
 
   template <class B, class T>
   static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
-    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+    On<GdnGate, B>::forward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
   // A sequence without past tokens starts from zeros.
   template <class B, class T>
@@ -8061,10 +8298,11 @@ template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> 
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<GroupedLinear, Cpu> {
+template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
+  using InFloat::forward, InFloat::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
@@ -8073,7 +8311,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
@@ -8155,11 +8393,12 @@ struct Linear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Linear, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+template <> struct On<Linear, Cpu> : InFloat<Linear, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
     cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
     if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
@@ -8211,8 +8450,9 @@ struct AddGated {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Route, Cpu> {
-  template <class T>
+template <> struct On<Route, Cpu> : InFloat<Route, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
                       View<std::int32_t, 2> experts) {
     parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -8227,7 +8467,7 @@ template <> struct On<Route, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
                        View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
                        View<T, 2> d_logits) {
@@ -8276,15 +8516,16 @@ template <> struct On<Permute, Cpu> {
   }
 };
 
-template <> struct On<Distribute, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows,
+                                                        View<T, 2> d_x, Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
@@ -8294,8 +8535,9 @@ template <> struct On<Distribute, Cpu> {
   }
 };
 
-template <> struct On<Combine, Cpu> {
-  template <class T>
+template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -8304,7 +8546,7 @@ template <> struct On<Combine, Cpu> {
       }
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
                        View<T, 2> d_rows, View<T, 2> d_weights) {
     Index const C = d_y.extent(1);
@@ -8320,13 +8562,14 @@ template <> struct On<Combine, Cpu> {
   }
 };
 
-template <> struct On<AddGated, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+template <> struct On<AddGated, Cpu> : InFloat<AddGated, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -8545,7 +8788,7 @@ struct FeedForward {
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
-    Tensor<T, 2, B> logits{backend, saved.probabilities.shape()};
+    Tensor<wide_t<T>, 2, B> logits{backend, saved.probabilities.shape()};
     On<Linear, B>::forward(backend, x, p.router, out(logits));
     On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights),
                           out(saved.chosen));
@@ -8571,8 +8814,8 @@ struct FeedForward {
   template <class B, class T>
   static void mix_backward(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                            View<T const, 2> d_y, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
-        d_logits{backend, saved.probabilities.shape()};
+    Tensor<T, 2, B> d_made{backend, saved.made.shape()};
+    Tensor<wide_t<T>, 2, B> d_weights{backend, saved.weights.shape()}, d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
     Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
     mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
@@ -8784,8 +9027,9 @@ template <AttentionPolicy Policy> struct Attention {
     auto shapes = Attention::saved(c, s);
     if constexpr (decodes) shapes.policy = {};   // only backward reads these tensors
     saved = allocate<T>(backend, shapes);
-    zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
-        projections<T>(saved.raw, saved.inputs));
+    for_each_projection(
+        [&](Path const&, auto const& projection, auto const& w) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); },
+        out(saved.raw), out(saved.inputs), p.w);
     prepare<T>(backend, c, s, in(saved.raw), p.prepare, cache, out(saved.inputs));
     if constexpr (decodes) {
       On<Policy, B>::extend(backend, c, s, in(saved.inputs), cache, out(saved.outputs));
@@ -8834,16 +9078,20 @@ template <AttentionPolicy Policy> struct Attention {
           shapes);
     return shapes;
   }
-  // Views of the projections, or of their gradients. A projection that Prepare does not change lies in the place of its input.
-  template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
-    auto places = out(raw);
-    if constexpr (!NamesProjections<Policy>)
+  // Calls f(path, projection, ...) for each projection or its gradient, with its leaves in other groups. A projection that Prepare does
+  // not change lies in the place of its input.
+  template <class F, class Raw, class Places, class... Groups>
+  static void for_each_projection(F f, Raw const& raw, Places const& inputs, Groups const&... groups) {
+    if constexpr (NamesProjections<Policy>) {
+      zip(f, raw, groups...);
+    } else {
       zip(
-          [](Path const& path, auto& place, auto& input) {
-            if (!Prepare::makes(path.name)) place = out(input);
+          [&](Path const& path, auto const& projection, auto const& input, auto const&... leaves) {
+            if (Prepare::makes(path.name)) f(path, projection, leaves...);
+            else f(path, input, leaves...);
           },
-          places, inputs);
-    return places;
+          raw, inputs, groups...);
+    }
   }
   template <class T, class B, class Cache>
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
@@ -8883,14 +9131,14 @@ template <AttentionPolicy Policy> struct Attention {
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     if constexpr (!std::is_same_v<Prepare, NoStep>)
       Prepare::backward(backend, c, s, in(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out(d_raw), d_p.prepare);
-    zip(
-        [&](Path const& path, auto const& w, auto const& d_projection, auto& d_w) {
+    for_each_projection(
+        [&](Path const& path, auto const& d_projection, auto const& w, auto const& d_w) {
           if (!has_gradient(path)) return;
           bool const detached = Policy::detached(path.name);
           On<Linear, B>::backward(backend, x, w, as_rows(d_projection), detached ? View<T, 2>{} : d_x, d_w, into);
           if (!detached) into = Into::add;
         },
-        p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+        in(d_raw), in(d_inputs), p.w, d_p.w);
     if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
@@ -9059,7 +9307,7 @@ template <AttentionPolicy P> struct Block {
 
  private:
   template <class B, class T>
-  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, View<T const, 1> w) {
+  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, Wide<In<T>, 1> w) {
     Tensor<T, 2, B> y{backend, x.shape()};
     On<RmsNorm, B>::forward(backend, c.norm, in(x), w, out(y));
     return y;
@@ -9467,8 +9715,9 @@ template <> struct On<CountTargets, Cpu> {
   }
 };
 
-template <> struct On<SoftmaxLoss, Cpu> {
-  template <class T>
+template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
@@ -9528,15 +9777,16 @@ template <> struct On<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> {
-  template <class T>
+template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
@@ -9591,15 +9841,16 @@ struct Embedding {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Embedding, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+template <> struct On<Embedding, Cpu> : InFloat<Embedding, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
     parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y,
+                                                        View<T, 2> d_table, Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
       for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
@@ -9684,7 +9935,7 @@ template <class S_> class LanguageModel {
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
-    View<T, 1> all;                    // the block of memory with all gradients
+    View<T, 1> all;                    // the block of memory with all gradients; empty in bf16
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -9763,9 +10014,10 @@ template <class S_> class LanguageModel {
     return Saved<Owned<float, B>>{};
   }
 
-  // All logits [N, V] in one tensor. Training does not use this function and never stores them.
-  template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
-    Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
+  // All logits [N, V] in one tensor, never narrower than float. Training does not use this function and never stores them.
+  template <class B, class T>
+  Tensor<wide_t<T>, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
+    Tensor<wide_t<T>, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
     return result;
   }
@@ -10169,7 +10421,8 @@ struct Progress {
 // file visible, so no reader sees the tensors without the JSON, the JSON without the tensors, or a part of either.
 //
 //   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
-//   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square
+//   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square, and master is
+//                                                    the parameter in float where the model is in bf16
 //   history.<name>                                   F64 [steps], what the program counts
 #ifndef HYBRIDATTN_STORE_CHECKPOINT_FILE_HPP
 #define HYBRIDATTN_STORE_CHECKPOINT_FILE_HPP
@@ -10180,7 +10433,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct CheckpointHeader {
   Index version = 0;                 // of the format
   std::vector<std::string> pattern;  // names of the layers' policies
-  std::string dtype;                 // "F32"
+  std::string dtype;                 // "F32", "F64" or "BF16"
   Index step = 0;
   std::string note;
   nlohmann::json json;  // all of it: "model", "layers", "optimizer", "data", ...
@@ -11052,8 +11305,7 @@ inline Json write_common(Settings const& s) {
   auto const full = full_sizes(s);
   auto const gdn = gdn_sizes(s);
   double const deviation = s.read<Initialization>(s.model["initialization"]).linear_deviation;
-  Json json = {{"dtype", "float32"},
-               {"attention_bias", false},
+  Json json = {{"attention_bias", false},
                {"attention_dropout", 0.0},
                {"hidden_act", "silu"},
                {"vocab_size", s.model["vocab_size"]},
@@ -11282,9 +11534,10 @@ inline Settings read_settings(std::filesystem::path const& folder, ReadOptions c
   return s;
 }
 
-// The text of a config.json that read_settings reads as these settings.
-inline std::string config_text(Settings const& s) {
+// The text of a config.json that read_settings reads as these settings. `dtype` is the scalar of the weights beside it.
+inline std::string config_text(Settings const& s, std::string_view dtype = "float32") {
   Json json = s.family->write(s);
+  json["dtype"] = dtype;
   json["architectures"] = Json::array({s.family->architecture});
   json["model_type"] = s.family->model_type;
   return json.dump(2) + "\n";
@@ -11599,7 +11852,8 @@ class Weights {
     for (auto const& name : entry.names) {
       auto const& file = file_of(name);
       auto const part = [&] {
-        if constexpr (sizeof(T) == 8) return file.read_doubles(name);
+        if constexpr (std::is_same_v<T, double>) return file.read_doubles(name);
+        else if constexpr (std::is_same_v<T, bf16>) return file.read_bf16s(name);
         else return file.read_floats(name);
       }();
       if (entry.names.size() == 1) return part;
@@ -11779,46 +12033,55 @@ template <class Model> typename Model::Config config(std::filesystem::path const
 
 namespace detail {
 
-// The memory of every tensor of a group of parameters, by path. An absent tensor has no elements.
-template <class T> using Memory = std::map<std::string, std::span<T>>;
-template <class T> Memory<T> memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
-  Memory<T> result;
-  for (auto const& tensor : tensors) result[tensor.name] = {static_cast<T*>(const_cast<void*>(tensor.data)), tensor.bytes / sizeof(T)};
+// The tensors of a group of parameters, by path. An absent tensor has no bytes.
+using Memory = std::map<std::string, checkpoint::StoredTensor>;
+inline Memory memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
+  Memory result;
+  for (auto const& tensor : tensors) result[tensor.name] = tensor;
   return result;
 }
+template <class T> Index elements_at(Memory const& memory, std::string const& path) {
+  return static_cast<Index>(memory.at(path).bytes / sizeof(T));
+}
+// Calls f(T{}) with the scalar of an entry's tensors, in a group of parameters in T: T or the wide scalar. All of them have the same.
+template <class T, class F> void with_scalar(Entry const& entry, Memory const& memory, F f) {
+  if (memory.at(entry.fields.front()).info.dtype == safetensors::dtype_of<T>()) f(T{});
+  else f(wide_t<T>{});
+}
 
-template <class B, class T> std::vector<std::vector<T>> download_fields(B& backend, Entry const& entry, Memory<T const> const& memory) {
+template <class T, class B> std::vector<std::vector<T>> download_fields(B& backend, Entry const& entry, Memory const& memory) {
   std::vector<std::vector<T>> fields;
   for (auto const& path : entry.fields) {
-    auto const elements = memory.at(path);
     auto& field = fields.emplace_back();
-    resize(field, std::ssize(elements), "a copy of a tensor");
-    if (!field.empty()) backend.download(field.data(), elements.data(), elements.size_bytes());
+    resize(field, elements_at<T>(memory, path), "a copy of a tensor");
+    if (!field.empty()) backend.download(field.data(), memory.at(path).data, memory.at(path).bytes);
   }
   return fields;
 }
-template <class B, class T> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory<T> const& memory) {
+template <class T, class B> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory const& memory) {
   auto const released = weights.read<T>(entry);
   std::vector<std::vector<T>> fields;
-  for (auto const& path : entry.fields) resize(fields.emplace_back(), std::ssize(memory.at(path)), "a copy of a tensor");
+  for (auto const& path : entry.fields) resize(fields.emplace_back(), elements_at<T>(memory, path), "a copy of a tensor");
   auto next = released.begin();
   for_each_share(entry.groups, fields, [&](std::span<T> share) {
     std::copy_n(next, share.size(), share.begin());
     next += static_cast<Index>(share.size());
   });
   for (std::size_t i = 0; i < fields.size(); ++i)
-    if (!fields[i].empty()) backend.upload(memory.at(entry.fields[i]).data(), fields[i].data(), fields[i].size() * sizeof(T));
+    if (!fields[i].empty())
+      backend.upload(const_cast<void*>(memory.at(entry.fields[i]).data), fields[i].data(), fields[i].size() * sizeof(T));
 }
 
 }  // namespace detail
 
-// Returns the folder's parameters for this model, in float or double. Its tensors may be F32, BF16, F16 or F64, in one file or several.
+// Returns the folder's parameters for this model, in float, double or bf16. Its tensors may be F32, BF16, F16 or F64, in one file or several.
 // Throws, before it takes memory, if a tensor is missing, superfluous or of another shape, and names the tensor and both shapes. Skips
 // draft heads (mtp.*) and image encoders (model.visual.*). If the model ties its head to the embedding, a head in the folder must equal
 // the embedding.
 template <class T, class B, class Model>
 auto load(B& backend, Model const& model, std::filesystem::path const& folder, ReadOptions const& options = {}) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, bf16>,
+                "parameters are loaded as float, double or bf16");
   Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
   check_norm_placement(settings, checkpoint::describe(model));
@@ -11826,14 +12089,15 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   Format const format = detail::format_of(settings, weights);
   Outline const wanted = outline(model, *settings.family);
   bool const is_apart =
-      detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;   // a name for each expert
+      detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;  // a name for each expert
   check(!is_apart || wanted.experts <= weights.count(), settings.where, "num_experts is ", wanted.experts, ", but the folder has ",
         weights.count(), " tensors");
   auto const entries = table(wanted, format);
   weights.check_against(entries, model.config().tie_embedding ? format.prefix + "embed_tokens.weight" : "");
   auto params = allocate_together<T>(backend, model.params());
-  auto const memory = detail::memory_of<T>(checkpoint::tensors_of(params));
-  for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
+  auto const memory = detail::memory_of(checkpoint::tensors_of(params));
+  for (Entry const& entry : entries)
+    detail::with_scalar<T>(entry, memory, [&]<class Own>(Own) { detail::load_entry<Own>(backend, entry, weights, memory); });
   return params;
 }
 
@@ -11842,40 +12106,44 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
 template <class B, class Model, class Params, class F>
 void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
   using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
-  auto const memory = detail::memory_of<T const>(checkpoint::tensors_of(params));
-  for (Entry const& entry : table(outline(model, *format.family), format)) {
-    auto fields = detail::download_fields<B, T>(backend, entry, memory);
-    std::vector<T> released;
-    for_each_share(entry.groups, fields, [&](std::span<T> share) { released.insert(released.end(), share.begin(), share.end()); });
-    Index const each = TensorInfo{"", entry.shape}.count();
-    if (static_cast<Index>(released.size()) != each * std::ssize(entry.names)) continue;
-    for (std::size_t i = 0; i < entry.names.size(); ++i) {
-      auto const first = released.begin() + static_cast<Index>(i) * each;
-      f(entry.names[i], entry.shape, std::vector<T>(first, first + each));
-    }
-  }
+  auto const memory = detail::memory_of(checkpoint::tensors_of(params));
+  for (Entry const& entry : table(outline(model, *format.family), format))
+    detail::with_scalar<T>(entry, memory, [&]<class Own>(Own) {
+      auto fields = detail::download_fields<Own>(backend, entry, memory);
+      std::vector<Own> released;
+      for_each_share(entry.groups, fields, [&](std::span<Own> share) { released.insert(released.end(), share.begin(), share.end()); });
+      Index const each = TensorInfo{"", entry.shape}.count();
+      if (static_cast<Index>(released.size()) != each * std::ssize(entry.names)) return;
+      for (std::size_t i = 0; i < entry.names.size(); ++i) {
+        auto const first = released.begin() + static_cast<Index>(i) * each;
+        f(entry.names[i], entry.shape, std::vector<Own>(first, first + each));
+      }
+    });
 }
 
-// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws if an
+// Writes config.json and model.safetensors as released models have them, each under a temporary name first. Tensors in bf16 are written
+// as BF16, all others as F32. Throws if an
 // option of the model is in no released model of the family, or if the folder has shards, and names the option or the folder.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
-  std::string const config = config_text(settings_of(model, *format.family));
+  using Scalar = scalar_of<Params>;
+  std::string const config = config_text(settings_of(model, *format.family), std::is_same_v<Scalar, bf16> ? "bfloat16" : "float32");
   std::error_code ignored;
   check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
         ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");
   SafetensorsWriter writer;
-  std::deque<std::vector<float>> kept;   // the writer only refers to the elements
+  std::tuple<std::deque<std::vector<float>>, std::deque<std::vector<bf16>>> kept;  // the writer only refers to the elements
   for_each_tensor(
       backend, model, params,
-      [&](std::string const& name, Extents const& shape, auto const& elements) {
-        auto& copy = kept.emplace_back();
+      [&]<class T>(std::string const& name, Extents const& shape, std::vector<T> const& elements) {
+        using Written = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+        auto& copy = std::get<std::deque<std::vector<Written>>>(kept).emplace_back();
         resize(copy, std::ssize(elements), "a copy of a tensor");
-        std::ranges::transform(elements, copy.begin(), [](auto element) { return static_cast<float>(element); });
+        std::ranges::transform(elements, copy.begin(), [](T element) { return static_cast<Written>(element); });
         writer.add(name, shape, copy);
       },
       format);
-  writer.add_metadata("format", "pt");   // the layout's readers expect this
+  writer.add_metadata("format", "pt");  // the layout's readers expect this
   std::filesystem::create_directories(folder);
   writer.write(folder / "model.safetensors");
   write_file_atomically(folder / "config.json", config);
@@ -12289,17 +12557,22 @@ template <class T> struct StepTensors {
 
 // Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
+// Parameters in bf16 are too coarse for small steps. For them the optimizer keeps masters in float, which start from the parameters. A
+// step moves the masters, and the parameters become the masters rounded. Gradients and moments are in float.
+//
 // A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
 //   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
-  using Scalar = scalar_of<Params>;
+  using Scalar = wide_t<scalar_of<Params>>;
   using Backend = backend_of<Params>;
+  using Masters = widened<Params>;   // Params, except in bf16
+  static constexpr bool has_masters = !std::is_same_v<Masters, Params>;
 
   // The running means of the gradients and of their squares. Together with the options and the counts of steps they are all that an
   // optimizer keeps.
   struct Moments {
-    Params mean, square;
+    Masters mean, square;
   };
 
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
@@ -12312,11 +12585,12 @@ template <class Params> class AdamW {
           list_.name(path, options_);
         },
         like, sizes);
-    for (Params* moments : {&moments_.mean, &moments_.square}) {
+    for (Masters* moments : {&moments_.mean, &moments_.square}) {
       View<Scalar, 1> all;
       *moments = allocate_together<Scalar>(backend, sizes, &all);
       On<Fill, Backend>::forward(backend, Scalar(0), all);
     }
+    if constexpr (has_masters) masters_ = widen(backend, like);
     auto const tensors = static_cast<Index>(list_.names.size());
     squares_ = {backend, {tensors}};
     rates_ = {backend, {tensors}};
@@ -12353,10 +12627,11 @@ template <class Params> class AdamW {
   // stops the step: then nothing moves and nothing counts. Waits for nothing. `detached` has one mark for each tensor, in the order of
   // the parameters, or none at all. Detached tensors have a loss of their own, and are clipped by a norm of their own. Neither loss
   // then changes what the other one trains.
-  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& detached = {}) {
+  void start(Backend& backend, Params& params, Masters const& gradients, std::vector<bool> const& detached = {}) {
     check(detached.empty() || detached.size() == decays().size(), "AdamW: ", detached.size(), " marks, but ", decays().size(),
           " tensors; detached has one mark for each, or none");
-    list_tensors(params, gradients, detached);
+    if constexpr (has_masters) list_tensors(masters_, gradients, detached);
+    else list_tensors(params, gradients, detached);
     bring_up_to_date(backend, list_.roles, known_roles_, roles_);
     bring_up_to_date(backend, list_.tensors, known_tensors_, tensors_);
     On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
@@ -12364,6 +12639,7 @@ template <class Params> class AdamW {
     On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
     On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
+    round_masters(backend, params);
     ++unread_;
   }
   // Waits for the last step and returns its numbers. Throws Error where a step since the last read was bad. The error names the first
@@ -12385,10 +12661,15 @@ template <class Params> class AdamW {
     return read(backend, [] { return std::string{}; });
   }
   // open, start and read in one call. Returns the global norm of the gradients before clipping.
-  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
+  double step(Backend& backend, Params& params, Masters const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
     start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
+  }
+  // The same with gradients in bf16, as backward returns them.
+  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {})
+      requires has_masters {
+    return step(backend, params, widen(backend, gradients), rate, detached);
   }
 
   // Steps that changed parameters, as of the last read, and all steps that were started.
@@ -12412,12 +12693,17 @@ template <class Params> class AdamW {
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return list_.decays; }
+  // The masters in float of parameters in bf16. Who changes them calls round_masters().
+  Masters const& masters() const requires has_masters { return masters_; }
+  void round_masters(Backend& backend, Params& params) const {
+    if constexpr (has_masters) convert(backend, masters_, params);
+  }
   Moments const& moments() const { return moments_; }
   Moments& moments() { return moments_; }
 
  private:
   // The addresses and roles of the current step. They rarely change.
-  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
+  void list_tensors(Masters& params, Masters const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
     zip(
@@ -12445,6 +12731,7 @@ template <class Params> class AdamW {
 
   AdamWOptions options_;
   Moments moments_;
+  std::conditional_t<has_masters, Masters, Absent> masters_;
   detail::StepTensors<Scalar> list_;
   // The last uploaded values.
   std::vector<std::int32_t> known_roles_;
@@ -12500,12 +12787,13 @@ template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
 
 namespace checkpoint {
 
-// Moments, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
+// Moments, masters in float of parameters in bf16, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
 template <class Params>
 NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& params) {
   NamedGroups groups;
   groups.add("mean", optimizer.moments().mean);
   groups.add("square", optimizer.moments().square);
+  if constexpr (AdamW<Params>::has_masters) groups.add("master", optimizer.masters());
   Json& json = groups.numbers;
   to_json(json, optimizer.options());
   json["steps"] = optimizer.steps();
@@ -12567,6 +12855,7 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   };
   auto progress = load_checkpoint(backend, path, model, params, groups, check_numbers);
   optimizer.restore(backend, counts.steps, counts.updates);
+  optimizer.round_masters(backend, params);
   return progress;
 }
 

@@ -406,6 +406,12 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// Where row n begins, in elements from the first: rows are counted over all axes but the last.
+template <class T, int Rank> HYBRIDATTN_HD Index row_offset(View<T, Rank> const& x, Index n) {
+  Index offset = 0;
+  for (int axis = Rank - 1; axis-- > 0; n /= x.shape[axis]) offset += n % x.shape[axis] * x.stride[axis];
+  return offset;
+}
 // All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
@@ -1284,6 +1290,56 @@ struct Initial {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/bf16.hpp
+// bfloat16: the upper half of a float, with 8 bits of significand.
+#ifndef HYBRIDATTN_CORE_BF16_HPP
+#define HYBRIDATTN_CORE_BF16_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
+struct bf16 {
+  std::uint16_t bits;
+
+  bf16() = default;
+  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
+  // to a float first.
+  template <class Number> requires std::is_arithmetic_v<Number>
+  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
+  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
+    bf16 x{};
+    x.bits = bits;
+    return x;
+  }
+
+  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+
+ private:
+  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
+    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
+    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
+    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+  }
+};
+
+// Sums, statistics and gates of a model in T are in WideOf<T>::type.
+template <class T> struct WideOf {
+  using type = T;
+};
+template <> struct WideOf<bf16> {
+  using type = float;
+};
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// The distance from 1 to the next number; 0 for what is no scalar.
+template <class T> inline constexpr double epsilon_of = 0;
+template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
+template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
+template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/backend/gpu/grid.hpp
 // The blocks of a launch.
 #ifndef HYBRIDATTN_BACKEND_GPU_GRID_HPP
@@ -1674,12 +1730,6 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <class T> struct WideOf {
-  using type = T;
-};
-// The scalar of sums over Ts.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
 // A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
@@ -1877,14 +1927,22 @@ namespace detail {
 template <class G> struct OwnedGroup;
 template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
   using Scalar = T;
+  using Widened = G<Owned<wide_t<T>, B>>;
   using Backend = B;
   using Sizes = G<Shapes>;
 };
 }  // namespace detail
 template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+// The group with every tensor in the wide scalar: G itself, unless it is in bf16.
+template <class G> using widened = typename detail::OwnedGroup<G>::Widened;
 
 // The same group in another role.
+template <template <class> class G, class T, class B> G<Shapes> shapes_of(G<Owned<T, B>> const& group) {
+  G<Shapes> shapes{};
+  zip([](Path const&, auto const& tensor, auto& shape) { shape = tensor.shape(); }, group, shapes);
+  return shapes;
+}
 template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
   G<Reading<S>> views;
   zip(detail::ToIn{}, group, views);
@@ -1902,7 +1960,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
 }
 
 // Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
-// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements, and in bf16, where tensors have two
+// scalars.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -1911,8 +1970,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  if (all != nullptr && std::is_same_v<wide_t<T>, T> && place.block->tensors > 1)
+    *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
 }
@@ -1937,6 +1996,345 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
   zip(counted, shapes, G<In<T>>{});
   return static_cast<std::size_t>(counted.total);
 }
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/cpu.hpp
+// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
+#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
+#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+class Cpu {
+ public:
+  static constexpr std::string_view name = "Cpu";
+
+  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
+  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
+  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
+    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
+    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+          "; this machine allows at most ", thread_limit());
+  }
+  Cpu(Cpu const&) = delete;
+  Cpu& operator=(Cpu const&) = delete;
+  ~Cpu() { trim(); }
+
+  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
+  void* take(std::size_t bytes) {
+    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
+    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
+  }
+  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
+  // Returns the pool's free blocks to the system.
+  void trim() noexcept { pool_.trim(release); }
+  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
+  void synchronise() {}
+  // Operations of Cpu work on any memory of the process.
+  bool owns(void const*) const { return true; }
+  Pool& pool() { return pool_; }
+  int threads() const { return threads_; }
+  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
+  static int thread_limit() {
+#if defined(_OPENMP)
+    return std::max(256, 4 * omp_get_num_procs());
+#else
+    return 256;
+#endif
+  }
+
+  // While parallel_for runs.
+  class Loop {
+   public:
+    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
+      if (cpu_ != nullptr) cpu_->in_loop_ = true;
+    }
+    Loop(Loop const&) = delete;
+    Loop& operator=(Loop const&) = delete;
+    ~Loop() {
+      if (cpu_ != nullptr) cpu_->in_loop_ = false;
+    }
+
+   private:
+    Cpu* cpu_;   // nullptr for a loop inside a loop
+  };
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+
+  void* allocate(std::size_t bytes) const {
+    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
+    return ::operator new(bytes, alignment, std::nothrow);
+  }
+  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
+  static int available_threads() {
+#if defined(_OPENMP)
+    int const offered = omp_get_max_threads();
+    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
+#else
+    return 1;
+#endif
+  }
+
+  int threads_;
+  bool in_loop_ = false;
+  Pool pool_;
+};
+static_assert(Backend<Cpu>);
+
+namespace cpu {
+
+// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
+template <class T> class Scratch {
+ public:
+  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
+    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
+  }
+  Scratch(Scratch const&) = delete;
+  Scratch& operator=(Scratch const&) = delete;
+  ~Scratch() {
+    if (data_ != nullptr) cpu_.give(data_, bytes_);
+  }
+  T* data() const { return data_; }
+
+ private:
+  Cpu& cpu_;
+  std::size_t bytes_;
+  T* data_ = nullptr;
+};
+
+}  // namespace cpu
+
+namespace detail {
+
+#if defined(_OPENMP)
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+#pragma omp critical(hybridattn_failure)
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+#endif
+
+// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
+inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
+  Cpu::Loop const loop{cpu};
+#if defined(_OPENMP)
+  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
+    Failure failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
+    for (Index task = 0; task < count; ++task) {
+      try {
+        run(f, task, omp_get_thread_num());
+      } catch (...) {
+        failure.keep(task);
+      }
+    }
+    failure.rethrow();
+    return;
+  }
+#endif
+  for (Index task = 0; task < count; ++task) run(f, task, 0);
+}
+
+}  // namespace detail
+
+// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
+// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
+// check arguments and take memory before the loop.
+template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
+  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+}
+
+// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
+template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
+  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
+    Index const first = block * grain;
+    f(first, std::min(first + grain, count));
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/convert.hpp
+// Conversion between scalars on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+#define HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// y = x, each element rounded to the scalar of y. Rows may be spaced.
+template <class From, class To, int Rank> void convert(Cpu& cpu, View<From const, Rank> x, View<To, Rank> y) {
+  Index const C = y.count() == 0 ? 0 : y.extent(Rank - 1);
+  if (C == 0) return;
+  Index const rows = y.count() / C;
+  parallel_blocks(cpu, rows, std::max<Index>(1, cpu::element_grain / C), [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      From const* const from = x.data + row_offset(x, n);
+      To* const to = y.data + row_offset(y, n);
+      for (Index i = 0; i < C; ++i) to[i] = static_cast<To>(from[i]);
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/in_float.hpp
+// Operations on bf16 tensors. The tensors are stored in bf16; an operation computes in float, on copies, and rounds what it writes.
+#ifndef HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+#define HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// Copies of bf16 tensors, as functions for zip. Tensors of other scalars are read and written where they are.
+template <class B> struct ReadInFloat {
+  B& backend;
+  template <int Rank, class V> void operator()(Path const&, View<bf16 const, Rank> const& x, Tensor<float, Rank, B>& copy, V& view) const {
+    view = {nullptr, x.shape};
+    if (x.empty()) return;
+    copy = {backend, x.shape};
+    convert(backend, x, out(copy));
+    view = in(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& x, T&, V& view) const { view = x; }
+};
+template <class B> struct WriteInFloat {
+  B& backend;
+  template <int Rank> void operator()(Path const&, View<bf16, Rank> const& y, Tensor<float, Rank, B>& copy, View<float, Rank>& view) const {
+    view = {nullptr, y.shape};
+    if (y.empty()) return;
+    copy = {backend, y.shape};
+    convert(backend, View<bf16 const, Rank>(y), out(copy));   // an operation may add to what it writes
+    view = out(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& y, T&, V& view) const { view = y; }
+};
+template <class B> struct RoundBack {
+  B& backend;
+  template <int Rank> void operator()(Path const&, Tensor<float, Rank, B> const& copy, View<bf16, Rank> const& y) const {
+    if (copy) convert(backend, in(copy), y);
+  }
+  template <class T, class V> void operator()(Path const&, T const&, V const&) const {}
+};
+
+// An argument of an operation on bf16 tensors, as the operation in float takes it.
+template <class B, class Argument> struct InFloatArgument {
+  Argument const& value;
+  InFloatArgument(B&, Argument const& argument) : value(argument) {}
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16 const, Rank>> {
+  Tensor<float, Rank, B> copy;
+  View<float const, Rank> value;
+  InFloatArgument(B& backend, View<bf16 const, Rank> const& x) { ReadInFloat<B>{backend}(Path{}, x, copy, value); }
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16, Rank>> {
+  View<bf16, Rank> y;
+  Tensor<float, Rank, B> copy;
+  View<float, Rank> value;
+  InFloatArgument(B& backend, View<bf16, Rank> const& written) : y(written) { WriteInFloat<B>{backend}(Path{}, y, copy, value); }
+  void finish(B& backend) const { RoundBack<B>{backend}(Path{}, copy, y); }
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<In<bf16>>> {
+  G<Owned<float, B>> copies;
+  G<In<float>> value;
+  InFloatArgument(B& backend, G<In<bf16>> const& group) { zip(ReadInFloat<B>{backend}, group, copies, value); }
+  void finish(B&) const {}
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<Out<bf16>>> {
+  G<Out<bf16>> const& group;
+  G<Owned<float, B>> copies;
+  G<Out<float>> value;
+  InFloatArgument(B& backend, G<Out<bf16>> const& written) : group(written) { zip(WriteInFloat<B>{backend}, group, copies, value); }
+  void finish(B& backend) const { zip(RoundBack<B>{backend}, copies, group); }
+};
+
+template <class Argument> inline constexpr bool holds_bf16 = false;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16 const, Rank>> = true;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16, Rank>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<In<bf16>>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<Out<bf16>>> = true;
+
+}  // namespace detail
+
+// y = x, tensor by tensor, each element rounded to the scalar of y. Skips tensors without elements.
+template <class B, template <class> class G, class From, class To> void convert(B& backend, G<From> const& x, G<To>& y) {
+  zip(
+      [&](Path const&, auto const& from, auto& to) {
+        if (from) convert(backend, in(from), out(to));
+      },
+      x, y);
+}
+
+// A copy of a group with every tensor in the wide scalar.
+template <class B, template <class> class G, class T> G<Owned<wide_t<T>, B>> widen(B& backend, G<Owned<T, B>> const& group) {
+  auto wide = allocate_together<wide_t<T>>(backend, shapes_of(group));
+  convert(backend, group, wide);
+  return wide;
+}
+
+// Calls f with the arguments, float copies in place of bf16 tensors. Then rounds the copies of those that f writes. Views and groups of
+// views are tensors here.
+template <class B, class F, class... Arguments> void in_float(B& backend, F f, Arguments const&... arguments) {
+  std::tuple<detail::InFloatArgument<B, Arguments>...> floats{detail::InFloatArgument<B, Arguments>{backend, arguments}...};
+  std::apply(
+      [&](auto const&... argument) {
+        f(argument.value...);
+        (argument.finish(backend), ...);
+      },
+      floats);
+}
+
+// The base of an operation on a backend that computes in float and double, and has bf16 from this:
+//   template <> struct On<Mine, Cpu> : InFloat<Mine, Cpu> {
+//     using InFloat::forward, InFloat::backward;
+//     template <std::floating_point T> static void forward(...)
+template <class Op, class B> struct InFloat {
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::forward(b, a.value...);
+  } static void forward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::forward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::backward(b, a.value...);
+  } static void backward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::backward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::extend(b, a.value...);
+  } static void extend(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::extend(backend, floats...); }, arguments...);
+  }
+};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
@@ -2195,184 +2593,6 @@ template <class T, int Rank, class B> Tensor<T, Rank, B> zeros(B& backend, Shape
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
-// ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
-#ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
-#define HYBRIDATTN_BACKEND_CPU_CPU_HPP
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-class Cpu {
- public:
-  static constexpr std::string_view name = "Cpu";
-
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
-  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
-  explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
-    check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
-    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
-          "; this machine allows at most ", thread_limit());
-  }
-  Cpu(Cpu const&) = delete;
-  Cpu& operator=(Cpu const&) = delete;
-  ~Cpu() { trim(); }
-
-  // Throws Error where memory is short, and inside parallel_for, because threads cannot share the pool.
-  void* take(std::size_t bytes) {
-    check(!in_loop_, "Cpu: ", bytes, " bytes are taken inside parallel_for; take them before it");
-    return pool_.take(bytes, [this](std::size_t n) { return allocate(n); }, release, machine_memory());
-  }
-  void give(void* block, std::size_t bytes) noexcept { pool_.give(block, bytes); }
-  // Returns the pool's free blocks to the system.
-  void trim() noexcept { pool_.trim(release); }
-  void upload(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void download(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void copy(void* to, void const* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void fill(void* to, std::byte value, std::size_t bytes) { std::memset(to, std::to_integer<int>(value), bytes); }
-  void synchronise() {}
-  // Operations of Cpu work on any memory of the process.
-  bool owns(void const*) const { return true; }
-  Pool& pool() { return pool_; }
-  int threads() const { return threads_; }
-  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
-  static int thread_limit() {
-#if defined(_OPENMP)
-    return std::max(256, 4 * omp_get_num_procs());
-#else
-    return 256;
-#endif
-  }
-
-  // While parallel_for runs.
-  class Loop {
-   public:
-    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
-      if (cpu_ != nullptr) cpu_->in_loop_ = true;
-    }
-    Loop(Loop const&) = delete;
-    Loop& operator=(Loop const&) = delete;
-    ~Loop() {
-      if (cpu_ != nullptr) cpu_->in_loop_ = false;
-    }
-
-   private:
-    Cpu* cpu_;   // nullptr for a loop inside a loop
-  };
-
- private:
-  static constexpr std::align_val_t alignment{64};
-
-  void* allocate(std::size_t bytes) const {
-    if (bytes > machine_memory() - std::min(machine_memory(), pool_.held())) return nullptr;
-    return ::operator new(bytes, alignment, std::nothrow);
-  }
-  static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
-  static int available_threads() {
-#if defined(_OPENMP)
-    int const offered = omp_get_max_threads();
-    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
-#else
-    return 1;
-#endif
-  }
-
-  int threads_;
-  bool in_loop_ = false;
-  Pool pool_;
-};
-static_assert(Backend<Cpu>);
-
-namespace cpu {
-
-// `count` elements of scratch memory for a kernel, from the pool. Make it before threads start: the pool serves one thread at a time.
-template <class T> class Scratch {
- public:
-  Scratch(Cpu& cpu, Index count) : cpu_(cpu), bytes_(byte_count(count, sizeof(T))) {
-    if (count > 0) data_ = static_cast<T*>(cpu.take(bytes_));
-  }
-  Scratch(Scratch const&) = delete;
-  Scratch& operator=(Scratch const&) = delete;
-  ~Scratch() {
-    if (data_ != nullptr) cpu_.give(data_, bytes_);
-  }
-  T* data() const { return data_; }
-
- private:
-  Cpu& cpu_;
-  std::size_t bytes_;
-  T* data_ = nullptr;
-};
-
-}  // namespace cpu
-
-namespace detail {
-
-#if defined(_OPENMP)
-// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
-class Failure {
- public:
-  void keep(Index task) noexcept {
-#pragma omp critical(hybridattn_failure)
-    if (error_ == nullptr || task < task_) {
-      error_ = std::current_exception();
-      task_ = task;
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::exception_ptr error_;
-  Index task_ = 0;
-};
-#endif
-
-// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
-inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
-  Cpu::Loop const loop{cpu};
-#if defined(_OPENMP)
-  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) {
-      try {
-        run(f, task, omp_get_thread_num());
-      } catch (...) {
-        failure.keep(task);
-      }
-    }
-    failure.rethrow();
-    return;
-  }
-#endif
-  for (Index task = 0; task < count; ++task) run(f, task, 0);
-}
-
-}  // namespace detail
-
-// Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
-// result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
-// check arguments and take memory before the loop.
-template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
-  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
-}
-
-// Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.
-template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f) {
-  parallel_for(cpu, ceil_div(count, grain), [&](Index block, int) {
-    Index const first = block * grain;
-    f(first, std::min(first + grain, count));
-  });
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/ops/arithmetic/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
 #define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
@@ -2385,8 +2605,9 @@ template <> struct On<Fill, Cpu> {
   }
 };
 
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+template <> struct On<Add, Cpu> : InFloat<Add, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
     });
@@ -2401,7 +2622,7 @@ template <> struct On<AddWeighted, Cpu> {
 
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(static_cast<wide_t<T>>(value)); });
   }
 };
 
@@ -2433,8 +2654,9 @@ struct SigmoidGate {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Swiglu, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+template <> struct On<Swiglu, Cpu> : InFloat<Swiglu, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
@@ -2442,7 +2664,7 @@ template <> struct On<Swiglu, Cpu> {
       });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -2459,14 +2681,15 @@ template <> struct On<Swiglu, Cpu> {
   }
 };
 
-template <> struct On<SigmoidGate, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+template <> struct On<SigmoidGate, Cpu> : InFloat<SigmoidGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(
           first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -2550,8 +2773,9 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 }  // namespace cpu::detail
 
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -2563,7 +2787,7 @@ template <> struct On<RmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
@@ -2583,8 +2807,10 @@ template <> struct On<RmsNorm, Cpu> {
   }
 };
 
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -2601,7 +2827,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
                        View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
     Index const C = x.extent(1);
@@ -2693,13 +2919,14 @@ template <> struct On<RopeAngles, Cpu> {
   }
 };
 
-template <> struct On<Rope, Cpu> {
-  template <class T>
+template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));
@@ -2757,7 +2984,7 @@ template <class T, class B> class Rotation {
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     if (!s.any_continue()) positions_ = s.table().positions;
     if (options_.rotary_dim == 0) return;
-    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+    angles_ = s.template angles<wide_t<T>>(backend, options_.rotary_dim, theta, [&](View<wide_t<T>, 3> angles) {
       On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
     });
   }
@@ -2771,7 +2998,7 @@ template <class T, class B> class Rotation {
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
-  View<T const, 3> angles_;
+  View<wide_t<T> const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -2784,7 +3011,7 @@ struct HeadNorm {
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>
-  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T, 3> x) const {
+  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T, 3> x) const {
     if (kind == QkNorm::none) {
       rotation.forward(backend, raw, x);
       return;
@@ -2794,8 +3021,8 @@ struct HeadNorm {
   }
   // Overwrites d_raw and d_weight.
   template <class B, class T>
-  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
-                View<T, 3> d_raw, View<T, 1> d_weight) const {
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, Wide<Out<T>, 1> d_weight) const {
     if (kind == QkNorm::none) {
       rotation.backward(backend, d_x, d_raw);
       return;
@@ -3205,8 +3432,9 @@ template <class T> class RowTopK {
 
 }  // namespace cpu
 
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+template <> struct On<TopK, Cpu> : InFloat<TopK, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
     using Row = cpu::RowTopK<T>;
     Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
     Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
@@ -3810,18 +4038,19 @@ void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inpu
 
 }  // namespace dsa
 
-template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
-  template <class T>
+template <SparseOptions O> struct On<SparseAttention<O>, Cpu> : InFloat<SparseAttention<O>, Cpu> {
+  using InFloat<SparseAttention<O>, Cpu>::forward, InFloat<SparseAttention<O>, Cpu>::backward, InFloat<SparseAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     dsa::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     dsa::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     dsa::extend(cpu, O, c, s, x, cache, y);
@@ -3852,8 +4081,10 @@ struct LayerNorm {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
@@ -3862,7 +4093,7 @@ template <> struct On<LayerNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const C = x.extent(1);
@@ -4821,18 +5052,19 @@ void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs
 
 }  // namespace full
 
-template <FullOptions O> struct On<FullAttention<O>, Cpu> {
-  template <class T>
+template <FullOptions O> struct On<FullAttention<O>, Cpu> : InFloat<FullAttention<O>, Cpu> {
+  using InFloat<FullAttention<O>, Cpu>::forward, InFloat<FullAttention<O>, Cpu>::backward, InFloat<FullAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     full::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     full::extend(cpu, O, c, s, x, cache, y);
@@ -6205,18 +6437,19 @@ template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, In
 
 }  // namespace gdn
 
-template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
-  template <class T>
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> : InFloat<GatedDeltaNet<O>, Cpu> {
+  using InFloat<GatedDeltaNet<O>, Cpu>::forward, InFloat<GatedDeltaNet<O>, Cpu>::backward, InFloat<GatedDeltaNet<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward(cpu, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     gdn::extend(cpu, c, s, x, cache.state, y.o);
@@ -6269,8 +6502,9 @@ template <class T> struct ConvRows {
 
 }  // namespace cpu::detail
 
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
+template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
@@ -6285,7 +6519,7 @@ template <> struct On<CausalConv1d, Cpu> {
     if (!final_state.empty()) keep_last(s, rows, final_state);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {
@@ -6419,28 +6653,29 @@ struct GdnGate {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: one number a head and token.
-template <> struct On<GdnGate, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
+  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                       View<T, 2> g, View<T, 2> beta) {
     parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index h = 0; h < a.extent(1); ++h) {
           g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
-          beta(n, h) = range * sigmoid(b(n, h));
+          beta(n, h) = static_cast<T>(range) * sigmoid(b(n, h));
         }
     });
   }
 
-  template <class T>
-  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+  template <std::floating_point T>
+  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                        View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
                        View<T, 1> d_dt_bias) {
     cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
       for (Index h = 0; h < a.extent(1); ++h) {
         T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
         d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
-        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        d_b(n, h) = static_cast<T>(range) * open * (T(1) - open) * d_beta(n, h);
         sum[h] += rate * softplus(shifted) * d_g(n, h);
       }
     });
@@ -6475,8 +6710,9 @@ struct L2Norm {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<L2Norm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+template <> struct On<L2Norm, Cpu> : InFloat<L2Norm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6486,7 +6722,7 @@ template <> struct On<L2Norm, Cpu> {
     });
   }
 
-  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6570,18 +6806,18 @@ template <GdnOptions O> struct Prepare {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
     convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
-    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+    On<GdnGate, B>::backward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
                              d_p.dt_bias);
   }
 
  private:
-  template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
+  static constexpr int range = O.negative_eigenvalues ? 2 : 1;
 
   template <class B, class T>
   static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
-    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+    On<GdnGate, B>::forward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
   // A sequence without past tokens starts from zeros.
   template <class B, class T>
@@ -6737,13 +6973,14 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // The library's own.
 using AllPolicies = std::tuple<Full, GDN, DSA>;
 using AllBackends = std::tuple<Cpu>;
-using AllScalars = std::tuple<float, double>;
+using AllScalars = std::tuple<float, double, bf16>;
 
 // How backends and scalars are called in tables. A backend may have a `name`.
 template <class T> inline constexpr std::string_view table_name = "a type without a name";
 template <class T> requires requires { T::name; } inline constexpr std::string_view table_name<T> = T::name;
 template <> inline constexpr std::string_view table_name<float> = "float";
 template <> inline constexpr std::string_view table_name<double> = "double";
+template <> inline constexpr std::string_view table_name<bf16> = "bf16";
 
 // One policy on one backend; a flag for each scalar.
 template <std::size_t scalars> struct Support {

@@ -695,6 +695,12 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// Where row n begins, in elements from the first: rows are counted over all axes but the last.
+template <class T, int Rank> HYBRIDATTN_HD Index row_offset(View<T, Rank> const& x, Index n) {
+  Index offset = 0;
+  for (int axis = Rank - 1; axis-- > 0; n /= x.shape[axis]) offset += n % x.shape[axis] * x.stride[axis];
+  return offset;
+}
 // All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
@@ -981,6 +987,56 @@ class HiddenMemory {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/core/bf16.hpp
+// bfloat16: the upper half of a float, with 8 bits of significand.
+#ifndef HYBRIDATTN_CORE_BF16_HPP
+#define HYBRIDATTN_CORE_BF16_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
+struct bf16 {
+  std::uint16_t bits;
+
+  bf16() = default;
+  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
+  // to a float first.
+  template <class Number> requires std::is_arithmetic_v<Number>
+  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
+  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
+    bf16 x{};
+    x.bits = bits;
+    return x;
+  }
+
+  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+
+ private:
+  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
+    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
+    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
+    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+  }
+};
+
+// Sums, statistics and gates of a model in T are in WideOf<T>::type.
+template <class T> struct WideOf {
+  using type = T;
+};
+template <> struct WideOf<bf16> {
+  using type = float;
+};
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// The distance from 1 to the next number; 0 for what is no scalar.
+template <class T> inline constexpr double epsilon_of = 0;
+template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
+template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
+template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/random.hpp
 // Random numbers that depend only on a seed, a name and a counter, so that a tensor's values do not depend on earlier draws.
 #ifndef HYBRIDATTN_CORE_RANDOM_HPP
@@ -1210,12 +1266,6 @@ template <class B, class T, int Rank> void upload(B& backend, std::vector<T> con
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <class T> struct WideOf {
-  using type = T;
-};
-// The scalar of sums over Ts.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
 // A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
   Absent() = default;
@@ -1413,14 +1463,22 @@ namespace detail {
 template <class G> struct OwnedGroup;
 template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
   using Scalar = T;
+  using Widened = G<Owned<wide_t<T>, B>>;
   using Backend = B;
   using Sizes = G<Shapes>;
 };
 }  // namespace detail
 template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+// The group with every tensor in the wide scalar: G itself, unless it is in bf16.
+template <class G> using widened = typename detail::OwnedGroup<G>::Widened;
 
 // The same group in another role.
+template <template <class> class G, class T, class B> G<Shapes> shapes_of(G<Owned<T, B>> const& group) {
+  G<Shapes> shapes{};
+  zip([](Path const&, auto const& tensor, auto& shape) { shape = tensor.shape(); }, group, shapes);
+  return shapes;
+}
 template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
   G<Reading<S>> views;
   zip(detail::ToIn{}, group, views);
@@ -1438,7 +1496,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
 }
 
 // Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
-// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements, and in bf16, where tensors have two
+// scalars.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -1447,8 +1506,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  if (all != nullptr && std::is_same_v<wide_t<T>, T> && place.block->tensors > 1)
+    *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
 }
@@ -1545,6 +1604,463 @@ class Fake {
 static_assert(Backend<Fake> && Wrapper<Fake>);
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
+#endif
+
+// ==== hybridattn/backend/cpu/simd.hpp
+// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
+#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+inline constexpr int tile_rows = 8;
+#elif defined(__AVX__)
+inline constexpr int vector_bytes = 32;
+inline constexpr int tile_rows = 4;
+#else
+inline constexpr int vector_bytes = 16;
+inline constexpr int tile_rows = 4;
+#endif
+
+template <class T> struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <class T> struct BitsOf;
+template <> struct BitsOf<float> {
+  using type = std::int32_t;
+};
+template <> struct BitsOf<double> {
+  using type = std::int64_t;
+};
+// The integers in which a vector of T is compared and masked.
+template <class T> using Mask = Vec<typename BitsOf<T>::type>;
+
+template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
+template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
+template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
+// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
+// element of an array would keep its array in memory.
+template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
+  alignas(vector_bytes) T buffer[lanes<T>] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
+  alignas(vector_bytes) T buffer[lanes<T>];
+  store(buffer, x);
+  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
+template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
+// 0, 1, 2, ...
+template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
+  Mask<T> numbers;
+  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
+  return numbers;
+}
+
+namespace detail {
+// Elements of a, and of b behind them, by their numbers.
+template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
+#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
+  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
+#else
+  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
+#endif
+}
+template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
+  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
+}
+// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
+template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
+  if constexpr (half == 0) return x;
+  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
+  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
+}
+
+// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
+template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
+#if defined(__clang__)
+  return __builtin_elementwise_sqrt(x);
+#else
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
+  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
+  else return __builtin_ia32_sqrtpd256(x);
+#else
+  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+#endif
+}
+
+// Summed in one fixed tree, for any values of the lanes.
+template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
+  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
+}
+template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
+
+namespace detail {
+// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
+template <class T> struct Exp2;
+template <> struct Exp2<float> {
+  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
+};
+template <> struct Exp2<double> {
+  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
+                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
+                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
+                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
+                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
+                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
+                                 6.9314718055994530942e-1,  1.0};
+};
+}  // namespace detail
+
+template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
+// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
+  using E = detail::Exp2<T>;
+  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
+  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
+  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
+  Vec<T> p = broadcast<T>(E::c[0]);
+  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
+  // A product, because a sum of exponents would turn a NaN into a number.
+  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
+  return p * reinterpret_cast<Vec<T>>(power);
+}
+// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
+template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
+  return cpu::exp2_below_most<T>(x > most ? most : x);
+}
+template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
+
+// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
+// z = (m - 1) / (m + 1).
+template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
+  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
+  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
+  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
+  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
+  HYBRIDATTN_UNROLL
+  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
+  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
+  return x < std::numeric_limits<T>::infinity() ? result : x;
+}
+
+// to[c][r] = from[r][c] for the square of one vector's lanes.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
+
+namespace detail {
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
+}
+template <class V, std::size_t... i>
+HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
+}
+}  // namespace detail
+
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[std::size_t{n}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
+      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
+// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
+template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
+// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
+template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i);
+  constexpr std::size_t half = upper ? m / 2 : 0;
+  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
+}
+// Every second part of m elements, of a, then of b.
+template <std::size_t offset, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
+  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
+}
+// Adds up sums that are still spread over `left` lanes of each of Count vectors.
+template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
+  if constexpr (left > 1) {
+    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < (Count + 1) / 2; ++i) {
+      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
+      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
+      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
+    }
+    halve<(Count + 1) / 2, left / 2, T>(x);
+  }
+}
+}  // namespace detail
+
+// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
+template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
+  detail::halve<N, lanes<T>, T>(x);
+  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/vectors.hpp
+// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
+// arithmetic, so an element's value does not depend on the length of its row.
+#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// `count` elements from i on: all lanes, or the last ones of a row.
+template <class T> struct Slot {
+  Index i, count;
+
+  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
+  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
+    if (count == lanes<T>) store(row + i, x);
+    else store_first(row + i, x, count);
+  }
+};
+
+template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
+  Index i = first;
+  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
+  if (i < last) f(Slot<T>{i, last - i});
+}
+// sum over the row of f(slot), where f is zero for the padding.
+template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
+  Vec<T> total{};
+  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
+  return sum<T>(total);
+}
+
+template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
+
+// One square root a row.
+template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
+
+// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
+// and combine them in order, for any number of threads.
+inline constexpr Index element_grain = 16384, sum_rows = 32;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/convert.hpp
+// Conversion between scalars on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+#define HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// y = x, each element rounded to the scalar of y. Rows may be spaced.
+template <class From, class To, int Rank> void convert(Cpu& cpu, View<From const, Rank> x, View<To, Rank> y) {
+  Index const C = y.count() == 0 ? 0 : y.extent(Rank - 1);
+  if (C == 0) return;
+  Index const rows = y.count() / C;
+  parallel_blocks(cpu, rows, std::max<Index>(1, cpu::element_grain / C), [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      From const* const from = x.data + row_offset(x, n);
+      To* const to = y.data + row_offset(y, n);
+      for (Index i = 0; i < C; ++i) to[i] = static_cast<To>(from[i]);
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/in_float.hpp
+// Operations on bf16 tensors. The tensors are stored in bf16; an operation computes in float, on copies, and rounds what it writes.
+#ifndef HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+#define HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// Copies of bf16 tensors, as functions for zip. Tensors of other scalars are read and written where they are.
+template <class B> struct ReadInFloat {
+  B& backend;
+  template <int Rank, class V> void operator()(Path const&, View<bf16 const, Rank> const& x, Tensor<float, Rank, B>& copy, V& view) const {
+    view = {nullptr, x.shape};
+    if (x.empty()) return;
+    copy = {backend, x.shape};
+    convert(backend, x, out(copy));
+    view = in(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& x, T&, V& view) const { view = x; }
+};
+template <class B> struct WriteInFloat {
+  B& backend;
+  template <int Rank> void operator()(Path const&, View<bf16, Rank> const& y, Tensor<float, Rank, B>& copy, View<float, Rank>& view) const {
+    view = {nullptr, y.shape};
+    if (y.empty()) return;
+    copy = {backend, y.shape};
+    convert(backend, View<bf16 const, Rank>(y), out(copy));   // an operation may add to what it writes
+    view = out(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& y, T&, V& view) const { view = y; }
+};
+template <class B> struct RoundBack {
+  B& backend;
+  template <int Rank> void operator()(Path const&, Tensor<float, Rank, B> const& copy, View<bf16, Rank> const& y) const {
+    if (copy) convert(backend, in(copy), y);
+  }
+  template <class T, class V> void operator()(Path const&, T const&, V const&) const {}
+};
+
+// An argument of an operation on bf16 tensors, as the operation in float takes it.
+template <class B, class Argument> struct InFloatArgument {
+  Argument const& value;
+  InFloatArgument(B&, Argument const& argument) : value(argument) {}
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16 const, Rank>> {
+  Tensor<float, Rank, B> copy;
+  View<float const, Rank> value;
+  InFloatArgument(B& backend, View<bf16 const, Rank> const& x) { ReadInFloat<B>{backend}(Path{}, x, copy, value); }
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16, Rank>> {
+  View<bf16, Rank> y;
+  Tensor<float, Rank, B> copy;
+  View<float, Rank> value;
+  InFloatArgument(B& backend, View<bf16, Rank> const& written) : y(written) { WriteInFloat<B>{backend}(Path{}, y, copy, value); }
+  void finish(B& backend) const { RoundBack<B>{backend}(Path{}, copy, y); }
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<In<bf16>>> {
+  G<Owned<float, B>> copies;
+  G<In<float>> value;
+  InFloatArgument(B& backend, G<In<bf16>> const& group) { zip(ReadInFloat<B>{backend}, group, copies, value); }
+  void finish(B&) const {}
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<Out<bf16>>> {
+  G<Out<bf16>> const& group;
+  G<Owned<float, B>> copies;
+  G<Out<float>> value;
+  InFloatArgument(B& backend, G<Out<bf16>> const& written) : group(written) { zip(WriteInFloat<B>{backend}, group, copies, value); }
+  void finish(B& backend) const { zip(RoundBack<B>{backend}, copies, group); }
+};
+
+template <class Argument> inline constexpr bool holds_bf16 = false;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16 const, Rank>> = true;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16, Rank>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<In<bf16>>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<Out<bf16>>> = true;
+
+}  // namespace detail
+
+// y = x, tensor by tensor, each element rounded to the scalar of y. Skips tensors without elements.
+template <class B, template <class> class G, class From, class To> void convert(B& backend, G<From> const& x, G<To>& y) {
+  zip(
+      [&](Path const&, auto const& from, auto& to) {
+        if (from) convert(backend, in(from), out(to));
+      },
+      x, y);
+}
+
+// A copy of a group with every tensor in the wide scalar.
+template <class B, template <class> class G, class T> G<Owned<wide_t<T>, B>> widen(B& backend, G<Owned<T, B>> const& group) {
+  auto wide = allocate_together<wide_t<T>>(backend, shapes_of(group));
+  convert(backend, group, wide);
+  return wide;
+}
+
+// Calls f with the arguments, float copies in place of bf16 tensors. Then rounds the copies of those that f writes. Views and groups of
+// views are tensors here.
+template <class B, class F, class... Arguments> void in_float(B& backend, F f, Arguments const&... arguments) {
+  std::tuple<detail::InFloatArgument<B, Arguments>...> floats{detail::InFloatArgument<B, Arguments>{backend, arguments}...};
+  std::apply(
+      [&](auto const&... argument) {
+        f(argument.value...);
+        (argument.finish(backend), ...);
+      },
+      floats);
+}
+
+// The base of an operation on a backend that computes in float and double, and has bf16 from this:
+//   template <> struct On<Mine, Cpu> : InFloat<Mine, Cpu> {
+//     using InFloat::forward, InFloat::backward;
+//     template <std::floating_point T> static void forward(...)
+template <class Op, class B> struct InFloat {
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::forward(b, a.value...);
+  } static void forward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::forward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::backward(b, a.value...);
+  } static void backward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::backward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::extend(b, a.value...);
+  } static void extend(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::extend(backend, floats...); }, arguments...);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/core/type_name.hpp
@@ -1700,7 +2216,9 @@ struct HostTensor {
   bool whole = false;            // of whole numbers, such as the keys that a policy chooses
   std::vector<Index> shape;
   std::vector<double> values;    // empty if the tensor is absent
+  double eps = 0;                // of the scalar that it has on the backend; 0 for whole numbers
 
+  bool is_bf16() const { return eps == epsilon_of<bf16>; }
   Index row_count() const { return shape.empty() ? 0 : shape[0]; }
   Index row_size() const { return row_count() == 0 ? 0 : std::ssize(values) / row_count(); }
   double* row(Index i) { return values.data() + i * row_size(); }
@@ -1802,10 +2320,10 @@ inline double bell(Random& random) {
 inline void set_normal(HostTensor& tensor, Random& random, double deviation = 1) {
   set_each(tensor, [&] { return deviation * bell(random); });
 }
-// Rounds all values to floats, so that runs in float and in double have the same inputs.
-inline void round_to_float(HostGroup& group) {
+// Rounds all values to floats, and those of tensors in bf16 to bf16, so that runs in that scalar and in double have the same inputs.
+inline void round_inputs(HostGroup& group) {
   for (HostTensor& tensor : group)
-    for (double& x : tensor.values) x = static_cast<double>(static_cast<float>(x));
+    for (double& x : tensor.values) x = tensor.is_bf16() ? static_cast<double>(bf16(x)) : static_cast<double>(static_cast<float>(x));
 }
 
 inline Sequences packed(std::vector<Index> const& lengths) {
@@ -1893,6 +2411,8 @@ class Subject {
   virtual Result loops(Case const& x, HostGroup const& chosen, bool in_double) const = 0;
   virtual Footprint footprint(Sequences const& sequences) const = 0;
 
+  // Of the scalar that it computes in.
+  double eps_of_sums() const { return eps() == epsilon_of<bf16> ? epsilon_of<float> : eps(); }
   bool in_double() const { return eps() == std::numeric_limits<double>::epsilon(); }
 };
 
@@ -2081,6 +2601,7 @@ struct Element {
   std::size_t bytes;
   Index numbers;   // of one element
   bool whole;
+  double eps;
   void (*fill)(double number, Index count, std::byte* elements);   // with one number, all of an element's
   void (*write)(double const* numbers, Index count, std::byte* elements);
   void (*read)(std::byte const* elements, Index count, double* numbers);
@@ -2119,8 +2640,9 @@ template <class E> void read(std::byte const* from, Index count, double* numbers
 }
 
 }  // namespace detail
-template <class E> inline constexpr Element element_of{sizeof(E),       detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
-                                                       detail::fill<E>, detail::write<E>,      detail::read<E>};
+template <class E> inline constexpr Element element_of{sizeof(E),      detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
+                                                       epsilon_of<E>,  detail::fill<E>,       detail::write<E>,
+                                                       detail::read<E>};
 
 // What a tensor's memory and the memory beside it hold before a run.
 struct Unwritten {
@@ -2627,11 +3149,10 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class S> using Saved = typename P::template Saved<S>;
 
  public:
-  explicit Adaptor(Config config, std::string name = type_name<P>())
-      : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
+  explicit Adaptor(Config config, std::string name = type_name<P>()) : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
 
   std::string name() const override { return name_ + ", " + type_name<T>(); }
-  double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
+  double eps() const override { return epsilon_of<T>; }
   double tolerance() const override { return Reference<P>::tolerance; }
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
   bool saved_is_linear() const override { return Samples<P>::saved_is_linear; }
@@ -2648,8 +3169,8 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     Random random{Seed{seed}, kind}, upstream{Seed{seed}, "upstream"};
     Samples<P>::draw(kind, random, x.inputs);
     for (HostTensor& tensor : x.d_outputs) set_normal(tensor, upstream);
-    round_to_float(x.inputs);
-    round_to_float(x.d_outputs);
+    round_inputs(x.inputs);
+    round_inputs(x.d_outputs);
     return x;
   }
 
@@ -2671,7 +3192,8 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
       Saved<FencedRole<double, Cpu>> choices;
       fill(cpu, input_shapes(x.sequences, x.carried), inputs, x.inputs);
       fill(cpu, P::saved(config_, x.sequences), choices, saved);
-      return Choices<P>::wrong(config_, x.sequences, views<Inputs, In<double>>(inputs), views<Saved, In<double>>(choices), eps());
+      return Choices<P>::wrong(config_, x.sequences, views<Inputs, In<double>>(inputs), views<Saved, In<double>>(choices),
+                               epsilon_of<wide_t<T>>);
     }
     return {};
   }
@@ -2705,8 +3227,13 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     template <class... Args> static void backward(B& backend, Args const&... args) { On<P, B>::backward(backend, args...); }
   };
   struct Loops {
-    template <class... Args> static void forward(Cpu&, Args const&... args) { Reference<P>::forward(args...); }
-    template <class... Args> static void backward(Cpu&, Args const&... args) { Reference<P>::backward(args...); }
+    // Loops on tensors in bf16 compute in float too, and round what they write.
+    template <class... Args> static void forward(Cpu& cpu, Args const&... args) {
+      in_float(cpu, [](auto const&... floats) { Reference<P>::forward(floats...); }, args...);
+    }
+    template <class... Args> static void backward(Cpu& cpu, Args const&... args) {
+      in_float(cpu, [](auto const&... floats) { Reference<P>::backward(floats...); }, args...);
+    }
   };
   static Kernel kernel() { return {}; }
 
@@ -2730,6 +3257,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
                         : detail::counts(a, 2) && detail::counts(b, 3) ? RowsOf::sequences
                                                                        : RowsOf::other;
           tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
+          tensor.eps = epsilon_of<std::remove_cvref_t<decltype(*view.data)>>;
           tensor.values.resize(static_cast<std::size_t>(shape.count()));
           for (Index extent : shape.extent) tensor.shape.push_back(extent);
         },
@@ -3181,11 +3709,11 @@ inline Judges judges_of(Subject const& subject, Case const& x, Result const& res
 }
 
 // The largest error allowed. In double it is a share of the largest element. In other scalars it is twice the error of the loops in that
-// scalar, and 4 roundings of the largest element, because the loops may be right by luck. A largest element below 1e-3 counts as 1e-3,
+// scalar, and 4 roundings of the largest element to the tensor's own scalar, because the loops may be right by luck. A largest element below 1e-3 counts as 1e-3,
 // because a result that is zero on paper may be rounding.
 inline double budget(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const largest = std::max(max_abs(truth), 1e-3);
-  return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest;
+  return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * naive->eps * largest;
 }
 // The loops do not write tensors that are not part of the equations. Such tensors are not judged.
 inline bool is_unwritten(HostTensor const& truth) {
@@ -3222,7 +3750,7 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
 inline double budget_of_head(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const least = subject.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
-  return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest);
+  return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * naive->eps * largest);
 }
 // Names the first head, of gradients that are judged head by head, that differs from the truth by more than `times` its budget.
 inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
@@ -3374,26 +3902,30 @@ inline Verdict finite_differences(Subject const& subject) {
   return detail::verdict("finite differences", why);
 }
 
-// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that
-// the sum on the left has no rounding.
+// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, in
+// bf16 of 1/4, so that the sum on the left has no rounding.
 inline Verdict linear(Subject const& subject) {
   Case a = subject.sample(subject.kinds().front(), subject.batch(), 1, true), b = a;
   b.d_outputs = subject.sample(subject.kinds().front(), subject.batch(), 2, true).d_outputs;
   Case sum = a;
-  for (std::size_t i = 0; i < a.d_outputs.size(); ++i)
+  for (std::size_t i = 0; i < a.d_outputs.size(); ++i) {
+    double const parts = a.d_outputs[i].is_bf16() ? 4 : 64;
     for (std::size_t e = 0; e < a.d_outputs[i].values.size(); ++e) {
       double &x = a.d_outputs[i].values[e], &y = b.d_outputs[i].values[e];
-      x = std::round(64 * x) / 64;
-      y = std::round(64 * y) / 64;
+      x = std::round(parts * x) / parts;
+      y = std::round(parts * y) / parts;
       sum.d_outputs[i].values[e] = 2 * x - 3 * y;
     }
+  }
   Result const first = subject.run(a, {});
   if (!detail::any_gradient(first)) return {"linear", true, "there is no backward"};
   HostGroup const at_a = first.gradients, at_b = subject.run(b, {}).gradients, at_sum = subject.run(sum, {}).gradients;
   for (std::size_t i = 0; i < at_sum.size(); ++i) {
     HostTensor expected = at_a[i];
     for (std::size_t e = 0; e < expected.values.size(); ++e) expected.values[e] = 2 * at_a[i].values[e] - 3 * at_b[i].values[e];
-    double const allowed = 1024 * subject.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
+    // Gradients in bf16 are computed in float and rounded once.
+    double const rounding = at_a[i].is_bf16() ? 2 * at_a[i].eps : 1024 * at_a[i].eps;
+    double const allowed = rounding * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
     Difference const worst = max_difference(at_sum[i], expected);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))
@@ -3778,7 +4310,7 @@ struct Effect {
 inline std::string first_touched(Effect const& kernel, Effect const& loops, AnyPolicy const& policy) {
   for (std::size_t i = 0; i < kernel.with.size(); ++i) {
     Index const size = kernel.with[i].shape.back();
-    double const rounding = policy.by_head(kernel.with[i].name) ? 128 * policy.eps() * max_abs(kernel.without[i]) : 0;
+    double const rounding = policy.by_head(kernel.with[i].name) ? 128 * kernel.with[i].eps * max_abs(kernel.without[i]) : 0;
     auto const differ = [&](Effect const& effect, Index e, Index count) {
       double const *const a = effect.without[i].values.data() + e, *const b = effect.with[i].values.data() + e;
       return !std::equal(a, a + count, b, [&](double x, double y) { return same_bits(x, y) || std::abs(x - y) <= rounding; });
@@ -4065,7 +4597,7 @@ struct Description {
 
 // A tensor of zeros.
 inline HostTensor host_tensor(Declared const& d, std::string name) {
-  HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}};
+  HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}, d.element->eps};
   Index count = d.element->numbers;
   for (Index const extent : d.extents) count *= extent;
   if (d.element->numbers > 1) tensor.shape.push_back(d.element->numbers);
@@ -4254,8 +4786,8 @@ class AnyOperation : public Subject {
       if (!tensor.whole && facts_->takes_gradient(tensor.name)) set_normal(tensor, upstream);
     for (std::size_t i = 0; i < d.outputs.size(); ++i)   // a loss has a gradient, its counts have none
       if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
-    round_to_float(x.inputs);
-    round_to_float(x.d_outputs);
+    round_inputs(x.inputs);
+    round_inputs(x.d_outputs);
     return x;
   }
 
@@ -4305,9 +4837,8 @@ template <class B, class T> class OperationIn : public AnyOperation {
  protected:
   OperationIn(std::string const& name, std::unique_ptr<Facts> facts, std::unique_ptr<Call<B>> here, std::unique_ptr<Call<Cpu>> on_cpu,
               std::unique_ptr<Call<Cpu>> in_double)
-      : AnyOperation(name + ", " + type_name<T>(), static_cast<double>(std::numeric_limits<T>::epsilon()), elements_in<T>,
-                     std::move(facts)),
-        here_(std::move(here)), on_cpu_(std::move(on_cpu)), in_double_(std::move(in_double)) {}
+      : AnyOperation(name + ", " + type_name<T>(), epsilon_of<T>, elements_in<T>, std::move(facts)), here_(std::move(here)),
+        on_cpu_(std::move(on_cpu)), in_double_(std::move(in_double)) {}
 
  private:
   Result run_here(B& backend, Case const& x, Surroundings const& around) const {
@@ -4357,9 +4888,9 @@ inline void widen(Budgets& budgets, HostGroup const& moved, HostGroup const& tru
   for (std::size_t i = 0; i < truth.size(); ++i) budgets[i] = std::max(budgets[i], 8 * max_difference(moved[i], truth[i]).size);
 }
 
-// The result in double, and how far a scalar with this eps may be off. A sum of rounded terms is the exact sum of terms that moved by as
-// much. So the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings of its
-// largest element.
+// The result in double, and how far an operation may be off that computes in a scalar with this eps. A sum of rounded terms is the exact
+// sum of terms that moved by as much. So the budget of a tensor is 8 times the most that it moves by when every input moves by up to a
+// rounding, and 4 roundings of its largest element to the scalar that stores it.
 struct Truth {
   Result result;
   Budgets outputs, gradients;
@@ -4374,14 +4905,12 @@ struct Truth {
       widen(outputs, other.outputs, result.outputs);
       widen(gradients, other.gradients, result.gradients);
     }
-    for (std::size_t i = 0; i < outputs.size(); ++i) outputs[i] += 4 * eps * max_abs(result.outputs[i]);
-    for (std::size_t i = 0; i < gradients.size(); ++i) gradients[i] += 4 * eps * max_abs(result.gradients[i]);
   }
 };
 // Names the first tensor that differs by more than `times` the budget, or returns "". Whole numbers must be equal.
-inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& budgets, double times) {
+inline std::string apart(HostGroup const& x, HostGroup const& y, HostGroup const& truth, Budgets const& budgets, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
-    double const allowed = x[i].whole ? 0 : times * budgets[i];
+    double const allowed = x[i].whole ? 0 : times * (budgets[i] + 4 * std::max(x[i].eps, y[i].eps) * max_abs(truth[i]));
     Difference const worst = max_difference(x[i], y[i]);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed) || !std::isfinite(allowed))   // a budget that is infinite judges nothing
@@ -4391,8 +4920,8 @@ inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& 
   return {};
 }
 inline std::string apart(Result const& x, Result const& y, Truth const& truth, double times) {
-  return first_of([&] { return apart(x.outputs, y.outputs, truth.outputs, times); },
-                  [&] { return apart(x.gradients, y.gradients, truth.gradients, times); });
+  return first_of([&] { return apart(x.outputs, y.outputs, truth.result.outputs, truth.outputs, times); },
+                  [&] { return apart(x.gradients, y.gradients, truth.result.gradients, truth.gradients, times); });
 }
 
 }  // namespace detail
@@ -4402,7 +4931,7 @@ inline std::string apart(Result const& x, Result const& y, Truth const& truth, d
 inline Verdict agree_within_budget(Subject const& a, Subject const& b) {
   Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   Result const of_a = a.run(x, {});
-  detail::Truth const truth{a, x, detail::choices_in(of_a.saved), std::max(a.eps(), b.eps())};
+  detail::Truth const truth{a, x, detail::choices_in(of_a.saved), std::max(a.eps_of_sums(), b.eps_of_sums())};
   return detail::verdict("agree within budget",
                          detail::told(detail::apart(of_a, b.run(x, {}), truth, 2), "on the first backend and on the second"));
 }
@@ -4412,7 +4941,7 @@ inline Verdict agrees_with_cpu(Subject const& operation) {
   std::string why;
   for (Sequences const& s : {operation.batch(), Sequences::equal(1, 1), Sequences::equal(1, 33)}) {
     Case const x = operation.sample(operation.kinds().front(), s, 1, true);
-    detail::Truth const truth{operation, x, {}, operation.eps()};
+    detail::Truth const truth{operation, x, {}, operation.eps_of_sums()};
     if (why.empty()) why = detail::told(detail::apart(operation.run(x, {}), truth.result, truth, 1), "here and on Cpu in double");
   }
   return detail::verdict("agrees with Cpu", why);
@@ -4638,302 +5167,6 @@ struct AdamWStep {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
-// ==== hybridattn/backend/cpu/simd.hpp
-// Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
-#ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
-#define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64;
-inline constexpr int tile_rows = 8;
-#elif defined(__AVX__)
-inline constexpr int vector_bytes = 32;
-inline constexpr int tile_rows = 4;
-#else
-inline constexpr int vector_bytes = 16;
-inline constexpr int tile_rows = 4;
-#endif
-
-template <class T> struct VectorOf {
-  typedef T type __attribute__((vector_size(vector_bytes)));
-  typedef T unaligned __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
-};
-template <class T> using Vec = typename VectorOf<T>::type;
-template <class T> inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
-
-template <class T> struct BitsOf;
-template <> struct BitsOf<float> {
-  using type = std::int32_t;
-};
-template <> struct BitsOf<double> {
-  using type = std::int64_t;
-};
-// The integers in which a vector of T is compared and masked.
-template <class T> using Mask = Vec<typename BitsOf<T>::type>;
-
-template <class T> HYBRIDATTN_INLINE Vec<T> load(T const* from) { return *reinterpret_cast<typename VectorOf<T>::unaligned const*>(from); }
-template <class T> HYBRIDATTN_INLINE void store(T* to, Vec<T> x) { *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = x; }
-template <class T> HYBRIDATTN_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
-// Returns x, rounded, in a register: no compiler then fuses a product x with a later sum. Without it GCC, tuned for Zen 2 and
-// later, loads a vector again in every instruction that uses it, and loads limit the speed of a tile of FMAs. By value: in place, an
-// element of an array would keep its array in memory.
-template <class T> HYBRIDATTN_INLINE Vec<T> in_register(Vec<T> x) {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__)
-  asm("" : "+x"(x));
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__)
-  asm("" : "+w"(x));
-#endif
-  return x;
-}
-template <class T> HYBRIDATTN_INLINE Vec<T> load_first(T const* from, Index count) {  // the rest is zero
-  alignas(vector_bytes) T buffer[lanes<T>] = {};
-  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
-  return load(buffer);
-}
-template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index count) {
-  alignas(vector_bytes) T buffer[lanes<T>];
-  store(buffer, x);
-  std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
-template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
-// 0, 1, 2, ...
-template <class T> HYBRIDATTN_INLINE Mask<T> lane_numbers() {
-  Mask<T> numbers;
-  for (int i = 0; i < lanes<T>; ++i) numbers[i] = i;
-  return numbers;
-}
-
-namespace detail {
-// Elements of a, and of b behind them, by their numbers.
-template <class V, std::size_t... from> HYBRIDATTN_INLINE V shuffled(V a, V b, std::index_sequence<from...>) {
-#if HYBRIDATTN_CUDA   // nvcc does not pass a parameter pack on to the builtin
-  return V{(from < sizeof...(from) ? a : b)[from % sizeof...(from)]...};
-#else
-  return __builtin_shufflevector(a, b, static_cast<int>(from)...);
-#endif
-}
-template <std::size_t distance, class V, std::size_t... i> HYBRIDATTN_INLINE V swapped(V x, std::index_sequence<i...>) {
-  return shuffled(x, x, std::index_sequence<(i ^ distance)...>{});
-}
-// Lane 0 of the result is f over all lanes: f combines the two halves, then the halves of the result, and so on.
-template <class V, class F, std::size_t half = sizeof(V) / sizeof(V{}[0]) / 2> HYBRIDATTN_INLINE V fold(V x, F f) {
-  if constexpr (half == 0) return x;
-  else return fold<V, F, half / 2>(f(x, swapped<half>(x, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{})), f);
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE bool any(Mask<T> mask) {
-  return detail::fold(mask, [](Mask<T> a, Mask<T> b) HYBRIDATTN_INLINE_LAMBDA { return a | b; })[0] != 0;
-}
-
-// Correctly rounded. (The library function would set errno, which keeps GCC from using the vector instruction.)
-template <class T> HYBRIDATTN_INLINE Vec<T> sqrt(Vec<T> x) {
-#if defined(__clang__)
-  return __builtin_elementwise_sqrt(x);
-#else
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps512_mask(x, Vec<T>{}, static_cast<short>(-1), 4);
-  else return __builtin_ia32_sqrtpd512_mask(x, Vec<T>{}, static_cast<signed char>(-1), 4);
-#elif defined(__AVX__)
-  if constexpr (sizeof(T) == 4) return __builtin_ia32_sqrtps256(x);
-  else return __builtin_ia32_sqrtpd256(x);
-#else
-  for (int i = 0; i < lanes<T>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-#endif
-}
-
-// Summed in one fixed tree, for any values of the lanes.
-template <class T> HYBRIDATTN_INLINE T sum(Vec<T> x) {
-  return detail::fold(x, [](Vec<T> a, Vec<T> b) HYBRIDATTN_INLINE_LAMBDA { return a + b; })[0];
-}
-template <class T> HYBRIDATTN_INLINE T largest(Vec<T> x) { return detail::fold(x, cpu::max<T>)[0]; }
-
-namespace detail {
-// 2^f on [-1/2, 1/2]: float by a minimax polynomial (relative error below 3e-9), double by the series (below 1e-17).
-template <class T> struct Exp2;
-template <> struct Exp2<float> {
-  static constexpr float magic = 12582912.f, least = -127.f, most = 128.f;  // 1.5 * 2^23
-  static constexpr int mantissa = 23;
-  static constexpr float c[] = {1.559467818e-4f, 1.340664390e-3f, 9.617692973e-3f, 5.550310551e-2f, 2.402265278e-1f, 6.931472150e-1f, 1.f};
-};
-template <> struct Exp2<double> {
-  static constexpr double magic = 6755399441055744.0, least = -1023.0, most = 1024.0;  // 1.5 * 2^52
-  static constexpr int mantissa = 52;
-  static constexpr double c[] = {1.3691488853904128881e-12, 2.5678435993488205142e-11,
-                                 4.4455382718708114976e-10, 7.0549116208011233299e-9,
-                                 1.0178086009239699728e-7,  1.3215486790144309488e-6,
-                                 1.5252733804059840280e-5,  1.5403530393381609954e-4,
-                                 1.3333558146428443423e-3,  9.6181291076284771620e-3,
-                                 5.5504108664821579953e-2,  2.4022650695910071233e-1,
-                                 6.9314718055994530942e-1,  1.0};
-};
-}  // namespace detail
-
-template <class T> inline constexpr T log2_e = T(1.44269504088896340736);
-// 2^x for x < 128 (double: < 1024), any number for larger x. 0 where 2^x is below 2^-126 (2^-1022). Every NaN gives NaN.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2_below_most(Vec<T> x) {
-  using E = detail::Exp2<T>;
-  using Bits = Vec<std::make_unsigned_t<typename BitsOf<T>::type>>;  // they may wrap
-  x = cpu::max<T>(broadcast<T>(E::least), x);  // with the arguments in this order a NaN stays NaN
-  Vec<T> const shifted = x + E::magic, f = x - (shifted - E::magic);
-  Vec<T> p = broadcast<T>(E::c[0]);
-  for (std::size_t i = 1; i < std::size(E::c); ++i) p = p * f + E::c[i];
-  // A product, because a sum of exponents would turn a NaN into a number.
-  Bits const power = (reinterpret_cast<Bits>(shifted) << E::mantissa) + reinterpret_cast<Bits>(broadcast<T>(T(1)));
-  return p * reinterpret_cast<Vec<T>>(power);
-}
-// 2^x and e^x of every x; infinity from 2^127.5 (2^1023.5) on.
-template <class T> HYBRIDATTN_INLINE Vec<T> exp2(Vec<T> x) {
-  Vec<T> const most = broadcast<T>(detail::Exp2<T>::most);
-  return cpu::exp2_below_most<T>(x > most ? most : x);
-}
-template <class T> HYBRIDATTN_INLINE Vec<T> exp(Vec<T> x) { return cpu::exp2<T>(x * log2_e<T>); }
-
-// log2 x of normal positive numbers, infinity and NaN: x = 2^e m with m around 1, and log m = 2 (z + z^3/3 + z^5/5 + ...) with
-// z = (m - 1) / (m + 1).
-template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
-  constexpr int mantissa = detail::Exp2<T>::mantissa, terms = sizeof(T) == 4 ? 6 : 12;  // |z| < 0.172: relative error below 1e-10, 1e-19
-  Mask<T> const root_half = reinterpret_cast<Mask<T>>(broadcast<T>(T(0.70710678118654752440)));
-  Mask<T> const e = (reinterpret_cast<Mask<T>>(x) - root_half) >> mantissa;
-  Vec<T> const m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (e << mantissa)), z = (m - T(1)) / (m + T(1)), zz = z * z;
-  Vec<T> series = broadcast<T>(T(1) / T(2 * terms - 1));
-  HYBRIDATTN_UNROLL
-  for (int i = terms - 1; i > 0; --i) series = series * zz + T(1) / static_cast<T>(2 * i - 1);
-  Vec<T> const result = __builtin_convertvector(e, Vec<T>) + T(2) * log2_e<T> * z * series;
-  return x < std::numeric_limits<T>::infinity() ? result : x;
-}
-
-// to[c][r] = from[r][c] for the square of one vector's lanes.
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
-
-namespace detail {
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
-}
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
-  constexpr int n = lanes<T>;
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[std::size_t{n}];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
-  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
-      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
-}
-
-namespace detail {
-// A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
-template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
-// Groups of `size` elements from the lower or the upper half of each part of m elements, of a and of b in turn.
-template <std::size_t size, bool upper, std::size_t m, class V, std::size_t... i>
-HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  constexpr std::size_t half = upper ? m / 2 : 0;
-  return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
-}
-// Every second part of m elements, of a, then of b.
-template <std::size_t offset, std::size_t m, class V, std::size_t... i>
-HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
-  return shuffled(a, b, std::index_sequence<(i / m * 2 * m + offset * m + i % m)...>{});
-}
-// Adds up sums that are still spread over `left` lanes of each of Count vectors.
-template <int Count, int left, class T> HYBRIDATTN_INLINE void halve(Vec<T>* x) {
-  if constexpr (left > 1) {
-    constexpr int m = part<T>, size = lanes<T> / left;  // size: the number of different sums in a vector
-    using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < (Count + 1) / 2; ++i) {
-      Vec<T> const a = x[2 * i], b = x[Count == 1 ? 0 : 2 * i + 1];
-      if constexpr (size < m) x[i] = half_parts<size, false, m>(a, b, Lanes{}) + half_parts<size, true, m>(a, b, Lanes{});
-      else x[i] = every_second_part<0, m>(a, b, Lanes{}) + every_second_part<1, m>(a, b, Lanes{});
-    }
-    halve<(Count + 1) / 2, left / 2, T>(x);
-  }
-}
-}  // namespace detail
-
-// sums[i] = the sum of the lanes of x[i], for N vectors at once (N a power of 2), each in one fixed tree. Overwrites x.
-template <int N, class T> HYBRIDATTN_INLINE void sum_each(Vec<T>* x, T* sums) {
-  detail::halve<N, lanes<T>, T>(x);
-  if constexpr (N < lanes<T>) store_first(sums, x[0], N);
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < N / lanes<T>; ++i) store(sums + i * lanes<T>, x[i]);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
-// ==== hybridattn/backend/cpu/vectors.hpp
-// Loops over the elements of a row, a vector at a time. The last, shorter vector is padded with zeros and uses the same
-// arithmetic, so an element's value does not depend on the length of its row.
-#ifndef HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-#define HYBRIDATTN_BACKEND_CPU_VECTORS_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// `count` elements from i on: all lanes, or the last ones of a row.
-template <class T> struct Slot {
-  Index i, count;
-
-  HYBRIDATTN_INLINE Vec<T> get(T const* row) const { return count == lanes<T> ? load(row + i) : load_first(row + i, count); }
-  HYBRIDATTN_INLINE void put(T* row, Vec<T> x) const {
-    if (count == lanes<T>) store(row + i, x);
-    else store_first(row + i, x, count);
-  }
-};
-
-template <class T, class F> HYBRIDATTN_INLINE void for_each_vector(Index first, Index last, F f) {
-  Index i = first;
-  for (; i + lanes<T> <= last; i += lanes<T>) f(Slot<T>{i, lanes<T>});
-  if (i < last) f(Slot<T>{i, last - i});
-}
-// sum over the row of f(slot), where f is zero for the padding.
-template <class T, class F> HYBRIDATTN_INLINE T sum_vectors(Index count, F f) {
-  Vec<T> total{};
-  for_each_vector<T>(0, count, [&](Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { total += f(s); });
-  return sum<T>(total);
-}
-
-template <class T> HYBRIDATTN_INLINE Vec<T> sigmoid(Vec<T> x) { return T(1) / (T(1) + cpu::exp<T>(-x)); }
-
-// One square root a row.
-template <class T> HYBRIDATTN_INLINE T inverse_root(T x) { return T(1) / std::sqrt(x); }
-
-// Elements that a thread computes at a time, and rows that one thread sums. Sums over tokens run over these blocks of rows
-// and combine them in order, for any number of threads.
-inline constexpr Index element_grain = 16384, sum_rows = 32;
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
-#endif
-
 // ==== hybridattn/ops/adamw/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ADAMW_CPU_HPP
 #define HYBRIDATTN_OPS_ADAMW_CPU_HPP
@@ -5151,8 +5384,9 @@ template <> struct On<Fill, Cpu> {
   }
 };
 
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+template <> struct On<Add, Cpu> : InFloat<Add, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
     });
@@ -5167,7 +5401,7 @@ template <> struct On<AddWeighted, Cpu> {
 
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(static_cast<wide_t<T>>(value)); });
   }
 };
 
@@ -5304,8 +5538,9 @@ template <class T> struct ConvRows {
 
 }  // namespace cpu::detail
 
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
+template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
@@ -5320,7 +5555,7 @@ template <> struct On<CausalConv1d, Cpu> {
     if (!final_state.empty()) keep_last(s, rows, final_state);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {
@@ -5669,8 +5904,9 @@ template <> struct On<CountTargets, Cpu> {
   }
 };
 
-template <> struct On<SoftmaxLoss, Cpu> {
-  template <class T>
+template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
@@ -5730,15 +5966,16 @@ template <> struct On<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> {
-  template <class T>
+template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
@@ -5793,15 +6030,16 @@ struct Embedding {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Embedding, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+template <> struct On<Embedding, Cpu> : InFloat<Embedding, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
     parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y,
+                                                        View<T, 2> d_table, Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
       for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
@@ -5837,8 +6075,9 @@ struct SigmoidGate {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Swiglu, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+template <> struct On<Swiglu, Cpu> : InFloat<Swiglu, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
@@ -5846,7 +6085,7 @@ template <> struct On<Swiglu, Cpu> {
       });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -5863,14 +6102,15 @@ template <> struct On<Swiglu, Cpu> {
   }
 };
 
-template <> struct On<SigmoidGate, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+template <> struct On<SigmoidGate, Cpu> : InFloat<SigmoidGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(
           first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -5908,28 +6148,29 @@ struct GdnGate {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: one number a head and token.
-template <> struct On<GdnGate, Cpu> {
-  template <class T>
-  static void forward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
+  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                       View<T, 2> g, View<T, 2> beta) {
     parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index h = 0; h < a.extent(1); ++h) {
           g(n, h) = -std::exp(a_log(h)) * softplus(a(n, h) + dt_bias(h));
-          beta(n, h) = range * sigmoid(b(n, h));
+          beta(n, h) = static_cast<T>(range) * sigmoid(b(n, h));
         }
     });
   }
 
-  template <class T>
-  static void backward(Cpu& cpu, T range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
+  template <std::floating_point T>
+  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
                        View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
                        View<T, 1> d_dt_bias) {
     cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
       for (Index h = 0; h < a.extent(1); ++h) {
         T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
         d_a(n, h) = rate * sigmoid(shifted) * d_g(n, h);
-        d_b(n, h) = range * open * (T(1) - open) * d_beta(n, h);
+        d_b(n, h) = static_cast<T>(range) * open * (T(1) - open) * d_beta(n, h);
         sum[h] += rate * softplus(shifted) * d_g(n, h);
       }
     });
@@ -5965,10 +6206,11 @@ struct GroupedLinear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<GroupedLinear, Cpu> {
+template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
+  using InFloat::forward, InFloat::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
@@ -5977,7 +6219,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
@@ -6059,8 +6301,9 @@ struct L2Norm {
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<L2Norm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
+template <> struct On<L2Norm, Cpu> : InFloat<L2Norm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6070,7 +6313,7 @@ template <> struct On<L2Norm, Cpu> {
     });
   }
 
-  template <class T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> d_y, View<T, 2> d_x) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6117,8 +6360,10 @@ struct LayerNorm {};
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
@@ -6127,7 +6372,7 @@ template <> struct On<LayerNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const C = x.extent(1);
@@ -6184,11 +6429,12 @@ struct Linear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Linear, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+template <> struct On<Linear, Cpu> : InFloat<Linear, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
     cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
     if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
@@ -6240,8 +6486,9 @@ struct AddGated {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Route, Cpu> {
-  template <class T>
+template <> struct On<Route, Cpu> : InFloat<Route, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
                       View<std::int32_t, 2> experts) {
     parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -6256,7 +6503,7 @@ template <> struct On<Route, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
                        View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
                        View<T, 2> d_logits) {
@@ -6305,15 +6552,16 @@ template <> struct On<Permute, Cpu> {
   }
 };
 
-template <> struct On<Distribute, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows,
+                                                        View<T, 2> d_x, Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
@@ -6323,8 +6571,9 @@ template <> struct On<Distribute, Cpu> {
   }
 };
 
-template <> struct On<Combine, Cpu> {
-  template <class T>
+template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6333,7 +6582,7 @@ template <> struct On<Combine, Cpu> {
       }
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
                        View<T, 2> d_rows, View<T, 2> d_weights) {
     Index const C = d_y.extent(1);
@@ -6349,13 +6598,14 @@ template <> struct On<Combine, Cpu> {
   }
 };
 
-template <> struct On<AddGated, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+template <> struct On<AddGated, Cpu> : InFloat<AddGated, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -6417,8 +6667,9 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 }  // namespace cpu::detail
 
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -6430,7 +6681,7 @@ template <> struct On<RmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
@@ -6450,8 +6701,10 @@ template <> struct On<RmsNorm, Cpu> {
   }
 };
 
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -6468,7 +6721,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
                        View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
     Index const C = x.extent(1);
@@ -6560,13 +6813,14 @@ template <> struct On<RopeAngles, Cpu> {
   }
 };
 
-template <> struct On<Rope, Cpu> {
-  template <class T>
+template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));
@@ -6705,8 +6959,9 @@ template <class T> class RowTopK {
 
 }  // namespace cpu
 
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+template <> struct On<TopK, Cpu> : InFloat<TopK, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
     using Row = cpu::RowTopK<T>;
     Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
     Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};
@@ -6881,16 +7136,16 @@ template <> struct Operation<SigmoidGate> : ElementwiseOperation {
 template <> struct Operation<GdnGate> : PlainOperation {
   struct Config {
     Index heads = 0;
-    double range = 1;
+    int range = 1;
   };
   static std::vector<Config> sizes() { return {{5, 1}, {3, 2}}; }
   template <class S> struct Inputs {
     Held<S, 2> a, b;             // [N, HV]
-    Held<S, 1> a_log, dt_bias;   // [HV]
+    Wide<S, 1> a_log, dt_bias;   // [HV]
     HYBRIDATTN_FIELDS(a, b, a_log, dt_bias)
   };
   template <class S> struct Outputs {
-    Held<S, 2> g, beta;
+    Wide<S, 2> g, beta;
     HYBRIDATTN_FIELDS(g, beta)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
@@ -6898,13 +7153,12 @@ template <> struct Operation<GdnGate> : PlainOperation {
   }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.heads}, {s.tokens(), c.heads}}; }
   template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    On<GdnGate, B>::forward(backend, static_cast<T>(c.range), x.a, x.b, x.a_log, x.dt_bias, y.g, y.beta);
+    On<GdnGate, B>::forward(backend, c.range, x.a, x.b, x.a_log, x.dt_bias, y.g, y.beta);
   }
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
                        Inputs<Out<T>> d_x) {
-    On<GdnGate, B>::backward(backend, static_cast<T>(c.range), x.a, x.b, x.a_log, x.dt_bias, d_y.g, d_y.beta, d_x.a, d_x.b, d_x.a_log,
-                             d_x.dt_bias);
+    On<GdnGate, B>::backward(backend, c.range, x.a, x.b, x.a_log, x.dt_bias, d_y.g, d_y.beta, d_x.a, d_x.b, d_x.a_log, d_x.dt_bias);
   }
 };
 
@@ -6919,7 +7173,7 @@ template <> struct Operation<RmsNorm> : PlainOperation {
   static std::vector<Config> sizes() { return {{40}, {7, {NormWeight::plain, 1e-5}, Into::add}}; }
   template <class S> struct Inputs {
     Held<S, 2> x;   // [N, C]
-    Held<S, 1> w;   // [C]
+    Wide<S, 1> w;   // [C]
     HYBRIDATTN_FIELDS(x, w)
   };
   template <class S> struct Outputs {
@@ -6947,7 +7201,7 @@ template <> struct Operation<GatedRmsNorm> : PlainOperation {
   static std::vector<Config> sizes() { return {{40}, {7, false}}; }
   template <class S> struct Inputs {
     Held<S, 2> x, z;   // [N, C]
-    Held<S, 1> w;      // [C]
+    Wide<S, 1> w;      // [C]
     HYBRIDATTN_FIELDS(x, z, w)
   };
   template <class S> struct Outputs {
@@ -6981,7 +7235,7 @@ struct RowOperation : PlainOperation {
 template <> struct Operation<LayerNorm> : RowOperation {
   template <class S> struct Inputs {
     Held<S, 2> x;      // [N, C]
-    Held<S, 1> w, b;   // [C]
+    Wide<S, 1> w, b;   // [C]
     HYBRIDATTN_FIELDS(x, w, b)
   };
   template <class S> struct Outputs {
@@ -7039,7 +7293,7 @@ template <> struct Operation<RopeAngles> : PlainOperation {
     HYBRIDATTN_FIELDS(positions)
   };
   template <class S> struct Outputs {
-    Held<S, 3> angles;   // [N, 2, rotary_dim/2]
+    Wide<S, 3> angles;   // [N, 2, rotary_dim/2]
     HYBRIDATTN_FIELDS(angles)
   };
   // Without positions, a row's angles depend on its place in the batch.
@@ -7061,7 +7315,8 @@ template <> struct Operation<Rope> : PlainOperation {
   static constexpr Index heads = 2, head_dim = 8, positions = 50;
   static std::vector<Config> sizes() { return {{{.rotary_dim = 8}}, {{.rotary_dim = 4, .interleaved = true}}, {{.rotary_dim = 0}}}; }
   template <class S> struct Inputs {
-    Held<S, 3> angles, x;    // [P, 2, rotary_dim/2], [N, H, D]
+    Wide<S, 3> angles;   // [P, 2, rotary_dim/2]
+    Held<S, 3> x;        // [N, H, D]
     Whole<S, 1> positions;   // [N]
     HYBRIDATTN_FIELDS(angles, x, positions)
   };
@@ -7343,9 +7598,9 @@ template <> struct Operation<Route> : PlainOperation {
     HYBRIDATTN_FIELDS(logits)
   };
   template <class S> struct Outputs {
-    Held<S, 2> probabilities, weights;  // [N, E], [N, k]
+    Wide<S, 2> probabilities, weights;  // [N, E], [N, k]
     Whole<S, 2> experts;  // [N, k]
-    Held<S, 1> use;  // [E]
+    Wide<S, 1> use;  // [E]
     HYBRIDATTN_FIELDS(probabilities, weights, experts, use)
   };
   static Inputs<Shapes> inputs(Config const&, Sequences const& s) { return {{s.tokens(), experts}}; }
@@ -7363,8 +7618,8 @@ template <> struct Operation<Route> : PlainOperation {
   static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
     On<Route, B>::forward(backend, c.options, x.logits, y.probabilities, y.weights, y.experts);
     if (!c.balanced) return;
-    On<Fill, B>::forward(backend, T(0), y.use);
-    for (Index n = 0; n < s.tokens(); ++n) On<Add, B>::forward(backend, View<T const, 1>{y.probabilities.row(n), {experts}}, y.use);
+    On<Fill, B>::forward(backend, wide_t<T>(0), y.use);
+    for (Index n = 0; n < s.tokens(); ++n) On<Add, B>::forward(backend, View<wide_t<T> const, 1>{y.probabilities.row(n), {experts}}, y.use);
   }
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>>, Outputs<In<T>> y, Outputs<In<T>> d_y,
@@ -7440,7 +7695,8 @@ template <> struct Operation<Distribute> : PlacedOperation {
 template <> struct Operation<Combine> : PlacedOperation {
   static std::vector<Config> sizes() { return {{20}, {7}}; }
   template <class S> struct Inputs {
-    Held<S, 2> rows, weights;  // [N k, C], [N, k]
+    Held<S, 2> rows;  // [N k, C]
+    Wide<S, 2> weights;  // [N, k]
     Whole<S, 2> places;  // [N, k]
     HYBRIDATTN_FIELDS(rows, weights, places)
   };
@@ -7490,7 +7746,7 @@ template <> struct Operation<ExpertUse> : PlainOperation {
   static bool has_tables(Config const&) { return true; }
   template <class S> struct Inputs {
     Whole<S, 1> offsets;  // [E + 1]
-    Held<S, 2> probabilities;  // [N, E]
+    Wide<S, 2> probabilities;  // [N, E]
     HYBRIDATTN_FIELDS(offsets, probabilities)
   };
   template <class S> struct Outputs {
@@ -7541,9 +7797,9 @@ template <> struct Operation<BalanceLoss> : PlainOperation {
   static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>>,
                        Inputs<Out<T>> d_x) {
     auto const sums = sums_of<B, T>(backend, c, x);
-    Tensor<T, 1, B> d_probability{backend, {c.experts}};
+    Tensor<wide_t<T>, 1, B> d_probability{backend, {c.experts}};
     On<BalanceLoss, B>::backward(backend, c.coefficient, s.tokens(), in(sums), c.d_value, out(d_probability));
-    detail::copy_rows<T>(backend, in(d_probability), d_x.probabilities);
+    detail::copy_rows<wide_t<T>>(backend, in(d_probability), d_x.probabilities);
   }
 
  private:
@@ -7564,7 +7820,7 @@ struct AdamWOperation : PlainOperation {
   };
   static std::vector<Config> sizes() { return {{AdamWTensor<float>::block + 5, 0.01}, {7, 0}}; }
   template <class S> struct Inputs {
-    Held<S, 1> g;
+    Wide<S, 1> g;
     HYBRIDATTN_FIELDS(g)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const&) { return {{c.count}}; }
@@ -7583,7 +7839,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
   };
   static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
   template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    auto const table = on_machine(backend, AdamWTensor<T>{nullptr, x.g.data, nullptr, nullptr, c.count, 0});
+    auto const table = on_machine(backend, AdamWTensor<wide_t<T>>{nullptr, x.g.data, nullptr, nullptr, c.count, 0});
     On<AdamWSquares, B>::forward(backend, in(table), y.squares);
   }
 };
@@ -7591,7 +7847,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
 // A step, and the fault that its check finds.
 template <> struct Operation<AdamWStep> : AdamWOperation {
   template <class S> struct Outputs {
-    Held<S, 1> p, m, v;
+    Wide<S, 1> p, m, v;
     OfType<S, StepFault, 1> found;  // [1]
     HYBRIDATTN_FIELDS(p, m, v, found)
   };
@@ -7601,7 +7857,7 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
     for (double& v : inputs.at("v before").values) v = std::abs(v);
   }
   template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    auto const table = on_machine(backend, AdamWTensor<T>{y.p.data, x.g.data, y.m.data, y.v.data, c.count, 0});
+    auto const table = on_machine(backend, AdamWTensor<wide_t<T>>{y.p.data, x.g.data, y.m.data, y.v.data, c.count, 0});
     auto const its_rates = on_machine(backend, rates(c));
     auto const numbers = on_machine(backend, StepNumbers{});
     On<AdamWCheck, B>::forward(backend, in(table), in(its_rates), in(numbers), y.found);
@@ -7610,10 +7866,9 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
 };
 
 // The operations that the laws judge. AdamWCheck is judged with AdamWStep.
-using AllOperations =
-    std::tuple<Fill, Add, AddWeighted, Swiglu, SigmoidGate, GdnGate, RmsNorm, GatedRmsNorm, LayerNorm, L2Norm, RopeAngles, Rope, Linear,
-               GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute, Distribute, Combine, AddGated,
-               ExpertUse, BalanceLoss, AdamWSquares, AdamWStep>;
+using AllOperations = std::tuple<Fill, Add, AddWeighted, Swiglu, SigmoidGate, GdnGate, RmsNorm, GatedRmsNorm, LayerNorm, L2Norm, RopeAngles,
+                                 Rope, Linear, GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute,
+                                 Distribute, Combine, AddGated, ExpertUse, BalanceLoss, AdamWSquares, AdamWStep>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif
@@ -7904,7 +8159,7 @@ template <class T, class B> class Rotation {
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     if (!s.any_continue()) positions_ = s.table().positions;
     if (options_.rotary_dim == 0) return;
-    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+    angles_ = s.template angles<wide_t<T>>(backend, options_.rotary_dim, theta, [&](View<wide_t<T>, 3> angles) {
       On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
     });
   }
@@ -7918,7 +8173,7 @@ template <class T, class B> class Rotation {
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
-  View<T const, 3> angles_;
+  View<wide_t<T> const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -7931,7 +8186,7 @@ struct HeadNorm {
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>
-  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T, 3> x) const {
+  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T, 3> x) const {
     if (kind == QkNorm::none) {
       rotation.forward(backend, raw, x);
       return;
@@ -7941,8 +8196,8 @@ struct HeadNorm {
   }
   // Overwrites d_raw and d_weight.
   template <class B, class T>
-  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
-                View<T, 3> d_raw, View<T, 1> d_weight) const {
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, Wide<Out<T>, 1> d_weight) const {
     if (kind == QkNorm::none) {
       rotation.backward(backend, d_x, d_raw);
       return;
@@ -8785,18 +9040,19 @@ void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inpu
 
 }  // namespace dsa
 
-template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
-  template <class T>
+template <SparseOptions O> struct On<SparseAttention<O>, Cpu> : InFloat<SparseAttention<O>, Cpu> {
+  using InFloat<SparseAttention<O>, Cpu>::forward, InFloat<SparseAttention<O>, Cpu>::backward, InFloat<SparseAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     dsa::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     dsa::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     dsa::extend(cpu, O, c, s, x, cache, y);
@@ -9729,18 +9985,19 @@ void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs
 
 }  // namespace full
 
-template <FullOptions O> struct On<FullAttention<O>, Cpu> {
-  template <class T>
+template <FullOptions O> struct On<FullAttention<O>, Cpu> : InFloat<FullAttention<O>, Cpu> {
+  using InFloat<FullAttention<O>, Cpu>::forward, InFloat<FullAttention<O>, Cpu>::backward, InFloat<FullAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     full::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     full::extend(cpu, O, c, s, x, cache, y);
@@ -11113,18 +11370,19 @@ template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, In
 
 }  // namespace gdn
 
-template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
-  template <class T>
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> : InFloat<GatedDeltaNet<O>, Cpu> {
+  using InFloat<GatedDeltaNet<O>, Cpu>::forward, InFloat<GatedDeltaNet<O>, Cpu>::backward, InFloat<GatedDeltaNet<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward(cpu, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     gdn::extend(cpu, c, s, x, cache.state, y.o);
@@ -11192,18 +11450,18 @@ template <GdnOptions O> struct Prepare {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
     convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
-    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+    On<GdnGate, B>::backward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
                              d_p.dt_bias);
   }
 
  private:
-  template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
+  static constexpr int range = O.negative_eigenvalues ? 2 : 1;
 
   template <class B, class T>
   static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
-    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+    On<GdnGate, B>::forward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
   // A sequence without past tokens starts from zeros.
   template <class B, class T>

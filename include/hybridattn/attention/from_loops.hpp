@@ -4,6 +4,7 @@
 
 #include <hybridattn/attention/policy.hpp>
 #include <hybridattn/backend/gpu/gpu.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gpu {
@@ -52,14 +53,15 @@ template <class P, class T> struct LoopsBackward {
 //   backward<T>(config, sequences, x, y, saved, d_y, d_x, scratch)    HYBRIDATTN_HD
 // where `sequences` is a View<Sequence const, 1> and `scratch` a View<T, 1>. The Config is copied to the machine, so it holds only
 // numbers.
-template <class P, class B> struct FromLoops {
-  template <class T, class M>
+template <class P, class B> struct FromLoops : InFloat<P, B> {
+  using InFloat<P, B>::forward, InFloat<P, B>::backward;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
                       typename P::template Outputs<Out<T>> y, typename P::template Saved<Out<T>> saved) {
     Tensor<T, 1, B> scratch{gpu, {P::Loops::template scratch<T>(c, s)}};
     launch<gpu::LoopsForward<P, T>>(gpu, {}, {c, s.table().list, x, y, saved, out(scratch)});
   }
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, typename P::Config const& c, SequencesOn<M> const& s, typename P::template Inputs<In<T>> x,
                        typename P::template Outputs<In<T>> y, typename P::template Saved<In<T>> saved,
                        typename P::template Outputs<In<T>> d_y, typename P::template Inputs<Out<T>> d_x) {

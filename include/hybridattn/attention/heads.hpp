@@ -26,7 +26,7 @@ template <class T, class B> class Rotation {
       : options_{rotary_size(head_dim, percent), theta, pairs == Rotary::interleaved} {
     if (!s.any_continue()) positions_ = s.table().positions;
     if (options_.rotary_dim == 0) return;
-    angles_ = s.template angles<T>(backend, options_.rotary_dim, theta, [&](View<T, 3> angles) {
+    angles_ = s.template angles<wide_t<T>>(backend, options_.rotary_dim, theta, [&](View<wide_t<T>, 3> angles) {
       On<RopeAngles, B>::forward(backend, options_, s.any_continue() ? s.table().positions : View<std::int32_t const, 1>{}, angles);
     });
   }
@@ -40,7 +40,7 @@ template <class T, class B> class Rotation {
  private:
   Rope::Options options_;
   View<std::int32_t const, 1> positions_;   // [N]; empty: the angles have a row for each token
-  View<T const, 3> angles_;
+  View<wide_t<T> const, 3> angles_;
 };
 
 // One of q and k: raw [N, H, D] -> norm with weight [D] -> rotation -> x.
@@ -53,7 +53,7 @@ struct HeadNorm {
   Initial start() const { return Initial::constant(kind == QkNorm::plain ? 1 : 0); }
 
   template <class B, class T>
-  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T, 3> x) const {
+  void forward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T, 3> x) const {
     if (kind == QkNorm::none) {
       rotation.forward(backend, raw, x);
       return;
@@ -63,8 +63,8 @@ struct HeadNorm {
   }
   // Overwrites d_raw and d_weight.
   template <class B, class T>
-  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, View<T const, 1> weight, View<T const, 3> d_x,
-                View<T, 3> d_raw, View<T, 1> d_weight) const {
+  void backward(B& backend, Rotation<T, B> const& rotation, View<T const, 3> raw, Wide<In<T>, 1> weight, View<T const, 3> d_x,
+                View<T, 3> d_raw, Wide<Out<T>, 1> d_weight) const {
     if (kind == QkNorm::none) {
       rotation.backward(backend, d_x, d_raw);
       return;

@@ -29,6 +29,7 @@
 #include <hybridattn/core/allowed.hpp>
 #include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/roles.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 #include <hybridattn/tensor/sequences_on.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {

@@ -10,10 +10,11 @@ namespace infer {
 // Rows of logits to compute: of all new tokens, or of the last new token of each sequence.
 enum class LogitRows { all, last };
 
-// Logits [N, V], or one row for each sequence with new tokens: that of its last token.
+// Logits [N, V], never narrower than float, or one row for each sequence with new tokens: that of its last token.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
+Tensor<wide_t<T>, 2, B> logits(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<In<T>> const& p, SequencesOn<B> const& s, LogitRows rows,
+                               Tensor<T, 2, B> x) {
   if (rows == LogitRows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
@@ -24,7 +25,8 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
     On<Embedding, B>::forward(backend, in(places), in(x), out(picked));   // rows of a table, by number
     x = std::move(picked);
   }
-  Tensor<T, 2, B> normed{backend, x.shape()}, result{backend, {x.shape()[0], model.config().vocab_size}};
+  Tensor<T, 2, B> normed{backend, x.shape()};
+  Tensor<wide_t<T>, 2, B> result{backend, {x.shape()[0], model.config().vocab_size}};
   On<RmsNorm, B>::forward(backend, model.config().norm, in(x), p.norm, out(normed));
   On<Linear, B>::forward(backend, in(normed), model.config().tie_embedding ? p.embedding : p.head, out(result));
   return result;
@@ -41,9 +43,9 @@ template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> c
 }
 
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
-                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache, LogitRows rows) {
+Tensor<wide_t<T>, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache, LogitRows rows) {
   check_sizes(model, cache);
   auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {backend, {0, model.config().vocab_size}};
@@ -64,16 +66,16 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
 // tokens of sequence i; the list may be empty. Throws Error if a sequence would exceed the cache's capacity or a token is not in the
 // vocabulary. The cache is then unchanged.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
-                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache) {
+Tensor<wide_t<T>, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
 // The same, with one row of logits for each sequence with new tokens, in order: that of the sequence's last token.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
-                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                               Cache<Stack, T, B>& cache) {
+Tensor<wide_t<T>, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
+                                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                                       Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::last);
 }
 

@@ -104,14 +104,14 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
   infer::Generation<OnToken> generation{prompts, options, cache.capacity(), on_token};
   Generated result;
-  std::vector<T> host;
+  std::vector<wide_t<T>> host;
   for (Index step = 0; step < options.max_new_tokens && generation.count() > 0; ++step) {
     infer::Stopwatch const watch;
     Index const count = generation.count();
     auto const logits = extend_to_last(backend, model, params, generation.next(), cache);
     resize(host, logits.shape().count(), "a copy of the logits");
     backend.download(host.data(), in(logits).data, logits.byte_count());
-    generation.draw(std::span<T const>(host), static_cast<std::size_t>(logits.shape()[1]));
+    generation.draw(std::span<wide_t<T> const>(host), static_cast<std::size_t>(logits.shape()[1]));
     (step == 0 ? result.prefill_tokens : result.decode_tokens) += count;
     (step == 0 ? result.prefill_seconds : result.decode_seconds) += watch.seconds();
   }

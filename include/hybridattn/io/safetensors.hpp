@@ -7,6 +7,7 @@
 #ifndef HYBRIDATTN_IO_SAFETENSORS_HPP
 #define HYBRIDATTN_IO_SAFETENSORS_HPP
 
+#include <hybridattn/core/bf16.hpp>
 #include <hybridattn/core/memory.hpp>
 #include <hybridattn/core/view.hpp>
 #include <hybridattn/io/atomic_file.hpp>
@@ -54,8 +55,9 @@ inline constexpr std::array dtypes = {DType{"F64", 8},     DType{"F32", 4}, DTyp
 
 template <class T> constexpr std::string_view dtype_of() {
   constexpr bool is_int32 = std::is_same_v<T, std::int32_t>, is_int64 = std::is_same_v<T, std::int64_t>;
-  static_assert(is_int32 || is_int64 || std::is_same_v<T, double> || std::is_same_v<T, float>, "double, float, int64 or int32");
-  return is_int32 ? "I32" : is_int64 ? "I64" : std::is_same_v<T, double> ? "F64" : "F32";
+  constexpr bool is_double = std::is_same_v<T, double>, is_bf16 = std::is_same_v<T, bf16>;
+  static_assert(is_int32 || is_int64 || is_double || is_bf16 || std::is_same_v<T, float>, "double, float, bf16, int64 or int32");
+  return is_int32 ? "I32" : is_int64 ? "I64" : is_double ? "F64" : is_bf16 ? "BF16" : "F32";
 }
 
 // Bits of IEEE half precision: 1 sign, 5 exponent, 10 fraction.
@@ -69,7 +71,6 @@ inline float from_f16(std::uint16_t bits) {
   std::uint32_t const wide = exponent == 31 ? 255 : exponent + (127 - 15);
   return std::bit_cast<float>(sign | wide << 23 | fraction << 13);
 }
-inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
 // Bytes of an element; nullopt for an unknown dtype.
 inline std::optional<std::size_t> size_of(std::string_view dtype) {
@@ -178,6 +179,7 @@ class Safetensors {
     return read<double>(name, first, count);
   }
   std::vector<float> read_floats(std::string const& name) const { return read<float>(name); }
+  std::vector<bf16> read_bf16s(std::string const& name) const { return read<bf16>(name); }
   // From I64 and I32 only.
   std::vector<std::int64_t> read_int64s(std::string const& name) const { return read<std::int64_t>(name); }
   // The tensor's bytes in the file, of any dtype.
@@ -256,11 +258,11 @@ class Safetensors {
     if (tensor.dtype == safetensors::dtype_of<T>()) return stored<T>(tensor, first, count);
     if (tensor.dtype == "I64") return converted(std::int64_t{}, same);
     if (tensor.dtype == "I32") return converted(std::int32_t{}, same);
-    if constexpr (std::is_floating_point_v<T>) {
+    if constexpr (std::is_floating_point_v<wide_t<T>>) {
       if (tensor.dtype == "F64") return converted(double{}, same);
       if (tensor.dtype == "F32") return converted(float{}, same);
       if (tensor.dtype == "F16") return converted(std::uint16_t{}, safetensors::from_f16);
-      if (tensor.dtype == "BF16") return converted(std::uint16_t{}, safetensors::from_bf16);
+      if (tensor.dtype == "BF16") return converted(bf16{}, same);
     }
     fail(where_, "tensor ", escaped(name), " of dtype ", tensor.dtype, " cannot be read as ", safetensors::dtype_of<T>());
   }

@@ -96,8 +96,9 @@ template <AttentionPolicy Policy> struct Attention {
     auto shapes = Attention::saved(c, s);
     if constexpr (decodes) shapes.policy = {};   // only backward reads these tensors
     saved = allocate<T>(backend, shapes);
-    zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
-        projections<T>(saved.raw, saved.inputs));
+    for_each_projection(
+        [&](Path const&, auto const& projection, auto const& w) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); },
+        out(saved.raw), out(saved.inputs), p.w);
     prepare<T>(backend, c, s, in(saved.raw), p.prepare, cache, out(saved.inputs));
     if constexpr (decodes) {
       On<Policy, B>::extend(backend, c, s, in(saved.inputs), cache, out(saved.outputs));
@@ -146,16 +147,20 @@ template <AttentionPolicy Policy> struct Attention {
           shapes);
     return shapes;
   }
-  // Views of the projections, or of their gradients. A projection that Prepare does not change lies in the place of its input.
-  template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
-    auto places = out(raw);
-    if constexpr (!NamesProjections<Policy>)
+  // Calls f(path, projection, ...) for each projection or its gradient, with its leaves in other groups. A projection that Prepare does
+  // not change lies in the place of its input.
+  template <class F, class Raw, class Places, class... Groups>
+  static void for_each_projection(F f, Raw const& raw, Places const& inputs, Groups const&... groups) {
+    if constexpr (NamesProjections<Policy>) {
+      zip(f, raw, groups...);
+    } else {
       zip(
-          [](Path const& path, auto& place, auto& input) {
-            if (!Prepare::makes(path.name)) place = out(input);
+          [&](Path const& path, auto const& projection, auto const& input, auto const&... leaves) {
+            if (Prepare::makes(path.name)) f(path, projection, leaves...);
+            else f(path, input, leaves...);
           },
-          places, inputs);
-    return places;
+          raw, inputs, groups...);
+    }
   }
   template <class T, class B, class Cache>
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
@@ -195,14 +200,14 @@ template <AttentionPolicy Policy> struct Attention {
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     if constexpr (!std::is_same_v<Prepare, NoStep>)
       Prepare::backward(backend, c, s, in(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out(d_raw), d_p.prepare);
-    zip(
-        [&](Path const& path, auto const& w, auto const& d_projection, auto& d_w) {
+    for_each_projection(
+        [&](Path const& path, auto const& d_projection, auto const& w, auto const& d_w) {
           if (!has_gradient(path)) return;
           bool const detached = Policy::detached(path.name);
           On<Linear, B>::backward(backend, x, w, as_rows(d_projection), detached ? View<T, 2>{} : d_x, d_w, into);
           if (!detached) into = Into::add;
         },
-        p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+        in(d_raw), in(d_inputs), p.w, d_p.w);
     if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {

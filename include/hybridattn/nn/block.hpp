@@ -158,7 +158,7 @@ template <AttentionPolicy P> struct Block {
 
  private:
   template <class B, class T>
-  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, View<T const, 1> w) {
+  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, Wide<In<T>, 1> w) {
     Tensor<T, 2, B> y{backend, x.shape()};
     On<RmsNorm, B>::forward(backend, c.norm, in(x), w, out(y));
     return y;

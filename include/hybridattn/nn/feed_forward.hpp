@@ -209,7 +209,7 @@ struct FeedForward {
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
-    Tensor<T, 2, B> logits{backend, saved.probabilities.shape()};
+    Tensor<wide_t<T>, 2, B> logits{backend, saved.probabilities.shape()};
     On<Linear, B>::forward(backend, x, p.router, out(logits));
     On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights),
                           out(saved.chosen));
@@ -235,8 +235,8 @@ struct FeedForward {
   template <class B, class T>
   static void mix_backward(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                            View<T const, 2> d_y, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
-        d_logits{backend, saved.probabilities.shape()};
+    Tensor<T, 2, B> d_made{backend, saved.made.shape()};
+    Tensor<wide_t<T>, 2, B> d_weights{backend, saved.weights.shape()}, d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
     Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
     mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),

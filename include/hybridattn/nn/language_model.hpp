@@ -79,7 +79,7 @@ template <class S_> class LanguageModel {
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
-    View<T, 1> all;                    // the block of memory with all gradients
+    View<T, 1> all;                    // the block of memory with all gradients; empty in bf16
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -158,9 +158,10 @@ template <class S_> class LanguageModel {
     return Saved<Owned<float, B>>{};
   }
 
-  // All logits [N, V] in one tensor. Training does not use this function and never stores them.
-  template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
-    Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
+  // All logits [N, V] in one tensor, never narrower than float. Training does not use this function and never stores them.
+  template <class B, class T>
+  Tensor<wide_t<T>, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
+    Tensor<wide_t<T>, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
     return result;
   }

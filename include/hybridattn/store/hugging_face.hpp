@@ -58,46 +58,55 @@ template <class Model> typename Model::Config config(std::filesystem::path const
 
 namespace detail {
 
-// The memory of every tensor of a group of parameters, by path. An absent tensor has no elements.
-template <class T> using Memory = std::map<std::string, std::span<T>>;
-template <class T> Memory<T> memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
-  Memory<T> result;
-  for (auto const& tensor : tensors) result[tensor.name] = {static_cast<T*>(const_cast<void*>(tensor.data)), tensor.bytes / sizeof(T)};
+// The tensors of a group of parameters, by path. An absent tensor has no bytes.
+using Memory = std::map<std::string, checkpoint::StoredTensor>;
+inline Memory memory_of(std::vector<checkpoint::StoredTensor> const& tensors) {
+  Memory result;
+  for (auto const& tensor : tensors) result[tensor.name] = tensor;
   return result;
 }
+template <class T> Index elements_at(Memory const& memory, std::string const& path) {
+  return static_cast<Index>(memory.at(path).bytes / sizeof(T));
+}
+// Calls f(T{}) with the scalar of an entry's tensors, in a group of parameters in T: T or the wide scalar. All of them have the same.
+template <class T, class F> void with_scalar(Entry const& entry, Memory const& memory, F f) {
+  if (memory.at(entry.fields.front()).info.dtype == safetensors::dtype_of<T>()) f(T{});
+  else f(wide_t<T>{});
+}
 
-template <class B, class T> std::vector<std::vector<T>> download_fields(B& backend, Entry const& entry, Memory<T const> const& memory) {
+template <class T, class B> std::vector<std::vector<T>> download_fields(B& backend, Entry const& entry, Memory const& memory) {
   std::vector<std::vector<T>> fields;
   for (auto const& path : entry.fields) {
-    auto const elements = memory.at(path);
     auto& field = fields.emplace_back();
-    resize(field, std::ssize(elements), "a copy of a tensor");
-    if (!field.empty()) backend.download(field.data(), elements.data(), elements.size_bytes());
+    resize(field, elements_at<T>(memory, path), "a copy of a tensor");
+    if (!field.empty()) backend.download(field.data(), memory.at(path).data, memory.at(path).bytes);
   }
   return fields;
 }
-template <class B, class T> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory<T> const& memory) {
+template <class T, class B> void load_entry(B& backend, Entry const& entry, Weights const& weights, Memory const& memory) {
   auto const released = weights.read<T>(entry);
   std::vector<std::vector<T>> fields;
-  for (auto const& path : entry.fields) resize(fields.emplace_back(), std::ssize(memory.at(path)), "a copy of a tensor");
+  for (auto const& path : entry.fields) resize(fields.emplace_back(), elements_at<T>(memory, path), "a copy of a tensor");
   auto next = released.begin();
   for_each_share(entry.groups, fields, [&](std::span<T> share) {
     std::copy_n(next, share.size(), share.begin());
     next += static_cast<Index>(share.size());
   });
   for (std::size_t i = 0; i < fields.size(); ++i)
-    if (!fields[i].empty()) backend.upload(memory.at(entry.fields[i]).data(), fields[i].data(), fields[i].size() * sizeof(T));
+    if (!fields[i].empty())
+      backend.upload(const_cast<void*>(memory.at(entry.fields[i]).data), fields[i].data(), fields[i].size() * sizeof(T));
 }
 
 }  // namespace detail
 
-// Returns the folder's parameters for this model, in float or double. Its tensors may be F32, BF16, F16 or F64, in one file or several.
+// Returns the folder's parameters for this model, in float, double or bf16. Its tensors may be F32, BF16, F16 or F64, in one file or several.
 // Throws, before it takes memory, if a tensor is missing, superfluous or of another shape, and names the tensor and both shapes. Skips
 // draft heads (mtp.*) and image encoders (model.visual.*). If the model ties its head to the embedding, a head in the folder must equal
 // the embedding.
 template <class T, class B, class Model>
 auto load(B& backend, Model const& model, std::filesystem::path const& folder, ReadOptions const& options = {}) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "parameters are loaded as float or double");
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, bf16>,
+                "parameters are loaded as float, double or bf16");
   Settings const settings = read_settings(folder, options);
   check_types<typename Model::Stack>(settings);
   check_norm_placement(settings, checkpoint::describe(model));
@@ -105,14 +114,15 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
   Format const format = detail::format_of(settings, weights);
   Outline const wanted = outline(model, *settings.family);
   bool const is_apart =
-      detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;   // a name for each expert
+      detail::is_mixed(model.config().feed_forward, std::ssize(settings.pattern)) && !format.fused_experts;  // a name for each expert
   check(!is_apart || wanted.experts <= weights.count(), settings.where, "num_experts is ", wanted.experts, ", but the folder has ",
         weights.count(), " tensors");
   auto const entries = table(wanted, format);
   weights.check_against(entries, model.config().tie_embedding ? format.prefix + "embed_tokens.weight" : "");
   auto params = allocate_together<T>(backend, model.params());
-  auto const memory = detail::memory_of<T>(checkpoint::tensors_of(params));
-  for (Entry const& entry : entries) detail::load_entry(backend, entry, weights, memory);
+  auto const memory = detail::memory_of(checkpoint::tensors_of(params));
+  for (Entry const& entry : entries)
+    detail::with_scalar<T>(entry, memory, [&]<class Own>(Own) { detail::load_entry<Own>(backend, entry, weights, memory); });
   return params;
 }
 
@@ -121,40 +131,44 @@ auto load(B& backend, Model const& model, std::filesystem::path const& folder, R
 template <class B, class Model, class Params, class F>
 void for_each_tensor(B& backend, Model const& model, Params const& params, F f, Format const& format = {}) {
   using T = std::remove_cvref_t<decltype(*in(params.embedding).data)>;
-  auto const memory = detail::memory_of<T const>(checkpoint::tensors_of(params));
-  for (Entry const& entry : table(outline(model, *format.family), format)) {
-    auto fields = detail::download_fields<B, T>(backend, entry, memory);
-    std::vector<T> released;
-    for_each_share(entry.groups, fields, [&](std::span<T> share) { released.insert(released.end(), share.begin(), share.end()); });
-    Index const each = TensorInfo{"", entry.shape}.count();
-    if (static_cast<Index>(released.size()) != each * std::ssize(entry.names)) continue;
-    for (std::size_t i = 0; i < entry.names.size(); ++i) {
-      auto const first = released.begin() + static_cast<Index>(i) * each;
-      f(entry.names[i], entry.shape, std::vector<T>(first, first + each));
-    }
-  }
+  auto const memory = detail::memory_of(checkpoint::tensors_of(params));
+  for (Entry const& entry : table(outline(model, *format.family), format))
+    detail::with_scalar<T>(entry, memory, [&]<class Own>(Own) {
+      auto fields = detail::download_fields<Own>(backend, entry, memory);
+      std::vector<Own> released;
+      for_each_share(entry.groups, fields, [&](std::span<Own> share) { released.insert(released.end(), share.begin(), share.end()); });
+      Index const each = TensorInfo{"", entry.shape}.count();
+      if (static_cast<Index>(released.size()) != each * std::ssize(entry.names)) return;
+      for (std::size_t i = 0; i < entry.names.size(); ++i) {
+        auto const first = released.begin() + static_cast<Index>(i) * each;
+        f(entry.names[i], entry.shape, std::vector<Own>(first, first + each));
+      }
+    });
 }
 
-// Writes config.json and model.safetensors (float32) as released models have them, each under a temporary name first. Throws if an
+// Writes config.json and model.safetensors as released models have them, each under a temporary name first. Tensors in bf16 are written
+// as BF16, all others as F32. Throws if an
 // option of the model is in no released model of the family, or if the folder has shards, and names the option or the folder.
 template <class B, class Model, class Params>
 void save(B& backend, Model const& model, Params const& params, std::filesystem::path const& folder, Format const& format = {}) {
-  std::string const config = config_text(settings_of(model, *format.family));
+  using Scalar = scalar_of<Params>;
+  std::string const config = config_text(settings_of(model, *format.family), std::is_same_v<Scalar, bf16> ? "bfloat16" : "float32");
   std::error_code ignored;
   check(!std::filesystem::exists(folder / "model.safetensors.index.json", ignored), "cannot save the model in ", one_line(folder.string()),
         ": it holds the shards of another one, and their model.safetensors.index.json. Choose another folder");
   SafetensorsWriter writer;
-  std::deque<std::vector<float>> kept;   // the writer only refers to the elements
+  std::tuple<std::deque<std::vector<float>>, std::deque<std::vector<bf16>>> kept;  // the writer only refers to the elements
   for_each_tensor(
       backend, model, params,
-      [&](std::string const& name, Extents const& shape, auto const& elements) {
-        auto& copy = kept.emplace_back();
+      [&]<class T>(std::string const& name, Extents const& shape, std::vector<T> const& elements) {
+        using Written = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+        auto& copy = std::get<std::deque<std::vector<Written>>>(kept).emplace_back();
         resize(copy, std::ssize(elements), "a copy of a tensor");
-        std::ranges::transform(elements, copy.begin(), [](auto element) { return static_cast<float>(element); });
+        std::ranges::transform(elements, copy.begin(), [](T element) { return static_cast<Written>(element); });
         writer.add(name, shape, copy);
       },
       format);
-  writer.add_metadata("format", "pt");   // the layout's readers expect this
+  writer.add_metadata("format", "pt");  // the layout's readers expect this
   std::filesystem::create_directories(folder);
   writer.write(folder / "model.safetensors");
   write_file_atomically(folder / "config.json", config);

@@ -15,6 +15,7 @@
 #ifndef HYBRIDATTN_TENSOR_ROLES_HPP
 #define HYBRIDATTN_TENSOR_ROLES_HPP
 
+#include <hybridattn/core/bf16.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/tensor/initial.hpp>
 #include <hybridattn/tensor/tensor.hpp>
@@ -27,12 +28,6 @@
 #include <utility>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> struct WideOf {
-  using type = T;
-};
-// The scalar of sums over Ts.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
 
 // A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
 struct Absent {
@@ -231,14 +226,22 @@ namespace detail {
 template <class G> struct OwnedGroup;
 template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
   using Scalar = T;
+  using Widened = G<Owned<wide_t<T>, B>>;
   using Backend = B;
   using Sizes = G<Shapes>;
 };
 }  // namespace detail
 template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
 template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+// The group with every tensor in the wide scalar: G itself, unless it is in bf16.
+template <class G> using widened = typename detail::OwnedGroup<G>::Widened;
 
 // The same group in another role.
+template <template <class> class G, class T, class B> G<Shapes> shapes_of(G<Owned<T, B>> const& group) {
+  G<Shapes> shapes{};
+  zip([](Path const&, auto const& tensor, auto& shape) { shape = tensor.shape(); }, group, shapes);
+  return shapes;
+}
 template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
   G<Reading<S>> views;
   zip(detail::ToIn{}, group, views);
@@ -256,7 +259,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B&
 }
 
 // Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
-// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements, and in bf16, where tensors have two
+// scalars.
 template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
                                                                                        View<T, 1>* all = nullptr) {
   G<Owned<T, B>> owned;
@@ -265,8 +269,8 @@ template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_to
   std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
   place.block = detail::take_shared(backend, bytes);
   zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  if (all != nullptr && std::is_same_v<wide_t<T>, T> && place.block->tensors > 1)
+    *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
   detail::leave(backend, place.block);
   return owned;
 }

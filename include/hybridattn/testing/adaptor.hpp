@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_TESTING_ADAPTOR_HPP
 #define HYBRIDATTN_TESTING_ADAPTOR_HPP
 
+#include <hybridattn/tensor/in_float.hpp>
 #include <hybridattn/testing/any_policy.hpp>
 #include <hybridattn/testing/fenced.hpp>
 #include <hybridattn/testing/machine.hpp>
@@ -50,11 +51,10 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
   template <class S> using Saved = typename P::template Saved<S>;
 
  public:
-  explicit Adaptor(Config config, std::string name = type_name<P>())
-      : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
+  explicit Adaptor(Config config, std::string name = type_name<P>()) : config_(P::complete(config, 32, 2)), name_(std::move(name)) {}
 
   std::string name() const override { return name_ + ", " + type_name<T>(); }
-  double eps() const override { return static_cast<double>(std::numeric_limits<T>::epsilon()); }
+  double eps() const override { return epsilon_of<T>; }
   double tolerance() const override { return Reference<P>::tolerance; }
   std::vector<std::string> kinds() const override { return Samples<P>::kinds(); }
   bool saved_is_linear() const override { return Samples<P>::saved_is_linear; }
@@ -71,8 +71,8 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     Random random{Seed{seed}, kind}, upstream{Seed{seed}, "upstream"};
     Samples<P>::draw(kind, random, x.inputs);
     for (HostTensor& tensor : x.d_outputs) set_normal(tensor, upstream);
-    round_to_float(x.inputs);
-    round_to_float(x.d_outputs);
+    round_inputs(x.inputs);
+    round_inputs(x.d_outputs);
     return x;
   }
 
@@ -94,7 +94,8 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
       Saved<FencedRole<double, Cpu>> choices;
       fill(cpu, input_shapes(x.sequences, x.carried), inputs, x.inputs);
       fill(cpu, P::saved(config_, x.sequences), choices, saved);
-      return Choices<P>::wrong(config_, x.sequences, views<Inputs, In<double>>(inputs), views<Saved, In<double>>(choices), eps());
+      return Choices<P>::wrong(config_, x.sequences, views<Inputs, In<double>>(inputs), views<Saved, In<double>>(choices),
+                               epsilon_of<wide_t<T>>);
     }
     return {};
   }
@@ -128,8 +129,13 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
     template <class... Args> static void backward(B& backend, Args const&... args) { On<P, B>::backward(backend, args...); }
   };
   struct Loops {
-    template <class... Args> static void forward(Cpu&, Args const&... args) { Reference<P>::forward(args...); }
-    template <class... Args> static void backward(Cpu&, Args const&... args) { Reference<P>::backward(args...); }
+    // Loops on tensors in bf16 compute in float too, and round what they write.
+    template <class... Args> static void forward(Cpu& cpu, Args const&... args) {
+      in_float(cpu, [](auto const&... floats) { Reference<P>::forward(floats...); }, args...);
+    }
+    template <class... Args> static void backward(Cpu& cpu, Args const&... args) {
+      in_float(cpu, [](auto const&... floats) { Reference<P>::backward(floats...); }, args...);
+    }
   };
   static Kernel kernel() { return {}; }
 
@@ -153,6 +159,7 @@ template <class P, class B, class T> class Adaptor final : public AnyPolicy {
                         : detail::counts(a, 2) && detail::counts(b, 3) ? RowsOf::sequences
                                                                        : RowsOf::other;
           tensor.whole = std::is_integral_v<std::remove_cvref_t<decltype(*view.data)>>;
+          tensor.eps = epsilon_of<std::remove_cvref_t<decltype(*view.data)>>;
           tensor.values.resize(static_cast<std::size_t>(shape.count()));
           for (Index extent : shape.extent) tensor.shape.push_back(extent);
         },

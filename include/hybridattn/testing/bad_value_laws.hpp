@@ -49,7 +49,7 @@ struct Effect {
 inline std::string first_touched(Effect const& kernel, Effect const& loops, AnyPolicy const& policy) {
   for (std::size_t i = 0; i < kernel.with.size(); ++i) {
     Index const size = kernel.with[i].shape.back();
-    double const rounding = policy.by_head(kernel.with[i].name) ? 128 * policy.eps() * max_abs(kernel.without[i]) : 0;
+    double const rounding = policy.by_head(kernel.with[i].name) ? 128 * kernel.with[i].eps * max_abs(kernel.without[i]) : 0;
     auto const differ = [&](Effect const& effect, Index e, Index count) {
       double const *const a = effect.without[i].values.data() + e, *const b = effect.with[i].values.data() + e;
       return !std::equal(a, a + count, b, [&](double x, double y) { return same_bits(x, y) || std::abs(x - y) <= rounding; });

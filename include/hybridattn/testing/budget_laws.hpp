@@ -28,11 +28,11 @@ inline Judges judges_of(Subject const& subject, Case const& x, Result const& res
 }
 
 // The largest error allowed. In double it is a share of the largest element. In other scalars it is twice the error of the loops in that
-// scalar, and 4 roundings of the largest element, because the loops may be right by luck. A largest element below 1e-3 counts as 1e-3,
+// scalar, and 4 roundings of the largest element to the tensor's own scalar, because the loops may be right by luck. A largest element below 1e-3 counts as 1e-3,
 // because a result that is zero on paper may be rounding.
 inline double budget(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const largest = std::max(max_abs(truth), 1e-3);
-  return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest;
+  return naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * naive->eps * largest;
 }
 // The loops do not write tensors that are not part of the equations. Such tensors are not judged.
 inline bool is_unwritten(HostTensor const& truth) {
@@ -69,7 +69,7 @@ inline HostTensor head_of(HostTensor const& x, Index h) {
 inline double budget_of_head(Subject const& subject, HostTensor const& truth, HostTensor const* naive) {
   double const least = subject.in_double() ? std::numeric_limits<double>::min() : static_cast<double>(std::numeric_limits<float>::min());
   double const largest = max_abs(truth);
-  return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * subject.eps() * largest);
+  return least + (naive == nullptr ? subject.tolerance() * largest : 2 * max_difference(*naive, truth).size + 4 * naive->eps * largest);
 }
 // Names the first head, of gradients that are judged head by head, that differs from the truth by more than `times` its budget.
 inline std::string beyond_budget_of_head(Subject const& subject, HostGroup const& x, HostGroup const& truth, HostGroup const& naive,
@@ -221,26 +221,30 @@ inline Verdict finite_differences(Subject const& subject) {
   return detail::verdict("finite differences", why);
 }
 
-// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, so that
-// the sum on the left has no rounding.
+// Backward is linear in all d_outputs together: B(2a - 3b) = 2 B(a) - 3 B(b), and B(0) is exactly 0. a and b are multiples of 1/64, in
+// bf16 of 1/4, so that the sum on the left has no rounding.
 inline Verdict linear(Subject const& subject) {
   Case a = subject.sample(subject.kinds().front(), subject.batch(), 1, true), b = a;
   b.d_outputs = subject.sample(subject.kinds().front(), subject.batch(), 2, true).d_outputs;
   Case sum = a;
-  for (std::size_t i = 0; i < a.d_outputs.size(); ++i)
+  for (std::size_t i = 0; i < a.d_outputs.size(); ++i) {
+    double const parts = a.d_outputs[i].is_bf16() ? 4 : 64;
     for (std::size_t e = 0; e < a.d_outputs[i].values.size(); ++e) {
       double &x = a.d_outputs[i].values[e], &y = b.d_outputs[i].values[e];
-      x = std::round(64 * x) / 64;
-      y = std::round(64 * y) / 64;
+      x = std::round(parts * x) / parts;
+      y = std::round(parts * y) / parts;
       sum.d_outputs[i].values[e] = 2 * x - 3 * y;
     }
+  }
   Result const first = subject.run(a, {});
   if (!detail::any_gradient(first)) return {"linear", true, "there is no backward"};
   HostGroup const at_a = first.gradients, at_b = subject.run(b, {}).gradients, at_sum = subject.run(sum, {}).gradients;
   for (std::size_t i = 0; i < at_sum.size(); ++i) {
     HostTensor expected = at_a[i];
     for (std::size_t e = 0; e < expected.values.size(); ++e) expected.values[e] = 2 * at_a[i].values[e] - 3 * at_b[i].values[e];
-    double const allowed = 1024 * subject.eps() * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
+    // Gradients in bf16 are computed in float and rounded once.
+    double const rounding = at_a[i].is_bf16() ? 2 * at_a[i].eps : 1024 * at_a[i].eps;
+    double const allowed = rounding * (2 * max_abs(at_a[i]) + 3 * max_abs(at_b[i]));
     Difference const worst = max_difference(at_sum[i], expected);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed))

@@ -55,6 +55,7 @@ struct Element {
   std::size_t bytes;
   Index numbers;   // of one element
   bool whole;
+  double eps;
   void (*fill)(double number, Index count, std::byte* elements);   // with one number, all of an element's
   void (*write)(double const* numbers, Index count, std::byte* elements);
   void (*read)(std::byte const* elements, Index count, double* numbers);
@@ -93,8 +94,9 @@ template <class E> void read(std::byte const* from, Index count, double* numbers
 }
 
 }  // namespace detail
-template <class E> inline constexpr Element element_of{sizeof(E),       detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
-                                                       detail::fill<E>, detail::write<E>,      detail::read<E>};
+template <class E> inline constexpr Element element_of{sizeof(E),      detail::numbers_of<E>, std::is_integral_v<E> || std::is_enum_v<E>,
+                                                       epsilon_of<E>,  detail::fill<E>,       detail::write<E>,
+                                                       detail::read<E>};
 
 // What a tensor's memory and the memory beside it hold before a run.
 struct Unwritten {

@@ -3,6 +3,7 @@
 #ifndef HYBRIDATTN_TESTING_HOST_TENSOR_HPP
 #define HYBRIDATTN_TESTING_HOST_TENSOR_HPP
 
+#include <hybridattn/core/bf16.hpp>
 #include <hybridattn/core/random.hpp>
 #include <hybridattn/core/sequences.hpp>
 
@@ -29,7 +30,9 @@ struct HostTensor {
   bool whole = false;            // of whole numbers, such as the keys that a policy chooses
   std::vector<Index> shape;
   std::vector<double> values;    // empty if the tensor is absent
+  double eps = 0;                // of the scalar that it has on the backend; 0 for whole numbers
 
+  bool is_bf16() const { return eps == epsilon_of<bf16>; }
   Index row_count() const { return shape.empty() ? 0 : shape[0]; }
   Index row_size() const { return row_count() == 0 ? 0 : std::ssize(values) / row_count(); }
   double* row(Index i) { return values.data() + i * row_size(); }
@@ -131,10 +134,10 @@ inline double bell(Random& random) {
 inline void set_normal(HostTensor& tensor, Random& random, double deviation = 1) {
   set_each(tensor, [&] { return deviation * bell(random); });
 }
-// Rounds all values to floats, so that runs in float and in double have the same inputs.
-inline void round_to_float(HostGroup& group) {
+// Rounds all values to floats, and those of tensors in bf16 to bf16, so that runs in that scalar and in double have the same inputs.
+inline void round_inputs(HostGroup& group) {
   for (HostTensor& tensor : group)
-    for (double& x : tensor.values) x = static_cast<double>(static_cast<float>(x));
+    for (double& x : tensor.values) x = tensor.is_bf16() ? static_cast<double>(bf16(x)) : static_cast<double>(static_cast<float>(x));
 }
 
 inline Sequences packed(std::vector<Index> const& lengths) {

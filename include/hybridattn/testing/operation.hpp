@@ -173,7 +173,7 @@ struct Description {
 
 // A tensor of zeros.
 inline HostTensor host_tensor(Declared const& d, std::string name) {
-  HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}};
+  HostTensor tensor{std::move(name), d.rows, d.element->whole, d.extents, {}, d.element->eps};
   Index count = d.element->numbers;
   for (Index const extent : d.extents) count *= extent;
   if (d.element->numbers > 1) tensor.shape.push_back(d.element->numbers);
@@ -362,8 +362,8 @@ class AnyOperation : public Subject {
       if (!tensor.whole && facts_->takes_gradient(tensor.name)) set_normal(tensor, upstream);
     for (std::size_t i = 0; i < d.outputs.size(); ++i)   // a loss has a gradient, its counts have none
       if (d.outputs[i].element->numbers > 1) std::fill(x.d_outputs[i].values.begin() + 1, x.d_outputs[i].values.end(), 0);
-    round_to_float(x.inputs);
-    round_to_float(x.d_outputs);
+    round_inputs(x.inputs);
+    round_inputs(x.d_outputs);
     return x;
   }
 
@@ -413,9 +413,8 @@ template <class B, class T> class OperationIn : public AnyOperation {
  protected:
   OperationIn(std::string const& name, std::unique_ptr<Facts> facts, std::unique_ptr<Call<B>> here, std::unique_ptr<Call<Cpu>> on_cpu,
               std::unique_ptr<Call<Cpu>> in_double)
-      : AnyOperation(name + ", " + type_name<T>(), static_cast<double>(std::numeric_limits<T>::epsilon()), elements_in<T>,
-                     std::move(facts)),
-        here_(std::move(here)), on_cpu_(std::move(on_cpu)), in_double_(std::move(in_double)) {}
+      : AnyOperation(name + ", " + type_name<T>(), epsilon_of<T>, elements_in<T>, std::move(facts)), here_(std::move(here)),
+        on_cpu_(std::move(on_cpu)), in_double_(std::move(in_double)) {}
 
  private:
   Result run_here(B& backend, Case const& x, Surroundings const& around) const {

@@ -21,9 +21,9 @@ inline void widen(Budgets& budgets, HostGroup const& moved, HostGroup const& tru
   for (std::size_t i = 0; i < truth.size(); ++i) budgets[i] = std::max(budgets[i], 8 * max_difference(moved[i], truth[i]).size);
 }
 
-// The result in double, and how far a scalar with this eps may be off. A sum of rounded terms is the exact sum of terms that moved by as
-// much. So the budget of a tensor is 8 times the most that it moves by when every input moves by up to a rounding, and 4 roundings of its
-// largest element.
+// The result in double, and how far an operation may be off that computes in a scalar with this eps. A sum of rounded terms is the exact
+// sum of terms that moved by as much. So the budget of a tensor is 8 times the most that it moves by when every input moves by up to a
+// rounding, and 4 roundings of its largest element to the scalar that stores it.
 struct Truth {
   Result result;
   Budgets outputs, gradients;
@@ -38,14 +38,12 @@ struct Truth {
       widen(outputs, other.outputs, result.outputs);
       widen(gradients, other.gradients, result.gradients);
     }
-    for (std::size_t i = 0; i < outputs.size(); ++i) outputs[i] += 4 * eps * max_abs(result.outputs[i]);
-    for (std::size_t i = 0; i < gradients.size(); ++i) gradients[i] += 4 * eps * max_abs(result.gradients[i]);
   }
 };
 // Names the first tensor that differs by more than `times` the budget, or returns "". Whole numbers must be equal.
-inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& budgets, double times) {
+inline std::string apart(HostGroup const& x, HostGroup const& y, HostGroup const& truth, Budgets const& budgets, double times) {
   for (std::size_t i = 0; i < x.size(); ++i) {
-    double const allowed = x[i].whole ? 0 : times * budgets[i];
+    double const allowed = x[i].whole ? 0 : times * (budgets[i] + 4 * std::max(x[i].eps, y[i].eps) * max_abs(truth[i]));
     Difference const worst = max_difference(x[i], y[i]);
     auto const at = static_cast<std::size_t>(worst.element);
     if (!(worst.size <= allowed) || !std::isfinite(allowed))   // a budget that is infinite judges nothing
@@ -55,8 +53,8 @@ inline std::string apart(HostGroup const& x, HostGroup const& y, Budgets const& 
   return {};
 }
 inline std::string apart(Result const& x, Result const& y, Truth const& truth, double times) {
-  return first_of([&] { return apart(x.outputs, y.outputs, truth.outputs, times); },
-                  [&] { return apart(x.gradients, y.gradients, truth.gradients, times); });
+  return first_of([&] { return apart(x.outputs, y.outputs, truth.result.outputs, truth.outputs, times); },
+                  [&] { return apart(x.gradients, y.gradients, truth.result.gradients, truth.gradients, times); });
 }
 
 }  // namespace detail
@@ -66,7 +64,7 @@ inline std::string apart(Result const& x, Result const& y, Truth const& truth, d
 inline Verdict agree_within_budget(Subject const& a, Subject const& b) {
   Case const x = a.sample(a.kinds().front(), a.batch(), 1, true);
   Result const of_a = a.run(x, {});
-  detail::Truth const truth{a, x, detail::choices_in(of_a.saved), std::max(a.eps(), b.eps())};
+  detail::Truth const truth{a, x, detail::choices_in(of_a.saved), std::max(a.eps_of_sums(), b.eps_of_sums())};
   return detail::verdict("agree within budget",
                          detail::told(detail::apart(of_a, b.run(x, {}), truth, 2), "on the first backend and on the second"));
 }
@@ -76,7 +74,7 @@ inline Verdict agrees_with_cpu(Subject const& operation) {
   std::string why;
   for (Sequences const& s : {operation.batch(), Sequences::equal(1, 1), Sequences::equal(1, 33)}) {
     Case const x = operation.sample(operation.kinds().front(), s, 1, true);
-    detail::Truth const truth{operation, x, {}, operation.eps()};
+    detail::Truth const truth{operation, x, {}, operation.eps_of_sums()};
     if (why.empty()) why = detail::told(detail::apart(operation.run(x, {}), truth.result, truth, 1), "here and on Cpu in double");
   }
   return detail::verdict("agrees with Cpu", why);

@@ -174,16 +174,16 @@ template <> struct Operation<SigmoidGate> : ElementwiseOperation {
 template <> struct Operation<GdnGate> : PlainOperation {
   struct Config {
     Index heads = 0;
-    double range = 1;
+    int range = 1;
   };
   static std::vector<Config> sizes() { return {{5, 1}, {3, 2}}; }
   template <class S> struct Inputs {
     Held<S, 2> a, b;             // [N, HV]
-    Held<S, 1> a_log, dt_bias;   // [HV]
+    Wide<S, 1> a_log, dt_bias;   // [HV]
     HYBRIDATTN_FIELDS(a, b, a_log, dt_bias)
   };
   template <class S> struct Outputs {
-    Held<S, 2> g, beta;
+    Wide<S, 2> g, beta;
     HYBRIDATTN_FIELDS(g, beta)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const& s) {
@@ -191,13 +191,12 @@ template <> struct Operation<GdnGate> : PlainOperation {
   }
   static Outputs<Shapes> outputs(Config const& c, Sequences const& s) { return {{s.tokens(), c.heads}, {s.tokens(), c.heads}}; }
   template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    On<GdnGate, B>::forward(backend, static_cast<T>(c.range), x.a, x.b, x.a_log, x.dt_bias, y.g, y.beta);
+    On<GdnGate, B>::forward(backend, c.range, x.a, x.b, x.a_log, x.dt_bias, y.g, y.beta);
   }
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>> d_y,
                        Inputs<Out<T>> d_x) {
-    On<GdnGate, B>::backward(backend, static_cast<T>(c.range), x.a, x.b, x.a_log, x.dt_bias, d_y.g, d_y.beta, d_x.a, d_x.b, d_x.a_log,
-                             d_x.dt_bias);
+    On<GdnGate, B>::backward(backend, c.range, x.a, x.b, x.a_log, x.dt_bias, d_y.g, d_y.beta, d_x.a, d_x.b, d_x.a_log, d_x.dt_bias);
   }
 };
 
@@ -212,7 +211,7 @@ template <> struct Operation<RmsNorm> : PlainOperation {
   static std::vector<Config> sizes() { return {{40}, {7, {NormWeight::plain, 1e-5}, Into::add}}; }
   template <class S> struct Inputs {
     Held<S, 2> x;   // [N, C]
-    Held<S, 1> w;   // [C]
+    Wide<S, 1> w;   // [C]
     HYBRIDATTN_FIELDS(x, w)
   };
   template <class S> struct Outputs {
@@ -240,7 +239,7 @@ template <> struct Operation<GatedRmsNorm> : PlainOperation {
   static std::vector<Config> sizes() { return {{40}, {7, false}}; }
   template <class S> struct Inputs {
     Held<S, 2> x, z;   // [N, C]
-    Held<S, 1> w;      // [C]
+    Wide<S, 1> w;      // [C]
     HYBRIDATTN_FIELDS(x, z, w)
   };
   template <class S> struct Outputs {
@@ -274,7 +273,7 @@ struct RowOperation : PlainOperation {
 template <> struct Operation<LayerNorm> : RowOperation {
   template <class S> struct Inputs {
     Held<S, 2> x;      // [N, C]
-    Held<S, 1> w, b;   // [C]
+    Wide<S, 1> w, b;   // [C]
     HYBRIDATTN_FIELDS(x, w, b)
   };
   template <class S> struct Outputs {
@@ -332,7 +331,7 @@ template <> struct Operation<RopeAngles> : PlainOperation {
     HYBRIDATTN_FIELDS(positions)
   };
   template <class S> struct Outputs {
-    Held<S, 3> angles;   // [N, 2, rotary_dim/2]
+    Wide<S, 3> angles;   // [N, 2, rotary_dim/2]
     HYBRIDATTN_FIELDS(angles)
   };
   // Without positions, a row's angles depend on its place in the batch.
@@ -354,7 +353,8 @@ template <> struct Operation<Rope> : PlainOperation {
   static constexpr Index heads = 2, head_dim = 8, positions = 50;
   static std::vector<Config> sizes() { return {{{.rotary_dim = 8}}, {{.rotary_dim = 4, .interleaved = true}}, {{.rotary_dim = 0}}}; }
   template <class S> struct Inputs {
-    Held<S, 3> angles, x;    // [P, 2, rotary_dim/2], [N, H, D]
+    Wide<S, 3> angles;   // [P, 2, rotary_dim/2]
+    Held<S, 3> x;        // [N, H, D]
     Whole<S, 1> positions;   // [N]
     HYBRIDATTN_FIELDS(angles, x, positions)
   };
@@ -636,9 +636,9 @@ template <> struct Operation<Route> : PlainOperation {
     HYBRIDATTN_FIELDS(logits)
   };
   template <class S> struct Outputs {
-    Held<S, 2> probabilities, weights;  // [N, E], [N, k]
+    Wide<S, 2> probabilities, weights;  // [N, E], [N, k]
     Whole<S, 2> experts;  // [N, k]
-    Held<S, 1> use;  // [E]
+    Wide<S, 1> use;  // [E]
     HYBRIDATTN_FIELDS(probabilities, weights, experts, use)
   };
   static Inputs<Shapes> inputs(Config const&, Sequences const& s) { return {{s.tokens(), experts}}; }
@@ -656,8 +656,8 @@ template <> struct Operation<Route> : PlainOperation {
   static void forward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<Out<T>> y) {
     On<Route, B>::forward(backend, c.options, x.logits, y.probabilities, y.weights, y.experts);
     if (!c.balanced) return;
-    On<Fill, B>::forward(backend, T(0), y.use);
-    for (Index n = 0; n < s.tokens(); ++n) On<Add, B>::forward(backend, View<T const, 1>{y.probabilities.row(n), {experts}}, y.use);
+    On<Fill, B>::forward(backend, wide_t<T>(0), y.use);
+    for (Index n = 0; n < s.tokens(); ++n) On<Add, B>::forward(backend, View<wide_t<T> const, 1>{y.probabilities.row(n), {experts}}, y.use);
   }
   template <class B, class T>
   static void backward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>>, Outputs<In<T>> y, Outputs<In<T>> d_y,
@@ -733,7 +733,8 @@ template <> struct Operation<Distribute> : PlacedOperation {
 template <> struct Operation<Combine> : PlacedOperation {
   static std::vector<Config> sizes() { return {{20}, {7}}; }
   template <class S> struct Inputs {
-    Held<S, 2> rows, weights;  // [N k, C], [N, k]
+    Held<S, 2> rows;  // [N k, C]
+    Wide<S, 2> weights;  // [N, k]
     Whole<S, 2> places;  // [N, k]
     HYBRIDATTN_FIELDS(rows, weights, places)
   };
@@ -783,7 +784,7 @@ template <> struct Operation<ExpertUse> : PlainOperation {
   static bool has_tables(Config const&) { return true; }
   template <class S> struct Inputs {
     Whole<S, 1> offsets;  // [E + 1]
-    Held<S, 2> probabilities;  // [N, E]
+    Wide<S, 2> probabilities;  // [N, E]
     HYBRIDATTN_FIELDS(offsets, probabilities)
   };
   template <class S> struct Outputs {
@@ -834,9 +835,9 @@ template <> struct Operation<BalanceLoss> : PlainOperation {
   static void backward(B& backend, Config const& c, SequencesOn<B> const& s, Inputs<In<T>> x, Outputs<In<T>>, Outputs<In<T>>,
                        Inputs<Out<T>> d_x) {
     auto const sums = sums_of<B, T>(backend, c, x);
-    Tensor<T, 1, B> d_probability{backend, {c.experts}};
+    Tensor<wide_t<T>, 1, B> d_probability{backend, {c.experts}};
     On<BalanceLoss, B>::backward(backend, c.coefficient, s.tokens(), in(sums), c.d_value, out(d_probability));
-    detail::copy_rows<T>(backend, in(d_probability), d_x.probabilities);
+    detail::copy_rows<wide_t<T>>(backend, in(d_probability), d_x.probabilities);
   }
 
  private:
@@ -857,7 +858,7 @@ struct AdamWOperation : PlainOperation {
   };
   static std::vector<Config> sizes() { return {{AdamWTensor<float>::block + 5, 0.01}, {7, 0}}; }
   template <class S> struct Inputs {
-    Held<S, 1> g;
+    Wide<S, 1> g;
     HYBRIDATTN_FIELDS(g)
   };
   static Inputs<Shapes> inputs(Config const& c, Sequences const&) { return {{c.count}}; }
@@ -876,7 +877,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
   };
   static Outputs<Shapes> outputs(Config const&, Sequences const&) { return {{1}}; }
   template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    auto const table = on_machine(backend, AdamWTensor<T>{nullptr, x.g.data, nullptr, nullptr, c.count, 0});
+    auto const table = on_machine(backend, AdamWTensor<wide_t<T>>{nullptr, x.g.data, nullptr, nullptr, c.count, 0});
     On<AdamWSquares, B>::forward(backend, in(table), y.squares);
   }
 };
@@ -884,7 +885,7 @@ template <> struct Operation<AdamWSquares> : AdamWOperation {
 // A step, and the fault that its check finds.
 template <> struct Operation<AdamWStep> : AdamWOperation {
   template <class S> struct Outputs {
-    Held<S, 1> p, m, v;
+    Wide<S, 1> p, m, v;
     OfType<S, StepFault, 1> found;  // [1]
     HYBRIDATTN_FIELDS(p, m, v, found)
   };
@@ -894,7 +895,7 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
     for (double& v : inputs.at("v before").values) v = std::abs(v);
   }
   template <class B, class T> static void forward(B& backend, Config const& c, SequencesOn<B> const&, Inputs<In<T>> x, Outputs<Out<T>> y) {
-    auto const table = on_machine(backend, AdamWTensor<T>{y.p.data, x.g.data, y.m.data, y.v.data, c.count, 0});
+    auto const table = on_machine(backend, AdamWTensor<wide_t<T>>{y.p.data, x.g.data, y.m.data, y.v.data, c.count, 0});
     auto const its_rates = on_machine(backend, rates(c));
     auto const numbers = on_machine(backend, StepNumbers{});
     On<AdamWCheck, B>::forward(backend, in(table), in(its_rates), in(numbers), y.found);
@@ -903,10 +904,9 @@ template <> struct Operation<AdamWStep> : AdamWOperation {
 };
 
 // The operations that the laws judge. AdamWCheck is judged with AdamWStep.
-using AllOperations =
-    std::tuple<Fill, Add, AddWeighted, Swiglu, SigmoidGate, GdnGate, RmsNorm, GatedRmsNorm, LayerNorm, L2Norm, RopeAngles, Rope, Linear,
-               GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute, Distribute, Combine, AddGated,
-               ExpertUse, BalanceLoss, AdamWSquares, AdamWStep>;
+using AllOperations = std::tuple<Fill, Add, AddWeighted, Swiglu, SigmoidGate, GdnGate, RmsNorm, GatedRmsNorm, LayerNorm, L2Norm, RopeAngles,
+                                 Rope, Linear, GroupedLinear, Embedding, CausalConv1d, SoftmaxLoss, CrossEntropy, TopK, Route, Permute,
+                                 Distribute, Combine, AddGated, ExpertUse, BalanceLoss, AdamWSquares, AdamWStep>;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::testing
 #endif

@@ -76,6 +76,8 @@ class Subject {
   virtual Result loops(Case const& x, HostGroup const& chosen, bool in_double) const = 0;
   virtual Footprint footprint(Sequences const& sequences) const = 0;
 
+  // Of the scalar that it computes in.
+  double eps_of_sums() const { return eps() == epsilon_of<bf16> ? epsilon_of<float> : eps(); }
   bool in_double() const { return eps() == std::numeric_limits<double>::epsilon(); }
 };
 

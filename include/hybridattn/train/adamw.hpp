@@ -5,7 +5,7 @@
 #include <hybridattn/core/allowed.hpp>
 #include <hybridattn/ops/adamw/adamw.hpp>
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
-#include <hybridattn/tensor/roles.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <cmath>
 #include <functional>
@@ -99,17 +99,22 @@ template <class T> struct StepTensors {
 
 // Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
+// Parameters in bf16 are too coarse for small steps. For them the optimizer keeps masters in float, which start from the parameters. A
+// step moves the masters, and the parameters become the masters rounded. Gradients and moments are in float.
+//
 // A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
 //   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
 template <class Params> class AdamW {
  public:
-  using Scalar = scalar_of<Params>;
+  using Scalar = wide_t<scalar_of<Params>>;
   using Backend = backend_of<Params>;
+  using Masters = widened<Params>;   // Params, except in bf16
+  static constexpr bool has_masters = !std::is_same_v<Masters, Params>;
 
   // The running means of the gradients and of their squares. Together with the options and the counts of steps they are all that an
   // optimizer keeps.
   struct Moments {
-    Params mean, square;
+    Masters mean, square;
   };
 
   AdamW(Backend& backend, Params const& like, AdamWOptions options = {}) : options_(std::move(options)), numbers_{backend, {1}} {
@@ -122,11 +127,12 @@ template <class Params> class AdamW {
           list_.name(path, options_);
         },
         like, sizes);
-    for (Params* moments : {&moments_.mean, &moments_.square}) {
+    for (Masters* moments : {&moments_.mean, &moments_.square}) {
       View<Scalar, 1> all;
       *moments = allocate_together<Scalar>(backend, sizes, &all);
       On<Fill, Backend>::forward(backend, Scalar(0), all);
     }
+    if constexpr (has_masters) masters_ = widen(backend, like);
     auto const tensors = static_cast<Index>(list_.names.size());
     squares_ = {backend, {tensors}};
     rates_ = {backend, {tensors}};
@@ -163,10 +169,11 @@ template <class Params> class AdamW {
   // stops the step: then nothing moves and nothing counts. Waits for nothing. `detached` has one mark for each tensor, in the order of
   // the parameters, or none at all. Detached tensors have a loss of their own, and are clipped by a norm of their own. Neither loss
   // then changes what the other one trains.
-  void start(Backend& backend, Params& params, Params const& gradients, std::vector<bool> const& detached = {}) {
+  void start(Backend& backend, Params& params, Masters const& gradients, std::vector<bool> const& detached = {}) {
     check(detached.empty() || detached.size() == decays().size(), "AdamW: ", detached.size(), " marks, but ", decays().size(),
           " tensors; detached has one mark for each, or none");
-    list_tensors(params, gradients, detached);
+    if constexpr (has_masters) list_tensors(masters_, gradients, detached);
+    else list_tensors(params, gradients, detached);
     bring_up_to_date(backend, list_.roles, known_roles_, roles_);
     bring_up_to_date(backend, list_.tensors, known_tensors_, tensors_);
     On<AdamWSquares, Backend>::forward(backend, in(tensors_), out(squares_));
@@ -174,6 +181,7 @@ template <class Params> class AdamW {
     On<AdamWCheck, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_), out(found_));
     On<CloseStep, Backend>::forward(backend, in(roles_), in(found_), out(updates_), out(numbers_));
     On<AdamWStep, Backend>::forward(backend, in(tensors_), in(rates_), in(numbers_));
+    round_masters(backend, params);
     ++unread_;
   }
   // Waits for the last step and returns its numbers. Throws Error where a step since the last read was bad. The error names the first
@@ -195,10 +203,15 @@ template <class Params> class AdamW {
     return read(backend, [] { return std::string{}; });
   }
   // open, start and read in one call. Returns the global norm of the gradients before clipping.
-  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
+  double step(Backend& backend, Params& params, Masters const& gradients, double rate = 1, std::vector<bool> const& detached = {}) {
     open(backend, rate);
     start(backend, params, gradients, detached);
     return read(backend).gradient_norm;
+  }
+  // The same with gradients in bf16, as backward returns them.
+  double step(Backend& backend, Params& params, Params const& gradients, double rate = 1, std::vector<bool> const& detached = {})
+      requires has_masters {
+    return step(backend, params, widen(backend, gradients), rate, detached);
   }
 
   // Steps that changed parameters, as of the last read, and all steps that were started.
@@ -222,12 +235,17 @@ template <class Params> class AdamW {
   AdamWOptions const& options() const { return options_; }
   // One for each tensor, in the order of the parameters: whether it decays.
   std::vector<bool> const& decays() const { return list_.decays; }
+  // The masters in float of parameters in bf16. Who changes them calls round_masters().
+  Masters const& masters() const requires has_masters { return masters_; }
+  void round_masters(Backend& backend, Params& params) const {
+    if constexpr (has_masters) convert(backend, masters_, params);
+  }
   Moments const& moments() const { return moments_; }
   Moments& moments() { return moments_; }
 
  private:
   // The addresses and roles of the current step. They rarely change.
-  void list_tensors(Params& params, Params const& gradients, std::vector<bool> const& detached) {
+  void list_tensors(Masters& params, Masters const& gradients, std::vector<bool> const& detached) {
     list_.roles.clear();
     list_.tensors.clear();
     zip(
@@ -255,6 +273,7 @@ template <class Params> class AdamW {
 
   AdamWOptions options_;
   Moments moments_;
+  std::conditional_t<has_masters, Masters, Absent> masters_;
   detail::StepTensors<Scalar> list_;
   // The last uploaded values.
   std::vector<std::int32_t> known_roles_;

@@ -36,12 +36,13 @@ template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
 
 namespace checkpoint {
 
-// Moments, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
+// Moments, masters in float of parameters in bf16, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
 template <class Params>
 NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& params) {
   NamedGroups groups;
   groups.add("mean", optimizer.moments().mean);
   groups.add("square", optimizer.moments().square);
+  if constexpr (AdamW<Params>::has_masters) groups.add("master", optimizer.masters());
   Json& json = groups.numbers;
   to_json(json, optimizer.options());
   json["steps"] = optimizer.steps();
@@ -103,6 +104,7 @@ Progress load_checkpoint(B& backend, std::filesystem::path const& path, Model co
   };
   auto progress = load_checkpoint(backend, path, model, params, groups, check_numbers);
   optimizer.restore(backend, counts.steps, counts.updates);
+  optimizer.round_masters(backend, params);
   return progress;
 }
 

@@ -37,7 +37,7 @@ template <class B> struct FindNotFinite {
   std::string found = {};
 
   template <class T, int Rank> [[gnu::cold]] void operator()(Path const& path, Tensor<T, Rank, B> const& tensor) {
-    if constexpr (std::is_floating_point_v<T>)
+    if constexpr (std::is_floating_point_v<wide_t<T>>)
       if (found.empty() && !On<AllFinite, B>::forward(backend, flat(in(tensor)))) found = path.str();
   }
 };
@@ -56,6 +56,34 @@ template <class B, class Model, class Params>
       return first + "activation " + path;
   return "; parameters and activations are finite";
 }
+
+// The sum of the gradients of several batches, in float where the gradients are in bf16.
+template <class Params> struct GradientSum {
+  using Scalar = scalar_of<Params>;
+  widened<Params> gradients;
+  View<wide_t<Scalar>, 1> all;
+  bool begun = false;
+
+  template <class B, class Gradients> void add(B& backend, Gradients more) {
+    if constexpr (std::is_same_v<widened<Params>, Params>) {
+      if (begun) {
+        On<Add, B>::forward(backend, View<Scalar const, 1>(more.all), all);
+      } else {
+        gradients = std::move(more.params);
+        all = more.all;
+      }
+    } else if (begun) {
+      zip(
+          [&](Path const&, auto const& x, auto& y) {
+            if (x) On<Add, B>::forward(backend, flat(in(x)), flat(out(y)));
+          },
+          more.params, gradients);
+    } else {
+      gradients = widen(backend, more.params);
+    }
+    begun = true;
+  }
+};
 
 }  // namespace detail
 
@@ -104,21 +132,15 @@ PendingStep<B, Params> start_step(B& backend, Model const& model, Params& params
   StepNumbers* const numbers = optimizer.numbers().data;   // on the machine
   View<double, 1> const scale{&numbers->scale, {1}};
   for (auto const& batch : batches) On<CountTargets, B>::forward(backend, in(batch.targets), View<Index, 1>{&numbers->counted, {1}}, scale);
-  Params gradients;
-  View<scalar_of<Params>, 1> all;
+  detail::GradientSum<Params> sum;
   for (std::size_t i = 0; i < batches.size(); ++i) {
     auto saved = model.forward(backend, params, batches[i]);
     auto more = model.backward(backend, params, batches[i], std::move(saved), View<double const, 1>(scale), share);
     On<AddBatchLosses, B>::forward(backend, share, in(more.losses), optimizer.numbers());
-    if (i > 0) {
-      On<Add, B>::forward(backend, View<scalar_of<Params> const, 1>(more.all), all);
-      continue;
-    }
-    gradients = std::move(more.params);
-    all = more.all;
+    sum.add(backend, std::move(more));
   }
-  exchange(backend, gradients, optimizer.numbers());
-  optimizer.start(backend, params, gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
+  exchange(backend, sum.gradients, optimizer.numbers());
+  optimizer.start(backend, params, sum.gradients, options.stage == Stage::sparse ? model.detached() : std::vector<bool>{});
   return {backend, optimizer};
 }
 template <class B, class Model, class Params>

@@ -372,6 +372,12 @@ template <class T, int Rank> requires(Rank >= 1) HYBRIDATTN_HD View<T, 2> as_row
 }
 // [N, H, D] as one row for each token and head: [N*H, D].
 template <class T> HYBRIDATTN_HD View<T, 2> head_rows(View<T, 3> x) { return {x.data, {x.extent(0) * x.extent(1), x.extent(2)}}; }
+// Where row n begins, in elements from the first: rows are counted over all axes but the last.
+template <class T, int Rank> HYBRIDATTN_HD Index row_offset(View<T, Rank> const& x, Index n) {
+  Index offset = 0;
+  for (int axis = Rank - 1; axis-- > 0; n /= x.shape[axis]) offset += n % x.shape[axis] * x.stride[axis];
+  return offset;
+}
 // All elements as one axis. Contiguous views only.
 template <class T, int Rank> HYBRIDATTN_HD View<T, 1> flat(View<T, Rank> x) { return {x.data, {x.count()}}; }
 
@@ -1508,6 +1514,507 @@ inline constexpr Index element_grain = 16384, sum_rows = 32;
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
+// ==== hybridattn/core/bf16.hpp
+// bfloat16: the upper half of a float, with 8 bits of significand.
+#ifndef HYBRIDATTN_CORE_BF16_HPP
+#define HYBRIDATTN_CORE_BF16_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
+struct bf16 {
+  std::uint16_t bits;
+
+  bf16() = default;
+  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
+  // to a float first.
+  template <class Number> requires std::is_arithmetic_v<Number>
+  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
+  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
+    bf16 x{};
+    x.bits = bits;
+    return x;
+  }
+
+  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+
+ private:
+  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
+    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
+    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
+    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+  }
+};
+
+// Sums, statistics and gates of a model in T are in WideOf<T>::type.
+template <class T> struct WideOf {
+  using type = T;
+};
+template <> struct WideOf<bf16> {
+  using type = float;
+};
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// The distance from 1 to the next number; 0 for what is no scalar.
+template <class T> inline constexpr double epsilon_of = 0;
+template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
+template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
+template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/convert.hpp
+// Conversion between scalars on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+#define HYBRIDATTN_BACKEND_CPU_CONVERT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// y = x, each element rounded to the scalar of y. Rows may be spaced.
+template <class From, class To, int Rank> void convert(Cpu& cpu, View<From const, Rank> x, View<To, Rank> y) {
+  Index const C = y.count() == 0 ? 0 : y.extent(Rank - 1);
+  if (C == 0) return;
+  Index const rows = y.count() / C;
+  parallel_blocks(cpu, rows, std::max<Index>(1, cpu::element_grain / C), [&](Index first, Index last) {
+    for (Index n = first; n < last; ++n) {
+      From const* const from = x.data + row_offset(x, n);
+      To* const to = y.data + row_offset(y, n);
+      for (Index i = 0; i < C; ++i) to[i] = static_cast<To>(from[i]);
+    }
+  });
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/roles.hpp
+// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
+//
+//   template <class S> struct Inputs {
+//     Held<S, 3> q, k, v;                       // [N, H, D]
+//     Wide<S, 2> g;                             // [N, H], never narrower than float
+//     HYBRIDATTN_FIELDS(q, k, v, g)
+//   };
+//
+//   Inputs<Shapes>              the shape of each tensor
+//   Inputs<Owned<float, Cpu>>   memory; tensors can be moved, but not copied
+//   Inputs<In<float>>           views that an operation reads
+//   Inputs<Out<float>>          views that an operation writes; backward writes d_q, d_k, d_v, d_g there
+//
+// The gradients of a group are a group of the same type.
+#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
+#define HYBRIDATTN_TENSOR_ROLES_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
+struct Absent {
+  Absent() = default;
+  template <class... Anything> constexpr Absent(Anything const&...) {}
+};
+
+struct Shapes {
+  template <int Rank> using Held = Shape<Rank>;
+  template <int Rank> using Wide = Shape<Rank>;
+  template <int Rank> using Whole = Shape<Rank>;
+  template <int Rank> using State = Shape<Rank>;
+};
+template <class T> struct In {
+  template <int Rank> using Held = View<T const, Rank>;
+  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
+  template <int Rank> using Whole = View<std::int32_t const, Rank>;
+  template <int Rank> using State = View<wide_t<T> const, Rank>;
+};
+template <class T> struct Out {
+  template <int Rank> using Held = View<T, Rank>;
+  template <int Rank> using Wide = View<wide_t<T>, Rank>;
+  template <int Rank> using Whole = View<std::int32_t, Rank>;
+  template <int Rank> using State = View<wide_t<T>, Rank>;
+};
+template <class T, class B> struct Owned {
+  template <int Rank> using Held = Tensor<T, Rank, B>;
+  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
+  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
+  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
+};
+// The initial values of each tensor in a group of parameters.
+struct Starts {
+  template <int Rank> using Held = Initial;
+  template <int Rank> using Wide = Initial;
+};
+// The projection matrix of every tensor in a group: Inputs<Matrix<S>> are the weights that project x to Inputs<S>.
+template <class S> struct Matrix {
+  template <int Rank> using Held = typename S::template Held<2>;
+  template <int Rank> using Wide = typename S::template Held<2>;
+  template <int Rank> using State = Absent;
+};
+// Every tensor of a group in the model's scalar, Wide ones too: Inputs<Narrow<S>> are projections before Prepare.
+template <class S> struct Narrow {
+  template <int Rank> using Held = typename S::template Held<Rank>;
+  template <int Rank> using Wide = typename S::template Held<Rank>;
+  template <int Rank> using State = Absent;
+};
+
+// The roles that `in` and `out` return for a group: views of its tensors.
+namespace detail {
+template <class S> struct ReadingOf;
+template <class T, class B> struct ReadingOf<Owned<T, B>> {
+  using type = In<T>;
+};
+template <class T> struct ReadingOf<Out<T>> {
+  using type = In<T>;
+};
+template <class S> struct ReadingOf<Narrow<S>> {
+  using type = Narrow<typename ReadingOf<S>::type>;
+};
+template <class S> struct WritingOf;
+template <class T, class B> struct WritingOf<Owned<T, B>> {
+  using type = Out<T>;
+};
+template <class S> struct WritingOf<Narrow<S>> {
+  using type = Narrow<typename WritingOf<S>::type>;
+};
+}  // namespace detail
+template <class S> using Reading = typename detail::ReadingOf<S>::type;
+template <class S> using Writing = typename detail::WritingOf<S>::type;
+
+template <class S, int Rank> using Held = typename S::template Held<Rank>;    // in the model's scalar
+template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
+template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
+template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: the state that a sequence passes to the next call
+
+// Names the members of a group, in order. The library's one code-generating macro.
+#define HYBRIDATTN_FIELDS(...)                          \
+  auto fields() { return std::tie(__VA_ARGS__); }       \
+  auto fields() const { return std::tie(__VA_ARGS__); } \
+  static constexpr std::string_view field_list = #__VA_ARGS__;
+
+// A group without tensors.
+template <class S> struct Nothing {
+  HYBRIDATTN_FIELDS()
+};
+
+namespace detail {
+
+template <class G> using fields_t = decltype(std::declval<G&>().fields());
+template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
+
+// "q, k, v" -> {"q", "k", "v"}
+template <std::size_t N> constexpr auto split(std::string_view list) {
+  std::array<std::string_view, N> names{};
+  for (auto& name : names) {
+    auto const length = list.find(',');
+    name = list.substr(0, length);
+    list.remove_prefix(length == list.npos ? list.size() : length + 2);
+  }
+  return names;
+}
+template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
+
+// The size of a struct with exactly these members. If HYBRIDATTN_FIELDS misses a member, the real struct is larger.
+template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
+  std::size_t end = 0, alignment = 1;
+  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
+    end = (end + align - 1) / align * align + size;
+    alignment = align > alignment ? align : alignment;
+  };
+  (place(sizeof(Fields), alignof(Fields)), ...);
+  end = (end + alignment - 1) / alignment * alignment;
+  return end == 0 ? 1 : end;
+}
+template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
+
+}  // namespace detail
+
+template <class G>
+concept FieldGroup = requires(G g) { g.fields(); };
+template <class G>
+concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
+
+// The path of a tensor in a loop over fields, such as `blocks.3.attention.w_o`. A chain on the call stack: only str() makes a string.
+struct Path {
+  Path const* parent = nullptr;
+  std::string_view name = {};
+  int index = -1;
+
+  std::string str() const {
+    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
+    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
+  }
+};
+
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
+
+template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
+  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
+  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
+}
+
+// Calls f(path, leaf, ...) for the corresponding leaves of groups of equal structure. Skips a leaf that is Absent in one of the groups.
+template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
+  using Group = std::remove_cvref_t<G>;
+  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
+    return;
+  } else if constexpr (LayerGroup<Group>) {
+    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
+  } else if constexpr (FieldGroup<Group>) {
+    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (zip_field<I>(path, f, first, rest...), ...);
+    }(std::make_index_sequence<detail::field_count<Group>>{});
+  } else {
+    f(path, first, rest...);
+  }
+}
+template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
+
+// Functors with a name, so a group inside many others is visited by one instantiation. A lambda would cost one for each outer group.
+namespace detail {
+struct ToIn {
+  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
+    view = in(tensor);
+  }
+  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
+    view = written;
+  }
+};
+struct ToOut {
+  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
+};
+template <class B> struct Allocate {
+  B& backend;
+  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
+};
+// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
+template <class B> struct AllocateTogether {
+  B& backend;
+  SharedBlock* block = nullptr;
+  std::size_t bytes = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
+    if (block != nullptr) tensor = {backend, shape, *block, bytes};
+    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
+    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
+  }
+};
+}  // namespace detail
+
+// The scalar and the backend of a group of tensors.
+namespace detail {
+template <class G> struct OwnedGroup;
+template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
+  using Scalar = T;
+  using Widened = G<Owned<wide_t<T>, B>>;
+  using Backend = B;
+  using Sizes = G<Shapes>;
+};
+}  // namespace detail
+template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
+template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
+// The group with every tensor in the wide scalar: G itself, unless it is in bf16.
+template <class G> using widened = typename detail::OwnedGroup<G>::Widened;
+
+// The same group in another role.
+template <template <class> class G, class T, class B> G<Shapes> shapes_of(G<Owned<T, B>> const& group) {
+  G<Shapes> shapes{};
+  zip([](Path const&, auto const& tensor, auto& shape) { shape = tensor.shape(); }, group, shapes);
+  return shapes;
+}
+template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
+  G<Reading<S>> views;
+  zip(detail::ToIn{}, group, views);
+  return views;
+}
+template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
+  G<Writing<S>> views;
+  zip(detail::ToOut{}, owned, views);
+  return views;
+}
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
+  G<Owned<T, B>> owned;
+  zip(detail::Allocate<B>{backend}, shapes, owned);
+  return owned;
+}
+
+// Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
+// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements, and in bf16, where tensors have two
+// scalars.
+template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
+                                                                                       View<T, 1>* all = nullptr) {
+  G<Owned<T, B>> owned;
+  detail::AllocateTogether<B> place{backend};
+  zip(place, shapes, owned);
+  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
+  place.block = detail::take_shared(backend, bytes);
+  zip(place, shapes, owned);
+  if (all != nullptr && std::is_same_v<wide_t<T>, T> && place.block->tensors > 1)
+    *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
+  detail::leave(backend, place.block);
+  return owned;
+}
+
+namespace detail {
+struct CountBytes {
+  Index total = 0;
+
+  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
+    try {
+      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
+    } catch (Error const& error) {
+      fail(path.str(), ": ", error.what());
+    }
+  }
+};
+}  // namespace detail
+
+// The bytes of a group in memory. Throws Error, with the tensor's path, where the number of bytes is too large.
+template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
+  detail::CountBytes counted;
+  zip(counted, shapes, G<In<T>>{});
+  return static_cast<std::size_t>(counted.total);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/tensor/in_float.hpp
+// Operations on bf16 tensors. The tensors are stored in bf16; an operation computes in float, on copies, and rounds what it writes.
+#ifndef HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+#define HYBRIDATTN_TENSOR_IN_FLOAT_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+namespace detail {
+
+// Copies of bf16 tensors, as functions for zip. Tensors of other scalars are read and written where they are.
+template <class B> struct ReadInFloat {
+  B& backend;
+  template <int Rank, class V> void operator()(Path const&, View<bf16 const, Rank> const& x, Tensor<float, Rank, B>& copy, V& view) const {
+    view = {nullptr, x.shape};
+    if (x.empty()) return;
+    copy = {backend, x.shape};
+    convert(backend, x, out(copy));
+    view = in(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& x, T&, V& view) const { view = x; }
+};
+template <class B> struct WriteInFloat {
+  B& backend;
+  template <int Rank> void operator()(Path const&, View<bf16, Rank> const& y, Tensor<float, Rank, B>& copy, View<float, Rank>& view) const {
+    view = {nullptr, y.shape};
+    if (y.empty()) return;
+    copy = {backend, y.shape};
+    convert(backend, View<bf16 const, Rank>(y), out(copy));   // an operation may add to what it writes
+    view = out(copy);
+  }
+  template <class V, class T> void operator()(Path const&, V const& y, T&, V& view) const { view = y; }
+};
+template <class B> struct RoundBack {
+  B& backend;
+  template <int Rank> void operator()(Path const&, Tensor<float, Rank, B> const& copy, View<bf16, Rank> const& y) const {
+    if (copy) convert(backend, in(copy), y);
+  }
+  template <class T, class V> void operator()(Path const&, T const&, V const&) const {}
+};
+
+// An argument of an operation on bf16 tensors, as the operation in float takes it.
+template <class B, class Argument> struct InFloatArgument {
+  Argument const& value;
+  InFloatArgument(B&, Argument const& argument) : value(argument) {}
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16 const, Rank>> {
+  Tensor<float, Rank, B> copy;
+  View<float const, Rank> value;
+  InFloatArgument(B& backend, View<bf16 const, Rank> const& x) { ReadInFloat<B>{backend}(Path{}, x, copy, value); }
+  void finish(B&) const {}
+};
+template <class B, int Rank> struct InFloatArgument<B, View<bf16, Rank>> {
+  View<bf16, Rank> y;
+  Tensor<float, Rank, B> copy;
+  View<float, Rank> value;
+  InFloatArgument(B& backend, View<bf16, Rank> const& written) : y(written) { WriteInFloat<B>{backend}(Path{}, y, copy, value); }
+  void finish(B& backend) const { RoundBack<B>{backend}(Path{}, copy, y); }
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<In<bf16>>> {
+  G<Owned<float, B>> copies;
+  G<In<float>> value;
+  InFloatArgument(B& backend, G<In<bf16>> const& group) { zip(ReadInFloat<B>{backend}, group, copies, value); }
+  void finish(B&) const {}
+};
+template <class B, template <class> class G> struct InFloatArgument<B, G<Out<bf16>>> {
+  G<Out<bf16>> const& group;
+  G<Owned<float, B>> copies;
+  G<Out<float>> value;
+  InFloatArgument(B& backend, G<Out<bf16>> const& written) : group(written) { zip(WriteInFloat<B>{backend}, group, copies, value); }
+  void finish(B& backend) const { zip(RoundBack<B>{backend}, copies, group); }
+};
+
+template <class Argument> inline constexpr bool holds_bf16 = false;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16 const, Rank>> = true;
+template <int Rank> inline constexpr bool holds_bf16<View<bf16, Rank>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<In<bf16>>> = true;
+template <template <class> class G> inline constexpr bool holds_bf16<G<Out<bf16>>> = true;
+
+}  // namespace detail
+
+// y = x, tensor by tensor, each element rounded to the scalar of y. Skips tensors without elements.
+template <class B, template <class> class G, class From, class To> void convert(B& backend, G<From> const& x, G<To>& y) {
+  zip(
+      [&](Path const&, auto const& from, auto& to) {
+        if (from) convert(backend, in(from), out(to));
+      },
+      x, y);
+}
+
+// A copy of a group with every tensor in the wide scalar.
+template <class B, template <class> class G, class T> G<Owned<wide_t<T>, B>> widen(B& backend, G<Owned<T, B>> const& group) {
+  auto wide = allocate_together<wide_t<T>>(backend, shapes_of(group));
+  convert(backend, group, wide);
+  return wide;
+}
+
+// Calls f with the arguments, float copies in place of bf16 tensors. Then rounds the copies of those that f writes. Views and groups of
+// views are tensors here.
+template <class B, class F, class... Arguments> void in_float(B& backend, F f, Arguments const&... arguments) {
+  std::tuple<detail::InFloatArgument<B, Arguments>...> floats{detail::InFloatArgument<B, Arguments>{backend, arguments}...};
+  std::apply(
+      [&](auto const&... argument) {
+        f(argument.value...);
+        (argument.finish(backend), ...);
+      },
+      floats);
+}
+
+// The base of an operation on a backend that computes in float and double, and has bf16 from this:
+//   template <> struct On<Mine, Cpu> : InFloat<Mine, Cpu> {
+//     using InFloat::forward, InFloat::backward;
+//     template <std::floating_point T> static void forward(...)
+template <class Op, class B> struct InFloat {
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::forward(b, a.value...);
+  } static void forward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::forward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::backward(b, a.value...);
+  } static void backward(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::backward(backend, floats...); }, arguments...);
+  }
+  template <class... Arguments>
+  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
+    On<Op, B>::extend(b, a.value...);
+  } static void extend(B& backend, Arguments const&... arguments) {
+    in_float(backend, [&](auto const&... floats) { On<Op, B>::extend(backend, floats...); }, arguments...);
+  }
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/ops/arithmetic/cpu.hpp
 #ifndef HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
 #define HYBRIDATTN_OPS_ARITHMETIC_CPU_HPP
@@ -1520,8 +2027,9 @@ template <> struct On<Fill, Cpu> {
   }
 };
 
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+template <> struct On<Add, Cpu> : InFloat<Add, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
     });
@@ -1536,7 +2044,7 @@ template <> struct On<AddWeighted, Cpu> {
 
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(static_cast<wide_t<T>>(value)); });
   }
 };
 
@@ -1568,8 +2076,9 @@ struct SigmoidGate {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Swiglu, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
+template <> struct On<Swiglu, Cpu> : InFloat<Swiglu, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
         cpu::Vec<T> const x = s.get(gate.data), silu = x * cpu::sigmoid<T>(x);
@@ -1577,7 +2086,7 @@ template <> struct On<Swiglu, Cpu> {
       });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> gate, View<T const, 1> up, View<T const, 1> d_y, View<T, 1> d_gate, View<T, 1> d_up) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -1594,14 +2103,15 @@ template <> struct On<Swiglu, Cpu> {
   }
 };
 
-template <> struct On<SigmoidGate, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
+template <> struct On<SigmoidGate, Cpu> : InFloat<SigmoidGate, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(
           first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { s.put(y.data, s.get(x.data) * cpu::sigmoid<T>(s.get(z.data))); });
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 1> x, View<T const, 1> z, View<T const, 1> d_y, View<T, 1> d_x, View<T, 1> d_z) {
     parallel_blocks(cpu, d_y.count(), cpu::element_grain, [&](Index first, Index last) {
       cpu::for_each_vector<T>(first, last, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
@@ -1838,10 +2348,11 @@ template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> 
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<GroupedLinear, Cpu> {
+template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
+  using InFloat::forward, InFloat::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
@@ -1850,7 +2361,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
@@ -1932,11 +2443,12 @@ struct Linear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Linear, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+template <> struct On<Linear, Cpu> : InFloat<Linear, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
     cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
     if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
@@ -1988,8 +2500,9 @@ struct AddGated {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Route, Cpu> {
-  template <class T>
+template <> struct On<Route, Cpu> : InFloat<Route, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
                       View<std::int32_t, 2> experts) {
     parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -2004,7 +2517,7 @@ template <> struct On<Route, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
                        View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
                        View<T, 2> d_logits) {
@@ -2053,15 +2566,16 @@ template <> struct On<Permute, Cpu> {
   }
 };
 
-template <> struct On<Distribute, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows,
+                                                        View<T, 2> d_x, Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
@@ -2071,8 +2585,9 @@ template <> struct On<Distribute, Cpu> {
   }
 };
 
-template <> struct On<Combine, Cpu> {
-  template <class T>
+template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -2081,7 +2596,7 @@ template <> struct On<Combine, Cpu> {
       }
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
                        View<T, 2> d_rows, View<T, 2> d_weights) {
     Index const C = d_y.extent(1);
@@ -2097,13 +2612,14 @@ template <> struct On<Combine, Cpu> {
   }
 };
 
-template <> struct On<AddGated, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+template <> struct On<AddGated, Cpu> : InFloat<AddGated, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -2119,293 +2635,6 @@ template <> struct On<AddGated, Cpu> {
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
-#endif
-
-// ==== hybridattn/tensor/roles.hpp
-// Roles: a group of tensors is declared once and used as shapes, as memory, and as what a kernel reads or writes.
-//
-//   template <class S> struct Inputs {
-//     Held<S, 3> q, k, v;                       // [N, H, D]
-//     Wide<S, 2> g;                             // [N, H], never narrower than float
-//     HYBRIDATTN_FIELDS(q, k, v, g)
-//   };
-//
-//   Inputs<Shapes>              the shape of each tensor
-//   Inputs<Owned<float, Cpu>>   memory; tensors can be moved, but not copied
-//   Inputs<In<float>>           views that an operation reads
-//   Inputs<Out<float>>          views that an operation writes; backward writes d_q, d_k, d_v, d_g there
-//
-// The gradients of a group are a group of the same type.
-#ifndef HYBRIDATTN_TENSOR_ROLES_HPP
-#define HYBRIDATTN_TENSOR_ROLES_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-template <class T> struct WideOf {
-  using type = T;
-};
-// The scalar of sums over Ts.
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
-// A field that a role leaves out. It accepts any initializer, has no data, and loops over fields skip it.
-struct Absent {
-  Absent() = default;
-  template <class... Anything> constexpr Absent(Anything const&...) {}
-};
-
-struct Shapes {
-  template <int Rank> using Held = Shape<Rank>;
-  template <int Rank> using Wide = Shape<Rank>;
-  template <int Rank> using Whole = Shape<Rank>;
-  template <int Rank> using State = Shape<Rank>;
-};
-template <class T> struct In {
-  template <int Rank> using Held = View<T const, Rank>;
-  template <int Rank> using Wide = View<wide_t<T> const, Rank>;
-  template <int Rank> using Whole = View<std::int32_t const, Rank>;
-  template <int Rank> using State = View<wide_t<T> const, Rank>;
-};
-template <class T> struct Out {
-  template <int Rank> using Held = View<T, Rank>;
-  template <int Rank> using Wide = View<wide_t<T>, Rank>;
-  template <int Rank> using Whole = View<std::int32_t, Rank>;
-  template <int Rank> using State = View<wide_t<T>, Rank>;
-};
-template <class T, class B> struct Owned {
-  template <int Rank> using Held = Tensor<T, Rank, B>;
-  template <int Rank> using Wide = Tensor<wide_t<T>, Rank, B>;
-  template <int Rank> using Whole = Tensor<std::int32_t, Rank, B>;
-  template <int Rank> using State = Tensor<wide_t<T>, Rank, B>;
-};
-// The initial values of each tensor in a group of parameters.
-struct Starts {
-  template <int Rank> using Held = Initial;
-  template <int Rank> using Wide = Initial;
-};
-// The projection matrix of every tensor in a group: Inputs<Matrix<S>> are the weights that project x to Inputs<S>.
-template <class S> struct Matrix {
-  template <int Rank> using Held = typename S::template Held<2>;
-  template <int Rank> using Wide = typename S::template Held<2>;
-  template <int Rank> using State = Absent;
-};
-// Every tensor of a group in the model's scalar, Wide ones too: Inputs<Narrow<S>> are projections before Prepare.
-template <class S> struct Narrow {
-  template <int Rank> using Held = typename S::template Held<Rank>;
-  template <int Rank> using Wide = typename S::template Held<Rank>;
-  template <int Rank> using State = Absent;
-};
-
-// The roles that `in` and `out` return for a group: views of its tensors.
-namespace detail {
-template <class S> struct ReadingOf;
-template <class T, class B> struct ReadingOf<Owned<T, B>> {
-  using type = In<T>;
-};
-template <class T> struct ReadingOf<Out<T>> {
-  using type = In<T>;
-};
-template <class S> struct ReadingOf<Narrow<S>> {
-  using type = Narrow<typename ReadingOf<S>::type>;
-};
-template <class S> struct WritingOf;
-template <class T, class B> struct WritingOf<Owned<T, B>> {
-  using type = Out<T>;
-};
-template <class S> struct WritingOf<Narrow<S>> {
-  using type = Narrow<typename WritingOf<S>::type>;
-};
-}  // namespace detail
-template <class S> using Reading = typename detail::ReadingOf<S>::type;
-template <class S> using Writing = typename detail::WritingOf<S>::type;
-
-template <class S, int Rank> using Held = typename S::template Held<Rank>;    // in the model's scalar
-template <class S, int Rank> using Wide = typename S::template Wide<Rank>;    // never narrower than float
-template <class S, int Rank> using Whole = typename S::template Whole<Rank>;  // int32
-template <class S, int Rank> using State = typename S::template State<Rank>;  // wide: the state that a sequence passes to the next call
-
-// Names the members of a group, in order. The library's one code-generating macro.
-#define HYBRIDATTN_FIELDS(...)                          \
-  auto fields() { return std::tie(__VA_ARGS__); }       \
-  auto fields() const { return std::tie(__VA_ARGS__); } \
-  static constexpr std::string_view field_list = #__VA_ARGS__;
-
-// A group without tensors.
-template <class S> struct Nothing {
-  HYBRIDATTN_FIELDS()
-};
-
-namespace detail {
-
-template <class G> using fields_t = decltype(std::declval<G&>().fields());
-template <class G> inline constexpr std::size_t field_count = std::tuple_size_v<fields_t<G>>;
-
-// "q, k, v" -> {"q", "k", "v"}
-template <std::size_t N> constexpr auto split(std::string_view list) {
-  std::array<std::string_view, N> names{};
-  for (auto& name : names) {
-    auto const length = list.find(',');
-    name = list.substr(0, length);
-    list.remove_prefix(length == list.npos ? list.size() : length + 2);
-  }
-  return names;
-}
-template <class G> inline constexpr auto field_names = split<field_count<G>>(G::field_list);
-
-// The size of a struct with exactly these members. If HYBRIDATTN_FIELDS misses a member, the real struct is larger.
-template <class... Fields> constexpr std::size_t laid_out(std::tuple<Fields&...> const*) {
-  std::size_t end = 0, alignment = 1;
-  [[maybe_unused]] auto const place = [&](std::size_t size, std::size_t align) {
-    end = (end + align - 1) / align * align + size;
-    alignment = align > alignment ? align : alignment;
-  };
-  (place(sizeof(Fields), alignof(Fields)), ...);
-  end = (end + alignment - 1) / alignment * alignment;
-  return end == 0 ? 1 : end;
-}
-template <class G> inline constexpr bool lists_every_field = laid_out(static_cast<fields_t<G>*>(nullptr)) == sizeof(G);
-
-}  // namespace detail
-
-template <class G>
-concept FieldGroup = requires(G g) { g.fields(); };
-template <class G>
-concept LayerGroup = requires { G::depth; };  // a list of layers, see nn/layers.hpp
-
-// The path of a tensor in a loop over fields, such as `blocks.3.attention.w_o`. A chain on the call stack: only str() makes a string.
-struct Path {
-  Path const* parent = nullptr;
-  std::string_view name = {};
-  int index = -1;
-
-  std::string str() const {
-    std::string const own = index < 0 ? std::string(name) : std::to_string(index);
-    return parent == nullptr || parent->parent == nullptr ? own : parent->str() + "." + own;
-  }
-};
-
-template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest);
-
-template <std::size_t I, class F, class G, class... Gs> void zip_field(Path const& path, F& f, G&& first, Gs&&... rest) {
-  constexpr auto name = detail::field_names<std::remove_cvref_t<G>>[I];
-  zip_at(Path{&path, name}, f, std::get<I>(first.fields()), std::get<I>(rest.fields())...);
-}
-
-// Calls f(path, leaf, ...) for the corresponding leaves of groups of equal structure. Skips a leaf that is Absent in one of the groups.
-template <class F, class G, class... Gs> void zip_at(Path const& path, F& f, G&& first, Gs&&... rest) {
-  using Group = std::remove_cvref_t<G>;
-  if constexpr (std::is_same_v<Group, Absent> || (std::is_same_v<std::remove_cvref_t<Gs>, Absent> || ...)) {
-    return;
-  } else if constexpr (LayerGroup<Group>) {
-    Group::for_each_layer([&](int i, auto&... layers) { zip_at(Path{&path, {}, i}, f, layers...); }, first, rest...);
-  } else if constexpr (FieldGroup<Group>) {
-    static_assert(detail::lists_every_field<Group>, "HYBRIDATTN_FIELDS must list every member, in order");
-    [&]<std::size_t... I>(std::index_sequence<I...>) {
-      (zip_field<I>(path, f, first, rest...), ...);
-    }(std::make_index_sequence<detail::field_count<Group>>{});
-  } else {
-    f(path, first, rest...);
-  }
-}
-template <class F, class... Gs> void zip(F&& f, Gs&&... groups) { zip_at(Path{}, f, groups...); }
-
-// Functors with a name, so a group inside many others is visited by one instantiation. A lambda would cost one for each outer group.
-namespace detail {
-struct ToIn {
-  template <class T, int Rank, class B> void operator()(Path const&, Tensor<T, Rank, B> const& tensor, View<T const, Rank>& view) const {
-    view = in(tensor);
-  }
-  template <class T, int Rank> void operator()(Path const&, View<T, Rank> const& written, View<T const, Rank>& view) const {
-    view = written;
-  }
-};
-struct ToOut {
-  void operator()(Path const&, auto& tensor, auto& view) const { view = out(tensor); }
-};
-template <class B> struct Allocate {
-  B& backend;
-  void operator()(Path const&, auto const& shape, auto& tensor) const { tensor = {backend, shape}; }
-};
-// The first pass, without a block, adds up the bytes. The second one places each tensor in the block.
-template <class B> struct AllocateTogether {
-  B& backend;
-  SharedBlock* block = nullptr;
-  std::size_t bytes = 0;
-
-  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const&, Shape<Rank> const& shape, Tensor<T, Rank, B>& tensor) {
-    if (block != nullptr) tensor = {backend, shape, *block, bytes};
-    constexpr Index aligned = 128;   // bytes: a line of a cache, or two
-    bytes += static_cast<std::size_t>(round_up(static_cast<Index>(byte_count(shape.count(), sizeof(T))), aligned));
-  }
-};
-}  // namespace detail
-
-// The scalar and the backend of a group of tensors.
-namespace detail {
-template <class G> struct OwnedGroup;
-template <template <class> class G, class T, class B> struct OwnedGroup<G<Owned<T, B>>> {
-  using Scalar = T;
-  using Backend = B;
-  using Sizes = G<Shapes>;
-};
-}  // namespace detail
-template <class G> using scalar_of = typename detail::OwnedGroup<G>::Scalar;
-template <class G> using backend_of = typename detail::OwnedGroup<G>::Backend;
-
-// The same group in another role.
-template <template <class> class G, class S> G<Reading<S>> in(G<S> const& group) {
-  G<Reading<S>> views;
-  zip(detail::ToIn{}, group, views);
-  return views;
-}
-template <template <class> class G, class S> G<Writing<S>> out(G<S>& owned) {
-  G<Writing<S>> views;
-  zip(detail::ToOut{}, owned, views);
-  return views;
-}
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate(B& backend, G<Shapes> const& shapes) {
-  G<Owned<T, B>> owned;
-  zip(detail::Allocate<B>{backend}, shapes, owned);
-  return owned;
-}
-
-// Allocates all tensors in one block. Each tensor starts at a multiple of 128 bytes; the gaps between tensors are not initialised.
-// `all` becomes a view of the whole block, gaps included. It is unchanged where no tensor has elements.
-template <class T, class B, template <class> class G> G<Owned<T, B>> allocate_together(B& backend, G<Shapes> const& shapes,
-                                                                                       View<T, 1>* all = nullptr) {
-  G<Owned<T, B>> owned;
-  detail::AllocateTogether<B> place{backend};
-  zip(place, shapes, owned);
-  std::size_t const bytes = std::max<std::size_t>(std::exchange(place.bytes, 0), sizeof(T));
-  place.block = detail::take_shared(backend, bytes);
-  zip(place, shapes, owned);
-  static_assert(std::is_same_v<wide_t<T>, T>, "the block is one list of elements, all of one type");
-  if (all != nullptr && place.block->tensors > 1) *all = {static_cast<T*>(place.block->data), {static_cast<Index>(bytes / sizeof(T))}};
-  detail::leave(backend, place.block);
-  return owned;
-}
-
-namespace detail {
-struct CountBytes {
-  Index total = 0;
-
-  template <int Rank, class T> [[gnu::noinline]] void operator()(Path const& path, Shape<Rank> const& shape, View<T, Rank> const&) {
-    try {
-      total = size_sum(total, static_cast<Index>(byte_count(shape.count(), sizeof(T))));
-    } catch (Error const& error) {
-      fail(path.str(), ": ", error.what());
-    }
-  }
-};
-}  // namespace detail
-
-// The bytes of a group in memory. Throws Error, with the tensor's path, where the number of bytes is too large.
-template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& shapes) {
-  detail::CountBytes counted;
-  zip(counted, shapes, G<In<T>>{});
-  return static_cast<std::size_t>(counted.total);
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
 // ==== hybridattn/nn/feed_forward.hpp
@@ -2609,7 +2838,7 @@ struct FeedForward {
   template <class B, class T>
   static void mix(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                   View<T, 2> y) {
-    Tensor<T, 2, B> logits{backend, saved.probabilities.shape()};
+    Tensor<wide_t<T>, 2, B> logits{backend, saved.probabilities.shape()};
     On<Linear, B>::forward(backend, x, p.router, out(logits));
     On<Route, B>::forward(backend, Route::Options{c.renormalise}, in(logits), out(saved.probabilities), out(saved.weights),
                           out(saved.chosen));
@@ -2635,8 +2864,8 @@ struct FeedForward {
   template <class B, class T>
   static void mix_backward(B& backend, FeedForwardConfig const& c, Params<In<T>> const& p, View<T const, 2> x, Saved<Owned<T, B>>& saved,
                            View<T const, 2> d_y, View<T, 2> d_x, Params<Out<T>> const& d_p) {
-    Tensor<T, 2, B> d_made{backend, saved.made.shape()}, d_weights{backend, saved.weights.shape()},
-        d_logits{backend, saved.probabilities.shape()};
+    Tensor<T, 2, B> d_made{backend, saved.made.shape()};
+    Tensor<wide_t<T>, 2, B> d_weights{backend, saved.weights.shape()}, d_logits{backend, saved.probabilities.shape()};
     On<Combine, B>::backward(backend, in(saved.made), in(saved.weights), in(saved.places), d_y, out(d_made), out(d_weights));
     Tensor<T, 2, B> d_rows{backend, saved.rows.shape()};
     mlp_backward<GroupedLinear>(backend, p.experts, in(saved.rows), saved.experts, Mlp::saved(d_rows.shape()[0], c.expert_dim, c.gated),
@@ -3193,8 +3422,9 @@ template <AttentionPolicy Policy> struct Attention {
     auto shapes = Attention::saved(c, s);
     if constexpr (decodes) shapes.policy = {};   // only backward reads these tensors
     saved = allocate<T>(backend, shapes);
-    zip([&](Path const&, auto const& w, auto const& projection) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); }, p.w,
-        projections<T>(saved.raw, saved.inputs));
+    for_each_projection(
+        [&](Path const&, auto const& projection, auto const& w) { On<Linear, B>::forward(backend, x, w, as_rows(projection)); },
+        out(saved.raw), out(saved.inputs), p.w);
     prepare<T>(backend, c, s, in(saved.raw), p.prepare, cache, out(saved.inputs));
     if constexpr (decodes) {
       On<Policy, B>::extend(backend, c, s, in(saved.inputs), cache, out(saved.outputs));
@@ -3243,16 +3473,20 @@ template <AttentionPolicy Policy> struct Attention {
           shapes);
     return shapes;
   }
-  // Views of the projections, or of their gradients. A projection that Prepare does not change lies in the place of its input.
-  template <class T, class B> static Projections<Out<T>> projections(Projections<Owned<T, B>>& raw, Inputs<Owned<T, B>>& inputs) {
-    auto places = out(raw);
-    if constexpr (!NamesProjections<Policy>)
+  // Calls f(path, projection, ...) for each projection or its gradient, with its leaves in other groups. A projection that Prepare does
+  // not change lies in the place of its input.
+  template <class F, class Raw, class Places, class... Groups>
+  static void for_each_projection(F f, Raw const& raw, Places const& inputs, Groups const&... groups) {
+    if constexpr (NamesProjections<Policy>) {
+      zip(f, raw, groups...);
+    } else {
       zip(
-          [](Path const& path, auto& place, auto& input) {
-            if (!Prepare::makes(path.name)) place = out(input);
+          [&](Path const& path, auto const& projection, auto const& input, auto const&... leaves) {
+            if (Prepare::makes(path.name)) f(path, projection, leaves...);
+            else f(path, input, leaves...);
           },
-          places, inputs);
-    return places;
+          raw, inputs, groups...);
+    }
   }
   template <class T, class B, class Cache>
   static void prepare(B& backend, Config const& c, SequencesOn<B> const& s, Projections<In<T>> const& raw,
@@ -3292,14 +3526,14 @@ template <AttentionPolicy Policy> struct Attention {
     On<Policy, B>::backward(backend, c, s, in(saved.inputs), in(saved.outputs), in(saved.policy), d_outputs, out(d_inputs));
     if constexpr (!std::is_same_v<Prepare, NoStep>)
       Prepare::backward(backend, c, s, in(saved.raw), p.prepare, in(saved.inputs), in(d_inputs), out(d_raw), d_p.prepare);
-    zip(
-        [&](Path const& path, auto const& w, auto const& d_projection, auto& d_w) {
+    for_each_projection(
+        [&](Path const& path, auto const& d_projection, auto const& w, auto const& d_w) {
           if (!has_gradient(path)) return;
           bool const detached = Policy::detached(path.name);
           On<Linear, B>::backward(backend, x, w, as_rows(d_projection), detached ? View<T, 2>{} : d_x, d_w, into);
           if (!detached) into = Into::add;
         },
-        p.w, in(projections<T>(d_raw, d_inputs)), d_p.w);
+        in(d_raw), in(d_inputs), p.w, d_p.w);
     if (into == Into::overwrite && !d_x.empty()) On<Fill, B>::forward(backend, T(0), flat(d_x));   // every projection is detached
   }
   static auto const& finished(auto const& saved) {
@@ -3379,8 +3613,9 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 }  // namespace cpu::detail
 
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -3392,7 +3627,7 @@ template <> struct On<RmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
@@ -3412,8 +3647,10 @@ template <> struct On<RmsNorm, Cpu> {
   }
 };
 
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -3430,7 +3667,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
                        View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
     Index const C = x.extent(1);
@@ -3618,7 +3855,7 @@ template <AttentionPolicy P> struct Block {
 
  private:
   template <class B, class T>
-  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, View<T const, 1> w) {
+  static Tensor<T, 2, B> normed(B& backend, BlockConfig const& c, Tensor<T, 2, B> const& x, Wide<In<T>, 1> w) {
     Tensor<T, 2, B> y{backend, x.shape()};
     On<RmsNorm, B>::forward(backend, c.norm, in(x), w, out(y));
     return y;
@@ -4026,8 +4263,9 @@ template <> struct On<CountTargets, Cpu> {
   }
 };
 
-template <> struct On<SoftmaxLoss, Cpu> {
-  template <class T>
+template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
@@ -4087,15 +4325,16 @@ template <> struct On<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> {
-  template <class T>
+template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
@@ -4150,15 +4389,16 @@ struct Embedding {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Embedding, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
+template <> struct On<Embedding, Cpu> : InFloat<Embedding, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> table, View<T, 2> y) {
     parallel_blocks(cpu, tokens.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) std::copy_n(table.row(tokens(n)), table.extent(1), y.row(n));
     });
   }
   // Threads share out the columns, so that each sum runs over the tokens in order.
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y, View<T, 2> d_table,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 1> tokens, View<T const, 2> d_y,
+                                                        View<T, 2> d_table, Into into) {
     parallel_blocks(cpu, d_table.extent(1), 64, [&](Index first, Index last) {
       for (Index v = 0; v < d_table.extent(0) && into == Into::overwrite; ++v) std::fill_n(d_table.row(v) + first, last - first, T(0));
       for (Index n = 0; n < tokens.extent(0); ++n) axpy(T(1), d_y.row(n) + first, d_table.row(tokens(n)) + first, last - first);
@@ -4243,7 +4483,7 @@ template <class S_> class LanguageModel {
   template <class T, class B> struct Gradients {
     Tensor<BatchLosses, 1, B> losses;  // [1]
     Params<Owned<T, B>> params;
-    View<T, 1> all;                    // the block of memory with all gradients
+    View<T, 1> all;                    // the block of memory with all gradients; empty in bf16
   };
 
   explicit LanguageModel(Config config = {}) : config_(std::move(config)) {
@@ -4322,9 +4562,10 @@ template <class S_> class LanguageModel {
     return Saved<Owned<float, B>>{};
   }
 
-  // All logits [N, V] in one tensor. Training does not use this function and never stores them.
-  template <class B, class T> Tensor<T, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
-    Tensor<T, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
+  // All logits [N, V] in one tensor, never narrower than float. Training does not use this function and never stores them.
+  template <class B, class T>
+  Tensor<wide_t<T>, 2, B> logits(B& backend, Params<Owned<T, B>> const& params, Saved<Owned<T, B>> const& saved) const {
+    Tensor<wide_t<T>, 2, B> result{backend, {saved.x_normed.shape()[0], config_.vocab_size}};
     On<Linear, B>::forward(backend, in(saved.x_normed), head(in(params)), out(result));
     return result;
   }
@@ -4551,10 +4792,11 @@ namespace infer {
 // Rows of logits to compute: of all new tokens, or of the last new token of each sequence.
 enum class LogitRows { all, last };
 
-// Logits [N, V], or one row for each sequence with new tokens: that of its last token.
+// Logits [N, V], never narrower than float, or one row for each sequence with new tokens: that of its last token.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename LanguageModel<Stack>::template Params<In<T>> const& p,
-                       SequencesOn<B> const& s, LogitRows rows, Tensor<T, 2, B> x) {
+Tensor<wide_t<T>, 2, B> logits(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<In<T>> const& p, SequencesOn<B> const& s, LogitRows rows,
+                               Tensor<T, 2, B> x) {
   if (rows == LogitRows::last && s.longest() > 1) {
     std::vector<std::int32_t> ends;
     for (Sequence const sequence : s)
@@ -4565,7 +4807,8 @@ Tensor<T, 2, B> logits(B& backend, LanguageModel<Stack> const& model, typename L
     On<Embedding, B>::forward(backend, in(places), in(x), out(picked));   // rows of a table, by number
     x = std::move(picked);
   }
-  Tensor<T, 2, B> normed{backend, x.shape()}, result{backend, {x.shape()[0], model.config().vocab_size}};
+  Tensor<T, 2, B> normed{backend, x.shape()};
+  Tensor<wide_t<T>, 2, B> result{backend, {x.shape()[0], model.config().vocab_size}};
   On<RmsNorm, B>::forward(backend, model.config().norm, in(x), p.norm, out(normed));
   On<Linear, B>::forward(backend, in(normed), model.config().tie_embedding ? p.embedding : p.head, out(result));
   return result;
@@ -4582,9 +4825,9 @@ template <class Stack, class T, class B> void check_sizes(LanguageModel<Stack> c
 }
 
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
-                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache, LogitRows rows) {
+Tensor<wide_t<T>, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache, LogitRows rows) {
   check_sizes(model, cache);
   auto const& call = cache.next(backend, tokens);
   if (call.tokens.empty()) return {backend, {0, model.config().vocab_size}};
@@ -4605,16 +4848,16 @@ Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
 // tokens of sequence i; the list may be empty. Throws Error if a sequence would exceed the cache's capacity or a token is not in the
 // vocabulary. The cache is then unchanged.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
-                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                       Cache<Stack, T, B>& cache) {
+Tensor<wide_t<T>, 2, B> extend(B& backend, LanguageModel<Stack> const& model,
+                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                               Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::all);
 }
 // The same, with one row of logits for each sequence with new tokens, in order: that of the sequence's last token.
 template <class Stack, class T, class B>
-Tensor<T, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
-                               typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
-                               Cache<Stack, T, B>& cache) {
+Tensor<wide_t<T>, 2, B> extend_to_last(B& backend, LanguageModel<Stack> const& model,
+                                       typename LanguageModel<Stack>::template Params<Owned<T, B>> const& params, TokenLists const& tokens,
+                                       Cache<Stack, T, B>& cache) {
   return infer::extend(backend, model, params, tokens, cache, infer::LogitRows::last);
 }
 
@@ -4817,14 +5060,14 @@ Generated generate(B& backend, LanguageModel<Stack> const& model, typename Langu
                    Cache<Stack, T, B>& cache, TokenLists const& prompts, GenerateOptions const& options = {}, OnToken on_token = {}) {
   infer::Generation<OnToken> generation{prompts, options, cache.capacity(), on_token};
   Generated result;
-  std::vector<T> host;
+  std::vector<wide_t<T>> host;
   for (Index step = 0; step < options.max_new_tokens && generation.count() > 0; ++step) {
     infer::Stopwatch const watch;
     Index const count = generation.count();
     auto const logits = extend_to_last(backend, model, params, generation.next(), cache);
     resize(host, logits.shape().count(), "a copy of the logits");
     backend.download(host.data(), in(logits).data, logits.byte_count());
-    generation.draw(std::span<T const>(host), static_cast<std::size_t>(logits.shape()[1]));
+    generation.draw(std::span<wide_t<T> const>(host), static_cast<std::size_t>(logits.shape()[1]));
     (step == 0 ? result.prefill_tokens : result.decode_tokens) += count;
     (step == 0 ? result.prefill_seconds : result.decode_seconds) += watch.seconds();
   }

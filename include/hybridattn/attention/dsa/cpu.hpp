@@ -7,6 +7,7 @@
 #include <hybridattn/attention/dsa/cpu_kl.hpp>
 #include <hybridattn/attention/dsa/types.hpp>
 #include <hybridattn/core/with_constant.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 #include <functional>
@@ -97,18 +98,19 @@ void extend(Cpu& cpu, SparseOptions o, Config const& c, Sequences const& s, Inpu
 
 }  // namespace dsa
 
-template <SparseOptions O> struct On<SparseAttention<O>, Cpu> {
-  template <class T>
+template <SparseOptions O> struct On<SparseAttention<O>, Cpu> : InFloat<SparseAttention<O>, Cpu> {
+  using InFloat<SparseAttention<O>, Cpu>::forward, InFloat<SparseAttention<O>, Cpu>::backward, InFloat<SparseAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     dsa::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     dsa::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, dsa::Config const& c, Sequences const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     dsa::extend(cpu, O, c, s, x, cache, y);

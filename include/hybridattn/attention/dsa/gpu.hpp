@@ -3,6 +3,7 @@
 
 #include <hybridattn/attention/dsa/dsa.hpp>
 #include <hybridattn/attention/dsa/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace dsa {
@@ -97,8 +98,9 @@ template <class B, class T, int... Ranks> void set_gradients_zero(B& gpu, View<T
 
 }  // namespace dsa
 
-template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
-  template <class T, class M>
+template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> : InFloat<SparseAttention<O>, B> {
+  using InFloat<SparseAttention<O>, B>::forward, InFloat<SparseAttention<O>, B>::backward, InFloat<SparseAttention<O>, B>::extend;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<Out<T>> y,
                       dsa::Saved<Out<T>> saved) {
     auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
@@ -108,7 +110,7 @@ template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
     else if (!y.auxiliary_loss.empty()) launch<dsa::SumLosses<T>>(gpu, {}, {{}, y.auxiliary_loss});
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Outputs<In<T>> y,
                        dsa::Saved<In<T>> saved, dsa::Outputs<In<T>> d_y, dsa::Inputs<Out<T>> d_x) {
     auto const batch = dsa::batch_of<T>(O, c, s, x, saved.indices);
@@ -120,7 +122,7 @@ template <SparseOptions O, GpuBackend B> struct On<SparseAttention<O>, B> {
   }
 
   // Decoding computes no auxiliary loss in any stage.
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void extend(B& gpu, dsa::Config const& c, SequencesOn<M> const& s, dsa::Inputs<In<T>> x, dsa::Cache<Out<T>> cache,
                      dsa::Outputs<Out<T>> y) requires(O.top_k_percent == 0) {
     Index const capacity = cache.keys.extent(1);

@@ -6,6 +6,7 @@
 #include <hybridattn/attention/full/cpu_forward.hpp>
 #include <hybridattn/attention/full/types.hpp>
 #include <hybridattn/core/with_constant.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
@@ -136,18 +137,19 @@ void extend(Cpu& cpu, FullOptions o, Config const& c, Sequences const& s, Inputs
 
 }  // namespace full
 
-template <FullOptions O> struct On<FullAttention<O>, Cpu> {
-  template <class T>
+template <FullOptions O> struct On<FullAttention<O>, Cpu> : InFloat<FullAttention<O>, Cpu> {
+  using InFloat<FullAttention<O>, Cpu>::forward, InFloat<FullAttention<O>, Cpu>::backward, InFloat<FullAttention<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     full::forward(cpu, O, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     full::backward(cpu, O, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, full::Config const& c, Sequences const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     full::extend(cpu, O, c, s, x, cache, y);

@@ -4,6 +4,7 @@
 #include <hybridattn/attention/room.hpp>
 #include <hybridattn/attention/full/full.hpp>
 #include <hybridattn/attention/full/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace full {
@@ -39,8 +40,9 @@ template <class T, class B> void backward(B& gpu, Config const& c, Sequences con
 
 }  // namespace full
 
-template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
-  template <class T, class M>
+template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> : InFloat<FullAttention<O>, B> {
+  using InFloat<FullAttention<O>, B>::forward, InFloat<FullAttention<O>, B>::backward, InFloat<FullAttention<O>, B>::extend;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Outputs<Out<T>> y,
                       full::Saved<Out<T>> saved) {
     auto p = full::kernel_params<T>(O, c, s, x);
@@ -49,7 +51,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
     full::forward(gpu, c, s, p);
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Outputs<In<T>> y,
                        full::Saved<In<T>> saved, full::Outputs<In<T>> d_y, full::Inputs<Out<T>> d_x) {
     auto p = full::kernel_params<T>(O, c, s, x);
@@ -61,7 +63,7 @@ template <FullOptions O, GpuBackend B> struct On<FullAttention<O>, B> {
   }
 
   // Sequences without past tokens are computed by the tiles of forward, other sequences token by token over the rows of the cache.
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void extend(B& gpu, full::Config const& c, SequencesOn<M> const& s, full::Inputs<In<T>> x, full::Cache<Out<T>> cache,
                      full::Outputs<Out<T>> y) {
     Index const ring = cache.keys.extent(1);

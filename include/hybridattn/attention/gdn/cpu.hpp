@@ -9,6 +9,7 @@
 #include <hybridattn/attention/gdn/cpu_step.hpp>
 #include <hybridattn/attention/gdn/types.hpp>
 #include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
@@ -241,18 +242,19 @@ template <class T> void extend(Cpu& cpu, Config const& c, Sequences const& s, In
 
 }  // namespace gdn
 
-template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> {
-  template <class T>
+template <GdnOptions O> struct On<GatedDeltaNet<O>, Cpu> : InFloat<GatedDeltaNet<O>, Cpu> {
+  using InFloat<GatedDeltaNet<O>, Cpu>::forward, InFloat<GatedDeltaNet<O>, Cpu>::backward, InFloat<GatedDeltaNet<O>, Cpu>::extend;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward(cpu, c, s, x, y, saved);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>> y,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward(cpu, c, s, x, y, saved, d_y, d_x);
   }
-  template <class T>
+  template <std::floating_point T>
   static void extend(Cpu& cpu, gdn::Config const& c, Sequences const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     gdn::extend(cpu, c, s, x, cache.state, y.o);

@@ -6,6 +6,7 @@
 #include <hybridattn/attention/gdn/kernel_chunks.hpp>
 #include <hybridattn/attention/gdn/kernel_chunks_backward.hpp>
 #include <hybridattn/attention/gdn/kernel_steps.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gdn {
@@ -125,21 +126,22 @@ void backward_steps(B& gpu, Config const& c, SequencesOn<M> const& s, Inputs<In<
 
 }  // namespace gdn
 
-template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> {
-  template <class T, class M>
+template <GdnOptions O, GpuBackend B> struct On<GatedDeltaNet<O>, B> : InFloat<GatedDeltaNet<O>, B> {
+  using InFloat<GatedDeltaNet<O>, B>::forward, InFloat<GatedDeltaNet<O>, B>::backward, InFloat<GatedDeltaNet<O>, B>::extend;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<Out<T>> y,
                       gdn::Saved<Out<T>> saved) {
     gdn::forward_chunks<T>(gpu, c, s, x, y, saved);
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Outputs<In<T>>,
                        gdn::Saved<In<T>> saved, gdn::Outputs<In<T>> d_y, gdn::Inputs<Out<T>> d_x) {
     gdn::backward_chunks<T>(gpu, c, s, x, saved, d_y, d_x);
   }
 
   // Forward from the states in the cache to these states, token by token: a step of decoding has one token of each sequence.
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void extend(B& gpu, gdn::Config const& c, SequencesOn<M> const& s, gdn::Inputs<In<T>> x, gdn::Cache<Out<T>> cache,
                      gdn::Outputs<Out<T>> y) {
     check_fits(s, cache.state.extent(0), std::numeric_limits<Index>::max());

@@ -63,18 +63,18 @@ template <GdnOptions O> struct Prepare {
     unit_backward(backend, s, raw.q, p.conv_q, d_x.q, d_raw.q, d_p.conv_q);
     unit_backward(backend, s, raw.k, p.conv_k, d_x.k, d_raw.k, d_p.conv_k);
     convolve_backward(backend, s, raw.v, p.conv_v, d_x.v, d_raw.v, d_p.conv_v);
-    On<GdnGate, B>::backward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
+    On<GdnGate, B>::backward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, d_x.g, d_x.beta, d_raw.g, d_raw.beta, d_p.a_log,
                              d_p.dt_bias);
   }
 
  private:
-  template <class T> static constexpr T range = O.negative_eigenvalues ? 2 : 1;
+  static constexpr int range = O.negative_eigenvalues ? 2 : 1;
 
   template <class B, class T>
   static void normalise_and_gate(B& backend, Inputs<Narrow<In<T>>> const& raw, Params<In<T>> const& p, Inputs<Out<T>> const& x) {
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.q)), head_rows(x.q));
     On<L2Norm, B>::forward(backend, head_rows(View<T const, 3>(x.k)), head_rows(x.k));
-    On<GdnGate, B>::forward(backend, range<T>, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
+    On<GdnGate, B>::forward(backend, range, raw.g, raw.beta, p.a_log, p.dt_bias, x.g, x.beta);
   }
   // A sequence without past tokens starts from zeros.
   template <class B, class T>

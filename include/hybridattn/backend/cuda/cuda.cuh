@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_BACKEND_CUDA_CUDA_CUH
 #define HYBRIDATTN_BACKEND_CUDA_CUDA_CUH
 
+#include <hybridattn/backend/gpu/convert.hpp>
 #include <hybridattn/backend/gpu/gemm.hpp>
 #include <hybridattn/core/type_name.hpp>
 

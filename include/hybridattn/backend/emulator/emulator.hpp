@@ -4,7 +4,7 @@
 
 #include <hybridattn/backend/cpu/cpu.hpp>
 #include <hybridattn/backend/emulator/engine.hpp>
-#include <hybridattn/backend/gpu/gpu.hpp>
+#include <hybridattn/backend/gpu/convert.hpp>
 #include <hybridattn/backend/hidden_memory.hpp>
 #include <hybridattn/core/type_name.hpp>
 

@@ -5,6 +5,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/ops/arithmetic/arithmetic.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +18,9 @@ template <> struct On<Fill, Cpu> {
   }
 };
 
-template <> struct On<Add, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
+template <> struct On<Add, Cpu> : InFloat<Add, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 1> x, View<T, 1> y) {
     parallel_blocks(cpu, y.count(), cpu::element_grain, [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) y.data[i] += x.data[i];
     });
@@ -33,7 +35,7 @@ template <> struct On<AddWeighted, Cpu> {
 
 template <> struct On<AllFinite, Cpu> {
   template <class T> static bool forward(Cpu&, View<T const, 1> x) {
-    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(value); });
+    return std::all_of(x.data, x.data + x.count(), [](T value) { return std::isfinite(static_cast<wide_t<T>>(value)); });
   }
 };
 

@@ -2,6 +2,7 @@
 #define HYBRIDATTN_OPS_ARITHMETIC_GPU_HPP
 
 #include <hybridattn/ops/arithmetic/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -9,8 +10,11 @@ template <GpuBackend B> struct On<Fill, B> {
   template <class T> static void forward(B& gpu, T value, View<T, 1> y) { for_each(gpu, y.count(), gpu::SetElement<T>{value, y}); }
 };
 
-template <GpuBackend B> struct On<Add, B> {
-  template <class T> static void forward(B& gpu, View<T const, 1> x, View<T, 1> y) { for_each(gpu, y.count(), gpu::AddElement<T>{x, y}); }
+template <GpuBackend B> struct On<Add, B> : InFloat<Add, B> {
+  using InFloat<Add, B>::forward;
+  template <std::floating_point T> static void forward(B& gpu, View<T const, 1> x, View<T, 1> y) {
+    for_each(gpu, y.count(), gpu::AddElement<T>{x, y});
+  }
 };
 
 template <GpuBackend B> struct On<AddWeighted, B> {

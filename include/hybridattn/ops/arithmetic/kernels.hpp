@@ -38,7 +38,8 @@ template <class T> struct FindBadElement {
   struct Shared {};
   static HYBRIDATTN_DEVICE void run(Shared&, Params const& p) {
     Index const i = simt::block_x() * threads + simt::thread_id();
-    bool const bad = i < p.x.extent(0) && !(-simt::infinity<T>() < p.x(i) && p.x(i) < simt::infinity<T>());
+    auto const infinity = simt::infinity<wide_t<T>>();
+    bool const bad = i < p.x.extent(0) && !(-infinity < p.x(i) && p.x(i) < infinity);
     if (simt::any(bad) && simt::lane() == 0) simt::atomic_max(&p.found(0), std::int32_t{1});
   }
 };

@@ -3,6 +3,7 @@
 
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/ops/causal_conv1d/causal_conv1d.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu::detail {
@@ -22,8 +23,9 @@ template <class T> struct ConvRows {
 
 }  // namespace cpu::detail
 
-template <> struct On<CausalConv1d, Cpu> {
-  template <class T>
+template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
@@ -38,7 +40,7 @@ template <> struct On<CausalConv1d, Cpu> {
     if (!final_state.empty()) keep_last(s, rows, final_state);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {

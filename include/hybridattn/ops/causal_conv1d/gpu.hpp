@@ -2,12 +2,14 @@
 #define HYBRIDATTN_OPS_CAUSAL_CONV1D_GPU_HPP
 
 #include <hybridattn/ops/causal_conv1d/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // M is B, or a backend that wraps it.
-template <GpuBackend B> struct On<CausalConv1d, B> {
-  template <class T, class M>
+template <GpuBackend B> struct On<CausalConv1d, B> : InFloat<CausalConv1d, B> {
+  using InFloat<CausalConv1d, B>::forward, InFloat<CausalConv1d, B>::backward;
+  template <std::floating_point T, class M>
   static void forward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
                       View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
     gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
@@ -15,7 +17,7 @@ template <GpuBackend B> struct On<CausalConv1d, B> {
     if (!final_state.empty()) for_each(gpu, s.count() * x.extent(1), gpu::KeepLastInputs<T>{inputs, final_state});
   }
 
-  template <class T, class M>
+  template <std::floating_point T, class M>
   static void backward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
                        View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
                        View<T, 3> d_initial_state) {

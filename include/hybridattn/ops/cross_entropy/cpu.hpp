@@ -4,6 +4,7 @@
 #include <hybridattn/backend/cpu/gemm.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/cross_entropy/cross_entropy.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -18,8 +19,9 @@ template <> struct On<CountTargets, Cpu> {
   }
 };
 
-template <> struct On<SoftmaxLoss, Cpu> {
-  template <class T>
+template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Index const N = logits.extent(0);
@@ -79,15 +81,16 @@ template <> struct On<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> {
-  template <class T>
+template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
       On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));

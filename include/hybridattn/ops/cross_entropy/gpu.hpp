@@ -3,6 +3,7 @@
 
 #include <hybridattn/backend/gpu/gemm.hpp>
 #include <hybridattn/ops/cross_entropy/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 
@@ -14,8 +15,9 @@ template <GpuBackend B> struct On<CountTargets, B> {
   }
 };
 
-template <GpuBackend B> struct On<SoftmaxLoss, B> {
-  template <class T>
+template <GpuBackend B> struct On<SoftmaxLoss, B> : InFloat<SoftmaxLoss, B> {
+  using InFloat<SoftmaxLoss, B>::forward;
+  template <std::floating_point T>
   static void forward(B& gpu, View<T const, 2> logits, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                       View<T, 2> d_logits, View<LossSum, 1> loss) {
     Tensor<LossSum, 1, B> rows{gpu, {logits.extent(0)}};
@@ -24,12 +26,13 @@ template <GpuBackend B> struct On<SoftmaxLoss, B> {
   }
 };
 
-template <GpuBackend B> struct On<CrossEntropy, B> {
-  template <class T>
+template <GpuBackend B> struct On<CrossEntropy, B> : InFloat<CrossEntropy, B> {
+  using InFloat<CrossEntropy, B>::forward, InFloat<CrossEntropy, B>::backward;
+  template <std::floating_point T>
   static void forward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
     in_blocks<T>(gpu, x, w, targets, {}, loss, [](View<T, 2>, View<T const, 2>, Index) {});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
                        View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
     if (x.extent(0) == 0) gpu::gemm<T>(gpu, Operand<T>{nullptr, w.extent(0), 0}, Operand<T>{nullptr, 0, w.extent(1)}, d_w);   // d_w = 0

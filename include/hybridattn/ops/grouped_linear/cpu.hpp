@@ -4,15 +4,17 @@
 #include <hybridattn/backend/cpu/gemm.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/ops/grouped_linear/grouped_linear.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<GroupedLinear, Cpu> {
+template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
+  using InFloat::forward, InFloat::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
     cpu::Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
@@ -21,7 +23,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);

@@ -2,16 +2,18 @@
 #define HYBRIDATTN_OPS_GROUPED_LINEAR_GPU_HPP
 
 #include <hybridattn/ops/grouped_linear/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<GroupedLinear, B> {
+template <GpuBackend B> struct On<GroupedLinear, B> : InFloat<GroupedLinear, B> {
+  using InFloat<GroupedLinear, B>::forward, InFloat<GroupedLinear, B>::backward;
   using Offsets = View<std::int32_t const, 1>;
 
-  template <class T> static void forward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
     multiply_rows<T>(gpu, offsets, x, w, y, true, Into::overwrite);
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 3> d_w, Into into) {
     if (!d_x.empty()) multiply_rows<T>(gpu, offsets, d_y, w, d_x, false, into);

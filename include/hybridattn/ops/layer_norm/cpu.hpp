@@ -3,12 +3,15 @@
 
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/ops/layer_norm/layer_norm.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
-template <> struct On<LayerNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         auto const [mean, rstd] = moments(x.row(n), x.extent(1), eps);
@@ -17,7 +20,7 @@ template <> struct On<LayerNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const C = x.extent(1);

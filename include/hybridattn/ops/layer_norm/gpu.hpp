@@ -2,15 +2,18 @@
 #define HYBRIDATTN_OPS_LAYER_NORM_GPU_HPP
 
 #include <hybridattn/ops/layer_norm/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <GpuBackend B> struct On<LayerNorm, B> {
-  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b, View<T, 2> y) {
+template <GpuBackend B> struct On<LayerNorm, B> : InFloat<LayerNorm, B> {
+  using InFloat<LayerNorm, B>::forward, InFloat<LayerNorm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+                                                       View<T, 2> y) {
     using Forward = gpu::LayerNormForward<T>;
     launch<Forward>(gpu, {.x = ceil_div(x.extent(0), Forward::threads / 32)}, {x, w, b, y, static_cast<T>(eps)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
                        View<T, 1> d_b) {
     Index const blocks = gpu::row_blocks(x.extent(0)), C = x.extent(1);

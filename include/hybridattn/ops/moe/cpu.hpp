@@ -5,14 +5,16 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/ops/moe/moe.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 #include <cmath>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Route, Cpu> {
-  template <class T>
+template <> struct On<Route, Cpu> : InFloat<Route, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Route::Options o, View<T const, 2> logits, View<T, 2> probabilities, View<T, 2> weights,
                       View<std::int32_t, 2> experts) {
     parallel_blocks(cpu, logits.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -27,7 +29,7 @@ template <> struct On<Route, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Route::Options o, View<T const, 2> probabilities, View<T const, 2> weights,
                        View<std::int32_t const, 2> experts, View<T const, 2> d_weights, View<T const, 1> d_probability,
                        View<T, 2> d_logits) {
@@ -76,15 +78,16 @@ template <> struct On<Permute, Cpu> {
   }
 };
 
-template <> struct On<Distribute, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
+template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<std::int32_t const, 2> places, View<T, 2> rows) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index j = 0; j < places.extent(1); ++j) std::copy_n(x.row(n), x.extent(1), rows.row(places(n, j)));
     });
   }
-  template <class T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows, View<T, 2> d_x,
-                                          Into into) {
+  template <std::floating_point T> static void backward(Cpu& cpu, View<std::int32_t const, 2> places, View<T const, 2> d_rows,
+                                                        View<T, 2> d_x, Into into) {
     parallel_blocks(cpu, d_x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         if (into == Into::overwrite) std::fill_n(d_x.row(n), d_x.extent(1), T(0));
@@ -94,8 +97,9 @@ template <> struct On<Distribute, Cpu> {
   }
 };
 
-template <> struct On<Combine, Cpu> {
-  template <class T>
+template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -104,7 +108,7 @@ template <> struct On<Combine, Cpu> {
       }
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
                        View<T, 2> d_rows, View<T, 2> d_weights) {
     Index const C = d_y.extent(1);
@@ -120,13 +124,14 @@ template <> struct On<Combine, Cpu> {
   }
 };
 
-template <> struct On<AddGated, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
+template <> struct On<AddGated, Cpu> : InFloat<AddGated, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) axpy(sigmoid(logit(n, 0)), x.row(n), y.row(n), y.extent(1));
     });
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> logit, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_logit) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {

@@ -5,6 +5,7 @@
 #include <hybridattn/backend/cpu/sum_rows.hpp>
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/ops/rms_norm/rms_norm.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace cpu::detail {
@@ -19,8 +20,9 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 }  // namespace cpu::detail
 
-template <> struct On<RmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -32,7 +34,7 @@ template <> struct On<RmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     Index const C = x.extent(1);
@@ -52,8 +54,10 @@ template <> struct On<RmsNorm, Cpu> {
   }
 };
 
-template <> struct On<GatedRmsNorm, Cpu> {
-  template <class T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -70,7 +74,7 @@ template <> struct On<GatedRmsNorm, Cpu> {
     });
   }
 
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
                        View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
     Index const C = x.extent(1);

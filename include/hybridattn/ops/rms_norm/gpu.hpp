@@ -3,6 +3,7 @@
 
 #include <hybridattn/ops/rms_norm/kernels.hpp>
 #include <hybridattn/tensor/tensor.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 namespace gpu {
@@ -20,22 +21,25 @@ template <class T> T shift_of(RmsNorm::Options const& o) { return o.weight == No
 
 }  // namespace gpu
 
-template <GpuBackend B> struct On<RmsNorm, B> {
-  template <class T> static void forward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+template <GpuBackend B> struct On<RmsNorm, B> : InFloat<RmsNorm, B> {
+  using InFloat<RmsNorm, B>::forward, InFloat<RmsNorm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
     gpu::rms_norm<T>(gpu, {x, {}, w, y, gpu::shift_of<T>(o), static_cast<T>(o.eps)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 1> d_w, Into into) {
     gpu::rms_norm_gradients<T>(gpu, {{x, {}, w, {}, gpu::shift_of<T>(o), static_cast<T>(o.eps)}, d_y, d_x, {}, {}, into}, d_w);
   }
 };
 
-template <GpuBackend B> struct On<GatedRmsNorm, B> {
-  template <class T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T, 2> y) {
+template <GpuBackend B> struct On<GatedRmsNorm, B> : InFloat<GatedRmsNorm, B> {
+  using InFloat<GatedRmsNorm, B>::forward, InFloat<GatedRmsNorm, B>::backward;
+  template <std::floating_point T> static void forward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+                                                       View<T, 2> y) {
     gpu::rms_norm<T>(gpu, {x, z, w, y, T(0), static_cast<T>(eps)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
                        View<T, 2> d_z, View<T, 1> d_w) {
     gpu::rms_norm_gradients<T>(gpu, {{x, z, w, {}, T(0), static_cast<T>(eps)}, d_y, d_x, d_z, {}, Into::overwrite}, d_w);

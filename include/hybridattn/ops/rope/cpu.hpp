@@ -5,6 +5,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/allowed.hpp>
 #include <hybridattn/ops/rope/rope.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <cmath>
 
@@ -32,13 +33,14 @@ template <> struct On<RopeAngles, Cpu> {
   }
 };
 
-template <> struct On<Rope, Cpu> {
-  template <class T>
+template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
+  using InFloat::forward, InFloat::backward;
+  template <std::floating_point T>
   static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));

@@ -3,6 +3,7 @@
 
 #include <hybridattn/core/allowed.hpp>
 #include <hybridattn/ops/rope/kernels.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <cmath>
 
@@ -23,13 +24,14 @@ template <GpuBackend B> struct On<RopeAngles, B> {
   }
 };
 
-template <GpuBackend B> struct On<Rope, B> {
-  template <class T>
+template <GpuBackend B> struct On<Rope, B> : InFloat<Rope, B> {
+  using InFloat<Rope, B>::forward, InFloat<Rope, B>::backward;
+  template <std::floating_point T>
   static void forward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn<T>(gpu, o, {angles, positions, x, y, o.rotary_dim / 2, o.interleaved, T(1)});
   }
-  template <class T>
+  template <std::floating_point T>
   static void backward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn<T>(gpu, o, {angles, positions, d_y, d_x, o.rotary_dim / 2, o.interleaved, T(-1)});

@@ -5,6 +5,7 @@
 #include <hybridattn/backend/cpu/vectors.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/ops/top_k/top_k.hpp>
+#include <hybridattn/tensor/in_float.hpp>
 
 #include <algorithm>
 #include <limits>
@@ -95,8 +96,9 @@ template <class T> class RowTopK {
 
 }  // namespace cpu
 
-template <> struct On<TopK, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
+template <> struct On<TopK, Cpu> : InFloat<TopK, Cpu> {
+  using InFloat::forward;
+  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> scores, View<std::int32_t, 2> indices) {
     using Row = cpu::RowTopK<T>;
     Index const n = scores.extent(1), k = indices.extent(1), chosen = std::min(n, k);
     Tensor<typename Row::Key, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, Row::scratch(n)}};

@@ -4,7 +4,8 @@
 // file visible, so no reader sees the tensors without the JSON, the JSON without the tensors, or a part of either.
 //
 //   embedding, blocks.3.attention.w.q, ...           parameters, by their paths
-//   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square
+//   optimizer.<name>.<path>                          what the optimizer keeps of each: AdamW's moments are mean and square, and master is
+//                                                    the parameter in float where the model is in bf16
 //   history.<name>                                   F64 [steps], what the program counts
 #ifndef HYBRIDATTN_STORE_CHECKPOINT_FILE_HPP
 #define HYBRIDATTN_STORE_CHECKPOINT_FILE_HPP
@@ -24,7 +25,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 struct CheckpointHeader {
   Index version = 0;                 // of the format
   std::vector<std::string> pattern;  // names of the layers' policies
-  std::string dtype;                 // "F32"
+  std::string dtype;                 // "F32", "F64" or "BF16"
   Index step = 0;
   std::string note;
   nlohmann::json json;  // all of it: "model", "layers", "optimizer", "data", ...

@@ -55,9 +55,10 @@ inline Settings read_settings(std::filesystem::path const& folder, ReadOptions c
   return s;
 }
 
-// The text of a config.json that read_settings reads as these settings.
-inline std::string config_text(Settings const& s) {
+// The text of a config.json that read_settings reads as these settings. `dtype` is the scalar of the weights beside it.
+inline std::string config_text(Settings const& s, std::string_view dtype = "float32") {
   Json json = s.family->write(s);
+  json["dtype"] = dtype;
   json["architectures"] = Json::array({s.family->architecture});
   json["model_type"] = s.family->model_type;
   return json.dump(2) + "\n";

@@ -158,8 +158,7 @@ inline Json write_common(Settings const& s) {
   auto const full = full_sizes(s);
   auto const gdn = gdn_sizes(s);
   double const deviation = s.read<Initialization>(s.model["initialization"]).linear_deviation;
-  Json json = {{"dtype", "float32"},
-               {"attention_bias", false},
+  Json json = {{"attention_bias", false},
                {"attention_dropout", 0.0},
                {"hidden_act", "silu"},
                {"vocab_size", s.model["vocab_size"]},

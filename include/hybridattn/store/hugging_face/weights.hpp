@@ -42,7 +42,8 @@ class Weights {
     for (auto const& name : entry.names) {
       auto const& file = file_of(name);
       auto const part = [&] {
-        if constexpr (sizeof(T) == 8) return file.read_doubles(name);
+        if constexpr (std::is_same_v<T, double>) return file.read_doubles(name);
+        else if constexpr (std::is_same_v<T, bf16>) return file.read_bf16s(name);
         else return file.read_floats(name);
       }();
       if (entry.names.size() == 1) return part;
