@@ -21,6 +21,7 @@ Settings parse(int argc, char const* const* argv) {
   options.seed(s.seed);
   options.threads(s.threads);
   options.backend();
+  options.dtype(s.dtype);
   options.parse(argc, argv);
   ha::check(!s.text.empty(), "no text is named: give a file or a pipe");
   return s;
@@ -63,6 +64,7 @@ Settings parse(int argc, char const* const* argv) {
   options.seed(s.seed);
   options.threads(s.threads);
   options.backend();
+  options.dtype(s.dtype, "scalar of a released model's parameters, float or bf16; a checkpoint has its own");
   options.app()
       .add_option("--ignore-field", s.ignored_fields, "a field of config.json to read as if it were not there; may be given again")
       ->allow_extra_args(false)

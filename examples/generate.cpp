@@ -61,8 +61,9 @@ int main(int argc, char** argv) {
     auto const settings = generate::parse(argc, argv);
     hybridattn::check(std::filesystem::exists(settings.model), settings.model, ": there is no such file or folder");
     auto machine = program::make_machine(settings.threads);   // complains at once where there is none
-    auto const model = std::filesystem::is_directory(settings.model) ? models::from_folder(settings.model, settings.ignored_fields)
-                                                                     : models::from_checkpoint(settings.model);
+    auto const model = std::filesystem::is_directory(settings.model)
+                           ? models::from_folder(settings.model, settings.ignored_fields, settings.dtype)
+                           : models::from_checkpoint(settings.model);
     generate::run(machine, settings, *model);
     return 0;
   });

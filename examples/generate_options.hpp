@@ -19,6 +19,7 @@ struct Settings {
   ha::SamplingOptions sampling;
   std::uint64_t seed = 1;
   int threads = 0;
+  std::string dtype = "float";               // of a released model
   std::vector<std::string> ignored_fields;   // of config.json
 
   bool as_bytes() const { return tokens.empty(); }

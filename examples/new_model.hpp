@@ -45,8 +45,8 @@ class NewModel {
 struct Sizes {
   ha::Index vocab_size, model_dim, num_heads;
 };
-// One of models::Trained: "LFFL". Throws where there is no such pattern.
-std::unique_ptr<NewModel> new_model(std::string const& pattern, Sizes sizes);
+// One of models::Trained: "LFFL", in float or bf16. Throws where there is no such pattern.
+std::unique_ptr<NewModel> new_model(std::string const& pattern, Sizes sizes, std::string const& dtype);
 
 }  // namespace models
 #endif

@@ -69,6 +69,18 @@ class Options {
         ->default_str(std::string(program::backend))
         ->type_name("NAME");
   }
+  // The scalar of a model's tensors.
+  void dtype(std::string& value, std::string const& help = "scalar of weights and activations, float or bf16; bf16 has masters in float") {
+    app_.add_option_function<std::string>(
+            "--dtype",
+            [&value](std::string const& word) {
+              ha::check(word == "float" || word == "bf16", "--dtype ", shown(word), " is not allowed; it must be float or bf16");
+              value = word;
+            },
+            help)
+        ->default_str(value)
+        ->type_name("NAME");
+  }
   // At least 0, or above it.
   void real(std::string const& name, double& value, std::string const& help, bool positive = false) {
     app_.add_option_function<std::string>(

@@ -41,8 +41,10 @@ class StoredModel {
 };
 // A checkpoint that `train` left: one of models::Trained.
 std::unique_ptr<StoredModel> from_checkpoint(std::filesystem::path const& path);
-// A released model: one of models::Released. Fields of its config.json may be read as if they were not there.
-std::unique_ptr<StoredModel> from_folder(std::filesystem::path const& folder, std::vector<std::string> const& ignored_fields);
+// A released model: one of models::Released, its parameters in float or bf16. Fields of its config.json may be read as if they were not
+// there.
+std::unique_ptr<StoredModel> from_folder(std::filesystem::path const& folder, std::vector<std::string> const& ignored_fields,
+                                         std::string const& dtype);
 
 }  // namespace models
 #endif

@@ -22,20 +22,22 @@ double validation_loss(models::Run& run, std::vector<ha::Batch> const& batches) 
 
 // What neither the model nor the text tells: a run goes on with the windows and the backend that it began with.
 std::string note(Settings const& s) {
-  return "--batch " + std::to_string(s.batch) + " --seq-len " + std::to_string(s.seq_len) + " --backend " + std::string(program::backend);
+  return "--batch " + std::to_string(s.batch) + " --seq-len " + std::to_string(s.seq_len) + " --backend " + std::string(program::backend) +
+         " --dtype " + s.dtype;
 }
 
 // Returns the exit code.
 int train(Settings const& s) {
   models::Sizes const sizes{.vocab_size = ha::ByteText::vocab_size, .model_dim = s.model_dim, .num_heads = s.num_heads};
-  auto const model = models::new_model(s.pattern, sizes);
+  auto const model = models::new_model(s.pattern, sizes, s.dtype);
   auto machine = program::make_machine(s.threads);   // complains at once where there is none
   program::check_writable(s.out);
   ha::Windows text{ha::ByteText(ha::read_text(s.text)), ha::Seed{s.seed}, program::text_name(s.text)};
   double const bytes = static_cast<double>(model->parameter_count()) * sizeof(float);
-  program::check_memory(4 * bytes, "training " + std::to_string(model->parameter_count()) + " parameters",
+  bool const is_bf16 = s.dtype == "bf16";   // with masters, and gradients in both scalars
+  program::check_memory((is_bf16 ? 5 : 4) * bytes, "training " + std::to_string(model->parameter_count()) + " parameters",
                         program::memory_limit(machine));   // gradients, two moments
-  program::check_writable(s.out, 3 * bytes);
+  program::check_writable(s.out, (is_bf16 ? 3.5 : 3) * bytes);
   program::watch_for_interrupt();
   program::InUse const lock{s.out};
   auto const run = model->start(machine, ha::Seed{s.seed}, {.learning_rate = s.learning_rate});

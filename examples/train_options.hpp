@@ -19,6 +19,7 @@ struct Settings {
   double learning_rate = 1e-3;
   std::uint64_t seed = 1;
   int threads = 0;
+  std::string dtype = "float";
 };
 
 // Throws program::Answer where the words ask for a text, or ha::Error with one sentence.

@@ -30,6 +30,7 @@ inline std::vector<std::string> arguments(Settings const& s, ha::DataState const
           "--validation " + std::to_string(s.validation),
           "--seed " + std::to_string(s.seed),
           "--backend " + s.backend,
+          "--dtype " + s.dtype,
           "--data " + data.description + " [hash " + std::to_string(data.content) + "]"};
 }
 // A text may have got another name.
@@ -57,7 +58,7 @@ class Memory {
  public:
   // Of runs of these patterns; `data` is the state of the source that they are trained on.
   Memory(Settings const& s, std::vector<std::string> patterns, ha::DataState const& data)
-      : folder_(s.out), steps_(s.steps), seq_len_(s.seq_len), backend_(s.backend), patterns_(std::move(patterns)),
+      : folder_(s.out), steps_(s.steps), seq_len_(s.seq_len), backend_(s.backend), dtype_(s.dtype), patterns_(std::move(patterns)),
         arguments_(arguments(s, data)) {}
 
   std::filesystem::path checkpoint(std::string const& name) const { return folder_ / (name + ".checkpoint.safetensors"); }
@@ -166,6 +167,7 @@ class Memory {
     return {.name = pattern_name(letters),
             .letters = letters,
             .backend = backend_,
+            .dtype = dtype_,
             .num_parameters = static_cast<ha::Index>(numbers[0]),
             .training_time = numbers[1],
             .tokens_per_second = numbers[2],
@@ -179,7 +181,7 @@ class Memory {
 
   std::filesystem::path folder_;
   ha::Index steps_, seq_len_;
-  std::string backend_;
+  std::string backend_, dtype_;
   std::vector<std::string> patterns_, arguments_;
 };
 

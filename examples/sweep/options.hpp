@@ -20,6 +20,7 @@ inline Settings parse(int argc, char const* const* argv) {
   options.seed(s.seed);
   options.threads(s.threads);
   options.backend();
+  options.dtype(s.dtype);
   options.out(s.out, "folder of the results; a run that stopped there goes on");
   options.real("--checkpoint-every", s.checkpoint_every, "seconds between checkpoints; 0: after every step");
   options.app().add_flag("--fresh", s.fresh, "forget what an earlier run left in the folder");

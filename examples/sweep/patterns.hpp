@@ -36,12 +36,21 @@ struct CompiledPattern {
   std::unique_ptr<Run> (*start)(Machine&, ha::Index vocab_size, ha::Seed);
 };
 
-// All that patterns.cpp compiles: the study's eight, and the three pure ones.
-std::vector<CompiledPattern> compiled_patterns();
+// All that is compiled, in each scalar.
+std::vector<CompiledPattern> patterns_in_float();
+std::vector<CompiledPattern> patterns_in_bf16();
+inline std::vector<CompiledPattern> compiled_patterns(std::string const& dtype) {
+  if (dtype != "bf16") return patterns_in_float();
+#ifdef HYBRIDATTN_EXAMPLES_IN_BF16
+  return patterns_in_bf16();
+#else
+  ha::fail("--dtype bf16 is not compiled in; configure with -DHYBRIDATTN_EXAMPLES_IN_BF16=ON");
+#endif
+}
 
 // "LFFL, G**G" -> the compiled patterns, in that order; throws on one that is not there.
-inline std::vector<CompiledPattern> chosen_patterns(std::string const& list) {
-  auto const compiled = compiled_patterns();
+inline std::vector<CompiledPattern> chosen_patterns(std::string const& list, std::string const& dtype) {
+  auto const compiled = compiled_patterns(dtype);
   std::vector<CompiledPattern> chosen;
   for (std::size_t start = 0; start <= list.size();) {
     auto const end = std::min(list.find(',', start), list.size());
@@ -59,7 +68,7 @@ inline std::vector<CompiledPattern> chosen_patterns(std::string const& list) {
       std::string known;
       for (auto const& pattern : compiled) known += (known.empty() ? "" : ", ") + std::string(pattern.letters);
       ha::fail("pattern '", word, "' is not compiled in; there are ", known, ". To add it, write \"", letters.empty() ? "LFLF" : letters,
-               "\" into HYBRIDATTN_SWEEP_PATTERNS in examples/sweep/patterns.cpp");
+               "\" into HYBRIDATTN_SWEEP_PATTERNS in examples/sweep/run_of.hpp");
     }
     chosen.push_back(*found);
     start = end + 1;

@@ -47,6 +47,7 @@ struct RunResult {
   std::string name;      // "1_sandwich"
   std::string letters;   // "LFFL"
   std::string backend;   // "cpu"
+  std::string dtype;     // "float"
   Index num_parameters = 0;
   double training_time = 0;   // seconds, validation included
   double tokens_per_second = 0, milliseconds_per_step = 0;
@@ -194,6 +195,7 @@ inline nlohmann::ordered_json to_json(RunResult const& r) {
           {"instantaneous_loss_history", history(r.losses)},
           {"letters", r.letters},
           {"backend", r.backend},
+          {"dtype", r.dtype},
           {"val_loss_published", r.val_loss_published()},
           {"val_perplexity_published", std::exp(r.val_loss_published())},
           {"bits_per_byte", r.bits_per_byte() ? Json(*r.bits_per_byte()) : Json()},

@@ -22,6 +22,7 @@ struct Settings {
   std::uint64_t seed = 1;
   int threads = 0;
   std::string backend{program::backend};
+  std::string dtype = "float";
   std::string patterns{studied};
   std::vector<std::string> data;
   std::filesystem::path out = "results";

@@ -41,7 +41,7 @@ void check_outputs(sweep::Settings const& s, sweep::Memory const& memory, std::v
     double const numbers = 8.0 * static_cast<double>(s.steps);
     program::check_writable(s.out / (name + ".jsonl"), numbers);
     program::check_writable(memory.result(name), numbers);
-    program::check_writable(memory.checkpoint(name), 12.0 * static_cast<double>(pattern.parameter_count(vocab_size)) + 3 * numbers);
+    program::check_writable(memory.checkpoint(name), 14.0 * static_cast<double>(pattern.parameter_count(vocab_size)) + 3 * numbers);
   }
 }
 
@@ -73,7 +73,7 @@ std::vector<std::optional<sweep::RunResult>> remembered(sweep::Memory const& mem
 }
 
 int run(sweep::Settings const& s) {
-  auto const chosen = sweep::chosen_patterns(s.patterns);
+  auto const chosen = sweep::chosen_patterns(s.patterns, s.dtype);
   auto machine = program::make_machine(s.threads);   // complains at once where there is none
   sweep::prepare_folder(s.out);
   program::check_writable(s.out / "comprehensive_comparison.json");
@@ -88,7 +88,7 @@ int run(sweep::Settings const& s) {
 
   program::watch_for_interrupt();
   program::InUse const lock{s.out};
-  sweep::Memory const memory{s, sweep::compiled_names(), data->state()};
+  sweep::Memory const memory{s, sweep::compiled_names(s), data->state()};
   if (!s.fresh) memory.check();
   check_outputs(s, memory, chosen, data->vocab_size());
   if (s.fresh) memory.forget();

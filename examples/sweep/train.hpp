@@ -49,9 +49,9 @@ class Progress {
 };
 
 // Every pattern this program can train, by the name of its files.
-inline std::vector<std::string> compiled_names() {
+inline std::vector<std::string> compiled_names(Settings const& s) {
   std::vector<std::string> names;
-  for (auto const& pattern : compiled_patterns()) names.push_back(pattern_name(pattern.letters));
+  for (auto const& pattern : compiled_patterns(s.dtype)) names.push_back(pattern_name(pattern.letters));
   return names;
 }
 
@@ -140,6 +140,7 @@ inline std::optional<RunResult> train(Machine& machine, CompiledPattern const& p
   result.name = pattern_name(pattern.letters);
   result.letters = pattern.letters;
   result.backend = s.backend;
+  result.dtype = s.dtype;
   result.seq_len = s.seq_len;
   Training training{machine, pattern, s, data, memory};
   result.num_parameters = training.run().parameter_count();

@@ -9,7 +9,7 @@
 #include "../../examples/train_options.hpp"
 
 // What patterns.cpp says, without the models.
-std::vector<sweep::CompiledPattern> sweep::compiled_patterns() {
+std::vector<sweep::CompiledPattern> sweep::patterns_in_float() {
   return {{"LFFL", nullptr, nullptr}, {"LDDL", nullptr, nullptr}, {"LLLL", nullptr, nullptr}};
 }
 
@@ -58,7 +58,7 @@ void check_generate(generate::Settings const& s) {
 // Letters that are known, or a sentence that names them.
 void check_patterns(std::string const& list) {
   std::vector<sweep::CompiledPattern> chosen;
-  bool const known = accepts([&] { chosen = sweep::chosen_patterns(list); }, check_shown);
+  bool const known = accepts([&] { chosen = sweep::chosen_patterns(list, "float"); }, check_shown);
   auto const commas = std::ranges::count(list, ',');
   demand(!known || std::ssize(chosen) == commas + 1, chosen.size(), " patterns out of ", list);
   std::string letters;

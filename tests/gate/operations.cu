@@ -23,6 +23,16 @@ template <class T> void compile_others(ha::Cuda& gpu) {
 }
 template void compile_others<float>(ha::Cuda&);
 template void compile_others<double>(ha::Cuda&);
+// What bf16 adds to the kernels of float.
+template <int... Ranks> void compile_conversions(ha::Cuda& gpu, std::integer_sequence<int, Ranks...>) {
+  (convert(gpu, ha::View<ha::bf16 const, Ranks>{}, ha::View<float, Ranks>{}), ...);
+  (convert(gpu, ha::View<float const, Ranks>{}, ha::View<ha::bf16, Ranks>{}), ...);
+}
+template void compile_conversions(ha::Cuda&, std::integer_sequence<int, 1, 2, 3, 4>);
+void compile_in_bf16(ha::Cuda& gpu) {
+  ha::On<ha::AllFinite, ha::Cuda>::forward<ha::bf16>(gpu, {});
+  ha::On<ha::Fill, ha::Cuda>::forward<ha::bf16>(gpu, {}, {});
+}
 void compile_steps(ha::Cuda& gpu) {
   ha::On<ha::CountTargets, ha::Cuda>::forward(gpu, {}, {}, {});
   ha::On<ha::OpenStep, ha::Cuda>::forward(gpu, {});
