@@ -2035,27 +2035,34 @@ template <class B, class F, class... Arguments> void in_float(B& backend, F f, A
       floats);
 }
 
+// Arguments with bf16 tensors, of which an operation takes float copies.
+namespace detail {
+template <class Op, class B, class... Arguments>
+concept ForwardInFloat =
+    (holds_bf16<Arguments> || ...) && requires(B& b, InFloatArgument<B, Arguments>&... a) { On<Op, B>::forward(b, a.value...); };
+template <class Op, class B, class... Arguments>
+concept BackwardInFloat =
+    (holds_bf16<Arguments> || ...) && requires(B& b, InFloatArgument<B, Arguments>&... a) { On<Op, B>::backward(b, a.value...); };
+template <class Op, class B, class... Arguments>
+concept ExtendInFloat =
+    (holds_bf16<Arguments> || ...) && requires(B& b, InFloatArgument<B, Arguments>&... a) { On<Op, B>::extend(b, a.value...); };
+}  // namespace detail
+
 // The base of an operation on a backend that computes in float and double, and has bf16 from this:
 //   template <> struct On<Mine, Cpu> : InFloat<Mine, Cpu> {
 //     using InFloat::forward, InFloat::backward;
 //     template <std::floating_point T> static void forward(...)
 template <class Op, class B> struct InFloat {
-  template <class... Arguments>
-  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
-    On<Op, B>::forward(b, a.value...);
-  } static void forward(B& backend, Arguments const&... arguments) {
+  template <class... Arguments> requires detail::ForwardInFloat<Op, B, Arguments...>
+  static void forward(B& backend, Arguments const&... arguments) {
     in_float(backend, [&](auto const&... floats) { On<Op, B>::forward(backend, floats...); }, arguments...);
   }
-  template <class... Arguments>
-  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
-    On<Op, B>::backward(b, a.value...);
-  } static void backward(B& backend, Arguments const&... arguments) {
+  template <class... Arguments> requires detail::BackwardInFloat<Op, B, Arguments...>
+  static void backward(B& backend, Arguments const&... arguments) {
     in_float(backend, [&](auto const&... floats) { On<Op, B>::backward(backend, floats...); }, arguments...);
   }
-  template <class... Arguments>
-  requires(detail::holds_bf16<Arguments> || ...) && requires(B& b, detail::InFloatArgument<B, Arguments>&... a) {
-    On<Op, B>::extend(b, a.value...);
-  } static void extend(B& backend, Arguments const&... arguments) {
+  template <class... Arguments> requires detail::ExtendInFloat<Op, B, Arguments...>
+  static void extend(B& backend, Arguments const&... arguments) {
     in_float(backend, [&](auto const&... floats) { On<Op, B>::extend(backend, floats...); }, arguments...);
   }
 };
