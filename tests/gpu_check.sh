@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT=1000
 listed=$("$check" "$programs" --list)
 status=$?
 ((status == 77 || status == 0)) || fail "--list ends with $status"
-for part in device operations_float full gdn dsa golden models released patterns graph kernels products memcheck racecheck profile; do
+for part in device operations_float full gdn dsa bf16 golden models released patterns graph kernels products memcheck racecheck profile; do
   grep -qE "^round [0-9]+ +$part +at most +[0-9]+ s " <<<"$listed" || fail "--list does not show $part"
 done
 total=$(sed -nE 's/^[0-9]+ parts, at most ([0-9]+) s$/\1/p' <<<"$listed")
