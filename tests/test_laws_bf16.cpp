@@ -36,7 +36,7 @@ TEMPLATE_LIST_TEST_CASE("an operation keeps every law in bf16", "[operations]", 
 
 namespace {
 
-using ha::testing::HostGroup;
+using ha::testing::HostGroup, ha::testing::HostTensor;
 
 // The elements of x, those of tensors in bf16 rounded to bf16.
 HostGroup rounded_as(HostGroup x, HostGroup const& stored) {
@@ -61,10 +61,14 @@ TEMPLATE_LIST_TEST_CASE("an operation in bf16 is the operation in float, rounded
 
 namespace {
 
-// Values of a golden file, for the tensors of a group. prefix + name is the name in the file.
+// The name of a tensor in golden files, or that of its gradient.
+std::string in_file(std::string const& prefix, HostTensor const& tensor) {
+  return prefix + (tensor.name == "auxiliary_loss" ? "loss" : tensor.name);
+}
+// Values of a golden file, for the tensors of a group. A tensor that the file does not have is zero.
 void fill_from(golden::Case const& c, std::string const& prefix, HostGroup& group) {
   for (auto& tensor : group)
-    if (c.contains(prefix + tensor.name) && !tensor.values.empty()) tensor.values = c.doubles(prefix + tensor.name);
+    if (c.contains(in_file(prefix, tensor)) && !tensor.values.empty()) tensor.values = c.doubles(in_file(prefix, tensor));
     else std::fill(tensor.values.begin(), tensor.values.end(), 0);
 }
 // The largest errors of a family, as shares of the largest element.
@@ -83,12 +87,13 @@ template <class Policy> void compare(golden::Case const& c, typename Policy::Con
   auto const naive = policy.loops(x, ha::testing::detail::choices_in(result.saved), false);
   auto const judge = [&](std::string const& prefix, HostGroup const& found, HostGroup const& by_loops) {
     for (std::size_t i = 0; i < found.size(); ++i) {
-      if (!c.contains(prefix + found[i].name) || found[i].values.empty()) continue;
+      auto const name = in_file(prefix, found[i]);
+      if (!c.contains(name) || found[i].values.empty()) continue;
       auto truth = found[i];
-      truth.values = c.doubles(prefix + found[i].name);
+      truth.values = c.doubles(name);
       double const error = max_difference(found[i], truth).size, of_loops = max_difference(by_loops[i], truth).size;
       double const largest = std::max(max_abs(truth), 1e-3);
-      INFO(c.name() << ": " << prefix << found[i].name);
+      INFO(c.name() << ": " << name);
       CHECK(error <= 2 * of_loops + 4 * found[i].eps * largest);
       worst = {std::max(worst.error, error / largest), std::max(worst.of_loops, of_loops / largest)};
     }
@@ -118,16 +123,17 @@ TEST_CASE("policies in bf16 agree with golden values", "[golden]") {
                         .value_dim = c.size("V"),
                         .scale = c.real("scale")},
                        worst["gdn"]);
-    } else if (c.family() == "dsa") {
-      ha::dsa::Config const config{.num_heads = c.size("H"),
-                                   .num_kv_heads = c.size("HK"),
-                                   .head_dim = c.size("D"),
-                                   .scale = c.real("scale"),
-                                   .index_heads = c.size("HI"),
-                                   .index_dim = c.size("DI"),
-                                   .index_scale = c.real("index_scale")};
+    } else if (c.family() == "dsa" || c.family() == "dsa_kl") {
+      ha::dsa::Config config{.num_heads = c.size("H"),
+                             .num_kv_heads = c.size("HK"),
+                             .head_dim = c.size("D"),
+                             .scale = c.real("scale"),
+                             .index_heads = c.size("HI"),
+                             .index_dim = c.size("DI"),
+                             .index_scale = c.real("index_scale")};
+      if (c.family() == "dsa_kl") config.stage = c.word("over") == "selected" ? ha::Stage::sparse : ha::Stage::dense_warm_up;
       ha::with_constant<1, 8, 16, 33>(
-          c.size("top_k"), [&](auto top_k) { compare<Sparse<static_cast<int>(top_k.value)>>(c, config, worst["dsa"]); },
+          c.size("top_k"), [&](auto top_k) { compare<Sparse<static_cast<int>(top_k.value)>>(c, config, worst[c.family()]); },
           [&] { FAIL(c.name() << ": this top_k is not compiled here"); });
     } else {
       continue;
