@@ -18,6 +18,7 @@ for part in device operations_float full gdn dsa bf16 golden models released pat
 done
 total=$(sed -nE 's/^[0-9]+ parts, at most ([0-9]+) s$/\1/p' <<<"$listed")
 ((${total:-9999} < 600)) || fail "a check may take ${total:-an unknown number of} s; it is to take less than 600"
+grep -qE '^round [0-9]+ +golden +at most +[0-9]+ s +[0-9]+ kB ' <<<"$listed" || fail "--list does not show the size of a program"
 echo "$listed" | tail -2
 for mistake in '' '/nowhere' "$programs --backend tpu" "$programs --fast" "$programs $programs"; do
   "$check" $mistake >"$folder/said" 2>&1

@@ -12565,7 +12565,8 @@ template <class T> struct StepTensors {
 // Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
 // Parameters in bf16 are too coarse for small steps. For them the optimizer keeps masters in float, which start from the parameters. A
-// step moves the masters, and the parameters become the masters rounded. Gradients and moments are in float.
+// step moves the masters, and the parameters become the masters rounded: other values that a caller wrote to the parameters are lost.
+// Gradients and moments are in float.
 //
 // A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
 //   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)
@@ -12794,7 +12795,8 @@ template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
 
 namespace checkpoint {
 
-// Moments, masters in float of parameters in bf16, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
+// Moments, masters in float of parameters in bf16, options and steps, the names of tensors that do not decay, and the updates of tensors
+// that had a gradient in some steps only.
 template <class Params>
 NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& params) {
   NamedGroups groups;

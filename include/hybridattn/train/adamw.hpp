@@ -100,7 +100,8 @@ template <class T> struct StepTensors {
 // Moments are groups of the same structure as the parameters. A step does not change a tensor that has no gradient.
 //
 // Parameters in bf16 are too coarse for small steps. For them the optimizer keeps masters in float, which start from the parameters. A
-// step moves the masters, and the parameters become the masters rounded. Gradients and moments are in float.
+// step moves the masters, and the parameters become the masters rounded: other values that a caller wrote to the parameters are lost.
+// Gradients and moments are in float.
 //
 // A step counts and decides on the machine (StepNumbers), and the host reads the result later. The order of the calls of a step:
 //   open(backend, rate)  ->  losses of the batches are added to numbers()  ->  start(backend, params, gradients)  ->  read(backend)

@@ -36,7 +36,8 @@ template <checkpoint::Either<AdamWOptions> C> void members(C& o, auto f) {
 
 namespace checkpoint {
 
-// Moments, masters in float of parameters in bf16, options and steps, the names of tensors that do not decay, and the updates of tensors that had a gradient in some steps only.
+// Moments, masters in float of parameters in bf16, options and steps, the names of tensors that do not decay, and the updates of tensors
+// that had a gradient in some steps only.
 template <class Params>
 NamedGroups groups_of(AdamW<Params> const& optimizer, std::vector<Index> const& updates, std::vector<StoredTensor> const& params) {
   NamedGroups groups;
