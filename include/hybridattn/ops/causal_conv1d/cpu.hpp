@@ -27,7 +27,7 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+                      State<In<T>, 3> initial_state, View<T, 2> y, State<Out<T>, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
     View<T const, 2> const taps = taps_of(w, out(taps_storage));
     cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
@@ -42,8 +42,8 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
 
   template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
-                       View<T, 3> d_initial_state) {
+                       State<In<T>, 3> initial_state, View<T const, 2> d_y, State<In<T>, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       State<Out<T>, 3> d_initial_state) {
     Index const C = x.extent(1), W = w.extent(1);
     Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
     View<T const, 2> const taps = taps_of(w, out(taps_storage));
@@ -104,7 +104,7 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
     });
   }
   template <class T>
-  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
+  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, State<In<T>, 3> d_final_state, Index n,
                            T* d_x) {
     Index const C = d_s.extent(1), W = taps.extent(0);
     if (W == 0) {
@@ -122,7 +122,7 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
       if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
   }
   // Row j of a state is the input W - 1 - j tokens before the end.
-  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
+  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, State<Out<T>, 3> final_state) {
     for (Index i = 0; i < s.count(); ++i)
       for (Index j = 0; j < rows.width - 1; ++j) {
         Sequence const q = s[static_cast<std::size_t>(i)];
@@ -134,8 +134,8 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
   }
   // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
   template <class T>
-  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
-                               View<T, 3> d_initial_state) {
+  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, State<In<T>, 3> d_final_state,
+                               State<Out<T>, 3> d_initial_state) {
     Index const C = d_s.extent(1), W = taps.extent(0);
     for (Index i = 0; i < s.count(); ++i)
       for (Index j = 0; j < W - 1; ++j) {

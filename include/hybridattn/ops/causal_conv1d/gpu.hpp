@@ -11,7 +11,7 @@ template <GpuBackend B> struct On<CausalConv1d, B> : InFloat<CausalConv1d, B> {
   using InFloat<CausalConv1d, B>::forward, InFloat<CausalConv1d, B>::backward;
   template <std::floating_point T, class M>
   static void forward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
-                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+                      State<In<T>, 3> initial_state, View<T, 2> y, State<Out<T>, 3> final_state) {
     gpu::ConvInputs<T> const inputs{s.table(), x, w, initial_state};
     launch<gpu::ConvForward<T>>(gpu, gpu::conv_grid(x.extent(0), x.extent(1)), {inputs, activation, y});
     if (!final_state.empty()) for_each(gpu, s.count() * x.extent(1), gpu::KeepLastInputs<T>{inputs, final_state});
@@ -19,8 +19,8 @@ template <GpuBackend B> struct On<CausalConv1d, B> : InFloat<CausalConv1d, B> {
 
   template <std::floating_point T, class M>
   static void backward(B& gpu, Activation activation, SequencesOn<M> const& s, View<T const, 2> x, View<T const, 2> w,
-                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
-                       View<T, 3> d_initial_state) {
+                       State<In<T>, 3> initial_state, View<T const, 2> d_y, State<In<T>, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       State<Out<T>, 3> d_initial_state) {
     Index const N = x.extent(0), C = x.extent(1), W = w.extent(1), blocks = gpu::row_blocks(N);
     Tensor<T, 2, B> d_s{gpu, {N, C}};
     Tensor<T, 3, B> parts{gpu, {blocks, W, C}};

@@ -12,8 +12,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                      View<T, 2> g, View<T, 2> beta) {
+  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, Wide<In<T>, 1> a_log, Wide<In<T>, 1> dt_bias,
+                      Wide<Out<T>, 2> g, Wide<Out<T>, 2> beta) {
     parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index h = 0; h < a.extent(1); ++h) {
@@ -24,9 +24,9 @@ template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
-                       View<T, 1> d_dt_bias) {
+  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, Wide<In<T>, 1> a_log, Wide<In<T>, 1> dt_bias,
+                       Wide<In<T>, 2> d_g, Wide<In<T>, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, Wide<Out<T>, 1> d_a_log,
+                       Wide<Out<T>, 1> d_dt_bias) {
     cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
       for (Index h = 0; h < a.extent(1); ++h) {
         T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));

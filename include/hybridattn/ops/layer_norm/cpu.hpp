@@ -10,7 +10,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
 template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, Wide<In<T>, 1> w, Wide<In<T>, 1> b,
                                                        View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -21,8 +21,8 @@ template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
-                       View<T, 1> d_b) {
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, Wide<In<T>, 1> w, View<T const, 2> d_y, View<T, 2> d_x, Wide<Out<T>, 1> d_w,
+                       Wide<Out<T>, 1> d_b) {
     Index const C = x.extent(1);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
       auto const [mean, rstd] = moments(x.row(n), C, eps);

@@ -100,7 +100,7 @@ template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
 template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+  static void forward(Cpu& cpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         std::fill_n(y.row(n), y.extent(1), T(0));
@@ -109,8 +109,8 @@ template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
     });
   }
   template <std::floating_point T>
-  static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
-                       View<T, 2> d_rows, View<T, 2> d_weights) {
+  static void backward(Cpu& cpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, Wide<Out<T>, 2> d_weights) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)

@@ -48,12 +48,12 @@ template <GpuBackend B> struct On<Distribute, B> : InFloat<Distribute, B> {
 template <GpuBackend B> struct On<Combine, B> : InFloat<Combine, B> {
   using InFloat<Combine, B>::forward, InFloat<Combine, B>::backward;
   template <std::floating_point T>
-  static void forward(B& gpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+  static void forward(B& gpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     for_each_row(gpu, y.extent(0), gpu::CombineRow<T>{rows, weights, places, y});
   }
   template <std::floating_point T>
-  static void backward(B& gpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
-                       View<T, 2> d_rows, View<T, 2> d_weights) {
+  static void backward(B& gpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, Wide<Out<T>, 2> d_weights) {
     for_each_row(gpu, places.count(), gpu::CombineChoiceGradients<T>{rows, weights, places, d_y, d_rows, d_weights});
   }
 };

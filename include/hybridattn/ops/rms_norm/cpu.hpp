@@ -22,7 +22,7 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, Wide<In<T>, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -35,8 +35,8 @@ template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w, Into into) {
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, Wide<In<T>, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       Wide<Out<T>, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -56,7 +56,7 @@ template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
 
 template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, Wide<In<T>, 1> w,
                                                        View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -75,8 +75,8 @@ template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
-                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, Wide<In<T>, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, Wide<Out<T>, 1> d_w) {
     Index const C = x.extent(1);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
       T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);

@@ -36,19 +36,19 @@ template <> struct On<RopeAngles, Cpu> {
 template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+  static void forward(Cpu& cpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
   template <std::floating_point T>
-  static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+  static void backward(Cpu& cpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));
   }
 
  private:
   template <class T>
-  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+  static void turn(Cpu& cpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
     check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;

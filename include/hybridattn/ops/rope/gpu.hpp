@@ -27,12 +27,12 @@ template <GpuBackend B> struct On<RopeAngles, B> {
 template <GpuBackend B> struct On<Rope, B> : InFloat<Rope, B> {
   using InFloat<Rope, B>::forward, InFloat<Rope, B>::backward;
   template <std::floating_point T>
-  static void forward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+  static void forward(B& gpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn<T>(gpu, o, {angles, positions, x, y, o.rotary_dim / 2, o.interleaved, T(1)});
   }
   template <std::floating_point T>
-  static void backward(B& gpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+  static void backward(B& gpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn<T>(gpu, o, {angles, positions, d_y, d_x, o.rotary_dim / 2, o.interleaved, T(-1)});
   }
