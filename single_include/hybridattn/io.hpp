@@ -1673,6 +1673,51 @@ template <class V> struct OnlineSoftmax {
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
 #endif
 
+// ==== hybridattn/backend/cpu/tuning.hpp
+// The shapes of the CPU's kernels for each instruction set. What limits a shape is the number of vector registers: a tile of R rows and
+// V vectors needs R V sums, V loaded vectors and one broadcast number.
+#ifndef HYBRIDATTN_BACKEND_CPU_TUNING_HPP
+#define HYBRIDATTN_BACKEND_CPU_TUNING_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+struct TileShape {
+  int rows, vectors;
+};
+struct Tuning {
+  int vector_bytes;
+  TileShape product;     // of a matrix product, from packed operands
+  TileShape attention;   // of Full: keys x queries, and queries x entries of v
+  TileShape delta;       // of GDN: tokens of a group x vectors of a state's row in one pass
+  int index_sums;        // of DSA's indexer: sums of a tile whose rows are the heads of a query
+};
+
+// `share` is the share of the peak of fused multiply-adds that a tile reached alone, from the first-level cache.
+#if defined(__AVX512F__)   // 32 registers of 64 bytes
+inline constexpr Tuning tuning{
+    .vector_bytes = 64,
+    .product = {8, 2},     // share .97; 6x4 is as fast, 16x1 loads too often
+    .attention = {8, 2},
+    .delta = {4, 1},       // 12 sums and updates, 4 updates: one load and store for 12 multiply-adds
+    .index_sums = 16,
+};
+#elif defined(__AVX__)   // 16 registers of 32 bytes
+inline constexpr Tuning tuning{
+    .vector_bytes = 32,
+    .product = {6, 2},     // share .97; 4x3 .96, 4x2 .95, 3x4 and 12x1 do not fit
+    .attention = {4, 2},   // share .95; 4x3 wants 24 queries and loses more at the diagonal
+    .delta = {2, 2},       // 4x1 needs 13 loads for the 12 multiply-adds of a row, 2x2 needs 8
+    .index_sums = 8,
+};
+#elif defined(__aarch64__)   // 32 registers of 16 bytes
+inline constexpr Tuning tuning{.vector_bytes = 16, .product = {8, 2}, .attention = {8, 2}, .delta = {4, 2}, .index_sums = 16};
+#else   // 16 registers of 16 bytes
+inline constexpr Tuning tuning{.vector_bytes = 16, .product = {6, 2}, .attention = {4, 2}, .delta = {2, 2}, .index_sums = 8};
+#endif
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
 // ==== hybridattn/backend/cpu/simd.hpp
 // Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
 #ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
@@ -1680,17 +1725,7 @@ template <class V> struct OnlineSoftmax {
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64;
-inline constexpr int tile_rows = 8;
-#elif defined(__AVX__)
-inline constexpr int vector_bytes = 32;
-inline constexpr int tile_rows = 4;
-#else
-inline constexpr int vector_bytes = 16;
-inline constexpr int tile_rows = 4;
-#endif
+inline constexpr int vector_bytes = tuning.vector_bytes;
 
 template <class T> struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes)));
@@ -1847,43 +1882,6 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
-// to[c][r] = from[r][c] for the square of one vector's lanes.
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
-
-namespace detail {
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
-}
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
-  constexpr int n = lanes<T>;
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[std::size_t{n}];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
-  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
-      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
-}
-
 namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
@@ -1894,6 +1892,61 @@ HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
   constexpr std::size_t half = upper ? m / 2 : 0;
   return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
 }
+// Exchanges rows and parts of registers: part p of a with part p - distance of b, for every second group of `distance` parts.
+template <bool second, std::size_t distance, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V exchanged_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i), step = distance * m;
+  return shuffled(a, b, std::index_sequence<(i / step % 2 == 0 ? i + (second ? step : 0) : n + i - (second ? 0 : step))...>{});
+}
+// Transposes the squares of parts: interleaving row i with row i + m/2, log2(m) times (a perfect shuffle of the index bits).
+template <class T> HYBRIDATTN_INLINE void transpose_parts(Vec<T>* rows) {
+  constexpr int m = part<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+  for (int round = 1; round < m; round *= 2) {
+    Vec<T> next[std::size_t{m}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < m / 2; ++i) {
+      next[2 * i] = half_parts<1, false, m>(rows[i], rows[i + m / 2], Lanes{});
+      next[2 * i + 1] = half_parts<1, true, m>(rows[i], rows[i + m / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < m; ++i) rows[i] = next[i];
+  }
+}
+template <int distance, class T> HYBRIDATTN_INLINE void exchange_parts(Vec<T>* rows) {
+  constexpr int n = lanes<T>, m = part<T>;
+  if constexpr (distance < n / m) {
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i)
+      if (i / m / distance % 2 == 0) {
+        Vec<T> const a = rows[i], b = rows[i + distance * m];
+        rows[i] = exchanged_parts<false, distance, m>(a, b, Lanes{});
+        rows[i + distance * m] = exchanged_parts<true, distance, m>(a, b, Lanes{});
+      }
+    exchange_parts<2 * distance, T>(rows);
+  }
+}
+}  // namespace detail
+
+// rows[c][r] becomes rows[r][c] in the square of one vector's lanes: first inside 16-byte parts of registers, then whole parts.
+template <class T> HYBRIDATTN_INLINE void transpose(Vec<T> (&rows)[std::size_t{lanes<T>}]) {
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < lanes<T>; i += detail::part<T>) detail::transpose_parts<T>(rows + i);
+  detail::exchange_parts<1, T>(rows);
+}
+// to[c][r] = from[r][c] for such a square in memory.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  transpose<T>(rows);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
 // Every second part of m elements, of a, then of b.
 template <std::size_t offset, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
@@ -3921,7 +3974,7 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, Wide<In<T>, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -3934,8 +3987,8 @@ template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w, Into into) {
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, Wide<In<T>, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       Wide<Out<T>, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -3955,7 +4008,7 @@ template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
 
 template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, Wide<In<T>, 1> w,
                                                        View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -3974,8 +4027,8 @@ template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
-                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, Wide<In<T>, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, Wide<Out<T>, 1> d_w) {
     Index const C = x.extent(1);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
       T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
@@ -4068,19 +4121,19 @@ template <> struct On<RopeAngles, Cpu> {
 template <> struct On<Rope, Cpu> : InFloat<Rope, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+  static void forward(Cpu& cpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                       View<T, 3> y) {
     turn(cpu, o, angles, positions, x, y, T(1));
   }
   template <std::floating_point T>
-  static void backward(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
+  static void backward(Cpu& cpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> d_y,
                        View<T, 3> d_x) {
     turn(cpu, o, angles, positions, d_y, d_x, T(-1));
   }
 
  private:
   template <class T>
-  static void turn(Cpu& cpu, Rope::Options o, View<T const, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
+  static void turn(Cpu& cpu, Rope::Options o, Wide<In<T>, 3> angles, View<std::int32_t const, 1> positions, View<T const, 3> x,
                    View<T, 3> y, T direction) {
     check_rotary_dim(o, x.extent(2));
     Index const half = o.rotary_dim / 2, step = o.interleaved ? 2 : 1, partner = o.interleaved ? 1 : half;
@@ -4647,7 +4700,7 @@ template <class T> class KeyPanels {
 // scores [panel_keys] (+)= the share of MR heads in (1): the rows of a tile are the heads of one query.
 template <int MR, class T>
 HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
-  constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
+  constexpr int NV = std::min(panel_vectors, cpu::tuning.index_sums / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
     cpu::Vec<T> sum[std::size_t{NV}];
     HYBRIDATTN_UNROLL
@@ -5229,7 +5282,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 // Plain loops: it normalises one small key a token, in a layer whose time goes elsewhere.
 template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 1> b,
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, Wide<In<T>, 1> w, Wide<In<T>, 1> b,
                                                        View<T, 2> y) {
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
@@ -5240,8 +5293,8 @@ template <> struct On<LayerNorm, Cpu> : InFloat<LayerNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 1> d_w,
-                       View<T, 1> d_b) {
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, Wide<In<T>, 1> w, View<T const, 2> d_y, View<T, 2> d_x, Wide<Out<T>, 1> d_w,
+                       Wide<Out<T>, 1> d_b) {
     Index const C = x.extent(1);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
       auto const [mean, rstd] = moments(x.row(n), C, eps);
@@ -5471,7 +5524,7 @@ using DSA = SparseAttention<>;
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
-inline constexpr int tile_vectors = 2;
+inline constexpr int tile_rows = cpu::tuning.attention.rows, tile_vectors = cpu::tuning.attention.vectors;
 template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
 
 using attention::Rows, attention::head_of;
@@ -5481,8 +5534,8 @@ inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std
 
 // Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
 template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
-  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
-  std::fill_n(pad, cpu::tile_rows * D, T(0));
+  if (first + tile_rows <= length) return {x[first], x.stride, 1};
+  std::fill_n(pad, tile_rows * D, T(0));
   for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
   return {pad, D, 1};
 }
@@ -5581,8 +5634,8 @@ template <class T> struct BackwardRows {
 template <class T, class Dim> class BackwardHead {
  public:
   static constexpr Index block = 64;   // queries and keys of a block
-  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
-  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
+  static_assert(block % tile_columns<T> == 0 && block % tile_rows == 0);
+  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + tile_rows * D; }
 
   BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
       : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
@@ -5601,7 +5654,7 @@ template <class T, class Dim> class BackwardHead {
   }
 
  private:
-  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  static constexpr int MR = tile_rows, NV = tile_vectors;
   using Vec = cpu::Vec<T>;
 
   Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block
@@ -5883,7 +5936,7 @@ inline constexpr Index forward_keys = 128;   // keys of a block; 64 to 256 are e
 template <class T, class Dim> class ForwardBlock {
  public:
   static constexpr Index queries = tile_columns<T>;
-  static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
+  static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + tile_rows * D; }
 
   ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
       : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
@@ -5905,7 +5958,7 @@ template <class T, class Dim> class ForwardBlock {
   }
 
  private:
-  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  static constexpr int MR = tile_rows, NV = tile_vectors;
   static constexpr T limit = 10, far = 80;   // largest exponents: of a weight, and of a weight that can still be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;
@@ -6335,8 +6388,8 @@ using Full = FullAttention<>;
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_groups.hpp
-// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of four: one pass over a state has the arithmetic of
-// four tokens, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
+// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of two or four: one pass over a state has the arithmetic
+// of a group, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
 // padded with zeros, so a token's result does not depend on the number of later tokens. Sixteen groups are a block: the
 // small terms of its groups are computed together, one group in each lane.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
@@ -6346,15 +6399,47 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
-inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
+inline constexpr int group_tokens = cpu::tuning.delta.rows, block_groups = 16, block_tokens = group_tokens * block_groups;
 
-// Columns of a state in one pass: one vector, so that 13 accumulators and factors stay in registers.
-template <class T> inline constexpr int panel_width = lanes<T>;
+// Columns of a state in one pass: so few vectors that the sums and factors of a group stay in registers.
+inline constexpr int panel_vectors = cpu::tuning.delta.vectors;
+template <class T> inline constexpr int panel_width = panel_vectors * lanes<T>;
 // Panels that take turns: the short, serial work between two passes over one panel overlaps with the passes over the others. A panel
-// has twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+// has rows of its own: the products of one group with the state, and the updates of the state by one group.
 inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
+// Rows of a state whose products with a group are summed across lanes together.
+inline constexpr int error_rows = 4;
 // K and V in whole panels and whole groups of rows.
-template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
+template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, error_rows)); }
+
+// A row of a panel, in registers.
+template <class T> struct PanelRow {
+  Vec<T> vector[std::size_t{panel_vectors}] = {};
+
+  PanelRow() = default;
+  HYBRIDATTN_INLINE explicit PanelRow(T const* from) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) vector[v] = cpu::in_register<T>(load(from + v * lanes<T>));
+  }
+  HYBRIDATTN_INLINE void store(T* to) const {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) cpu::store<T>(to + v * lanes<T>, vector[v]);
+  }
+  // *this += factor x
+  HYBRIDATTN_INLINE void add(T factor, PanelRow const& x) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) vector[v] += factor * x.vector[v];
+  }
+  HYBRIDATTN_INLINE void operator*=(T factor) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) vector[v] *= factor;
+  }
+};
+// Calls f(column) for every vector of a panel.
+template <class T, class F> HYBRIDATTN_INLINE void for_panel_vectors(F f) {
+  HYBRIDATTN_UNROLL
+  for (int v = 0; v < panel_vectors; ++v) f(v * lanes<T>);
+}
 
 // Consecutive tokens of one sequence, at most block_tokens.
 struct TokenBlock {
@@ -6419,15 +6504,15 @@ template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
   for (int g = 0; g < block_groups; g += lanes<T>) f(g);
 }
 
-// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i. Sixteen in all.
-inline constexpr int pairs = 16;
+// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i.
+inline constexpr int pairs = group_tokens * group_tokens;
 constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
-constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
+constexpr int upto(int i, int j) { return group_tokens * (group_tokens - 1) / 2 + i * (i + 1) / 2 + j; }
 
 // The gates of a block. Padding does not change the state: decay 1, beta 0.
 template <class T> struct Gates {
   PerGroup<T> beta[group_tokens];
-  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
+  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + the last g); 1 after the last token
   PerGroup<T> until[group_tokens];      // [i] exp(g_0 + ... + g_i)
   PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
 };
@@ -6502,7 +6587,7 @@ template <class T> struct Carry {
   }
 };
 
-// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. There are
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the tokens of each group. There are
 // no products with later tokens. dot_share keeps a dot in range that would overflow before it is scaled.
 template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
@@ -6523,11 +6608,16 @@ template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, Token
   }
   cpu::sum_each<pairs>(sum, dots);
 }
-// Sixteen numbers of each group, one group in each lane.
+// `pairs` numbers of each group, one group in each lane.
 template <class T> using GroupDots = T[block_groups][pairs];
 template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
-  for (int p = 0; p < pairs; p += lanes<T>)
-    for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+  if constexpr (pairs % lanes<T> == 0) {
+    for (int p = 0; p < pairs; p += lanes<T>)
+      for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+  } else {
+    for (int p = 0; p < pairs; ++p)
+      for (int g = 0; g < block_groups; ++g) products[p].group[g] = dots[g][p];
+  }
 }
 template <class T>
 void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width, Index groups,
@@ -6643,15 +6733,16 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
   });
 }
 
-// Reads and writes of all groups. `crossing` [groups, 8, panel] has, for each lane of the columns, the tokens' reads of the S
+// Reads and writes of all groups. `crossing` [groups, crossing_rows, panel] has, for each lane of the columns, the tokens' reads of the S
 // before their group, then k . stored X e. `write` times the latter is the token's write.
 inline constexpr int crossing_rows = 2 * group_tokens;
 template <class T>
 void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
   alignas(cpu::vector_bytes) GroupDots<T> dots = {};
   for (Index g = 0; g < groups; ++g) {
-    Vec<T> sum[crossing_rows];
-    for (int i = 0; i < crossing_rows; ++i) sum[i] = load(crossing + (g * crossing_rows + i) * panel_width<T>);
+    Vec<T> sum[crossing_rows] = {};
+    for (int i = 0; i < crossing_rows; ++i)
+      for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA { sum[i] += load(crossing + (g * crossing_rows + i) * panel_width<T> + x); });
     cpu::sum_each<crossing_rows>(sum, dots[g]);
   }
   PerGroup<T> sums[pairs];
@@ -6668,19 +6759,23 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Summed
-// square by square, because sums of few terms round less.
-template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
-  Vec<T> sum{};
-  for (Index v = 0; v < V; v += panel_width<T>) {
-    alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
-    cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
-    Vec<T> square{};
-    HYBRIDATTN_UNROLL
-    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
-    sum += square;
-  }
-  return sum;
+// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Squares
+// are summed in T, their sum in double: it may be far larger than d_g.
+template <class T> double panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
+  double sums[std::size_t{lanes<T>}] = {};
+  for (Index v = 0; v < V; v += panel_width<T>)
+    for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+      for_panel_vectors<T>([&](int y) HYBRIDATTN_INLINE_LAMBDA {
+        alignas(cpu::vector_bytes) T turned[std::size_t{lanes<T> * lanes<T>}];
+        cpu::transpose(gradient + v * K + (column + y) * panel_width<T> + x, panel_width<T>, turned, lanes<T>);
+        Vec<T> square{};
+        HYBRIDATTN_UNROLL
+        for (Index r = 0; r < lanes<T>; ++r) square += load(turned + r * lanes<T>) * load(state + (v + x + r) * panel_width<T> + y);
+        HYBRIDATTN_UNROLL
+        for (int lane = 0; lane < lanes<T>; ++lane) sums[lane] += static_cast<double>(square[lane]);
+      });
+    });
+  return std::accumulate(std::begin(sums), std::end(sums), 0.0);
 }
 
 // d_g of one head of one sequence.
@@ -6696,7 +6791,7 @@ template <class T> class DecayGradients {
         double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));
         if (!std::isfinite(passes)) passes = from_the_front(paths, before, b, g);
         for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
-          d_g(block.first + g * group_tokens + i, h) = own.through[i][g] + static_cast<T>(passes);
+          d_g(block.first + g * group_tokens + i, h) = static_cast<T>(number(own.through[i][g]) + passes);
         after = passes + number(own.reads[g]);
       }
     }
@@ -6727,10 +6822,10 @@ template <class T> class DecayGradients {
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_forward.hpp
-// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens not written,
+// Equations (1) to (4) for a group of tokens at a time. With S the state before a group, and decays between tokens not written,
 //   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
-// So a group needs eight products with S, the solution of a 4x4 triangle, and four updates of S. One pass over S adds a group
-// and computes the products of the next group: 12 multiply-adds for each element loaded and stored.
+// So a group needs two products with S a token, the solution of a triangle, and an update of S a token. One pass over S adds a group
+// and computes the products of the next group: three multiply-adds a token for each element loaded and stored.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 
@@ -6754,8 +6849,8 @@ template <class T> struct ForwardRows {
 // The panel of a state and of all rows that one pass computes.
 template <class T> struct ForwardPanel {
   T* state;     // [K, panel]
-  T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
-  T* updates;   // [4, panel] keep delta of the group to be added
+  T* products;  // [2 group_tokens, panel] stored^T k and stored^T q of the group to be solved
+  T* updates;   // [group_tokens, panel] keep delta of the group to be added
 };
 
 // Returns the carry after the block.
@@ -6777,66 +6872,69 @@ T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T ca
 
 // The products of a block's first group.
 template <class T> void multiply(ForwardPanel<T> panel, Index K, TokenRows<T const> k, TokenRows<T const> q) {
-  Vec<T> products[2 * group_tokens] = {};
+  PanelRow<T> products[std::size_t{2 * group_tokens}];
   for (Index r = 0; r < K; ++r) {
-    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    PanelRow<T> const s{panel.state + r * panel_width<T>};
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
-      products[i] += k[i][r] * s;
-      products[group_tokens + i] += q[i][r] * s;
+      products[i].add(k[i][r], s);
+      products[group_tokens + i].add(q[i][r], s);
     }
   }
-  for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < 2 * group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
 }
 
 // (2) and (4) for one group.
 template <class T>
 HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, TokenRows<T const> v, TokenRows<T> error, TokenRows<T> o,
                              ForwardPanel<T> panel) {
-  Vec<T> delta[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> e = load(v[i]) - terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+  for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> delta[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
-    if (error.data != nullptr) store(error[i], e);
-    delta[i] = terms.beta[i][g] * e;
-    store(panel.updates + i * panel_width<T>, terms.keep[i][g] * delta[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T>);
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> e = load(v[i] + x) - terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
+      if (error.data != nullptr) store(error[i] + x, e);
+      delta[i] = terms.beta[i][g] * e;
+      store(panel.updates + i * panel_width<T> + x, terms.keep[i][g] * delta[i]);
+    }
     HYBRIDATTN_UNROLL
-    for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
-    store(o[i], y);
-  }
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
+      store(o[i] + x, y);
+    }
+  });
 }
 
 // (3) for one group, and the products of the next when `multiplies`.
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> k,
                             [[maybe_unused]] TokenRows<T const> next_k, [[maybe_unused]] TokenRows<T const> next_q) {
-  Vec<T> update[group_tokens], products[2 * group_tokens] = {};
+  PanelRow<T> update[std::size_t{group_tokens}], products[std::size_t{2 * group_tokens}];
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (int i = 0; i < group_tokens; ++i) update[i] = PanelRow<T>{panel.updates + i * panel_width<T>};
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s = load(row);
+    PanelRow<T> s{row};
     if constexpr (folds) s *= fold;
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) s += k[i][r] * update[i];
-    store(row, s);
+    for (int i = 0; i < group_tokens; ++i) s.add(k[i][r], update[i]);
+    s.store(row);
     if constexpr (multiplies) {
       HYBRIDATTN_UNROLL
       for (int i = 0; i < group_tokens; ++i) {
-        products[i] += next_k[i][r] * s;
-        products[group_tokens + i] += next_q[i][r] * s;
+        products[i].add(next_k[i][r], s);
+        products[group_tokens + i].add(next_q[i][r], s);
       }
     }
   }
   if constexpr (multiplies) {
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+    for (int i = 0; i < 2 * group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
   }
 }
 template <class T>
@@ -6872,10 +6970,10 @@ void forward_block(ForwardTerms<T> const& terms, ForwardRows<T> const& rows, T* 
 #endif
 
 // ==== hybridattn/attention/gdn/cpu_reverse.hpp
-// The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
+// The reverse sweep of backward: X, the gradient of the state, from the last group of tokens to the first.
 // With X the gradient of the state after a group and decays between tokens not written,
 //   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
-// As in forward, one pass over X adds a group and computes the products of the next group: 12 multiply-adds for each element
+// As in forward, one pass over X adds a group and computes the products of the next group: three multiply-adds a token for each element
 // loaded and stored. The sweep writes d_v, d_beta, X e_i and the dots of each group.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
@@ -6905,8 +7003,8 @@ template <class T> struct Handover {
 };
 template <class T> struct ReversePanel {
   T* state;     // [K, panel] X
-  T* products;  // [4, panel] stored^T k of the group to be solved
-  T* updates;   // [8, panel] keep_query d_o, then keep_key w of the group to be added
+  T* products;  // [group_tokens, panel] stored^T k of the group to be solved
+  T* updates;   // [2 group_tokens, panel] keep_query d_o, then keep_key w of the group to be added
 };
 
 // Returns the carry before the block.
@@ -6928,65 +7026,68 @@ T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T c
 
 // The products of a block's last group.
 template <class T> void multiply(ReversePanel<T> panel, Index K, TokenRows<T const> k) {
-  Vec<T> products[group_tokens] = {};
+  PanelRow<T> products[std::size_t{group_tokens}];
   for (Index r = 0; r < K; ++r) {
-    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    PanelRow<T> const s{panel.state + r * panel_width<T>};
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) products[i] += k[i][r] * s;
+    for (int i = 0; i < group_tokens; ++i) products[i].add(k[i][r], s);
   }
-  for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
 }
 
 // w of one group, from its last token to its first.
 template <class T>
 HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T const> d_o, TokenRows<T> w, ReversePanel<T> panel) {
-  Vec<T> d_v[group_tokens], up[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    up[i] = load(d_o[i]);
-    store(panel.updates + i * panel_width<T>, terms.keep_query[i][g] * up[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = group_tokens - 1; i >= 0; --i) {
-    Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+  for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> d_v[group_tokens], up[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+    for (int i = 0; i < group_tokens; ++i) {
+      up[i] = load(d_o[i] + x);
+      store(panel.updates + i * panel_width<T> + x, terms.keep_query[i][g] * up[i]);
+    }
     HYBRIDATTN_UNROLL
-    for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
-    store(w[i], y);
-    d_v[i] = terms.beta[i][g] * y;
-    store(panel.updates + (group_tokens + i) * panel_width<T>, terms.keep_key[i][g] * y);
-  }
+    for (int i = group_tokens - 1; i >= 0; --i) {
+      Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+      HYBRIDATTN_UNROLL
+      for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
+      store(w[i] + x, y);
+      d_v[i] = terms.beta[i][g] * y;
+      store(panel.updates + (group_tokens + i) * panel_width<T> + x, terms.keep_key[i][g] * y);
+    }
+  });
 }
 
-// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
-// chains of four, because a serial chain of eight would limit the speed of the pass.
+// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two chains, of queries
+// and of keys, where the row is one vector: a serial chain of eight would limit the speed of the pass.
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
                             [[maybe_unused]] TokenRows<T const> next_k) {
-  Vec<T> update[2 * group_tokens], products[group_tokens] = {};
+  constexpr bool has_two_chains = panel_vectors == 1;
+  PanelRow<T> update[std::size_t{2 * group_tokens}], products[std::size_t{group_tokens}];
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = PanelRow<T>{panel.updates + i * panel_width<T>};
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
+    PanelRow<T> s{row}, by_keys;
     if constexpr (folds) s *= fold;
-    s += q[0][r] * update[0];
     HYBRIDATTN_UNROLL
-    for (int i = 1; i < group_tokens; ++i) {
-      s += q[i][r] * update[i];
-      by_keys += k[i][r] * update[group_tokens + i];
+    for (int i = 0; i < group_tokens; ++i) {
+      s.add(q[i][r], update[i]);
+      (has_two_chains ? by_keys : s).add(k[i][r], update[group_tokens + i]);
     }
-    s += by_keys;
-    store(row, s);
+    if constexpr (has_two_chains) s.add(T(1), by_keys);
+    s.store(row);
     if constexpr (multiplies) {
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) products[i] += next_k[i][r] * s;
+      for (int i = 0; i < group_tokens; ++i) products[i].add(next_k[i][r], s);
     }
   }
   if constexpr (multiplies) {
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+    for (int i = 0; i < group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
   }
 }
 template <class T>
@@ -6997,32 +7098,34 @@ HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& r
   else pass<true, true>(panel, rows.K, fold, q, k, next_k);
 }
 
-// X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
-// they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
+// X e sums over the lanes. error_rows rows of X and the tokens of a group make a tile of sums, over the columns of all panels in turn
+// before they are added up across lanes. Stored as [K / error_rows][token][error_rows]; the first panels of a group overwrite, the others add.
 template <class T>
 HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, TokenRows<T const> error, bool first, T* to) {
-  for (Index r = 0; r < K; r += group_tokens) {
-    Vec<T> sum[pairs] = {};
-    for (Index p = 0; p < count; ++p) {
-      T const* const state = panels[p].state + r * panel_width<T>;
-      Vec<T> s[group_tokens];
-      HYBRIDATTN_UNROLL
-      for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) {
-        Vec<T> const e = load(error[i] + p * panel_width<T>);
+  constexpr int tile_size = error_rows * group_tokens;
+  for (Index r = 0; r < K; r += error_rows) {
+    Vec<T> sum[std::size_t{tile_size}] = {};
+    for (Index p = 0; p < count; ++p)
+      for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+        T const* const state = panels[p].state + r * panel_width<T> + x;
+        Vec<T> s[std::size_t{error_rows}];
         HYBRIDATTN_UNROLL
-        for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
-      }
-    }
-    alignas(cpu::vector_bytes) T sums[pairs];
-    cpu::sum_each<pairs>(sum, sums);
+        for (int row = 0; row < error_rows; ++row) s[row] = cpu::in_register<T>(load(state + row * panel_width<T>));
+        HYBRIDATTN_UNROLL
+        for (int i = 0; i < group_tokens; ++i) {
+          Vec<T> const e = cpu::in_register<T>(load(error[i] + p * panel_width<T> + x));
+          HYBRIDATTN_UNROLL
+          for (int row = 0; row < error_rows; ++row) sum[i * error_rows + row] += s[row] * e;
+        }
+      });
+    alignas(cpu::vector_bytes) T sums[std::size_t{tile_size}];
+    cpu::sum_each<tile_size>(sum, sums);
     T* const tile = to + r * group_tokens;
-    for (int p = 0; p < pairs; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
+    for (int p = 0; p < tile_size; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
   }
 }
 
-// One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
+// One block of one head, its groups from the last to the first. `state_error` is [groups][K / error_rows][group_tokens][error_rows].
 template <class T>
 void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
                    DecayPaths<T> const& paths) {
@@ -7083,7 +7186,7 @@ void finish_reverse(Gates<T> const& gates, ReverseTerms<T> const& terms, T scale
 //   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
 //   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
 //         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
-// with S the state before a group of four, X the gradient of the state after it, and decays between tokens not written.
+// with S the state before a group, X the gradient of the state after it, and decays between tokens not written.
 // There is no triangle to solve. S is stored as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
@@ -7111,76 +7214,82 @@ template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, Rebu
   return carry;
 }
 
-// products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
+// products = S d_o and S d_v of one group [2 group_tokens, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
 template <bool folds, class T>
 HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, TokenRows<T const> k, TokenRows<T const> d_o,
                                TokenRows<T const> d_v, TokenRows<T const> error, T* products) {
-  Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
+  PanelRow<T> key[std::size_t{group_tokens}], by_d_o[std::size_t{group_tokens}], by_d_v[std::size_t{group_tokens}];
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
+  for (int i = 0; i < group_tokens; ++i) {
+    key[i] = PanelRow<T>{k[i]};
+    key[i] *= terms.keep[i][g];
+  }
   for (Index r = 0; r < V; ++r) {
     T* const row = state + r * panel_width<T>;
-    Vec<T> s = cpu::in_register<T>(load(row));
+    PanelRow<T> s{row};
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
-      by_d_o[i] += d_o[i][r] * s;
-      by_d_v[i] += d_v[i][r] * s;
+      by_d_o[i].add(d_o[i][r], s);
+      by_d_v[i].add(d_v[i][r], s);
     }
     if constexpr (folds) s *= terms.carry.fold[g];
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) s += error[i][r] * key[i];
-    store(row, s);
+    for (int i = 0; i < group_tokens; ++i) s.add(error[i][r], key[i]);
+    s.store(row);
   }
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
-    store(products + i * panel_width<T>, by_d_o[i]);
-    store(products + (group_tokens + i) * panel_width<T>, by_d_v[i]);
+    by_d_o[i].store(products + i * panel_width<T>);
+    by_d_v[i].store(products + (group_tokens + i) * panel_width<T>);
   }
 }
 
-// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [8, panel] is each token's read of S,
+// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [crossing_rows, panel] is each token's read of S,
 // then k . stored X e: the first panel overwrites, the other panels add.
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
                                TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
-  Vec<T> key[group_tokens], query[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    key[i] = load(k[i]);
-    query[i] = load(q[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
-    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
-    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
-    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
-    store(reads, first ? read : load(reads) + read);
-    store(writes, first ? written : load(writes) + written);
+  for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> key[group_tokens], query[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+    for (int i = 0; i < group_tokens; ++i) {
+      key[i] = load(k[i] + x);
+      query[i] = load(q[i] + x);
+    }
     HYBRIDATTN_UNROLL
-    for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j)
-      if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
-    store(d_q[i], y);
-    store(d_k[i], z);
-  }
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const state_error = load(d_k[i] + x), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T> + x);
+      Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T> + x), z = handover.gradient[i][g] * state_error - erased;
+      T *const reads = crossing + i * panel_width<T> + x, *const writes = reads + group_tokens * panel_width<T>;
+      Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
+      store(reads, first ? read : load(reads) + read);
+      store(writes, first ? written : load(writes) + written);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+      HYBRIDATTN_UNROLL
+      for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < group_tokens; ++j)
+        if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
+      store(d_q[i] + x, y);
+      store(d_k[i] + x, z);
+    }
+  });
 }
 
-// [K / 4][token][row of 4] to one row for each token.
+// [K / error_rows][token][error_rows] to one row for each token.
 template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, TokenRows<T> to) {
-  for (Index r = 0; r < K; r += group_tokens)
-    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
+  for (Index r = 0; r < K; r += error_rows)
+    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * error_rows, error_rows, to[i] + r);
 }
 
-// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [2 group_tokens, panel], `crossing`
+// [groups, crossing_rows, panel].
 template <class T>
 void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
                    T* products, TokenRows<T> d_q, TokenRows<T> d_k, T* crossing) {
   DecayPaths<T>& paths = handover.paths;
-  Vec<T> product{};
+  double product = 0;
   for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
   for (Index column = 0; column < rows.K; column += panel_width<T>)
     for (Index g = 0; g < rows.groups; ++g) {
@@ -7193,8 +7302,7 @@ void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, Backward
               crossing + g * crossing_rows * panel_width<T>);
     }
   auto const factor = [](T x) { return static_cast<double>(x); };
-  paths.passes =
-      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
+  paths.passes = product * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
 }
 
 // Writes d_q and d_k of a query/key head: its first value head overwrites, the other value heads add.
@@ -7652,7 +7760,7 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
   static void forward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                      View<T const, 3> initial_state, View<T, 2> y, View<T, 3> final_state) {
+                      State<In<T>, 3> initial_state, View<T, 2> y, State<Out<T>, 3> final_state) {
     Tensor<T, 2, Cpu> taps_storage{cpu, {w.extent(1), w.extent(0)}};
     View<T const, 2> const taps = taps_of(w, out(taps_storage));
     cpu::detail::ConvRows<T> const rows{x, initial_state, w.extent(1)};
@@ -7667,8 +7775,8 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
 
   template <std::floating_point T>
   static void backward(Cpu& cpu, Activation activation, Sequences const& s, View<T const, 2> x, View<T const, 2> w,
-                       View<T const, 3> initial_state, View<T const, 2> d_y, View<T const, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
-                       View<T, 3> d_initial_state) {
+                       State<In<T>, 3> initial_state, View<T const, 2> d_y, State<In<T>, 3> d_final_state, View<T, 2> d_x, View<T, 2> d_w,
+                       State<Out<T>, 3> d_initial_state) {
     Index const C = x.extent(1), W = w.extent(1);
     Tensor<T, 2, Cpu> taps_storage{cpu, {W, C}}, d_s_storage{cpu, {x.extent(0), C}}, d_taps_storage{cpu, {W, C}};
     View<T const, 2> const taps = taps_of(w, out(taps_storage));
@@ -7729,7 +7837,7 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
     });
   }
   template <class T>
-  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state, Index n,
+  static void gradient_row(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, State<In<T>, 3> d_final_state, Index n,
                            T* d_x) {
     Index const C = d_s.extent(1), W = taps.extent(0);
     if (W == 0) {
@@ -7747,7 +7855,7 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
       if (T const* row = rows.at(n, position, owner, W - 1 - tap); row != nullptr) add_product(d_s, row, sum + tap * C, C);
   }
   // Row j of a state is the input W - 1 - j tokens before the end.
-  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, View<T, 3> final_state) {
+  template <class T> static void keep_last(Sequences const& s, cpu::detail::ConvRows<T> const& rows, State<Out<T>, 3> final_state) {
     for (Index i = 0; i < s.count(); ++i)
       for (Index j = 0; j < rows.width - 1; ++j) {
         Sequence const q = s[static_cast<std::size_t>(i)];
@@ -7759,8 +7867,8 @@ template <> struct On<CausalConv1d, Cpu> : InFloat<CausalConv1d, Cpu> {
   }
   // The state's row j stands W - 1 - j tokens before the sequence; it reaches the first tokens, and what is left of it at the end.
   template <class T>
-  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, View<T const, 3> d_final_state,
-                               View<T, 3> d_initial_state) {
+  static void initial_gradient(Sequences const& s, View<T const, 2> taps, View<T const, 2> d_s, State<In<T>, 3> d_final_state,
+                               State<Out<T>, 3> d_initial_state) {
     Index const C = d_s.extent(1), W = taps.extent(0);
     for (Index i = 0; i < s.count(); ++i)
       for (Index j = 0; j < W - 1; ++j) {
@@ -7802,8 +7910,8 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                      View<T, 2> g, View<T, 2> beta) {
+  static void forward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, Wide<In<T>, 1> a_log, Wide<In<T>, 1> dt_bias,
+                      Wide<Out<T>, 2> g, Wide<Out<T>, 2> beta) {
     parallel_blocks(cpu, a.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
         for (Index h = 0; h < a.extent(1); ++h) {
@@ -7814,9 +7922,9 @@ template <> struct On<GdnGate, Cpu> : InFloat<GdnGate, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, View<T const, 1> a_log, View<T const, 1> dt_bias,
-                       View<T const, 2> d_g, View<T const, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, View<T, 1> d_a_log,
-                       View<T, 1> d_dt_bias) {
+  static void backward(Cpu& cpu, int range, View<T const, 2> a, View<T const, 2> b, Wide<In<T>, 1> a_log, Wide<In<T>, 1> dt_bias,
+                       Wide<In<T>, 2> d_g, Wide<In<T>, 2> d_beta, View<T, 2> d_a, View<T, 2> d_b, Wide<Out<T>, 1> d_a_log,
+                       Wide<Out<T>, 1> d_dt_bias) {
     cpu::sum_over_rows<T>(cpu, a.extent(0), d_a_log, [&](Index n, T* sum) {
       for (Index h = 0; h < a.extent(1); ++h) {
         T const rate = -std::exp(a_log(h)), shifted = a(n, h) + dt_bias(h), open = sigmoid(b(n, h));
@@ -8174,6 +8282,162 @@ template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T,
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/cpu/few_rows.hpp
+// Products of few rows with a transposed b, as in decoding. Nothing is packed, because b is read once. The sums have the order and the
+// bits of those of a product of many rows.
+#ifndef HYBRIDATTN_BACKEND_CPU_FEW_ROWS_HPP
+#define HYBRIDATTN_BACKEND_CPU_FEW_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+namespace detail {
+
+inline constexpr Index few_rows = 4;
+
+// `V` vectors of columns of few rows, from column j on.
+template <int V, class T> HYBRIDATTN_INLINE void multiply_columns(Product<T> const& p, Index j, Into into) {
+  constexpr int n = lanes<T>;
+  Vec<T> sum[std::size_t{few_rows}][std::size_t{V}] = {};
+  for (Index r = 0; r < p.a.rows && into == Into::add; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = load(p.c.row(r) + j + v * n);
+  Index k = 0;
+  for (; k + n <= p.a.columns; k += n)
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) {
+      Vec<T> square[std::size_t{n}];   // of columns, then of rows of b
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) square[i] = load(p.b.data + (j + v * n + i) * p.b.column + k);
+      transpose<T>(square);
+      for (Index r = 0; r < p.a.rows; ++r) {
+        Vec<T> of_row = sum[r][v];
+        HYBRIDATTN_UNROLL
+        for (int i = 0; i < n; ++i) of_row += p.a(r, k + i) * square[i];
+        sum[r][v] = of_row;
+      }
+    }
+  for (; k < p.a.columns; ++k)
+    for (int v = 0; v < V; ++v) {
+      Vec<T> row;
+      for (int i = 0; i < n; ++i) row[i] = p.b(k, j + v * n + i);
+      for (Index r = 0; r < p.a.rows; ++r) sum[r][v] += p.a(r, k) * row;
+    }
+  for (Index r = 0; r < p.a.rows; ++r)
+    for (int v = 0; v < V; ++v) store(p.c.row(r) + j + v * n, sum[r][v]);
+}
+template <class T> void multiply_column(Product<T> const& p, Index j, Into into) {
+  for (Index r = 0; r < p.a.rows; ++r) {
+    T sum = into == Into::add ? p.c(r, j) : T(0);
+    for (Index k = 0; k < p.a.columns; ++k) sum += p.a(r, k) * p.b(k, j);
+    p.c(r, j) = sum;
+  }
+}
+
+// Products of at most few_rows rows, as gemm_each has them; `depth` is the largest depth.
+template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Product<T> const* last, Index depth, Into into) {
+  constexpr Index n = lanes<T>, together = 2 * n;   // a line of the cache or two, and two sums that do not wait for each other
+  Index const columns = first->b.columns, grain = round_up(ceil_div(4 * element_grain, depth), together), parts = ceil_div(columns, grain);
+  parallel_for(cpu, (last - first) * parts, [&](Index task, int) {
+    Product<T> const& p = first[task / parts];
+    if (p.a.columns == 0) return;
+    Index j = task % parts * grain;
+    Index const end = std::min(columns, j + grain);
+    for (; j + together <= end; j += together) multiply_columns<2>(p, j, into);
+    for (; j + n <= end; j += n) multiply_columns<1>(p, j, into);
+    for (; j < end; ++j) multiply_column(p, j, into);
+  });
+}
+
+}  // namespace detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/pack.hpp
+// Packing: a matrix product reads its operands from copies that lie in the order in which the register tile reads them. So a column of
+// an operand is never read across rows that stand a page apart, and a row of b is read once for many rows of a.
+#ifndef HYBRIDATTN_BACKEND_CPU_PACK_HPP
+#define HYBRIDATTN_BACKEND_CPU_PACK_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Slivers of a: [depth, rows] for each `rows` rows of a. Panels of b: [depth, columns] for each `columns` columns of b. Both are padded
+// with zeros to whole tiles, and with a gap that keeps slivers out of each other's sets of the cache.
+template <class T> struct Packed {
+  static constexpr int rows = tuning.product.rows, columns = tuning.product.vectors * lanes<T>;
+
+  static constexpr Index sliver(Index depth) { return rows * depth + std::max<Index>(lanes<T>, rows); }
+  static constexpr Index panel(Index depth) { return columns * depth + columns; }
+};
+
+namespace detail {
+
+// to[k * to_stride + i] = x[i][k] for k = 0 .. depth - 1 and `count` rows x[i] that stand `stride` apart; 0 for i >= count. depth and count
+// are at most lanes. Writes whole vectors, in the order of k: each overwrites what stands behind the rows of the one before it.
+template <class T> HYBRIDATTN_INLINE void turn(T const* x, Index stride, Index count, Index depth, T* to, Index to_stride) {
+  constexpr Index n = lanes<T>;
+  if (count >= n && depth == n) return transpose(x, stride, to, to_stride);
+  alignas(vector_bytes) T square[std::size_t{n * n}] = {}, turned[std::size_t{n * n}];
+  for (Index i = 0; i < std::min(n, count); ++i) std::copy_n(x + i * stride, depth, square + i * n);
+  transpose(square, n, turned, n);
+  for (Index k = 0; k < depth; ++k) store(to + k * to_stride, load(turned + k * n));
+}
+
+}  // namespace detail
+
+// Packs rows first .. last - 1 of columns k0 .. k1 - 1 of a.
+template <class T> void pack_slivers(Operand<T> a, Index first, Index last, Index k0, Index k1, T* to) {
+  constexpr Index rows = Packed<T>::rows, n = lanes<T>, few = 4;
+  Index const depth = k1 - k0, sliver = Packed<T>::sliver(depth);
+  if (a.column == 1) {
+    for (Index r = first; r < last; r += rows, to += sliver)
+      for (Index k = k0; k < k1; k += n)   // the last vector of rows first, because it overwrites what stands behind its rows
+        for (Index i = (rows - 1) / n * n; i >= 0; i -= n)
+          detail::turn(a.data + (r + i) * a.row + k, a.row, a.rows - r - i, std::min(n, k1 - k), to + (k - k0) * rows + i, rows);
+    return;
+  }
+  for (Index k = k0; k < k1; k += few)   // a few columns at a time, because they may stand in the same set of the cache
+    for (Index r = first; r < last; r += rows) {
+      T* const sliver_of_r = to + (r - first) / rows * sliver;
+      Index const here = std::min(rows, last - r);
+      for (Index j = k; j < std::min(k1, k + few); ++j) {
+        T const* const from = a.data + r + j * a.column;
+        T* const column = sliver_of_r + (j - k0) * rows;
+        if (here == rows) std::memcpy(column, from, sizeof(T) * std::size_t{Packed<T>::rows});
+        else
+          for (Index i = 0; i < rows; ++i) column[i] = i < here ? from[i] : T(0);
+      }
+    }
+}
+
+// Packs columns first .. last - 1 of rows k0 .. k1 - 1 of b.
+template <class T> void pack_panels(Operand<T> b, Index first, Index last, Index k0, Index k1, T* to) {
+  constexpr Index columns = Packed<T>::columns, n = lanes<T>;
+  Index const depth = k1 - k0, panel = Packed<T>::panel(depth);
+  if (b.column == 1) {
+    for (Index k = k0; k < k1; ++k)
+      for (Index j = first; j < last; j += columns) {
+        T const* const from = b.data + k * b.row + j;
+        T* const row = to + (j - first) / columns * panel + (k - k0) * columns;
+        if (j + columns <= last) std::memcpy(row, from, sizeof(T) * std::size_t{Packed<T>::columns});
+        else
+          for (Index i = 0; i < columns; ++i) row[i] = j + i < last ? from[i] : T(0);
+      }
+    return;
+  }
+  for (Index j = first; j < last; j += columns, to += panel)
+    for (Index k = k0; k < k1; k += n)
+      for (Index i = 0; i < columns; i += n)
+        detail::turn(b.data + (j + i) * b.column + k, b.column, last - j - i, std::min(n, k1 - k), to + (k - k0) * columns + i, columns);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
 // summed over the depth in one fixed order, for any number of rows and threads.
@@ -8184,64 +8448,67 @@ namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 namespace detail {
 
-inline constexpr int panel_vectors = 2;
-template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
-inline constexpr Index depth_block = 256, row_block = 64;
-
-// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
-template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
-  constexpr Index width = panel_columns<T>;
-  Index const here = std::min(width, b.columns - first);
-  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
-  if (b.column == 1) {
-    for (Index k = k0; k < k1; ++k)
-      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
-    return;
-  }
-  Index j = 0;
-  for (; j + lanes<T> <= here; j += lanes<T>) {
-    T const* from = b.data + (first + j) * b.column;
-    Index k = k0;
-    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
-    for (; k < k1; ++k)
-      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
-  }
-  for (; j < here; ++j)
-    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+// A block of b and a block of a stay in the second-level cache, a panel of b and a sliver of a in the first-level cache.
+inline constexpr Index depth_block = 256, column_bytes = 1024, row_bytes = 576;   // for a block of full depth
+template <class T> constexpr Index most_columns(Index depth) {
+  return column_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::columns * Packed<T>::columns;
+}
+template <class T> constexpr Index most_rows(Index depth) {
+  return row_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::rows * Packed<T>::rows;
 }
 
-// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
-template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
-  constexpr int MR = tile_rows, NV = panel_vectors;
-  if (rows == MR && columns == panel_columns<T>) {
-    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
-    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
-    Columns<T> const b{panel, panel_columns<T>};
-    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
-    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
-    return;
-  }
-  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
-  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
-  for (Index r = 0; r < rows; ++r) {
-    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
-    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
-  }
-  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
-  for (Index r = 0; r < rows; ++r)
-    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
-}
+// How a product [M, N] of depth K is shared out: parts of equal size, in whole tiles.
+template <class T> struct Shares {
+  Index depth, rows, columns;          // of a block: at most depth_block; of a part
+  Index row_parts, column_parts;
 
-// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)) {
+    Index const wanted = threads == 1 ? 1 : 4 * threads;   // parts, so that threads which start late find some left
+    column_parts = ceil_div(N, most_columns<T>(depth));
+    row_parts = std::clamp<Index>(ceil_div(wanted, column_parts), 1, ceil_div(M, 8 * Packed<T>::rows));
+    column_parts = std::clamp<Index>(ceil_div(wanted, row_parts), column_parts, ceil_div(N, 4 * Packed<T>::columns));
+    rows = round_up(ceil_div(M, row_parts), Index{Packed<T>::rows});
+    columns = round_up(ceil_div(N, column_parts), Index{Packed<T>::columns});
+    row_parts = ceil_div(M, rows), column_parts = ceil_div(N, columns);
+  }
+  Index parts() const { return row_parts * column_parts; }
+  Index slivers() const { return std::min(rows, most_rows<T>(depth)) / Packed<T>::rows * Packed<T>::sliver(depth); }
+  Index panels() const { return columns / Packed<T>::columns * Packed<T>::panel(depth); }
+};
+
+// One tile of c; `add` continues the sum that c already holds.
 template <class T>
-void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
-  Index const columns = std::min(panel_columns<T>, b.columns - first);
-  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
-    Index const k1 = std::min(a.columns, k0 + depth_block);
-    pack_panel(b, first, k0, k1, panel);
-    for (Index r = r0; r < r1; r += tile_rows)
-      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
-                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+HYBRIDATTN_INLINE void write_tile(Index depth, T const* sliver, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tuning.product.rows, NV = tuning.product.vectors;
+  alignas(vector_bytes) T whole[std::size_t{MR * Packed<T>::columns}];
+  bool const at_edge = rows < MR || columns < Packed<T>::columns;
+  T* const to = at_edge ? whole : c;
+  Index const stride = at_edge ? Packed<T>::columns : c_row;
+  for (Index r = 0; r < rows && at_edge && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
+  auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return to + r * stride + v * lanes<T>; };
+  auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+  Scalars<T> const a{sliver, 1, MR};
+  Columns<T> const b{panel, Packed<T>::columns};
+  if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+  else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+  for (Index r = 0; r < rows && at_edge; ++r) std::copy_n(to + r * stride, columns, c + r * c_row);
+}
+
+// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product.
+template <class T>
+void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index r1, Index c0, Index c1, T* slivers, T* panels, Into into) {
+  constexpr Index MR = Packed<T>::rows, NC = Packed<T>::columns;
+  for (Index k0 = 0; k0 < p.a.columns; k0 += depth_block) {
+    Index const k1 = std::min(p.a.columns, k0 + depth_block), depth = k1 - k0, most = most_rows<T>(shares.depth);
+    pack_panels(p.b, c0, c1, k0, k1, panels);
+    for (Index block = r0; block < r1; block += most) {
+      Index const end = std::min(r1, block + most);
+      pack_slivers(p.a, block, end, k0, k1, slivers);
+      for (Index r = block; r < end; r += MR)   // so that whole rows of c are written one after the other
+        for (Index j = c0; j < c1; j += NC)
+          write_tile<T>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
+                        p.c.row(r) + j, p.c.stride[0], std::min(MR, end - r), std::min(NC, c1 - j), into == Into::add || k0 > 0);
+    }
   }
 }
 
@@ -8252,48 +8519,37 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
-template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
-  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
-        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  if (c.count() == 0) return;
-  if (a.columns == 0) return detail::sum_nothing(c, into);
-  using detail::panel_columns;
-  Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
-  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
-  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
-    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
-    if (r0 < r1)
-      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+// Computes the products first .. last - 1 in one parallel loop. All have the same number of columns, and a depth above 0 in all or in
+// none. Transposed operands are read in place.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  Index rows = 0, depth = 0;
+  for (auto p = first; p != last; ++p) {
+    rows = std::max(rows, p->a.rows);
+    depth = std::max(depth, p->a.columns);
+    if (p->a.columns == 0) detail::sum_nothing(p->c, into);
+  }
+  if (rows == 0 || depth == 0 || first->b.columns == 0) return;
+  if (rows <= detail::few_rows && first->b.column != 1) return detail::multiply_few_rows(cpu, first, last, depth, into);
+  detail::Shares<T> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
+  Index const memory = shares.slivers() + shares.panels();
+  Scratch<T> const packed{cpu, cpu.threads() * memory};
+  parallel_for(cpu, (last - first) * shares.parts(), [&](Index task, int thread) {
+    Product<T> const& p = first[task / shares.parts()];
+    Index const part = task % shares.parts();
+    Index const r0 = part % shares.row_parts * shares.rows, c0 = part / shares.row_parts * shares.columns;
+    T* const slivers = packed.data() + thread * memory;
+    if (r0 < p.a.rows)
+      detail::multiply_part(p, shares, r0, std::min(r0 + shares.rows, p.a.rows), c0, std::min(c0 + shares.columns, p.b.columns), slivers,
+                            slivers + shares.slivers(), into);
   });
 }
 
-// One product of several.
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-};
-
-// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
-  if (first == last) return;
-  if (first->a.columns == 0) {
-    for (; first != last; ++first) detail::sum_nothing(first->c, into);
-    return;
-  }
-  using detail::panel_columns;
-  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
-    Product<T> const& p = first[task / panels];
-    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
-                           into);
-  });
+// One product. Throws Error for operands that do not fit.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c};
+  gemm_each(cpu, &product, &product + 1, into);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
@@ -8545,7 +8801,7 @@ template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
 template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+  static void forward(Cpu& cpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         std::fill_n(y.row(n), y.extent(1), T(0));
@@ -8554,8 +8810,8 @@ template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
     });
   }
   template <std::floating_point T>
-  static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
-                       View<T, 2> d_rows, View<T, 2> d_weights) {
+  static void backward(Cpu& cpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, Wide<Out<T>, 2> d_weights) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
@@ -9756,14 +10012,11 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
       return {0, false};
     }
-    Index best = 0;
-    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
-    T const peak = logits[best], own = logits[target];
+    T const own = logits[target], peak = largest(logits, V);
+    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;   // of equal logits the first counts
     cpu::Vec<T> sums{};
     cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
-      if (s.count < cpu::lanes<T>)
-        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      cpu::Vec<T> const e = of_row(s, cpu::exp<T>(s.get(logits) - peak), T(0));
       sums += e;
       if (d_logits != nullptr) s.put(d_logits, e);
     });
@@ -9772,7 +10025,20 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
       d_logits[target] -= scale;
     }
-    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), correct};
+  }
+  // x, with `rest` in the lanes after the end of a row.
+  template <class T> HYBRIDATTN_INLINE static cpu::Vec<T> of_row(cpu::Slot<T> s, cpu::Vec<T> x, T rest) {
+    if (s.count == cpu::lanes<T>) return x;
+    return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), x, cpu::broadcast(rest));
+  }
+  // The largest number of a row, NaN left out.
+  template <class T> static T largest(T const* row, Index V) {
+    T const least = -std::numeric_limits<T>::infinity();
+    cpu::Vec<T> most = cpu::broadcast(least);
+    cpu::for_each_vector<T>(
+        0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
+    return cpu::largest<T>(most);
   }
   // The model checks targets before it calls this. Who calls the operation checks them himself.
   static void check_target(std::int32_t target, Index V) {

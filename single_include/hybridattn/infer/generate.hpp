@@ -1218,6 +1218,51 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/cpu/tuning.hpp
+// The shapes of the CPU's kernels for each instruction set. What limits a shape is the number of vector registers: a tile of R rows and
+// V vectors needs R V sums, V loaded vectors and one broadcast number.
+#ifndef HYBRIDATTN_BACKEND_CPU_TUNING_HPP
+#define HYBRIDATTN_BACKEND_CPU_TUNING_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+struct TileShape {
+  int rows, vectors;
+};
+struct Tuning {
+  int vector_bytes;
+  TileShape product;     // of a matrix product, from packed operands
+  TileShape attention;   // of Full: keys x queries, and queries x entries of v
+  TileShape delta;       // of GDN: tokens of a group x vectors of a state's row in one pass
+  int index_sums;        // of DSA's indexer: sums of a tile whose rows are the heads of a query
+};
+
+// `share` is the share of the peak of fused multiply-adds that a tile reached alone, from the first-level cache.
+#if defined(__AVX512F__)   // 32 registers of 64 bytes
+inline constexpr Tuning tuning{
+    .vector_bytes = 64,
+    .product = {8, 2},     // share .97; 6x4 is as fast, 16x1 loads too often
+    .attention = {8, 2},
+    .delta = {4, 1},       // 12 sums and updates, 4 updates: one load and store for 12 multiply-adds
+    .index_sums = 16,
+};
+#elif defined(__AVX__)   // 16 registers of 32 bytes
+inline constexpr Tuning tuning{
+    .vector_bytes = 32,
+    .product = {6, 2},     // share .97; 4x3 .96, 4x2 .95, 3x4 and 12x1 do not fit
+    .attention = {4, 2},   // share .95; 4x3 wants 24 queries and loses more at the diagonal
+    .delta = {2, 2},       // 4x1 needs 13 loads for the 12 multiply-adds of a row, 2x2 needs 8
+    .index_sums = 8,
+};
+#elif defined(__aarch64__)   // 32 registers of 16 bytes
+inline constexpr Tuning tuning{.vector_bytes = 16, .product = {8, 2}, .attention = {8, 2}, .delta = {4, 2}, .index_sums = 16};
+#else   // 16 registers of 16 bytes
+inline constexpr Tuning tuning{.vector_bytes = 16, .product = {6, 2}, .attention = {4, 2}, .delta = {2, 2}, .index_sums = 8};
+#endif
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
 // ==== hybridattn/backend/cpu/simd.hpp
 // Vectors of the CPU, on the vector extensions of GCC and Clang: no intrinsics, so any target compiles.
 #ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
@@ -1225,17 +1270,7 @@ template <class F> void parallel_blocks(Cpu& cpu, Index count, Index grain, F f)
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64;
-inline constexpr int tile_rows = 8;
-#elif defined(__AVX__)
-inline constexpr int vector_bytes = 32;
-inline constexpr int tile_rows = 4;
-#else
-inline constexpr int vector_bytes = 16;
-inline constexpr int tile_rows = 4;
-#endif
+inline constexpr int vector_bytes = tuning.vector_bytes;
 
 template <class T> struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes)));
@@ -1392,43 +1427,6 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
-// to[c][r] = from[r][c] for the square of one vector's lanes.
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
-
-namespace detail {
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
-}
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
-  constexpr int n = lanes<T>;
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[std::size_t{n}];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
-  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
-      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
-}
-
 namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
@@ -1439,6 +1437,61 @@ HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
   constexpr std::size_t half = upper ? m / 2 : 0;
   return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
 }
+// Exchanges rows and parts of registers: part p of a with part p - distance of b, for every second group of `distance` parts.
+template <bool second, std::size_t distance, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V exchanged_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i), step = distance * m;
+  return shuffled(a, b, std::index_sequence<(i / step % 2 == 0 ? i + (second ? step : 0) : n + i - (second ? 0 : step))...>{});
+}
+// Transposes the squares of parts: interleaving row i with row i + m/2, log2(m) times (a perfect shuffle of the index bits).
+template <class T> HYBRIDATTN_INLINE void transpose_parts(Vec<T>* rows) {
+  constexpr int m = part<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+  for (int round = 1; round < m; round *= 2) {
+    Vec<T> next[std::size_t{m}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < m / 2; ++i) {
+      next[2 * i] = half_parts<1, false, m>(rows[i], rows[i + m / 2], Lanes{});
+      next[2 * i + 1] = half_parts<1, true, m>(rows[i], rows[i + m / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < m; ++i) rows[i] = next[i];
+  }
+}
+template <int distance, class T> HYBRIDATTN_INLINE void exchange_parts(Vec<T>* rows) {
+  constexpr int n = lanes<T>, m = part<T>;
+  if constexpr (distance < n / m) {
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i)
+      if (i / m / distance % 2 == 0) {
+        Vec<T> const a = rows[i], b = rows[i + distance * m];
+        rows[i] = exchanged_parts<false, distance, m>(a, b, Lanes{});
+        rows[i + distance * m] = exchanged_parts<true, distance, m>(a, b, Lanes{});
+      }
+    exchange_parts<2 * distance, T>(rows);
+  }
+}
+}  // namespace detail
+
+// rows[c][r] becomes rows[r][c] in the square of one vector's lanes: first inside 16-byte parts of registers, then whole parts.
+template <class T> HYBRIDATTN_INLINE void transpose(Vec<T> (&rows)[std::size_t{lanes<T>}]) {
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < lanes<T>; i += detail::part<T>) detail::transpose_parts<T>(rows + i);
+  detail::exchange_parts<1, T>(rows);
+}
+// to[c][r] = from[r][c] for such a square in memory.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  transpose<T>(rows);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
 // Every second part of m elements, of a, then of b.
 template <std::size_t offset, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {
@@ -2150,6 +2203,185 @@ struct GroupedLinear {};
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 
+// ==== hybridattn/backend/operand.hpp
+// The factors of matrix products, for every backend.
+#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
+#define HYBRIDATTN_BACKEND_OPERAND_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T> struct Operand {
+  T const* data = nullptr;
+  Index rows = 0, columns = 0, row = 0, column = 1;
+
+  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
+  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
+  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
+};
+template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
+  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
+// ==== hybridattn/backend/cpu/few_rows.hpp
+// Products of few rows with a transposed b, as in decoding. Nothing is packed, because b is read once. The sums have the order and the
+// bits of those of a product of many rows.
+#ifndef HYBRIDATTN_BACKEND_CPU_FEW_ROWS_HPP
+#define HYBRIDATTN_BACKEND_CPU_FEW_ROWS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N].
+template <class T> struct Product {
+  Operand<T> a, b;
+  View<T, 2> c;
+};
+
+namespace detail {
+
+inline constexpr Index few_rows = 4;
+
+// `V` vectors of columns of few rows, from column j on.
+template <int V, class T> HYBRIDATTN_INLINE void multiply_columns(Product<T> const& p, Index j, Into into) {
+  constexpr int n = lanes<T>;
+  Vec<T> sum[std::size_t{few_rows}][std::size_t{V}] = {};
+  for (Index r = 0; r < p.a.rows && into == Into::add; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = load(p.c.row(r) + j + v * n);
+  Index k = 0;
+  for (; k + n <= p.a.columns; k += n)
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < V; ++v) {
+      Vec<T> square[std::size_t{n}];   // of columns, then of rows of b
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) square[i] = load(p.b.data + (j + v * n + i) * p.b.column + k);
+      transpose<T>(square);
+      for (Index r = 0; r < p.a.rows; ++r) {
+        Vec<T> of_row = sum[r][v];
+        HYBRIDATTN_UNROLL
+        for (int i = 0; i < n; ++i) of_row += p.a(r, k + i) * square[i];
+        sum[r][v] = of_row;
+      }
+    }
+  for (; k < p.a.columns; ++k)
+    for (int v = 0; v < V; ++v) {
+      Vec<T> row;
+      for (int i = 0; i < n; ++i) row[i] = p.b(k, j + v * n + i);
+      for (Index r = 0; r < p.a.rows; ++r) sum[r][v] += p.a(r, k) * row;
+    }
+  for (Index r = 0; r < p.a.rows; ++r)
+    for (int v = 0; v < V; ++v) store(p.c.row(r) + j + v * n, sum[r][v]);
+}
+template <class T> void multiply_column(Product<T> const& p, Index j, Into into) {
+  for (Index r = 0; r < p.a.rows; ++r) {
+    T sum = into == Into::add ? p.c(r, j) : T(0);
+    for (Index k = 0; k < p.a.columns; ++k) sum += p.a(r, k) * p.b(k, j);
+    p.c(r, j) = sum;
+  }
+}
+
+// Products of at most few_rows rows, as gemm_each has them; `depth` is the largest depth.
+template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Product<T> const* last, Index depth, Into into) {
+  constexpr Index n = lanes<T>, together = 2 * n;   // a line of the cache or two, and two sums that do not wait for each other
+  Index const columns = first->b.columns, grain = round_up(ceil_div(4 * element_grain, depth), together), parts = ceil_div(columns, grain);
+  parallel_for(cpu, (last - first) * parts, [&](Index task, int) {
+    Product<T> const& p = first[task / parts];
+    if (p.a.columns == 0) return;
+    Index j = task % parts * grain;
+    Index const end = std::min(columns, j + grain);
+    for (; j + together <= end; j += together) multiply_columns<2>(p, j, into);
+    for (; j + n <= end; j += n) multiply_columns<1>(p, j, into);
+    for (; j < end; ++j) multiply_column(p, j, into);
+  });
+}
+
+}  // namespace detail
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/backend/cpu/pack.hpp
+// Packing: a matrix product reads its operands from copies that lie in the order in which the register tile reads them. So a column of
+// an operand is never read across rows that stand a page apart, and a row of b is read once for many rows of a.
+#ifndef HYBRIDATTN_BACKEND_CPU_PACK_HPP
+#define HYBRIDATTN_BACKEND_CPU_PACK_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Slivers of a: [depth, rows] for each `rows` rows of a. Panels of b: [depth, columns] for each `columns` columns of b. Both are padded
+// with zeros to whole tiles, and with a gap that keeps slivers out of each other's sets of the cache.
+template <class T> struct Packed {
+  static constexpr int rows = tuning.product.rows, columns = tuning.product.vectors * lanes<T>;
+
+  static constexpr Index sliver(Index depth) { return rows * depth + std::max<Index>(lanes<T>, rows); }
+  static constexpr Index panel(Index depth) { return columns * depth + columns; }
+};
+
+namespace detail {
+
+// to[k * to_stride + i] = x[i][k] for k = 0 .. depth - 1 and `count` rows x[i] that stand `stride` apart; 0 for i >= count. depth and count
+// are at most lanes. Writes whole vectors, in the order of k: each overwrites what stands behind the rows of the one before it.
+template <class T> HYBRIDATTN_INLINE void turn(T const* x, Index stride, Index count, Index depth, T* to, Index to_stride) {
+  constexpr Index n = lanes<T>;
+  if (count >= n && depth == n) return transpose(x, stride, to, to_stride);
+  alignas(vector_bytes) T square[std::size_t{n * n}] = {}, turned[std::size_t{n * n}];
+  for (Index i = 0; i < std::min(n, count); ++i) std::copy_n(x + i * stride, depth, square + i * n);
+  transpose(square, n, turned, n);
+  for (Index k = 0; k < depth; ++k) store(to + k * to_stride, load(turned + k * n));
+}
+
+}  // namespace detail
+
+// Packs rows first .. last - 1 of columns k0 .. k1 - 1 of a.
+template <class T> void pack_slivers(Operand<T> a, Index first, Index last, Index k0, Index k1, T* to) {
+  constexpr Index rows = Packed<T>::rows, n = lanes<T>, few = 4;
+  Index const depth = k1 - k0, sliver = Packed<T>::sliver(depth);
+  if (a.column == 1) {
+    for (Index r = first; r < last; r += rows, to += sliver)
+      for (Index k = k0; k < k1; k += n)   // the last vector of rows first, because it overwrites what stands behind its rows
+        for (Index i = (rows - 1) / n * n; i >= 0; i -= n)
+          detail::turn(a.data + (r + i) * a.row + k, a.row, a.rows - r - i, std::min(n, k1 - k), to + (k - k0) * rows + i, rows);
+    return;
+  }
+  for (Index k = k0; k < k1; k += few)   // a few columns at a time, because they may stand in the same set of the cache
+    for (Index r = first; r < last; r += rows) {
+      T* const sliver_of_r = to + (r - first) / rows * sliver;
+      Index const here = std::min(rows, last - r);
+      for (Index j = k; j < std::min(k1, k + few); ++j) {
+        T const* const from = a.data + r + j * a.column;
+        T* const column = sliver_of_r + (j - k0) * rows;
+        if (here == rows) std::memcpy(column, from, sizeof(T) * std::size_t{Packed<T>::rows});
+        else
+          for (Index i = 0; i < rows; ++i) column[i] = i < here ? from[i] : T(0);
+      }
+    }
+}
+
+// Packs columns first .. last - 1 of rows k0 .. k1 - 1 of b.
+template <class T> void pack_panels(Operand<T> b, Index first, Index last, Index k0, Index k1, T* to) {
+  constexpr Index columns = Packed<T>::columns, n = lanes<T>;
+  Index const depth = k1 - k0, panel = Packed<T>::panel(depth);
+  if (b.column == 1) {
+    for (Index k = k0; k < k1; ++k)
+      for (Index j = first; j < last; j += columns) {
+        T const* const from = b.data + k * b.row + j;
+        T* const row = to + (j - first) / columns * panel + (k - k0) * columns;
+        if (j + columns <= last) std::memcpy(row, from, sizeof(T) * std::size_t{Packed<T>::columns});
+        else
+          for (Index i = 0; i < columns; ++i) row[i] = j + i < last ? from[i] : T(0);
+      }
+    return;
+  }
+  for (Index j = first; j < last; j += columns, to += panel)
+    for (Index k = k0; k < k1; k += n)
+      for (Index i = 0; i < columns; i += n)
+        detail::turn(b.data + (j + i) * b.column + k, b.column, last - j - i, std::min(n, k1 - k), to + (k - k0) * columns + i, columns);
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
 // ==== hybridattn/backend/cpu/tile.hpp
 // The register tile: the one loop in which the library multiplies matrices on the CPU.
 #ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
@@ -2201,29 +2433,6 @@ HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
-// ==== hybridattn/backend/operand.hpp
-// The factors of matrix products, for every backend.
-#ifndef HYBRIDATTN_BACKEND_OPERAND_HPP
-#define HYBRIDATTN_BACKEND_OPERAND_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A matrix of a product, transposed or not: element (i, j) is data[i * row + j * column]; one of the strides is 1.
-template <class T> struct Operand {
-  T const* data = nullptr;
-  Index rows = 0, columns = 0, row = 0, column = 1;
-
-  HYBRIDATTN_HD T operator()(Index i, Index j) const { return data[i * row + j * column]; }
-  HYBRIDATTN_HD Operand transposed() const { return {data, columns, rows, column, row}; }
-  HYBRIDATTN_HD Operand row_range(Index first, Index last) const { return {data + first * row, last - first, columns, row, column}; }
-};
-template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T, 2> x) {
-  return {x.data, x.extent(0), x.extent(1), x.stride[0], 1};
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
 // ==== hybridattn/backend/cpu/gemm.hpp
 // Matrix products on the CPU, by the register tile. A row of a result depends only on that row of `a` and on `b`. It is
 // summed over the depth in one fixed order, for any number of rows and threads.
@@ -2234,64 +2443,67 @@ namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 namespace detail {
 
-inline constexpr int panel_vectors = 2;
-template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
-inline constexpr Index depth_block = 256, row_block = 64;
-
-// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
-template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
-  constexpr Index width = panel_columns<T>;
-  Index const here = std::min(width, b.columns - first);
-  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
-  if (b.column == 1) {
-    for (Index k = k0; k < k1; ++k)
-      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
-    return;
-  }
-  Index j = 0;
-  for (; j + lanes<T> <= here; j += lanes<T>) {
-    T const* from = b.data + (first + j) * b.column;
-    Index k = k0;
-    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
-    for (; k < k1; ++k)
-      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
-  }
-  for (; j < here; ++j)
-    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+// A block of b and a block of a stay in the second-level cache, a panel of b and a sliver of a in the first-level cache.
+inline constexpr Index depth_block = 256, column_bytes = 1024, row_bytes = 576;   // for a block of full depth
+template <class T> constexpr Index most_columns(Index depth) {
+  return column_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::columns * Packed<T>::columns;
+}
+template <class T> constexpr Index most_rows(Index depth) {
+  return row_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::rows * Packed<T>::rows;
 }
 
-// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
-template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
-  constexpr int MR = tile_rows, NV = panel_vectors;
-  if (rows == MR && columns == panel_columns<T>) {
-    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
-    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
-    Columns<T> const b{panel, panel_columns<T>};
-    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
-    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
-    return;
-  }
-  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
-  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
-  for (Index r = 0; r < rows; ++r) {
-    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
-    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
-  }
-  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
-  for (Index r = 0; r < rows; ++r)
-    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
-}
+// How a product [M, N] of depth K is shared out: parts of equal size, in whole tiles.
+template <class T> struct Shares {
+  Index depth, rows, columns;          // of a block: at most depth_block; of a part
+  Index row_parts, column_parts;
 
-// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)) {
+    Index const wanted = threads == 1 ? 1 : 4 * threads;   // parts, so that threads which start late find some left
+    column_parts = ceil_div(N, most_columns<T>(depth));
+    row_parts = std::clamp<Index>(ceil_div(wanted, column_parts), 1, ceil_div(M, 8 * Packed<T>::rows));
+    column_parts = std::clamp<Index>(ceil_div(wanted, row_parts), column_parts, ceil_div(N, 4 * Packed<T>::columns));
+    rows = round_up(ceil_div(M, row_parts), Index{Packed<T>::rows});
+    columns = round_up(ceil_div(N, column_parts), Index{Packed<T>::columns});
+    row_parts = ceil_div(M, rows), column_parts = ceil_div(N, columns);
+  }
+  Index parts() const { return row_parts * column_parts; }
+  Index slivers() const { return std::min(rows, most_rows<T>(depth)) / Packed<T>::rows * Packed<T>::sliver(depth); }
+  Index panels() const { return columns / Packed<T>::columns * Packed<T>::panel(depth); }
+};
+
+// One tile of c; `add` continues the sum that c already holds.
 template <class T>
-void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
-  Index const columns = std::min(panel_columns<T>, b.columns - first);
-  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
-    Index const k1 = std::min(a.columns, k0 + depth_block);
-    pack_panel(b, first, k0, k1, panel);
-    for (Index r = r0; r < r1; r += tile_rows)
-      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
-                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+HYBRIDATTN_INLINE void write_tile(Index depth, T const* sliver, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tuning.product.rows, NV = tuning.product.vectors;
+  alignas(vector_bytes) T whole[std::size_t{MR * Packed<T>::columns}];
+  bool const at_edge = rows < MR || columns < Packed<T>::columns;
+  T* const to = at_edge ? whole : c;
+  Index const stride = at_edge ? Packed<T>::columns : c_row;
+  for (Index r = 0; r < rows && at_edge && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
+  auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return to + r * stride + v * lanes<T>; };
+  auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+  Scalars<T> const a{sliver, 1, MR};
+  Columns<T> const b{panel, Packed<T>::columns};
+  if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+  else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+  for (Index r = 0; r < rows && at_edge; ++r) std::copy_n(to + r * stride, columns, c + r * c_row);
+}
+
+// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product.
+template <class T>
+void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index r1, Index c0, Index c1, T* slivers, T* panels, Into into) {
+  constexpr Index MR = Packed<T>::rows, NC = Packed<T>::columns;
+  for (Index k0 = 0; k0 < p.a.columns; k0 += depth_block) {
+    Index const k1 = std::min(p.a.columns, k0 + depth_block), depth = k1 - k0, most = most_rows<T>(shares.depth);
+    pack_panels(p.b, c0, c1, k0, k1, panels);
+    for (Index block = r0; block < r1; block += most) {
+      Index const end = std::min(r1, block + most);
+      pack_slivers(p.a, block, end, k0, k1, slivers);
+      for (Index r = block; r < end; r += MR)   // so that whole rows of c are written one after the other
+        for (Index j = c0; j < c1; j += NC)
+          write_tile<T>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
+                        p.c.row(r) + j, p.c.stride[0], std::min(MR, end - r), std::min(NC, c1 - j), into == Into::add || k0 > 0);
+    }
   }
 }
 
@@ -2302,48 +2514,37 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
-template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
-  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
-        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  if (c.count() == 0) return;
-  if (a.columns == 0) return detail::sum_nothing(c, into);
-  using detail::panel_columns;
-  Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
-  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
-  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
-    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
-    if (r0 < r1)
-      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+// Computes the products first .. last - 1 in one parallel loop. All have the same number of columns, and a depth above 0 in all or in
+// none. Transposed operands are read in place.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  Index rows = 0, depth = 0;
+  for (auto p = first; p != last; ++p) {
+    rows = std::max(rows, p->a.rows);
+    depth = std::max(depth, p->a.columns);
+    if (p->a.columns == 0) detail::sum_nothing(p->c, into);
+  }
+  if (rows == 0 || depth == 0 || first->b.columns == 0) return;
+  if (rows <= detail::few_rows && first->b.column != 1) return detail::multiply_few_rows(cpu, first, last, depth, into);
+  detail::Shares<T> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
+  Index const memory = shares.slivers() + shares.panels();
+  Scratch<T> const packed{cpu, cpu.threads() * memory};
+  parallel_for(cpu, (last - first) * shares.parts(), [&](Index task, int thread) {
+    Product<T> const& p = first[task / shares.parts()];
+    Index const part = task % shares.parts();
+    Index const r0 = part % shares.row_parts * shares.rows, c0 = part / shares.row_parts * shares.columns;
+    T* const slivers = packed.data() + thread * memory;
+    if (r0 < p.a.rows)
+      detail::multiply_part(p, shares, r0, std::min(r0 + shares.rows, p.a.rows), c0, std::min(c0 + shares.columns, p.b.columns), slivers,
+                            slivers + shares.slivers(), into);
   });
 }
 
-// One product of several.
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-};
-
-// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
-  if (first == last) return;
-  if (first->a.columns == 0) {
-    for (; first != last; ++first) detail::sum_nothing(first->c, into);
-    return;
-  }
-  using detail::panel_columns;
-  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
-    Product<T> const& p = first[task / panels];
-    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
-                           into);
-  });
+// One product. Throws Error for operands that do not fit.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c};
+  gemm_each(cpu, &product, &product + 1, into);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
@@ -2595,7 +2796,7 @@ template <> struct On<Distribute, Cpu> : InFloat<Distribute, Cpu> {
 template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
   using InFloat::forward, InFloat::backward;
   template <std::floating_point T>
-  static void forward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
+  static void forward(Cpu& cpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T, 2> y) {
     parallel_blocks(cpu, y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n) {
         std::fill_n(y.row(n), y.extent(1), T(0));
@@ -2604,8 +2805,8 @@ template <> struct On<Combine, Cpu> : InFloat<Combine, Cpu> {
     });
   }
   template <std::floating_point T>
-  static void backward(Cpu& cpu, View<T const, 2> rows, View<T const, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
-                       View<T, 2> d_rows, View<T, 2> d_weights) {
+  static void backward(Cpu& cpu, View<T const, 2> rows, Wide<In<T>, 2> weights, View<std::int32_t const, 2> places, View<T const, 2> d_y,
+                       View<T, 2> d_rows, Wide<Out<T>, 2> d_weights) {
     Index const C = d_y.extent(1);
     parallel_blocks(cpu, d_y.extent(0), cpu::sum_rows, [&](Index first, Index last) {
       for (Index n = first; n < last; ++n)
@@ -3622,7 +3823,7 @@ template <class T> T row_rstd(T const* x, Index C, double eps) {
 
 template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T, 2> y) {
+  template <std::floating_point T> static void forward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, Wide<In<T>, 1> w, View<T, 2> y) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -3635,8 +3836,8 @@ template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, View<T const, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 1> d_w, Into into) {
+  static void backward(Cpu& cpu, RmsNorm::Options o, View<T const, 2> x, Wide<In<T>, 1> w, View<T const, 2> d_y, View<T, 2> d_x,
+                       Wide<Out<T>, 1> d_w, Into into) {
     Index const C = x.extent(1);
     T const shift = o.weight == NormWeight::zero_centred ? T(1) : T(0);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
@@ -3656,7 +3857,7 @@ template <> struct On<RmsNorm, Cpu> : InFloat<RmsNorm, Cpu> {
 
 template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
   using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w,
+  template <std::floating_point T> static void forward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, Wide<In<T>, 1> w,
                                                        View<T, 2> y) {
     Index const C = x.extent(1);
     parallel_blocks(cpu, x.extent(0), cpu::sum_rows, [&](Index first, Index last) {
@@ -3675,8 +3876,8 @@ template <> struct On<GatedRmsNorm, Cpu> : InFloat<GatedRmsNorm, Cpu> {
   }
 
   template <std::floating_point T>
-  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, View<T const, 1> w, View<T const, 2> d_y,
-                       View<T, 2> d_x, View<T, 2> d_z, View<T, 1> d_w) {
+  static void backward(Cpu& cpu, double eps, View<T const, 2> x, View<T const, 2> z, Wide<In<T>, 1> w, View<T const, 2> d_y,
+                       View<T, 2> d_x, View<T, 2> d_z, Wide<Out<T>, 1> d_w) {
     Index const C = x.extent(1);
     cpu::sum_over_rows<T>(cpu, x.extent(0), d_w, [&](Index n, T* sum) {
       T const *xn = x.row(n), *d_yn = d_y.row(n), rstd = cpu::detail::row_rstd(xn, C, eps);
@@ -4304,14 +4505,11 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
       return {0, false};
     }
-    Index best = 0;
-    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
-    T const peak = logits[best], own = logits[target];
+    T const own = logits[target], peak = largest(logits, V);
+    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;   // of equal logits the first counts
     cpu::Vec<T> sums{};
     cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
-      if (s.count < cpu::lanes<T>)
-        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      cpu::Vec<T> const e = of_row(s, cpu::exp<T>(s.get(logits) - peak), T(0));
       sums += e;
       if (d_logits != nullptr) s.put(d_logits, e);
     });
@@ -4320,7 +4518,20 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
       d_logits[target] -= scale;
     }
-    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), correct};
+  }
+  // x, with `rest` in the lanes after the end of a row.
+  template <class T> HYBRIDATTN_INLINE static cpu::Vec<T> of_row(cpu::Slot<T> s, cpu::Vec<T> x, T rest) {
+    if (s.count == cpu::lanes<T>) return x;
+    return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), x, cpu::broadcast(rest));
+  }
+  // The largest number of a row, NaN left out.
+  template <class T> static T largest(T const* row, Index V) {
+    T const least = -std::numeric_limits<T>::infinity();
+    cpu::Vec<T> most = cpu::broadcast(least);
+    cpu::for_each_vector<T>(
+        0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
+    return cpu::largest<T>(most);
   }
   // The model checks targets before it calls this. Who calls the operation checks them himself.
   static void check_target(std::int32_t target, Index V) {

@@ -52,7 +52,7 @@ template <class T> class KeyPanels {
 // scores [panel_keys] (+)= the share of MR heads in (1): the rows of a tile are the heads of one query.
 template <int MR, class T>
 HYBRIDATTN_INLINE void score_heads(Index DI, cpu::Scalars<T> q, T const* weights, T const* panel, bool first_heads, T* scores) {
-  constexpr int NV = std::min(panel_vectors, 2 * cpu::tile_rows / MR);
+  constexpr int NV = std::min(panel_vectors, cpu::tuning.index_sums / MR);
   for (Index column = 0; column < panel_keys<T>; column += NV * cpu::lanes<T>) {
     cpu::Vec<T> sum[std::size_t{NV}];
     HYBRIDATTN_UNROLL

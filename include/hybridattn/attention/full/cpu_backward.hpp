@@ -22,8 +22,8 @@ template <class T> struct BackwardRows {
 template <class T, class Dim> class BackwardHead {
  public:
   static constexpr Index block = 64;   // queries and keys of a block
-  static_assert(block % tile_columns<T> == 0 && block % cpu::tile_rows == 0);
-  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + cpu::tile_rows * D; }
+  static_assert(block % tile_columns<T> == 0 && block % tile_rows == 0);
+  static Index scratch(Index D, Index longest) { return 2 * round_up(longest, block) * (D + 1) + 2 * block * block + tile_rows * D; }
 
   BackwardHead(Dim D, Sequence s, Index window, T scale, T* memory)
       : D_(D), length_(s.length), reach_(window), padded_(round_up(length_, block)), scale_(scale), q_t_(memory),
@@ -42,7 +42,7 @@ template <class T, class Dim> class BackwardHead {
   }
 
  private:
-  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  static constexpr int MR = tile_rows, NV = tile_vectors;
   using Vec = cpu::Vec<T>;
 
   Index rows_from(Index first) const { return std::min(block, length_ - first); }   // of a block

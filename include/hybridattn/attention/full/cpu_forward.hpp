@@ -21,7 +21,7 @@ inline constexpr Index forward_keys = 128;   // keys of a block; 64 to 256 are e
 template <class T, class Dim> class ForwardBlock {
  public:
   static constexpr Index queries = tile_columns<T>;
-  static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + cpu::tile_rows * D; }
+  static Index scratch(Index D) { return 2 * queries * D + forward_keys * queries + tile_rows * D; }
 
   ForwardBlock(Dim D, Sequence s, Index window, T scale, Rows<T const> k, Rows<T const> v, T* memory)
       : D_(D), length_(s.length), reach_(window), scale_(scale), size_(std::abs(scale)), slope_(size_ * cpu::log2_e<T>), k_(k), v_(v),
@@ -43,7 +43,7 @@ template <class T, class Dim> class ForwardBlock {
   }
 
  private:
-  static constexpr int MR = cpu::tile_rows, NV = tile_vectors;
+  static constexpr int MR = tile_rows, NV = tile_vectors;
   static constexpr T limit = 10, far = 80;   // largest exponents: of a weight, and of a weight that can still be scaled afterwards
   using Vec = cpu::Vec<T>;
   using Mask = cpu::Mask<T>;

@@ -12,7 +12,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::full {
 
-inline constexpr int tile_vectors = 2;
+inline constexpr int tile_rows = cpu::tuning.attention.rows, tile_vectors = cpu::tuning.attention.vectors;
 template <class T> inline constexpr Index tile_columns = tile_vectors * cpu::lanes<T>;
 
 using attention::Rows, attention::head_of;
@@ -22,8 +22,8 @@ inline Index reach(int window, Sequence s) { return window == 0 ? s.length : std
 
 // Rows first .. first + tile_rows - 1 for a tile. If rows are past the end, the tile is a copy in pad [tile_rows, D] with zeros there.
 template <class T, class Dim> HYBRIDATTN_INLINE cpu::Scalars<T> whole_tile(Dim D, Rows<T const> x, Index first, Index length, T* pad) {
-  if (first + cpu::tile_rows <= length) return {x[first], x.stride, 1};
-  std::fill_n(pad, cpu::tile_rows * D, T(0));
+  if (first + tile_rows <= length) return {x[first], x.stride, 1};
+  std::fill_n(pad, tile_rows * D, T(0));
   for (Index i = first; i < length; ++i) std::copy_n(x[i], D, pad + (i - first) * D);
   return {pad, D, 1};
 }

@@ -12,7 +12,9 @@
 #include <hybridattn/attention/gdn/cpu_groups.hpp>
 
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <numeric>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
@@ -54,15 +56,16 @@ void paths_inside(PerGroup<T> const (&beta)[group_tokens], PerGroup<T> const (&k
   });
 }
 
-// Reads and writes of all groups. `crossing` [groups, 8, panel] has, for each lane of the columns, the tokens' reads of the S
+// Reads and writes of all groups. `crossing` [groups, crossing_rows, panel] has, for each lane of the columns, the tokens' reads of the S
 // before their group, then k . stored X e. `write` times the latter is the token's write.
 inline constexpr int crossing_rows = 2 * group_tokens;
 template <class T>
 void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[group_tokens], DecayPaths<T>& paths) {
   alignas(cpu::vector_bytes) GroupDots<T> dots = {};
   for (Index g = 0; g < groups; ++g) {
-    Vec<T> sum[crossing_rows];
-    for (int i = 0; i < crossing_rows; ++i) sum[i] = load(crossing + (g * crossing_rows + i) * panel_width<T>);
+    Vec<T> sum[crossing_rows] = {};
+    for (int i = 0; i < crossing_rows; ++i)
+      for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA { sum[i] += load(crossing + (g * crossing_rows + i) * panel_width<T> + x); });
     cpu::sum_each<crossing_rows>(sum, dots[g]);
   }
   PerGroup<T> sums[pairs];
@@ -79,19 +82,23 @@ void paths_across(T const* crossing, Index groups, PerGroup<T> const (&write)[gr
   });
 }
 
-// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Summed
-// square by square, because sums of few terms round less.
-template <class T> Vec<T> panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
-  Vec<T> sum{};
-  for (Index v = 0; v < V; v += panel_width<T>) {
-    alignas(cpu::vector_bytes) T turned[panel_width<T> * panel_width<T>];
-    cpu::transpose(gradient + v * K + column * panel_width<T>, panel_width<T>, turned, panel_width<T>);
-    Vec<T> square{};
-    HYBRIDATTN_UNROLL
-    for (Index r = 0; r < panel_width<T>; ++r) square += load(turned + r * panel_width<T>) * load(state + (v + r) * panel_width<T>);
-    sum += square;
-  }
-  return sum;
+// <S, X> over one panel of S^T [V, panel], where X [K, V] is stored in panels of columns and `column` is the first of the rows. Squares
+// are summed in T, their sum in double: it may be far larger than d_g.
+template <class T> double panel_product(T const* state, T const* gradient, Index K, Index V, Index column) {
+  double sums[std::size_t{lanes<T>}] = {};
+  for (Index v = 0; v < V; v += panel_width<T>)
+    for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+      for_panel_vectors<T>([&](int y) HYBRIDATTN_INLINE_LAMBDA {
+        alignas(cpu::vector_bytes) T turned[std::size_t{lanes<T> * lanes<T>}];
+        cpu::transpose(gradient + v * K + (column + y) * panel_width<T> + x, panel_width<T>, turned, lanes<T>);
+        Vec<T> square{};
+        HYBRIDATTN_UNROLL
+        for (Index r = 0; r < lanes<T>; ++r) square += load(turned + r * lanes<T>) * load(state + (v + x + r) * panel_width<T> + y);
+        HYBRIDATTN_UNROLL
+        for (int lane = 0; lane < lanes<T>; ++lane) sums[lane] += static_cast<double>(square[lane]);
+      });
+    });
+  return std::accumulate(std::begin(sums), std::end(sums), 0.0);
 }
 
 // d_g of one head of one sequence.
@@ -107,7 +114,7 @@ template <class T> class DecayGradients {
         double passes = g == own.fresh ? own.passes : passing(own, g, after - number(own.writes[g]));
         if (!std::isfinite(passes)) passes = from_the_front(paths, before, b, g);
         for (Index i = 0; i < group_tokens && g * group_tokens + i < block.tokens; ++i)
-          d_g(block.first + g * group_tokens + i, h) = own.through[i][g] + static_cast<T>(passes);
+          d_g(block.first + g * group_tokens + i, h) = static_cast<T>(number(own.through[i][g]) + passes);
         after = passes + number(own.reads[g]);
       }
     }

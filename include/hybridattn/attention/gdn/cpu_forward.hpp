@@ -1,7 +1,7 @@
-// Equations (1) to (4) four tokens at a time. With S the state before a group, and decays between tokens not written,
+// Equations (1) to (4) for a group of tokens at a time. With S the state before a group, and decays between tokens not written,
 //   e_i = v_i - S^T k_i - sum_{j < i} (k_i . k_j) delta_j        o_i = scale (S^T q_i + sum_{j <= i} (q_i . k_j) delta_j)
-// So a group needs eight products with S, the solution of a 4x4 triangle, and four updates of S. One pass over S adds a group
-// and computes the products of the next group: 12 multiply-adds for each element loaded and stored.
+// So a group needs two products with S a token, the solution of a triangle, and an update of S a token. One pass over S adds a group
+// and computes the products of the next group: three multiply-adds a token for each element loaded and stored.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_FORWARD_HPP
 
@@ -27,8 +27,8 @@ template <class T> struct ForwardRows {
 // The panel of a state and of all rows that one pass computes.
 template <class T> struct ForwardPanel {
   T* state;     // [K, panel]
-  T* products;  // [8, panel] stored^T k and stored^T q of the group to be solved
-  T* updates;   // [4, panel] keep delta of the group to be added
+  T* products;  // [2 group_tokens, panel] stored^T k and stored^T q of the group to be solved
+  T* updates;   // [group_tokens, panel] keep delta of the group to be added
 };
 
 // Returns the carry after the block.
@@ -50,66 +50,69 @@ T forward_terms(Gates<T> const& gates, T scale, ForwardRows<T> const& rows, T ca
 
 // The products of a block's first group.
 template <class T> void multiply(ForwardPanel<T> panel, Index K, TokenRows<T const> k, TokenRows<T const> q) {
-  Vec<T> products[2 * group_tokens] = {};
+  PanelRow<T> products[std::size_t{2 * group_tokens}];
   for (Index r = 0; r < K; ++r) {
-    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    PanelRow<T> const s{panel.state + r * panel_width<T>};
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
-      products[i] += k[i][r] * s;
-      products[group_tokens + i] += q[i][r] * s;
+      products[i].add(k[i][r], s);
+      products[group_tokens + i].add(q[i][r], s);
     }
   }
-  for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < 2 * group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
 }
 
 // (2) and (4) for one group.
 template <class T>
 HYBRIDATTN_INLINE void solve(ForwardTerms<T> const& terms, Index g, TokenRows<T const> v, TokenRows<T> error, TokenRows<T> o,
                              ForwardPanel<T> panel) {
-  Vec<T> delta[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> e = load(v[i]) - terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+  for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> delta[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
-    if (error.data != nullptr) store(error[i], e);
-    delta[i] = terms.beta[i][g] * e;
-    store(panel.updates + i * panel_width<T>, terms.keep[i][g] * delta[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T>);
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> e = load(v[i] + x) - terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < i; ++j) e -= terms.pair[below(i, j)][g] * delta[j];
+      if (error.data != nullptr) store(error[i] + x, e);
+      delta[i] = terms.beta[i][g] * e;
+      store(panel.updates + i * panel_width<T> + x, terms.keep[i][g] * delta[i]);
+    }
     HYBRIDATTN_UNROLL
-    for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
-    store(o[i], y);
-  }
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> y = terms.read[i][g] * load(panel.products + (group_tokens + i) * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) y += terms.pair[upto(i, j)][g] * delta[j];
+      store(o[i] + x, y);
+    }
+  });
 }
 
 // (3) for one group, and the products of the next when `multiplies`.
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ForwardPanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> k,
                             [[maybe_unused]] TokenRows<T const> next_k, [[maybe_unused]] TokenRows<T const> next_q) {
-  Vec<T> update[group_tokens], products[2 * group_tokens] = {};
+  PanelRow<T> update[std::size_t{group_tokens}], products[std::size_t{2 * group_tokens}];
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (int i = 0; i < group_tokens; ++i) update[i] = PanelRow<T>{panel.updates + i * panel_width<T>};
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s = load(row);
+    PanelRow<T> s{row};
     if constexpr (folds) s *= fold;
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) s += k[i][r] * update[i];
-    store(row, s);
+    for (int i = 0; i < group_tokens; ++i) s.add(k[i][r], update[i]);
+    s.store(row);
     if constexpr (multiplies) {
       HYBRIDATTN_UNROLL
       for (int i = 0; i < group_tokens; ++i) {
-        products[i] += next_k[i][r] * s;
-        products[group_tokens + i] += next_q[i][r] * s;
+        products[i].add(next_k[i][r], s);
+        products[group_tokens + i].add(next_q[i][r], s);
       }
     }
   }
   if constexpr (multiplies) {
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < 2 * group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+    for (int i = 0; i < 2 * group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
   }
 }
 template <class T>

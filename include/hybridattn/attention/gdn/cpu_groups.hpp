@@ -1,5 +1,5 @@
-// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of four: one pass over a state has the arithmetic of
-// four tokens, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
+// Shared by the sweeps over the tokens of a head. Tokens are computed in groups of two or four: one pass over a state has the arithmetic
+// of a group, but loads and stores the state once. Groups are counted from the start of the sequence, and the last group is
 // padded with zeros, so a token's result does not depend on the number of later tokens. Sixteen groups are a block: the
 // small terms of its groups are computed together, one group in each lane.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_GROUPS_HPP
@@ -16,15 +16,47 @@ namespace hybridattn::inline HYBRIDATTN_ABI::gdn::detail {
 
 using cpu::lanes, cpu::load, cpu::store, cpu::Vec;
 
-inline constexpr int group_tokens = 4, block_groups = 16, block_tokens = group_tokens * block_groups;
+inline constexpr int group_tokens = cpu::tuning.delta.rows, block_groups = 16, block_tokens = group_tokens * block_groups;
 
-// Columns of a state in one pass: one vector, so that 13 accumulators and factors stay in registers.
-template <class T> inline constexpr int panel_width = lanes<T>;
+// Columns of a state in one pass: so few vectors that the sums and factors of a group stay in registers.
+inline constexpr int panel_vectors = cpu::tuning.delta.vectors;
+template <class T> inline constexpr int panel_width = panel_vectors * lanes<T>;
 // Panels that take turns: the short, serial work between two passes over one panel overlaps with the passes over the others. A panel
-// has twelve rows of its own: the products of one group with the state, and the updates of the state by one group.
+// has rows of its own: the products of one group with the state, and the updates of the state by one group.
 inline constexpr Index panels_in_turn = 4, panel_rows = 3 * group_tokens;
+// Rows of a state whose products with a group are summed across lanes together.
+inline constexpr int error_rows = 4;
 // K and V in whole panels and whole groups of rows.
-template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, group_tokens)); }
+template <class T> Index padded(Index dim) { return round_up(dim, std::max(panel_width<T>, error_rows)); }
+
+// A row of a panel, in registers.
+template <class T> struct PanelRow {
+  Vec<T> vector[std::size_t{panel_vectors}] = {};
+
+  PanelRow() = default;
+  HYBRIDATTN_INLINE explicit PanelRow(T const* from) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) vector[v] = cpu::in_register<T>(load(from + v * lanes<T>));
+  }
+  HYBRIDATTN_INLINE void store(T* to) const {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) cpu::store<T>(to + v * lanes<T>, vector[v]);
+  }
+  // *this += factor x
+  HYBRIDATTN_INLINE void add(T factor, PanelRow const& x) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) vector[v] += factor * x.vector[v];
+  }
+  HYBRIDATTN_INLINE void operator*=(T factor) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < panel_vectors; ++v) vector[v] *= factor;
+  }
+};
+// Calls f(column) for every vector of a panel.
+template <class T, class F> HYBRIDATTN_INLINE void for_panel_vectors(F f) {
+  HYBRIDATTN_UNROLL
+  for (int v = 0; v < panel_vectors; ++v) f(v * lanes<T>);
+}
 
 // Consecutive tokens of one sequence, at most block_tokens.
 struct TokenBlock {
@@ -89,15 +121,15 @@ template <class T, class F> HYBRIDATTN_INLINE void for_groups(F f) {
   for (int g = 0; g < block_groups; g += lanes<T>) f(g);
 }
 
-// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i. Sixteen in all.
-inline constexpr int pairs = 16;
+// Pairs of tokens i, j of a group: below(i, j) for j < i, then upto(i, j) for j <= i.
+inline constexpr int pairs = group_tokens * group_tokens;
 constexpr int below(int i, int j) { return i * (i - 1) / 2 + j; }
-constexpr int upto(int i, int j) { return 6 + i * (i + 1) / 2 + j; }
+constexpr int upto(int i, int j) { return group_tokens * (group_tokens - 1) / 2 + i * (i + 1) / 2 + j; }
 
 // The gates of a block. Padding does not change the state: decay 1, beta 0.
 template <class T> struct Gates {
   PerGroup<T> beta[group_tokens];
-  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + g_3); [4] is 1
+  PerGroup<T> after[group_tokens + 1];  // [i] exp(g_i + ... + the last g); 1 after the last token
   PerGroup<T> until[group_tokens];      // [i] exp(g_0 + ... + g_i)
   PerGroup<T> between[pairs];           // [below(i, j)], [upto(i, j)] exp(g_{j+1} + ... + g_i)
 };
@@ -172,7 +204,7 @@ template <class T> struct Carry {
   }
 };
 
-// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the four tokens of each group. There are
+// products[below(i, j)] = dot_share a_i . c_j, products[upto(i, j)] = dot_share b_i . c_j for the tokens of each group. There are
 // no products with later tokens. dot_share keeps a dot in range that would overflow before it is scaled.
 template <class T> inline constexpr T dot_share = T(0x1p-8);
 template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width,
@@ -193,11 +225,16 @@ template <class T> HYBRIDATTN_INLINE void group_dots(TokenRows<T const> a, Token
   }
   cpu::sum_each<pairs>(sum, dots);
 }
-// Sixteen numbers of each group, one group in each lane.
+// `pairs` numbers of each group, one group in each lane.
 template <class T> using GroupDots = T[block_groups][pairs];
 template <class T> void to_lanes(GroupDots<T> const& dots, PerGroup<T> (&products)[pairs]) {
-  for (int p = 0; p < pairs; p += lanes<T>)
-    for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+  if constexpr (pairs % lanes<T> == 0) {
+    for (int p = 0; p < pairs; p += lanes<T>)
+      for (int g = 0; g < block_groups; g += lanes<T>) cpu::transpose(&dots[g][p], pairs, products[p].group + g, block_groups);
+  } else {
+    for (int p = 0; p < pairs; ++p)
+      for (int g = 0; g < block_groups; ++g) products[p].group[g] = dots[g][p];
+  }
 }
 template <class T>
 void pair_dots(TokenRows<T const> a, TokenRows<T const> b, TokenRows<T const> c, Index width, Index groups,

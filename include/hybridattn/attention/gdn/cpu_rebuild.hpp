@@ -2,7 +2,7 @@
 //   d_q_i = scale (S d_o_i + sum_{j <= i} (d_o_i . delta_j) k_j)
 //   d_k_i = X delta_i + sum_{j >= i} scale (delta_i . d_o_j) q_j - sum_{j > i} (delta_i . d_v_j) k_j
 //         - S d_v_i - sum_{j < i} (d_v_i . delta_j) k_j
-// with S the state before a group of four, X the gradient of the state after it, and decays between tokens not written.
+// with S the state before a group, X the gradient of the state after it, and decays between tokens not written.
 // There is no triangle to solve. S is stored as S^T [V, K], so that S d_o and S d_v sum over rows and not over lanes.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REBUILD_HPP
@@ -33,76 +33,82 @@ template <class T> T rebuild_terms(Gates<T> const& gates, T scale, T carry, Rebu
   return carry;
 }
 
-// products = S d_o and S d_v of one group [8, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
+// products = S d_o and S d_v of one group [2 group_tokens, panel], then (3). `state` is S^T [V, panel], k its columns of the keys.
 template <bool folds, class T>
 HYBRIDATTN_INLINE void rebuild(T* state, Index V, RebuildTerms<T> const& terms, Index g, TokenRows<T const> k, TokenRows<T const> d_o,
                                TokenRows<T const> d_v, TokenRows<T const> error, T* products) {
-  Vec<T> key[group_tokens], by_d_o[group_tokens] = {}, by_d_v[group_tokens] = {};
+  PanelRow<T> key[std::size_t{group_tokens}], by_d_o[std::size_t{group_tokens}], by_d_v[std::size_t{group_tokens}];
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) key[i] = terms.keep[i][g] * load(k[i]);
+  for (int i = 0; i < group_tokens; ++i) {
+    key[i] = PanelRow<T>{k[i]};
+    key[i] *= terms.keep[i][g];
+  }
   for (Index r = 0; r < V; ++r) {
     T* const row = state + r * panel_width<T>;
-    Vec<T> s = cpu::in_register<T>(load(row));
+    PanelRow<T> s{row};
     HYBRIDATTN_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
-      by_d_o[i] += d_o[i][r] * s;
-      by_d_v[i] += d_v[i][r] * s;
+      by_d_o[i].add(d_o[i][r], s);
+      by_d_v[i].add(d_v[i][r], s);
     }
     if constexpr (folds) s *= terms.carry.fold[g];
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) s += error[i][r] * key[i];
-    store(row, s);
+    for (int i = 0; i < group_tokens; ++i) s.add(error[i][r], key[i]);
+    s.store(row);
   }
   HYBRIDATTN_UNROLL
   for (int i = 0; i < group_tokens; ++i) {
-    store(products + i * panel_width<T>, by_d_o[i]);
-    store(products + (group_tokens + i) * panel_width<T>, by_d_v[i]);
+    by_d_o[i].store(products + i * panel_width<T>);
+    by_d_v[i].store(products + (group_tokens + i) * panel_width<T>);
   }
 }
 
-// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [8, panel] is each token's read of S,
+// d_q and d_k of one group and one panel of columns. d_k has stored X e on entry. `crossing` [crossing_rows, panel] is each token's read of S,
 // then k . stored X e: the first panel overwrites, the other panels add.
 template <class T>
 HYBRIDATTN_INLINE void combine(RebuildTerms<T> const& terms, Handover<T> const& handover, Index g, TokenRows<T const> q,
                                TokenRows<T const> k, T const* products, TokenRows<T> d_q, TokenRows<T> d_k, bool first, T* crossing) {
-  Vec<T> key[group_tokens], query[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    key[i] = load(k[i]);
-    query[i] = load(q[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    Vec<T> const state_error = load(d_k[i]), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T>);
-    Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T>), z = handover.gradient[i][g] * state_error - erased;
-    T *const reads = crossing + i * panel_width<T>, *const writes = reads + group_tokens * panel_width<T>;
-    Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
-    store(reads, first ? read : load(reads) + read);
-    store(writes, first ? written : load(writes) + written);
+  for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> key[group_tokens], query[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+    for (int i = 0; i < group_tokens; ++i) {
+      key[i] = load(k[i] + x);
+      query[i] = load(q[i] + x);
+    }
     HYBRIDATTN_UNROLL
-    for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
-    HYBRIDATTN_UNROLL
-    for (int j = 0; j < group_tokens; ++j)
-      if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
-    store(d_q[i], y);
-    store(d_k[i], z);
-  }
+    for (int i = 0; i < group_tokens; ++i) {
+      Vec<T> const state_error = load(d_k[i] + x), erased = terms.forget[i][g] * load(products + (group_tokens + i) * panel_width<T> + x);
+      Vec<T> y = terms.read[i][g] * load(products + i * panel_width<T> + x), z = handover.gradient[i][g] * state_error - erased;
+      T *const reads = crossing + i * panel_width<T> + x, *const writes = reads + group_tokens * panel_width<T>;
+      Vec<T> const read = query[i] * y - key[i] * erased, written = key[i] * state_error;
+      store(reads, first ? read : load(reads) + read);
+      store(writes, first ? written : load(writes) + written);
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j <= i; ++j) y += handover.pair[upto(i, j)][g] * key[j];
+      HYBRIDATTN_UNROLL
+      for (int j = i; j < group_tokens; ++j) z += handover.pair[upto(j, i)][g] * query[j];
+      HYBRIDATTN_UNROLL
+      for (int j = 0; j < group_tokens; ++j)
+        if (j != i) z -= handover.pair[j > i ? below(j, i) : below(i, j)][g] * key[j];
+      store(d_q[i] + x, y);
+      store(d_k[i] + x, z);
+    }
+  });
 }
 
-// [K / 4][token][row of 4] to one row for each token.
+// [K / error_rows][token][error_rows] to one row for each token.
 template <class T> HYBRIDATTN_INLINE void by_token(T const* state_error, Index K, TokenRows<T> to) {
-  for (Index r = 0; r < K; r += group_tokens)
-    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * group_tokens, group_tokens, to[i] + r);
+  for (Index r = 0; r < K; r += error_rows)
+    for (int i = 0; i < group_tokens; ++i) std::copy_n(state_error + r * group_tokens + i * error_rows, error_rows, to[i] + r);
 }
 
-// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [8, panel], `crossing` [groups, 8, panel].
+// One block of one head: d_q and d_k of this value head alone. `state` is S^T, `products` [2 group_tokens, panel], `crossing`
+// [groups, crossing_rows, panel].
 template <class T>
 void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, BackwardRows<T> const& rows, T* state, T const* state_error,
                    T* products, TokenRows<T> d_q, TokenRows<T> d_k, T* crossing) {
   DecayPaths<T>& paths = handover.paths;
-  Vec<T> product{};
+  double product = 0;
   for (Index g = 0; g < rows.groups; ++g) by_token(state_error + g * group_tokens * rows.K, rows.K, d_k.group(g));
   for (Index column = 0; column < rows.K; column += panel_width<T>)
     for (Index g = 0; g < rows.groups; ++g) {
@@ -115,8 +121,7 @@ void rebuild_block(RebuildTerms<T> const& terms, Handover<T>& handover, Backward
               crossing + g * crossing_rows * panel_width<T>);
     }
   auto const factor = [](T x) { return static_cast<double>(x); };
-  paths.passes =
-      factor(cpu::sum<T>(product)) * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
+  paths.passes = product * factor(paths.carry) * factor(terms.carry.before[paths.fresh]) * factor(paths.decay[paths.fresh]);
 }
 
 // Writes d_q and d_k of a query/key head: its first value head overwrites, the other value heads add.

@@ -1,7 +1,7 @@
-// The reverse sweep of backward: X, the gradient of the state, from the last group of four tokens to the first.
+// The reverse sweep of backward: X, the gradient of the state, from the last group of tokens to the first.
 // With X the gradient of the state after a group and decays between tokens not written,
 //   w_i = X_i^T k_i = X^T k_i + sum_{j >= i} scale (k_i . q_j) d_o_j - sum_{j > i} (k_i . k_j) d_v_j        d_v_i = beta_i w_i
-// As in forward, one pass over X adds a group and computes the products of the next group: 12 multiply-adds for each element
+// As in forward, one pass over X adds a group and computes the products of the next group: three multiply-adds a token for each element
 // loaded and stored. The sweep writes d_v, d_beta, X e_i and the dots of each group.
 #ifndef HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
 #define HYBRIDATTN_ATTENTION_GDN_CPU_REVERSE_HPP
@@ -34,8 +34,8 @@ template <class T> struct Handover {
 };
 template <class T> struct ReversePanel {
   T* state;     // [K, panel] X
-  T* products;  // [4, panel] stored^T k of the group to be solved
-  T* updates;   // [8, panel] keep_query d_o, then keep_key w of the group to be added
+  T* products;  // [group_tokens, panel] stored^T k of the group to be solved
+  T* updates;   // [2 group_tokens, panel] keep_query d_o, then keep_key w of the group to be added
 };
 
 // Returns the carry before the block.
@@ -57,65 +57,68 @@ T reverse_terms(Gates<T> const& gates, T scale, BackwardRows<T> const& rows, T c
 
 // The products of a block's last group.
 template <class T> void multiply(ReversePanel<T> panel, Index K, TokenRows<T const> k) {
-  Vec<T> products[group_tokens] = {};
+  PanelRow<T> products[std::size_t{group_tokens}];
   for (Index r = 0; r < K; ++r) {
-    Vec<T> const s = load(panel.state + r * panel_width<T>);
+    PanelRow<T> const s{panel.state + r * panel_width<T>};
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) products[i] += k[i][r] * s;
+    for (int i = 0; i < group_tokens; ++i) products[i].add(k[i][r], s);
   }
-  for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
 }
 
 // w of one group, from its last token to its first.
 template <class T>
 HYBRIDATTN_INLINE void solve(ReverseTerms<T> const& terms, Index g, TokenRows<T const> d_o, TokenRows<T> w, ReversePanel<T> panel) {
-  Vec<T> d_v[group_tokens], up[group_tokens];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < group_tokens; ++i) {
-    up[i] = load(d_o[i]);
-    store(panel.updates + i * panel_width<T>, terms.keep_query[i][g] * up[i]);
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = group_tokens - 1; i >= 0; --i) {
-    Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T>);
+  for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+    Vec<T> d_v[group_tokens], up[group_tokens];
     HYBRIDATTN_UNROLL
-    for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+    for (int i = 0; i < group_tokens; ++i) {
+      up[i] = load(d_o[i] + x);
+      store(panel.updates + i * panel_width<T> + x, terms.keep_query[i][g] * up[i]);
+    }
     HYBRIDATTN_UNROLL
-    for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
-    store(w[i], y);
-    d_v[i] = terms.beta[i][g] * y;
-    store(panel.updates + (group_tokens + i) * panel_width<T>, terms.keep_key[i][g] * y);
-  }
+    for (int i = group_tokens - 1; i >= 0; --i) {
+      Vec<T> y = terms.forget[i][g] * load(panel.products + i * panel_width<T> + x);
+      HYBRIDATTN_UNROLL
+      for (int j = i; j < group_tokens; ++j) y += terms.pair[upto(j, i)][g] * up[j];
+      HYBRIDATTN_UNROLL
+      for (int j = i + 1; j < group_tokens; ++j) y -= terms.pair[below(j, i)][g] * d_v[j];
+      store(w[i] + x, y);
+      d_v[i] = terms.beta[i][g] * y;
+      store(panel.updates + (group_tokens + i) * panel_width<T> + x, terms.keep_key[i][g] * y);
+    }
+  });
 }
 
-// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two
-// chains of four, because a serial chain of eight would limit the speed of the pass.
+// X before one group by (6), and the products of the group before it when `multiplies`. The updates of a row are two chains, of queries
+// and of keys, where the row is one vector: a serial chain of eight would limit the speed of the pass.
 template <bool folds, bool multiplies, class T>
 HYBRIDATTN_INLINE void pass(ReversePanel<T> panel, Index K, [[maybe_unused]] T fold, TokenRows<T const> q, TokenRows<T const> k,
                             [[maybe_unused]] TokenRows<T const> next_k) {
-  Vec<T> update[2 * group_tokens], products[group_tokens] = {};
+  constexpr bool has_two_chains = panel_vectors == 1;
+  PanelRow<T> update[std::size_t{2 * group_tokens}], products[std::size_t{group_tokens}];
   HYBRIDATTN_UNROLL
-  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = cpu::in_register<T>(load(panel.updates + i * panel_width<T>));
+  for (int i = 0; i < 2 * group_tokens; ++i) update[i] = PanelRow<T>{panel.updates + i * panel_width<T>};
   for (Index r = 0; r < K; ++r) {
     T* const row = panel.state + r * panel_width<T>;
-    Vec<T> s = load(row), by_keys = k[0][r] * update[group_tokens];
+    PanelRow<T> s{row}, by_keys;
     if constexpr (folds) s *= fold;
-    s += q[0][r] * update[0];
     HYBRIDATTN_UNROLL
-    for (int i = 1; i < group_tokens; ++i) {
-      s += q[i][r] * update[i];
-      by_keys += k[i][r] * update[group_tokens + i];
+    for (int i = 0; i < group_tokens; ++i) {
+      s.add(q[i][r], update[i]);
+      (has_two_chains ? by_keys : s).add(k[i][r], update[group_tokens + i]);
     }
-    s += by_keys;
-    store(row, s);
+    if constexpr (has_two_chains) s.add(T(1), by_keys);
+    s.store(row);
     if constexpr (multiplies) {
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) products[i] += next_k[i][r] * s;
+      for (int i = 0; i < group_tokens; ++i) products[i].add(next_k[i][r], s);
     }
   }
   if constexpr (multiplies) {
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < group_tokens; ++i) store(panel.products + i * panel_width<T>, products[i]);
+    for (int i = 0; i < group_tokens; ++i) products[i].store(panel.products + i * panel_width<T>);
   }
 }
 template <class T>
@@ -126,32 +129,34 @@ HYBRIDATTN_INLINE void add_group(ReversePanel<T> panel, BackwardRows<T> const& r
   else pass<true, true>(panel, rows.K, fold, q, k, next_k);
 }
 
-// X e sums over the lanes. Four rows of X and four tokens make sixteen sums, over the columns of all panels in turn before
-// they are added up across lanes. Stored as [K / 4][token][row of 4]; the first panels of a group overwrite, the others add.
+// X e sums over the lanes. error_rows rows of X and the tokens of a group make a tile of sums, over the columns of all panels in turn
+// before they are added up across lanes. Stored as [K / error_rows][token][error_rows]; the first panels of a group overwrite, the others add.
 template <class T>
 HYBRIDATTN_INLINE void times_error(ReversePanel<T> const* panels, Index count, Index K, TokenRows<T const> error, bool first, T* to) {
-  for (Index r = 0; r < K; r += group_tokens) {
-    Vec<T> sum[pairs] = {};
-    for (Index p = 0; p < count; ++p) {
-      T const* const state = panels[p].state + r * panel_width<T>;
-      Vec<T> s[group_tokens];
-      HYBRIDATTN_UNROLL
-      for (int row = 0; row < group_tokens; ++row) s[row] = load(state + row * panel_width<T>);
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < group_tokens; ++i) {
-        Vec<T> const e = load(error[i] + p * panel_width<T>);
+  constexpr int tile_size = error_rows * group_tokens;
+  for (Index r = 0; r < K; r += error_rows) {
+    Vec<T> sum[std::size_t{tile_size}] = {};
+    for (Index p = 0; p < count; ++p)
+      for_panel_vectors<T>([&](int x) HYBRIDATTN_INLINE_LAMBDA {
+        T const* const state = panels[p].state + r * panel_width<T> + x;
+        Vec<T> s[std::size_t{error_rows}];
         HYBRIDATTN_UNROLL
-        for (int row = 0; row < group_tokens; ++row) sum[i * group_tokens + row] += s[row] * e;
-      }
-    }
-    alignas(cpu::vector_bytes) T sums[pairs];
-    cpu::sum_each<pairs>(sum, sums);
+        for (int row = 0; row < error_rows; ++row) s[row] = cpu::in_register<T>(load(state + row * panel_width<T>));
+        HYBRIDATTN_UNROLL
+        for (int i = 0; i < group_tokens; ++i) {
+          Vec<T> const e = cpu::in_register<T>(load(error[i] + p * panel_width<T> + x));
+          HYBRIDATTN_UNROLL
+          for (int row = 0; row < error_rows; ++row) sum[i * error_rows + row] += s[row] * e;
+        }
+      });
+    alignas(cpu::vector_bytes) T sums[std::size_t{tile_size}];
+    cpu::sum_each<tile_size>(sum, sums);
     T* const tile = to + r * group_tokens;
-    for (int p = 0; p < pairs; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
+    for (int p = 0; p < tile_size; p += lanes<T>) store(tile + p, first ? load(sums + p) : load(tile + p) + load(sums + p));
   }
 }
 
-// One block of one head, its groups from the last to the first. `state_error` is [groups][K / 4][4][4].
+// One block of one head, its groups from the last to the first. `state_error` is [groups][K / error_rows][group_tokens][error_rows].
 template <class T>
 void reverse_block(ReverseTerms<T> const& terms, BackwardRows<T> const& rows, T* state, T* panel_memory, T* state_error,
                    DecayPaths<T> const& paths) {

@@ -4,6 +4,8 @@
 #define HYBRIDATTN_BACKEND_CPU_GEMM_HPP
 
 #include <hybridattn/backend/cpu/cpu.hpp>
+#include <hybridattn/backend/cpu/few_rows.hpp>
+#include <hybridattn/backend/cpu/pack.hpp>
 #include <hybridattn/backend/cpu/tile.hpp>
 #include <hybridattn/backend/operand.hpp>
 #include <hybridattn/core/math.hpp>
@@ -14,64 +16,67 @@ namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 namespace detail {
 
-inline constexpr int panel_vectors = 2;
-template <class T> inline constexpr Index panel_columns = panel_vectors * lanes<T>;
-inline constexpr Index depth_block = 256, row_block = 64;
-
-// Columns first .. first + panel_columns of rows k0 .. k1 of b, as consecutive rows; zero where b has no more columns.
-template <class T> void pack_panel(Operand<T> b, Index first, Index k0, Index k1, T* panel) {
-  constexpr Index width = panel_columns<T>;
-  Index const here = std::min(width, b.columns - first);
-  if (here < width) std::memset(panel, 0, static_cast<std::size_t>((k1 - k0) * width) * sizeof(T));
-  if (b.column == 1) {
-    for (Index k = k0; k < k1; ++k)
-      std::memcpy(panel + (k - k0) * width, b.data + k * b.row + first, static_cast<std::size_t>(here) * sizeof(T));
-    return;
-  }
-  Index j = 0;
-  for (; j + lanes<T> <= here; j += lanes<T>) {
-    T const* from = b.data + (first + j) * b.column;
-    Index k = k0;
-    for (; k + lanes<T> <= k1; k += lanes<T>) transpose(from + k, b.column, panel + (k - k0) * width + j, width);
-    for (; k < k1; ++k)
-      for (Index i = 0; i < lanes<T>; ++i) panel[(k - k0) * width + j + i] = from[i * b.column + k];
-  }
-  for (; j < here; ++j)
-    for (Index k = k0; k < k1; ++k) panel[(k - k0) * width + j] = b.data[(first + j) * b.column + k * b.row];
+// A block of b and a block of a stay in the second-level cache, a panel of b and a sliver of a in the first-level cache.
+inline constexpr Index depth_block = 256, column_bytes = 1024, row_bytes = 576;   // for a block of full depth
+template <class T> constexpr Index most_columns(Index depth) {
+  return column_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::columns * Packed<T>::columns;
+}
+template <class T> constexpr Index most_rows(Index depth) {
+  return row_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::rows * Packed<T>::rows;
 }
 
-// One tile of c from `rows` rows of a; `add` continues the sum that c already holds.
-template <class T> void write_tile(Index depth, Scalars<T> a, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
-  constexpr int MR = tile_rows, NV = panel_vectors;
-  if (rows == MR && columns == panel_columns<T>) {
-    auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return c + r * c_row + v * lanes<T>; };
-    auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
-    Columns<T> const b{panel, panel_columns<T>};
-    if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
-    else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
-    return;
-  }
-  // At an edge the same whole tile runs on copies, padded with rows of zeros and with columns that are never read.
-  alignas(vector_bytes) T padded_a[MR * depth_block] = {}, padded_c[MR * panel_columns<T>] = {};
-  for (Index r = 0; r < rows; ++r) {
-    for (Index k = 0; k < depth; ++k) padded_a[r * depth + k] = a.data[r * a.row + k * a.depth];
-    if (add) std::memcpy(padded_c + r * panel_columns<T>, c + r * c_row, static_cast<std::size_t>(columns) * sizeof(T));
-  }
-  write_tile<T>(depth, {padded_a, depth, 1}, panel, padded_c, panel_columns<T>, MR, panel_columns<T>, add);
-  for (Index r = 0; r < rows; ++r)
-    std::memcpy(c + r * c_row, padded_c + r * panel_columns<T>, static_cast<std::size_t>(columns) * sizeof(T));
-}
+// How a product [M, N] of depth K is shared out: parts of equal size, in whole tiles.
+template <class T> struct Shares {
+  Index depth, rows, columns;          // of a block: at most depth_block; of a part
+  Index row_parts, column_parts;
 
-// Rows r0 .. r1 of one panel of columns of c (+)= a b.
+  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)) {
+    Index const wanted = threads == 1 ? 1 : 4 * threads;   // parts, so that threads which start late find some left
+    column_parts = ceil_div(N, most_columns<T>(depth));
+    row_parts = std::clamp<Index>(ceil_div(wanted, column_parts), 1, ceil_div(M, 8 * Packed<T>::rows));
+    column_parts = std::clamp<Index>(ceil_div(wanted, row_parts), column_parts, ceil_div(N, 4 * Packed<T>::columns));
+    rows = round_up(ceil_div(M, row_parts), Index{Packed<T>::rows});
+    columns = round_up(ceil_div(N, column_parts), Index{Packed<T>::columns});
+    row_parts = ceil_div(M, rows), column_parts = ceil_div(N, columns);
+  }
+  Index parts() const { return row_parts * column_parts; }
+  Index slivers() const { return std::min(rows, most_rows<T>(depth)) / Packed<T>::rows * Packed<T>::sliver(depth); }
+  Index panels() const { return columns / Packed<T>::columns * Packed<T>::panel(depth); }
+};
+
+// One tile of c; `add` continues the sum that c already holds.
 template <class T>
-void multiply_panel(Operand<T> a, Operand<T> b, T* c, Index c_row, Index r0, Index r1, Index first, T* panel, Into into) {
-  Index const columns = std::min(panel_columns<T>, b.columns - first);
-  for (Index k0 = 0; k0 < a.columns; k0 += depth_block) {
-    Index const k1 = std::min(a.columns, k0 + depth_block);
-    pack_panel(b, first, k0, k1, panel);
-    for (Index r = r0; r < r1; r += tile_rows)
-      write_tile<T>(k1 - k0, {a.data + r * a.row + k0 * a.column, a.row, a.column}, panel, c + r * c_row + first, c_row,
-                    std::min<Index>(tile_rows, r1 - r), columns, into == Into::add || k0 > 0);
+HYBRIDATTN_INLINE void write_tile(Index depth, T const* sliver, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+  constexpr int MR = tuning.product.rows, NV = tuning.product.vectors;
+  alignas(vector_bytes) T whole[std::size_t{MR * Packed<T>::columns}];
+  bool const at_edge = rows < MR || columns < Packed<T>::columns;
+  T* const to = at_edge ? whole : c;
+  Index const stride = at_edge ? Packed<T>::columns : c_row;
+  for (Index r = 0; r < rows && at_edge && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
+  auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return to + r * stride + v * lanes<T>; };
+  auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
+  Scalars<T> const a{sliver, 1, MR};
+  Columns<T> const b{panel, Packed<T>::columns};
+  if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
+  else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
+  for (Index r = 0; r < rows && at_edge; ++r) std::copy_n(to + r * stride, columns, c + r * c_row);
+}
+
+// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product.
+template <class T>
+void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index r1, Index c0, Index c1, T* slivers, T* panels, Into into) {
+  constexpr Index MR = Packed<T>::rows, NC = Packed<T>::columns;
+  for (Index k0 = 0; k0 < p.a.columns; k0 += depth_block) {
+    Index const k1 = std::min(p.a.columns, k0 + depth_block), depth = k1 - k0, most = most_rows<T>(shares.depth);
+    pack_panels(p.b, c0, c1, k0, k1, panels);
+    for (Index block = r0; block < r1; block += most) {
+      Index const end = std::min(r1, block + most);
+      pack_slivers(p.a, block, end, k0, k1, slivers);
+      for (Index r = block; r < end; r += MR)   // so that whole rows of c are written one after the other
+        for (Index j = c0; j < c1; j += NC)
+          write_tile<T>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
+                        p.c.row(r) + j, p.c.stride[0], std::min(MR, end - r), std::min(NC, c1 - j), into == Into::add || k0 > 0);
+    }
   }
 }
 
@@ -82,48 +87,37 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Transposed operands are read in place.
-template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
-  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
-        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  if (c.count() == 0) return;
-  if (a.columns == 0) return detail::sum_nothing(c, into);
-  using detail::panel_columns;
-  Index const panels = ceil_div(b.columns, panel_columns<T>);
-  // With few panels and many rows, threads also share out the rows. Each thread packs its own copy of the panel.
-  Index const shares = panels >= 2 * cpu.threads() ? 1 : std::clamp<Index>(a.rows / detail::row_block, 1, cpu.threads());
-  Index const share = round_up(ceil_div(a.rows, shares), tile_rows);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, panels * shares, [&](Index task, int thread) {
-    Index const r0 = task % shares * share, r1 = std::min(a.rows, r0 + share);
-    if (r0 < r1)
-      detail::multiply_panel(a, b, c.data, c.stride[0], r0, r1, task / shares * panel_columns<T>, packed.data() + thread * panel, into);
+// Computes the products first .. last - 1 in one parallel loop. All have the same number of columns, and a depth above 0 in all or in
+// none. Transposed operands are read in place.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
+  Index rows = 0, depth = 0;
+  for (auto p = first; p != last; ++p) {
+    rows = std::max(rows, p->a.rows);
+    depth = std::max(depth, p->a.columns);
+    if (p->a.columns == 0) detail::sum_nothing(p->c, into);
+  }
+  if (rows == 0 || depth == 0 || first->b.columns == 0) return;
+  if (rows <= detail::few_rows && first->b.column != 1) return detail::multiply_few_rows(cpu, first, last, depth, into);
+  detail::Shares<T> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
+  Index const memory = shares.slivers() + shares.panels();
+  Scratch<T> const packed{cpu, cpu.threads() * memory};
+  parallel_for(cpu, (last - first) * shares.parts(), [&](Index task, int thread) {
+    Product<T> const& p = first[task / shares.parts()];
+    Index const part = task % shares.parts();
+    Index const r0 = part % shares.row_parts * shares.rows, c0 = part / shares.row_parts * shares.columns;
+    T* const slivers = packed.data() + thread * memory;
+    if (r0 < p.a.rows)
+      detail::multiply_part(p, shares, r0, std::min(r0 + shares.rows, p.a.rows), c0, std::min(c0 + shares.columns, p.b.columns), slivers,
+                            slivers + shares.slivers(), into);
   });
 }
 
-// One product of several.
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
-};
-
-// Computes the products first .. last in one parallel loop. All have the same number of columns, and a depth above 0 in all or in none.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
-  if (first == last) return;
-  if (first->a.columns == 0) {
-    for (; first != last; ++first) detail::sum_nothing(first->c, into);
-    return;
-  }
-  using detail::panel_columns;
-  Index const panels = ceil_div(first->b.columns, panel_columns<T>);
-  constexpr Index panel = detail::depth_block * panel_columns<T>;
-  Scratch<T> const packed{cpu, cpu.threads() * panel};
-  parallel_for(cpu, (last - first) * panels, [&](Index task, int thread) {
-    Product<T> const& p = first[task / panels];
-    detail::multiply_panel(p.a, p.b, p.c.data, p.c.stride[0], 0, p.a.rows, task % panels * panel_columns<T>, packed.data() + thread * panel,
-                           into);
-  });
+// One product. Throws Error for operands that do not fit.
+template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+  check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
+        ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
+  Product<T> const product{a, b, c};
+  gemm_each(cpu, &product, &product + 1, into);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu

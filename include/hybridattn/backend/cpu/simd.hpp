@@ -2,6 +2,7 @@
 #ifndef HYBRIDATTN_BACKEND_CPU_SIMD_HPP
 #define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
 
+#include <hybridattn/backend/cpu/tuning.hpp>
 #include <hybridattn/core/config.hpp>
 #include <hybridattn/core/view.hpp>
 
@@ -13,17 +14,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// Bytes of a vector register, and the rows of a tile whose accumulators fit beside two loaded vectors.
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64;
-inline constexpr int tile_rows = 8;
-#elif defined(__AVX__)
-inline constexpr int vector_bytes = 32;
-inline constexpr int tile_rows = 4;
-#else
-inline constexpr int vector_bytes = 16;
-inline constexpr int tile_rows = 4;
-#endif
+inline constexpr int vector_bytes = tuning.vector_bytes;
 
 template <class T> struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes)));
@@ -180,43 +171,6 @@ template <class T> HYBRIDATTN_INLINE Vec<T> log2(Vec<T> x) {
   return x < std::numeric_limits<T>::infinity() ? result : x;
 }
 
-// to[c][r] = from[r][c] for the square of one vector's lanes.
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride);
-
-namespace detail {
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V low_halves(V a, V b, std::index_sequence<i...>) {  // pairs (a0, b0, a1, b1, ...) of the lower half
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? i / 2 : n + i / 2)...>{});
-}
-template <class V, std::size_t... i>
-HYBRIDATTN_INLINE V high_halves(V a, V b, std::index_sequence<i...>) {
-  constexpr std::size_t n = sizeof...(i);
-  return shuffled(a, b, std::index_sequence<(i % 2 == 0 ? (n + i) / 2 : n + (n + i) / 2)...>{});
-}
-}  // namespace detail
-
-template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
-  constexpr int n = lanes<T>;
-  using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
-  Vec<T> rows[std::size_t{n}];
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
-  // Interleaving row i with row i + n/2, log2(n) times, is the transposition (a perfect shuffle of the index bits).
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[std::size_t{n}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = detail::low_halves(rows[i], rows[i + n / 2], Lanes{});
-      next[2 * i + 1] = detail::high_halves(rows[i], rows[i + n / 2], Lanes{});
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) rows[i] = next[i];
-  }
-  HYBRIDATTN_UNROLL
-  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
-}
-
 namespace detail {
 // A register has parts of 16 bytes. A shuffle inside parts is cheap, a shuffle across parts is slow, so sums go across last.
 template <class T> inline constexpr int part = 16 / static_cast<int>(sizeof(T));
@@ -227,6 +181,61 @@ HYBRIDATTN_INLINE V half_parts(V a, V b, std::index_sequence<i...>) {
   constexpr std::size_t half = upper ? m / 2 : 0;
   return shuffled(a, b, std::index_sequence<(i % m / size % 2 * n + i / m * m + half + i % m / size / 2 * size + i % size)...>{});
 }
+// Exchanges rows and parts of registers: part p of a with part p - distance of b, for every second group of `distance` parts.
+template <bool second, std::size_t distance, std::size_t m, class V, std::size_t... i>
+HYBRIDATTN_INLINE V exchanged_parts(V a, V b, std::index_sequence<i...>) {
+  constexpr std::size_t n = sizeof...(i), step = distance * m;
+  return shuffled(a, b, std::index_sequence<(i / step % 2 == 0 ? i + (second ? step : 0) : n + i - (second ? 0 : step))...>{});
+}
+// Transposes the squares of parts: interleaving row i with row i + m/2, log2(m) times (a perfect shuffle of the index bits).
+template <class T> HYBRIDATTN_INLINE void transpose_parts(Vec<T>* rows) {
+  constexpr int m = part<T>;
+  using Lanes = std::make_index_sequence<static_cast<std::size_t>(lanes<T>)>;
+  for (int round = 1; round < m; round *= 2) {
+    Vec<T> next[std::size_t{m}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < m / 2; ++i) {
+      next[2 * i] = half_parts<1, false, m>(rows[i], rows[i + m / 2], Lanes{});
+      next[2 * i + 1] = half_parts<1, true, m>(rows[i], rows[i + m / 2], Lanes{});
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < m; ++i) rows[i] = next[i];
+  }
+}
+template <int distance, class T> HYBRIDATTN_INLINE void exchange_parts(Vec<T>* rows) {
+  constexpr int n = lanes<T>, m = part<T>;
+  if constexpr (distance < n / m) {
+    using Lanes = std::make_index_sequence<static_cast<std::size_t>(n)>;
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i)
+      if (i / m / distance % 2 == 0) {
+        Vec<T> const a = rows[i], b = rows[i + distance * m];
+        rows[i] = exchanged_parts<false, distance, m>(a, b, Lanes{});
+        rows[i + distance * m] = exchanged_parts<true, distance, m>(a, b, Lanes{});
+      }
+    exchange_parts<2 * distance, T>(rows);
+  }
+}
+}  // namespace detail
+
+// rows[c][r] becomes rows[r][c] in the square of one vector's lanes: first inside 16-byte parts of registers, then whole parts.
+template <class T> HYBRIDATTN_INLINE void transpose(Vec<T> (&rows)[std::size_t{lanes<T>}]) {
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < lanes<T>; i += detail::part<T>) detail::transpose_parts<T>(rows + i);
+  detail::exchange_parts<1, T>(rows);
+}
+// to[c][r] = from[r][c] for such a square in memory.
+template <class T> HYBRIDATTN_INLINE void transpose(T const* from, Index from_stride, T* to, Index to_stride) {
+  constexpr int n = lanes<T>;
+  Vec<T> rows[std::size_t{n}];
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) rows[i] = load(from + i * from_stride);
+  transpose<T>(rows);
+  HYBRIDATTN_UNROLL
+  for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+}
+
+namespace detail {
 // Every second part of m elements, of a, then of b.
 template <std::size_t offset, std::size_t m, class V, std::size_t... i>
 HYBRIDATTN_INLINE V every_second_part(V a, V b, std::index_sequence<i...>) {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -53,14 +54,11 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       if (d_logits != nullptr) std::fill_n(d_logits, V, T(0));
       return {0, false};
     }
-    Index best = 0;
-    for (Index v = 1; v < V; ++v) best = logits[v] > logits[best] ? v : best;
-    T const peak = logits[best], own = logits[target];
+    T const own = logits[target], peak = largest(logits, V);
+    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;   // of equal logits the first counts
     cpu::Vec<T> sums{};
     cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
-      cpu::Vec<T> e = cpu::exp<T>(s.get(logits) - peak);
-      if (s.count < cpu::lanes<T>)
-        e = cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), e, cpu::Vec<T>{});
+      cpu::Vec<T> const e = of_row(s, cpu::exp<T>(s.get(logits) - peak), T(0));
       sums += e;
       if (d_logits != nullptr) s.put(d_logits, e);
     });
@@ -69,7 +67,20 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       for (Index v = 0; v < V; ++v) d_logits[v] *= scale / sum;
       d_logits[target] -= scale;
     }
-    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), best == target};
+    return {static_cast<double>(peak) + std::log(static_cast<double>(sum)) - static_cast<double>(own), correct};
+  }
+  // x, with `rest` in the lanes after the end of a row.
+  template <class T> HYBRIDATTN_INLINE static cpu::Vec<T> of_row(cpu::Slot<T> s, cpu::Vec<T> x, T rest) {
+    if (s.count == cpu::lanes<T>) return x;
+    return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<typename cpu::BitsOf<T>::type>(s.count), x, cpu::broadcast(rest));
+  }
+  // The largest number of a row, NaN left out.
+  template <class T> static T largest(T const* row, Index V) {
+    T const least = -std::numeric_limits<T>::infinity();
+    cpu::Vec<T> most = cpu::broadcast(least);
+    cpu::for_each_vector<T>(
+        0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
+    return cpu::largest<T>(most);
   }
   // The model checks targets before it calls this. Who calls the operation checks them himself.
   static void check_target(std::int32_t target, Index V) {
