@@ -1,7 +1,7 @@
 // Forward and backward of each policy on one core, as a share of the FMA peak measured in the same process.
 //   BM_forward<Full>/T:1024/D:64   one sequence, one head (DSA: 4 indexer heads, top_k 64), float
 //   BM_forward<DSA, warm_up>, <DSA, sparse>   in the stages that train its indexer
-// Counters: GFLOP/s (what the equations need, causal), share (of the peak), tokens/s.
+// Counters: GFLOP/s (what the equations need, causal), share (of the peak), of_probe (of a tile timed before and after the sample), tokens/s.
 // And one token of one sequence after others that stand in a cache:
 //   BM_decode<Full>/context:4096/D:64   8 heads, 2 key/value heads (GDN: 8 states)
 // Counters: bytes/s (of the cache, read or written once), tokens/s.
@@ -53,22 +53,25 @@ template <class Policy, ha::Stage stage> struct Case {
   void backward() { ha::On<Policy, ha::Cpu>::backward(cpu, config, sequences, in(x), in(y), in(saved), in(d_y), out(d_x)); }
 };
 
-void count(benchmark::State& state, double flops, Index tokens) {
+// Times the loop over `state`, with a probe before and after it.
+template <class F> void measure(benchmark::State& state, double flops, Index tokens, F f) {
   using benchmark::Counter;
+  double const before = bench::probe();
+  for (auto _ : state) f();
+  double const probed = (before + bench::probe()) / 2;
   state.counters["GFLOP/s"] = Counter(flops / 1e9, Counter::kIsIterationInvariantRate);
   state.counters["share"] = Counter(flops / 1e9 / bench::peak(), Counter::kIsIterationInvariantRate);
+  state.counters["of_probe"] = Counter(flops / 1e9 / probed, Counter::kIsIterationInvariantRate);
   state.counters["tokens/s"] = Counter(static_cast<double>(tokens), Counter::kIsIterationInvariantRate);
 }
 
 template <class Policy, ha::Stage stage = language_model> void BM_forward(benchmark::State& state) {
   Case<Policy, stage> c{state};
-  for (auto _ : state) c.forward();
-  count(state, forward_flops(c.config, c.T), c.T);
+  measure(state, forward_flops(c.config, c.T), c.T, [&] { c.forward(); });
 }
 template <class Policy, ha::Stage stage = language_model> void BM_backward(benchmark::State& state) {
   Case<Policy, stage> c{state};
-  for (auto _ : state) c.backward();
-  count(state, backward_flops(c.config, c.T), c.T);
+  measure(state, backward_flops(c.config, c.T), c.T, [&] { c.backward(); });
 }
 
 // Bytes of its cache that a step has to read or write.
@@ -98,15 +101,21 @@ template <class Policy> void BM_decode(benchmark::State& state) {
   state.counters["tokens/s"] = Counter(1, Counter::kIsIterationInvariantRate);
 }
 
-// A projection of N tokens, both operands packed on the way.
-void BM_linear(benchmark::State& state) {
+// The products of a layer for N tokens: y [N, M] = x [N, C] w^T, and the gradients d_x and d_w.
+enum class Product { y, d_x, d_w };
+template <Product product> void BM_linear(benchmark::State& state) {
   ha::Cpu cpu{1};
   Index const N = state.range(0), C = state.range(1), M = state.range(2);
   ha::Tensor<float, 2, ha::Cpu> x{cpu, {N, C}}, w{cpu, {M, C}}, y{cpu, {N, M}};
   std::fill_n(out(x).data, N * C, 0.5f);
   std::fill_n(out(w).data, M * C, 0.25f);
-  for (auto _ : state) ha::On<ha::Linear, ha::Cpu>::forward(cpu, in(x), in(w), out(y));
-  count(state, 2.0 * static_cast<double>(N * C * M), N);
+  std::fill_n(out(y).data, N * M, 0.125f);
+  using Linear = ha::On<ha::Linear, ha::Cpu>;
+  measure(state, 2.0 * static_cast<double>(N * C * M), N, [&] {
+    if (product == Product::y) Linear::forward(cpu, in(x), in(w), out(y));
+    if (product == Product::d_x) Linear::backward(cpu, in(x), in(w), in(y), out(x), ha::View<float, 2>{}, ha::Into::overwrite);
+    if (product == Product::d_w) Linear::backward(cpu, in(x), in(w), in(y), ha::View<float, 2>{}, out(w), ha::Into::overwrite);
+  });
 }
 
 void shapes(benchmark::internal::Benchmark* b) {
@@ -119,6 +128,12 @@ void stages(benchmark::internal::Benchmark* b) {
 
 void contexts(benchmark::internal::Benchmark* b) {
   b->ArgNames({"context", "D"})->ArgsProduct({{1024, 4096}, {64, 128}})->Unit(benchmark::kMicrosecond);
+}
+
+// Layers of a small model, its head with a vocabulary of 49152, one token, and a larger layer.
+void layers(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"N", "C", "M"})->Unit(benchmark::kMicrosecond);
+  b->Args({64, 64, 64})->Args({256, 128, 512})->Args({256, 128, 49152})->Args({1, 512, 512})->Args({2048, 512, 512});
 }
 
 BENCHMARK(BM_forward<Full>)->Apply(shapes);
@@ -134,13 +149,9 @@ BENCHMARK_TEMPLATE(BM_backward, DSA, sparse)->Apply(stages);
 BENCHMARK(BM_decode<Full>)->Apply(contexts);
 BENCHMARK(BM_decode<GDN>)->Apply(contexts);
 BENCHMARK(BM_decode<DSA>)->Apply(contexts);
-BENCHMARK(BM_linear)
-    ->ArgNames({"N", "C", "M"})
-    ->Args({64, 64, 64})
-    ->Args({256, 128, 128})
-    ->Args({256, 128, 512})
-    ->Args({2048, 512, 512})
-    ->Unit(benchmark::kMicrosecond);
+BENCHMARK(BM_linear<Product::y>)->Apply(layers);
+BENCHMARK(BM_linear<Product::d_x>)->Apply(layers);
+BENCHMARK(BM_linear<Product::d_w>)->Apply(layers);
 
 }  // namespace
 

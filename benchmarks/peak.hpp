@@ -1,8 +1,9 @@
-// The FMA peak of one core, measured where the kernels are: the denominator of every share.
+// What the kernels are compared with, measured where they are: the FMA peak of one core, and a tile that also loads.
 #ifndef HYBRIDATTN_BENCHMARKS_PEAK_HPP
 #define HYBRIDATTN_BENCHMARKS_PEAK_HPP
 
-#include <hybridattn/backend/cpu/simd.hpp>
+#include <hybridattn/backend/cpu/pack.hpp>
+#include <hybridattn/backend/cpu/tile.hpp>
 
 #include <algorithm>
 #include <chrono>
@@ -39,6 +40,21 @@ inline double measure_peak() {
 inline double peak() {
   static double const gflops = measure_peak();
   return gflops;
+}
+
+// GFLOP/s of the tile of a matrix product on packed operands in the first-level cache, over about a tenth of a millisecond. On a shared
+// machine neighbours slow loads and not FMAs, so this is what a kernel could reach at that moment.
+inline double probe() {
+  using namespace hybridattn::cpu;
+  constexpr int depth = 128, rounds = 100, rows = tuning.product.rows, vectors = tuning.product.vectors;
+  alignas(64) static float sliver[depth * rows], panel[depth * vectors * lanes<float>];
+  auto const start = std::chrono::steady_clock::now();
+  for (int round = 0; round < rounds; ++round)
+    tile<rows, vectors, float>(
+        depth, {sliver, 1, rows}, {panel, vectors * lanes<float>}, [](int, int) { return Vec<float>{}; },
+        [](int, int, Vec<float> sum) { asm volatile("" : : "x"(sum)); });
+  double const seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return 2.0 * rounds * depth * rows * vectors * lanes<float> / seconds / 1e9;
 }
 
 }  // namespace bench
