@@ -1,17 +1,11 @@
 // Decoding. A model that goes on from a cache computes what it computes from all tokens at once, and generates text token by token.
-#include "catch.hpp"
-#include "compare.hpp"
+#include "decoding.hpp"
 #include "latent.hpp"
-
-#include <hybridattn/hybridattn.hpp>
-#include <hybridattn/infer/generate.hpp>
 
 #include <array>
 
-namespace ha = hybridattn;
+using namespace decoding;
 using Catch::Matchers::Contains;
-using ha::Index;
-using ha::TokenLists;
 
 namespace {
 
@@ -29,7 +23,6 @@ using Bare =
                                                     .rotary_percent = 100,
                                                     .index_rotary_percent = 50,
                                                     .index_norm = true}>>;
-constexpr Index V = 19;
 
 template <class Stack> typename ha::LanguageModel<Stack>::Config small_config() {
   typename ha::LanguageModel<Stack>::Config config{
@@ -42,97 +35,9 @@ template <class Stack> typename ha::LanguageModel<Stack>::Config small_config() 
   return config;
 }
 
-TokenLists some_tokens(std::vector<Index> const& lengths, std::uint64_t seed = 1) {
-  ha::Random random{ha::Seed{seed}, "tokens"};
-  TokenLists lists;
-  for (Index length : lengths) {
-    auto& list = lists.emplace_back();
-    for (Index t = 0; t < length; ++t) list.push_back(static_cast<std::int32_t>(random.below(V)));
-  }
-  return lists;
-}
-
-template <class T> using Rows = std::vector<std::vector<T>>;   // of each sequence: [T, V]
-
-template <class Stack, class T> struct Fixture {
-  ha::Cpu cpu;
-  ha::LanguageModel<Stack> model{small_config<Stack>()};
-  typename ha::LanguageModel<Stack>::template Params<ha::Owned<T, ha::Cpu>> params = model.template initialize<T>(cpu, ha::Seed{3});
-
-  explicit Fixture(int threads = 2) : cpu(threads) {}
-
-  auto cache(Index batch, Index capacity) { return ha::make_cache<T>(cpu, model, {.batch = batch, .capacity = capacity}); }
-  // Logits of one forward over all tokens.
-  Rows<T> whole(TokenLists const& tokens) {
-    std::vector<std::int32_t> flat;
-    std::vector<Index> lengths;
-    for (auto const& list : tokens) {
-      flat.insert(flat.end(), list.begin(), list.end());
-      lengths.push_back(std::ssize(list));
-    }
-    auto const saved = model.forward(cpu, params, make_batch(cpu, packed(lengths), flat, flat));
-    return split(download(cpu, model.logits(cpu, params, saved)), tokens);
-  }
-  // Logits of calls of extend. next(call, length of a sequence) says how many tokens of a sequence a call reads.
-  template <class Next> Rows<T> decoded(TokenLists const& tokens, Next next, auto& cache) {
-    Rows<T> rows(tokens.size());
-    std::vector<std::size_t> done(tokens.size());
-    auto const is_left = [&](std::size_t i) { return done[i] < tokens[i].size(); };
-    for (Index call = 0; [&] {
-           for (std::size_t i = 0; i < tokens.size(); ++i)
-             if (is_left(i)) return true;
-           return false;
-         }();
-         ++call) {
-      TokenLists part(tokens.size());
-      for (std::size_t i = 0; i < tokens.size(); ++i) {
-        auto const left = tokens[i].begin() + static_cast<Index>(done[i]);
-        part[i].assign(left, left + std::min<Index>(next(call, std::ssize(tokens[i])), tokens[i].end() - left));
-        done[i] += part[i].size();
-      }
-      auto const logits = split(download(cpu, extend(cpu, model, params, part, cache)), part);
-      for (std::size_t i = 0; i < rows.size(); ++i) rows[i].insert(rows[i].end(), logits[i].begin(), logits[i].end());
-    }
-    return rows;
-  }
-  template <class Next> Rows<T> decoded(TokenLists const& tokens, Next next) {
-    auto own = cache(std::ssize(tokens), 50);
-    return decoded(tokens, next, own);
-  }
-  static Rows<T> split(std::vector<T> const& logits, TokenLists const& tokens) {
-    Rows<T> rows;
-    auto from = logits.begin();
-    for (auto const& list : tokens) {
-      auto const to = from + std::ssize(list) * V;
-      rows.emplace_back(from, to);
-      from = to;
-    }
-    return rows;
-  }
+template <class Stack, class T> struct Fixture : WithParams<Stack, T> {
+  explicit Fixture(int threads = 2) : WithParams<Stack, T>(small_config<Stack>(), threads) {}
 };
-
-// Functions for `next`.
-Index one_by_one(Index, Index) { return 1; }
-Index half_then_one(Index call, Index length) { return call == 0 ? length / 2 : 1; }
-auto in_pieces() {
-  return [random = ha::Random{ha::Seed{8}, "pieces"}](Index, Index) mutable { return random.below(6); };
-}
-
-template <class T> double max_difference(Rows<T> const& a, Rows<double> const& b) {
-  double worst = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    REQUIRE(a[i].size() == b[i].size());
-    worst = std::max(worst, max_error(a[i], b[i]));
-  }
-  return worst;
-}
-double max_abs(Rows<double> const& rows) {
-  double largest = 0;
-  for (auto const& row : rows) largest = std::max(largest, ::max_abs(row));
-  return largest;
-}
-
-std::vector<Index> const lengths{1, 33, 0, 40, 2};
 
 }  // namespace
 
@@ -159,7 +64,7 @@ TEMPLATE_TEST_CASE("a model that goes on from a cache gives what the whole forwa
   check(one_by_one);
   check(half_then_one);
   check(in_pieces());
-  check([](Index, Index length) { return length; });
+  check(at_once);
 }
 
 TEST_CASE("a window's ring holds the last keys at their positions, whatever was written over", "[laws]") {
