@@ -2288,7 +2288,6 @@ template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Pro
   Index const columns = first->b.columns, grain = round_up(ceil_div(4 * element_grain, depth), together), parts = ceil_div(columns, grain);
   parallel_for(cpu, (last - first) * parts, [&](Index task, int) {
     Product<T> const& p = first[task / parts];
-    if (p.a.columns == 0) return;
     Index j = task % parts * grain;
     Index const end = std::min(columns, j + grain);
     for (; j + together <= end; j += together) multiply_columns<2>(p, j, into);
@@ -2452,23 +2451,25 @@ template <class T> constexpr Index most_rows(Index depth) {
   return row_bytes / Index{sizeof(T)} * depth_block / depth / Packed<T>::rows * Packed<T>::rows;
 }
 
-// How a product [M, N] of depth K is shared out: parts of equal size, in whole tiles.
+// How a product of at most M rows, N columns and depth K is shared out: parts of equal size, in whole tiles. The memory for packing does
+// not depend on M: a step whose experts get other numbers of tokens takes the same blocks of the pool.
 template <class T> struct Shares {
-  Index depth, rows, columns;          // of a block: at most depth_block; of a part
-  Index row_parts, column_parts;
+  Index depth, rows, columns;   // of a block: at most depth_block; of a part
+  Index row_parts, column_parts, panel_columns;
 
   Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)) {
+    Index const whole = round_up(N, Index{Packed<T>::columns});
     Index const wanted = threads == 1 ? 1 : 4 * threads;   // parts, so that threads which start late find some left
     column_parts = ceil_div(N, most_columns<T>(depth));
     row_parts = std::clamp<Index>(ceil_div(wanted, column_parts), 1, ceil_div(M, 8 * Packed<T>::rows));
     column_parts = std::clamp<Index>(ceil_div(wanted, row_parts), column_parts, ceil_div(N, 4 * Packed<T>::columns));
     rows = round_up(ceil_div(M, row_parts), Index{Packed<T>::rows});
     columns = round_up(ceil_div(N, column_parts), Index{Packed<T>::columns});
-    row_parts = ceil_div(M, rows), column_parts = ceil_div(N, columns);
+    row_parts = ceil_div(M, rows), column_parts = ceil_div(N, columns), panel_columns = std::min(whole, most_columns<T>(depth));
   }
   Index parts() const { return row_parts * column_parts; }
-  Index slivers() const { return std::min(rows, most_rows<T>(depth)) / Packed<T>::rows * Packed<T>::sliver(depth); }
-  Index panels() const { return columns / Packed<T>::columns * Packed<T>::panel(depth); }
+  Index slivers() const { return most_rows<T>(depth) / Packed<T>::rows * Packed<T>::sliver(depth); }
+  Index panels() const { return panel_columns / Packed<T>::columns * Packed<T>::panel(depth); }
 };
 
 // One tile of c; `add` continues the sum that c already holds.
@@ -2514,16 +2515,14 @@ template <class T> void sum_nothing(View<T, 2> c, Into into) {
 
 }  // namespace detail
 
-// Computes the products first .. last - 1 in one parallel loop. All have the same number of columns, and a depth above 0 in all or in
-// none. Transposed operands are read in place.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Into into) {
-  Index rows = 0, depth = 0;
-  for (auto p = first; p != last; ++p) {
-    rows = std::max(rows, p->a.rows);
-    depth = std::max(depth, p->a.columns);
-    if (p->a.columns == 0) detail::sum_nothing(p->c, into);
+// Computes the products first .. last - 1 in one parallel loop: of at most `rows` rows and of a depth up to `depth`, above 0 in all or in
+// none. All have the same number of columns. Transposed operands are read in place.
+template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Index rows, Index depth, Into into) {
+  if (first == last || rows == 0 || first->b.columns == 0) return;
+  if (depth == 0) {
+    for (; first != last; ++first) detail::sum_nothing(first->c, into);
+    return;
   }
-  if (rows == 0 || depth == 0 || first->b.columns == 0) return;
   if (rows <= detail::few_rows && first->b.column != 1) return detail::multiply_few_rows(cpu, first, last, depth, into);
   detail::Shares<T> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
   Index const memory = shares.slivers() + shares.panels();
@@ -2544,7 +2543,7 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
   Product<T> const product{a, b, c};
-  gemm_each(cpu, &product, &product + 1, into);
+  gemm_each(cpu, &product, &product + 1, a.rows, a.columns, into);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
@@ -2566,7 +2565,7 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, x.extent(0)), x.extent(1), Into::overwrite);
   }
 
   template <std::floating_point T>
@@ -2587,7 +2586,7 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, into);
+    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, d_y.extent(0)), d_y.extent(1), into);
   }
   template <class T>
   static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
@@ -2602,7 +2601,7 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
       }
     }
-    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, F), x.extent(0), Into::overwrite);
     parallel_for(cpu, E, [&](Index e, int) {
       if (!is_idle(offsets, e)) return;
       for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));

@@ -66,7 +66,6 @@ template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Pro
   Index const columns = first->b.columns, grain = round_up(ceil_div(4 * element_grain, depth), together), parts = ceil_div(columns, grain);
   parallel_for(cpu, (last - first) * parts, [&](Index task, int) {
     Product<T> const& p = first[task / parts];
-    if (p.a.columns == 0) return;
     Index j = task % parts * grain;
     Index const end = std::min(columns, j + grain);
     for (; j + together <= end; j += together) multiply_columns<2>(p, j, into);

@@ -20,7 +20,7 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, x.extent(0)), x.extent(1), Into::overwrite);
   }
 
   template <std::floating_point T>
@@ -41,7 +41,7 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, into);
+    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, d_y.extent(0)), d_y.extent(1), into);
   }
   template <class T>
   static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
@@ -56,7 +56,7 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
       }
     }
-    cpu::gemm_each(cpu, products.data(), next, Into::overwrite);
+    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, F), x.extent(0), Into::overwrite);
     parallel_for(cpu, E, [&](Index e, int) {
       if (!is_idle(offsets, e)) return;
       for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
