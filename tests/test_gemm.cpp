@@ -55,13 +55,16 @@ TEMPLATE_TEST_CASE("a product equals Eigen's in double, transposed or not", "", 
 
 TEMPLATE_TEST_CASE("a row of a product does not depend on the other rows or on the threads, bitwise", "", float, double) {
   ha::Cpu one{1}, three{3};
-  auto const a = noise<TestType>(140, 300, "a"), b = noise<TestType>(300, 40, "b");
-  auto const whole = product<TestType>(one, a, b, false, true);
-  CHECK(whole == product<TestType>(three, a, b, false, true));
-  for (Index rows : {1, 4, 8, 11, 67})
-    for (Index first : {0, 5, 70}) {
-      Rows<TestType> const part = a.middleRows(first, rows);
-      CHECK(product<TestType>(one, part, b, false, true) == whole.middleRows(first, rows));
+  for (Index columns : {1, 7, 40, 45})
+    for (bool const b_transposed : {false, true}) {
+      auto const a = noise<TestType>(140, 300, "a"), b = noise<TestType>(300, columns, "b");
+      auto const whole = product<TestType>(one, a, b, false, b_transposed);
+      CHECK(whole == product<TestType>(three, a, b, false, b_transposed));
+      for (Index rows : {1, 2, 4, 5, 8, 11, 67})
+        for (Index first : {0, 5, 70}) {
+          Rows<TestType> const part = a.middleRows(first, rows);
+          CHECK(product<TestType>(one, part, b, false, b_transposed) == whole.middleRows(first, rows));
+        }
     }
 }
 

@@ -7166,19 +7166,27 @@ namespace detail {
 
 inline constexpr Index few_rows = 4;
 
-// `V` vectors of columns of few rows, from column j on.
-template <int V, class T> HYBRIDATTN_INLINE void multiply_columns(Product<T> const& p, Index j, Into into) {
+// `V` vectors of columns of few rows, from column j on. Where b ends before them, its last column stands in, and nothing of it is written:
+// the same arithmetic makes the same bits, whatever the number of columns.
+template <int V, bool is_whole, class T> HYBRIDATTN_INLINE void multiply_columns(Product<T> const& p, Index j, Into into) {
   constexpr int n = lanes<T>;
+  auto const column = [&](int v, int i) HYBRIDATTN_INLINE_LAMBDA {
+    Index const number = j + v * n + i;
+    return p.b.data + (is_whole ? number : std::min(number, p.b.columns - 1)) * p.b.column;
+  };
+  auto const slot = [&](int v) HYBRIDATTN_INLINE_LAMBDA {
+    return Slot<T>{j + v * n, is_whole ? n : std::min<Index>(n, p.b.columns - j - v * n)};
+  };
   Vec<T> sum[std::size_t{few_rows}][std::size_t{V}] = {};
   for (Index r = 0; r < p.a.rows && into == Into::add; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = load(p.c.row(r) + j + v * n);
+    for (int v = 0; v < V; ++v) sum[r][v] = slot(v).get(p.c.row(r));
   Index k = 0;
   for (; k + n <= p.a.columns; k += n)
     HYBRIDATTN_UNROLL
     for (int v = 0; v < V; ++v) {
       Vec<T> square[std::size_t{n}];   // of columns, then of rows of b
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) square[i] = load(p.b.data + (j + v * n + i) * p.b.column + k);
+      for (int i = 0; i < n; ++i) square[i] = load(column(v, i) + k);
       transpose<T>(square);
       for (Index r = 0; r < p.a.rows; ++r) {
         Vec<T> of_row = sum[r][v];
@@ -7190,18 +7198,11 @@ template <int V, class T> HYBRIDATTN_INLINE void multiply_columns(Product<T> con
   for (; k < p.a.columns; ++k)
     for (int v = 0; v < V; ++v) {
       Vec<T> row;
-      for (int i = 0; i < n; ++i) row[i] = p.b(k, j + v * n + i);
+      for (int i = 0; i < n; ++i) row[i] = column(v, i)[k];
       for (Index r = 0; r < p.a.rows; ++r) sum[r][v] += p.a(r, k) * row;
     }
   for (Index r = 0; r < p.a.rows; ++r)
-    for (int v = 0; v < V; ++v) store(p.c.row(r) + j + v * n, sum[r][v]);
-}
-template <class T> void multiply_column(Product<T> const& p, Index j, Into into) {
-  for (Index r = 0; r < p.a.rows; ++r) {
-    T sum = into == Into::add ? p.c(r, j) : T(0);
-    for (Index k = 0; k < p.a.columns; ++k) sum += p.a(r, k) * p.b(k, j);
-    p.c(r, j) = sum;
-  }
+    for (int v = 0; v < V; ++v) slot(v).put(p.c.row(r), sum[r][v]);
 }
 
 // Products of at most few_rows rows, as gemm_each has them; `depth` is the largest depth.
@@ -7212,9 +7213,8 @@ template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Pro
     Product<T> const& p = first[task / parts];
     Index j = task % parts * grain;
     Index const end = std::min(columns, j + grain);
-    for (; j + together <= end; j += together) multiply_columns<2>(p, j, into);
-    for (; j + n <= end; j += n) multiply_columns<1>(p, j, into);
-    for (; j < end; ++j) multiply_column(p, j, into);
+    for (; j + together <= end; j += together) multiply_columns<2, true>(p, j, into);
+    for (; j < end; j += n) multiply_columns<1, false>(p, j, into);
   });
 }
 
