@@ -5824,7 +5824,7 @@ template <int V, bool is_whole, class T> HYBRIDATTN_INLINE void multiply_columns
     }
   for (; k < p.a.columns; ++k)
     for (int v = 0; v < V; ++v) {
-      Vec<T> row;
+      Vec<T> row{};
       for (int i = 0; i < n; ++i) row[i] = column(v, i)[k];
       for (Index r = 0; r < p.a.rows; ++r) sum[r][v] += p.a(r, k) * row;
     }
