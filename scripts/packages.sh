@@ -41,7 +41,3 @@ know_package() {
 # Compiled once, compiled for ever, where ccache is.
 launcher=()
 if command -v ccache >/dev/null; then launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache); fi
-
-# Threads that wait must sleep soon: spinning for long, as OpenMP does by itself, makes a step a hundred times longer when
-# another program wants a core.
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} KMP_BLOCKTIME=${KMP_BLOCKTIME:-0}

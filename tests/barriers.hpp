@@ -60,7 +60,7 @@ inline bool differs(Run const& run, ha::testing::Result const& expected, Barrier
   }
 }
 // The same, or the run ends its process: by a race under the thread sanitizer (halt_on_error=1), or by an index that a kernel reads too
-// early. So it runs in a child, which starts no threads of OpenMP.
+// early. So it runs in a child, on one thread: the thread sanitizer wants no others after fork().
 inline bool is_noticed(Run const& run, ha::testing::Result const& expected, Barrier const& barrier) {
   pid_t const child = fork();
   REQUIRE(child >= 0);

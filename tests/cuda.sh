@@ -6,7 +6,7 @@ source=$1
 command -v nvcc >/dev/null || { echo "skipped: nvcc is not installed"; exit 77; }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-nvcc=(nvcc -std=c++20 -O1 -DNDEBUG -arch=sm_90 -Xcompiler -fopenmp,-Wall,-Wextra -Werror all-warnings)
+nvcc=(nvcc -std=c++20 -O1 -DNDEBUG -arch=sm_90 -Xcompiler -Wall,-Wextra -Werror all-warnings)
 
 "${nvcc[@]}" -I"$source/include" "$source/examples/quickstart.cu" -o "$folder/quickstart"
 echo "quickstart.cu compiles"

@@ -4,6 +4,8 @@
 
 #include <hybridattn/core/check.hpp>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 
 inline constexpr char const* no_error = "no error";
@@ -16,6 +18,11 @@ template <class F> std::string error_of(F f) {
     return error.what();
   }
   return no_error;
+}
+
+// Whether a sentence has all these parts.
+inline bool says(std::string const& sentence, std::initializer_list<char const*> parts) {
+  return std::all_of(parts.begin(), parts.end(), [&](char const* part) { return sentence.find(part) != sentence.npos; });
 }
 
 #endif

@@ -6,7 +6,6 @@ set -uo pipefail
 compiler=$1 amount=$2 kind=$3 program=$4
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 failures=0 runs=0
 complain() { echo "FAILED: $1" >&2; failures=$((failures + 1)); }
 

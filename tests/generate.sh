@@ -4,7 +4,6 @@ set -uo pipefail
 train=$1 generate=$2 models=$3
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-export GOMP_SPINCOUNT=1000
 failures=0
 fail() { echo "FAILED: $*" >&2; failures=$((failures + 1)); }
 

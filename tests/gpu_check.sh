@@ -7,7 +7,6 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failures=0
 fail() { echo "FAILED: $*" >&2; failures=$((failures + 1)); }
-export GOMP_SPINCOUNT=1000
 
 # The list. Without a device the exit status is 77.
 listed=$("$check" "$programs" --list)

@@ -6,7 +6,6 @@ sweep=$1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failures=0
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}   # threads that wait sleep soon: other tests run beside this one
 
 complain() { echo "FAILED: $1" >&2; failures=$((failures + 1)); }
 

@@ -35,22 +35,20 @@ for part in first second; do "${compile[@]}" "${lto[@]}" -DPART=$part -include $
 
 # Parts of one program with other flags each. What this CPU cannot run is left out.
 declare -A flags=(
-  [v2]="-march=x86-64-v2 -O2 -DNDEBUG -fopenmp"
-  [v3]="-march=x86-64-v3 -O2 -DNDEBUG -fopenmp"
-  [v4]="-march=x86-64-v4 -O2 -DNDEBUG -fopenmp"
-  [native]="-march=native -O2 -DNDEBUG -fopenmp"
-  [without_fma]="-march=x86-64-v3 -mno-fma -O2 -DNDEBUG -fopenmp"
-  [without_openmp]="-march=x86-64-v3 -O2 -DNDEBUG"
-  [with_checks]="-march=x86-64-v3 -O2 -DNDEBUG -fopenmp -DHYBRIDATTN_BOUNDS_CHECKS=1"
-  [unoptimised]="-march=x86-64-v3 -O0 -DNDEBUG -fopenmp"
+  [v2]="-march=x86-64-v2 -O2 -DNDEBUG"
+  [v3]="-march=x86-64-v3 -O2 -DNDEBUG"
+  [v4]="-march=x86-64-v4 -O2 -DNDEBUG"
+  [native]="-march=native -O2 -DNDEBUG"
+  [without_fma]="-march=x86-64-v3 -mno-fma -O2 -DNDEBUG"
+  [with_checks]="-march=x86-64-v3 -O2 -DNDEBUG -DHYBRIDATTN_BOUNDS_CHECKS=1"
+  [unoptimised]="-march=x86-64-v3 -O0 -DNDEBUG"
 )
-[[ $(uname -m) == x86_64 ]] || flags=([native]="-O2 -DNDEBUG -fopenmp" [without_openmp]="-O2 -DNDEBUG" [unoptimised]="-O0 -DNDEBUG -fopenmp")
-link=("$compiler" -fopenmp)
+[[ $(uname -m) == x86_64 ]] || flags=([native]="-O2 -DNDEBUG" [unoptimised]="-O0 -DNDEBUG")
+link=("$compiler" -pthread)
 declare -A compilers=()
 for name in "${!flags[@]}"; do compilers[$name]=$compiler; done
-if gnu && command -v clang++-19 >/dev/null && echo 'int main() {}' | clang++-19 -x c++ - -fopenmp -o can 2>/dev/null; then
+if gnu && command -v clang++-19 >/dev/null; then
   flags[by_clang]=${flags[v3]:-${flags[native]}} compilers[by_clang]=clang++-19
-  link=(clang++-19 -fopenmp)   # whose OpenMP library serves g++ too
 fi
 export OMP_NUM_THREADS=3
 mapfile -t names < <(printf '%s\n' "${!flags[@]}" | LC_ALL=C sort)

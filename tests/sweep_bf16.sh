@@ -6,7 +6,6 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failures=0
 fail() { echo "FAILED: $*" >&2; failures=$((failures + 1)); }
-export GOMP_SPINCOUNT=1000
 small=(--patterns LFFL --steps 100 --seq-len 64 --batch 2 --validation 20 --data synthetic)
 
 # The scalar and the validation loss of a folder's only pattern.

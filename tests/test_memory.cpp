@@ -1,16 +1,13 @@
 // Which sizes, threads and memory a caller may ask for. If something does not fit, an Error says what.
 #include "catch.hpp"
 #include "error_of.hpp"
+#include "in_child.hpp"
 
 #include <hybridattn/hybridattn.hpp>
 #include <hybridattn/infer/generate.hpp>
 
-#include <cstdlib>
-#include <filesystem>
 #include <map>
 #include <sys/resource.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 namespace ha = hybridattn;
 using ha::Index;
@@ -19,10 +16,6 @@ namespace {
 
 using Small = ha::LanguageModel<ha::Stack<ha::GDN, ha::Full>>;
 constexpr Index far = std::numeric_limits<Index>::max();
-
-bool says(std::string const& sentence, std::initializer_list<char const*> parts) {
-  return std::all_of(parts.begin(), parts.end(), [&](char const* part) { return sentence.find(part) != sentence.npos; });
-}
 
 // A machine with a known amount of memory.
 struct System {
@@ -80,34 +73,6 @@ void step(User& user, int layers, std::size_t unit, int parameters) {
 template <class Model> void train(ha::Cpu& cpu, Model const& model, auto& params, auto& optimizer, Index length) {
   std::vector<std::int32_t> const tokens(static_cast<std::size_t>(length), 7), targets(static_cast<std::size_t>(length), 9);
   train_step(cpu, model, params, optimizer, make_batch(cpu, ha::Sequences::equal(1, length), tokens, targets));
-}
-
-// The exit code of f in a child process, or -1 if the child hangs or crashes.
-template <class F> int in_child(F f) {
-  pid_t const child = fork();
-  if (child == 0) {
-    alarm(1800);   // ends a child that hangs; even the slowest machine needs less
-    int code = 99;
-    try {
-      code = f();
-    } catch (...) {
-    }
-    _exit(code);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-std::vector<float> gdn_forward(ha::Cpu& cpu) {
-  auto const s = ha::Sequences::equal(4, 64);
-  auto const c = ha::GDN::complete({.key_dim = 16}, 0, 2);
-  auto x = ha::allocate<float>(cpu, ha::GDN::inputs(c, s));
-  auto y = ha::allocate<float>(cpu, ha::GDN::outputs(c, s));
-  auto saved = ha::allocate<float>(cpu, ha::GDN::saved(c, s));
-  ha::zip([&](ha::Path const&, auto& tensor) { ha::On<ha::Fill, ha::Cpu>::forward(cpu, .1f, flat(out(tensor))); }, x);
-  ha::On<ha::GDN, ha::Cpu>::forward(cpu, c, s, in(x), out(y), out(saved));
-  return download(cpu, y.o);
 }
 
 }  // namespace
@@ -415,19 +380,6 @@ TEST_CASE("more tokens than memory are refused before work") {
   CHECK(says(cache(1, -1), {"capacity -1"}));
 }
 
-TEST_CASE("what a task throws arrives behind the loop: the error of the smallest task, on any number of threads") {
-  for (int threads : {1, 2, 7}) {
-    ha::Cpu cpu{threads};
-    for (int round = 0; round < 20; ++round)
-      CHECK(error_of([&] { ha::parallel_for(cpu, 100, [](Index task, int) { ha::check(task % 30 != 17, "task ", task, " fails"); }); }) ==
-            "task 17 fails");
-    CHECK_THROWS_AS(ha::parallel_blocks(cpu, 100, 10, [](Index, Index) { throw std::bad_alloc(); }), std::bad_alloc);
-    std::vector<int> ran(100);
-    ha::parallel_for(cpu, 100, [&](Index task, int) { ++ran[static_cast<std::size_t>(task)]; });
-    CHECK(ran == std::vector<int>(100, 1));
-  }
-}
-
 TEST_CASE("memory is taken before a loop: inside it is an error on any number of threads") {
   for (int threads : {1, 2}) {
     ha::Cpu cpu{threads};
@@ -440,50 +392,3 @@ TEST_CASE("memory is taken before a loop: inside it is an error on any number of
   }
 }
 
-TEST_CASE("threads beyond reason are refused") {
-  CHECK(ha::Cpu{ha::Cpu::thread_limit()}.threads() == ha::Cpu::thread_limit());
-  CHECK(ha::Cpu::thread_limit() >= 256);
-  for (int threads : {ha::Cpu::thread_limit() + 1, 100'000, std::numeric_limits<int>::max()})
-    CHECK(says(error_of([&] { ha::Cpu{threads}; }),
-               {std::to_string(threads).c_str(), "allows at most", std::to_string(ha::Cpu::thread_limit()).c_str()}));
-  CHECK(says(error_of([] { ha::Cpu{-1}; }), {"-1 threads"}));
-  CHECK(says(error_of([] { ha::Cpu{std::numeric_limits<int>::min()}; }), {"-2147483648 threads"}));
-  ha::Cpu many{64};
-  CHECK(gdn_forward(many).size() == 4 * 64 * 2 * 16);
-}
-
-// The test below runs this one with its own environment.
-TEST_CASE("threads of the environment", "[.environment]") {
-  ha::Cpu cpu;
-  CHECK(cpu.threads() >= 1);
-  CHECK(gdn_forward(cpu).size() == 4 * 64 * 2 * 16);
-}
-TEST_CASE("OMP_NUM_THREADS may be garbage; what it asks for beyond reason is refused") {
-  std::string const program = std::filesystem::read_symlink("/proc/self/exe").string();
-  auto const runs = [&](std::string const& threads) {
-    return std::system(("OMP_NUM_THREADS='" + threads + "' '" + program + "' '[.environment]' > /dev/null 2>&1").c_str()) == 0;
-  };
-  std::vector<char const*> allowed{"0", "1", "2", "3,2"};
-#if !defined(__clang__)   // LLVM's OpenMP may end a program with these by itself
-  allowed.insert(allowed.end(), {"garbage", "", "-3", "1e9"});
-#endif
-  for (char const* threads : allowed) {
-    INFO(threads);
-    CHECK(runs(threads));
-  }
-  CHECK_FALSE(runs("100000"));
-}
-
-TEST_CASE("Cpu{1} works in a child after fork(), whatever threads its parent used") {
-  ha::Cpu two{2}, one{1};
-  auto const here = gdn_forward(two);
-  CHECK(in_child([&] {
-          ha::Cpu fresh{1};
-          Small const model{{.vocab_size = 64, .model_dim = 16, .num_heads = 2}};
-          auto params = model.initialize<float>(fresh, ha::Seed{1});
-          ha::AdamW optimizer{fresh, params};
-          train(fresh, model, params, optimizer, 50);
-          return gdn_forward(fresh) == here && gdn_forward(one) == here ? 0 : 1;
-        }) == 0);
-  CHECK(gdn_forward(two) == here);
-}

@@ -120,11 +120,6 @@
 #else
 #define HYBRIDATTN_ABI_BF16
 #endif
-#if defined(_OPENMP)
-#define HYBRIDATTN_ABI_THREADS _openmp
-#else
-#define HYBRIDATTN_ABI_THREADS
-#endif
 #if HYBRIDATTN_BOUNDS_CHECKS
 #define HYBRIDATTN_ABI_CHECKS _checked
 #else
@@ -158,10 +153,10 @@
 #else
 #define HYBRIDATTN_ABI_SANITIZER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
-#define HYBRIDATTN_ABI                                                                                                                   \
-  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
+#define HYBRIDATTN_ABI                                                                                              \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
 
 // A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <boost/hana/fwd/type.hpp>
 #include <boost/hana/integral_constant.hpp>
@@ -33,6 +34,7 @@
 #include <numbers>
 #include <numeric>
 #include <optional>
+#include <pthread.h>
 #include <set>
 #include <span>
 #include <sstream>
@@ -152,11 +154,6 @@
 #else
 #define HYBRIDATTN_ABI_BF16
 #endif
-#if defined(_OPENMP)
-#define HYBRIDATTN_ABI_THREADS _openmp
-#else
-#define HYBRIDATTN_ABI_THREADS
-#endif
 #if HYBRIDATTN_BOUNDS_CHECKS
 #define HYBRIDATTN_ABI_CHECKS _checked
 #else
@@ -190,10 +187,10 @@
 #else
 #define HYBRIDATTN_ABI_SANITIZER
 #endif
-#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
-#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h, i) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h, i)
-#define HYBRIDATTN_ABI                                                                                                                   \
-  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_THREADS, HYBRIDATTN_ABI_CHECKS, \
+#define HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define HYBRIDATTN_JOIN_VALUES(a, b, c, d, e, f, g, h) HYBRIDATTN_JOIN(a, b, c, d, e, f, g, h)
+#define HYBRIDATTN_ABI                                                                                              \
+  HYBRIDATTN_JOIN_VALUES(HYBRIDATTN_ABI_VECTORS, HYBRIDATTN_ABI_FMA, HYBRIDATTN_ABI_BF16, HYBRIDATTN_ABI_CHECKS, \
                          HYBRIDATTN_ABI_OPTIMIZED, HYBRIDATTN_ABI_COMPILER, HYBRIDATTN_ABI_STD, HYBRIDATTN_ABI_SANITIZER)
 
 // A function's mangled name has the types of its arguments only. With this attribute it also has the type of its result, and a
@@ -3192,14 +3189,206 @@ template <class T, template <class> class G> std::size_t bytes(G<Shapes> const& 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif
 
+// ==== hybridattn/backend/cpu/threads.hpp
+// The threads of a Cpu. They share the tasks of one loop at a time.
+#ifndef HYBRIDATTN_BACKEND_CPU_THREADS_HPP
+#define HYBRIDATTN_BACKEND_CPU_THREADS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// Processors that this process may use, at least one.
+inline int processors() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
+#endif
+  return std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
+}
+
+// The number of threads that OMP_NUM_THREADS asks for, as in programs that use OpenMP: of a list its first number. 0 where it is not set.
+// Throws Error for anything else.
+inline int threads_of_environment() {
+  char const* const text = std::getenv("OMP_NUM_THREADS");
+  if (text == nullptr || *text == '\0') return 0;
+  char* end = nullptr;
+  long const number = std::strtol(text, &end, 10);
+  check(end != text && (*end == '\0' || *end == ',') && number > 0 && number <= std::numeric_limits<int>::max(), "OMP_NUM_THREADS is '", text,
+        "'; allowed: a number of threads above 0, or several with commas between them, of which the first counts");
+  return static_cast<int>(number);
+}
+
+namespace detail {
+
+// Tells the processor that a thread waits in a loop.
+inline void pause() {
+#if defined(__SSE2__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Calls done() until it is true, `looks` times at most. A look takes 10 to 50 ns.
+template <class Done> bool spin(Done done, int looks = 2000) {
+  for (; looks > 0; --looks, pause())
+    if (done()) return true;
+  return false;
+}
+
+// How often this process is a child of fork(): threads of the parent do not exist in the child.
+inline std::atomic<int> forks = 0;
+inline int const watches_forks = pthread_atfork(nullptr, nullptr, [] { ++forks; });
+
+// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
+class Failure {
+ public:
+  void keep(Index task) noexcept {
+    while (busy_.exchange(true, std::memory_order_acquire)) pause();
+    if (error_ == nullptr || task < task_) {
+      error_ = std::current_exception();
+      task_ = task;
+    }
+    busy_.store(false, std::memory_order_release);
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic<bool> busy_ = false;
+  std::exception_ptr error_;
+  Index task_ = 0;
+};
+
+}  // namespace detail
+
+// A loop: run(body, task, thread) for tasks 0 .. count - 1.
+struct TaskLoop {
+  Index count = 0;
+  void (*run)(void* body, Index task, int thread) = nullptr;
+  void* body = nullptr;
+
+  void run_here() const {
+    for (Index task = 0; task < count; ++task) run(body, task, 0);
+  }
+};
+
+// The threads of a Cpu. Every thread claims one task after the other, the caller too. The caller waits only for tasks that a thread has
+// begun, so a thread that gets no processor delays nobody. A thread without tasks looks for the next loop for some microseconds, then sleeps.
+//
+// `unclaimed_` counts the tasks that no thread has claimed. A thread that comes late, after its loop has ended, claims a task of the next
+// loop. That is right: it reads what the loop is after it has claimed, and a loop does not end before its claimed tasks have ended.
+class Threads {
+ public:
+  // The caller and `count` - 1 others.
+  explicit Threads(int count) : count_(count) {}
+  Threads(Threads const&) = delete;
+  Threads& operator=(Threads const&) = delete;
+  ~Threads() { stop(); }
+
+  int count() const { return count_; }
+
+  // Runs the loop on the caller, which is thread 0, and on the others. One loop at a time. The first loop starts the others, and so does
+  // the first loop in a child of fork(). Throws Error where the system refuses a thread. Throws the error of a task, of several that of the
+  // task with the smallest number, after all tasks have ended.
+  void run(TaskLoop const& loop) {
+    start();
+    detail::Failure failure;
+    loop_ = loop, failure_ = &failure;
+    unfinished_.store(loop.count, std::memory_order_relaxed);
+    unclaimed_.store(loop.count, std::memory_order_release);
+    call();
+    work(0);
+    wait_for_begun();
+    failure.rethrow();
+  }
+
+ private:
+  struct Other {
+    Threads* threads;
+    int number;
+    pthread_t id;
+  };
+
+  void start() {
+    if (forks_ != detail::forks) others_.clear(), forks_ = detail::forks;
+    if (!others_.empty()) return;
+    stops_ = false, unclaimed_ = 0;
+    others_.reserve(static_cast<std::size_t>(count_));   // a thread knows the address of its own
+    for (int number = 1; number < count_; ++number) {
+      Other& other = others_.emplace_back(Other{this, number, {}});
+      int const error = pthread_create(&other.id, nullptr, main, &other);
+      if (error == 0) continue;
+      others_.pop_back();
+      stop();
+      fail("Cpu: the system refuses thread ", number + 1, " of ", count_, ": ", std::strerror(error));
+    }
+  }
+  void stop() {
+    bool const are_here = forks_ == detail::forks;
+    if (are_here && !others_.empty()) stops_ = true, call();
+    for (Other const& other : others_)
+      if (are_here) pthread_join(other.id, nullptr);
+    others_.clear();
+  }
+
+  static void* main(void* other) {
+    static_cast<Other*>(other)->threads->help(static_cast<Other*>(other)->number);
+    return nullptr;
+  }
+  void help(int thread) {
+    for (int calls = calls_ - 1; !stops_;) {
+      auto const is_called = [&] { return calls_.load(std::memory_order_relaxed) != calls; };
+      if (!detail::spin(is_called)) calls_.wait(calls);
+      calls = calls_;
+      work(thread);
+    }
+  }
+  void call() {
+    ++calls_;
+    calls_.notify_all();
+  }
+
+  // Runs tasks until all are claimed.
+  void work(int thread) {
+    for (Index left = unclaimed_.load(std::memory_order_relaxed); left > 0;) {
+      if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+      run_task(loop_.count - left, thread);
+      left = unclaimed_.load(std::memory_order_relaxed);
+    }
+  }
+  void run_task(Index task, int thread) {
+    try {
+      loop_.run(loop_.body, task, thread);
+    } catch (...) {
+      failure_->keep(task);
+    }
+    if (--unfinished_ == 0) unfinished_.notify_one();   // the caller
+  }
+  void wait_for_begun() {
+    if (detail::spin([&] { return unfinished_ == 0; })) return;
+    for (Index left = unfinished_; left > 0; left = unfinished_) unfinished_.wait(left);
+  }
+
+  int count_;
+  int forks_ = detail::forks;
+  std::vector<Other> others_;
+  TaskLoop loop_;
+  detail::Failure* failure_ = nullptr;
+  std::atomic<bool> stops_ = false;
+  std::atomic<int> calls_ = 0;   // changes whenever there is something to do
+  // Each has a line of the cache of its own, because threads that look for a call would slow those that claim.
+  alignas(64) std::atomic<Index> unclaimed_ = 0;
+  alignas(64) std::atomic<Index> unfinished_ = 0;
+};
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
 // ==== hybridattn/backend/cpu/cpu.hpp
-// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
+// The CPU: aligned memory from a pool, and parallel_for, the only loop that uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
 #define HYBRIDATTN_BACKEND_CPU_CPU_HPP
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -3207,11 +3396,11 @@ class Cpu {
  public:
   static constexpr std::string_view name = "Cpu";
 
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
-  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
+  // 0 threads: as many as OMP_NUM_THREADS says, or one for each processor. Throws Error for more than thread_limit() threads, and for
+  // an OMP_NUM_THREADS that is no number. Cpu{1} runs on the caller's thread and starts no other.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
-    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+    check(threads_.count() <= thread_limit(), "Cpu: ", threads_.count(), " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
           "; this machine allows at most ", thread_limit());
   }
   Cpu(Cpu const&) = delete;
@@ -3234,31 +3423,17 @@ class Cpu {
   // Operations of Cpu work on any memory of the process.
   bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
-  int threads() const { return threads_; }
-  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
-  static int thread_limit() {
-#if defined(_OPENMP)
-    return std::max(256, 4 * omp_get_num_procs());
-#else
-    return 256;
-#endif
+  int threads() const { return threads_.count(); }
+  // Four for each processor, at least 256: each thread has a stack.
+  static int thread_limit() { return std::max(256, 4 * cpu::processors()); }
+
+  // The loop of parallel_for. A loop inside a loop runs on the thread that it is in.
+  void run(cpu::TaskLoop const& loop) {
+    if (in_loop_) return loop.run_here();
+    InLoop const here{in_loop_};
+    if (threads() > 1 && loop.count > 1) threads_.run(loop);
+    else loop.run_here();
   }
-
-  // While parallel_for runs.
-  class Loop {
-   public:
-    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
-      if (cpu_ != nullptr) cpu_->in_loop_ = true;
-    }
-    Loop(Loop const&) = delete;
-    Loop& operator=(Loop const&) = delete;
-    ~Loop() {
-      if (cpu_ != nullptr) cpu_->in_loop_ = false;
-    }
-
-   private:
-    Cpu* cpu_;   // nullptr for a loop inside a loop
-  };
 
  private:
   static constexpr std::align_val_t alignment{64};
@@ -3269,16 +3444,20 @@ class Cpu {
   }
   static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
-#if defined(_OPENMP)
-    int const offered = omp_get_max_threads();
-    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
-#else
-    return 1;
-#endif
+    int const wanted = cpu::threads_of_environment();
+    return wanted > 0 ? wanted : cpu::processors();
   }
+  struct InLoop {
+    explicit InLoop(bool& flag) : flag_(flag) { flag_ = true; }
+    InLoop(InLoop const&) = delete;
+    InLoop& operator=(InLoop const&) = delete;
+    ~InLoop() { flag_ = false; }
 
-  int threads_;
-  bool in_loop_ = false;
+    bool& flag_;
+  };
+
+  cpu::Threads threads_;
+  bool in_loop_ = false;   // while parallel_for runs
   Pool pool_;
 };
 static_assert(Backend<Cpu>);
@@ -3306,57 +3485,11 @@ template <class T> class Scratch {
 
 }  // namespace cpu
 
-namespace detail {
-
-#if defined(_OPENMP)
-// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
-class Failure {
- public:
-  void keep(Index task) noexcept {
-#pragma omp critical(hybridattn_failure)
-    if (error_ == nullptr || task < task_) {
-      error_ = std::current_exception();
-      task_ = task;
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::exception_ptr error_;
-  Index task_ = 0;
-};
-#endif
-
-// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
-inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
-  Cpu::Loop const loop{cpu};
-#if defined(_OPENMP)
-  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) {
-      try {
-        run(f, task, omp_get_thread_num());
-      } catch (...) {
-        failure.keep(task);
-      }
-    }
-    failure.rethrow();
-    return;
-  }
-#endif
-  for (Index task = 0; task < count; ++task) run(f, task, 0);
-}
-
-}  // namespace detail
-
 // Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
 // result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
 // check arguments and take memory before the loop.
 template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
-  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+  cpu.run({count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f});
 }
 
 // Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.

@@ -1,20 +1,16 @@
-// The CPU: aligned memory from a pool, and parallel_for, the only place where the library uses threads.
+// The CPU: aligned memory from a pool, and parallel_for, the only loop that uses threads.
 #ifndef HYBRIDATTN_BACKEND_CPU_CPU_HPP
 #define HYBRIDATTN_BACKEND_CPU_CPU_HPP
 
 #include <hybridattn/backend/backend.hpp>
+#include <hybridattn/backend/cpu/threads.hpp>
 #include <hybridattn/core/math.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <exception>
 #include <new>
 #include <string_view>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
@@ -22,11 +18,11 @@ class Cpu {
  public:
   static constexpr std::string_view name = "Cpu";
 
-  // 0 threads: as many as OpenMP offers, one without OpenMP. Throws Error for more than thread_limit() threads.
-  // Cpu{1} runs on the caller's thread and starts no threads of OpenMP, so it works in a child after fork() too.
+  // 0 threads: as many as OMP_NUM_THREADS says, or one for each processor. Throws Error for more than thread_limit() threads, and for
+  // an OMP_NUM_THREADS that is no number. Cpu{1} runs on the caller's thread and starts no other.
   explicit Cpu(int threads = 0) : threads_(threads == 0 ? available_threads() : threads) {
     check(threads >= 0, "Cpu: ", threads, " threads; allowed: 0 (as many as there are) and more");
-    check(threads_ <= thread_limit(), "Cpu: ", threads_, " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
+    check(threads_.count() <= thread_limit(), "Cpu: ", threads_.count(), " threads", threads == 0 ? ", which OMP_NUM_THREADS asks for" : "",
           "; this machine allows at most ", thread_limit());
   }
   Cpu(Cpu const&) = delete;
@@ -49,31 +45,17 @@ class Cpu {
   // Operations of Cpu work on any memory of the process.
   bool owns(void const*) const { return true; }
   Pool& pool() { return pool_; }
-  int threads() const { return threads_; }
-  // Four for each processor, at least 256. Each thread has a stack, and OpenMP ends the process where it cannot start a thread.
-  static int thread_limit() {
-#if defined(_OPENMP)
-    return std::max(256, 4 * omp_get_num_procs());
-#else
-    return 256;
-#endif
+  int threads() const { return threads_.count(); }
+  // Four for each processor, at least 256: each thread has a stack.
+  static int thread_limit() { return std::max(256, 4 * cpu::processors()); }
+
+  // The loop of parallel_for. A loop inside a loop runs on the thread that it is in.
+  void run(cpu::TaskLoop const& loop) {
+    if (in_loop_) return loop.run_here();
+    InLoop const here{in_loop_};
+    if (threads() > 1 && loop.count > 1) threads_.run(loop);
+    else loop.run_here();
   }
-
-  // While parallel_for runs.
-  class Loop {
-   public:
-    explicit Loop(Cpu& cpu) : cpu_(cpu.in_loop_ ? nullptr : &cpu) {
-      if (cpu_ != nullptr) cpu_->in_loop_ = true;
-    }
-    Loop(Loop const&) = delete;
-    Loop& operator=(Loop const&) = delete;
-    ~Loop() {
-      if (cpu_ != nullptr) cpu_->in_loop_ = false;
-    }
-
-   private:
-    Cpu* cpu_;   // nullptr for a loop inside a loop
-  };
 
  private:
   static constexpr std::align_val_t alignment{64};
@@ -84,16 +66,20 @@ class Cpu {
   }
   static void release(void* block, std::size_t) noexcept { ::operator delete(block, alignment); }
   static int available_threads() {
-#if defined(_OPENMP)
-    int const offered = omp_get_max_threads();
-    return offered > 0 ? offered : omp_get_num_procs();   // LLVM's OpenMP reads a word in OMP_NUM_THREADS as any number
-#else
-    return 1;
-#endif
+    int const wanted = cpu::threads_of_environment();
+    return wanted > 0 ? wanted : cpu::processors();
   }
+  struct InLoop {
+    explicit InLoop(bool& flag) : flag_(flag) { flag_ = true; }
+    InLoop(InLoop const&) = delete;
+    InLoop& operator=(InLoop const&) = delete;
+    ~InLoop() { flag_ = false; }
 
-  int threads_;
-  bool in_loop_ = false;
+    bool& flag_;
+  };
+
+  cpu::Threads threads_;
+  bool in_loop_ = false;   // while parallel_for runs
   Pool pool_;
 };
 static_assert(Backend<Cpu>);
@@ -121,57 +107,11 @@ template <class T> class Scratch {
 
 }  // namespace cpu
 
-namespace detail {
-
-#if defined(_OPENMP)
-// The error of a task. Of several it keeps that of the task with the smallest number, for any number of threads.
-class Failure {
- public:
-  void keep(Index task) noexcept {
-#pragma omp critical(hybridattn_failure)
-    if (error_ == nullptr || task < task_) {
-      error_ = std::current_exception();
-      task_ = task;
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::exception_ptr error_;
-  Index task_ = 0;
-};
-#endif
-
-// The loop of parallel_for, compiled once: run(f, task, thread) for every task.
-inline void run_tasks(Cpu& cpu, Index count, void (*run)(void* f, Index task, int thread), void* f) {
-  Cpu::Loop const loop{cpu};
-#if defined(_OPENMP)
-  if (cpu.threads() > 1 && count > 1 && !omp_in_parallel()) {
-    Failure failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(cpu.threads())
-    for (Index task = 0; task < count; ++task) {
-      try {
-        run(f, task, omp_get_thread_num());
-      } catch (...) {
-        failure.keep(task);
-      }
-    }
-    failure.rethrow();
-    return;
-  }
-#endif
-  for (Index task = 0; task < count; ++task) run(f, task, 0);
-}
-
-}  // namespace detail
-
 // Calls f(task, thread) for tasks 0 .. count - 1, each on one thread 0 .. cpu.threads() - 1. Any thread may run any task, so a
 // result must depend on the task alone. When f throws, parallel_for throws the error after the loop, and other tasks have run too:
 // check arguments and take memory before the loop.
 template <class F> void parallel_for(Cpu& cpu, Index count, F f) {
-  detail::run_tasks(cpu, count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f);
+  cpu.run({count, [](void* body, Index task, int thread) { (*static_cast<F*>(body))(task, thread); }, &f});
 }
 
 // Calls f(first, last) for blocks of `grain` elements that make up 0 .. count: for loops over elements.

@@ -16,7 +16,7 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 struct EmulatorOptions {
   int schedule = 1;   // the order of threads, warps and blocks
-  int threads = 0;    // of the host, on which blocks run; 0: as many as OpenMP offers
+  int threads = 0;    // of the host, on which blocks run; 0: as many as Cpu{} has
 };
 
 class Emulator {
