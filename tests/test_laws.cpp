@@ -57,6 +57,22 @@ TEMPLATE_TEST_CASE("the indexer keeps every law with scales below 0 in the stage
   }
 }
 
+// Heads that share keys go together: by tiles, or a few at a time with some left over.
+TEMPLATE_TEST_CASE("many heads that share keys keep every law in float", "[float]", Sparse<8>, ha::Full) {
+  for (ha::Index heads : {5, 8}) {
+    auto size = ha::testing::Samples<TestType>::sizes().front();
+    size.num_heads = heads;
+    check_all(judge(ha::testing::Adaptor<TestType, ha::Cpu, float>{size}));
+  }
+}
+TEST_CASE("many heads that share keys keep every law in double, and in the stages that train the indexer", "[double]") {
+  for (ha::Stage stage : {ha::Stage::language_model, ha::Stage::dense_warm_up, ha::Stage::sparse}) {
+    auto size = ha::testing::Samples<Sparse<8>>::sizes().front();
+    size.num_heads = 8, size.index_heads = 5, size.stage = stage;
+    check_all(judge(ha::testing::Adaptor<Sparse<8>, ha::Cpu, double>{size}));
+  }
+}
+
 // A policy with the bits of Cpu keeps the laws that it keeps on Cpu, so here only the laws about memory are judged besides.
 TEMPLATE_LIST_TEST_CASE("a policy has the bits of the CPU on a device that the host cannot read, and keeps the laws about memory there",
                         "[float]", OnFake) {

@@ -255,6 +255,7 @@ struct Tuning {
   TileShape attention;   // of Full: keys x queries, and queries x entries of v
   TileShape delta;       // of GDN: tokens of a group x vectors of a state's row in one pass
   int index_sums;        // of DSA's indexer: sums of a tile whose rows are the heads of a query
+  TileShape shared;      // of heads that share keys which are read in place: heads x vectors of a row
 };
 
 // `share` is the share of the peak of fused multiply-adds that a tile reached alone, from the first-level cache.
@@ -265,6 +266,7 @@ inline constexpr Tuning tuning{
     .attention = {8, 2},
     .delta = {4, 1},       // 12 sums and updates, 4 updates: one load and store for 12 multiply-adds
     .index_sums = 16,
+    .shared = {4, 4},
 };
 #elif defined(__AVX__)   // 16 registers of 32 bytes
 inline constexpr Tuning tuning{
@@ -273,11 +275,12 @@ inline constexpr Tuning tuning{
     .attention = {4, 2},   // share .95; 4x3 wants 24 queries and loses more at the diagonal
     .delta = {2, 2},       // 4x1 needs 13 loads for the 12 multiply-adds of a row, 2x2 needs 8
     .index_sums = 8,
+    .shared = {4, 2},
 };
 #elif defined(__aarch64__)   // 32 registers of 16 bytes
-inline constexpr Tuning tuning{.vector_bytes = 16, .product = {8, 2}, .attention = {8, 2}, .delta = {4, 2}, .index_sums = 16};
+inline constexpr Tuning tuning{.vector_bytes = 16, .product = {8, 2}, .attention = {8, 2}, .delta = {4, 2}, .index_sums = 16, .shared = {4, 4}};
 #else   // 16 registers of 16 bytes
-inline constexpr Tuning tuning{.vector_bytes = 16, .product = {6, 2}, .attention = {4, 2}, .delta = {2, 2}, .index_sums = 8};
+inline constexpr Tuning tuning{.vector_bytes = 16, .product = {6, 2}, .attention = {4, 2}, .delta = {2, 2}, .index_sums = 8, .shared = {4, 2}};
 #endif
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
@@ -1010,8 +1013,12 @@ template <class T> struct Rows {
   Index stride;
 
   HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
+  HYBRIDATTN_INLINE Rows from(Index first) const { return {data + first * stride, stride}; }
+  HYBRIDATTN_INLINE operator Rows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
 };
 template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+// Rows of one token, [H, D], from a head on.
+template <class T> Rows<T> heads_of(View<T, 3> x, Index n, Index head) { return {x.row(n, head), x.stride[1]}; }
 
 // The rows 0 .. count - 1. Other sets of rows have the same members.
 struct AllRows {
@@ -1034,19 +1041,31 @@ template <class T> struct ShortPiece {
   HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
   HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
 };
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
+// Pieces of at most `most` vectors: 1, 2 or 4.
+template <class T, int most = 4, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
   constexpr int n = cpu::lanes<T>;
   Index d = 0;
-  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
-  if (d + 2 * n <= D) {
-    f(Piece<T, 2>{d});
-    d += 2 * n;
-  }
-  if (d + n <= D) {
-    f(Piece<T, 1>{d});
-    d += n;
-  }
+  for (; d + most * n <= D; d += most * n) f(Piece<T, most>{d});
+  if constexpr (most > 2)
+    if (d + 2 * n <= D) {
+      f(Piece<T, 2>{d});
+      d += 2 * n;
+    }
+  if constexpr (most > 1)
+    if (d + n <= D) {
+      f(Piece<T, 1>{d});
+      d += n;
+    }
   if (d < D) f(ShortPiece<T>{{d, D - d}});
+}
+
+// Calls f(R, first) for `count` heads that share keys: R heads from `first` on are computed together, so that a row of their keys or
+// values is read once for all of them.
+template <class F> HYBRIDATTN_INLINE void for_each_heads(Index count, F f) {
+  constexpr int together = cpu::tuning.shared.rows;
+  Index h = 0;
+  for (; h + together <= count; h += together) f(std::integral_constant<int, together>{}, h);
+  for (; h < count; ++h) f(std::integral_constant<int, 1>{}, h);
 }
 
 // Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
@@ -1076,26 +1095,45 @@ template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D,
   for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
 }
 
-// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
-template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  constexpr int n = cpu::lanes<T>;
-  Range<T> range;
-  for (Index j = 0; j < keys.count; j += n) {
-    T const* row[std::size_t{n}];
+// Computes rows of products again where a product is not moderate.
+template <class T, class Keys>
+HYBRIDATTN_INLINE void keep_moderate(Index D, Rows<T const> x, Index count, Rows<T const> rows, Keys keys, Rows<T> products) {
+  for (Index r = 0; r < count; ++r) {
+    Range<T> range;
+    for (Index j = 0; j < keys.count; j += cpu::lanes<T>) range.add(cpu::load(products[r] + j));
+    if (!range.is_moderate()) dot_rows_in_order<T>(D, x[r], rows, keys, products[r]);
+  }
+}
+
+// products[r][j] = x[r] . rows[key j] for R rows x and every key. The last vector of each row of products is padded with the last key's.
+template <int R, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void dot_rows(Dim D, Rows<T const> x, Rows<T const> rows, Keys keys, Rows<T> products) {
+  constexpr int n = cpu::lanes<T>, K = R == 1 ? n : std::max(n / R, 2);   // keys together
+  for (Index j = 0; j < round_up(keys.count, n); j += K) {
+    T const* row[std::size_t{K}];
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[std::size_t{n}] = {};
+    for (int k = 0; k < K; ++k) row[k] = rows[keys[std::min(j + k, keys.count - 1)]];
+    cpu::Vec<T> sums[std::size_t{R * K}] = {};
     for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) {
+      for (int v = 0; v < piece.vectors; ++v) {
+        cpu::Vec<T> of_x[std::size_t{R}];
         HYBRIDATTN_UNROLL
-        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
+        for (int r = 0; r < R; ++r) of_x[r] = cpu::in_register<T>(piece.get(x[r], v));
+        HYBRIDATTN_UNROLL
+        for (int k = 0; k < K; ++k) {
+          cpu::Vec<T> const of_key = R == 1 ? piece.get(row[k], v) : cpu::in_register<T>(piece.get(row[k], v));
+          HYBRIDATTN_UNROLL
+          for (int r = 0; r < R; ++r) sums[r * K + k] += of_x[r] * of_key;
+        }
       }
     });
-    cpu::sum_each<n, T>(sums, products + j);
-    range.add(cpu::load(products + j));
+    T sum[std::size_t{R * K}];
+    cpu::sum_each<R * K, T>(sums, sum);
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < R; ++r) std::memcpy(products[r] + j, sum + r * K, sizeof(T) * std::size_t{K});
   }
-  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
+  keep_moderate<T>(D, x, R, rows, keys, products);
 }
 // x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
@@ -1152,16 +1190,19 @@ template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Inde
   return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
-// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
-template <class T, class Piece, class Keys>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
-  constexpr int V = Piece::vectors;
-  constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
+// total[r][v] = sum_j p[r][j] rows[key j] for R heads and a piece of the rows, in several sums where one would keep the CPU waiting.
+template <int R, class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, Rows<T const> p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors, chains = std::clamp(8 / (R * V), 1, 4);
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{R}][std::size_t{V}] = {};
   auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
     T const* const row = rows[keys[j]];
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
+    for (int v = 0; v < V; ++v) {
+      cpu::Vec<T> const of_key = R == 1 ? piece.get(row, v) : cpu::in_register<T>(piece.get(row, v));
+      HYBRIDATTN_UNROLL
+      for (int r = 0; r < R; ++r) sum[chain][r][v] += p[r][j] * of_key;
+    }
   };
   Index j = 0;
   for (; j + chains <= keys.count; j += chains) {
@@ -1170,33 +1211,65 @@ HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Ke
   }
   for (; j < keys.count; ++j) add(j, 0);
   HYBRIDATTN_UNROLL
-  for (int v = 0; v < V; ++v) {
-    total[v] = sum[0][v];
+  for (int i = 0; i < R * V; ++i) {
+    total[i] = sum[0][i / V][i % V];
     HYBRIDATTN_UNROLL
-    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
+    for (int chain = 1; chain < chains; ++chain) total[i] += sum[chain][i / V][i % V];
   }
 }
-// o = factor * sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+// Calls store(piece, r, v, sum_j p[r][j] rows[key j]) for R heads and every vector of a row.
+template <int R, class T, class Dim, class Keys, class Store>
+HYBRIDATTN_INLINE void for_each_sum(Dim D, Rows<T const> p, Rows<T const> rows, Keys keys, Store store) {
+  for_each_piece<T, (R == 1 ? 4 : cpu::tuning.shared.vectors)>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
+    cpu::Vec<T> total[std::size_t{R * V}];
+    sum_piece<R, T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
+    for (int i = 0; i < R * V; ++i) store(piece, i / V, i % V, total[i]);
   });
 }
-// o += sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
+// o[r] = sum_j p[r][j] rows[key j]
+template <int R, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void weighted_rows(Dim D, Rows<T const> p, Rows<T const> rows, Keys keys, Rows<T> o) {
+  for_each_sum<R, T>(D, p, rows, keys,
+                     [&](auto piece, int r, int v, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { piece.put(o[r], v, sum); });
+}
+// o[r] += sum_j p[r][j] rows[key j]
+template <int R, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_weighted_rows(Dim D, Rows<T const> p, Rows<T const> rows, Keys keys, Rows<T> o) {
+  for_each_sum<R, T>(D, p, rows, keys, [&](auto piece, int r, int v, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA {
+    piece.put(o[r], v, piece.get(o[r], v) + sum);
   });
+}
+
+// rows[key j + i] += sum_h weights[h][j + i] x[h] for `count` heads and K keys.
+template <int K, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_to_keys(Dim D, Rows<T const> weights, Rows<T const> x, Index count, Keys keys, Index j, Rows<T> rows) {
+  for_each_piece<T, cpu::tuning.shared.vectors>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> sum[std::size_t{K}][std::size_t{V}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < K * V; ++i) sum[i / V][i % V] = piece.get(rows[keys[j + i / V]], i % V);
+    for (Index h = 0; h < count; ++h) {
+      T const *const row = x[h], *const weight = weights[h] + j;
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < V; ++v) {
+        cpu::Vec<T> const of_x = cpu::in_register<T>(piece.get(row, v));
+        HYBRIDATTN_UNROLL
+        for (int i = 0; i < K; ++i) sum[i][v] += weight[i] * of_x;
+      }
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < K * V; ++i) piece.put(rows[keys[j + i / V]], i % V, sum[i / V][i % V]);
+  });
+}
+// rows[key j] += sum_h weights[h][j] x[h] for `count` heads and every key: each row is read and written once. No key comes twice.
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_to_rows(Dim D, Rows<T const> weights, Rows<T const> x, Index count, Keys keys, Rows<T> rows) {
+  constexpr int K = cpu::tuning.shared.rows;
+  Index j = 0;
+  for (; j + K <= keys.count; j += K) add_to_keys<K, T>(D, weights, x, count, keys, j, rows);
+  for (; j < keys.count; ++j) add_to_keys<1, T>(D, weights, x, count, keys, j, rows);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention
@@ -1209,7 +1282,7 @@ HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, 
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
+using attention::dot_row, attention::dot_rows, attention::head_of, attention::heads_of, attention::key_room, attention::Rows,
     attention::weighted_rows;
 
 // The keys of one query, relative to the start of its sequence.
@@ -1219,6 +1292,122 @@ struct Keys {
 
   HYBRIDATTN_INLINE Index operator[](Index j) const { return indices[j]; }
 };
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
+#endif
+
+// ==== hybridattn/backend/cpu/tile.hpp
+// The register tile: the one loop in which the library multiplies matrices on the CPU.
+#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
+#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
+
+// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
+// without a copy.
+template <class T> struct Scalars {
+  T const* data;
+  Index row, depth;
+};
+// A matrix read by vectors: row k of the columns starts at data + k * depth.
+template <class T> struct Columns {
+  T const* data;
+  Index depth;
+};
+
+// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
+// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
+// smaller tile.
+template <int MR, int NV, class T, class Start, class Epilogue>
+HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
+  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
+  }
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> column[std::size_t{NV}];
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      T const x = a.data[r * a.row + k * a.depth];
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
+    }
+  }
+  HYBRIDATTN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    HYBRIDATTN_UNROLL
+    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
+  }
+}
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
+#endif
+
+// ==== hybridattn/attention/dsa/cpu_panels.hpp
+// Products of many heads with the keys that they share. The lanes of a tile are keys, so no sum goes across lanes. For this the chosen rows
+// are transposed, which is worth while from some number of heads on.
+#ifndef HYBRIDATTN_ATTENTION_DSA_CPU_PANELS_HPP
+#define HYBRIDATTN_ATTENTION_DSA_CPU_PANELS_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
+
+inline constexpr int head_rows = cpu::tuning.attention.rows, key_vectors = cpu::tuning.attention.vectors;
+template <class T> inline constexpr Index tile_keys = key_vectors * cpu::lanes<T>;
+
+// Whether this number of heads goes by tiles.
+constexpr bool go_by_tiles(Index heads) { return heads >= 8 && heads % head_rows == 0; }
+// The size of a panel.
+template <class T> Index panel_room(Index D) { return round_up(D, cpu::lanes<T>) * tile_keys<T>; }
+
+// panel [D, tile_keys] = the rows of keys j .. j + tile_keys - 1, transposed. The last key stands in for those after it.
+template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void gather_panel(Dim D, Rows<T const> rows, Keys keys, Index j, T* panel) {
+  constexpr int n = cpu::lanes<T>;
+  for (int v = 0; v < key_vectors; ++v) {
+    T const* row[std::size_t{n}];
+    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + v * n + i, keys.count - 1)]];
+    cpu::for_each_vector<T>(0, D, [&](cpu::Slot<T> slot) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> square[std::size_t{n}];
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) square[i] = slot.get(row[i]);
+      cpu::transpose<T>(square);
+      HYBRIDATTN_UNROLL
+      for (int i = 0; i < n; ++i) cpu::store(panel + (slot.i + i) * tile_keys<T> + v * n, square[i]);
+    });
+  }
+}
+
+// products[h][j] = x[h] . rows[key j] for all heads and keys. panel is scratch.
+template <class T, class Dim>
+void dot_rows_by_tiles(Dim D, Rows<T const> x, Index heads, Rows<T const> rows, Keys keys, T* panel, Rows<T> products) {
+  for (Index j = 0; j < keys.count; j += tile_keys<T>) {
+    gather_panel<T>(D, rows, keys, j, panel);
+    for (Index h = 0; h < heads; h += head_rows)
+      cpu::tile<head_rows, key_vectors, T>(
+          D, {x[h], x.stride, 1}, {panel, tile_keys<T>}, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return cpu::Vec<T>{}; },
+          [&](int r, int v, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { cpu::store(products[h + r] + j + v * cpu::lanes<T>, sum); });
+  }
+  attention::keep_moderate<T>(D, x, heads, rows, keys, products);
+}
+
+// deltas[h] = d_o[h] . o[h] for all heads, summed in the order of a tile: where one key has weight 1, d_o . v - delta is then exactly 0.
+// Writes numbers for whole tiles of heads. panels is scratch for two panels.
+template <class T, class Dim>
+void deltas_by_tiles(Dim D, Rows<T const> o, Rows<T const> d_o, Index heads, T* panels, T* deltas) {
+  T* const other = panels + panel_room<T>(D);
+  for (Index h = 0; h < heads; h += tile_keys<T>) {
+    gather_panel<T>(D, o, attention::AllRows{heads}, h, panels);
+    gather_panel<T>(D, d_o, attention::AllRows{heads}, h, other);
+    for (Index i = 0; i < tile_keys<T>; i += cpu::lanes<T>) {
+      cpu::Vec<T> sum{};
+      for (Index d = 0; d < D; ++d) sum += cpu::load(panels + d * tile_keys<T> + i) * cpu::load(other + d * tile_keys<T> + i);
+      cpu::store(deltas + h + i, sum);
+    }
+  }
+}
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
 #endif
@@ -3344,7 +3533,7 @@ template <SparseOptions O> struct SparseAttention;
 #endif
 
 // ==== hybridattn/attention/dsa/cpu_attention.hpp
-// Attention over chosen keys on the CPU, one query and one head after the other.
+// Attention over chosen keys on the CPU, one query after the other. Heads that share keys go together.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 
@@ -3380,78 +3569,109 @@ template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count,
   return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<Bits>(count - j), x, cpu::Vec<T>{});
 }
 
-// (3) for one query and one head. p is scratch with a number for each key.
-template <class T, class Dim>
-HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
-  dot_rows<T>(D, q, k, keys, p);
-  auto const softmax = attention::exponentials(scale, keys.count, p);
-  weighted_rows<T>(D, p, v, keys, T(1) / softmax.total, o);
-  lse = static_cast<wide_t<T>>(softmax.lse());
-  if (attention::is_moderate<T>(D, o)) return;
-  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
-  T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
-  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise only values are large
-}
+// Scratch for heads that share a key/value head: numbers of each head for its keys, numbers of the heads, and two panels for tiles.
+template <class T> struct HeadScratch {
+  static Index size(Index D, Index heads, Index keys) { return 2 * heads * row(keys) + row(heads) + panels_size(D, heads); }
 
-// The tensors of one query and one head in backward.
-template <class T> struct QueryGradient {
-  T const *q, *o, *d_o;
-  wide_t<T> lse;
-  T* d_q;
+  HeadScratch(Index heads, Index keys, T* memory)
+      : p{memory, row(keys)}, d_s(p.from(heads)), deltas(d_s[heads]), panels(deltas + row(heads)) {}
+
+  Rows<T> p, d_s;   // [heads, keys]
+  T *deltas, *panels;
+
+ private:
+  static Index row(Index count) { return round_up(count, tile_keys<T>); }
+  static Index panels_size(Index D, Index heads) { return go_by_tiles(heads) ? 2 * panel_room<T>(D) : 0; }
 };
-// (4): overwrites d_q, adds to d_k and d_v. p and d_s are scratch with a number for each key.
+
+// products[h][j] = x[h] . rows[key j] for all heads.
 template <class T, class Dim>
-HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* d_s,
-                                       Rows<T> d_k, Rows<T> d_v) {
-  dot_rows<T>(D, x.q, k, keys, p);
-  dot_rows<T>(D, x.d_o, v, keys, d_s);
-  T const delta = dot_row<T>(D, x.d_o, x.o), lse = static_cast<T>(x.lse);
-  for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p + j)) - lse);   // a score rounded like lse
-    cpu::store<T>(p + j, e);
-    cpu::store<T>(d_s + j, scale * e * (cpu::load(d_s + j) - delta));
-  }
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> d_q[std::size_t{V}] = {}, q[std::size_t{V}], d_o[std::size_t{V}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < V; ++i) {
-      q[i] = piece.get(x.q, i);
-      d_o[i] = piece.get(x.d_o, i);
-    }
-    for (Index j = 0; j < keys.count; ++j) {
-      Index const key = keys.indices[j];
-      T const* const k_row = k[key];
-      T *const d_k_row = d_k[key], *const d_v_row = d_v[key], p_j = p[j], d_s_j = d_s[j];
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < V; ++i) {
-        d_q[i] += d_s_j * piece.get(k_row, i);
-        piece.put(d_k_row, i, piece.get(d_k_row, i) + d_s_j * q[i]);
-        piece.put(d_v_row, i, piece.get(d_v_row, i) + p_j * d_o[i]);
-      }
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < V; ++i) piece.put(x.d_q, i, d_q[i]);
-  });
+HYBRIDATTN_INLINE void dot_heads(Dim D, Rows<T const> x, Index heads, Rows<T const> rows, Keys keys, T* panel, Rows<T> products) {
+  if (go_by_tiles(heads)) return dot_rows_by_tiles<T>(D, x, heads, rows, keys, panel, products);
+  attention::for_each_heads(heads,
+                            [&](auto R, Index h) HYBRIDATTN_INLINE_LAMBDA { dot_rows<R, T>(D, x.from(h), rows, keys, products.from(h)); });
 }
 
-// A task is a head and some of its queries, whose keys and values stay in the second-level cache.
+// Heads of one query that share a key/value head, in forward: rows [heads, D], lse [heads].
+template <class T> struct QueryHeads {
+  Rows<T const> q;
+  Rows<T> o;
+  wide_t<T>* lse;
+};
+// (3)
+template <class T, class Dim>
+void attend(Dim D, T scale, Index heads, QueryHeads<T> x, Rows<T const> k, Rows<T const> v, Keys keys, HeadScratch<T> const& scratch) {
+  Rows<T> const p = scratch.p;
+  dot_heads<T>(D, x.q, heads, k, keys, scratch.panels, p);
+  attention::for_each_heads(heads, [&](auto R, Index h) HYBRIDATTN_INLINE_LAMBDA {
+    T factors[std::size_t{R}];
+    for (int r = 0; r < R; ++r) {
+      auto const softmax = attention::exponentials(scale, keys.count, p[h + r]);
+      factors[r] = T(1) / softmax.total;
+      x.lse[h + r] = static_cast<wide_t<T>>(softmax.lse());
+    }
+    attention::for_each_sum<R, T>(D, p.from(h), v, keys, [&](auto piece, int r, int i, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA {
+      piece.put(x.o[h + r], i, factors[r] * sum);
+    });
+  });
+  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
+  for (Index h = 0; h < heads; ++h) {
+    if (attention::is_moderate<T>(D, x.o[h])) continue;
+    T const exact = attention::attend_in_order<T>(D, scale, x.q[h], keys.count, key_at, x.o[h]);
+    if (!attention::Range<T>::holds(static_cast<T>(x.lse[h]))) x.lse[h] = static_cast<wide_t<T>>(exact);  // otherwise only values are large
+  }
+}
+
+// The same heads in backward.
+template <class T> struct HeadGradients {
+  Rows<T const> q, o, d_o;
+  wide_t<T> const* lse;
+  Rows<T> d_q;
+};
+template <class T, class Dim> void set_deltas(Dim D, Index heads, HeadGradients<T> const& x, T* panels, T* deltas) {
+  if (go_by_tiles(heads)) return deltas_by_tiles<T>(D, x.o, x.d_o, heads, panels, deltas);
+  for (Index h = 0; h < heads; ++h) deltas[h] = dot_row<T>(D, x.d_o[h], x.o[h]);
+}
+// (4): overwrites d_q, adds to d_k and d_v.
+template <class T, class Dim>
+void attend_backward(Dim D, T scale, Index heads, HeadGradients<T> const& x, Rows<T const> k, Rows<T const> v, Keys keys,
+                     HeadScratch<T> const& scratch, Rows<T> d_k, Rows<T> d_v) {
+  Rows<T> const p = scratch.p, d_s = scratch.d_s;
+  dot_heads<T>(D, x.q, heads, k, keys, scratch.panels, p);
+  dot_heads<T>(D, x.d_o, heads, v, keys, scratch.panels, d_s);
+  set_deltas<T>(D, heads, x, scratch.panels, scratch.deltas);
+  for (Index h = 0; h < heads; ++h) {
+    T const delta = scratch.deltas[h], lse = static_cast<T>(x.lse[h]);
+    for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
+      cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p[h] + j)) - lse);  // a score rounded like lse
+      cpu::store<T>(p[h] + j, e);
+      cpu::store<T>(d_s[h] + j, scale * e * (cpu::load(d_s[h] + j) - delta));
+    }
+  }
+  attention::for_each_heads(heads,
+                            [&](auto R, Index h) HYBRIDATTN_INLINE_LAMBDA { weighted_rows<R, T>(D, d_s.from(h), k, keys, x.d_q.from(h)); });
+  attention::add_to_rows<T>(D, d_s, x.q, heads, keys, d_k);
+  attention::add_to_rows<T>(D, p, x.d_o, heads, keys, d_v);
+}
+
+// A task is a key/value head and some of its queries, whose keys and values stay in the second-level cache.
 template <class T, class Dim>
 void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                 Saved<Out<T>> saved) {
   constexpr Index piece = 64;
-  Index const H = c.num_heads, group = H / c.num_kv_heads, pieces = ceil_div(s.longest(), piece);
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(sets.most())}};
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, pieces = ceil_div(s.longest(), piece), most = sets.most();
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, HeadScratch<T>::size(c.head_dim, group, most)}};
   auto const memory = out(scratch);
-  parallel_for(cpu, s.count() * H * pieces, [&](Index task, int thread) {
-    Sequence const sequence = s[static_cast<std::size_t>(task / pieces / H)];
-    Index const h = task / pieces % H, first = task % pieces * piece, last = std::min(first + piece, sequence.length);
+  parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
+    Sequence const sequence = s[static_cast<std::size_t>(task / pieces / HK)];
+    Index const hk = task / pieces % HK, first = task % pieces * piece, last = std::min(first + piece, sequence.length);
     if (first >= last) return;
-    Rows<T const> const q = head_of(x.q, sequence, h), k = head_of(x.k, sequence, h / group), v = head_of(x.v, sequence, h / group);
-    Rows<T> const output = head_of(y.o, sequence, h);
-    for (Index t = first; t < last; ++t)
-      attend<T>(D, static_cast<T>(c.scale), q[t], k, v, sets.of(sequence, t), memory.row(thread), output[t],
-                saved.lse(sequence.start + t, h));
+    Rows<T const> const k = head_of(x.k, sequence, hk), v = head_of(x.v, sequence, hk);
+    for (Index t = first; t < last; ++t) {
+      Index const n = sequence.start + t, h = hk * group;
+      attend<T>(D, static_cast<T>(c.scale), group, {heads_of(x.q, n, h), heads_of(y.o, n, h), saved.lse.row(n) + h}, k, v,
+                sets.of(sequence, t), {group, most, memory.row(thread)});
+    }
   });
 }
 
@@ -3459,82 +3679,30 @@ void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences
 template <class T, class Dim>
 void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
                          Saved<In<T>> saved, Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
-  Index const HK = c.num_kv_heads, group = c.num_heads / HK, room = key_room<T>(sets.most());
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, 2 * room}};
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, most = sets.most();
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, HeadScratch<T>::size(c.head_dim, group, most)}};
   auto const memory = out(scratch);
   parallel_for(cpu, s.count() * HK, [&](Index task, int thread) {
     Sequence const sequence = s[static_cast<std::size_t>(task / HK)];
     if (sequence.length == 0) return;
-    Index const hk = task % HK;
+    Index const hk = task % HK, h = hk * group;
     Rows<T const> const k = head_of(x.k, sequence, hk), v = head_of(x.v, sequence, hk);
     Rows<T> const d_k = head_of(d_x.k, sequence, hk), d_v = head_of(d_x.v, sequence, hk);
-    T* const p = memory.row(thread);
+    HeadScratch<T> const numbers{group, most, memory.row(thread)};
     for (Index j = 0; j < sequence.length; ++j) {
       std::fill_n(d_k[j], D, T(0));
       std::fill_n(d_v[j], D, T(0));
     }
     for (Index t = 0; t < sequence.length; ++t) {
       Index const n = sequence.start + t;
-      Keys const keys = sets.of(sequence, t);
-      for (Index h = hk * group; h < (hk + 1) * group; ++h)
-        attend_backward<T>(D, static_cast<T>(c.scale), {x.q.row(n, h), y.o.row(n, h), d_y.o.row(n, h), saved.lse(n, h), d_x.q.row(n, h)}, k,
-                           v, keys, p, p + room, d_k, d_v);
+      HeadGradients<T> const heads{heads_of(x.q, n, h), heads_of(y.o, n, h), heads_of(d_y.o, n, h), saved.lse.row(n) + h,
+                                   heads_of(d_x.q, n, h)};
+      attend_backward<T>(D, static_cast<T>(c.scale), group, heads, k, v, sets.of(sequence, t), numbers, d_k, d_v);
     }
   });
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::dsa
-#endif
-
-// ==== hybridattn/backend/cpu/tile.hpp
-// The register tile: the one loop in which the library multiplies matrices on the CPU.
-#ifndef HYBRIDATTN_BACKEND_CPU_TILE_HPP
-#define HYBRIDATTN_BACKEND_CPU_TILE_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
-
-// A matrix read one element at a time: element (r, k) is data[r * row + k * depth]. Exchanged strides transpose the matrix
-// without a copy.
-template <class T> struct Scalars {
-  T const* data;
-  Index row, depth;
-};
-// A matrix read by vectors: row k of the columns starts at data + k * depth.
-template <class T> struct Columns {
-  T const* data;
-  Index depth;
-};
-
-// For MR rows and NV vectors of columns: epilogue(r, v, start(r, v) + sum_k a(r, k) b(k, v)), k from 0 to depth - 1 in
-// order. The bits of a row's result depend only on that row of a and on b: every caller pads to whole tiles and uses no
-// smaller tile.
-template <int MR, int NV, class T, class Start, class Epilogue>
-HYBRIDATTN_INLINE void tile(Index depth, Scalars<T> a, Columns<T> b, Start start, Epilogue epilogue) {
-  Vec<T> sum[std::size_t{MR}][std::size_t{NV}];
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = start(r, v);
-  }
-  for (Index k = 0; k < depth; ++k) {
-    Vec<T> column[std::size_t{NV}];
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) column[v] = in_register<T>(load(b.data + k * b.depth + v * lanes<T>));
-    HYBRIDATTN_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      T const x = a.data[r * a.row + k * a.depth];
-      HYBRIDATTN_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * column[v];
-    }
-  }
-  HYBRIDATTN_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < NV; ++v) epilogue(r, v, sum[r][v]);
-  }
-}
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
 // ==== hybridattn/ops/top_k/top_k.hpp
@@ -3883,18 +4051,19 @@ void attend_cached(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> 
                    View<T, 3> o) {
   Index const capacity = cache.keys.extent(1), HK = c.num_kv_heads, group = c.num_heads / HK;
   Index const most = indices.empty() ? capacity : std::min(capacity, indices.extent(1));
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(most)}};
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, HeadScratch<T>::size(c.head_dim, group, most)}};
+  Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
   cpu::Scratch<std::int32_t> const all{cpu, indices.empty() ? capacity : 0};
   if (indices.empty()) std::iota(all.data(), all.data() + capacity, 0);
   auto const memory = out(scratch);
+  auto const lse_rows = out(lse);   // which nobody reads
   parallel_for(cpu, s.tokens() * HK, [&](Index task, int thread) {
-    Index const n = task / HK, hk = task % HK, i = s.owners()(n);
+    Index const n = task / HK, hk = task % HK, h = hk * group, i = s.owners()(n);
     if (s[static_cast<std::size_t>(i)].past == 0) return;
     Keys const keys{indices.empty() ? all.data() : indices.row(n), std::min<Index>(most, s.positions()(n) + 1)};
     Rows<T const> const k{cache.keys.row(i, 0, hk), cache.keys.stride[1]}, v{cache.values.row(i, 0, hk), cache.values.stride[1]};
-    wide_t<T> lse;
-    for (Index h = hk * group; h < (hk + 1) * group; ++h)
-      attend<T>(c.head_dim, static_cast<T>(c.scale), x.q.row(n, h), k, v, keys, memory.row(thread), o.row(n, h), lse);
+    attend<T>(c.head_dim, static_cast<T>(c.scale), group, {heads_of(x.q, n, h), heads_of(o, n, h), lse_rows.row(n) + h}, k, v, keys,
+              {group, most, memory.row(thread)});
   });
 }
 
@@ -3929,26 +4098,22 @@ template <class T> class KlQuery {
 
   // products [HI, room]: iq_j . ik_s. scores: (1)
   HYBRIDATTN_INLINE void score(T* products, Index room, T* scores) const {
-    for (Index j = 0; j < c_.index_heads; ++j) dot_rows<T>(c_.index_dim, x_.index_q.row(n_, j), index_keys(), keys_, products + j * room);
+    attention::for_each_heads(c_.index_heads, [&](auto R, Index j) HYBRIDATTN_INLINE_LAMBDA {
+      dot_rows<R, T>(c_.index_dim, heads_of(x_.index_q, n_, j), index_keys(), keys_, {products + j * room, room});
+    });
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> sum{};
       for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::Vec<T>{}, cpu::load(products + j * room + i));
       cpu::store<T>(scores + i, sum);
     });
   }
-  // target: p of (5). one_head is scratch with a number for each key.
-  HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, T* one_head, T* target) const {
-    Index const D = c_.head_dim, H = c_.num_heads, group = H / c_.num_kv_heads;
-    T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(H);
+  // target: p of (5). The products have the order of attend, whose lse would not fit others.
+  HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, HeadScratch<T> const& heads, T* target) const {
+    Index const group = c_.num_heads / c_.num_kv_heads;
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(target + i, cpu::Vec<T>{}); });
-    for (Index h = 0; h < H; ++h) {
-      dot_rows<T>(D, x_.q.row(n_, h), head_of(x_.k, s_, h / group), keys_, one_head);
-      T const total = static_cast<T>(lse(n_, h));   // lse of rounded scores: the scores below are rounded too
-      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(one_head + i, scale * cpu::load(one_head + i)); });
-      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const p = cpu::exp<T>(cpu::load(one_head + i) - total);
-        cpu::store<T>(target + i, cpu::load(target + i) + each * p);
-      });
+    for (Index hk = 0; hk < c_.num_kv_heads; ++hk) {
+      dot_heads<T>(c_.head_dim, heads_of(x_.q, n_, hk * group), group, head_of(x_.k, s_, hk), keys_, heads.panels, heads.p);
+      for (Index g = 0; g < group; ++g) add_weights(heads.p[g], static_cast<T>(lse(n_, hk * group + g)), target);
     }
   }
   // index_lse of (5), and the query's part of (6).
@@ -3986,11 +4151,23 @@ template <class T> class KlQuery {
         cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
       });
       if (!d_x.index_w.empty()) d_x.index_w(n_, j) = cpu::sum<T>(sum);
-      if (!d_x.index_q.empty()) weighted_rows<T>(c_.index_dim, product, index_keys(), keys_, T(1), d_x.index_q.row(n_, j));
     }
+    if (d_x.index_q.empty()) return;
+    attention::for_each_heads(c_.index_heads, [&](auto R, Index j) HYBRIDATTN_INLINE_LAMBDA {
+      weighted_rows<R, T>(c_.index_dim, Rows<T const>{products + j * room, room}, index_keys(), keys_, heads_of(d_x.index_q, n_, j));
+    });
   }
 
  private:
+  // target += the weights of a head / H. The lse is that of rounded scores, so the scores are rounded here too.
+  HYBRIDATTN_INLINE void add_weights(T* products, T lse, T* target) const {
+    T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(c_.num_heads);
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(products + i, scale * cpu::load(products + i)); });
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const p = cpu::exp<T>(cpu::load(products + i) - lse);
+      cpu::store<T>(target + i, cpu::load(target + i) + each * p);
+    });
+  }
   static cpu::Vec<T> smallest() { return cpu::broadcast<T>(std::numeric_limits<T>::min()); }
   T weight(Index j) const { return static_cast<T>(c_.index_scale) * x_.index_w(n_, j); }
   Rows<T const> index_keys() const { return {x_.index_k.row(s_.start), x_.index_k.stride[0]}; }
@@ -4020,16 +4197,17 @@ template <class F> void for_each_queries(Cpu& cpu, Sequences const& s, Index que
 template <class T>
 void query_losses(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Wide<In<T>, 2> lse,
                   Wide<Out<T>, 1> index_lse, T* losses) {
-  Index const room = key_room<T>(sets.most()), HI = c.index_heads;
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, (HI + 3) * room}};
+  Index const room = key_room<T>(sets.most()), HI = c.index_heads, group = c.num_heads / c.num_kv_heads;
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, (HI + 2) * room + HeadScratch<T>::size(c.head_dim, group, sets.most())}};
   auto const memory = out(scratch);
   for_each_queries(cpu, s, 8, [&](Index i, Index first, Index last, int thread) {
-    T *const products = memory.row(thread), *scores = products + HI * room, *target = scores + room, *one_head = target + room;
+    T *const products = memory.row(thread), *scores = products + HI * room, *target = scores + room;
+    HeadScratch<T> const heads{group, sets.most(), target + room};
     Sequence const sequence = s[static_cast<std::size_t>(i)];
     for (Index t = first; t < last; ++t) {
       KlQuery<T> const query{c, x, sequence, t, sets.of(sequence, t)};
       query.score(products, room, scores);
-      query.share(lse, one_head, target);
+      query.share(lse, heads, target);
       T const total = query.log_sum(scores);
       index_lse(sequence.start + t) = total;
       losses[sequence.start + t] = query.divergence(scores, target, total);
@@ -4053,7 +4231,8 @@ template <class T> class KlBackward {
   KlBackward(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> const& x, Saved<In<T>> const& saved,
              T d_loss, Inputs<Out<T>> const& d_x)
       : cpu_(cpu), sets_(sets), c_(c), s_(s), x_(x), saved_(saved), d_loss_(d_loss), d_x_(d_x), room_(key_room<T>(sets.most())),
-        rows_(cpu, cpu.threads() * 3 * room_), d_z_(cpu, block * c.index_heads * start(s.count(), s.tokens())) {}
+        scratch_(2 * room_ + HeadScratch<T>::size(c.head_dim, group(), sets.most())), rows_(cpu, cpu.threads() * scratch_),
+        d_z_(cpu, block * c.index_heads * start(s.count(), s.tokens())) {}
 
   void run() {
     for (Index first = 0; first < s_.longest(); first += block) {
@@ -4065,6 +4244,7 @@ template <class T> class KlBackward {
  private:
   static constexpr Index block = 32, task_queries = 4, task_keys = 64;
 
+  Index group() const { return c_.num_heads / c_.num_kv_heads; }
   // d_z of a block: rows [HI, room] of each query of sequence i, after those of earlier sequences.
   Index room(Sequence s) const { return std::min(room_, key_room<T>(s.length)); }
   static Index start(Index i, Index tokens_before) { return tokens_before + i * cpu::lanes<T>; }
@@ -4074,12 +4254,13 @@ template <class T> class KlBackward {
     parallel_for(cpu_, s_.count() * (block / task_queries), [&](Index task, int thread) {
       Index const i = task % s_.count(), begin = first + task / s_.count() * task_queries;
       Sequence const sequence = s_[static_cast<std::size_t>(i)];
-      T *const scores = rows_.data() + thread * 3 * room_, *target = scores + room_, *one_head = target + room_;
+      T *const scores = rows_.data() + thread * scratch_, *target = scores + room_;
+      HeadScratch<T> const heads{group(), sets_.most(), target + room_};
       for (Index t = begin; t < std::min(begin + task_queries, sequence.length); ++t) {
         T* const products = d_z(i, sequence, t - first);
         KlQuery<T> const query{c_, x_, sequence, t, sets_.of(sequence, t)};
         query.score(products, room(sequence), scores);
-        query.share(saved_.lse, one_head, target);
+        query.share(saved_.lse, heads, target);
         query.slopes(d_loss_, static_cast<T>(saved_.index_lse(sequence.start + t)), target, scores, products, room(sequence), d_x_);
       }
     });
@@ -4097,27 +4278,9 @@ template <class T> class KlBackward {
         Keys const all = sets_.of(sequence, t);
         std::int32_t const* const from = std::lower_bound(all.indices, all.indices + all.count, begin);
         std::int32_t const* const to = std::lower_bound(from, all.indices + all.count, end);
-        add_keys(sequence, t, {from, to - from}, d_z(i, sequence, t - first) + (from - all.indices));
-      }
-    });
-  }
-  // d_ik += d_z iq of one query, for some of its keys.
-  void add_keys(Sequence sequence, Index t, Keys keys, T const* d_z) {
-    Index const stride = room(sequence);
-    for_each_piece<T>(c_.index_dim, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-      constexpr int V = piece.vectors;
-      for (Index e = 0; e < keys.count; ++e) {
-        T* const row = d_x_.index_k.row(sequence.start + keys.indices[e]);
-        cpu::Vec<T> sum[std::size_t{V}];
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < V; ++v) sum[v] = piece.get(row, v);
-        for (Index j = 0; j < c_.index_heads; ++j) {
-          T const* const q = x_.index_q.row(sequence.start + t, j);
-          HYBRIDATTN_UNROLL
-          for (int v = 0; v < V; ++v) sum[v] += d_z[j * stride + e] * piece.get(q, v);
-        }
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < V; ++v) piece.put(row, v, sum[v]);
+        Rows<T const> const weights{d_z(i, sequence, t - first) + (from - all.indices), room(sequence)};
+        attention::add_to_rows<T>(c_.index_dim, weights, heads_of(x_.index_q, sequence.start + t, 0), c_.index_heads, Keys{from, to - from},
+                                  Rows<T>{d_x_.index_k.row(sequence.start), d_x_.index_k.stride[0]});
       }
     });
   }
@@ -4130,7 +4293,7 @@ template <class T> class KlBackward {
   Saved<In<T>> saved_;
   T d_loss_;
   Inputs<Out<T>> d_x_;
-  Index room_;
+  Index room_, scratch_;   // of scratch for a thread
   cpu::Scratch<T> rows_, d_z_;
 };
 template <class T>
@@ -4871,17 +5034,21 @@ template <class T>
 void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group, attention::Rows<T const> q, attention::Rows<T> o, T* p,
             Index room) {
   using Rows = attention::Rows<T const>;
+  attention::Rows<T> const weights{p, room};
   keys.for_each_block(t, [&](Index first, Rows k, Rows, attention::AllRows all) {
-    for (Index g = 0; g < group; ++g) attention::dot_rows<T>(D, q[g], k, all, p + g * room + first);                  // (1)
+    attention::for_each_heads(group, [&](auto R, Index g) HYBRIDATTN_INLINE_LAMBDA {
+      attention::dot_rows<R, T>(D, q.from(g), k, all, {weights[g] + first, room});                                    // (1)
+    });
   });
   for (Index g = 0; g < group; ++g) {
     std::fill_n(o[g], D, T(0));
-    T* const weights = p + g * room;
-    T const total = attention::exponentials(scale, keys.count(t), weights).total;                                     // (2)
-    for (Index j = 0, count = keys.count(t); j < count; ++j) weights[j] *= T(1) / total;
+    T const total = attention::exponentials(scale, keys.count(t), weights[g]).total;                                  // (2)
+    for (Index j = 0, count = keys.count(t); j < count; ++j) weights[g][j] *= T(1) / total;
   }
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
-    for (Index g = 0; g < group; ++g) attention::add_weighted_rows<T>(D, p + g * room + first, v, all, o[g]);        // (3)
+    attention::for_each_heads(group, [&](auto R, Index g) HYBRIDATTN_INLINE_LAMBDA {
+      attention::add_weighted_rows<R, T>(D, {weights[g] + first, room}, v, all, o.from(g));                           // (3)
+    });
   });
   for (Index g = 0; g < group; ++g)
     if (!attention::is_moderate<T>(D, o[g]))

@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace hybridattn::inline HYBRIDATTN_ABI::attention {
 
@@ -20,8 +22,12 @@ template <class T> struct Rows {
   Index stride;
 
   HYBRIDATTN_INLINE T* operator[](Index i) const { return data + i * stride; }
+  HYBRIDATTN_INLINE Rows from(Index first) const { return {data + first * stride, stride}; }
+  HYBRIDATTN_INLINE operator Rows<T const>() const requires(!std::is_const_v<T>) { return {data, stride}; }
 };
 template <class T> Rows<T> head_of(View<T, 3> x, Sequence s, Index head) { return {x.row(s.start, head), x.stride[0]}; }
+// Rows of one token, [H, D], from a head on.
+template <class T> Rows<T> heads_of(View<T, 3> x, Index n, Index head) { return {x.row(n, head), x.stride[1]}; }
 
 // The rows 0 .. count - 1. Other sets of rows have the same members.
 struct AllRows {
@@ -44,19 +50,31 @@ template <class T> struct ShortPiece {
   HYBRIDATTN_INLINE cpu::Vec<T> get(T const* row, int) const { return slot.get(row); }
   HYBRIDATTN_INLINE void put(T* row, int, cpu::Vec<T> x) const { slot.put(row, x); }
 };
-template <class T, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
+// Pieces of at most `most` vectors: 1, 2 or 4.
+template <class T, int most = 4, class Dim, class F> HYBRIDATTN_INLINE void for_each_piece(Dim D, F f) {
   constexpr int n = cpu::lanes<T>;
   Index d = 0;
-  for (; d + 4 * n <= D; d += 4 * n) f(Piece<T, 4>{d});
-  if (d + 2 * n <= D) {
-    f(Piece<T, 2>{d});
-    d += 2 * n;
-  }
-  if (d + n <= D) {
-    f(Piece<T, 1>{d});
-    d += n;
-  }
+  for (; d + most * n <= D; d += most * n) f(Piece<T, most>{d});
+  if constexpr (most > 2)
+    if (d + 2 * n <= D) {
+      f(Piece<T, 2>{d});
+      d += 2 * n;
+    }
+  if constexpr (most > 1)
+    if (d + n <= D) {
+      f(Piece<T, 1>{d});
+      d += n;
+    }
   if (d < D) f(ShortPiece<T>{{d, D - d}});
+}
+
+// Calls f(R, first) for `count` heads that share keys: R heads from `first` on are computed together, so that a row of their keys or
+// values is read once for all of them.
+template <class F> HYBRIDATTN_INLINE void for_each_heads(Index count, F f) {
+  constexpr int together = cpu::tuning.shared.rows;
+  Index h = 0;
+  for (; h + together <= count; h += together) f(std::integral_constant<int, together>{}, h);
+  for (; h < count; ++h) f(std::integral_constant<int, 1>{}, h);
 }
 
 // Whether results are so far below T's largest number that their sums could not overflow in any order. Other results, NaN included,
@@ -86,26 +104,45 @@ template <class T, class Keys> [[gnu::noinline]] void dot_rows_in_order(Index D,
   for (Index j = 0; j < round_up(keys.count, cpu::lanes<T>); ++j) products[j] = dot(x, rows[keys[std::min(j, keys.count - 1)]], D);
 }
 
-// products[j] = x . rows[key j] for every key. The last vector of products is padded with the last key's product.
-template <class T, class Dim, class Keys> HYBRIDATTN_INLINE void dot_rows(Dim D, T const* x, Rows<T const> rows, Keys keys, T* products) {
-  constexpr int n = cpu::lanes<T>;
-  Range<T> range;
-  for (Index j = 0; j < keys.count; j += n) {
-    T const* row[std::size_t{n}];
+// Computes rows of products again where a product is not moderate.
+template <class T, class Keys>
+HYBRIDATTN_INLINE void keep_moderate(Index D, Rows<T const> x, Index count, Rows<T const> rows, Keys keys, Rows<T> products) {
+  for (Index r = 0; r < count; ++r) {
+    Range<T> range;
+    for (Index j = 0; j < keys.count; j += cpu::lanes<T>) range.add(cpu::load(products[r] + j));
+    if (!range.is_moderate()) dot_rows_in_order<T>(D, x[r], rows, keys, products[r]);
+  }
+}
+
+// products[r][j] = x[r] . rows[key j] for R rows x and every key. The last vector of each row of products is padded with the last key's.
+template <int R, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void dot_rows(Dim D, Rows<T const> x, Rows<T const> rows, Keys keys, Rows<T> products) {
+  constexpr int n = cpu::lanes<T>, K = R == 1 ? n : std::max(n / R, 2);   // keys together
+  for (Index j = 0; j < round_up(keys.count, n); j += K) {
+    T const* row[std::size_t{K}];
     HYBRIDATTN_UNROLL
-    for (int i = 0; i < n; ++i) row[i] = rows[keys[std::min(j + i, keys.count - 1)]];
-    cpu::Vec<T> sums[std::size_t{n}] = {};
+    for (int k = 0; k < K; ++k) row[k] = rows[keys[std::min(j + k, keys.count - 1)]];
+    cpu::Vec<T> sums[std::size_t{R * K}] = {};
     for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) {
+      for (int v = 0; v < piece.vectors; ++v) {
+        cpu::Vec<T> of_x[std::size_t{R}];
         HYBRIDATTN_UNROLL
-        for (int v = 0; v < piece.vectors; ++v) sums[i] += piece.get(x, v) * piece.get(row[i], v);
+        for (int r = 0; r < R; ++r) of_x[r] = cpu::in_register<T>(piece.get(x[r], v));
+        HYBRIDATTN_UNROLL
+        for (int k = 0; k < K; ++k) {
+          cpu::Vec<T> const of_key = R == 1 ? piece.get(row[k], v) : cpu::in_register<T>(piece.get(row[k], v));
+          HYBRIDATTN_UNROLL
+          for (int r = 0; r < R; ++r) sums[r * K + k] += of_x[r] * of_key;
+        }
       }
     });
-    cpu::sum_each<n, T>(sums, products + j);
-    range.add(cpu::load(products + j));
+    T sum[std::size_t{R * K}];
+    cpu::sum_each<R * K, T>(sums, sum);
+    HYBRIDATTN_UNROLL
+    for (int r = 0; r < R; ++r) std::memcpy(products[r] + j, sum + r * K, sizeof(T) * std::size_t{K});
   }
-  if (!range.is_moderate()) dot_rows_in_order<T>(D, x, rows, keys, products);
+  keep_moderate<T>(D, x, R, rows, keys, products);
 }
 // x . y, summed in the order of dot_rows: where one key has weight 1, d_o . v - delta is then exactly 0.
 template <class T, class Dim> HYBRIDATTN_INLINE T dot_row(Dim D, T const* x, T const* y) {
@@ -162,16 +199,19 @@ template <class T> HYBRIDATTN_INLINE OnlineSoftmax<T> exponentials(T scale, Inde
   return {cpu::in_register<T>(size * cpu::broadcast<T>(largest))[0], cpu::sum<T>(sum)};   // a rounded score
 }
 
-// total = sum_j p[j] rows[key j] for a piece of the rows, in several sums, which keep the CPU's pipelines busy.
-template <class T, class Piece, class Keys>
-HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
-  constexpr int V = Piece::vectors;
-  constexpr int chains = V == 4 ? 2 : 4;
-  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{V}] = {};
+// total[r][v] = sum_j p[r][j] rows[key j] for R heads and a piece of the rows, in several sums where one would keep the CPU waiting.
+template <int R, class T, class Piece, class Keys>
+HYBRIDATTN_INLINE void sum_piece(Piece piece, Rows<T const> p, Rows<T const> rows, Keys keys, cpu::Vec<T>* total) {
+  constexpr int V = Piece::vectors, chains = std::clamp(8 / (R * V), 1, 4);
+  cpu::Vec<T> sum[std::size_t{chains}][std::size_t{R}][std::size_t{V}] = {};
   auto const add = [&](Index j, int chain) HYBRIDATTN_INLINE_LAMBDA {
     T const* const row = rows[keys[j]];
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) sum[chain][v] += p[j] * piece.get(row, v);
+    for (int v = 0; v < V; ++v) {
+      cpu::Vec<T> const of_key = R == 1 ? piece.get(row, v) : cpu::in_register<T>(piece.get(row, v));
+      HYBRIDATTN_UNROLL
+      for (int r = 0; r < R; ++r) sum[chain][r][v] += p[r][j] * of_key;
+    }
   };
   Index j = 0;
   for (; j + chains <= keys.count; j += chains) {
@@ -180,33 +220,65 @@ HYBRIDATTN_INLINE void sum_piece(Piece piece, T const* p, Rows<T const> rows, Ke
   }
   for (; j < keys.count; ++j) add(j, 0);
   HYBRIDATTN_UNROLL
-  for (int v = 0; v < V; ++v) {
-    total[v] = sum[0][v];
+  for (int i = 0; i < R * V; ++i) {
+    total[i] = sum[0][i / V][i % V];
     HYBRIDATTN_UNROLL
-    for (int chain = 1; chain < chains; ++chain) total[v] += sum[chain][v];
+    for (int chain = 1; chain < chains; ++chain) total[i] += sum[chain][i / V][i % V];
   }
 }
-// o = factor * sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T factor, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+// Calls store(piece, r, v, sum_j p[r][j] rows[key j]) for R heads and every vector of a row.
+template <int R, class T, class Dim, class Keys, class Store>
+HYBRIDATTN_INLINE void for_each_sum(Dim D, Rows<T const> p, Rows<T const> rows, Keys keys, Store store) {
+  for_each_piece<T, (R == 1 ? 4 : cpu::tuning.shared.vectors)>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
     constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
+    cpu::Vec<T> total[std::size_t{R * V}];
+    sum_piece<R, T>(piece, p, rows, keys, total);
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, factor * total[v]);
+    for (int i = 0; i < R * V; ++i) store(piece, i / V, i % V, total[i]);
   });
 }
-// o += sum_j p[j] rows[key j]
-template <class T, class Dim, class Keys>
-HYBRIDATTN_INLINE void add_weighted_rows(Dim D, T const* p, Rows<T const> rows, Keys keys, T* o) {
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> total[std::size_t{V}];
-    sum_piece<T>(piece, p, rows, keys, total);
-    HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) piece.put(o, v, piece.get(o, v) + total[v]);
+// o[r] = sum_j p[r][j] rows[key j]
+template <int R, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void weighted_rows(Dim D, Rows<T const> p, Rows<T const> rows, Keys keys, Rows<T> o) {
+  for_each_sum<R, T>(D, p, rows, keys,
+                     [&](auto piece, int r, int v, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { piece.put(o[r], v, sum); });
+}
+// o[r] += sum_j p[r][j] rows[key j]
+template <int R, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_weighted_rows(Dim D, Rows<T const> p, Rows<T const> rows, Keys keys, Rows<T> o) {
+  for_each_sum<R, T>(D, p, rows, keys, [&](auto piece, int r, int v, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA {
+    piece.put(o[r], v, piece.get(o[r], v) + sum);
   });
+}
+
+// rows[key j + i] += sum_h weights[h][j + i] x[h] for `count` heads and K keys.
+template <int K, class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_to_keys(Dim D, Rows<T const> weights, Rows<T const> x, Index count, Keys keys, Index j, Rows<T> rows) {
+  for_each_piece<T, cpu::tuning.shared.vectors>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
+    constexpr int V = piece.vectors;
+    cpu::Vec<T> sum[std::size_t{K}][std::size_t{V}];
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < K * V; ++i) sum[i / V][i % V] = piece.get(rows[keys[j + i / V]], i % V);
+    for (Index h = 0; h < count; ++h) {
+      T const *const row = x[h], *const weight = weights[h] + j;
+      HYBRIDATTN_UNROLL
+      for (int v = 0; v < V; ++v) {
+        cpu::Vec<T> const of_x = cpu::in_register<T>(piece.get(row, v));
+        HYBRIDATTN_UNROLL
+        for (int i = 0; i < K; ++i) sum[i][v] += weight[i] * of_x;
+      }
+    }
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < K * V; ++i) piece.put(rows[keys[j + i / V]], i % V, sum[i / V][i % V]);
+  });
+}
+// rows[key j] += sum_h weights[h][j] x[h] for `count` heads and every key: each row is read and written once. No key comes twice.
+template <class T, class Dim, class Keys>
+HYBRIDATTN_INLINE void add_to_rows(Dim D, Rows<T const> weights, Rows<T const> x, Index count, Keys keys, Rows<T> rows) {
+  constexpr int K = cpu::tuning.shared.rows;
+  Index j = 0;
+  for (; j + K <= keys.count; j += K) add_to_keys<K, T>(D, weights, x, count, keys, j, rows);
+  for (; j < keys.count; ++j) add_to_keys<1, T>(D, weights, x, count, keys, j, rows);
 }
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::attention

@@ -43,7 +43,7 @@ struct ToView {
 
 }  // namespace detail
 
-template <class P, class B, class T> class Adaptor final : public AnyPolicy {
+template <class P, class B, class T> class Adaptor : public AnyPolicy {
   static_assert(ImplementedOn<P, B, T>, "a policy is judged where it has both a forward and a backward");
   using Config = typename P::Config;
   template <class S> using Inputs = typename P::template Inputs<S>;

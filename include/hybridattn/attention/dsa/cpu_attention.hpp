@@ -1,7 +1,8 @@
-// Attention over chosen keys on the CPU, one query and one head after the other.
+// Attention over chosen keys on the CPU, one query after the other. Heads that share keys go together.
 #ifndef HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 #define HYBRIDATTN_ATTENTION_DSA_CPU_ATTENTION_HPP
 
+#include <hybridattn/attention/dsa/cpu_panels.hpp>
 #include <hybridattn/attention/dsa/cpu_rows.hpp>
 #include <hybridattn/attention/dsa/types.hpp>
 
@@ -40,78 +41,109 @@ template <class T> HYBRIDATTN_INLINE cpu::Vec<T> real_keys(Index j, Index count,
   return cpu::select<T>(cpu::lane_numbers<T>() < static_cast<Bits>(count - j), x, cpu::Vec<T>{});
 }
 
-// (3) for one query and one head. p is scratch with a number for each key.
-template <class T, class Dim>
-HYBRIDATTN_INLINE void attend(Dim D, T scale, T const* q, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* o, wide_t<T>& lse) {
-  dot_rows<T>(D, q, k, keys, p);
-  auto const softmax = attention::exponentials(scale, keys.count, p);
-  weighted_rows<T>(D, p, v, keys, T(1) / softmax.total, o);
-  lse = static_cast<wide_t<T>>(softmax.lse());
-  if (attention::is_moderate<T>(D, o)) return;
-  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
-  T const exact = attention::attend_in_order<T>(D, scale, q, keys.count, key_at, o);
-  if (!attention::Range<T>::holds(static_cast<T>(lse))) lse = static_cast<wide_t<T>>(exact);   // otherwise only values are large
-}
+// Scratch for heads that share a key/value head: numbers of each head for its keys, numbers of the heads, and two panels for tiles.
+template <class T> struct HeadScratch {
+  static Index size(Index D, Index heads, Index keys) { return 2 * heads * row(keys) + row(heads) + panels_size(D, heads); }
 
-// The tensors of one query and one head in backward.
-template <class T> struct QueryGradient {
-  T const *q, *o, *d_o;
-  wide_t<T> lse;
-  T* d_q;
+  HeadScratch(Index heads, Index keys, T* memory)
+      : p{memory, row(keys)}, d_s(p.from(heads)), deltas(d_s[heads]), panels(deltas + row(heads)) {}
+
+  Rows<T> p, d_s;   // [heads, keys]
+  T *deltas, *panels;
+
+ private:
+  static Index row(Index count) { return round_up(count, tile_keys<T>); }
+  static Index panels_size(Index D, Index heads) { return go_by_tiles(heads) ? 2 * panel_room<T>(D) : 0; }
 };
-// (4): overwrites d_q, adds to d_k and d_v. p and d_s are scratch with a number for each key.
+
+// products[h][j] = x[h] . rows[key j] for all heads.
 template <class T, class Dim>
-HYBRIDATTN_INLINE void attend_backward(Dim D, T scale, QueryGradient<T> x, Rows<T const> k, Rows<T const> v, Keys keys, T* p, T* d_s,
-                                       Rows<T> d_k, Rows<T> d_v) {
-  dot_rows<T>(D, x.q, k, keys, p);
-  dot_rows<T>(D, x.d_o, v, keys, d_s);
-  T const delta = dot_row<T>(D, x.d_o, x.o), lse = static_cast<T>(x.lse);
-  for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
-    cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p + j)) - lse);   // a score rounded like lse
-    cpu::store<T>(p + j, e);
-    cpu::store<T>(d_s + j, scale * e * (cpu::load(d_s + j) - delta));
-  }
-  for_each_piece<T>(D, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-    constexpr int V = piece.vectors;
-    cpu::Vec<T> d_q[std::size_t{V}] = {}, q[std::size_t{V}], d_o[std::size_t{V}];
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < V; ++i) {
-      q[i] = piece.get(x.q, i);
-      d_o[i] = piece.get(x.d_o, i);
-    }
-    for (Index j = 0; j < keys.count; ++j) {
-      Index const key = keys.indices[j];
-      T const* const k_row = k[key];
-      T *const d_k_row = d_k[key], *const d_v_row = d_v[key], p_j = p[j], d_s_j = d_s[j];
-      HYBRIDATTN_UNROLL
-      for (int i = 0; i < V; ++i) {
-        d_q[i] += d_s_j * piece.get(k_row, i);
-        piece.put(d_k_row, i, piece.get(d_k_row, i) + d_s_j * q[i]);
-        piece.put(d_v_row, i, piece.get(d_v_row, i) + p_j * d_o[i]);
-      }
-    }
-    HYBRIDATTN_UNROLL
-    for (int i = 0; i < V; ++i) piece.put(x.d_q, i, d_q[i]);
-  });
+HYBRIDATTN_INLINE void dot_heads(Dim D, Rows<T const> x, Index heads, Rows<T const> rows, Keys keys, T* panel, Rows<T> products) {
+  if (go_by_tiles(heads)) return dot_rows_by_tiles<T>(D, x, heads, rows, keys, panel, products);
+  attention::for_each_heads(heads,
+                            [&](auto R, Index h) HYBRIDATTN_INLINE_LAMBDA { dot_rows<R, T>(D, x.from(h), rows, keys, products.from(h)); });
 }
 
-// A task is a head and some of its queries, whose keys and values stay in the second-level cache.
+// Heads of one query that share a key/value head, in forward: rows [heads, D], lse [heads].
+template <class T> struct QueryHeads {
+  Rows<T const> q;
+  Rows<T> o;
+  wide_t<T>* lse;
+};
+// (3)
+template <class T, class Dim>
+void attend(Dim D, T scale, Index heads, QueryHeads<T> x, Rows<T const> k, Rows<T const> v, Keys keys, HeadScratch<T> const& scratch) {
+  Rows<T> const p = scratch.p;
+  dot_heads<T>(D, x.q, heads, k, keys, scratch.panels, p);
+  attention::for_each_heads(heads, [&](auto R, Index h) HYBRIDATTN_INLINE_LAMBDA {
+    T factors[std::size_t{R}];
+    for (int r = 0; r < R; ++r) {
+      auto const softmax = attention::exponentials(scale, keys.count, p[h + r]);
+      factors[r] = T(1) / softmax.total;
+      x.lse[h + r] = static_cast<wide_t<T>>(softmax.lse());
+    }
+    attention::for_each_sum<R, T>(D, p.from(h), v, keys, [&](auto piece, int r, int i, cpu::Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA {
+      piece.put(x.o[h + r], i, factors[r] * sum);
+    });
+  });
+  auto const key_at = [&](Index j) { return attention::KeyRows<T>{k[keys[j]], v[keys[j]]}; };
+  for (Index h = 0; h < heads; ++h) {
+    if (attention::is_moderate<T>(D, x.o[h])) continue;
+    T const exact = attention::attend_in_order<T>(D, scale, x.q[h], keys.count, key_at, x.o[h]);
+    if (!attention::Range<T>::holds(static_cast<T>(x.lse[h]))) x.lse[h] = static_cast<wide_t<T>>(exact);  // otherwise only values are large
+  }
+}
+
+// The same heads in backward.
+template <class T> struct HeadGradients {
+  Rows<T const> q, o, d_o;
+  wide_t<T> const* lse;
+  Rows<T> d_q;
+};
+template <class T, class Dim> void set_deltas(Dim D, Index heads, HeadGradients<T> const& x, T* panels, T* deltas) {
+  if (go_by_tiles(heads)) return deltas_by_tiles<T>(D, x.o, x.d_o, heads, panels, deltas);
+  for (Index h = 0; h < heads; ++h) deltas[h] = dot_row<T>(D, x.d_o[h], x.o[h]);
+}
+// (4): overwrites d_q, adds to d_k and d_v.
+template <class T, class Dim>
+void attend_backward(Dim D, T scale, Index heads, HeadGradients<T> const& x, Rows<T const> k, Rows<T const> v, Keys keys,
+                     HeadScratch<T> const& scratch, Rows<T> d_k, Rows<T> d_v) {
+  Rows<T> const p = scratch.p, d_s = scratch.d_s;
+  dot_heads<T>(D, x.q, heads, k, keys, scratch.panels, p);
+  dot_heads<T>(D, x.d_o, heads, v, keys, scratch.panels, d_s);
+  set_deltas<T>(D, heads, x, scratch.panels, scratch.deltas);
+  for (Index h = 0; h < heads; ++h) {
+    T const delta = scratch.deltas[h], lse = static_cast<T>(x.lse[h]);
+    for (Index j = 0; j < keys.count; j += cpu::lanes<T>) {
+      cpu::Vec<T> const e = cpu::exp<T>(cpu::in_register<T>(scale * cpu::load(p[h] + j)) - lse);  // a score rounded like lse
+      cpu::store<T>(p[h] + j, e);
+      cpu::store<T>(d_s[h] + j, scale * e * (cpu::load(d_s[h] + j) - delta));
+    }
+  }
+  attention::for_each_heads(heads,
+                            [&](auto R, Index h) HYBRIDATTN_INLINE_LAMBDA { weighted_rows<R, T>(D, d_s.from(h), k, keys, x.d_q.from(h)); });
+  attention::add_to_rows<T>(D, d_s, x.q, heads, keys, d_k);
+  attention::add_to_rows<T>(D, p, x.d_o, heads, keys, d_v);
+}
+
+// A task is a key/value head and some of its queries, whose keys and values stay in the second-level cache.
 template <class T, class Dim>
 void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<Out<T>> y,
                 Saved<Out<T>> saved) {
   constexpr Index piece = 64;
-  Index const H = c.num_heads, group = H / c.num_kv_heads, pieces = ceil_div(s.longest(), piece);
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(sets.most())}};
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, pieces = ceil_div(s.longest(), piece), most = sets.most();
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, HeadScratch<T>::size(c.head_dim, group, most)}};
   auto const memory = out(scratch);
-  parallel_for(cpu, s.count() * H * pieces, [&](Index task, int thread) {
-    Sequence const sequence = s[static_cast<std::size_t>(task / pieces / H)];
-    Index const h = task / pieces % H, first = task % pieces * piece, last = std::min(first + piece, sequence.length);
+  parallel_for(cpu, s.count() * HK * pieces, [&](Index task, int thread) {
+    Sequence const sequence = s[static_cast<std::size_t>(task / pieces / HK)];
+    Index const hk = task / pieces % HK, first = task % pieces * piece, last = std::min(first + piece, sequence.length);
     if (first >= last) return;
-    Rows<T const> const q = head_of(x.q, sequence, h), k = head_of(x.k, sequence, h / group), v = head_of(x.v, sequence, h / group);
-    Rows<T> const output = head_of(y.o, sequence, h);
-    for (Index t = first; t < last; ++t)
-      attend<T>(D, static_cast<T>(c.scale), q[t], k, v, sets.of(sequence, t), memory.row(thread), output[t],
-                saved.lse(sequence.start + t, h));
+    Rows<T const> const k = head_of(x.k, sequence, hk), v = head_of(x.v, sequence, hk);
+    for (Index t = first; t < last; ++t) {
+      Index const n = sequence.start + t, h = hk * group;
+      attend<T>(D, static_cast<T>(c.scale), group, {heads_of(x.q, n, h), heads_of(y.o, n, h), saved.lse.row(n) + h}, k, v,
+                sets.of(sequence, t), {group, most, memory.row(thread)});
+    }
   });
 }
 
@@ -119,26 +151,25 @@ void attend_all(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences
 template <class T, class Dim>
 void attend_all_backward(Cpu& cpu, Dim D, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Outputs<In<T>> y,
                          Saved<In<T>> saved, Outputs<In<T>> d_y, Inputs<Out<T>> d_x) {
-  Index const HK = c.num_kv_heads, group = c.num_heads / HK, room = key_room<T>(sets.most());
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, 2 * room}};
+  Index const HK = c.num_kv_heads, group = c.num_heads / HK, most = sets.most();
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, HeadScratch<T>::size(c.head_dim, group, most)}};
   auto const memory = out(scratch);
   parallel_for(cpu, s.count() * HK, [&](Index task, int thread) {
     Sequence const sequence = s[static_cast<std::size_t>(task / HK)];
     if (sequence.length == 0) return;
-    Index const hk = task % HK;
+    Index const hk = task % HK, h = hk * group;
     Rows<T const> const k = head_of(x.k, sequence, hk), v = head_of(x.v, sequence, hk);
     Rows<T> const d_k = head_of(d_x.k, sequence, hk), d_v = head_of(d_x.v, sequence, hk);
-    T* const p = memory.row(thread);
+    HeadScratch<T> const numbers{group, most, memory.row(thread)};
     for (Index j = 0; j < sequence.length; ++j) {
       std::fill_n(d_k[j], D, T(0));
       std::fill_n(d_v[j], D, T(0));
     }
     for (Index t = 0; t < sequence.length; ++t) {
       Index const n = sequence.start + t;
-      Keys const keys = sets.of(sequence, t);
-      for (Index h = hk * group; h < (hk + 1) * group; ++h)
-        attend_backward<T>(D, static_cast<T>(c.scale), {x.q.row(n, h), y.o.row(n, h), d_y.o.row(n, h), saved.lse(n, h), d_x.q.row(n, h)}, k,
-                           v, keys, p, p + room, d_k, d_v);
+      HeadGradients<T> const heads{heads_of(x.q, n, h), heads_of(y.o, n, h), heads_of(d_y.o, n, h), saved.lse.row(n) + h,
+                                   heads_of(d_x.q, n, h)};
+      attend_backward<T>(D, static_cast<T>(c.scale), group, heads, k, v, sets.of(sequence, t), numbers, d_k, d_v);
     }
   });
 }

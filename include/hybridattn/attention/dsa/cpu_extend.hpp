@@ -75,18 +75,19 @@ void attend_cached(Cpu& cpu, Config const& c, Sequences const& s, Inputs<In<T>> 
                    View<T, 3> o) {
   Index const capacity = cache.keys.extent(1), HK = c.num_kv_heads, group = c.num_heads / HK;
   Index const most = indices.empty() ? capacity : std::min(capacity, indices.extent(1));
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, key_room<T>(most)}};
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, HeadScratch<T>::size(c.head_dim, group, most)}};
+  Tensor<wide_t<T>, 2, Cpu> lse{cpu, {s.tokens(), c.num_heads}};
   cpu::Scratch<std::int32_t> const all{cpu, indices.empty() ? capacity : 0};
   if (indices.empty()) std::iota(all.data(), all.data() + capacity, 0);
   auto const memory = out(scratch);
+  auto const lse_rows = out(lse);   // which nobody reads
   parallel_for(cpu, s.tokens() * HK, [&](Index task, int thread) {
-    Index const n = task / HK, hk = task % HK, i = s.owners()(n);
+    Index const n = task / HK, hk = task % HK, h = hk * group, i = s.owners()(n);
     if (s[static_cast<std::size_t>(i)].past == 0) return;
     Keys const keys{indices.empty() ? all.data() : indices.row(n), std::min<Index>(most, s.positions()(n) + 1)};
     Rows<T const> const k{cache.keys.row(i, 0, hk), cache.keys.stride[1]}, v{cache.values.row(i, 0, hk), cache.values.stride[1]};
-    wide_t<T> lse;
-    for (Index h = hk * group; h < (hk + 1) * group; ++h)
-      attend<T>(c.head_dim, static_cast<T>(c.scale), x.q.row(n, h), k, v, keys, memory.row(thread), o.row(n, h), lse);
+    attend<T>(c.head_dim, static_cast<T>(c.scale), group, {heads_of(x.q, n, h), heads_of(o, n, h), lse_rows.row(n) + h}, k, v, keys,
+              {group, most, memory.row(thread)});
   });
 }
 

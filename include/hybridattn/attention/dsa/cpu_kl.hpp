@@ -15,26 +15,22 @@ template <class T> class KlQuery {
 
   // products [HI, room]: iq_j . ik_s. scores: (1)
   HYBRIDATTN_INLINE void score(T* products, Index room, T* scores) const {
-    for (Index j = 0; j < c_.index_heads; ++j) dot_rows<T>(c_.index_dim, x_.index_q.row(n_, j), index_keys(), keys_, products + j * room);
+    attention::for_each_heads(c_.index_heads, [&](auto R, Index j) HYBRIDATTN_INLINE_LAMBDA {
+      dot_rows<R, T>(c_.index_dim, heads_of(x_.index_q, n_, j), index_keys(), keys_, {products + j * room, room});
+    });
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> sum{};
       for (Index j = 0; j < c_.index_heads; ++j) sum += weight(j) * cpu::max<T>(cpu::Vec<T>{}, cpu::load(products + j * room + i));
       cpu::store<T>(scores + i, sum);
     });
   }
-  // target: p of (5). one_head is scratch with a number for each key.
-  HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, T* one_head, T* target) const {
-    Index const D = c_.head_dim, H = c_.num_heads, group = H / c_.num_kv_heads;
-    T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(H);
+  // target: p of (5). The products have the order of attend, whose lse would not fit others.
+  HYBRIDATTN_INLINE void share(Wide<In<T>, 2> lse, HeadScratch<T> const& heads, T* target) const {
+    Index const group = c_.num_heads / c_.num_kv_heads;
     for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(target + i, cpu::Vec<T>{}); });
-    for (Index h = 0; h < H; ++h) {
-      dot_rows<T>(D, x_.q.row(n_, h), head_of(x_.k, s_, h / group), keys_, one_head);
-      T const total = static_cast<T>(lse(n_, h));   // lse of rounded scores: the scores below are rounded too
-      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(one_head + i, scale * cpu::load(one_head + i)); });
-      for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
-        cpu::Vec<T> const p = cpu::exp<T>(cpu::load(one_head + i) - total);
-        cpu::store<T>(target + i, cpu::load(target + i) + each * p);
-      });
+    for (Index hk = 0; hk < c_.num_kv_heads; ++hk) {
+      dot_heads<T>(c_.head_dim, heads_of(x_.q, n_, hk * group), group, head_of(x_.k, s_, hk), keys_, heads.panels, heads.p);
+      for (Index g = 0; g < group; ++g) add_weights(heads.p[g], static_cast<T>(lse(n_, hk * group + g)), target);
     }
   }
   // index_lse of (5), and the query's part of (6).
@@ -72,11 +68,23 @@ template <class T> class KlQuery {
         cpu::store<T>(product + i, cpu::select<T>(z > T(0), weight(j) * d_score, cpu::Vec<T>{}));
       });
       if (!d_x.index_w.empty()) d_x.index_w(n_, j) = cpu::sum<T>(sum);
-      if (!d_x.index_q.empty()) weighted_rows<T>(c_.index_dim, product, index_keys(), keys_, T(1), d_x.index_q.row(n_, j));
     }
+    if (d_x.index_q.empty()) return;
+    attention::for_each_heads(c_.index_heads, [&](auto R, Index j) HYBRIDATTN_INLINE_LAMBDA {
+      weighted_rows<R, T>(c_.index_dim, Rows<T const>{products + j * room, room}, index_keys(), keys_, heads_of(d_x.index_q, n_, j));
+    });
   }
 
  private:
+  // target += the weights of a head / H. The lse is that of rounded scores, so the scores are rounded here too.
+  HYBRIDATTN_INLINE void add_weights(T* products, T lse, T* target) const {
+    T const scale = static_cast<T>(c_.scale), each = T(1) / static_cast<T>(c_.num_heads);
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA { cpu::store<T>(products + i, scale * cpu::load(products + i)); });
+    for_each_vector([&](Index i) HYBRIDATTN_INLINE_LAMBDA {
+      cpu::Vec<T> const p = cpu::exp<T>(cpu::load(products + i) - lse);
+      cpu::store<T>(target + i, cpu::load(target + i) + each * p);
+    });
+  }
   static cpu::Vec<T> smallest() { return cpu::broadcast<T>(std::numeric_limits<T>::min()); }
   T weight(Index j) const { return static_cast<T>(c_.index_scale) * x_.index_w(n_, j); }
   Rows<T const> index_keys() const { return {x_.index_k.row(s_.start), x_.index_k.stride[0]}; }
@@ -106,16 +114,17 @@ template <class F> void for_each_queries(Cpu& cpu, Sequences const& s, Index que
 template <class T>
 void query_losses(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> x, Wide<In<T>, 2> lse,
                   Wide<Out<T>, 1> index_lse, T* losses) {
-  Index const room = key_room<T>(sets.most()), HI = c.index_heads;
-  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, (HI + 3) * room}};
+  Index const room = key_room<T>(sets.most()), HI = c.index_heads, group = c.num_heads / c.num_kv_heads;
+  Tensor<T, 2, Cpu> scratch{cpu, {Index{cpu.threads()}, (HI + 2) * room + HeadScratch<T>::size(c.head_dim, group, sets.most())}};
   auto const memory = out(scratch);
   for_each_queries(cpu, s, 8, [&](Index i, Index first, Index last, int thread) {
-    T *const products = memory.row(thread), *scores = products + HI * room, *target = scores + room, *one_head = target + room;
+    T *const products = memory.row(thread), *scores = products + HI * room, *target = scores + room;
+    HeadScratch<T> const heads{group, sets.most(), target + room};
     Sequence const sequence = s[static_cast<std::size_t>(i)];
     for (Index t = first; t < last; ++t) {
       KlQuery<T> const query{c, x, sequence, t, sets.of(sequence, t)};
       query.score(products, room, scores);
-      query.share(lse, one_head, target);
+      query.share(lse, heads, target);
       T const total = query.log_sum(scores);
       index_lse(sequence.start + t) = total;
       losses[sequence.start + t] = query.divergence(scores, target, total);
@@ -139,7 +148,8 @@ template <class T> class KlBackward {
   KlBackward(Cpu& cpu, KeySets const& sets, Config const& c, Sequences const& s, Inputs<In<T>> const& x, Saved<In<T>> const& saved,
              T d_loss, Inputs<Out<T>> const& d_x)
       : cpu_(cpu), sets_(sets), c_(c), s_(s), x_(x), saved_(saved), d_loss_(d_loss), d_x_(d_x), room_(key_room<T>(sets.most())),
-        rows_(cpu, cpu.threads() * 3 * room_), d_z_(cpu, block * c.index_heads * start(s.count(), s.tokens())) {}
+        scratch_(2 * room_ + HeadScratch<T>::size(c.head_dim, group(), sets.most())), rows_(cpu, cpu.threads() * scratch_),
+        d_z_(cpu, block * c.index_heads * start(s.count(), s.tokens())) {}
 
   void run() {
     for (Index first = 0; first < s_.longest(); first += block) {
@@ -151,6 +161,7 @@ template <class T> class KlBackward {
  private:
   static constexpr Index block = 32, task_queries = 4, task_keys = 64;
 
+  Index group() const { return c_.num_heads / c_.num_kv_heads; }
   // d_z of a block: rows [HI, room] of each query of sequence i, after those of earlier sequences.
   Index room(Sequence s) const { return std::min(room_, key_room<T>(s.length)); }
   static Index start(Index i, Index tokens_before) { return tokens_before + i * cpu::lanes<T>; }
@@ -160,12 +171,13 @@ template <class T> class KlBackward {
     parallel_for(cpu_, s_.count() * (block / task_queries), [&](Index task, int thread) {
       Index const i = task % s_.count(), begin = first + task / s_.count() * task_queries;
       Sequence const sequence = s_[static_cast<std::size_t>(i)];
-      T *const scores = rows_.data() + thread * 3 * room_, *target = scores + room_, *one_head = target + room_;
+      T *const scores = rows_.data() + thread * scratch_, *target = scores + room_;
+      HeadScratch<T> const heads{group(), sets_.most(), target + room_};
       for (Index t = begin; t < std::min(begin + task_queries, sequence.length); ++t) {
         T* const products = d_z(i, sequence, t - first);
         KlQuery<T> const query{c_, x_, sequence, t, sets_.of(sequence, t)};
         query.score(products, room(sequence), scores);
-        query.share(saved_.lse, one_head, target);
+        query.share(saved_.lse, heads, target);
         query.slopes(d_loss_, static_cast<T>(saved_.index_lse(sequence.start + t)), target, scores, products, room(sequence), d_x_);
       }
     });
@@ -183,27 +195,9 @@ template <class T> class KlBackward {
         Keys const all = sets_.of(sequence, t);
         std::int32_t const* const from = std::lower_bound(all.indices, all.indices + all.count, begin);
         std::int32_t const* const to = std::lower_bound(from, all.indices + all.count, end);
-        add_keys(sequence, t, {from, to - from}, d_z(i, sequence, t - first) + (from - all.indices));
-      }
-    });
-  }
-  // d_ik += d_z iq of one query, for some of its keys.
-  void add_keys(Sequence sequence, Index t, Keys keys, T const* d_z) {
-    Index const stride = room(sequence);
-    for_each_piece<T>(c_.index_dim, [&](auto piece) HYBRIDATTN_INLINE_LAMBDA {
-      constexpr int V = piece.vectors;
-      for (Index e = 0; e < keys.count; ++e) {
-        T* const row = d_x_.index_k.row(sequence.start + keys.indices[e]);
-        cpu::Vec<T> sum[std::size_t{V}];
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < V; ++v) sum[v] = piece.get(row, v);
-        for (Index j = 0; j < c_.index_heads; ++j) {
-          T const* const q = x_.index_q.row(sequence.start + t, j);
-          HYBRIDATTN_UNROLL
-          for (int v = 0; v < V; ++v) sum[v] += d_z[j * stride + e] * piece.get(q, v);
-        }
-        HYBRIDATTN_UNROLL
-        for (int v = 0; v < V; ++v) piece.put(row, v, sum[v]);
+        Rows<T const> const weights{d_z(i, sequence, t - first) + (from - all.indices), room(sequence)};
+        attention::add_to_rows<T>(c_.index_dim, weights, heads_of(x_.index_q, sequence.start + t, 0), c_.index_heads, Keys{from, to - from},
+                                  Rows<T>{d_x_.index_k.row(sequence.start), d_x_.index_k.stride[0]});
       }
     });
   }
@@ -216,7 +210,7 @@ template <class T> class KlBackward {
   Saved<In<T>> saved_;
   T d_loss_;
   Inputs<Out<T>> d_x_;
-  Index room_;
+  Index room_, scratch_;   // of scratch for a thread
   cpu::Scratch<T> rows_, d_z_;
 };
 template <class T>

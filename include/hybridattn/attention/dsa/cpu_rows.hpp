@@ -6,7 +6,7 @@
 
 namespace hybridattn::inline HYBRIDATTN_ABI::dsa {
 
-using attention::dot_row, attention::dot_rows, attention::for_each_piece, attention::head_of, attention::key_room, attention::Rows,
+using attention::dot_row, attention::dot_rows, attention::head_of, attention::heads_of, attention::key_room, attention::Rows,
     attention::weighted_rows;
 
 // The keys of one query, relative to the start of its sequence.

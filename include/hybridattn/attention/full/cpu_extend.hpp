@@ -58,17 +58,21 @@ template <class T>
 void attend(Index D, T scale, SequenceKeys<T> const& keys, Index t, Index group, attention::Rows<T const> q, attention::Rows<T> o, T* p,
             Index room) {
   using Rows = attention::Rows<T const>;
+  attention::Rows<T> const weights{p, room};
   keys.for_each_block(t, [&](Index first, Rows k, Rows, attention::AllRows all) {
-    for (Index g = 0; g < group; ++g) attention::dot_rows<T>(D, q[g], k, all, p + g * room + first);                  // (1)
+    attention::for_each_heads(group, [&](auto R, Index g) HYBRIDATTN_INLINE_LAMBDA {
+      attention::dot_rows<R, T>(D, q.from(g), k, all, {weights[g] + first, room});                                    // (1)
+    });
   });
   for (Index g = 0; g < group; ++g) {
     std::fill_n(o[g], D, T(0));
-    T* const weights = p + g * room;
-    T const total = attention::exponentials(scale, keys.count(t), weights).total;                                     // (2)
-    for (Index j = 0, count = keys.count(t); j < count; ++j) weights[j] *= T(1) / total;
+    T const total = attention::exponentials(scale, keys.count(t), weights[g]).total;                                  // (2)
+    for (Index j = 0, count = keys.count(t); j < count; ++j) weights[g][j] *= T(1) / total;
   }
   keys.for_each_block(t, [&](Index first, Rows, Rows v, attention::AllRows all) {
-    for (Index g = 0; g < group; ++g) attention::add_weighted_rows<T>(D, p + g * room + first, v, all, o[g]);        // (3)
+    attention::for_each_heads(group, [&](auto R, Index g) HYBRIDATTN_INLINE_LAMBDA {
+      attention::add_weighted_rows<R, T>(D, {weights[g] + first, room}, v, all, o.from(g));                           // (3)
+    });
   });
   for (Index g = 0; g < group; ++g)
     if (!attention::is_moderate<T>(D, o[g]))
