@@ -1,6 +1,7 @@
 // Forward and backward of each policy on one core, as a share of the FMA peak measured in the same process.
 //   BM_forward<Full>/T:1024/D:64   one sequence, one head (DSA: 4 indexer heads, top_k 64), float
 //   BM_forward<DSA, warm_up>, <DSA, sparse>   in the stages that train its indexer
+//   BM_forward<DSA, language_model, 16>       16 heads that share keys
 // Counters: GFLOP/s (what the equations need, causal), share (of the peak), of_probe (of a tile timed before and after the sample), tokens/s.
 // And one token of one sequence after others that stand in a cache:
 //   BM_decode<Full>/context:4096/D:64   8 heads, 2 key/value heads (GDN: 8 states)
@@ -27,16 +28,17 @@ using GDN = ha::GDN;
 using DSA = ha::DSA;
 constexpr auto language_model = ha::Stage::language_model, warm_up = ha::Stage::dense_warm_up, sparse = ha::Stage::sparse;
 
-template <class Policy, ha::Stage stage> typename Policy::Config config_of(Index D) {
-  auto config = Policy::complete({}, D, 1);
+template <class Policy, ha::Stage stage, int heads> typename Policy::Config config_of(Index D) {
+  auto config = Policy::complete({}, heads * D, heads);
+  if constexpr (heads > 1) config.num_kv_heads = 1;
   if constexpr (requires { config.stage; }) config.stage = stage;
   return config;
 }
-template <class Policy, ha::Stage stage> struct Case {
+template <class Policy, ha::Stage stage, int heads> struct Case {
   ha::Cpu cpu{1};
   Index T, D;
   ha::Sequences sequences = ha::Sequences::equal(1, T);
-  typename Policy::Config config = config_of<Policy, stage>(D);
+  typename Policy::Config config = config_of<Policy, stage, heads>(D);
   typename Policy::template Inputs<ha::Owned<float, ha::Cpu>> x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
   typename Policy::template Inputs<ha::Owned<float, ha::Cpu>> d_x = ha::allocate<float>(cpu, Policy::inputs(config, sequences));
   typename Policy::template Outputs<ha::Owned<float, ha::Cpu>> y = ha::allocate<float>(cpu, Policy::outputs(config, sequences));
@@ -65,12 +67,12 @@ template <class F> void measure(benchmark::State& state, double flops, Index tok
   state.counters["tokens/s"] = Counter(static_cast<double>(tokens), Counter::kIsIterationInvariantRate);
 }
 
-template <class Policy, ha::Stage stage = language_model> void BM_forward(benchmark::State& state) {
-  Case<Policy, stage> c{state};
+template <class Policy, ha::Stage stage = language_model, int heads = 1> void BM_forward(benchmark::State& state) {
+  Case<Policy, stage, heads> c{state};
   measure(state, forward_flops(c.config, c.T), c.T, [&] { c.forward(); });
 }
-template <class Policy, ha::Stage stage = language_model> void BM_backward(benchmark::State& state) {
-  Case<Policy, stage> c{state};
+template <class Policy, ha::Stage stage = language_model, int heads = 1> void BM_backward(benchmark::State& state) {
+  Case<Policy, stage, heads> c{state};
   measure(state, backward_flops(c.config, c.T), c.T, [&] { c.backward(); });
 }
 
@@ -126,6 +128,10 @@ void stages(benchmark::internal::Benchmark* b) {
   b->ArgNames({"T", "D"})->ArgsProduct({{1024, 4096}, {64}})->Unit(benchmark::kMicrosecond);
 }
 
+void shared_keys(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"T", "D"})->ArgsProduct({{1024, 4096}, {32, 64, 128}})->Unit(benchmark::kMicrosecond);
+}
+
 void contexts(benchmark::internal::Benchmark* b) {
   b->ArgNames({"context", "D"})->ArgsProduct({{1024, 4096}, {64, 128}})->Unit(benchmark::kMicrosecond);
 }
@@ -146,6 +152,8 @@ BENCHMARK_TEMPLATE(BM_forward, DSA, warm_up)->Apply(stages);
 BENCHMARK_TEMPLATE(BM_backward, DSA, warm_up)->Apply(stages);
 BENCHMARK_TEMPLATE(BM_forward, DSA, sparse)->Apply(stages);
 BENCHMARK_TEMPLATE(BM_backward, DSA, sparse)->Apply(stages);
+BENCHMARK_TEMPLATE(BM_forward, DSA, language_model, 16)->Apply(shared_keys);
+BENCHMARK_TEMPLATE(BM_backward, DSA, language_model, 16)->Apply(shared_keys);
 BENCHMARK(BM_decode<Full>)->Apply(contexts);
 BENCHMARK(BM_decode<GDN>)->Apply(contexts);
 BENCHMARK(BM_decode<DSA>)->Apply(contexts);

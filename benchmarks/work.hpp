@@ -41,12 +41,12 @@ inline double forward_flops(ha::full::Config const& c, Index T) { return 4.0 * s
 inline double backward_flops(ha::full::Config const& c, Index T) { return 10.0 * static_cast<double>(pairs(T, T) * c.head_dim); }
 inline double forward_flops(ha::gdn::Config const& c, Index T) { return 6.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
 inline double backward_flops(ha::gdn::Config const& c, Index T) { return 12.0 * static_cast<double>(T * c.key_dim * c.value_dim); }
-// Attention over the keys of a query and, in stages that train the indexer, its loss over the same keys: H = 1.
+// Attention over the keys of a query and, in stages that train the indexer, its loss over the same keys.
 struct SparseWork {
-  double all, attended, attention, indexer;   // pairs, pairs, and flops a pair of q . k and of the indexer's score
+  double all, attended, attention, indexer;   // pairs, pairs, and flops a pair of q . k of all heads and of the indexer's score
   SparseWork(ha::dsa::Config const& c, Index T)
       : all(static_cast<double>(pairs(T, T))), attended(c.stage == ha::Stage::dense_warm_up ? all : static_cast<double>(pairs(T, 64))),
-        attention(2 * static_cast<double>(c.head_dim)), indexer(2 * static_cast<double>(c.index_heads * c.index_dim)) {}
+        attention(2 * static_cast<double>(c.num_heads * c.head_dim)), indexer(2 * static_cast<double>(c.index_heads * c.index_dim)) {}
 };
 inline double forward_flops(ha::dsa::Config const& c, Index T) {
   SparseWork const w{c, T};
