@@ -6,6 +6,7 @@
 
 #include <Eigen/Core>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -66,6 +67,53 @@ TEMPLATE_TEST_CASE("a row of a product does not depend on the other rows or on t
           CHECK(product<TestType>(one, part, b, false, b_transposed) == whole.middleRows(first, rows));
         }
     }
+}
+
+namespace {
+
+using Bf16 = std::vector<ha::bf16>;
+Bf16 rounded(Rows<float> const& x) {
+  Bf16 y(static_cast<std::size_t>(x.size()));
+  std::transform(x.data(), x.data() + x.size(), y.begin(), [](float number) { return ha::bf16(number); });
+  return y;
+}
+Rows<float> widened(Bf16 const& x, Index rows, Index columns) {
+  Rows<float> y(rows, columns);
+  std::copy(x.begin(), x.end(), y.data());
+  return y;
+}
+std::vector<std::uint16_t> bits_of(Bf16 const& x) {
+  std::vector<std::uint16_t> bits;
+  for (ha::bf16 const number : x) bits.push_back(number.bits);
+  return bits;
+}
+
+}  // namespace
+
+TEST_CASE("a product of numbers in bf16 is that of the same floats, rounded once") {
+  ha::Cpu cpu{2};
+  for (Size const size : sizes)
+    for (int const layout : {0, 1, 2, 3})
+      for (ha::Into const into : {ha::Into::overwrite, ha::Into::add}) {
+        auto const [M, N, K] = size;
+        auto const stored = [](auto const& x, Index rows, Index columns, bool transposed) {
+          using T = std::remove_cvref_t<decltype(*x.data())>;
+          ha::Operand<T> const as_stored{x.data(), transposed ? columns : rows, transposed ? rows : columns, transposed ? rows : columns, 1};
+          return transposed ? as_stored.transposed() : as_stored;
+        };
+        Bf16 const a = rounded(noise<float>(M, K, "a")), b = rounded(noise<float>(K, N, "b")), old = rounded(noise<float>(M, N, "c"));
+        Rows<float> const wide_a = widened(a, M, K), wide_b = widened(b, K, N);
+        Rows<float> truth = widened(old, M, N), sum = truth;
+        Bf16 c = old;
+        auto const both = [&](auto const& x, auto const& y, auto to) {
+          ha::cpu::gemm(cpu, stored(x, M, K, (layout & 1) != 0), stored(y, K, N, (layout & 2) != 0), to, into);
+        };
+        both(wide_a, wide_b, ha::View<float, 2>{truth.data(), {M, N}});
+        both(a, b, ha::View<ha::bf16, 2>{c.data(), {M, N}});
+        CHECK(bits_of(c) == bits_of(rounded(truth)));
+        both(a, b, ha::View<float, 2>{sum.data(), {M, N}});
+        CHECK(sum == truth);
+      }
 }
 
 TEST_CASE("a product can be added to what is there") {

@@ -1771,6 +1771,33 @@ template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index cou
   std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
 }
 
+// A vector of the wide scalar, from as many stored numbers.
+template <class S> HYBRIDATTN_INLINE Vec<wide_t<S>> load_wide(S const* from) {
+  if constexpr (std::is_same_v<S, wide_t<S>>) {
+    return load(from);
+  } else {
+    typedef std::uint16_t Stored __attribute__((vector_size(vector_bytes / 2), aligned(2), may_alias));
+    typedef std::uint32_t Bits __attribute__((vector_size(vector_bytes)));
+    return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<Stored const*>(from), Bits) << 16);
+  }
+}
+template <class S> HYBRIDATTN_INLINE Vec<wide_t<S>> load_wide_first(S const* from, Index count) {   // the rest is zero
+  alignas(vector_bytes) S buffer[std::size_t{lanes<wide_t<S>>}] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(S));
+  return load_wide(buffer);
+}
+
+// Stores the first `count` numbers of x, rounded to the scalar of `to`.
+template <class S> HYBRIDATTN_INLINE void store_rounded(S* to, Vec<wide_t<S>> x, Index count) {
+  if (std::is_same_v<S, wide_t<S>> && count == lanes<wide_t<S>>) {
+    std::memcpy(to, &x, sizeof x);
+    return;
+  }
+  alignas(vector_bytes) wide_t<S> buffer[std::size_t{lanes<wide_t<S>>}];
+  store(buffer, x);
+  for (Index i = 0; i < count; ++i) to[i] = static_cast<S>(buffer[i]);
+}
+
 template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
 template <class T> HYBRIDATTN_INLINE Vec<T> max(Vec<T> x, Vec<T> y) { return x > y ? x : y; }
 // 0, 1, 2, ...
@@ -8590,10 +8617,12 @@ template <class T> HYBRIDATTN_HD Operand<std::remove_const_t<T>> operand(View<T,
 
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
-// c = a b or c += a b, for a [M, K], b [K, N], c [M, N].
-template <class T> struct Product {
-  Operand<T> a, b;
-  View<T, 2> c;
+// c = a b or c += a b, for a [M, K], b [K, N], c [M, N]. Numbers are multiplied and summed in the wide scalar, which is the same for all
+// three, and rounded once where c is stored in bf16.
+template <class A, class B, class C> struct Product {
+  Operand<A> a;
+  Operand<B> b;
+  View<C, 2> c;
 };
 
 namespace detail {
@@ -8602,49 +8631,49 @@ inline constexpr Index few_rows = 4;
 
 // `V` vectors of columns of few rows, from column j on. Where b ends before them, its last column stands in, and nothing of it is written:
 // the same arithmetic makes the same bits, whatever the number of columns.
-template <int V, bool is_whole, class T> HYBRIDATTN_INLINE void multiply_columns(Product<T> const& p, Index j, Into into) {
+template <int V, bool is_whole, class A, class B, class C>
+HYBRIDATTN_INLINE void multiply_columns(Product<A, B, C> const& p, Index j, Into into) {
+  using T = wide_t<C>;
   constexpr int n = lanes<T>;
   auto const column = [&](int v, int i) HYBRIDATTN_INLINE_LAMBDA {
     Index const number = j + v * n + i;
     return p.b.data + (is_whole ? number : std::min(number, p.b.columns - 1)) * p.b.column;
   };
-  auto const slot = [&](int v) HYBRIDATTN_INLINE_LAMBDA {
-    return Slot<T>{j + v * n, is_whole ? n : std::min<Index>(n, p.b.columns - j - v * n)};
-  };
+  auto const count = [&](int v) HYBRIDATTN_INLINE_LAMBDA { return is_whole ? n : std::min<Index>(n, p.b.columns - j - v * n); };
   Vec<T> sum[std::size_t{few_rows}][std::size_t{V}] = {};
   for (Index r = 0; r < p.a.rows && into == Into::add; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = slot(v).get(p.c.row(r));
+    for (int v = 0; v < V; ++v) sum[r][v] = load_wide_first(p.c.row(r) + j + v * n, count(v));
   Index k = 0;
-  for (; k + n <= p.a.columns; k += n)
+  for (; k + n <= p.a.columns; k += n) HYBRIDATTN_UNROLL
+  for (int v = 0; v < V; ++v) {
+    Vec<T> square[std::size_t{n}];   // of columns, then of rows of b
     HYBRIDATTN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      Vec<T> square[std::size_t{n}];   // of columns, then of rows of b
+    for (int i = 0; i < n; ++i) square[i] = load_wide(column(v, i) + k);
+    transpose<T>(square);
+    for (Index r = 0; r < p.a.rows; ++r) {
+      Vec<T> of_row = sum[r][v];
       HYBRIDATTN_UNROLL
-      for (int i = 0; i < n; ++i) square[i] = load(column(v, i) + k);
-      transpose<T>(square);
-      for (Index r = 0; r < p.a.rows; ++r) {
-        Vec<T> of_row = sum[r][v];
-        HYBRIDATTN_UNROLL
-        for (int i = 0; i < n; ++i) of_row += p.a(r, k + i) * square[i];
-        sum[r][v] = of_row;
-      }
+      for (int i = 0; i < n; ++i) of_row += T(p.a(r, k + i)) * square[i];
+      sum[r][v] = of_row;
     }
+  }
   for (; k < p.a.columns; ++k)
     for (int v = 0; v < V; ++v) {
       Vec<T> row{};
       for (int i = 0; i < n; ++i) row[i] = column(v, i)[k];
-      for (Index r = 0; r < p.a.rows; ++r) sum[r][v] += p.a(r, k) * row;
+      for (Index r = 0; r < p.a.rows; ++r) sum[r][v] += T(p.a(r, k)) * row;
     }
   for (Index r = 0; r < p.a.rows; ++r)
-    for (int v = 0; v < V; ++v) slot(v).put(p.c.row(r), sum[r][v]);
+    for (int v = 0; v < V; ++v) store_rounded(p.c.row(r) + j + v * n, sum[r][v], count(v));
 }
 
 // Products of at most few_rows rows, as gemm_each has them; `depth` is the largest depth.
-template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Product<T> const* last, Index depth, Into into) {
-  constexpr Index n = lanes<T>, together = 2 * n;   // a line of the cache or two, and two sums that do not wait for each other
+template <class A, class B, class C>
+void multiply_few_rows(Cpu& cpu, Product<A, B, C> const* first, Product<A, B, C> const* last, Index depth, Into into) {
+  constexpr Index n = lanes<wide_t<C>>, together = 2 * n;   // a line of the cache or two, and two sums that do not wait for each other
   Index const columns = first->b.columns, grain = round_up(ceil_div(4 * element_grain, depth), together), parts = ceil_div(columns, grain);
   parallel_for(cpu, (last - first) * parts, [&](Index task, int) {
-    Product<T> const& p = first[task / parts];
+    Product<A, B, C> const& p = first[task / parts];
     Index j = task % parts * grain;
     Index const end = std::min(columns, j + grain);
     for (; j + together <= end; j += together) multiply_columns<2, true>(p, j, into);
@@ -8665,7 +8694,7 @@ template <class T> void multiply_few_rows(Cpu& cpu, Product<T> const* first, Pro
 namespace hybridattn::inline HYBRIDATTN_ABI::cpu {
 
 // Slivers of a: [depth, rows] for each `rows` rows of a. Panels of b: [depth, columns] for each `columns` columns of b. Both are padded
-// with zeros to whole tiles, and with a gap that keeps slivers out of each other's sets of the cache.
+// with zeros to whole tiles, and with a gap that keeps slivers out of each other's sets of the cache. Copies of bf16 are in float.
 template <class T> struct Packed {
   static constexpr int rows = tuning.product.rows, columns = tuning.product.vectors * lanes<T>;
 
@@ -8677,55 +8706,67 @@ namespace detail {
 
 // to[k * to_stride + i] = x[i][k] for k = 0 .. depth - 1 and `count` rows x[i] that stand `stride` apart; 0 for i >= count. depth and count
 // are at most lanes. Writes whole vectors, in the order of k: each overwrites what stands behind the rows of the one before it.
-template <class T> HYBRIDATTN_INLINE void turn(T const* x, Index stride, Index count, Index depth, T* to, Index to_stride) {
-  constexpr Index n = lanes<T>;
-  if (count >= n && depth == n) return transpose(x, stride, to, to_stride);
-  alignas(vector_bytes) T square[std::size_t{n * n}] = {}, turned[std::size_t{n * n}];
-  for (Index i = 0; i < std::min(n, count); ++i) std::copy_n(x + i * stride, depth, square + i * n);
-  transpose(square, n, turned, n);
-  for (Index k = 0; k < depth; ++k) store(to + k * to_stride, load(turned + k * n));
+template <class S> HYBRIDATTN_INLINE void turn(S const* x, Index stride, Index count, Index depth, wide_t<S>* to, Index to_stride) {
+  using T = wide_t<S>;
+  constexpr int n = lanes<T>;
+  Vec<T> rows[std::size_t{n}];
+  if (count >= n && depth == n) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = load_wide(x + i * stride);
+  } else {
+    for (int i = 0; i < n; ++i) rows[i] = i < count ? load_wide_first(x + i * stride, depth) : Vec<T>{};
+  }
+  transpose<T>(rows);
+  if (depth == n) {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < n; ++i) store(to + i * to_stride, rows[i]);
+  } else {
+    for (int i = 0; i < depth; ++i) store(to + i * to_stride, rows[i]);
+  }
+}
+// to = `columns` numbers, of which `count` are there, the others 0.
+template <int columns, class S> HYBRIDATTN_INLINE void widen_row(S const* from, Index count, wide_t<S>* to) {
+  if (count < columns) {
+    for (Index i = 0; i < columns; ++i) to[i] = i < count ? wide_t<S>(from[i]) : wide_t<S>(0);
+  } else if constexpr (std::is_same_v<S, wide_t<S>>) {
+    std::memcpy(to, from, sizeof(S) * std::size_t{columns});
+  } else {
+    HYBRIDATTN_UNROLL
+    for (int i = 0; i < columns; ++i) to[i] = from[i];
+  }
 }
 
 }  // namespace detail
 
 // Packs rows first .. last - 1 of columns k0 .. k1 - 1 of a.
-template <class T> void pack_slivers(Operand<T> a, Index first, Index last, Index k0, Index k1, T* to) {
+template <class S> void pack_slivers(Operand<S> a, Index first, Index last, Index k0, Index k1, wide_t<S>* to) {
+  using T = wide_t<S>;
   constexpr Index rows = Packed<T>::rows, n = lanes<T>, few = 4;
   Index const depth = k1 - k0, sliver = Packed<T>::sliver(depth);
   if (a.column == 1) {
     for (Index r = first; r < last; r += rows, to += sliver)
-      for (Index k = k0; k < k1; k += n)   // the last vector of rows first, because it overwrites what stands behind its rows
+      for (Index k = k0; k < k1; k += n)  // the last vector of rows first, because it overwrites what stands behind its rows
         for (Index i = (rows - 1) / n * n; i >= 0; i -= n)
           detail::turn(a.data + (r + i) * a.row + k, a.row, a.rows - r - i, std::min(n, k1 - k), to + (k - k0) * rows + i, rows);
     return;
   }
-  for (Index k = k0; k < k1; k += few)   // a few columns at a time, because they may stand in the same set of the cache
+  for (Index k = k0; k < k1; k += few)  // a few columns at a time, because they may stand in the same set of the cache
     for (Index r = first; r < last; r += rows) {
       T* const sliver_of_r = to + (r - first) / rows * sliver;
-      Index const here = std::min(rows, last - r);
-      for (Index j = k; j < std::min(k1, k + few); ++j) {
-        T const* const from = a.data + r + j * a.column;
-        T* const column = sliver_of_r + (j - k0) * rows;
-        if (here == rows) std::memcpy(column, from, sizeof(T) * std::size_t{Packed<T>::rows});
-        else
-          for (Index i = 0; i < rows; ++i) column[i] = i < here ? from[i] : T(0);
-      }
+      for (Index j = k; j < std::min(k1, k + few); ++j)
+        detail::widen_row<Packed<T>::rows>(a.data + r + j * a.column, last - r, sliver_of_r + (j - k0) * rows);
     }
 }
 
 // Packs columns first .. last - 1 of rows k0 .. k1 - 1 of b.
-template <class T> void pack_panels(Operand<T> b, Index first, Index last, Index k0, Index k1, T* to) {
+template <class S> void pack_panels(Operand<S> b, Index first, Index last, Index k0, Index k1, wide_t<S>* to) {
+  using T = wide_t<S>;
   constexpr Index columns = Packed<T>::columns, n = lanes<T>;
   Index const depth = k1 - k0, panel = Packed<T>::panel(depth);
   if (b.column == 1) {
     for (Index k = k0; k < k1; ++k)
-      for (Index j = first; j < last; j += columns) {
-        T const* const from = b.data + k * b.row + j;
-        T* const row = to + (j - first) / columns * panel + (k - k0) * columns;
-        if (j + columns <= last) std::memcpy(row, from, sizeof(T) * std::size_t{Packed<T>::columns});
-        else
-          for (Index i = 0; i < columns; ++i) row[i] = j + i < last ? from[i] : T(0);
-      }
+      for (Index j = first; j < last; j += columns)
+        detail::widen_row<Packed<T>::columns>(b.data + k * b.row + j, last - j, to + (j - first) / columns * panel + (k - k0) * columns);
     return;
   }
   for (Index j = first; j < last; j += columns, to += panel)
@@ -8758,11 +8799,16 @@ template <class T> constexpr Index most_rows(Index depth) {
 
 // How a product of at most M rows, N columns and depth K is shared out: parts of equal size, in whole tiles. The memory for packing does
 // not depend on M: a step whose experts get other numbers of tokens takes the same blocks of the pool.
-template <class T> struct Shares {
+template <class C> struct Shares {
+  using T = wide_t<C>;
   Index depth, rows, columns;   // of a block: at most depth_block; of a part
   Index row_parts, column_parts, panel_columns;
+  bool keeps_sums;   // of a product whose c is rounded, between blocks of its depth
 
-  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)) {
+  template <class Other> explicit Shares(Shares<Other> const& other)
+      : depth(other.depth), rows(other.rows), columns(other.columns), row_parts(other.row_parts), column_parts(other.column_parts),
+        panel_columns(other.panel_columns), keeps_sums(false) {}
+  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)), keeps_sums(!std::is_same_v<C, T> && K > depth_block) {
     Index const whole = round_up(N, Index{Packed<T>::columns});
     Index const wanted = threads == 1 ? 1 : 4 * threads;   // parts, so that threads which start late find some left
     column_parts = ceil_div(N, most_columns<T>(depth));
@@ -8775,30 +8821,43 @@ template <class T> struct Shares {
   Index parts() const { return row_parts * column_parts; }
   Index slivers() const { return most_rows<T>(depth) / Packed<T>::rows * Packed<T>::sliver(depth); }
   Index panels() const { return panel_columns / Packed<T>::columns * Packed<T>::panel(depth); }
+  Index sums() const { return keeps_sums ? most_rows<T>(depth) * panel_columns : 0; }
+  Index memory() const { return sums() + slivers() + panels(); }
 };
 
+// to = from, rounded where `to` is bf16.
+template <class C> HYBRIDATTN_INLINE void round_row(wide_t<C> const* from, Index count, C* to) {
+  for (Index i = 0; i < count; ++i) to[i] = static_cast<C>(from[i]);
+}
+
 // One tile of c; `add` continues the sum that c already holds.
-template <class T>
-HYBRIDATTN_INLINE void write_tile(Index depth, T const* sliver, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+template <class C>
+HYBRIDATTN_INLINE void write_tile(Index depth, wide_t<C> const* sliver, wide_t<C> const* panel, C* c, Index c_row, Index rows,
+                                  Index columns, bool add) {
+  using T = wide_t<C>;
   constexpr int MR = tuning.product.rows, NV = tuning.product.vectors;
-  alignas(vector_bytes) T whole[std::size_t{MR * Packed<T>::columns}];
-  bool const at_edge = rows < MR || columns < Packed<T>::columns;
-  T* const to = at_edge ? whole : c;
-  Index const stride = at_edge ? Packed<T>::columns : c_row;
-  for (Index r = 0; r < rows && at_edge && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
+  alignas(vector_bytes) T apart[std::size_t{MR * Packed<T>::columns}];   // for a tile at an edge of c, and for one that is rounded
+  T* to = apart;
+  Index stride = Packed<T>::columns;
+  if constexpr (std::is_same_v<C, T>)
+    if (rows == MR && columns == Packed<T>::columns) to = c, stride = c_row;
+  for (Index r = 0; r < rows && to == apart && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
   auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return to + r * stride + v * lanes<T>; };
   auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
   Scalars<T> const a{sliver, 1, MR};
   Columns<T> const b{panel, Packed<T>::columns};
   if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
   else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
-  for (Index r = 0; r < rows && at_edge; ++r) std::copy_n(to + r * stride, columns, c + r * c_row);
+  for (Index r = 0; r < rows && to == apart; ++r) round_row(to + r * stride, columns, c + r * c_row);
 }
 
-// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product.
-template <class T>
-void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index r1, Index c0, Index c1, T* slivers, T* panels, Into into) {
+// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product. `memory` is scratch of shares.memory().
+template <class A, class B, class C>
+void multiply_part(Product<A, B, C> const& p, Shares<C> const& shares, Index r0, Index r1, Index c0, Index c1, wide_t<C>* memory,
+                   Into into) {
+  using T = wide_t<C>;
   constexpr Index MR = Packed<T>::rows, NC = Packed<T>::columns;
+  T *const slivers = memory, *const panels = slivers + shares.slivers();
   for (Index k0 = 0; k0 < p.a.columns; k0 += depth_block) {
     Index const k1 = std::min(p.a.columns, k0 + depth_block), depth = k1 - k0, most = most_rows<T>(shares.depth);
     pack_panels(p.b, c0, c1, k0, k1, panels);
@@ -8807,47 +8866,65 @@ void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index
       pack_slivers(p.a, block, end, k0, k1, slivers);
       for (Index r = block; r < end; r += MR)   // so that whole rows of c are written one after the other
         for (Index j = c0; j < c1; j += NC)
-          write_tile<T>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
+          write_tile<C>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
                         p.c.row(r) + j, p.c.stride[0], std::min(MR, end - r), std::min(NC, c1 - j), into == Into::add || k0 > 0);
     }
   }
 }
+// The same for a c in bf16 and a depth of several blocks: between blocks the sums stay in float, for some rows at a time.
+template <class A, class B>
+void multiply_part_in_float(Product<A, B, bf16> const& p, Shares<bf16> const& shares, Index r0, Index r1, Index c0, Index c1, float* memory,
+                            Into into) {
+  Index const most = most_rows<float>(shares.depth), columns = c1 - c0;
+  Operand<B> const b = p.b.transposed().row_range(c0, c1).transposed();
+  for (Index block = r0; block < r1; block += most) {
+    Index const end = std::min(r1, block + most);
+    View<float, 2> const sums{memory, {end - block, columns}};
+    for (Index r = block; r < end && into == Into::add; ++r) std::copy_n(p.c.row(r) + c0, columns, sums.row(r - block));
+    multiply_part(Product<A, B, float>{p.a.row_range(block, end), b, sums}, Shares<float>{shares}, 0, end - block, 0, columns,
+                  memory + shares.sums(), into);
+    for (Index r = block; r < end; ++r) round_row(sums.row(r - block), columns, p.c.row(r) + c0);
+  }
+}
 
 // A product without depth.
-template <class T> void sum_nothing(View<T, 2> c, Into into) {
-  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+template <class C> void sum_nothing(View<C, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), C(0));
 }
 
 }  // namespace detail
 
 // Computes the products first .. last - 1 in one parallel loop: of at most `rows` rows and of a depth up to `depth`, above 0 in all or in
 // none. All have the same number of columns. Transposed operands are read in place.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Index rows, Index depth, Into into) {
+template <class A, class B, class C>
+void gemm_each(Cpu& cpu, Product<A, B, C> const* first, Product<A, B, C> const* last, Index rows, Index depth, Into into) {
+  static_assert(std::is_same_v<wide_t<A>, wide_t<C>> && std::is_same_v<wide_t<B>, wide_t<C>>, "gemm: a, b and c are of one wide scalar");
   if (first == last || rows == 0 || first->b.columns == 0) return;
   if (depth == 0) {
     for (; first != last; ++first) detail::sum_nothing(first->c, into);
     return;
   }
   if (rows <= detail::few_rows && first->b.column != 1) return detail::multiply_few_rows(cpu, first, last, depth, into);
-  detail::Shares<T> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
-  Index const memory = shares.slivers() + shares.panels();
-  Scratch<T> const packed{cpu, cpu.threads() * memory};
+  detail::Shares<C> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
+  Scratch<wide_t<C>> const packed{cpu, cpu.threads() * shares.memory()};
   parallel_for(cpu, (last - first) * shares.parts(), [&](Index task, int thread) {
-    Product<T> const& p = first[task / shares.parts()];
+    Product<A, B, C> const& p = first[task / shares.parts()];
     Index const part = task % shares.parts();
     Index const r0 = part % shares.row_parts * shares.rows, c0 = part / shares.row_parts * shares.columns;
-    T* const slivers = packed.data() + thread * memory;
-    if (r0 < p.a.rows)
-      detail::multiply_part(p, shares, r0, std::min(r0 + shares.rows, p.a.rows), c0, std::min(c0 + shares.columns, p.b.columns), slivers,
-                            slivers + shares.slivers(), into);
+    if (r0 >= p.a.rows) return;
+    Index const r1 = std::min(r0 + shares.rows, p.a.rows), c1 = std::min(c0 + shares.columns, p.b.columns);
+    auto* const memory = packed.data() + thread * shares.memory();
+    if constexpr (std::is_same_v<C, bf16>)
+      if (shares.keeps_sums) return detail::multiply_part_in_float(p, shares, r0, r1, c0, c1, memory, into);
+    detail::multiply_part(p, shares, r0, r1, c0, c1, memory, into);
   });
 }
 
 // One product. Throws Error for operands that do not fit.
-template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+template <class A, class B, class C> void gemm(Cpu& cpu, Operand<A> a, Operand<B> b, View<C, 2> c, Into into = Into::overwrite) {
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  Product<T> const product{a, b, c};
+  Product<A, B, C> const product{a, b, c};
   gemm_each(cpu, &product, &product + 1, a.rows, a.columns, into);
 }
 
@@ -8860,22 +8937,22 @@ template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c,
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
-  using InFloat::forward, InFloat::backward;
+template <> struct On<GroupedLinear, Cpu> {
   using Offsets = View<std::int32_t const, 1>;
 
-  template <std::floating_point T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
-    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
-    cpu::Product<T>* next = products.data();
+  template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
+    using Product = cpu::Product<T, T, T>;
+    cpu::Scratch<Product> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    Product* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, x.extent(0)), x.extent(1), Into::overwrite);
+    cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, x.extent(0)), x.extent(1), Into::overwrite);
   }
 
-  template <std::floating_point T>
+  template <class T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       View<T, 3> d_w, Into into) {
+                       Wide<Out<T>, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
     if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
   }
@@ -8886,18 +8963,20 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
 
   template <class T>
   static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
-    cpu::Scratch<cpu::Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
-    cpu::Product<T>* next = products.data();
+    using Product = cpu::Product<T, T, T>;
+    cpu::Scratch<Product> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    Product* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
-    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, d_y.extent(0)), d_y.extent(1), into);
+    cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, d_y.extent(0)), d_y.extent(1), into);
   }
   template <class T>
-  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, Wide<Out<T>, 3> d_w) {
     Index const E = d_w.extent(0), F = d_w.extent(1);
-    cpu::Scratch<cpu::Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
-    cpu::Product<T>* next = products.data();
+    using Product = cpu::Product<T, T, wide_t<T>>;
+    cpu::Scratch<Product> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    Product* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
       auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
@@ -8906,10 +8985,10 @@ template <> struct On<GroupedLinear, Cpu> : InFloat<GroupedLinear, Cpu> {
         *next++ = {its_d_y.transposed().row_range(first, last), its_x, rows(of_expert(d_w, e), first, last)};
       }
     }
-    cpu::gemm_each(cpu, products.data(), next, std::min(block_rows, F), x.extent(0), Into::overwrite);
+    cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, F), x.extent(0), Into::overwrite);
     parallel_for(cpu, E, [&](Index e, int) {
       if (!is_idle(offsets, e)) return;
-      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), wide_t<T>(0));
     });
   }
 
@@ -8955,15 +9034,15 @@ struct Linear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
-template <> struct On<Linear, Cpu> : InFloat<Linear, Cpu> {
-  using InFloat::forward, InFloat::backward;
-  template <std::floating_point T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
-    cpu::gemm<T>(cpu, operand(x), operand(w).transposed(), y);
+template <> struct On<Linear, Cpu> {
+  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+    cpu::gemm(cpu, operand(x), operand(w).transposed(), y);
   }
-  template <std::floating_point T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, View<T, 2> d_w, Into into) {
-    if (!d_x.empty()) cpu::gemm<T>(cpu, operand(d_y), operand(w), d_x, into);
-    if (!d_w.empty()) cpu::gemm<T>(cpu, operand(d_y).transposed(), operand(x), d_w);
+  template <class T>
+  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, Wide<Out<T>, 2> d_w,
+                       Into into) {
+    if (!d_x.empty()) cpu::gemm(cpu, operand(d_y), operand(w), d_x, into);
+    if (!d_w.empty()) cpu::gemm(cpu, operand(d_y).transposed(), operand(x), d_w);
   }
 };
 
@@ -10312,7 +10391,7 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       return {0, false};
     }
     T const own = logits[target], peak = largest(logits, V);
-    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;   // of equal logits the first counts
+    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;  // of equal logits the first counts
     cpu::Vec<T> sums{};
     cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> const e = of_row(s, cpu::exp<T>(s.get(logits) - peak), T(0));
@@ -10335,8 +10414,7 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
   template <class T> static T largest(T const* row, Index V) {
     T const least = -std::numeric_limits<T>::infinity();
     cpu::Vec<T> most = cpu::broadcast(least);
-    cpu::for_each_vector<T>(
-        0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
+    cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
     return cpu::largest<T>(most);
   }
   // The model checks targets before it calls this. Who calls the operation checks them himself.
@@ -10349,26 +10427,26 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
-  using InFloat::forward, InFloat::backward;
-  template <std::floating_point T>
+template <> struct On<CrossEntropy, Cpu> {
+  template <class T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
-    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
+    in_blocks(cpu, x, w, targets, loss, [&](Wide<Out<T>, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<wide_t<T>>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <std::floating_point T>
+  template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
-                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
-    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
-    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
-      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
-      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
-      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
-    });
+                       View<T, 2> d_x, Wide<Out<T>, 2> d_w, View<LossSum, 1> loss) {
+    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), wide_t<T>(0));
+    in_blocks(cpu, x, w, targets, loss,
+              [&](Wide<Out<T>, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+                On<SoftmaxLoss, Cpu>::forward<wide_t<T>>(cpu, d_logits, of_block, scale, d_logits, sum);
+                View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+                View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
+                cpu::gemm(cpu, operand(d_logits), operand(w), d_rows);
+                cpu::gemm(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+              });
   }
 
  private:
@@ -10376,12 +10454,12 @@ template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
   template <class T, class F>
   static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
     Index const N = x.extent(0), V = w.extent(0);
-    Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
+    Tensor<wide_t<T>, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
     LossSum total;
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
-      View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
+      Wide<Out<T>, 2> const logits{out(storage).data, {rows, V}};
+      cpu::gemm(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;

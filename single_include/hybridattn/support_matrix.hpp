@@ -271,6 +271,56 @@ inline constexpr Tuning tuning{.vector_bytes = 16, .product = {6, 2}, .attention
 }  // namespace hybridattn::inline HYBRIDATTN_ABI::cpu
 #endif
 
+// ==== hybridattn/core/bf16.hpp
+// bfloat16: the upper half of a float, with 8 bits of significand.
+#ifndef HYBRIDATTN_CORE_BF16_HPP
+#define HYBRIDATTN_CORE_BF16_HPP
+
+namespace hybridattn::inline HYBRIDATTN_ABI {
+
+// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
+struct bf16 {
+  std::uint16_t bits;
+
+  bf16() = default;
+  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
+  // to a float first.
+  template <class Number> requires std::is_arithmetic_v<Number>
+  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
+  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
+    bf16 x{};
+    x.bits = bits;
+    return x;
+  }
+
+  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
+
+ private:
+  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
+    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
+    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
+    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+  }
+};
+
+// Sums, statistics and gates of a model in T are in WideOf<T>::type.
+template <class T> struct WideOf {
+  using type = T;
+};
+template <> struct WideOf<bf16> {
+  using type = float;
+};
+template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
+
+// The distance from 1 to the next number; 0 for what is no scalar.
+template <class T> inline constexpr double epsilon_of = 0;
+template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
+template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
+template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
+
+}  // namespace hybridattn::inline HYBRIDATTN_ABI
+#endif
+
 // ==== hybridattn/core/check.hpp
 // Errors: one clear sentence that names the wrong value and the allowed values.
 #ifndef HYBRIDATTN_CORE_CHECK_HPP
@@ -515,6 +565,33 @@ template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index cou
   alignas(vector_bytes) T buffer[lanes<T>];
   store(buffer, x);
   std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// A vector of the wide scalar, from as many stored numbers.
+template <class S> HYBRIDATTN_INLINE Vec<wide_t<S>> load_wide(S const* from) {
+  if constexpr (std::is_same_v<S, wide_t<S>>) {
+    return load(from);
+  } else {
+    typedef std::uint16_t Stored __attribute__((vector_size(vector_bytes / 2), aligned(2), may_alias));
+    typedef std::uint32_t Bits __attribute__((vector_size(vector_bytes)));
+    return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<Stored const*>(from), Bits) << 16);
+  }
+}
+template <class S> HYBRIDATTN_INLINE Vec<wide_t<S>> load_wide_first(S const* from, Index count) {   // the rest is zero
+  alignas(vector_bytes) S buffer[std::size_t{lanes<wide_t<S>>}] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(S));
+  return load_wide(buffer);
+}
+
+// Stores the first `count` numbers of x, rounded to the scalar of `to`.
+template <class S> HYBRIDATTN_INLINE void store_rounded(S* to, Vec<wide_t<S>> x, Index count) {
+  if (std::is_same_v<S, wide_t<S>> && count == lanes<wide_t<S>>) {
+    std::memcpy(to, &x, sizeof x);
+    return;
+  }
+  alignas(vector_bytes) wide_t<S> buffer[std::size_t{lanes<wide_t<S>>}];
+  store(buffer, x);
+  for (Index i = 0; i < count; ++i) to[i] = static_cast<S>(buffer[i]);
 }
 
 template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }
@@ -1526,56 +1603,6 @@ struct Initial {
     return 0;
   }
 };
-
-}  // namespace hybridattn::inline HYBRIDATTN_ABI
-#endif
-
-// ==== hybridattn/core/bf16.hpp
-// bfloat16: the upper half of a float, with 8 bits of significand.
-#ifndef HYBRIDATTN_CORE_BF16_HPP
-#define HYBRIDATTN_CORE_BF16_HPP
-
-namespace hybridattn::inline HYBRIDATTN_ABI {
-
-// A scalar that tensors are stored in. It computes nothing: it converts to float, and numbers are rounded to it explicitly.
-struct bf16 {
-  std::uint16_t bits;
-
-  bf16() = default;
-  // Rounds to the nearest bf16, ties to the even one. Numbers beyond the largest bf16 become infinity, NaN stays NaN. A double is rounded
-  // to a float first.
-  template <class Number> requires std::is_arithmetic_v<Number>
-  HYBRIDATTN_HD explicit constexpr bf16(Number number) : bits(rounded(__builtin_bit_cast(std::uint32_t, static_cast<float>(number)))) {}
-  HYBRIDATTN_HD static constexpr bf16 from_bits(std::uint16_t bits) {
-    bf16 x{};
-    x.bits = bits;
-    return x;
-  }
-
-  HYBRIDATTN_HD constexpr operator float() const { return __builtin_bit_cast(float, std::uint32_t{bits} << 16); }
-
- private:
-  HYBRIDATTN_HD static constexpr std::uint16_t rounded(std::uint32_t x) {
-    constexpr std::uint32_t infinity = 0x7f800000, quiet = 0x00400000;
-    if ((x & 0x7fffffff) > infinity) return static_cast<std::uint16_t>((x | quiet) >> 16);
-    return static_cast<std::uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
-  }
-};
-
-// Sums, statistics and gates of a model in T are in WideOf<T>::type.
-template <class T> struct WideOf {
-  using type = T;
-};
-template <> struct WideOf<bf16> {
-  using type = float;
-};
-template <class T> using wide_t = typename WideOf<std::remove_const_t<T>>::type;
-
-// The distance from 1 to the next number; 0 for what is no scalar.
-template <class T> inline constexpr double epsilon_of = 0;
-template <> inline constexpr double epsilon_of<double> = std::numeric_limits<double>::epsilon();
-template <> inline constexpr double epsilon_of<float> = static_cast<double>(std::numeric_limits<float>::epsilon());
-template <> inline constexpr double epsilon_of<bf16> = 0x1p-7;
 
 }  // namespace hybridattn::inline HYBRIDATTN_ABI
 #endif

@@ -27,11 +27,16 @@ template <class T> constexpr Index most_rows(Index depth) {
 
 // How a product of at most M rows, N columns and depth K is shared out: parts of equal size, in whole tiles. The memory for packing does
 // not depend on M: a step whose experts get other numbers of tokens takes the same blocks of the pool.
-template <class T> struct Shares {
+template <class C> struct Shares {
+  using T = wide_t<C>;
   Index depth, rows, columns;   // of a block: at most depth_block; of a part
   Index row_parts, column_parts, panel_columns;
+  bool keeps_sums;   // of a product whose c is rounded, between blocks of its depth
 
-  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)) {
+  template <class Other> explicit Shares(Shares<Other> const& other)
+      : depth(other.depth), rows(other.rows), columns(other.columns), row_parts(other.row_parts), column_parts(other.column_parts),
+        panel_columns(other.panel_columns), keeps_sums(false) {}
+  Shares(Index M, Index N, Index K, Index threads) : depth(std::min(K, depth_block)), keeps_sums(!std::is_same_v<C, T> && K > depth_block) {
     Index const whole = round_up(N, Index{Packed<T>::columns});
     Index const wanted = threads == 1 ? 1 : 4 * threads;   // parts, so that threads which start late find some left
     column_parts = ceil_div(N, most_columns<T>(depth));
@@ -44,30 +49,43 @@ template <class T> struct Shares {
   Index parts() const { return row_parts * column_parts; }
   Index slivers() const { return most_rows<T>(depth) / Packed<T>::rows * Packed<T>::sliver(depth); }
   Index panels() const { return panel_columns / Packed<T>::columns * Packed<T>::panel(depth); }
+  Index sums() const { return keeps_sums ? most_rows<T>(depth) * panel_columns : 0; }
+  Index memory() const { return sums() + slivers() + panels(); }
 };
 
+// to = from, rounded where `to` is bf16.
+template <class C> HYBRIDATTN_INLINE void round_row(wide_t<C> const* from, Index count, C* to) {
+  for (Index i = 0; i < count; ++i) to[i] = static_cast<C>(from[i]);
+}
+
 // One tile of c; `add` continues the sum that c already holds.
-template <class T>
-HYBRIDATTN_INLINE void write_tile(Index depth, T const* sliver, T const* panel, T* c, Index c_row, Index rows, Index columns, bool add) {
+template <class C>
+HYBRIDATTN_INLINE void write_tile(Index depth, wide_t<C> const* sliver, wide_t<C> const* panel, C* c, Index c_row, Index rows,
+                                  Index columns, bool add) {
+  using T = wide_t<C>;
   constexpr int MR = tuning.product.rows, NV = tuning.product.vectors;
-  alignas(vector_bytes) T whole[std::size_t{MR * Packed<T>::columns}];
-  bool const at_edge = rows < MR || columns < Packed<T>::columns;
-  T* const to = at_edge ? whole : c;
-  Index const stride = at_edge ? Packed<T>::columns : c_row;
-  for (Index r = 0; r < rows && at_edge && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
+  alignas(vector_bytes) T apart[std::size_t{MR * Packed<T>::columns}];   // for a tile at an edge of c, and for one that is rounded
+  T* to = apart;
+  Index stride = Packed<T>::columns;
+  if constexpr (std::is_same_v<C, T>)
+    if (rows == MR && columns == Packed<T>::columns) to = c, stride = c_row;
+  for (Index r = 0; r < rows && to == apart && add; ++r) std::copy_n(c + r * c_row, columns, to + r * stride);
   auto const at = [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return to + r * stride + v * lanes<T>; };
   auto const keep = [&](int r, int v, Vec<T> sum) HYBRIDATTN_INLINE_LAMBDA { store(at(r, v), sum); };
   Scalars<T> const a{sliver, 1, MR};
   Columns<T> const b{panel, Packed<T>::columns};
   if (add) tile<MR, NV, T>(depth, a, b, [&](int r, int v) HYBRIDATTN_INLINE_LAMBDA { return load(at(r, v)); }, keep);
   else tile<MR, NV, T>(depth, a, b, [](int, int) HYBRIDATTN_INLINE_LAMBDA { return Vec<T>{}; }, keep);
-  for (Index r = 0; r < rows && at_edge; ++r) std::copy_n(to + r * stride, columns, c + r * c_row);
+  for (Index r = 0; r < rows && to == apart; ++r) round_row(to + r * stride, columns, c + r * c_row);
 }
 
-// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product.
-template <class T>
-void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index r1, Index c0, Index c1, T* slivers, T* panels, Into into) {
+// Rows r0 .. r1 - 1 and columns c0 .. c1 - 1 of a product. `memory` is scratch of shares.memory().
+template <class A, class B, class C>
+void multiply_part(Product<A, B, C> const& p, Shares<C> const& shares, Index r0, Index r1, Index c0, Index c1, wide_t<C>* memory,
+                   Into into) {
+  using T = wide_t<C>;
   constexpr Index MR = Packed<T>::rows, NC = Packed<T>::columns;
+  T *const slivers = memory, *const panels = slivers + shares.slivers();
   for (Index k0 = 0; k0 < p.a.columns; k0 += depth_block) {
     Index const k1 = std::min(p.a.columns, k0 + depth_block), depth = k1 - k0, most = most_rows<T>(shares.depth);
     pack_panels(p.b, c0, c1, k0, k1, panels);
@@ -76,47 +94,65 @@ void multiply_part(Product<T> const& p, Shares<T> const& shares, Index r0, Index
       pack_slivers(p.a, block, end, k0, k1, slivers);
       for (Index r = block; r < end; r += MR)   // so that whole rows of c are written one after the other
         for (Index j = c0; j < c1; j += NC)
-          write_tile<T>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
+          write_tile<C>(depth, slivers + (r - block) / MR * Packed<T>::sliver(depth), panels + (j - c0) / NC * Packed<T>::panel(depth),
                         p.c.row(r) + j, p.c.stride[0], std::min(MR, end - r), std::min(NC, c1 - j), into == Into::add || k0 > 0);
     }
   }
 }
+// The same for a c in bf16 and a depth of several blocks: between blocks the sums stay in float, for some rows at a time.
+template <class A, class B>
+void multiply_part_in_float(Product<A, B, bf16> const& p, Shares<bf16> const& shares, Index r0, Index r1, Index c0, Index c1, float* memory,
+                            Into into) {
+  Index const most = most_rows<float>(shares.depth), columns = c1 - c0;
+  Operand<B> const b = p.b.transposed().row_range(c0, c1).transposed();
+  for (Index block = r0; block < r1; block += most) {
+    Index const end = std::min(r1, block + most);
+    View<float, 2> const sums{memory, {end - block, columns}};
+    for (Index r = block; r < end && into == Into::add; ++r) std::copy_n(p.c.row(r) + c0, columns, sums.row(r - block));
+    multiply_part(Product<A, B, float>{p.a.row_range(block, end), b, sums}, Shares<float>{shares}, 0, end - block, 0, columns,
+                  memory + shares.sums(), into);
+    for (Index r = block; r < end; ++r) round_row(sums.row(r - block), columns, p.c.row(r) + c0);
+  }
+}
 
 // A product without depth.
-template <class T> void sum_nothing(View<T, 2> c, Into into) {
-  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), T(0));
+template <class C> void sum_nothing(View<C, 2> c, Into into) {
+  for (Index r = 0; r < c.extent(0) && into == Into::overwrite; ++r) std::fill_n(c.row(r), c.extent(1), C(0));
 }
 
 }  // namespace detail
 
 // Computes the products first .. last - 1 in one parallel loop: of at most `rows` rows and of a depth up to `depth`, above 0 in all or in
 // none. All have the same number of columns. Transposed operands are read in place.
-template <class T> void gemm_each(Cpu& cpu, Product<T> const* first, Product<T> const* last, Index rows, Index depth, Into into) {
+template <class A, class B, class C>
+void gemm_each(Cpu& cpu, Product<A, B, C> const* first, Product<A, B, C> const* last, Index rows, Index depth, Into into) {
+  static_assert(std::is_same_v<wide_t<A>, wide_t<C>> && std::is_same_v<wide_t<B>, wide_t<C>>, "gemm: a, b and c are of one wide scalar");
   if (first == last || rows == 0 || first->b.columns == 0) return;
   if (depth == 0) {
     for (; first != last; ++first) detail::sum_nothing(first->c, into);
     return;
   }
   if (rows <= detail::few_rows && first->b.column != 1) return detail::multiply_few_rows(cpu, first, last, depth, into);
-  detail::Shares<T> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
-  Index const memory = shares.slivers() + shares.panels();
-  Scratch<T> const packed{cpu, cpu.threads() * memory};
+  detail::Shares<C> const shares{rows, first->b.columns, depth, last - first > 1 ? 1 : cpu.threads()};
+  Scratch<wide_t<C>> const packed{cpu, cpu.threads() * shares.memory()};
   parallel_for(cpu, (last - first) * shares.parts(), [&](Index task, int thread) {
-    Product<T> const& p = first[task / shares.parts()];
+    Product<A, B, C> const& p = first[task / shares.parts()];
     Index const part = task % shares.parts();
     Index const r0 = part % shares.row_parts * shares.rows, c0 = part / shares.row_parts * shares.columns;
-    T* const slivers = packed.data() + thread * memory;
-    if (r0 < p.a.rows)
-      detail::multiply_part(p, shares, r0, std::min(r0 + shares.rows, p.a.rows), c0, std::min(c0 + shares.columns, p.b.columns), slivers,
-                            slivers + shares.slivers(), into);
+    if (r0 >= p.a.rows) return;
+    Index const r1 = std::min(r0 + shares.rows, p.a.rows), c1 = std::min(c0 + shares.columns, p.b.columns);
+    auto* const memory = packed.data() + thread * shares.memory();
+    if constexpr (std::is_same_v<C, bf16>)
+      if (shares.keeps_sums) return detail::multiply_part_in_float(p, shares, r0, r1, c0, c1, memory, into);
+    detail::multiply_part(p, shares, r0, r1, c0, c1, memory, into);
   });
 }
 
 // One product. Throws Error for operands that do not fit.
-template <class T> void gemm(Cpu& cpu, Operand<T> a, Operand<T> b, View<T, 2> c, Into into = Into::overwrite) {
+template <class A, class B, class C> void gemm(Cpu& cpu, Operand<A> a, Operand<B> b, View<C, 2> c, Into into = Into::overwrite) {
   check(a.columns == b.rows && c.extent(0) == a.rows && c.extent(1) == b.columns, "gemm: [", a.rows, ", ", a.columns, "] times [", b.rows,
         ", ", b.columns, "] does not give [", c.extent(0), ", ", c.extent(1), "]");
-  Product<T> const product{a, b, c};
+  Product<A, B, C> const product{a, b, c};
   gemm_each(cpu, &product, &product + 1, a.rows, a.columns, into);
 }
 

@@ -3,6 +3,7 @@
 #define HYBRIDATTN_BACKEND_CPU_SIMD_HPP
 
 #include <hybridattn/backend/cpu/tuning.hpp>
+#include <hybridattn/core/bf16.hpp>
 #include <hybridattn/core/config.hpp>
 #include <hybridattn/core/view.hpp>
 
@@ -58,6 +59,33 @@ template <class T> HYBRIDATTN_INLINE void store_first(T* to, Vec<T> x, Index cou
   alignas(vector_bytes) T buffer[lanes<T>];
   store(buffer, x);
   std::memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// A vector of the wide scalar, from as many stored numbers.
+template <class S> HYBRIDATTN_INLINE Vec<wide_t<S>> load_wide(S const* from) {
+  if constexpr (std::is_same_v<S, wide_t<S>>) {
+    return load(from);
+  } else {
+    typedef std::uint16_t Stored __attribute__((vector_size(vector_bytes / 2), aligned(2), may_alias));
+    typedef std::uint32_t Bits __attribute__((vector_size(vector_bytes)));
+    return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<Stored const*>(from), Bits) << 16);
+  }
+}
+template <class S> HYBRIDATTN_INLINE Vec<wide_t<S>> load_wide_first(S const* from, Index count) {   // the rest is zero
+  alignas(vector_bytes) S buffer[std::size_t{lanes<wide_t<S>>}] = {};
+  std::memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(S));
+  return load_wide(buffer);
+}
+
+// Stores the first `count` numbers of x, rounded to the scalar of `to`.
+template <class S> HYBRIDATTN_INLINE void store_rounded(S* to, Vec<wide_t<S>> x, Index count) {
+  if (std::is_same_v<S, wide_t<S>> && count == lanes<wide_t<S>>) {
+    std::memcpy(to, &x, sizeof x);
+    return;
+  }
+  alignas(vector_bytes) wide_t<S> buffer[std::size_t{lanes<wide_t<S>>}];
+  store(buffer, x);
+  for (Index i = 0; i < count; ++i) to[i] = static_cast<S>(buffer[i]);
 }
 
 template <class T> HYBRIDATTN_INLINE Vec<T> select(Mask<T> where, Vec<T> yes, Vec<T> no) { return where ? yes : no; }

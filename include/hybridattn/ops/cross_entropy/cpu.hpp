@@ -55,7 +55,7 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
       return {0, false};
     }
     T const own = logits[target], peak = largest(logits, V);
-    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;   // of equal logits the first counts
+    bool const correct = own == peak && std::find(logits, logits + target, peak) == logits + target;  // of equal logits the first counts
     cpu::Vec<T> sums{};
     cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA {
       cpu::Vec<T> const e = of_row(s, cpu::exp<T>(s.get(logits) - peak), T(0));
@@ -78,8 +78,7 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
   template <class T> static T largest(T const* row, Index V) {
     T const least = -std::numeric_limits<T>::infinity();
     cpu::Vec<T> most = cpu::broadcast(least);
-    cpu::for_each_vector<T>(
-        0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
+    cpu::for_each_vector<T>(0, V, [&](cpu::Slot<T> s) HYBRIDATTN_INLINE_LAMBDA { most = cpu::max<T>(of_row(s, s.get(row), least), most); });
     return cpu::largest<T>(most);
   }
   // The model checks targets before it calls this. Who calls the operation checks them himself.
@@ -92,26 +91,26 @@ template <> struct On<SoftmaxLoss, Cpu> : InFloat<SoftmaxLoss, Cpu> {
   }
 };
 
-template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
-  using InFloat::forward, InFloat::backward;
-  template <std::floating_point T>
+template <> struct On<CrossEntropy, Cpu> {
+  template <class T>
   static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss) {
-    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, logits, of_block, {}, {}, sum);
+    in_blocks(cpu, x, w, targets, loss, [&](Wide<Out<T>, 2> logits, View<std::int32_t const, 1> of_block, Index, View<LossSum, 1> sum) {
+      On<SoftmaxLoss, Cpu>::forward<wide_t<T>>(cpu, logits, of_block, {}, {}, sum);
     });
   }
 
-  template <std::floating_point T>
+  template <class T>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
-                       View<T, 2> d_x, View<T, 2> d_w, View<LossSum, 1> loss) {
-    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), T(0));
-    in_blocks(cpu, x, w, targets, loss, [&](View<T, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
-      On<SoftmaxLoss, Cpu>::forward<T>(cpu, d_logits, of_block, scale, d_logits, sum);
-      View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
-      View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-      cpu::gemm<T>(cpu, operand(d_logits), operand(w), d_rows);
-      cpu::gemm<T>(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
-    });
+                       View<T, 2> d_x, Wide<Out<T>, 2> d_w, View<LossSum, 1> loss) {
+    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), wide_t<T>(0));
+    in_blocks(cpu, x, w, targets, loss,
+              [&](Wide<Out<T>, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+                On<SoftmaxLoss, Cpu>::forward<wide_t<T>>(cpu, d_logits, of_block, scale, d_logits, sum);
+                View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+                View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
+                cpu::gemm(cpu, operand(d_logits), operand(w), d_rows);
+                cpu::gemm(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+              });
   }
 
  private:
@@ -119,12 +118,12 @@ template <> struct On<CrossEntropy, Cpu> : InFloat<CrossEntropy, Cpu> {
   template <class T, class F>
   static void in_blocks(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<LossSum, 1> loss, F f) {
     Index const N = x.extent(0), V = w.extent(0);
-    Tensor<T, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
+    Tensor<wide_t<T>, 2, Cpu> storage{cpu, {std::min(N, CrossEntropy::block_rows), V}};
     LossSum total;
     for (Index first = 0; first < N; first += CrossEntropy::block_rows) {
       Index const rows = std::min(N - first, CrossEntropy::block_rows);
-      View<T, 2> const logits{out(storage).data, {rows, V}};
-      cpu::gemm<T>(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
+      Wide<Out<T>, 2> const logits{out(storage).data, {rows, V}};
+      cpu::gemm(cpu, operand(View<T const, 2>{x.row(first), {rows, x.extent(1)}, x.stride}), operand(w).transposed(), logits);
       LossSum of_block;
       f(logits, View<std::int32_t const, 1>{targets.data + first, {rows}}, first, View<LossSum, 1>{&of_block, {1}});
       total += of_block;
