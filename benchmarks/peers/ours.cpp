@@ -1,8 +1,8 @@
 // Times a kernel of the library, or its step of training, for scripts/peers:
 //   peers_ours case=full pass=forward tokens=1024 heads=1 dim=128 repetitions=5 threads=1 values=FILE
 // case is full, gdn, dsa or train. For train, dim is the size of the vocabulary, heads the number of sequences, and pass is step.
-// theirs.py takes the same words and computes the same numbers with PyTorch. Both print one line of JSON with the seconds of each sample and
-// write what they computed to FILE, as floats.
+// theirs.py takes the same words and computes the same numbers with PyTorch. Both print one line of JSON with the seconds of each sample,
+// and write what they computed to FILE, as floats.
 #include "../../examples/study_models.hpp"
 #include "../peak.hpp"
 
@@ -74,7 +74,7 @@ class Numbers {
  private:
   std::uint32_t seed_ = 2166136261u;
 };
-float const unit_width = std::sqrt(3.0f);   // of a uniform distribution with deviation 1
+float const unit_width = std::sqrt(3.0f);  // of a uniform distribution with deviation 1
 
 float root(Index n) { return static_cast<float>(1 / std::sqrt(static_cast<double>(n))); }
 
@@ -96,7 +96,8 @@ float input(std::string const& policy, std::string_view name, Numbers const& num
   return numbers.around_zero(place, unit_width);
 }
 // First value of a parameter of the model: PyTorch's defaults, but uniform where those are normal.
-template <int Rank> float parameter(std::string const& path, std::string_view name, ha::Shape<Rank> shape, Numbers const& numbers, Index i) {
+template <int Rank> float parameter(std::string const& path, std::string_view name, ha::Shape<Rank> shape, Numbers const& numbers,
+                                    Index i) {
   if (path == "embedding") return numbers.around_zero(i, unit_width);
   if (Rank > 1) return numbers.around_zero(i, root(shape[Rank - 1]));
   if (name == "a_log") return 2.7f * numbers.uniform(i);
@@ -108,19 +109,21 @@ template <class Group, class F> void fill(ha::Cpu& cpu, Group& group, std::strin
   ha::zip(
       [&]<class T, int Rank>(ha::Path const& path, ha::Tensor<T, Rank, ha::Cpu>& tensor) {
         if constexpr (std::is_same_v<T, float>) {
-          Numbers const numbers{prefix + path.str()};
+          std::string const place = path.str();
+          Numbers const numbers{prefix + place};
           std::vector<float> values(static_cast<std::size_t>(tensor.shape().count()));
           for (std::size_t i = 0; i < values.size(); ++i)
-            values[i] = value(path.str(), path.name, tensor.shape(), numbers, static_cast<Index>(i));
+            values[i] = value(place, path.name, tensor.shape(), numbers, static_cast<Index>(i));
           ha::upload(cpu, values, tensor);
         }
       },
       group);
 }
 template <class Group> void fill_inputs(ha::Cpu& cpu, Group& group, std::string const& policy, std::string const& prefix = "") {
-  fill(cpu, group, prefix, [&]<int Rank>(std::string const&, std::string_view name, ha::Shape<Rank> shape, Numbers const& numbers, Index i) {
-    return input(policy, name, numbers, i, shape[Rank - 1]);
-  });
+  fill(cpu, group, prefix,
+       [&]<int Rank>(std::string const&, std::string_view name, ha::Shape<Rank> shape, Numbers const& numbers, Index i) {
+         return input(policy, name, numbers, i, shape[Rank - 1]);
+       });
 }
 
 // Seconds. With one thread they are those that the process was computing, so that other programs on the same core do not count.
@@ -145,7 +148,7 @@ template <class F> std::vector<double> sample(Words const& words, F f) {
 
 struct Result {
   std::vector<double> seconds, losses = {};
-  std::vector<float> values = {};   // what was computed
+  std::vector<float> values = {};  // what was computed
 };
 
 // Appends all floats of a group.
@@ -170,9 +173,7 @@ template <class Policy> Result time_kernel(Words const& words, typename Policy::
   fill_inputs(cpu, x, words.text("case"));
   fill_inputs(cpu, d_y, words.text("case"), "d_");
   auto const forward = [&] { ha::On<Policy, ha::Cpu>::forward(cpu, config, sequences, in(x), out(y), out(saved)); };
-  auto const backward = [&] {
-    ha::On<Policy, ha::Cpu>::backward(cpu, config, sequences, in(x), in(y), in(saved), in(d_y), out(d_x));
-  };
+  auto const backward = [&] { ha::On<Policy, ha::Cpu>::backward(cpu, config, sequences, in(x), in(y), in(saved), in(d_y), out(d_x)); };
   Result result;
   if (words.text("pass") == "forward") {
     result.seconds = sample(words, forward);
@@ -194,9 +195,10 @@ Result time_training(Words const& words) {
   Index const vocab = words.number("dim"), count = words.number("heads"), length = words.number("tokens");
   Model const model{study::study1_config<Model::Stack>(vocab)};
   auto params = model.initialize<float>(cpu, ha::Seed{1});
-  fill(cpu, params, "", []<int Rank>(std::string const& path, std::string_view name, ha::Shape<Rank> shape, Numbers const& numbers, Index i) {
-    return parameter(path, name, shape, numbers, i);
-  });
+  fill(cpu, params, "",
+       []<int Rank>(std::string const& path, std::string_view name, ha::Shape<Rank> shape, Numbers const& numbers, Index i) {
+         return parameter(path, name, shape, numbers, i);
+       });
   ha::AdamW optimizer{cpu, params, {.learning_rate = 3e-4}};
   Numbers const numbers{"tokens"};
   std::vector<std::int32_t> tokens, targets;
@@ -244,8 +246,8 @@ int main(int argc, char** argv) try {
   std::ofstream file{words.text("values"), std::ios::binary};
   file.write(reinterpret_cast<char const*>(result.values.data()), static_cast<std::streamsize>(result.values.size() * sizeof(float)));
   ha::check(file.flush().good(), "cannot write ", words.text("values"));
-  std::printf("{\"seconds\": %s, \"losses\": %s, \"peak\": %.6g, \"compiler\": \"%s %s\", \"flags\": \"%s\"}\n", list(result.seconds).c_str(),
-              list(result.losses).c_str(), peak,
+  std::printf("{\"seconds\": %s, \"losses\": %s, \"peak\": %.6g, \"compiler\": \"%s %s\", \"flags\": \"%s\"}\n",
+              list(result.seconds).c_str(), list(result.losses).c_str(), peak,
 #ifdef __clang__
               "clang", __clang_version__,
 #else
