@@ -7688,7 +7688,10 @@ template <class C> struct Shares {
   Index parts() const { return row_parts * column_parts; }
   Index slivers() const { return most_rows<T>(depth) / Packed<T>::rows * Packed<T>::sliver(depth); }
   Index panels() const { return panel_columns / Packed<T>::columns * Packed<T>::panel(depth); }
-  Index sums() const { return keeps_sums ? most_rows<T>(depth) * panel_columns : 0; }
+  // Taken for any depth, so that the memory for packing has no step where a depth gets a second block.
+  Index sums() const {
+    return std::is_same_v<C, T> ? 0 : most_rows<T>(depth_block) * std::min(panel_columns, most_columns<T>(depth_block));
+  }
   Index memory() const { return sums() + slivers() + panels(); }
 };
 
@@ -7806,11 +7809,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<GroupedLinear, Cpu> {
   using Offsets = View<std::int32_t const, 1>;
+  template <class T> using Product = cpu::Product<T, T, T>;
 
   template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
-    using Product = cpu::Product<T, T, T>;
-    cpu::Scratch<Product> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
-    Product* next = products.data();
+    cpu::Scratch<Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
@@ -7819,7 +7822,7 @@ template <> struct On<GroupedLinear, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       Wide<Out<T>, 3> d_w, Into into) {
+                       View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
     if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
   }
@@ -7830,20 +7833,18 @@ template <> struct On<GroupedLinear, Cpu> {
 
   template <class T>
   static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
-    using Product = cpu::Product<T, T, T>;
-    cpu::Scratch<Product> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
-    Product* next = products.data();
+    cpu::Scratch<Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
     cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, d_y.extent(0)), d_y.extent(1), into);
   }
   template <class T>
-  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, Wide<Out<T>, 3> d_w) {
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
     Index const E = d_w.extent(0), F = d_w.extent(1);
-    using Product = cpu::Product<T, T, wide_t<T>>;
-    cpu::Scratch<Product> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
-    Product* next = products.data();
+    cpu::Scratch<Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    Product<T>* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
       auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
@@ -7855,7 +7856,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, F), x.extent(0), Into::overwrite);
     parallel_for(cpu, E, [&](Index e, int) {
       if (!is_idle(offsets, e)) return;
-      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), wide_t<T>(0));
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
     });
   }
 
@@ -7901,12 +7902,13 @@ struct Linear {};
 
 namespace hybridattn::inline HYBRIDATTN_ABI {
 
+// Each matrix is stored in a scalar of its own: logits are in float where x and w are in bf16.
 template <> struct On<Linear, Cpu> {
-  template <class T> static void forward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T, 2> y) {
+  template <class X, class W, class Y> static void forward(Cpu& cpu, View<X const, 2> x, View<W const, 2> w, View<Y, 2> y) {
     cpu::gemm(cpu, operand(x), operand(w).transposed(), y);
   }
-  template <class T>
-  static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<T const, 2> d_y, View<T, 2> d_x, Wide<Out<T>, 2> d_w,
+  template <class X, class W, class Y, class DX, class DW>
+  static void backward(Cpu& cpu, View<X const, 2> x, View<W const, 2> w, View<Y const, 2> d_y, View<DX, 2> d_x, View<DW, 2> d_w,
                        Into into) {
     if (!d_x.empty()) cpu::gemm(cpu, operand(d_y), operand(w), d_x, into);
     if (!d_w.empty()) cpu::gemm(cpu, operand(d_y).transposed(), operand(x), d_w);
@@ -9302,18 +9304,25 @@ template <> struct On<CrossEntropy, Cpu> {
     });
   }
 
-  template <class T>
+  // d_w of several blocks of rows is summed in the wide scalar.
+  template <class T, class DW>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
-                       View<T, 2> d_x, Wide<Out<T>, 2> d_w, View<LossSum, 1> loss) {
-    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), wide_t<T>(0));
-    in_blocks(cpu, x, w, targets, loss,
-              [&](Wide<Out<T>, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
-                On<SoftmaxLoss, Cpu>::forward<wide_t<T>>(cpu, d_logits, of_block, scale, d_logits, sum);
-                View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
-                View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-                cpu::gemm(cpu, operand(d_logits), operand(w), d_rows);
-                cpu::gemm(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
-              });
+                       View<T, 2> d_x, View<DW, 2> d_w, View<LossSum, 1> loss) {
+    if constexpr (!std::is_same_v<DW, wide_t<T>>) {
+      Tensor<wide_t<T>, 2, Cpu> sums{cpu, d_w.shape};
+      backward(cpu, x, w, targets, scale, d_x, out(sums), loss);
+      convert(cpu, in(sums), d_w);
+    } else {
+      for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), DW(0));
+      in_blocks(cpu, x, w, targets, loss,
+                [&](View<DW, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+                  On<SoftmaxLoss, Cpu>::forward<DW>(cpu, d_logits, of_block, scale, d_logits, sum);
+                  View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+                  View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
+                  cpu::gemm(cpu, operand(d_logits), operand(w), d_rows);
+                  cpu::gemm(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+                });
+    }
   }
 
  private:

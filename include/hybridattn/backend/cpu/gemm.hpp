@@ -49,7 +49,10 @@ template <class C> struct Shares {
   Index parts() const { return row_parts * column_parts; }
   Index slivers() const { return most_rows<T>(depth) / Packed<T>::rows * Packed<T>::sliver(depth); }
   Index panels() const { return panel_columns / Packed<T>::columns * Packed<T>::panel(depth); }
-  Index sums() const { return keeps_sums ? most_rows<T>(depth) * panel_columns : 0; }
+  // Taken for any depth, so that the memory for packing has no step where a depth gets a second block.
+  Index sums() const {
+    return std::is_same_v<C, T> ? 0 : most_rows<T>(depth_block) * std::min(panel_columns, most_columns<T>(depth_block));
+  }
   Index memory() const { return sums() + slivers() + panels(); }
 };
 

@@ -99,18 +99,25 @@ template <> struct On<CrossEntropy, Cpu> {
     });
   }
 
-  template <class T>
+  // d_w of several blocks of rows is summed in the wide scalar.
+  template <class T, class DW>
   static void backward(Cpu& cpu, View<T const, 2> x, View<T const, 2> w, View<std::int32_t const, 1> targets, View<double const, 1> scale,
-                       View<T, 2> d_x, Wide<Out<T>, 2> d_w, View<LossSum, 1> loss) {
-    for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), wide_t<T>(0));
-    in_blocks(cpu, x, w, targets, loss,
-              [&](Wide<Out<T>, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
-                On<SoftmaxLoss, Cpu>::forward<wide_t<T>>(cpu, d_logits, of_block, scale, d_logits, sum);
-                View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
-                View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
-                cpu::gemm(cpu, operand(d_logits), operand(w), d_rows);
-                cpu::gemm(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
-              });
+                       View<T, 2> d_x, View<DW, 2> d_w, View<LossSum, 1> loss) {
+    if constexpr (!std::is_same_v<DW, wide_t<T>>) {
+      Tensor<wide_t<T>, 2, Cpu> sums{cpu, d_w.shape};
+      backward(cpu, x, w, targets, scale, d_x, out(sums), loss);
+      convert(cpu, in(sums), d_w);
+    } else {
+      for (Index v = 0; v < d_w.extent(0) && x.extent(0) == 0; ++v) std::fill_n(d_w.row(v), d_w.extent(1), DW(0));
+      in_blocks(cpu, x, w, targets, loss,
+                [&](View<DW, 2> d_logits, View<std::int32_t const, 1> of_block, Index first, View<LossSum, 1> sum) {
+                  On<SoftmaxLoss, Cpu>::forward<DW>(cpu, d_logits, of_block, scale, d_logits, sum);
+                  View<T, 2> const d_rows{d_x.row(first), {d_logits.extent(0), d_x.extent(1)}, d_x.stride};
+                  View<T const, 2> const rows{x.row(first), {d_logits.extent(0), x.extent(1)}, x.stride};
+                  cpu::gemm(cpu, operand(d_logits), operand(w), d_rows);
+                  cpu::gemm(cpu, operand(d_logits).transposed(), operand(rows), d_w, first == 0 ? Into::overwrite : Into::add);
+                });
+    }
   }
 
  private:

@@ -4,7 +4,6 @@
 #include <hybridattn/backend/cpu/gemm.hpp>
 #include <hybridattn/core/math.hpp>
 #include <hybridattn/ops/grouped_linear/grouped_linear.hpp>
-#include <hybridattn/tensor/roles.hpp>
 
 #include <algorithm>
 
@@ -12,11 +11,11 @@ namespace hybridattn::inline HYBRIDATTN_ABI {
 
 template <> struct On<GroupedLinear, Cpu> {
   using Offsets = View<std::int32_t const, 1>;
+  template <class T> using Product = cpu::Product<T, T, T>;
 
   template <class T> static void forward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T, 2> y) {
-    using Product = cpu::Product<T, T, T>;
-    cpu::Scratch<Product> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
-    Product* next = products.data();
+    cpu::Scratch<Product<T>> const products{cpu, most_blocks(w.extent(0), y.extent(0))};
+    Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(x, first, last)), operand(of_expert(w, e)).transposed(), rows(y, first, last)};
     });
@@ -25,7 +24,7 @@ template <> struct On<GroupedLinear, Cpu> {
 
   template <class T>
   static void backward(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x,
-                       Wide<Out<T>, 3> d_w, Into into) {
+                       View<T, 3> d_w, Into into) {
     if (!d_x.empty()) form_d_x(cpu, offsets, w, d_y, d_x, into);
     if (!d_w.empty()) write_d_w(cpu, offsets, x, d_y, d_w);
   }
@@ -36,20 +35,18 @@ template <> struct On<GroupedLinear, Cpu> {
 
   template <class T>
   static void form_d_x(Cpu& cpu, Offsets offsets, View<T const, 3> w, View<T const, 2> d_y, View<T, 2> d_x, Into into) {
-    using Product = cpu::Product<T, T, T>;
-    cpu::Scratch<Product> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
-    Product* next = products.data();
+    cpu::Scratch<Product<T>> const products{cpu, most_blocks(w.extent(0), d_y.extent(0))};
+    Product<T>* next = products.data();
     for_each_block(offsets, [&](Index e, Index first, Index last) {
       *next++ = {operand(rows(d_y, first, last)), operand(of_expert(w, e)), rows(d_x, first, last)};
     });
     cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, d_y.extent(0)), d_y.extent(1), into);
   }
   template <class T>
-  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, Wide<Out<T>, 3> d_w) {
+  static void write_d_w(Cpu& cpu, Offsets offsets, View<T const, 2> x, View<T const, 2> d_y, View<T, 3> d_w) {
     Index const E = d_w.extent(0), F = d_w.extent(1);
-    using Product = cpu::Product<T, T, wide_t<T>>;
-    cpu::Scratch<Product> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
-    Product* next = products.data();
+    cpu::Scratch<Product<T>> const products{cpu, std::min(E, x.extent(0)) * ceil_div(F, block_rows)};
+    Product<T>* next = products.data();
     for (Index e = 0; e < E; ++e) {
       if (is_idle(offsets, e)) continue;
       auto const its_x = operand(rows(x, offsets(e), offsets(e + 1))), its_d_y = operand(rows(d_y, offsets(e), offsets(e + 1)));
@@ -61,7 +58,7 @@ template <> struct On<GroupedLinear, Cpu> {
     cpu::gemm_each<T, T>(cpu, products.data(), next, std::min(block_rows, F), x.extent(0), Into::overwrite);
     parallel_for(cpu, E, [&](Index e, int) {
       if (!is_idle(offsets, e)) return;
-      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), wide_t<T>(0));
+      for (Index f = 0; f < F; ++f) std::fill_n(d_w.row(e, f), d_w.extent(2), T(0));
     });
   }
 
